@@ -1,0 +1,65 @@
+"""dengine: a distributed-first, event-driven training engine for PyTorch.
+
+Importing it starts nothing, and loads nothing that is not used: the names below are looked up on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dengine import distributed, errors, handlers, metrics
+    from dengine.engine import Engine, EventEnum, Events, State, filtered
+    from dengine.errors import (
+        CheckpointError,
+        DengineError,
+        LaunchError,
+        MetricStateError,
+        NotComputableError,
+        RankZeroCollectiveError,
+        RemoteRankError,
+    )
+
+_ENGINE = ("Engine", "EventEnum", "Events", "State", "filtered")
+_ERRORS = (
+    "CheckpointError",
+    "DengineError",
+    "LaunchError",
+    "MetricStateError",
+    "NotComputableError",
+    "RankZeroCollectiveError",
+    "RemoteRankError",
+)
+_ROOMS = ("distributed", "errors", "handlers", "metrics")
+
+__all__ = [
+    "CheckpointError",
+    "DengineError",
+    "Engine",
+    "EventEnum",
+    "Events",
+    "LaunchError",
+    "MetricStateError",
+    "NotComputableError",
+    "RankZeroCollectiveError",
+    "RemoteRankError",
+    "State",
+    "distributed",
+    "errors",
+    "filtered",
+    "handlers",
+    "metrics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ENGINE:
+        return getattr(import_module("dengine.engine"), name)
+    if name in _ERRORS:
+        return getattr(import_module("dengine.errors"), name)
+    if name in _ROOMS:
+        return import_module(f"dengine.{name}")
+    raise AttributeError(f"module 'dengine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

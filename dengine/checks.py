@@ -1,0 +1,24 @@
+"""Checks of arguments that more than one room makes."""
+
+import operator
+
+__all__ = ["whole_number"]
+
+
+def whole_number(name: str, value: object, *, least: int, why: str = "") -> int:
+    """`value` as an int of at least `least`.
+
+    Raises:
+        TypeError: not a whole number; a bool is none.
+        ValueError: below `least`; `why` is added to the message.
+    """
+    try:
+        # bool is an int to Python, but `every=True` is a slip.
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name}={value!r} must be a whole number, but is a {type(value).__name__}.")
+    if number < least:
+        raise ValueError(f"{name}={number} must be at least {least}{why and ': '}{why}.")
+    return number

@@ -1,0 +1,276 @@
+"""Every collective of the package. One place, so that it can be refused where only rank 0 runs.
+
+A lone process runs the same code; what would be sent is handed back.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dengine.distributed.world import World, world
+from dengine.errors import RankZeroCollectiveError, RemoteRankError
+
+__all__ = [
+    "ReduceOp",
+    "all_gather_object",
+    "all_reduce",
+    "barrier",
+    "broadcast_object",
+    "broadcast_tensors",
+    "gather_bytes",
+    "max_tensor",
+    "rank_zero_first",
+    "rank_zero_only",
+    "refuse_on_rank_zero_alone",
+    "sum_tensor",
+]
+
+ReduceOp: TypeAlias = Literal["sum", "mean", "min", "max"]
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+
+
+class _Scope(threading.local):
+    """Names of the rank-0-only functions this thread is inside of."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+_rank_zero_scope = _Scope()
+
+
+# -- rank 0 only -------------------------------------------------------------------------------------------------
+
+
+def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
+    """`function` on rank 0; on every other rank a call does nothing and gives None.
+
+    A collective of this package called inside it raises `RankZeroCollectiveError` at once, in a run of one process
+    too, so that it is found before the script meets a second rank.
+    """
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        if world().rank != 0:
+            return None
+        _rank_zero_scope.names.append(name)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _rank_zero_scope.names.pop()
+
+    return called
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Run the body on rank 0, and on the others once rank 0 has finished it: for preparing a data set.
+
+    Collective: enter it on all ranks. Cost: one object broadcast.
+
+    Raises:
+        RemoteRankError: on the other ranks, where the body failed on rank 0.
+    """
+    if world().rank == 0:
+        failure: str | None = "left by an exception that is no Exception"
+        try:
+            yield
+            failure = None
+        except Exception as error:
+            failure = repr(error)
+            raise
+        finally:
+            broadcast_object(failure)
+        return
+    failure = broadcast_object(None)
+    if failure is not None:
+        raise RemoteRankError(f"Rank 0 failed inside rank_zero_first(), so this rank stops too: {failure}", rank=0)
+    yield
+
+
+def refuse_on_rank_zero_alone(collective: str) -> None:
+    """Raise `RankZeroCollectiveError` inside a function that only rank 0 runs."""
+    if _rank_zero_scope.names:
+        raise RankZeroCollectiveError(
+            f"{collective} is a collective, but {_rank_zero_scope.names[-1]} runs on rank 0 only, so the other ranks "
+            "would never join it. Call it from a handler that runs on every rank; an evaluation that is rank 0's own "
+            "takes Engine(..., distributed=False)."
+        )
+
+
+# -- values ------------------------------------------------------------------------------------------------------
+
+
+def all_reduce(value: T, op: ReduceOp = "sum") -> T:
+    """`value` reduced over all ranks: a number, a tensor, or nested dicts, lists and tuples of them.
+
+    Collective: call on all ranks with the same structure. The same types, dtypes and devices come back as went in;
+    the input is left alone. Cost: one all-reduce per dtype and device.
+
+    Raises:
+        ValueError: an unknown `op`; the mean of whole numbers, which would not be one.
+        TypeError: a leaf that is neither a number nor a tensor.
+    """
+    if op not in _OPS:
+        raise ValueError(f"op={op!r} must be one of {', '.join(_OPS)}.")
+    leaves: list[torch.Tensor] = []
+    rebuild = _take_apart(value, leaves, op)
+    refuse_on_rank_zero_alone("all_reduce")
+    return rebuild(_reduced(leaves, op))  # type: ignore[no-any-return]
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Every rank's `value`, in the order of ranks. Collective. The value must pickle. Cost: two small gathers."""
+    refuse_on_rank_zero_alone("all_gather_object")
+    if world().size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world().size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Rank `source`'s `value`, on every rank. Collective. The value must pickle. Cost: two small broadcasts."""
+    refuse_on_rank_zero_alone("broadcast_object")
+    if world().size == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=source)
+    return holder[0]
+
+
+def barrier(name: str) -> None:
+    """Wait until every rank is here. Collective. `name` says where, for whoever looks at a hang. Cost: one all-reduce.
+
+    Raises:
+        RankZeroCollectiveError: only rank 0 runs here.
+    """
+    refuse_on_rank_zero_alone(f"barrier({name!r})")
+    if world().size > 1:
+        # An all-reduce of one number rather than dist.barrier(): that one picks a device of its own with NCCL.
+        sum_tensor(torch.zeros(1, device=_transport(torch.device("cpu"))), world())
+
+
+def broadcast_tensors(tensors: list[torch.Tensor], source: int = 0) -> None:
+    """Overwrite `tensors` in place with rank `source`'s. Collective. Cost: one broadcast per dtype and device."""
+    refuse_on_rank_zero_alone("broadcast_tensors")
+    if world().size == 1:
+        return
+    for indices in _alike(tensors).values():
+        group = [tensors[index].detach() for index in indices]
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        sent = flat.to(_transport(flat.device))
+        dist.broadcast(sent, src=source)
+        for tensor, part in zip(group, _split(sent.to(flat.device), group), strict=True):
+            tensor.copy_(part)
+
+
+# -- for the packed reduction of metrics -------------------------------------------------------------------------
+
+
+def sum_tensor(tensor: torch.Tensor, here: World) -> torch.Tensor:
+    """The sum over the ranks of `here`, in place. Collective: one all-reduce."""
+    if here.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def max_tensor(tensor: torch.Tensor, here: World) -> torch.Tensor:
+    """The maximum over the ranks of `here`, in place. Collective: one all-reduce."""
+    if here.size > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torch.Tensor]:
+    """Every rank's bytes. Collective: one gather, padded to the longest.
+
+    Shapes: mine (sizes[rank],) uint8; result: one (sizes[r],) uint8 for each rank r.
+    """
+    if here.size == 1:
+        return [mine]
+    longest = max(sizes)
+    if longest == 0:
+        return [mine] * len(sizes)
+    padded = mine.new_zeros(longest)
+    padded[: mine.numel()] = mine
+    gathered = mine.new_empty(len(sizes) * longest)
+    dist.all_gather_into_tensor(gathered, padded)
+    return [row[:size] for row, size in zip(gathered.view(len(sizes), longest), sizes, strict=True)]
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------
+
+
+def _transport(device: torch.device) -> torch.device:
+    """Where a tensor of `device` must lie to be sent: a group of NCCL alone takes no CPU tensors."""
+    here = world()
+    return here.device if device.type == "cpu" and "gloo" not in here.backend and here.size > 1 else device
+
+
+def _take_apart(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable[[list[torch.Tensor]], Any]:
+    """Append the tensors in `value` to `leaves`; the function that comes back puts reduced ones in their places."""
+    if isinstance(value, dict):
+        # By key, so that two ranks that filled theirs in another order still reduce like with like.
+        parts = {key: _take_apart(value[key], leaves, op) for key in sorted(value, key=repr)}
+        return lambda reduced: {key: parts[key](reduced) for key in value}
+    if isinstance(value, list | tuple):
+        rebuilds = [_take_apart(part, leaves, op) for part in value]
+        return lambda reduced: type(value)([rebuild(reduced) for rebuild in rebuilds])
+    if not isinstance(value, torch.Tensor | int | float):
+        raise TypeError(f"all_reduce() takes numbers and tensors, nested or not, but got {value!r}.")
+    tensor = value.detach() if isinstance(value, torch.Tensor) else _number_tensor(value)
+    if op == "mean" and not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(
+            f"The mean of whole numbers ({value!r}) is not one, and the dtype that went in comes back: "
+            "pass floats, or op='sum'."
+        )
+    if tensor.dtype == torch.bool and op == "sum":
+        raise ValueError("The sum of booleans is not one: convert them to int first, or use op='max' for 'any'.")
+    place = len(leaves)
+    leaves.append(tensor)
+    if isinstance(value, torch.Tensor):
+        return lambda reduced: reduced[place]
+    return lambda reduced: type(value)(reduced[place].item())
+
+
+def _number_tensor(value: int | float) -> torch.Tensor:
+    dtype = torch.bool if isinstance(value, bool) else torch.int64 if isinstance(value, int) else torch.float64
+    return torch.tensor(value, dtype=dtype)
+
+
+def _reduced(leaves: list[torch.Tensor], op: ReduceOp) -> list[torch.Tensor]:
+    reduced = list(leaves)
+    for indices in _alike(leaves).values():
+        group = [leaves[index] for index in indices]
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        sent = flat.to(_transport(flat.device), torch.uint8 if flat.dtype == torch.bool else flat.dtype)
+        if world().size > 1:
+            dist.all_reduce(sent, op=_OPS[op])
+        if op == "mean":
+            sent = sent / world().size
+        for index, part in zip(indices, _split(sent.to(flat.device, flat.dtype), group), strict=True):
+            reduced[index] = part
+    return reduced
+
+
+def _alike(tensors: list[torch.Tensor]) -> dict[tuple[torch.dtype, torch.device], list[int]]:
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.dtype, tensor.device), []).append(index)
+    return groups
+
+
+def _split(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`flat` cut into pieces of the shapes of `like`, each with memory of its own."""
+    pieces = flat.split([tensor.numel() for tensor in like])
+    return [piece.reshape(tensor.shape).clone() for piece, tensor in zip(pieces, like, strict=True)]

@@ -1,0 +1,171 @@
+"""A `DataLoader` rebuilt over this rank's shard, with the settings of the one it is made from."""
+
+import inspect
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from dengine.checks import whole_number
+from dengine.distributed.sampler import ElasticSampler
+from dengine.distributed.world import World, world
+
+__all__ = ["prepare_data_loader"]
+
+T = TypeVar("T")
+
+# Taken over as they are; what torch's version at hand does not know is left out.
+_KEPT = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+    "in_order",
+)
+
+
+def prepare_data_loader(
+    loader: "DataLoader[T]", *, exact: bool = False, global_batch_size: int | None = None, seed: int = 0
+) -> "DataLoader[T]":
+    """`loader` over this rank's shard of its data set, with the same settings otherwise.
+
+    Shuffling is kept from the loader's own sampler. The order of samples is one permutation of the epoch, the same for
+    any number of ranks, consumed in global batches (`ElasticSampler`). Iterable data sets are sharded by batch: each
+    rank reads the stream and keeps its turn.
+
+    Args:
+        exact: every sample once over all ranks, without padding; shards may differ in length (for evaluation).
+            Without it the last batch is padded where needed, so that all ranks take the same number of steps.
+        global_batch_size: samples of all ranks together in one step; without it the loader's `batch_size` is that of
+            one rank.
+        seed: of the permutation; the same on all ranks.
+
+    Raises:
+        TypeError: `loader` is no DataLoader, or has a sampler or batch sampler of the user's own.
+        ValueError: `global_batch_size` does not divide by the number of ranks; `exact` on a loader with `drop_last`.
+
+    Cost: no collective; O(1) memory and time for any size of the data set.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"prepare_data_loader() takes a DataLoader, but got a {type(loader).__qualname__}.")
+    here = world()
+    if exact and loader.drop_last:
+        raise ValueError("exact=True sees every sample, but this loader has drop_last=True: build it without.")
+    if isinstance(loader.dataset, IterableDataset):
+        batch_size = _batch_size(loader, here, global_batch_size)
+        shard: Any = _IterableShard(loader.dataset, batch_size, here, exact, loader.drop_last)
+        return _rebuilt(loader, shard, batch_size=batch_size, drop_last=loader.drop_last)
+    shuffle = _is_shuffled(loader)
+    batch_size = _batch_size(loader, here, global_batch_size)
+    sampler = ElasticSampler(
+        loader.dataset,  # type: ignore[arg-type]
+        batch_size=batch_size or 1,
+        num_replicas=here.size,
+        rank=here.rank,
+        shuffle=shuffle,
+        seed=seed,
+        drop_last=loader.drop_last,
+        exact=exact,
+    )
+    return _rebuilt(loader, loader.dataset, batch_size=batch_size, sampler=sampler, drop_last=loader.drop_last)
+
+
+def _is_shuffled(loader: "DataLoader[Any]") -> bool:
+    sampler: object = loader.sampler
+    if type(loader.batch_sampler) not in (BatchSampler, type(None)):
+        raise TypeError(
+            f"This loader has a batch sampler of its own ({type(loader.batch_sampler).__qualname__}), which cannot be "
+            "cut into shards from outside. Either build the loader with batch_size= and shuffle= instead, or have the "
+            "batch sampler give this rank's batches (see dengine.distributed.world()) and use the loader as it is."
+        )
+    if (
+        isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and sampler.num_samples == len(sampler.data_source)
+    ):
+        return True
+    if type(sampler) is SequentialSampler:
+        return False
+    if type(sampler) in (DistributedSampler, ElasticSampler):
+        return sampler.shuffle  # type: ignore[attr-defined, no-any-return]
+    raise TypeError(
+        f"This loader has a sampler of its own ({type(sampler).__qualname__}), which cannot be cut into shards from "
+        "outside. Either build the loader with shuffle=True or False (a selection of samples: torch.utils.data.Subset), "
+        "or have the sampler give this rank's samples (see dengine.distributed.world()) and use the loader as it is."
+    )
+
+
+def _batch_size(loader: "DataLoader[Any]", here: World, global_batch_size: int | None) -> int | None:
+    if global_batch_size is None:
+        return loader.batch_size
+    total = whole_number("global_batch_size", global_batch_size, least=1)
+    if total % here.size:
+        below = total // here.size * here.size
+        nearest = f"{below} and {below + here.size}" if below else f"{here.size}"
+        raise ValueError(
+            f"global_batch_size={total} does not divide into {here.size} ranks; the nearest sizes that do: {nearest}."
+        )
+    if loader.batch_size is None:
+        raise ValueError("global_batch_size= needs a loader that makes batches, but this one has batch_size=None.")
+    return total // here.size
+
+
+def _rebuilt(loader: "DataLoader[Any]", dataset: Any, **changed: Any) -> "DataLoader[Any]":
+    known = inspect.signature(DataLoader).parameters
+    kept = {name: getattr(loader, name) for name in _KEPT if name in known and hasattr(loader, name)}
+    if not kept.get("pin_memory_device"):
+        kept.pop("pin_memory_device", None)  # deprecated: even its default draws a warning
+    if changed["batch_size"] is None:
+        changed.pop("drop_last")
+    return DataLoader(dataset, **kept, **changed)
+
+
+class _IterableShard(IterableDataset[Any]):
+    """Every `size`-th run of `batch_size` samples of a stream, from the `rank`-th on.
+
+    Ranks take turns by batch. In the last round, where the stream ends before everybody had a turn, the ranks left out
+    repeat a batch of that round, so that all take the same number of steps; with `exact` they have one fewer.
+    """
+
+    def __init__(
+        self, dataset: "IterableDataset[Any]", batch_size: int | None, here: World, exact: bool, drop_last: bool
+    ) -> None:
+        self._dataset = dataset
+        self._batch_size = batch_size or 1
+        self._rank, self._size = here.rank, here.size
+        self._exact, self._drop_last = exact, drop_last
+
+    def __iter__(self) -> Iterator[Any]:
+        stream = iter(self._dataset)
+        while True:
+            # One round is kept at a time: the last, incomplete one decides who repeats what.
+            turns = [list(islice(stream, self._batch_size)) for _ in range(self._size)]
+            taken = [turn for turn in turns if turn and (len(turn) == self._batch_size or not self._drop_last)]
+            if len(taken) == self._size:
+                yield from taken[self._rank]
+                continue
+            if self._rank < len(taken) and not (self._drop_last and not self._exact):
+                yield from taken[self._rank]
+            elif taken and not self._exact and not self._drop_last:
+                yield from taken[self._rank % len(taken)]
+            return
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass it on to a data set that shuffles by epoch."""
+        set_epoch = getattr(self._dataset, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)

@@ -1,0 +1,128 @@
+"""Which samples each rank sees, and in which order: one order of the epoch, dealt out in global batches."""
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+from dengine.checks import whole_number
+from dengine.distributed.permutation import Permutation
+from dengine.distributed.world import world
+
+__all__ = ["ElasticSampler"]
+
+_CHUNK = 1 << 15  # positions computed at a time: small enough to start at once, large enough for numpy
+
+
+class ElasticSampler(DistributedSampler[int]):
+    """A `DistributedSampler` whose order of samples does not depend on the number of ranks.
+
+    The epoch is one permutation (or the given order). It is consumed in global batches of
+    `batch_size * num_replicas` samples, of which each rank takes one run of `batch_size`: another number of ranks with
+    the same global batch sees the same global batches. What is left at the end, less than a global batch, is dealt out
+    evenly; where it does not divide, it is
+
+    - padded from the start of the order, so that all ranks take the same number of steps (the default, for training),
+    - dropped with `drop_last=True`,
+    - left uneven with `exact=True`: every sample once over all ranks, shards differ in length by at most one.
+
+    Cost: O(1) memory and time to set up, also for 10^9 samples; no collective.
+
+    Raises:
+        ValueError, TypeError: a size, rank or batch size that is none; `exact` together with `drop_last`.
+
+    Example:
+        >>> list(ElasticSampler(range(5), batch_size=2, num_replicas=2, rank=0, shuffle=False, exact=True))
+        [0, 1, 4]
+        >>> list(ElasticSampler(range(5), batch_size=2, num_replicas=2, rank=1, shuffle=False, exact=True))
+        [2, 3]
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        *,
+        batch_size: int = 1,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        exact: bool = False,
+    ) -> None:
+        # DistributedSampler's own constructor would ask for a process group; its attributes are kept to.
+        self.dataset: Any = dataset
+        self.num_replicas = whole_number(
+            "num_replicas", world().size if num_replicas is None else num_replicas, least=1
+        )
+        self.rank = whole_number("rank", world().rank if rank is None else rank, least=0)
+        if self.rank >= self.num_replicas:
+            raise ValueError(f"rank={rank} must lie below num_replicas={self.num_replicas}.")
+        if exact and drop_last:
+            raise ValueError("exact=True sees every sample, but drop_last=True drops some: choose one.")
+        self.batch_size = whole_number("batch_size", batch_size, least=1)
+        self.epoch = 0
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.exact = exact
+        self._skipped = 0
+
+    @property
+    def num_samples(self) -> int:  # type: ignore[override]  # a plain attribute there, and stale once the data grows
+        """Samples of this rank in an epoch."""
+        full, left = divmod(len(self.dataset), self.num_replicas * self.batch_size)
+        return full * self.batch_size + self._share_of_rest(left)
+
+    @property
+    def total_size(self) -> int:  # type: ignore[override]
+        """Samples of all ranks in an epoch, padding included."""
+        size = len(self.dataset)
+        left = size % (self.num_replicas * self.batch_size)
+        if self.exact or left == 0:
+            return size
+        return size - left if self.drop_last else size + -left % self.num_replicas
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        start, self._skipped = self._skipped, 0
+        order = Permutation(len(self.dataset), self.seed, self.epoch) if self.shuffle else None
+        for first in range(start, self.num_samples, _CHUNK):
+            mine = np.arange(first, min(first + _CHUNK, self.num_samples), dtype=np.int64)
+            positions = self._positions(mine)
+            yield from (positions if order is None else order(positions)).tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of `epoch`, from its beginning."""
+        self.epoch = epoch
+        self._skipped = 0
+
+    def skip(self, num_samples: int) -> None:
+        """Begin the next iteration after the first `num_samples` of this rank: O(1), for a resumed run."""
+        self._skipped = whole_number("num_samples", num_samples, least=0)
+
+    def _share_of_rest(self, left: int) -> int:
+        if self.exact:
+            return left // self.num_replicas + (self.rank < left % self.num_replicas)
+        return 0 if self.drop_last else -(-left // self.num_replicas)
+
+    def _positions(self, mine: "np.typing.NDArray[np.int64]") -> "np.typing.NDArray[np.int64]":
+        """Places in the epoch's order of this rank's samples number `mine`. Shapes: (N,) to (N,)."""
+        size = len(self.dataset)
+        num_full, left = divmod(size, self.num_replicas * self.batch_size)
+        batch, within = np.divmod(mine, self.batch_size)
+        positions = (batch * self.num_replicas + self.rank) * self.batch_size + within
+        is_rest = mine >= num_full * self.batch_size
+        if is_rest.any():
+            share, extra = divmod(left, self.num_replicas)
+            # The rest of the epoch: each rank one run again; the first `extra` runs are longer by one.
+            if self.exact:
+                offset = self.rank * share + min(self.rank, extra)
+            else:
+                offset = self.rank * (share + (extra > 0))
+            rest = size - left + offset + (mine - num_full * self.batch_size)
+            positions = np.where(is_rest, rest % size, positions)
+        return positions

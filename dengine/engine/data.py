@@ -1,0 +1,90 @@
+"""The data of a run: how long an epoch of it is, and how an iteration over it is begun at any position."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+__all__ = ["Feed"]
+
+
+@runtime_checkable
+class _Skips(Protocol):
+    """A sampler that can begin in the middle of an epoch without drawing what comes before."""
+
+    def skip(self, num_samples: int) -> None: ...
+
+
+class Feed:
+    """Data as the loop needs it.
+
+    Each epoch iterates over the data anew, as `for batch in data` would; a one-shot iterator (a generator, a file)
+    goes on where it is. `length` is the number of iterations of an epoch, or None where only the data can tell.
+    """
+
+    def __init__(self, data: Iterable[Any], epoch_length: int | None) -> None:
+        self.data = data
+        self.is_one_shot = isinstance(data, Iterator)
+        self.is_length_given = epoch_length is not None
+        self.length = epoch_length if epoch_length is not None else _length(data)
+
+    def start(self, epoch: int, *, skip: int = 0, consumed: int = 0) -> Iterator[Any]:
+        """An iterator over the batches of `epoch` from its batch `skip` on.
+
+        `consumed` is the number of batches the whole training has taken: what a one-shot iterator, given anew to a
+        resumed run, must be wound forward by.
+        """
+        if self.is_one_shot:
+            return _wound(iter(self.data), consumed)
+        self._set_epoch(epoch)
+        size = _length(self.data)
+        if size:
+            skip %= size  # an epoch longer than the data passes over it again and again
+        if skip and self._skip_by_sampler(skip):
+            return iter(self.data)
+        return self._fast_forwarded(skip)
+
+    def _set_epoch(self, epoch: int) -> None:
+        for part in _parts(self.data):
+            set_epoch = getattr(part, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(epoch)
+
+    def _skip_by_sampler(self, num_batches: int) -> bool:
+        sampler = getattr(self.data, "sampler", None)
+        batch_size = getattr(self.data, "batch_size", None)
+        if not isinstance(sampler, _Skips) or not isinstance(batch_size, int):
+            return False
+        sampler.skip(num_batches * batch_size)
+        return True
+
+    def _fast_forwarded(self, num_batches: int) -> Iterator[Any]:
+        """Draw and drop `num_batches`, passing over the data as often as an epoch longer than the data does."""
+        iterator = iter(self.data)
+        while num_batches:
+            drawn = sum(1 for _ in islice(iterator, num_batches))
+            num_batches -= drawn
+            if num_batches and drawn == 0:
+                break
+            if num_batches:
+                iterator = iter(self.data)
+        return iterator
+
+
+def _wound(iterator: Iterator[Any], num_batches: int) -> Iterator[Any]:
+    for _ in islice(iterator, num_batches):
+        pass
+    return iterator
+
+
+def _parts(data: Any) -> list[Any]:
+    """The data itself and its samplers, each once: whatever may have a `set_epoch`."""
+    batch_sampler = getattr(data, "batch_sampler", None)
+    parts = (data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    return list({id(part): part for part in parts if part is not None}.values())
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):  # e.g. a DataLoader over an iterable data set
+        return None

@@ -1,0 +1,205 @@
+"""Who is called at which event: subscriptions, compiled when they are attached, and the loop over them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from dengine.engine.events import AnyEvent, FilteredEvent
+
+if TYPE_CHECKING:
+    from dengine.engine.loop import Engine
+
+__all__ = ["NEVER", "Channel", "Dispatcher", "Handler", "HandlerHandle", "Subscription", "check_handler", "describe"]
+
+Handler: TypeAlias = "Callable[[Engine], Any]"
+
+# The count at which nobody is ever due.
+NEVER = sys.maxsize
+
+
+class Subscription:
+    """One handler on one event, its options turned into integers that are compared in place."""
+
+    __slots__ = ("due", "filter", "first", "handler", "is_plain", "last", "once", "priority", "step")
+
+    def __init__(self, handler: Handler, options: FilteredEvent, priority: int) -> None:
+        self.handler = handler
+        self.priority = priority
+        self.step = options.every or 1
+        self.once = options.once
+        self.first = 0 if options.after is None else options.after + 1
+        self.last = NEVER if options.before is None else options.before - 1
+        self.filter = options.filter
+        self.is_plain = options == FilteredEvent(options.event)
+        # No count below it needs a look; 0 means: look at the next one, whatever it is.
+        self.due = 0
+
+    def admits(self, count: int) -> bool:
+        """Whether the integer options allow `count`; `filter` is asked later, when the handler's turn has come."""
+        if self.once is not None and count not in self.once:
+            return False
+        return self.first <= count <= self.last and count % self.step == 0
+
+    def due_after(self, count: int) -> int:
+        """The smallest count above `count` that the integer options may allow."""
+        if self.is_plain:
+            return 0
+        following = max(count + 1, self.first)
+        if self.once is not None:
+            place = bisect_right(self.once, following - 1)
+            following = self.once[place] if place < len(self.once) else NEVER
+        else:
+            following += -following % self.step
+        return following if following <= self.last else NEVER
+
+
+class Channel:
+    """One event's subscriptions, as one tuple in the order of calling.
+
+    `due` is the smallest count at which anybody wants to be called: the loop compares with it and needs nothing else
+    of a channel in an iteration in which nobody is due.
+    """
+
+    __slots__ = ("count", "due", "event", "handlers", "subscriptions")
+
+    def __init__(self, event: AnyEvent) -> None:
+        self.event = event
+        self.count = 0  # times fired in this run; the loop keeps the counts of iterations and epochs itself
+        self.due = NEVER
+        self.subscriptions: tuple[Subscription, ...] = ()
+        self.handlers: tuple[Handler, ...] | None = ()  # the same, where no subscription has options
+
+    def add(self, subscription: Subscription) -> None:
+        # sorted() is stable: registration order within one priority.
+        self._set(tuple(sorted((*self.subscriptions, subscription), key=lambda each: -each.priority)))
+
+    def remove(self, subscription: Subscription) -> None:
+        self._set(tuple(each for each in self.subscriptions if each is not subscription))
+
+    def rewind(self) -> None:
+        """Counts begin anew, or may jump: have everybody looked at on the next firing."""
+        for subscription in self.subscriptions:
+            subscription.due = 0
+        self.due = 0 if self.subscriptions else NEVER
+
+    def fire(self, engine: "Engine", count: int) -> None:
+        """Call everybody who is due at `count`. Who is called is settled before the first call."""
+        outer, engine.firing = engine.firing, self.event
+        try:
+            for handler in self.handlers if self.handlers is not None else self.due_handlers(engine, count):
+                handler(engine)
+        finally:
+            engine.firing = outer
+
+    def due_handlers(self, engine: "Engine", count: int) -> Iterator[Handler]:
+        """Those who are due at `count`; a `filter` is asked when its handler's turn has come."""
+        for subscription in self._ready(count):
+            if subscription.filter is None or subscription.filter(engine, count):
+                yield subscription.handler
+
+    def _ready(self, count: int) -> list[Subscription]:
+        ready = []
+        soonest = NEVER
+        for subscription in self.subscriptions:
+            if subscription.due <= count:
+                if subscription.admits(count):
+                    ready.append(subscription)
+                subscription.due = subscription.due_after(count)
+            soonest = min(soonest, subscription.due)
+        self.due = soonest
+        return ready
+
+    def _set(self, subscriptions: tuple[Subscription, ...]) -> None:
+        # New tuples, never a changed one: a firing under way goes on with the tuple it began with.
+        self.subscriptions = subscriptions
+        is_plain = all(each.is_plain for each in subscriptions)
+        self.handlers = tuple(each.handler for each in subscriptions) if is_plain else None
+        self.due = min((each.due for each in subscriptions), default=NEVER)
+
+
+class Dispatcher:
+    """The registered events of one engine and their channels."""
+
+    def __init__(self) -> None:
+        self._channels: dict[int | str, Channel] = {}
+
+    def register(self, event: AnyEvent) -> None:
+        self._channels.setdefault(_key(event), Channel(event))
+
+    def channel(self, event: AnyEvent) -> Channel:
+        """The channel of `event`.
+
+        Raises:
+            ValueError: not registered; it lists the registered events and names the closest.
+        """
+        channel = self._channels.get(_key(event))
+        if channel is None:
+            raise ValueError(self._unknown(event))
+        return channel
+
+    def rewind(self) -> None:
+        for channel in self._channels.values():
+            channel.count = 0
+            channel.rewind()
+
+    def _unknown(self, event: AnyEvent) -> str:
+        known = {str(channel.event): channel.event for channel in self._channels.values()}
+        by_short_name = {name.rpartition(".")[2].lower(): name for name in known}
+        wanted = str(event).rpartition(".")[2].lower()
+        close = difflib.get_close_matches(wanted, by_short_name, n=1, cutoff=0.4)
+        hint = f" Did you mean {by_short_name[close[0]]}?" if close else ""
+        return (
+            f"{event!r} is not registered with this engine.{hint} Registered are: {', '.join(known)}. "
+            "An event of your own is registered by engine.register_events(...)."
+        )
+
+
+class HandlerHandle:
+    """What `Engine.on` returns: `remove()` takes the handler off its events again; a second call does nothing."""
+
+    def __init__(self, attached: list[tuple[Channel, Subscription]]) -> None:
+        self._attached = attached
+
+    def remove(self) -> None:
+        for channel, subscription in self._attached:
+            channel.remove(subscription)
+        self._attached = []
+
+
+def check_handler(handler: object) -> None:
+    """Refuse what cannot be called as `handler(engine)`.
+
+    Raises:
+        TypeError: naming the handler and its signature.
+    """
+    if not callable(handler):
+        raise TypeError(f"A handler is called as handler(engine), but {handler!r} is not callable.")
+    try:
+        signature = inspect.signature(handler)
+    except ValueError:  # some built-ins tell nothing about their arguments
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"Handler {describe(handler)}{signature} cannot be called as handler(engine): {error}. "
+            "Bind what else it needs, e.g. with functools.partial or a lambda."
+        ) from None
+
+
+def describe(handler: object) -> str:
+    """A name for `handler` that a user recognises."""
+    function = getattr(handler, "func", handler)  # functools.partial
+    name = getattr(function, "__qualname__", None)
+    return name if isinstance(name, str) else type(handler).__qualname__
+
+
+def _key(event: AnyEvent) -> int | str:
+    # By identity: an enum that is a str as well would equal another one's member, or a registered string.
+    return id(event) if isinstance(event, Enum) else event

@@ -1,0 +1,471 @@
+"""The engine: one short function per level of the loop. It knows no policy; every policy is a handler."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from typing import Any, TypeAlias, TypeVar, overload
+
+from dengine.checks import whole_number
+from dengine.distributed import rank_zero_only as only_on_rank_zero
+from dengine.distributed import world
+from dengine.engine.data import Feed
+from dengine.engine.dispatch import (
+    NEVER,
+    Channel,
+    Dispatcher,
+    Handler,
+    HandlerHandle,
+    Subscription,
+    check_handler,
+    describe,
+)
+from dengine.engine.events import AnyEvent, Events, FilteredEvent, Subscribable, event_parts
+from dengine.engine.state import State
+from dengine.metrics.metric import OutputTransform
+from dengine.metrics.metric_set import AnyMetric, MetricSet
+
+__all__ = ["Engine", "ProcessFunction"]
+
+ProcessFunction: TypeAlias = "Callable[[Engine, Any], Any]"
+_H = TypeVar("_H", bound=Handler)
+
+# The loop counts these itself; every other event is counted by its channel.
+_PER_ITERATION = (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED)
+_PER_EPOCH = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED)
+
+
+class Engine:
+    """Runs `process_function(engine, batch)` over data and fires events; handlers attach to them.
+
+    Args:
+        process_function: one step. What it returns is `state.output`.
+        distributed: False makes the engine this rank's own (an evaluation on rank 0 only): its metrics are not
+            reduced, its stops are its own, and it takes part in no collective.
+
+    Raises:
+        TypeError: `process_function` is not callable.
+
+    Example:
+        >>> trainer = Engine(lambda engine, batch: 2 * batch)
+        >>> @trainer.on(Events.ITERATION_COMPLETED(every=2))
+        ... def show(engine):
+        ...     print(engine.state.iteration, engine.state.output)
+        >>> state = trainer.run([1, 2, 3, 4])
+        2 4
+        4 8
+    """
+
+    def __init__(self, process_function: ProcessFunction, *, distributed: bool = True) -> None:
+        if not callable(process_function):
+            raise TypeError(f"Engine() takes a function (engine, batch) -> output, but got {process_function!r}.")
+        self.state = State()
+        self.distributed = distributed
+        self.firing: AnyEvent | None = None  # the event whose handlers are running
+        self._step = process_function
+        self._metrics = MetricSet()
+        self._dispatcher = Dispatcher()
+        self.register_events(Events)
+        self._loop_channels = tuple(
+            self._dispatcher.channel(event)
+            for event in (
+                Events.GET_BATCH_STARTED,
+                Events.GET_BATCH_COMPLETED,
+                Events.ITERATION_STARTED,
+                Events.ITERATION_COMPLETED,
+            )
+        )
+        self._is_running = False
+        self._is_resumed = False
+        self._is_terminated = False
+        self._is_epoch_terminated = False
+        self._max_iterations = NEVER
+        self._iterations_done = 0  # state.iteration counts one that is still under way
+        # The loop leaves the epoch where `iteration >= _stop_at`, whoever wants it to: one comparison for all.
+        self._stop_at = NEVER
+        # Iteration number minus count of the event in this run, for the events that count fetches.
+        self._fetch_started_offset = 0
+        self._fetch_completed_offset = 0
+        self._consumed_before = 0  # batches that the interrupted run had taken of a one-shot iterator
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    @overload
+    def on(
+        self, event: Subscribable, handler: None = None, *, priority: int = 0, rank_zero_only: bool = False
+    ) -> Callable[[_H], _H]: ...
+
+    @overload
+    def on(
+        self, event: Subscribable, handler: Handler, *, priority: int = 0, rank_zero_only: bool = False
+    ) -> HandlerHandle: ...
+
+    def on(
+        self,
+        event: Subscribable,
+        handler: Handler | None = None,
+        *,
+        priority: int = 0,
+        rank_zero_only: bool = False,
+    ) -> HandlerHandle | Callable[[_H], _H]:
+        """Have `handler(engine)` called at `event`; without a handler, a decorator that does so.
+
+        Higher `priority` first, registration order within one priority. Attached while its event is being fired,
+        a handler is called from the next firing on.
+
+        Args:
+            event: an event, one with options (`Events.X(every=100)`), or several joined by `|`.
+            rank_zero_only: call it on rank 0 alone; a collective of this package inside it raises
+                `RankZeroCollectiveError` instead of waiting for ever.
+
+        Returns:
+            A handle whose `remove()` detaches the handler; the decorator returns the function unchanged.
+
+        Raises:
+            TypeError: the handler cannot be called as `handler(engine)`, or `event` is no event.
+            ValueError: the event is not registered.
+        """
+        channels = [(self._dispatcher.channel(part.event), part) for part in event_parts(event)]
+        if handler is None:
+
+            def attach(function: _H) -> _H:
+                self.on(event, function, priority=priority, rank_zero_only=rank_zero_only)
+                return function
+
+            return attach
+        check_handler(handler)
+        called: Handler = only_on_rank_zero(handler) if rank_zero_only else handler
+        attached = [(channel, Subscription(called, part, priority)) for channel, part in channels]
+        for channel, subscription in attached:
+            channel.add(subscription)
+        return HandlerHandle(attached)
+
+    def register_events(self, *events: type[Enum] | Enum | str) -> None:
+        """Let `on` and `fire_event` accept events of your own: enum classes, single members, or strings.
+
+        Raises:
+            TypeError: something else was given; nothing is registered then.
+        """
+        members: list[AnyEvent] = []
+        for event in events:
+            if isinstance(event, type) and issubclass(event, Enum):
+                members.extend(event)
+            elif isinstance(event, (Enum, str)):
+                members.append(event)
+            else:
+                raise TypeError(f"register_events() takes enum classes, enum members or strings, but got {event!r}.")
+        for member in members:
+            self._dispatcher.register(member)
+
+    def fire_event(self, event: AnyEvent) -> None:
+        """Run the handlers of `event` now.
+
+        Raises:
+            ValueError: the event is not registered; the message lists those that are and names the closest.
+            TypeError: an event with options was given: options belong to `on`.
+        """
+        if not isinstance(event, (Enum, str)):
+            raise TypeError(
+                f"fire_event() takes a bare event, but got {event!r}; options such as every= belong to on()."
+            )
+        self._fire(self._dispatcher.channel(event))
+
+    # -- metrics -------------------------------------------------------------------------------------------------
+
+    def add_metric(self, metric: AnyMetric, name: str, output_transform: OutputTransform | None = None) -> None:
+        """Compute `metric` over each epoch, as `state.metrics[name]`.
+
+        It is reset when an epoch starts, updated with each step's output, and computed before the handlers of
+        `EPOCH_COMPLETED`, over the samples of all ranks. Cost: all metrics of an engine share one all-reduce an epoch.
+
+        Args:
+            output_transform: turns the step's output into what `update` takes; for metrics that have none of their
+                own (torchmetrics').
+
+        Raises:
+            TypeError: `metric` has no `reset`, `update` and `compute`, or the name is no string.
+            ValueError: the name is taken, or the metric has an `output_transform` already.
+        """
+        self._metrics.add(name, metric, output_transform)
+
+    def add_metrics(self, metrics: Mapping[str, AnyMetric]) -> None:
+        """`add_metric` for each of `{name: metric}`; all of them or, on an error, none."""
+        self._metrics.add_all(metrics)
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        data: Iterable[Any],
+        max_epochs: int | None = 1,
+        *,
+        max_iterations: int | None = None,
+        epoch_length: int | None = None,
+    ) -> State:
+        """Run over `data` until `max_epochs` or `max_iterations` is reached, whichever comes first.
+
+        Starts afresh (epoch 0, iteration 0), unless `load_state_dict()` was called since the last run: then it goes
+        on from there, in the middle of an epoch where that is where it was (whose `EPOCH_STARTED` has been and does
+        not fire again).
+
+        Args:
+            data: any iterable; each epoch iterates over it anew. A one-shot iterator goes on where it is.
+            max_epochs: the total, so that a resumed run does what is left of it; None: only `max_iterations` counts.
+            max_iterations: the total over all epochs. An epoch that it cuts short is not completed: no
+                `EPOCH_COMPLETED`, no metrics.
+            epoch_length: iterations of an epoch; by default what `len(data)` says, else until the data ends.
+                Longer than the data: it is iterated again; shorter: each epoch takes the first ones.
+
+        Returns:
+            `engine.state`.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong (nothing has been changed then), or there is not a single
+                batch (with several ranks an empty shard is legal).
+            RuntimeError: this engine is running already, or a one-shot iterator ran dry.
+            Any exception of a step, a handler or the data, after `EXCEPTION_RAISED`.
+
+        Cost: one small collective at the first run of an engine (the ranks compare their metrics), and one all-reduce
+        an epoch where there are metrics.
+        """
+        feed = self._checked(data, max_epochs, max_iterations, epoch_length)
+        self._begin(feed, max_epochs, max_iterations)
+        started_s = time.perf_counter()
+        try:
+            self._run_epochs(feed)
+        except BaseException as error:
+            self._report(error)
+            raise
+        finally:
+            self.state.times["run"] = time.perf_counter() - started_s
+            self.state.batch = None
+            self._is_running = False
+        return self.state
+
+    def terminate(self) -> None:
+        """Leave the run after the current iteration. Without a run it does nothing."""
+        self._is_terminated = True
+        self._stop_at = 0
+
+    def terminate_epoch(self) -> None:
+        """Leave the epoch after the current iteration; it counts as completed. In `EPOCH_STARTED`: skip it."""
+        self._is_epoch_terminated = True
+        self._stop_at = 0
+
+    def _run_epochs(self, feed: Feed) -> None:
+        state = self.state
+        if self.distributed:
+            self._metrics.agree()
+        self._fire_event(Events.STARTED)
+        max_epochs = NEVER if state.max_epochs is None else state.max_epochs
+        while state.epochs_completed < max_epochs and not self._is_terminated:
+            if not self._run_epoch(feed):
+                break
+        if self._is_terminated:
+            self._fire_event(Events.TERMINATED)
+        self._fire_event(Events.COMPLETED)
+
+    def _run_epoch(self, feed: Feed) -> bool:
+        """Run one epoch, or what is left of it. False where it was cut short, so that the run is over."""
+        state = self.state
+        started_s = time.perf_counter()
+        is_new = state.epoch < state.epochs_completed or state.epoch_iteration == 0
+        if is_new and state.iteration >= self._max_iterations:
+            return False
+        if is_new:
+            state.epoch, state.epoch_iteration = state.epochs_completed, 0
+        end = NEVER if feed.length is None else state.iteration - state.epoch_iteration + feed.length
+        self._stop_at = min(end, self._max_iterations)
+        self._is_epoch_terminated = False
+        self._metrics.reset()
+        if is_new:
+            self._fire_event(Events.EPOCH_STARTED)
+        has_ended = state.iteration < self._stop_at and self._run_iterations(feed)
+        state.batch = None
+        if self._is_terminated or not (has_ended or self._is_epoch_terminated or state.iteration >= end):
+            return False
+        if has_ended and not feed.is_length_given:
+            state.epoch_length = state.epoch_iteration
+        if state.epoch_iteration or not self._is_epoch_terminated:  # a skipped epoch has no values
+            state.metrics.update(self._metrics.compute(distributed=self.distributed))
+        state.epochs_completed = state.epoch + 1
+        state.times["epoch"] = time.perf_counter() - started_s
+        self._fire_event(Events.EPOCH_COMPLETED)
+        return True
+
+    def _run_iterations(self, feed: Feed) -> bool:
+        """Iterate until the epoch is left or the data ends; True for the latter."""
+        state = self.state
+        get_batch_started = self._loop_channels[0]
+        if state.iteration + 1 - self._fetch_started_offset >= get_batch_started.due:
+            get_batch_started.fire(self, state.iteration + 1 - self._fetch_started_offset)
+        consumed, self._consumed_before = self._consumed_before, 0
+        batches = feed.start(state.epoch, skip=state.epoch_iteration, consumed=consumed)
+        pass_start = state.iteration - state.epoch_iteration
+        while True:
+            self._run_pass(batches)
+            if state.iteration >= self._stop_at:
+                return False
+            if self._is_data_over(feed, is_empty=state.iteration == pass_start):
+                self._fetch_started_offset -= 1  # the last fetch was announced, but there was nothing to get
+                return True
+            pass_start = state.iteration
+            batches = feed.start(state.epoch)
+
+    def _run_pass(self, batches: Iterator[Any]) -> None:
+        """The loop itself: what stands here is paid in every iteration."""
+        state, step = self.state, self._step
+        get_batch_started, get_batch_completed, started, completed = self._loop_channels
+        iteration = state.iteration
+        epoch_offset = iteration - state.epoch_iteration
+        fetch_started_offset, fetch_completed_offset = self._fetch_started_offset, self._fetch_completed_offset
+        for batch in batches:
+            state.batch = batch
+            iteration += 1
+            if iteration - fetch_completed_offset >= get_batch_completed.due:
+                get_batch_completed.fire(self, iteration - fetch_completed_offset)
+            state.iteration = iteration
+            state.epoch_iteration = iteration - epoch_offset
+            if iteration >= started.due:
+                started.fire(self, iteration)
+            state.output = step(self, state.batch)
+            self._iterations_done = iteration
+            if self._metrics.updates:
+                self._metrics.update(state.output)
+            if iteration >= completed.due:
+                completed.fire(self, iteration)
+            if iteration >= self._stop_at:
+                break
+            if iteration + 1 - fetch_started_offset >= get_batch_started.due:
+                get_batch_started.fire(self, iteration + 1 - fetch_started_offset)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, as plain numbers, strings, lists and dicts.
+
+        An iteration that is still under way (in its step, or in `ITERATION_STARTED`) counts as not begun, so that a
+        resumed run does it again.
+        """
+        state_dict = self.state.state_dict()
+        under_way = self.state.iteration - self._iterations_done
+        state_dict["iteration"] -= under_way
+        state_dict["epoch_iteration"] -= under_way
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Have the next `run()` go on from where `state_dict` was taken.
+
+        Raises:
+            ValueError: a wrong, missing or unknown entry, named; the engine is unchanged.
+            RuntimeError: the engine is running.
+        """
+        self._refuse_while_running("load_state_dict()")
+        self.state.load_state_dict(state_dict)
+        self._iterations_done = self.state.iteration
+        self._is_resumed = True
+
+    # -- parts of a run --------------------------------------------------------------------------------------------
+
+    def _checked(self, data: Any, max_epochs: Any, max_iterations: Any, epoch_length: Any) -> Feed:
+        """The arguments of `run`, checked before anything is changed."""
+        self._refuse_while_running("run()")
+        if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+            raise TypeError(f"run() takes data that can be iterated over (a DataLoader, a list), but got {data!r}.")
+        if max_epochs is None and max_iterations is None:
+            raise ValueError("max_epochs=None runs without an end: pass max_iterations= as well.")
+        for name, value in (("max_epochs", max_epochs), ("max_iterations", max_iterations)):
+            if value is not None:
+                whole_number(name, value, least=1)
+        if epoch_length is not None:
+            epoch_length = whole_number("epoch_length", epoch_length, least=1)
+        feed = Feed(data, epoch_length)
+        if feed.length == 0:
+            self._refuse_no_batch(data)
+        return feed
+
+    def _begin(self, feed: Feed, max_epochs: int | None, max_iterations: int | None) -> None:
+        state = self.state
+        if not self._is_resumed:
+            state.epoch = state.iteration = state.epoch_iteration = state.epochs_completed = 0
+            self._iterations_done = 0
+        state.max_epochs = max_epochs
+        state.epoch_length = feed.length
+        state.dataloader = feed.data
+        # New dicts: who kept those of an earlier run keeps its values.
+        state.metrics, state.times = {}, {}
+        state.output = state.batch = state.exception = None
+        self._max_iterations = NEVER if max_iterations is None else max_iterations
+        self._stop_at = NEVER
+        self._is_terminated = self._is_epoch_terminated = False
+        self._fetch_started_offset = self._fetch_completed_offset = state.iteration
+        self._consumed_before = state.iteration
+        self._is_resumed = False
+        self._dispatcher.rewind()
+        self._is_running = True
+
+    def _is_data_over(self, feed: Feed, *, is_empty: bool) -> bool:
+        """The data ended before the epoch did: whether that ends the epoch, or it is to be iterated again.
+
+        Raises:
+            ValueError: there never was a batch. RuntimeError: there are none any more.
+        """
+        state = self.state
+        if is_empty and state.iteration == 0:
+            self._refuse_no_batch(feed.data)
+            return True
+        if feed.is_one_shot and (is_empty or feed.is_length_given):
+            raise RuntimeError(
+                f"The data ran dry in epoch {state.epoch} after {state.iteration} iterations: a one-shot iterator "
+                f"({type(feed.data).__qualname__}) cannot begin again. Pass something that can be iterated over more "
+                "than once (a list, a DataLoader), or epoch_length= and max_epochs= that it suffices for."
+            )
+        if is_empty and not self._may_be_empty():
+            raise RuntimeError(
+                f"The data gave no batch in epoch {state.epoch} after {state.iteration} iterations: "
+                f"iterating over this {type(feed.data).__qualname__} again must begin anew."
+            )
+        return is_empty or not feed.is_length_given
+
+    def _refuse_no_batch(self, data: object) -> None:
+        if not self._may_be_empty():
+            raise ValueError(
+                f"The data ({type(data).__qualname__}) gave no batch: there is nothing to run over. "
+                "Check the data set's size, and drop_last with a batch size above it."
+            )
+
+    def _may_be_empty(self) -> bool:
+        return self.distributed and world().size > 1
+
+    def _report(self, error: BaseException) -> None:
+        """Fire `EXCEPTION_RAISED`. What a handler of it raises must not hide `error`, nor keep others from running."""
+        self.state.exception = error
+        channel = self._dispatcher.channel(Events.EXCEPTION_RAISED)
+        for handler in channel.due_handlers(self, 1):
+            try:
+                handler(self)
+            except Exception as failure:
+                warnings.warn(
+                    f"Handler {describe(handler)} of EXCEPTION_RAISED failed itself with {failure!r}, "
+                    f"while handling {error!r}.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def _fire_event(self, event: Events) -> None:
+        self._fire(self._dispatcher.channel(event))
+
+    def _fire(self, channel: Channel) -> None:
+        if channel.event in _PER_ITERATION or channel.event in _PER_EPOCH:
+            channel.rewind()  # fired by hand, a count may come twice
+            count = self.state.iteration if channel.event in _PER_ITERATION else self.state.epoch + 1
+        else:
+            channel.count += 1
+            count = channel.count
+        channel.fire(self, count)
+
+    def _refuse_while_running(self, call: str) -> None:
+        if self._is_running:
+            raise RuntimeError(f"{call} was called while this engine is running: use a second Engine inside a handler.")

@@ -1,0 +1,151 @@
+"""Where a run stands: what handlers read, and what a checkpoint of an engine holds."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dengine.types import MetricValue
+
+__all__ = ["State"]
+
+# Written to and read from a checkpoint under these names; `True` where None is a value too.
+_POSITION = {
+    "epoch": False,
+    "iteration": False,
+    "epoch_iteration": False,
+    "epochs_completed": False,
+    "max_epochs": True,
+    "epoch_length": True,
+}
+
+
+class State:
+    """The state of one engine, as `engine.state`. Attributes of your own may be set on it freely.
+
+    Attributes:
+        epoch: the current epoch, 0-indexed; in `COMPLETED` handlers and after the run, the last epoch that ran.
+        iteration: iterations begun over the whole training: 1 during the first one, 0 before it.
+        epoch_iteration: the same, within the epoch.
+        epochs_completed: epochs whose end was reached: `epoch + 1` from `EPOCH_COMPLETED` on, `epoch` before it.
+        max_epochs, epoch_length: as given or found; None where unknown.
+        output: what the process function returned in the current (or last) iteration.
+        batch: of the current iteration; None outside an epoch, so that no batch outlives it.
+        dataloader: the data of the run.
+        metrics: values by name, as of the last epoch of this run that was completed.
+        times: seconds: "epoch" (the last finished one) and "run".
+        exception: what ended the run, from `EXCEPTION_RAISED` on until the next run; else None.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.iteration = 0
+        self.epoch_iteration = 0
+        self.epochs_completed = 0
+        self.max_epochs: int | None = None
+        self.epoch_length: int | None = None
+        self.output: Any = None
+        self.batch: Any = None
+        self.dataloader: Iterable[Any] | None = None
+        self.metrics: dict[str, MetricValue] = {}
+        self.times: dict[str, float] = {}
+        self.exception: BaseException | None = None
+        self._persisted: list[str] = []
+
+    def persist(self, *names: str) -> None:
+        """Make attributes of your own part of the engine's `state_dict()`.
+
+        Raises:
+            ValueError: a name that the engine itself uses.
+            TypeError: a name that is not a string.
+        """
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"persist() takes attribute names, but got {name!r}.")
+            if name in _OWN:
+                raise ValueError(f"state.{name} is the engine's own: persist() takes attributes that you set yourself.")
+        self._persisted.extend(name for name in dict.fromkeys(names) if name not in self._persisted)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and the persisted attributes: numbers, strings, lists and dicts only."""
+        return {
+            **{name: getattr(self, name) for name in _POSITION},
+            "persisted": {name: self._plain_attribute(name) for name in self._persisted},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a position and persisted attributes. Nothing is changed where anything is wrong.
+
+        Raises:
+            ValueError: a missing, unknown or wrong entry, named.
+        """
+        _check(state_dict)
+        for name in _POSITION:
+            setattr(self, name, state_dict[name])
+        for name, value in state_dict["persisted"].items():
+            setattr(self, name, value)
+        self.persist(*state_dict["persisted"])
+
+    def _plain_attribute(self, name: str) -> Any:
+        if not hasattr(self, name):
+            raise AttributeError(f"state.{name} was named in persist(), but is not set.")
+        value = getattr(self, name)
+        found = _not_plain(value)
+        if found is not None:
+            raise TypeError(
+                f"state.{name} is persisted, so it must be made of plain numbers, strings, lists and dicts, "
+                f"but it holds a {type(found).__module__}.{type(found).__qualname__}: convert it, e.g. with float()."
+            )
+        return value
+
+
+_OWN = frozenset(vars(State())) | frozenset(dir(State))
+
+
+def _check(state_dict: Mapping[str, Any]) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"An engine's state is a dict, but got a {type(state_dict).__qualname__}.")
+    wanted = {*_POSITION, "persisted"}
+    if missing := wanted - state_dict.keys():
+        raise ValueError(f"The engine's state lacks {_names(missing)}; it has {_names(state_dict.keys())}.")
+    if unknown := state_dict.keys() - wanted:
+        raise ValueError(f"The engine's state has unknown entries {_names(unknown)}; known are {_names(wanted)}.")
+    for name, may_be_none in _POSITION.items():
+        value = state_dict[name]
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not is_count and not (may_be_none and value is None):
+            raise ValueError(f"{name}={value!r} in the engine's state must be a whole number of at least 0.")
+    persisted = state_dict["persisted"]
+    if not isinstance(persisted, Mapping) or not all(isinstance(name, str) for name in persisted):
+        raise ValueError(f"persisted={persisted!r} in the engine's state must be a dict with string keys.")
+    if clash := persisted.keys() & _OWN:
+        raise ValueError(f"persisted in the engine's state names the engine's own {_names(clash)}.")
+    _check_order(state_dict)
+
+
+def _check_order(position: Mapping[str, Any]) -> None:
+    if position["epoch_iteration"] > position["iteration"]:
+        raise ValueError(
+            f"epoch_iteration={position['epoch_iteration']} in the engine's state is above "
+            f"iteration={position['iteration']}, of which it is a part."
+        )
+    if position["epochs_completed"] not in (position["epoch"], position["epoch"] + 1):
+        raise ValueError(
+            f"epochs_completed={position['epochs_completed']} in the engine's state must be epoch or epoch + 1, "
+            f"with epoch={position['epoch']}."
+        )
+
+
+def _names(names: Iterable[object]) -> str:
+    return ", ".join(sorted(repr(name) for name in names))
+
+
+def _not_plain(value: Any) -> Any:
+    """The first thing inside `value` that is no plain number, string, list, dict or None; else None."""
+    if value is None or type(value) in (bool, int, float, str):
+        return None
+    if type(value) is list:
+        parts: Iterable[Any] = value
+    elif type(value) is dict:
+        parts = (*value.keys(), *value.values())
+    else:
+        return value
+    return next((found for part in parts if (found := _not_plain(part)) is not None), None)

@@ -1,0 +1,168 @@
+"""The metrics of one engine: updated together, reduced together, each leaf once however often it is used."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dengine.distributed.collectives import refuse_on_rank_zero_alone
+from dengine.distributed.world import World, world
+from dengine.errors import NotComputableError
+from dengine.metrics.leaf import AnyMetric, MetricLike, is_torchmetrics, leaf_of
+from dengine.metrics.metric import Metric, OutputTransform
+from dengine.metrics.reduction import Item, Reduction
+from dengine.metrics.transform import prediction_and_target
+from dengine.types import MetricValue
+
+__all__ = ["AnyMetric", "MetricSet", "compute_all"]
+
+
+class MetricSet:
+    """Named metrics and, behind them, the leaves that hold states."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Any] = {}
+        self._leaves: dict[int, tuple[str, Any]] = {}  # by id: the name that it is known by, and the metric
+        self._transforms: dict[int, OutputTransform | None] = {}
+        self._reduction = Reduction()
+        # What an iteration runs, one call a leaf: compiled when a metric is added.
+        self.updates: tuple[Callable[[Any], None], ...] = ()
+
+    def add(self, name: str, metric: AnyMetric, output_transform: OutputTransform | None = None) -> None:
+        self._check(name, metric, output_transform)
+        self._add(name, metric, output_transform)
+
+    def add_all(self, metrics: Mapping[str, AnyMetric]) -> None:
+        for name, metric in metrics.items():
+            self._check(name, metric, None)
+        for name, metric in metrics.items():
+            self._add(name, metric, None)
+
+    def reset(self) -> None:
+        for _, leaf in self._leaves.values():
+            leaf.reset()
+
+    def update(self, output: Any) -> None:
+        with torch.no_grad():
+            for update in self.updates:
+                update(output)
+
+    def agree(self) -> None:
+        """Have the ranks compare their metrics. Collective. Cost: one object gather, once for a set of metrics."""
+        if not self._reduction.is_agreed and world().size > 1:
+            _, items = self._collect(is_alone=False)
+            self._reduction.agree(items)
+
+    def compute(self, *, distributed: bool) -> dict[str, MetricValue]:
+        """All values, over the samples of all ranks or, not `distributed`, over this rank's.
+
+        Collective where distributed, except in a run of one process. Cost: see `Reduction.reduce`.
+
+        Raises:
+            NotComputableError: nothing was seen; it names the metric. Alike on every rank.
+        """
+        if distributed and self._metrics:
+            refuse_on_rank_zero_alone(f"The reduction of the metrics {', '.join(self._metrics)}")
+        here = world() if distributed else World(device=world().device)
+        reduced = self._reduced(here)
+        values: dict[str, MetricValue] = {}
+        for name, metric in self._metrics.items():
+            values.update(_flat(name, _value(name, metric, reduced)))
+        return values
+
+    def _check(self, name: str, metric: Any, output_transform: OutputTransform | None) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"A metric's name must be a string, but got {name!r}.")
+        if isinstance(metric, type) or not isinstance(metric, MetricLike):
+            raise TypeError(f"Metric {name!r} must be an object with reset, update and compute, but is {metric!r}.")
+        if name in self._metrics:
+            raise ValueError(f"There is a metric named {name!r} already; the names are {', '.join(self._metrics)}.")
+        if output_transform is not None and getattr(metric, "has_own_transform", False):
+            raise ValueError(
+                f"Metric {name!r} has an output_transform of its own: give it in one place, there or in add_metric()."
+            )
+
+    def _add(self, name: str, metric: Any, output_transform: OutputTransform | None) -> None:
+        leaves = metric.leaves() if isinstance(metric, Metric) else (metric,)
+        for leaf in leaves:
+            if id(leaf) not in self._leaves:
+                self._leaves[id(leaf)] = (name, leaf)
+                self._transforms[id(leaf)] = output_transform or _own_transform(leaf)
+        self._metrics[name] = metric
+        self.updates = tuple(_update(leaf, self._transforms[key]) for key, (_, leaf) in self._leaves.items())
+
+    def _collect(self, *, is_alone: bool) -> tuple[list[tuple[int, Any, int]], list[Item]]:
+        """The items of all leaves, and which of them are whose: (leaf's id, leaf, number of items)."""
+        owners, items = [], []
+        for key, (name, metric) in self._leaves.items():
+            leaf = leaf_of(metric, name, is_alone=is_alone)
+            mine = leaf.items()
+            owners.append((key, leaf, len(mine)))
+            items += mine
+        return owners, items
+
+    def _reduced(self, here: World) -> dict[int, Any]:
+        """A metric with the reduced states for each leaf, by the leaf's id."""
+        try:
+            owners, items = self._collect(is_alone=here.size == 1)
+        except Exception as error:
+            if here.size > 1:
+                # The others wait in the all-reduce: they learn there that this rank has failed.
+                self._reduction.fail(repr(error), here)
+            raise
+        values = self._reduction.reduce(items, here)
+        reduced = {}
+        for key, leaf, count in owners:
+            reduced[key] = leaf.reduced(values[:count])
+            values = values[count:]
+        return reduced
+
+
+def compute_all(metrics: Mapping[str, AnyMetric]) -> dict[str, MetricValue]:
+    """The values of `metrics` over the samples of all ranks, as an engine computes them at the end of an epoch.
+
+    Collective: call on all ranks with the same names. Cost: one object gather, then as `Engine.add_metric`.
+
+    Raises:
+        NotComputableError: nothing was seen; it names the metric. MetricStateError: the ranks' metrics differ.
+    """
+    together = MetricSet()
+    together.add_all(metrics)
+    return together.compute(distributed=True)
+
+
+def _own_transform(metric: Any) -> OutputTransform | None:
+    if isinstance(metric, Metric):
+        return metric.transform
+    return prediction_and_target if is_torchmetrics(metric) else None
+
+
+def _update(metric: Any, transform: OutputTransform | None) -> Callable[[Any], None]:
+    if is_torchmetrics(metric):
+
+        def update_spread(output: Any) -> None:
+            arguments = transform(output) if transform is not None else output
+            metric.update(*arguments) if isinstance(arguments, (tuple, list)) else metric.update(arguments)
+
+        return update_spread
+    update: Callable[[Any], None] = metric.update
+    if transform is None:
+        return update
+    return lambda output: update(transform(output))
+
+
+def _value(name: str, metric: Any, reduced: Mapping[int, Any]) -> Any:
+    try:
+        return metric.evaluate(reduced) if isinstance(metric, Metric) else reduced[id(metric)].compute()
+    except NotComputableError as error:
+        raise NotComputableError(f"Metric {name!r} cannot be computed: {error}.") from None
+
+
+def _flat(name: str, value: Any) -> dict[str, MetricValue]:
+    """The entries of `state.metrics`: numbers as floats, larger tensors on the CPU, a mapping's values as `name/key`."""
+    if isinstance(value, Mapping):
+        return {key: one for part, inner in value.items() for key, one in _flat(f"{name}/{part}", inner).items()}
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return {name: value.item() if value.ndim == 0 else value}
+    return {name: float(value) if isinstance(value, (int, float)) else value}

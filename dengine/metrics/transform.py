@@ -1,0 +1,26 @@
+"""From a step's output to what a metric's `update` takes, where the user says nothing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["loss_value", "prediction_and_target"]
+
+_PREDICTION_KEYS = ("pred", "y_pred", "preds", "logits")
+_TARGET_KEYS = ("label", "labels", "y", "target", "targets")
+
+
+def prediction_and_target(output: Any) -> Any:
+    """The `(prediction, target)` pair of a mapping that has both; anything else as it is."""
+    if isinstance(output, Mapping):
+        prediction = next((key for key in _PREDICTION_KEYS if key in output), None)
+        target = next((key for key in _TARGET_KEYS if key in output), None)
+        if prediction is not None and target is not None:
+            return output[prediction], output[target]
+    return output
+
+
+def loss_value(output: Any) -> Any:
+    """The `"loss"` of a mapping that has one; anything else as it is."""
+    if isinstance(output, Mapping) and "loss" in output:
+        return output["loss"]
+    return output
