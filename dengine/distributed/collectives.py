@@ -22,6 +22,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "broadcast_tensors",
+    "from_rank_zero",
     "gather_bytes",
     "max_tensor",
     "rank_zero_first",
@@ -95,6 +96,29 @@ def rank_zero_first() -> Iterator[None]:
     if failure is not None:
         raise RemoteRankError(f"Rank 0 failed inside rank_zero_first(), so this rank stops too: {failure}", rank=0)
     yield
+
+
+def from_rank_zero(action: Callable[[], T], purpose: str) -> T:
+    """Rank 0's result of `action`, on every rank; where it fails, rank 0 raises its error and the others say so.
+
+    Collective: call on all ranks. The result must pickle. Cost: one object broadcast.
+
+    Raises:
+        RemoteRankError: on the other ranks, where `action` failed on rank 0; "Rank 0 could not {purpose}".
+    """
+    refuse_on_rank_zero_alone(f"To {purpose} on rank 0 for all ranks")
+    if world().rank != 0:
+        result, failure = broadcast_object((None, None))
+        if failure is not None:
+            raise RemoteRankError(f"Rank 0 could not {purpose}, so this rank stops too: {failure}", rank=0)
+        return result  # type: ignore[return-value]
+    try:
+        mine = action()
+    except Exception as error:
+        broadcast_object((None, repr(error)))
+        raise
+    broadcast_object((mine, None))
+    return mine
 
 
 def refuse_on_rank_zero_alone(collective: str) -> None:
@@ -272,5 +296,5 @@ def _alike(tensors: list[torch.Tensor]) -> dict[tuple[torch.dtype, torch.device]
 
 def _split(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
     """`flat` cut into pieces of the shapes of `like`, each with memory of its own."""
-    pieces = flat.split([tensor.numel() for tensor in like])
+    pieces = torch.split(flat, [tensor.numel() for tensor in like])
     return [piece.reshape(tensor.shape).clone() for piece, tensor in zip(pieces, like, strict=True)]

@@ -104,7 +104,7 @@ def _is_shuffled(loader: "DataLoader[Any]") -> bool:
         return sampler.shuffle  # type: ignore[attr-defined, no-any-return]
     raise TypeError(
         f"This loader has a sampler of its own ({type(sampler).__qualname__}), which cannot be cut into shards from "
-        "outside. Either build the loader with shuffle=True or False (a selection of samples: torch.utils.data.Subset), "
+        "outside. Either build the loader with shuffle=True or False (some samples only: torch.utils.data.Subset), "
         "or have the sampler give this rank's samples (see dengine.distributed.world()) and use the loader as it is."
     )
 
@@ -138,7 +138,7 @@ class _IterableShard(IterableDataset[Any]):
     """Every `size`-th run of `batch_size` samples of a stream, from the `rank`-th on.
 
     Ranks take turns by batch. In the last round, where the stream ends before everybody had a turn, the ranks left out
-    repeat a batch of that round, so that all take the same number of steps; with `exact` they have one fewer.
+    repeat its first batch, so that all take the same number of steps; with `exact` they have one fewer.
     """
 
     def __init__(
@@ -152,17 +152,23 @@ class _IterableShard(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         stream = iter(self._dataset)
         while True:
-            # One round is kept at a time: the last, incomplete one decides who repeats what.
-            turns = [list(islice(stream, self._batch_size)) for _ in range(self._size)]
-            taken = [turn for turn in turns if turn and (len(turn) == self._batch_size or not self._drop_last)]
-            if len(taken) == self._size:
-                yield from taken[self._rank]
-                continue
-            if self._rank < len(taken) and not (self._drop_last and not self._exact):
-                yield from taken[self._rank]
-            elif taken and not self._exact and not self._drop_last:
-                yield from taken[self._rank % len(taken)]
-            return
+            first, mine, is_whole = self._round(stream)
+            if is_whole or not self._drop_last:
+                yield from mine if mine or self._exact else first
+            if not is_whole:
+                return
+
+    def _round(self, stream: Iterator[Any]) -> tuple[list[Any], list[Any], bool]:
+        """The first turn of the next round, this rank's turn, and whether everybody had a whole one."""
+        first: list[Any] = []
+        mine: list[Any] = []
+        for rank in range(self._size):
+            turn = list(islice(stream, self._batch_size))
+            first = turn if rank == 0 else first
+            mine = turn if rank == self._rank else mine
+            if len(turn) < self._batch_size:
+                return first, mine, False
+        return first, mine, True
 
     def set_epoch(self, epoch: int) -> None:
         """Pass it on to a data set that shuffles by epoch."""

@@ -11,7 +11,10 @@ import numpy.typing as npt
 
 __all__ = ["Permutation"]
 
-_ROUNDS = 6
+# Enough for positions, neighbours and distances to be distributed as in a random permutation: few numbers have few
+# bits to mix, and need more.
+_ROUNDS, _ROUNDS_OF_FEW = 5, 10
+_FEW_BITS = 6
 
 
 class Permutation:
@@ -23,10 +26,11 @@ class Permutation:
         # 32-bit arithmetic is twice as fast, and enough for four thousand million samples.
         self._dtype = np.dtype(np.uint32 if self._bits <= 32 else np.uint64)
         generator = np.random.Generator(np.random.PCG64([seed & (2**64 - 1), epoch]))
-        keys = generator.integers(0, 2**self._bits, size=(_ROUNDS, 2), dtype=np.uint64, endpoint=False)
+        num_rounds = _ROUNDS if self._bits > _FEW_BITS else _ROUNDS_OF_FEW
+        keys = generator.integers(0, 2**self._bits, size=(num_rounds, 2), dtype=np.uint64, endpoint=False)
         self._rounds = [
             (self._dtype.type(multiplier | 1), self._dtype.type(summand), self._dtype.type(shift))
-            for (multiplier, summand), shift in zip(keys.tolist(), self._shifts(), strict=True)
+            for (multiplier, summand), shift in zip(keys.tolist(), self._shifts(num_rounds), strict=True)
         ]
         self._mask = self._dtype.type(2**self._bits - 1)
 
@@ -47,8 +51,8 @@ class Permutation:
             numbers ^= numbers >> shift  # brings the well mixed high bits down
         return numbers
 
-    def _shifts(self) -> Iterator[int]:
+    def _shifts(self, num_rounds: int) -> Iterator[int]:
         """Half the bits and around it, by turns: one shift alone leaves patterns."""
         half = (self._bits + 1) // 2
-        for turn in range(_ROUNDS):
+        for turn in range(num_rounds):
             yield max(1, half + (0, -1, 1)[turn % 3]) if self._bits > 2 else 1

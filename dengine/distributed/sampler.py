@@ -119,10 +119,8 @@ class ElasticSampler(DistributedSampler[int]):
         if is_rest.any():
             share, extra = divmod(left, self.num_replicas)
             # The rest of the epoch: each rank one run again; the first `extra` runs are longer by one.
-            if self.exact:
-                offset = self.rank * share + min(self.rank, extra)
-            else:
-                offset = self.rank * (share + (extra > 0))
+            longer_before = min(self.rank, extra) if self.exact else self.rank * (extra > 0)
+            offset = self.rank * share + longer_before
             rest = size - left + offset + (mine - num_full * self.batch_size)
             positions = np.where(is_rest, rest % size, positions)
         return positions

@@ -1,7 +1,7 @@
 """Who this process is among the others. A lone process is a world of one, and runs the same code."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     node_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = "none"
     launcher: str = "single"
 

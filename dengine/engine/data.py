@@ -77,9 +77,15 @@ def _wound(iterator: Iterator[Any], num_batches: int) -> Iterator[Any]:
 
 
 def _parts(data: Any) -> list[Any]:
-    """The data itself and its samplers, each once: whatever may have a `set_epoch`."""
+    """The data, its data set and its samplers, each once: whatever may have a `set_epoch`."""
     batch_sampler = getattr(data, "batch_sampler", None)
-    parts = (data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    parts = (
+        data,
+        getattr(data, "dataset", None),  # an iterable data set that shuffles by epoch
+        getattr(data, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
     return list({id(part): part for part in parts if part is not None}.values())
 
 

@@ -1,0 +1,88 @@
+"""Ends the training when a score has not improved for a while."""
+
+from collections.abc import Callable
+from typing import Any
+
+from dengine.checks import whole_number
+from dengine.distributed.collectives import from_rank_zero
+from dengine.engine import Engine
+
+__all__ = ["EarlyStopping"]
+
+
+class EarlyStopping:
+    """Terminates `trainer` once `score_function` (higher is better) has not improved in `patience` calls in a row.
+
+    Attach it on every rank, to the engine whose metrics the score reads: `evaluator.on(Events.EPOCH_COMPLETED, stop)`.
+    Rank 0 decides, and all ranks stop. Collective where the engine is. Cost: one small object broadcast a call.
+
+    Args:
+        patience: calls without an improvement after which the training ends.
+        score_function: `score_function(engine) -> float`, asked on rank 0. NaN is no improvement.
+        trainer: the engine to terminate.
+        min_delta: an improvement must be larger than this.
+        cumulative_delta: measure `min_delta` from the score of the last improvement; otherwise from the best score
+            so far, which small improvements raise too.
+
+    Example:
+        >>> from dengine import Engine, Events
+        >>> trainer = Engine(lambda engine, batch: batch)
+        >>> scores = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+        >>> stop = EarlyStopping(patience=2, score_function=lambda engine: next(scores), trainer=trainer)
+        >>> handle = trainer.on(Events.EPOCH_COMPLETED, stop)
+        >>> trainer.run([0], max_epochs=5).epoch
+        3
+    """
+
+    def __init__(
+        self,
+        patience: int,
+        score_function: Callable[[Engine], float],
+        trainer: Engine,
+        min_delta: float = 0.0,
+        cumulative_delta: bool = False,
+    ) -> None:
+        self._patience = whole_number("patience", patience, least=1)
+        if not callable(score_function):
+            raise TypeError(f"score_function={score_function!r} must be callable, as score_function(engine) -> float.")
+        if not isinstance(trainer, Engine):
+            raise TypeError(f"trainer={trainer!r} must be the Engine to stop.")
+        if not min_delta >= 0:
+            raise ValueError(f"min_delta={min_delta} must be at least 0: an improvement is a higher score.")
+        self._score_function = score_function
+        self._trainer = trainer
+        self._min_delta = float(min_delta)
+        self._is_cumulative = cumulative_delta
+        self._best: float | None = None
+        self._num_calls_without_improvement = 0
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.distributed:
+            score = from_rank_zero(lambda: float(self._score_function(engine)), "compute the score for early stopping")
+        else:
+            score = float(self._score_function(engine))
+        if self._has_improved(score):
+            self._num_calls_without_improvement = 0
+            return
+        self._num_calls_without_improvement += 1
+        if self._num_calls_without_improvement >= self._patience:
+            self._trainer.terminate()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "num_calls_without_improvement": self._num_calls_without_improvement}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises: ValueError, where an entry is missing; nothing is changed then."""
+        if missing := {"best", "num_calls_without_improvement"} - state_dict.keys():
+            raise ValueError(f"The state of EarlyStopping lacks {', '.join(sorted(missing))}.")
+        self._best = state_dict["best"]
+        self._num_calls_without_improvement = state_dict["num_calls_without_improvement"]
+
+    def _has_improved(self, score: float) -> bool:
+        """Compare with the best, and take the score over where it is to be measured from now on."""
+        if score != score:
+            return False
+        has_improved = self._best is None or score > self._best + self._min_delta
+        if self._best is None or has_improved or (score > self._best and not self._is_cumulative):
+            self._best = score
+        return has_improved

@@ -1,0 +1,154 @@
+"""Shows how far a run is, on rank 0."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dengine.distributed import world
+from dengine.engine import Engine, Events
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+__all__ = ["ProgressBar"]
+
+_REDRAW_S = 0.1
+
+
+class ProgressBar:
+    """A bar an epoch: `Epoch [1/10]: 100%|███| 1000/1000 [01:23<00:00, 12.01it/s, loss=0.345]`, by tqdm.
+
+    Rank 0 draws; on the other ranks `attach` does nothing. In a terminal and in a notebook the bar moves; where output
+    goes into a file, an epoch is one line, written when it ends. Values on a GPU are read only when they are drawn, at
+    most ten times a second.
+
+    Args:
+        persist: leave the bars of finished epochs standing; without it the next epoch's takes their place.
+        desc: shown instead of "Epoch".
+    """
+
+    def __init__(self, persist: bool = False, desc: str | None = None) -> None:
+        self._persist = persist
+        self._desc = desc or "Epoch"
+        self._bar: tqdm[Any] | None = None
+        self._drawn_s = 0.0
+        self._started_s = 0.0
+        self._first_iteration = 0
+        self._metric_names: Sequence[str] = ()
+        self._output_transform: Callable[[Any], Any] | None = None
+
+    def attach(
+        self,
+        engine: Engine,
+        metric_names: Sequence[str] | None = None,
+        output_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Show the run of `engine`.
+
+        Args:
+            metric_names: values to show, by name: of `state.metrics`, or of the mapping that `output_transform` gives.
+            output_transform: turns the step's output into a number, or a mapping of names to numbers, to be shown;
+                of a mapping, what is no number is left out.
+
+        Raises:
+            TypeError: `metric_names` is a string rather than a list of them.
+            KeyError: (at the end of the first epoch) there is no value of such a name; it lists those there are.
+        """
+        if isinstance(metric_names, str):
+            raise TypeError(f"metric_names={metric_names!r} must be a list of names: [{metric_names!r}].")
+        if world().rank != 0:
+            return
+        self._metric_names = tuple(metric_names or ())
+        self._output_transform = output_transform
+        engine.on(Events.STARTED | Events.EPOCH_STARTED, self._begin, priority=1000)
+        # At the end of an iteration after the other handlers; at the end of an epoch before them, so that what they
+        # print stands below the bar.
+        engine.on(Events.ITERATION_COMPLETED, self._advance, priority=-1000)
+        engine.on(Events.EPOCH_COMPLETED, self._finish, priority=1000)
+        engine.on(Events.COMPLETED | Events.EXCEPTION_RAISED, self._close, priority=1000)
+
+    def _begin(self, engine: Engine) -> None:
+        self._started_s = time.time()
+        self._first_iteration = engine.state.epoch_iteration  # not 0 where a run was resumed within an epoch
+
+    def _advance(self, engine: Engine) -> None:
+        now_s = time.monotonic()
+        if now_s - self._drawn_s < _REDRAW_S:
+            return
+        self._drawn_s = now_s
+        if _is_interactive():
+            self._draw(engine)
+
+    def _finish(self, engine: Engine) -> None:
+        have = {**engine.state.metrics, **self._output_values(engine)}
+        if missing := [name for name in self._metric_names if name not in have]:
+            raise KeyError(
+                f"The progress bar was asked to show {', '.join(map(repr, missing))}, but there is "
+                f"{', '.join(map(repr, have)) or 'no value'}."
+            )
+        if _is_interactive():
+            self._draw(engine)
+            self._close(engine)
+        else:
+            print(self._line(engine), file=sys.stderr, flush=True)
+
+    def _close(self, engine: Engine) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._drawn_s = 0.0
+
+    def _draw(self, engine: Engine) -> None:
+        if self._bar is None:
+            from tqdm.auto import tqdm  # a terminal's bar, or a notebook's
+
+            self._bar = tqdm(desc=self._title(engine), initial=self._first_iteration, leave=self._persist)
+            self._bar.start_t = self._started_s  # not now: the first iteration is behind us
+        self._bar.n = engine.state.epoch_iteration
+        self._bar.total = engine.state.epoch_length
+        self._bar.set_postfix_str(self._shown_values(engine), refresh=False)
+        self._bar.refresh()
+
+    def _line(self, engine: Engine) -> str:
+        from tqdm import tqdm
+
+        return tqdm.format_meter(
+            engine.state.epoch_iteration,
+            engine.state.epoch_length or engine.state.epoch_iteration,
+            time.time() - self._started_s,
+            initial=self._first_iteration,
+            prefix=self._title(engine),
+            postfix=self._shown_values(engine),
+            ncols=100,
+        )
+
+    def _title(self, engine: Engine) -> str:
+        state = engine.state
+        number = state.epoch + 1
+        return f"{self._desc} [{number}]" if state.max_epochs is None else f"{self._desc} [{number}/{state.max_epochs}]"
+
+    def _shown_values(self, engine: Engine) -> str:
+        """What stands behind the bar; here, and nowhere else, a value is read from a device."""
+        values = self._output_values(engine)
+        if self._metric_names:
+            have = {**engine.state.metrics, **values}
+            values = {name: have[name] for name in self._metric_names if name in have}
+        return ", ".join(f"{name}={float(value):.4g}" for name, value in values.items() if _is_number(value))
+
+    def _output_values(self, engine: Engine) -> dict[str, Any]:
+        if self._output_transform is None:
+            return {}
+        shown = self._output_transform(engine.state.output)
+        return dict(shown) if isinstance(shown, Mapping) else {"output": shown}
+
+
+def _is_interactive() -> bool:
+    """Whether what is drawn can be drawn over: a terminal or a notebook, but no file."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
