@@ -227,9 +227,9 @@ def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torc
         return [mine] * len(sizes)
     padded = mine.new_zeros(longest)
     padded[: mine.numel()] = mine
-    gathered = mine.new_empty(len(sizes) * longest)
-    dist.all_gather_into_tensor(gathered, padded)
-    return [row[:size] for row, size in zip(gathered.view(len(sizes), longest), sizes, strict=True)]
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return [row[:size] for row, size in zip(gathered, sizes, strict=True)]
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------
