@@ -49,6 +49,7 @@ class MetricSet:
 
     def agree(self) -> None:
         """Have the ranks compare their metrics. Collective. Cost: one object gather, once for a set of metrics."""
+        refuse_on_rank_zero_alone("A run of an Engine")
         if not self._reduction.is_agreed and world().size > 1:
             _, items = self._collect(is_alone=False)
             self._reduction.agree(items)
