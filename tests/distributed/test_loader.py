@@ -123,7 +123,9 @@ def test_an_indivisible_global_batch_names_the_nearest_sizes(monkeypatch: pytest
     assert prepare_data_loader(DataLoader(NUMBERS), global_batch_size=12).batch_size == 4
 
 
-def stream_shards(size: int, num_ranks: int, batch_size: int, *, exact: bool, drop_last: bool = False) -> list[list[int]]:
+def stream_shards(
+    size: int, num_ranks: int, batch_size: int, *, exact: bool, drop_last: bool = False
+) -> list[list[int]]:
     return [
         list(_IterableShard(Stream(size), batch_size, World(rank=rank, size=num_ranks), exact, drop_last))
         for rank in range(num_ranks)

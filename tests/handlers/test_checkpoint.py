@@ -1,0 +1,191 @@
+"""What stands in the folder after each call, and after a call that failed."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dengine import Engine, Events
+from dengine.errors import CheckpointError
+from dengine.handlers import Checkpoint
+
+
+class Unsavable:
+    def state_dict(self) -> dict[str, Any]:
+        return {"function": lambda: None}  # does not pickle
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def saved_by(checkpoint: Checkpoint, num_epochs: int, scores: list[float] | None = None) -> Engine:
+    trainer = Engine(lambda engine, batch: batch)
+    if scores is not None:
+        trainer.on(Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(s=scores[engine.state.epoch]))
+    trainer.on(Events.EPOCH_COMPLETED, checkpoint)
+    trainer.run([0, 1], max_epochs=num_epochs)
+    return trainer
+
+
+def best_of(folder: Path, n_saved: int, **options: Any) -> Checkpoint:
+    return Checkpoint(
+        {"model": nn.Linear(1, 1)}, folder, "best", n_saved, lambda engine: engine.state.metrics["s"], **options
+    )
+
+
+def test_the_newest_n_are_kept_and_nothing_else_is_left(tmp_path: Path) -> None:
+    checkpoint = Checkpoint({"model": nn.Linear(1, 1)}, tmp_path / "new" / "folder", n_saved=2)
+    saved_by(checkpoint, 4)
+    assert names(tmp_path / "new" / "folder") == ["checkpoint_6.pt", "checkpoint_8.pt"]
+    assert checkpoint.last_path == tmp_path / "new" / "folder" / "checkpoint_8.pt"
+    assert [one.step for one in checkpoint.saved] == [6, 8]
+
+
+def test_the_best_n_are_kept_by_score_with_the_score_in_the_name(tmp_path: Path) -> None:
+    checkpoint = best_of(tmp_path, 2, score_name="acc")
+    saved_by(checkpoint, 5, [0.5, 0.25, 0.75, 0.5, 0.123456])
+    assert names(tmp_path) == ["best_2_acc=0.5000.pt", "best_6_acc=0.7500.pt"]
+
+
+@pytest.mark.parametrize("scores", [[float("nan")] * 2 + [0.1], [0.1, float("nan"), float("nan")]])
+def test_nan_is_never_best(tmp_path: Path, scores: list[float]) -> None:
+    checkpoint = best_of(tmp_path, 1)
+    saved_by(checkpoint, 3, scores)
+    assert [one.score for one in checkpoint.saved] == [0.1]
+    assert len(names(tmp_path)) == 1
+
+
+def test_torch_load_reads_it_without_running_a_pickle(tmp_path: Path) -> None:
+    model, trainer = nn.Linear(2, 3), Engine(lambda engine, batch: batch)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    checkpoint = Checkpoint({"model": model, "optimizer": optimizer, "trainer": trainer}, tmp_path)
+    trainer.on(Events.ITERATION_COMPLETED(once=3), checkpoint)
+    trainer.run([0, 1], max_epochs=2)
+    loaded = torch.load(tmp_path / "checkpoint_3.pt", weights_only=True)
+    assert loaded.keys() == {"model", "optimizer", "trainer", "dengine"}
+    assert torch.equal(loaded["model"]["weight"], model.weight)
+    assert loaded["dengine"]["world_size"] == 1
+    resumed = Engine(lambda engine, batch: batch)
+    resumed.load_state_dict(loaded["trainer"])
+    seen: list[int] = []
+    resumed.on(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.output))
+    resumed.run([0, 1], max_epochs=2)
+    assert seen == [1]
+
+
+def test_a_compiled_model_is_saved_without_its_wrapper(tmp_path: Path) -> None:
+    checkpoint = Checkpoint({"model": torch.compile(nn.Linear(1, 1))}, tmp_path)
+    saved_by(checkpoint, 1)
+    assert torch.load(tmp_path / "checkpoint_2.pt")["model"].keys() == {"weight", "bias"}
+
+
+def test_the_step_is_what_the_transform_gives_for_the_event(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def step(engine: Engine, event: Any) -> int:
+        seen.append(event)
+        return engine.state.epoch + 100
+
+    saved_by(Checkpoint({"model": nn.Linear(1, 1)}, tmp_path, "c", 5, global_step_transform=step), 2)
+    assert names(tmp_path) == ["c_100.pt", "c_101.pt"]
+    assert seen == [Events.EPOCH_COMPLETED] * 2
+
+
+def test_checkpoints_in_one_folder_prune_only_their_own(tmp_path: Path) -> None:
+    trainer = Engine(lambda engine, batch: batch)
+    model = nn.Linear(1, 1)
+    trainer.on(Events.EPOCH_COMPLETED, Checkpoint({"model": model}, tmp_path, "best"))
+    score = Checkpoint({"model": model}, tmp_path, "best", score_function=lambda e: -e.state.epoch, score_name="s")
+    trainer.on(Events.EPOCH_COMPLETED, score)
+    trainer.run([0], max_epochs=3)
+    assert names(tmp_path) == ["best_1_s=0.0000.pt", "best_3.pt"]
+
+
+def test_a_step_saved_twice_is_one_file(tmp_path: Path) -> None:
+    checkpoint = Checkpoint({"model": nn.Linear(1, 1)}, tmp_path, n_saved=2)
+    trainer = Engine(lambda engine, batch: batch)
+    trainer.on(Events.EPOCH_COMPLETED | Events.COMPLETED, checkpoint)
+    trainer.run([0], max_epochs=2)
+    assert names(tmp_path) == ["checkpoint_1.pt", "checkpoint_2.pt"]
+
+
+def test_a_save_that_fails_leaves_everything_as_it_was_and_says_why(tmp_path: Path) -> None:
+    objects: dict[str, Any] = {"model": nn.Linear(1, 1), "other": nn.Linear(1, 1)}
+    checkpoint = Checkpoint(objects, tmp_path)
+    saved_by(checkpoint, 1)
+    before = (tmp_path / "checkpoint_2.pt").read_bytes()
+    checkpoint._objects["other"] = Unsavable()
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint_2\.pt could not be saved, and nothing was changed: .*lambda"
+    ):
+        saved_by(checkpoint, 2)
+    assert names(tmp_path) == ["checkpoint_2.pt"]
+    assert (tmp_path / "checkpoint_2.pt").read_bytes() == before
+    assert checkpoint.last_path == tmp_path / "checkpoint_2.pt"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_in_the_middle_keeps_the_last_good_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    checkpoint = Checkpoint({"model": nn.Linear(1, 1)}, tmp_path)
+    saved_by(checkpoint, 1)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    trainer = Engine(lambda engine, batch: batch)
+    trainer.on(Events.ITERATION_COMPLETED(once=5), checkpoint)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        trainer.run(range(9))
+    assert [name for name in names(tmp_path) if name.endswith(".pt")] == ["checkpoint_2.pt"]
+    assert [one.step for one in checkpoint.saved] == [2]
+
+
+def test_the_old_file_goes_only_after_the_new_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    for name in ("fsync", "replace", "unlink"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, real=real, **kw: (log.append(name), real(*args, **kw))[1]
+        )
+    saved_by(Checkpoint({"model": nn.Linear(1, 1)}, tmp_path), 2)
+    assert log == ["fsync", "replace", "fsync", "fsync", "replace", "fsync", "unlink"]
+
+
+def test_a_file_of_a_failing_score_function_is_the_users_own_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="s"):
+        saved_by(best_of(tmp_path, 1), 1)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (({},), {}, ValueError, "at least one object"),
+        ((["model"],), {}, TypeError, "takes a dict such as"),
+        (({"model": 3},), {}, TypeError, "'model' cannot be saved: a int has no state_dict()"),
+        (({"dengine": nn.Linear(1, 1)},), {}, ValueError, "reserved"),
+        (({1: nn.Linear(1, 1)},), {}, TypeError, "must be strings"),
+        (({"m": nn.Linear(1, 1)},), {"n_saved": 0}, ValueError, "n_saved=0 must be at least 1"),
+        (({"m": nn.Linear(1, 1)},), {"score_name": "acc"}, ValueError, "no score_function"),
+        (({"m": nn.Linear(1, 1)},), {"filename_prefix": "a/b"}, ValueError, "'a/b' becomes part of a file's name"),
+    ],
+)
+def test_wrong_arguments_are_named_at_once(
+    tmp_path: Path, arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        Checkpoint(*arguments, tmp_path / "never made", **options)
+    assert names(tmp_path) == []

@@ -1,0 +1,81 @@
+"""At which call the training ends, from a table of scores."""
+
+from typing import Any
+
+import pytest
+
+from dengine import Engine, Events
+from dengine.handlers import EarlyStopping
+
+NAN = float("nan")
+
+
+def last_epoch(scores: list[float], **options: Any) -> int:
+    trainer = Engine(lambda engine, batch: batch)
+    stop = EarlyStopping(score_function=lambda engine: scores[engine.state.epoch], trainer=trainer, **options)
+    trainer.on(Events.EPOCH_COMPLETED, stop)
+    return trainer.run([0], max_epochs=len(scores)).epoch
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "epoch"),
+    [
+        ([1, 2, 3, 4], {"patience": 1}, 3),
+        ([1, 1, 5], {"patience": 1}, 1),
+        ([1, 0, 2, 1, 1, 9], {"patience": 2}, 4),
+        ([5, 4, 3, 2], {"patience": 3}, 3),
+        # Small steps up: each is below min_delta of the best so far, or together above that of the last improvement.
+        ([1.0, 1.06, 1.12, 1.18], {"patience": 2, "min_delta": 0.1}, 2),
+        ([1.0, 1.06, 1.12, 1.18], {"patience": 2, "min_delta": 0.1, "cumulative_delta": True}, 3),
+        ([1.0, 1.1, 9.0], {"patience": 1, "min_delta": 0.1}, 2),  # 1.1 > 1.0 + 0.1 only by rounding: see below
+        ([NAN, NAN, 1], {"patience": 2}, 1),
+        ([1, NAN, 2, 3], {"patience": 2}, 3),
+        ([NAN, 1, 2], {"patience": 2}, 2),
+        ([float("-inf"), 1, 2], {"patience": 1}, 2),
+    ],
+)
+def test_the_training_ends_after_patience_calls_without_an_improvement(
+    scores: list[float], options: dict[str, Any], epoch: int
+) -> None:
+    if scores[:2] == [1.0, 1.1]:
+        epoch = 2 if scores[1] > scores[0] + 0.1 else 1
+    assert last_epoch(scores, **options) == epoch
+
+
+def test_it_stops_another_engine_than_the_one_it_watches() -> None:
+    trainer = Engine(lambda engine, batch: batch)
+    evaluator = Engine(lambda engine, batch: batch)
+    evaluator.on(Events.EPOCH_COMPLETED, EarlyStopping(2, lambda engine: 0.0, trainer))
+    trainer.on(Events.EPOCH_COMPLETED, lambda engine: evaluator.run([1, 2]) and None)
+    assert trainer.run([0], max_epochs=10).epoch == 2
+    assert evaluator.run([1, 2]).epochs_completed == 1
+
+
+def test_its_state_goes_on_counting() -> None:
+    scores = [3, 2, 1, 0]
+    trainer = Engine(lambda engine, batch: batch)
+    first = EarlyStopping(3, lambda engine: scores[engine.state.epoch], trainer)
+    trainer.on(Events.EPOCH_COMPLETED, first)
+    trainer.run([0], max_epochs=3)
+    second_trainer = Engine(lambda engine, batch: batch)
+    second = EarlyStopping(3, lambda engine: 2.5, second_trainer)
+    second.load_state_dict(first.state_dict())
+    second_trainer.on(Events.EPOCH_COMPLETED, second)
+    assert second_trainer.run([0], max_epochs=5).epoch == 0
+    with pytest.raises(ValueError, match="lacks best"):
+        second.load_state_dict({"num_calls_without_improvement": 0})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"patience": 0}, ValueError, "patience=0 must be at least 1"),
+        ({"score_function": 0.5}, TypeError, "score_function=0.5 must be callable"),
+        ({"trainer": None}, TypeError, "trainer=None must be the Engine"),
+        ({"min_delta": -1}, ValueError, "min_delta=-1 must be at least 0"),
+    ],
+)
+def test_wrong_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    right = {"patience": 1, "score_function": lambda engine: 0.0, "trainer": Engine(lambda engine, batch: batch)}
+    with pytest.raises(error, match=message):
+        EarlyStopping(**{**right, **options})  # type: ignore[arg-type]
