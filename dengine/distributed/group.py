@@ -1,6 +1,7 @@
 """Opening and leaving the process group: the same `with` under torchrun, srun and plain python."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dengine.distributed.collectives import barrier
+from dengine.distributed.control import Control
 from dengine.distributed.launch import Launch, find_launch
 from dengine.distributed.world import World, default_device, enter, external_world, leave
 from dengine.errors import LaunchError
@@ -43,13 +45,16 @@ def process_group(backend: str = "auto", timeout: float = 1800.0) -> Iterator[Wo
         opened = external_world() if is_external else World(device=default_device(0))
     else:
         opened = _join(launch, backend, timeout)
-    enter(opened)
+    control = None if launch is None or launch.size == 1 else _control(launch, opened)
+    enter(opened, control)
     try:
         yield opened
         if launch is not None:
             barrier("leave process_group")
     finally:
         leave()
+        if control is not None:
+            control.close()
         if launch is not None:
             dist.destroy_process_group()
 
@@ -78,6 +83,13 @@ def _join(launch: Launch, backend: str, timeout_s: float) -> World:
         backend=backend,
         launcher=launch.launcher,
     )
+
+
+def _control(launch: Launch, here: World) -> Control:
+    # A name of its own for each group: an agent's store outlives it, and keeps what an earlier one has said.
+    holder = [uuid.uuid4().hex]
+    dist.broadcast_object_list(holder, src=0)
+    return Control(launch.master_addr, launch.master_port, f"dengine/{holder[0]}", here)
 
 
 def _own_device(launch: Launch) -> torch.device:

@@ -93,7 +93,8 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     buffers = list(bare.buffers())
     own = [buffer.detach().clone() for buffer in buffers] if world().rank != 0 else []
     broadcast_tensors(buffers)
-    bare.eval()
+    for module in (model, bare):  # the wrapper has a mode of its own
+        module.eval()
     try:
         yield bare
     finally:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-__all__ = ["World", "enter", "leave", "world"]
+__all__ = ["World", "control", "default_device", "enter", "external_world", "leave", "world"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class World:
     launcher: str = "single"
 
 
-# The one global of the package: the world that `process_group()` opened, if any.
-_entered: list[World] = []
+# The one global of the package: the worlds that `process_group()` opened, and how their ranks leave together.
+_entered: list[tuple[World, object]] = []
 
 
 def world() -> World:
@@ -38,7 +38,7 @@ def world() -> World:
     else it is a world of one.
     """
     if _entered:
-        return _entered[-1]
+        return _entered[-1][0]
     if dist.is_available() and dist.is_initialized():
         return external_world()
     return World(device=default_device(0))
@@ -71,8 +71,13 @@ def default_device(local_rank: int) -> torch.device:
     return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
 
 
-def enter(opened: World) -> None:
-    _entered.append(opened)
+def control() -> object:
+    """The `Control` of the world that was opened; None in a world of one, or of a group that somebody else made."""
+    return _entered[-1][1] if _entered else None
+
+
+def enter(opened: World, control: object) -> None:
+    _entered.append((opened, control))
 
 
 def leave() -> None:

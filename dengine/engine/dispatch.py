@@ -88,7 +88,7 @@ class Channel:
             subscription.due = 0
         self.due = 0 if self.subscriptions else NEVER
 
-    def fire(self, engine: "Engine", count: int) -> None:
+    def fire(self, engine: Engine, count: int) -> None:
         """Call everybody who is due at `count`. Who is called is settled before the first call."""
         outer, engine.firing = engine.firing, self.event
         try:
@@ -97,7 +97,7 @@ class Channel:
         finally:
             engine.firing = outer
 
-    def due_handlers(self, engine: "Engine", count: int) -> Iterator[Handler]:
+    def due_handlers(self, engine: Engine, count: int) -> Iterator[Handler]:
         """Those who are due at `count`; a `filter` is asked when its handler's turn has come."""
         for subscription in self._ready(count):
             if subscription.filter is None or subscription.filter(engine, count):

@@ -26,10 +26,10 @@ Subscribable: TypeAlias = "Enum | str | FilteredEvent | EventsList"
 class _Joins:
     """`a | b`: one subscription to both."""
 
-    def __or__(self, other: Subscribable) -> "EventsList":
+    def __or__(self, other: Subscribable) -> EventsList:
         return EventsList((*event_parts(self), *event_parts(other)))
 
-    def __ror__(self, other: Subscribable) -> "EventsList":
+    def __ror__(self, other: Subscribable) -> EventsList:
         return EventsList((*event_parts(other), *event_parts(self)))
 
 
@@ -54,7 +54,7 @@ class EventEnum(_Joins, Enum):
         after: int | None = None,
         before: int | None = None,
         filter: CountFilter | None = None,
-    ) -> "FilteredEvent":
+    ) -> FilteredEvent:
         """This event at some of its counts only; see `filtered`."""
         return filtered(self, every=every, once=once, after=after, before=before, filter=filter)
 

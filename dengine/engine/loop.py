@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 from dengine.checks import whole_number
 from dengine.distributed import rank_zero_only as only_on_rank_zero
 from dengine.distributed import world
+from dengine.distributed.control import END, Run, begin_run, place
 from dengine.engine.data import Feed
 from dengine.engine.dispatch import (
     NEVER,
@@ -22,7 +23,7 @@ from dengine.engine.dispatch import (
     check_handler,
     describe,
 )
-from dengine.engine.events import AnyEvent, Events, FilteredEvent, Subscribable, event_parts
+from dengine.engine.events import AnyEvent, Events, Subscribable, event_parts
 from dengine.engine.state import State
 from dengine.metrics.metric import OutputTransform
 from dengine.metrics.metric_set import AnyMetric, MetricSet
@@ -77,10 +78,9 @@ class Engine:
                 Events.ITERATION_COMPLETED,
             )
         )
-        self._is_running = False
         self._is_resumed = False
         self._is_terminated = False
-        self._is_epoch_terminated = False
+        self._run: Run | None = None  # the run under way, as the ranks agree about it
         self._max_iterations = NEVER
         self._iterations_done = 0  # state.iteration counts one that is still under way
         # The loop leaves the epoch where `iteration >= _stop_at`, whoever wants it to: one comparison for all.
@@ -241,18 +241,31 @@ class Engine:
         finally:
             self.state.times["run"] = time.perf_counter() - started_s
             self.state.batch = None
-            self._is_running = False
+            self._current_run().end()
+            self._run = None
         return self.state
 
+    # -- leaving a run ---------------------------------------------------------------------------------------------
+
     def terminate(self) -> None:
-        """Leave the run after the current iteration. Without a run it does nothing."""
-        self._is_terminated = True
-        self._stop_at = 0
+        """Leave the run after the current iteration, on every rank at the same one. Without a run it does nothing.
+
+        Call it on any rank, or on several. Where others have begun a further iteration by then, all ranks do that one
+        too: with steps that wait for each other (DDP) it is one or two, without, as many as fit into some milliseconds.
+        In a run that ends anyway before that, it changes nothing.
+        """
+        if self._run is not None:
+            self._run.ask("run", self.state.epoch)
 
     def terminate_epoch(self) -> None:
-        """Leave the epoch after the current iteration; it counts as completed. In `EPOCH_STARTED`: skip it."""
-        self._is_epoch_terminated = True
-        self._stop_at = 0
+        """Leave the epoch after the current iteration, on every rank at the same one; it counts as completed.
+
+        Called in `EPOCH_STARTED`, it skips the epoch's iterations. Otherwise as `terminate`.
+        """
+        if self._run is not None:
+            self._run.ask("epoch", self.state.epoch)
+
+    # -- the levels of the loop ------------------------------------------------------------------------------------
 
     def _run_epochs(self, feed: Feed) -> None:
         state = self.state
@@ -260,9 +273,8 @@ class Engine:
             self._metrics.agree()
         self._fire_event(Events.STARTED)
         max_epochs = NEVER if state.max_epochs is None else state.max_epochs
-        while state.epochs_completed < max_epochs and not self._is_terminated:
-            if not self._run_epoch(feed):
-                break
+        while state.epochs_completed < max_epochs and self._run_epoch(feed):
+            pass
         if self._is_terminated:
             self._fire_event(Events.TERMINATED)
         self._fire_event(Events.COMPLETED)
@@ -274,21 +286,19 @@ class Engine:
         is_new = state.epoch < state.epochs_completed or state.epoch_iteration == 0
         if is_new and state.iteration >= self._max_iterations:
             return False
+        if not self._may_begin(place(state.epochs_completed, 0 if is_new else state.epoch_iteration)):
+            return False
         if is_new:
             state.epoch, state.epoch_iteration = state.epochs_completed, 0
-        end = NEVER if feed.length is None else state.iteration - state.epoch_iteration + feed.length
-        self._stop_at = min(end, self._max_iterations)
-        self._is_epoch_terminated = False
         self._metrics.reset()
         if is_new:
             self._fire_event(Events.EPOCH_STARTED)
-        has_ended = state.iteration < self._stop_at and self._run_iterations(feed)
+        has_ended = self._run_iterations(feed)
         state.batch = None
-        if self._is_terminated or not (has_ended or self._is_epoch_terminated or state.iteration >= end):
+        may_end = self._may_begin(place(state.epoch, END))
+        if not has_ended or not may_end:
             return False
-        if has_ended and not feed.is_length_given:
-            state.epoch_length = state.epoch_iteration
-        if state.epoch_iteration or not self._is_epoch_terminated:  # a skipped epoch has no values
+        if not self._is_skipped():
             state.metrics.update(self._metrics.compute(distributed=self.distributed))
         state.epochs_completed = state.epoch + 1
         state.times["epoch"] = time.perf_counter() - started_s
@@ -296,30 +306,38 @@ class Engine:
         return True
 
     def _run_iterations(self, feed: Feed) -> bool:
-        """Iterate until the epoch is left or the data ends; True for the latter."""
-        state = self.state
-        get_batch_started = self._loop_channels[0]
-        if state.iteration + 1 - self._fetch_started_offset >= get_batch_started.due:
-            get_batch_started.fire(self, state.iteration + 1 - self._fetch_started_offset)
+        """Iterate until the epoch ends (True) or is cut short, by `max_iterations` or `terminate()` (False)."""
+        state, run = self.state, self._current_run()
+        epoch_start = state.iteration - state.epoch_iteration
+        end = NEVER if feed.length is None else epoch_start + feed.length
+        run.begun = place(state.epoch, state.epoch_iteration + 1)
+        if not self._goes_on(end):
+            return self._has_ended(end)
+        self._announce_fetch()
         consumed, self._consumed_before = self._consumed_before, 0
         batches = feed.start(state.epoch, skip=state.epoch_iteration, consumed=consumed)
-        pass_start = state.iteration - state.epoch_iteration
+        pass_start = epoch_start
         while True:
-            self._run_pass(batches)
-            if state.iteration >= self._stop_at:
-                return False
-            if self._is_data_over(feed, is_empty=state.iteration == pass_start):
+            if not self._run_pass(batches):
+                if not self._goes_on(end):
+                    return self._has_ended(end)
+                self._announce_fetch()
+            elif self._is_data_over(feed, is_empty=state.iteration == pass_start):
                 self._fetch_started_offset -= 1  # the last fetch was announced, but there was nothing to get
+                if not feed.is_length_given:
+                    state.epoch_length = state.epoch_iteration
                 return True
-            pass_start = state.iteration
-            batches = feed.start(state.epoch)
+            else:
+                pass_start = state.iteration
+                batches = feed.start(state.epoch)
 
-    def _run_pass(self, batches: Iterator[Any]) -> None:
-        """The loop itself: what stands here is paid in every iteration."""
-        state, step = self.state, self._step
+    def _run_pass(self, batches: Iterator[Any]) -> bool:
+        """The loop itself: what stands here is paid in every iteration. True where the data ran dry."""
+        state, step, run = self.state, self._step, self._current_run()
         get_batch_started, get_batch_completed, started, completed = self._loop_channels
         iteration = state.iteration
         epoch_offset = iteration - state.epoch_iteration
+        next_place = place(state.epoch, 1) - epoch_offset
         fetch_started_offset, fetch_completed_offset = self._fetch_started_offset, self._fetch_completed_offset
         for batch in batches:
             state.batch = batch
@@ -336,10 +354,58 @@ class Engine:
                 self._metrics.update(state.output)
             if iteration >= completed.due:
                 completed.fire(self, iteration)
+            run.begun = next_place + iteration  # told before it is asked for: see distributed/control.py
             if iteration >= self._stop_at:
-                break
+                return False
             if iteration + 1 - fetch_started_offset >= get_batch_started.due:
                 get_batch_started.fire(self, iteration + 1 - fetch_started_offset)
+        return True
+
+    # -- how far the loop may go ---------------------------------------------------------------------------------
+
+    def _may_begin(self, next_place: int) -> bool:
+        """Tell that `next_place` is begun, an epoch or its end, unless all ranks leave the run before it."""
+        run = self._current_run()
+        run.begun = next_place
+        if run.is_asked and next_place > run.bounds(self.state.epoch)[0]:
+            self._is_terminated = True
+        return not self._is_terminated
+
+    def _goes_on(self, end: int) -> bool:
+        """Whether there is another iteration in this epoch, which ends at `end` unless it is to be left before."""
+        state, run = self.state, self._current_run()
+        stop_at = self._stop_at = min(end, self._max_iterations)
+        if run.is_asked:
+            epoch_start = state.iteration - state.epoch_iteration
+            for bound in run.bounds(state.epoch):
+                if bound is not None:
+                    stop_at = min(stop_at, epoch_start + max(bound - place(state.epoch, 0), 0))
+            # The thread may set it to 0 again right after: then the loop only comes here once more.
+            self._stop_at = stop_at
+        return state.iteration < stop_at
+
+    def _has_ended(self, end: int) -> bool:
+        """Whether the epoch that was left has come to its end, or was ended by `terminate_epoch()`."""
+        run = self._current_run()
+        is_left = run.is_asked and run.bounds(self.state.epoch)[1] is not None
+        return self.state.iteration >= end or is_left
+
+    def _is_skipped(self) -> bool:
+        """Whether `terminate_epoch()` left this epoch without an iteration on any rank, so that it has no values."""
+        run = self._current_run()
+        return run.is_asked and run.bounds(self.state.epoch)[1] == place(self.state.epoch, 0)
+
+    def _announce_fetch(self) -> None:
+        channel, count = self._loop_channels[0], self.state.iteration + 1 - self._fetch_started_offset
+        if count >= channel.due:
+            channel.fire(self, count)
+
+    def _current_run(self) -> Run:
+        assert self._run is not None
+        return self._run
+
+    def _interrupt(self) -> None:
+        self._stop_at = 0
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -398,13 +464,13 @@ class Engine:
         state.metrics, state.times = {}, {}
         state.output = state.batch = state.exception = None
         self._max_iterations = NEVER if max_iterations is None else max_iterations
-        self._stop_at = NEVER
-        self._is_terminated = self._is_epoch_terminated = False
+        self._is_terminated = False
         self._fetch_started_offset = self._fetch_completed_offset = state.iteration
         self._consumed_before = state.iteration
         self._is_resumed = False
         self._dispatcher.rewind()
-        self._is_running = True
+        self._run = begin_run() if self.distributed else Run()
+        self._run.interrupt = self._interrupt
 
     def _is_data_over(self, feed: Feed, *, is_empty: bool) -> bool:
         """The data ended before the epoch did: whether that ends the epoch, or it is to be iterated again.
@@ -467,5 +533,5 @@ class Engine:
         channel.fire(self, count)
 
     def _refuse_while_running(self, call: str) -> None:
-        if self._is_running:
+        if self._run is not None:
             raise RuntimeError(f"{call} was called while this engine is running: use a second Engine inside a handler.")

@@ -1,0 +1,265 @@
+"""Joining, talking and leaving, on real ranks; expected values are computed here, in the parent."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_python, run_ranks, torchrun
+
+from dengine import Engine, Events, distributed
+from dengine.errors import RankZeroCollectiveError, RemoteRankError
+
+
+def world_of(rank: int, size: int) -> dict[str, Any]:
+    with distributed.process_group(timeout=20) as world:
+        assert distributed.world() is world
+        return {
+            name: getattr(world, name)
+            for name in ("rank", "size", "local_rank", "local_size", "node_rank", "launcher", "backend")
+        }
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_rank_knows_its_place(size: int) -> None:
+    expected = {"size": size, "local_size": size, "node_rank": 0, "launcher": "torchrun", "backend": "gloo"}
+    assert run_ranks(world_of, size, init=False) == [
+        {"rank": rank, "local_rank": rank, **expected} for rank in range(size)
+    ]
+
+
+def slurm_world(rank: int, size: int, port: int) -> tuple[int, int, str, float]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    # No agent hosts a store under SLURM: rank 0 does.
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    os.environ |= {
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NTASKS": str(size),
+        "SLURM_JOB_NODELIST": "127.0.0.1",
+        "SLURM_JOB_ID": "77",
+        "MASTER_PORT": str(port),
+    }
+    with distributed.process_group(timeout=20) as world:
+        return world.rank, world.size, world.launcher, distributed.all_reduce(float(rank))
+
+
+def test_slurms_variables_are_enough() -> None:
+    found = run_ranks(slurm_world, 3, free_port(), init=False)
+    assert found == [(rank, 3, "slurm", 3.0) for rank in range(3)]
+
+
+def free_port() -> int:
+    """A port that nobody listens on. The store that held it is closed when this returns."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+
+
+def external_world(rank: int, size: int) -> tuple[bool, str, int]:
+    with distributed.process_group() as world:
+        pass
+    return dist.is_initialized(), world.launcher, distributed.world().size
+
+
+def test_a_group_that_was_there_is_used_and_left_alone() -> None:
+    assert run_ranks(external_world, 2, init=True) == [(True, "external", 2)] * 2
+
+
+def twice(rank: int, size: int) -> list[float]:
+    sums = []
+    for _ in range(3):
+        with distributed.process_group(timeout=20):
+            sums.append(distributed.all_reduce(float(rank)))
+        assert not dist.is_initialized()
+    return sums
+
+
+def test_it_can_be_entered_again() -> None:
+    assert run_ranks(twice, 2, init=False) == [[1.0] * 3] * 2
+
+
+def leaves_by_an_error(rank: int, size: int) -> None:
+    with distributed.process_group(timeout=300):
+        if rank == 1:
+            raise ValueError("bad sample 4711")
+        distributed.barrier("wait for rank 1")
+
+
+def test_a_failing_rank_waits_for_nobody_and_wakes_the_others() -> None:
+    failing, waiting = run_ranks(leaves_by_an_error, 2, init=False, expect_failures=True, deadline_s=60)[::-1]
+    assert (failing.error_type, failing.error_message) == ("ValueError", "bad sample 4711")
+    assert failing.seconds < 30
+    assert waiting.error_type == "RuntimeError"
+    assert waiting.seconds < 30
+
+
+VALUE_DTYPES = (torch.float32, torch.float64, torch.int64, torch.bfloat16)
+
+
+def reduced_values(rank: int, size: int, op: str) -> dict[str, Any]:
+    value: dict[str, Any] = {str(dtype): torch.full((2, 3), rank + 1, dtype=dtype) for dtype in VALUE_DTYPES}
+    value |= {"nested": [{"x": float(rank)}, (torch.tensor(rank),)], "count": 2**60 + rank}
+    # Another order of keys must not pair one entry with another.
+    ordered = dict(reversed(value.items())) if rank % 2 else value
+    before = {name: part.clone() for name, part in value.items() if isinstance(part, torch.Tensor)}
+    result = distributed.all_reduce(ordered, op)  # type: ignore[arg-type]
+    assert all(torch.equal(before[name], value[name]) for name in before), "the input was changed"
+    return result
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("op", ["sum", "min", "max"])
+def test_all_reduce_gives_types_back_and_the_right_values(op: str, size: int) -> None:
+    reduce = {"sum": sum, "min": min, "max": max}[op]
+    for result in run_ranks(reduced_values, size, op):
+        for dtype in VALUE_DTYPES:
+            expected = torch.full((2, 3), reduce(range(1, size + 1)), dtype=dtype)
+            assert result[str(dtype)].dtype == dtype
+            assert torch.equal(result[str(dtype)], expected)
+        assert result["nested"] == [{"x": float(reduce(range(size)))}, (torch.tensor(reduce(range(size))),)]
+        assert result["count"] == reduce(2**60 + rank for rank in range(size))
+        assert type(result["count"]) is int
+
+
+def counted_collectives(rank: int, size: int) -> int:
+    calls = []
+    real = dist.all_reduce
+    dist.all_reduce = lambda *args, **options: (calls.append(1), real(*args, **options))[1]
+    try:
+        distributed.all_reduce({str(i): torch.ones(i) for i in range(20)} | {"f": 1.0})
+    finally:
+        dist.all_reduce = real
+    return len(calls)
+
+
+def test_many_values_of_a_dtype_cost_one_collective() -> None:
+    assert run_ranks(counted_collectives, 2) == [2, 2]  # float32 tensors, and the float64 of a number
+
+
+def means(rank: int, size: int) -> tuple[float, str]:
+    try:
+        distributed.all_reduce(rank, "mean")
+    except ValueError as error:
+        refused = str(error)
+    return distributed.all_reduce(float(rank), "mean"), refused
+
+
+def test_the_mean_is_over_ranks_and_not_of_whole_numbers() -> None:
+    for mean, refused in run_ranks(means, 3):
+        assert mean == 1.0
+        assert "mean of whole numbers" in refused
+
+
+def objects(rank: int, size: int) -> tuple[list[Any], Any, Any]:
+    return (
+        distributed.all_gather_object({"rank": rank, "text": "x" * rank * 1000}),
+        distributed.broadcast_object(("from", rank)),
+        distributed.broadcast_object(("from", rank), source=size - 1),
+    )
+
+
+def test_objects_arrive_in_the_order_of_ranks() -> None:
+    gathered = [{"rank": rank, "text": "x" * rank * 1000} for rank in range(3)]
+    assert run_ranks(objects, 3) == [(gathered, ("from", 0), ("from", 2))] * 3
+
+
+def prepared_first(rank: int, size: int, path: str, fails: bool) -> bool:
+    with distributed.rank_zero_first():
+        if rank == 0:
+            if fails:
+                raise OSError("no space")
+            with open(path, "w") as file:
+                file.write("ready")
+        return os.path.exists(path)
+
+
+def test_rank_zero_prepares_before_the_others_look(tmp_path: Any) -> None:
+    assert run_ranks(prepared_first, 3, str(tmp_path / "data"), False) == [True] * 3
+
+
+def test_a_preparation_that_fails_fails_everywhere(tmp_path: Any) -> None:
+    outcomes = run_ranks(prepared_first, 3, str(tmp_path / "data"), True, expect_failures=True)
+    assert [outcome.error_type for outcome in outcomes] == ["OSError", "RemoteRankError", "RemoteRankError"]
+    assert all("no space" in outcome.error_message for outcome in outcomes)
+
+
+def rank_zero_handlers(rank: int, size: int) -> tuple[list[int], str | None]:
+    calls: list[int] = []
+    engine = Engine(lambda engine, batch: batch)
+    engine.on(Events.ITERATION_COMPLETED, lambda e: calls.append(e.state.iteration), rank_zero_only=True)
+
+    @engine.on(Events.COMPLETED, rank_zero_only=True)
+    def evaluate(engine: Engine) -> None:
+        distributed.all_reduce(1.0)
+
+    refused = None
+    try:
+        engine.run([1, 2])
+    except RankZeroCollectiveError as error:
+        refused = str(error)
+    return calls, refused
+
+
+def test_a_rank_zero_handler_runs_there_only_and_its_collectives_are_refused_at_once() -> None:
+    (calls, refused), (other_calls, nothing) = run_ranks(rank_zero_handlers, 2, deadline_s=30)
+    assert calls == [1, 2]
+    assert refused is not None
+    assert "evaluate runs on rank 0 only" in refused
+    assert (other_calls, nothing) == ([], None)
+
+
+def rank_zero_evaluates_alone(rank: int, size: int) -> int:
+    evaluator = Engine(lambda engine, batch: batch, distributed=False)
+    trainer = Engine(lambda engine, batch: distributed.all_reduce(float(batch)))
+    trainer.on(Events.EPOCH_COMPLETED, lambda engine: evaluator.run([1, 2, 3]) and None, rank_zero_only=True)
+    trainer.run([1, 2], max_epochs=2)
+    return evaluator.state.iteration
+
+
+def test_an_engine_of_rank_zeros_own_takes_part_in_no_collective() -> None:
+    assert run_ranks(rank_zero_evaluates_alone, 2, deadline_s=30) == [3, 0]
+
+
+SCRIPT = """
+import torch.distributed as dist
+from dengine import distributed
+with distributed.process_group() as world:
+    print(f"rank {world.rank} of {world.size} by {world.launcher}: {distributed.all_reduce(float(world.rank))}")
+"""
+
+
+def test_one_script_runs_under_torchrun_and_as_plain_python(tmp_path: Any) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launched = torchrun(script, 2)
+    assert launched.returncode == 0, launched.output
+    assert "rank 0 of 2 by torchrun: 1.0" in launched.output
+    assert "rank 1 of 2 by torchrun: 1.0" in launched.output
+    plain = run_python(script)
+    assert plain.returncode == 0, plain.output
+    assert "rank 0 of 1 by single: 0.0" in plain.output
+
+
+def test_half_set_variables_name_the_missing_one(tmp_path: Any) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = run_python(script, env={"RANK": "0"})
+    assert done.returncode != 0
+    assert "WORLD_SIZE is not set, although RANK=0 is" in done.output
+
+
+def remote_error(rank: int, size: int) -> int:
+    try:
+        with distributed.rank_zero_first():
+            if rank == 0:
+                raise KeyError("x")
+    except KeyError:
+        return -1
+    except RemoteRankError as error:
+        return error.rank
+    return -2
+
+
+def test_the_error_of_another_rank_says_which() -> None:
+    assert run_ranks(remote_error, 2) == [-1, 0]
