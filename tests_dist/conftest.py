@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ranks import TAG, find_processes, kill_processes, new_tag, start_server
 
-SETTLE_S = 2.0      # a process that was told to stop just before the test's end may need a moment
+SETTLE_S = 2.0  # a process that was told to stop just before the test's end may need a moment
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def tag() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(TAG, tag)
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path[:2]), prepend=os.pathsep)
-        start_server()      # here, so that it belongs to the session and not to the first test that uses it
+        start_server()  # here, so that it belongs to the session and not to the first test that uses it
         yield tag
 
 

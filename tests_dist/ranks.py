@@ -48,13 +48,21 @@ from typing import Generic, Literal, TypeVar, cast, overload
 import torch
 import torch.distributed as dist
 
-__all__ = ["Completed", "DeadlineExceeded", "Outcome", "RankFailed", "run_command", "run_python", "run_ranks",
-           "torchrun"]
+__all__ = [
+    "Completed",
+    "DeadlineExceeded",
+    "Outcome",
+    "RankFailed",
+    "run_command",
+    "run_python",
+    "run_ranks",
+    "torchrun",
+]
 
 T = TypeVar("T")
 PRELOAD = ("pytest", "torch", "torch.distributed", "ranks", "dengine", "dengine.distributed")
-TAG = "DENGINE_TEST_PROCESS"     # an environment variable by which we know the processes that we started
-OUTPUT_LINES = 40                # of each rank, in a failure's message
+TAG = "DENGINE_TEST_PROCESS"  # an environment variable by which we know the processes that we started
+OUTPUT_LINES = 40  # of each rank, in a failure's message
 
 
 @dataclass(frozen=True)
@@ -63,12 +71,12 @@ class Outcome(Generic[T]):
 
     rank: int
     value: T | None
-    error_type: str | None   # None: returned, exit code 0. Else the exception's name, or "ProcessDied" (no exception
-    error_message: str       # of its own), or "DeadlineExceeded" (the harness killed it)
-    traceback: str           # of the exception; of a rank that met the deadline: the stacks of its threads
-    exitcode: int            # -9: SIGKILLed, by the harness or by somebody else: error_type tells which
-    seconds: float           # from the start of the ranks to this one's answer or end
-    output: str              # stdout and stderr, in the order written
+    error_type: str | None  # None: returned, exit code 0. Else the exception's name, or "ProcessDied" (no exception
+    error_message: str  # of its own), or "DeadlineExceeded" (the harness killed it)
+    traceback: str  # of the exception; of a rank that met the deadline: the stacks of its threads
+    exitcode: int  # -9: SIGKILLed, by the harness or by somebody else: error_type tells which
+    seconds: float  # from the start of the ranks to this one's answer or end
+    output: str  # stdout and stderr, in the order written
 
 
 class RankFailed(Exception):
@@ -79,8 +87,10 @@ class RankFailed(Exception):
         cut = [outcome for outcome in outcomes if _is_cut(outcome)]
         self.rank = failed[0].rank
         self.failures = {o.rank: (str(o.error_type), o.error_message, o.traceback) for o in failed}
-        super().__init__(f"rank {self.rank} of {len(outcomes)} failed with {failed[0].error_type}: "
-                         f"{failed[0].error_message}\n" + "".join(map(_report, failed + cut)))
+        super().__init__(
+            f"rank {self.rank} of {len(outcomes)} failed with {failed[0].error_type}: "
+            f"{failed[0].error_message}\n" + "".join(map(_report, failed + cut))
+        )
 
 
 class DeadlineExceeded(Exception):
@@ -95,16 +105,39 @@ class DeadlineExceeded(Exception):
 
 
 @overload
-def run_ranks(fn: Callable[..., T], size: int, *args: object, deadline_s: float = ..., grace_s: float = ...,
-              backend: str = ..., init: bool = ..., env: Mapping[str, str] | None = ...,
-              expect_failures: Literal[False] = ...) -> list[T]: ...
+def run_ranks(
+    fn: Callable[..., T],
+    size: int,
+    *args: object,
+    deadline_s: float = ...,
+    grace_s: float = ...,
+    backend: str = ...,
+    init: bool = ...,
+    env: Mapping[str, str] | None = ...,
+    expect_failures: Literal[False] = ...,
+) -> list[T]: ...
 @overload
-def run_ranks(fn: Callable[..., T], size: int, *args: object, deadline_s: float = ..., backend: str = ...,
-              init: bool = ..., env: Mapping[str, str] | None = ...,
-              expect_failures: Literal[True]) -> list[Outcome[T]]: ...
-def run_ranks(fn: Callable[..., T], size: int, *args: object, deadline_s: float = 60.0, grace_s: float = 5.0,
-              backend: str = "gloo", init: bool = True, env: Mapping[str, str] | None = None,
-              expect_failures: bool = False) -> list[T] | list[Outcome[T]]:
+def run_ranks(
+    fn: Callable[..., T],
+    size: int,
+    *args: object,
+    deadline_s: float = ...,
+    backend: str = ...,
+    init: bool = ...,
+    env: Mapping[str, str] | None = ...,
+    expect_failures: Literal[True],
+) -> list[Outcome[T]]: ...
+def run_ranks(
+    fn: Callable[..., T],
+    size: int,
+    *args: object,
+    deadline_s: float = 60.0,
+    grace_s: float = 5.0,
+    backend: str = "gloo",
+    init: bool = True,
+    env: Mapping[str, str] | None = None,
+    expect_failures: bool = False,
+) -> list[T] | list[Outcome[T]]:
     """`fn(rank, size, *args)` on `size` real processes; gives their results in the order of ranks.
 
     Each rank sees the environment that torchrun would set, over this process's own, with `env` on top.
@@ -118,11 +151,19 @@ def run_ranks(fn: Callable[..., T], size: int, *args: object, deadline_s: float 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     tag = new_tag()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        orders = [_Order(rank=rank, folder=folder, function=_reference(fn), arguments=pickle.dumps((rank, size, *args)),
-                         environment={**os.environ, **_rank_environment(rank, size, store.port), **(env or {}),
-                                      TAG: tag},
-                         cwd=os.getcwd(), deadline_s=deadline_s, backend=backend if init else None)
-                  for rank in range(size)]
+        orders = [
+            _Order(
+                rank=rank,
+                folder=folder,
+                function=_reference(fn),
+                arguments=pickle.dumps((rank, size, *args)),
+                environment={**os.environ, **_rank_environment(rank, size, store.port), **(env or {}), TAG: tag},
+                cwd=os.getcwd(),
+                deadline_s=deadline_s,
+                backend=backend if init else None,
+            )
+            for rank in range(size)
+        ]
         outcomes: list[Outcome[T]] = _run_to_the_end(orders, tag, None if expect_failures else grace_s)
     if expect_failures:
         return outcomes
@@ -136,18 +177,29 @@ def run_ranks(fn: Callable[..., T], size: int, *args: object, deadline_s: float 
 @dataclass(frozen=True)
 class Completed:
     returncode: int
-    output: str     # stdout and stderr of all its processes
+    output: str  # stdout and stderr of all its processes
 
 
-def torchrun(script: str | Path, nproc: int, *args: str, deadline_s: float = 120.0,
-             env: Mapping[str, str] | None = None) -> Completed:
+def torchrun(
+    script: str | Path, nproc: int, *args: str, deadline_s: float = 120.0, env: Mapping[str, str] | None = None
+) -> Completed:
     """The script on `nproc` ranks of this host under the real torchrun. Raises: see `run_command`."""
-    return run_command(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}",
-                       str(script), *args, deadline_s=deadline_s, env=env)
+    return run_command(
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={nproc}",
+        str(script),
+        *args,
+        deadline_s=deadline_s,
+        env=env,
+    )
 
 
-def run_python(script: str | Path, *args: str, deadline_s: float = 120.0,
-               env: Mapping[str, str] | None = None) -> Completed:
+def run_python(
+    script: str | Path, *args: str, deadline_s: float = 120.0, env: Mapping[str, str] | None = None
+) -> Completed:
     """The script in one bare process; `run_python("-m", "package")` works too. Raises: see `run_command`."""
     return run_command(sys.executable, str(script), *args, deadline_s=deadline_s, env=env)
 
@@ -160,10 +212,15 @@ def run_command(*command: str, deadline_s: float, env: Mapping[str, str] | None 
     __tracebackhide__ = True
     tag = new_tag()
     is_late = False
-    with tempfile.TemporaryFile() as log:     # a pipe would stay open as long as any descendant lives
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                   start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                                                "PYTHONFAULTHANDLER": "1", **(env or {}), TAG: tag})
+    with tempfile.TemporaryFile() as log:  # a pipe would stay open as long as any descendant lives
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **(env or {}), TAG: tag},
+        )
         try:
             process.wait(deadline_s)
         except subprocess.TimeoutExpired:
@@ -185,6 +242,7 @@ def run_command(*command: str, deadline_s: float, env: Mapping[str, str] | None 
 
 # ---- in the parent ----
 
+
 def _run_to_the_end(orders: list["_Order"], tag: str, grace_s: float | None) -> list[Outcome[T]]:
     processes = [start_server().Process(target=_rank_main, args=(order,)) for order in orders]
     started = time.monotonic()
@@ -196,12 +254,14 @@ def _run_to_the_end(orders: list["_Order"], tag: str, grace_s: float | None) -> 
         begun = [process for process in processes if process.pid is not None]
         for process in begun:
             if process.exitcode is None:
-                process.kill()      # may not have reached its own session yet
+                process.kill()  # may not have reached its own session yet
         kill_processes(lambda: find_processes(tag=tag, sessions={process.pid for process in begun}))
         for process in begun:
             process.join(10.0)
-    return [_outcome(order, process, started, ended.get(order.rank))
-            for order, process in zip(orders, processes, strict=True)]
+    return [
+        _outcome(order, process, started, ended.get(order.rank))
+        for order, process in zip(orders, processes, strict=True)
+    ]
 
 
 def _wait(processes: list[ForkServerProcess], deadline_s: float, grace_s: float | None) -> dict[int, float]:
@@ -223,16 +283,26 @@ def _outcome(order: "_Order", process: ForkServerProcess, started: float, ended:
     answer = _Answer(at=ended or time.monotonic())
     with suppress(FileNotFoundError):
         answer = pickle.loads(order.path("answer").read_bytes())
-    output, stacks = (path.read_text(errors="replace") if path.exists() else ""
-                      for path in (order.path("output"), order.path("stacks")))
+    output, stacks = (
+        path.read_text(errors="replace") if path.exists() else ""
+        for path in (order.path("output"), order.path("stacks"))
+    )
     error_type, message, trace = answer.error_type, answer.error_message, answer.traceback
     if ended is None and error_type is None:
         error_type, message = "DeadlineExceeded", "still running, so the harness killed it"
         trace = stacks or "(no stack: it was cut before the deadline, it had only begun, or it was stopped)\n"
     elif process.exitcode != 0 and error_type is None:
         error_type, message = "ProcessDied", f"ended with exit code {process.exitcode} and no exception"
-    return Outcome(order.rank, cast("T | None", answer.value), error_type, message, trace, process.exitcode or 0,
-                   answer.at - started, output)
+    return Outcome(
+        order.rank,
+        cast("T | None", answer.value),
+        error_type,
+        message,
+        trace,
+        process.exitcode or 0,
+        answer.at - started,
+        output,
+    )
 
 
 def _is_cut(outcome: Outcome[T]) -> bool:
@@ -241,22 +311,38 @@ def _is_cut(outcome: Outcome[T]) -> bool:
 
 def _report(outcome: Outcome[T]) -> str:
     lines = outcome.output.splitlines()[-OUTPUT_LINES:]
-    return "\n".join([f"\n---- rank {outcome.rank} after {outcome.seconds:.1f} s: {outcome.error_type}: "
-                      f"{outcome.error_message}", outcome.traceback, f"---- rank {outcome.rank} printed", *lines])
+    return "\n".join(
+        [
+            f"\n---- rank {outcome.rank} after {outcome.seconds:.1f} s: {outcome.error_type}: {outcome.error_message}",
+            outcome.traceback,
+            f"---- rank {outcome.rank} printed",
+            *lines,
+        ]
+    )
 
 
 def _rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
-    return {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
-            "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            "TORCHELASTIC_USE_AGENT_STORE": "True"}      # else rank 0 would host a store on our store's port
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # else rank 0 would host a store on our store's port
 
 
 def _reference(fn: Callable[..., T]) -> tuple[str, str, str]:
     """File, module name and qualified name of a module-level function."""
     file = getattr(sys.modules.get(fn.__module__), "__file__", None)
     if file is None or "<" in fn.__qualname__:
-        raise TypeError(f"{fn.__module__}.{fn.__qualname__} cannot be found again in another process; "
-                        "move it to the top level of its module and give its inputs as arguments of run_ranks.")
+        raise TypeError(
+            f"{fn.__module__}.{fn.__qualname__} cannot be found again in another process; "
+            "move it to the top level of its module and give its inputs as arguments of run_ranks."
+        )
     return str(Path(file).resolve()), fn.__module__, fn.__qualname__
 
 
@@ -274,12 +360,13 @@ def start_server() -> ForkServerContext:
 def _imports(name: str) -> bool:
     try:
         importlib.import_module(name)
-    except Exception:       # a broken module would take the server down; let it fail in the test that wants it
+    except Exception:  # a broken module would take the server down; let it fail in the test that wants it
         return False
     return True
 
 
 # ---- in a rank ----
+
 
 @dataclass(frozen=True)
 class _Order:
@@ -292,7 +379,7 @@ class _Order:
     environment: dict[str, str]
     cwd: str
     deadline_s: float
-    backend: str | None     # None: `fn` opens the process group itself
+    backend: str | None  # None: `fn` opens the process group itself
 
     def path(self, kind: str) -> Path:
         return Path(self.folder, f"{kind}.{self.rank}")
@@ -302,7 +389,7 @@ class _Order:
 class _Answer:
     """What a rank hands back, through a file of its own: whole or absent, whenever the rank is killed."""
 
-    at: float               # time.monotonic() is one clock for all processes of a host
+    at: float  # time.monotonic() is one clock for all processes of a host
     value: object = None
     error_type: str | None = None
     error_message: str = ""
@@ -314,8 +401,14 @@ def _rank_main(order: _Order) -> None:
     try:
         answer = pickle.dumps(_Answer(value=_call(order), at=time.monotonic()))
     except BaseException as error:
-        answer = pickle.dumps(_Answer(error_type=type(error).__name__, error_message=str(error),
-                                      traceback=traceback.format_exc(), at=time.monotonic()))
+        answer = pickle.dumps(
+            _Answer(
+                error_type=type(error).__name__,
+                error_message=str(error),
+                traceback=traceback.format_exc(),
+                at=time.monotonic(),
+            )
+        )
         _write(order, answer)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -330,15 +423,16 @@ def _settle(order: _Order) -> None:
     output = os.open(order.path("output"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True)   # a killed rank loses no line
-    os.environ.clear()                                        # the server's: older than a test's monkeypatch.setenv
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True)  # a killed rank loses no line
+    os.environ.clear()  # the server's: older than a test's monkeypatch.setenv
     os.environ.update(order.environment)
     os.chdir(order.cwd)
     torch.set_num_threads(1)
-    faulthandler.enable()                                     # a crash in native code says where
-    faulthandler.dump_traceback_later(order.deadline_s - min(1.0, order.deadline_s / 4),
-                                      file=order.path("stacks").open("w"))
-    signal.alarm(math.ceil(order.deadline_s) + 10)            # the last resort: ends us when pytest itself was killed
+    faulthandler.enable()  # a crash in native code says where
+    faulthandler.dump_traceback_later(
+        order.deadline_s - min(1.0, order.deadline_s / 4), file=order.path("stacks").open("w")
+    )
+    signal.alarm(math.ceil(order.deadline_s) + 10)  # the last resort: ends us when pytest itself was killed
 
 
 def _call(order: _Order) -> object:
@@ -351,12 +445,12 @@ def _call(order: _Order) -> object:
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
         spec.loader.exec_module(module)
-    arguments = pickle.loads(order.arguments)      # only now: they may be of classes of that module
+    arguments = pickle.loads(order.arguments)  # only now: they may be of classes of that module
     if order.backend is not None:
         dist.init_process_group(order.backend, timeout=timedelta(seconds=min(30.0, order.deadline_s / 2)))
-        dist.barrier()      # else a rank that needs no peer may be gone while the others still connect to it
+        dist.barrier()  # else a rank that needs no peer may be gone while the others still connect to it
     value = operator.attrgetter(name)(module)(*arguments)
-    if order.backend is not None and dist.is_initialized():    # not in a `finally`: a failed rank leaves like a crash
+    if order.backend is not None and dist.is_initialized():  # not in a `finally`: a failed rank leaves like a crash
         dist.destroy_process_group()
     return value
 
@@ -369,6 +463,7 @@ def _write(order: _Order, answer: bytes) -> None:
 
 
 # ---- processes ----
+
 
 def new_tag() -> str:
     """Begins with the tag of this process, so that looking for ours finds all started from here on."""
@@ -383,7 +478,7 @@ def find_processes(*, tag: str, sessions: Collection[int | None] = (), parents: 
     is_ours: set[int] = set()
     parent_of: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):      # ended meanwhile, or another user's
+        with suppress(OSError):  # ended meanwhile, or another user's
             state, parent, _, session = folder.joinpath("stat").read_text().rpartition(")")[2].split()[:4]
             if state in "ZX":
                 continue

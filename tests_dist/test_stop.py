@@ -49,7 +49,7 @@ ONE_EPOCH = ["STARTED", "EPOCH_STARTED", "EPOCH_COMPLETED"]
 def test_all_ranks_leave_the_run_at_the_same_iteration(event: str, who: list[int], waits: bool) -> None:
     found = run_ranks(trained, 3, event, 10, who, "run", waits, init=False, deadline_s=40)
     assert len({place for place, _ in found}) == 1, found
-    (epoch, _, iteration), log = found[0]
+    (epoch, _, iteration), _ = found[0]
     assert epoch == 0
     assert 10 <= iteration <= (13 if waits else 50)
     assert [each for _, each in found] == [

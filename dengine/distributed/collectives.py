@@ -55,7 +55,8 @@ def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
     """`function` on rank 0; on every other rank a call does nothing and gives None.
 
     A collective of this package called inside it raises `RankZeroCollectiveError` at once, in a run of one process
-    too, so that it is found before the script meets a second rank.
+    too, so that it is found before the script meets a second rank. What stands in the brackets of a call is computed on
+    every rank, as always in Python.
     """
     name = getattr(function, "__qualname__", type(function).__qualname__)
 

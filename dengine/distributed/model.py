@@ -78,6 +78,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
     DDP's own forward broadcasts buffers in every batch, under `eval()` too, which hangs where a rank has fewer batches;
     and batch-norm statistics differ between ranks after a training step, so that each would judge with its own.
+    An engine's step is written before `with` gives the bare module: there, `unwrap_model(model)` is the same one.
     On the way out, also by an exception, every module is in the mode it was in, and each rank has its own buffers back.
 
     Collective: enter it on all ranks, once per evaluation. Cost: one broadcast of the buffers per dtype; their copy.

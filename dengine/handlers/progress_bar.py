@@ -1,5 +1,6 @@
 """Shows how far a run is, on rank 0."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ class ProgressBar:
 
     Rank 0 draws; on the other ranks `attach` does nothing. In a terminal and in a notebook the bar moves; where output
     goes into a file, an epoch is one line, written when it ends. Values on a GPU are read only when they are drawn, at
-    most ten times a second.
+    most ten times a second. It writes to stderr, as tqdm does.
 
     Args:
         persist: leave the bars of finished epochs standing; without it the next epoch's takes their place.
@@ -105,7 +106,15 @@ class ProgressBar:
         if self._bar is None:
             from tqdm.auto import tqdm  # a terminal's bar, or a notebook's
 
-            self._bar = tqdm(desc=self._title(engine), initial=self._first_iteration, leave=self._persist)
+            # The delay keeps it from drawing itself before it has anything to show.
+            self._bar = tqdm(
+                desc=self._title(engine),
+                initial=self._first_iteration,
+                leave=self._persist,
+                delay=1e-9,
+                # A pseudo-terminal may have no columns, in which tqdm would draw nothing.
+                ncols=shutil.get_terminal_size().columns if sys.stderr.isatty() else None,
+            )
             self._bar.start_t = self._started_s  # not now: the first iteration is behind us
         self._bar.n = engine.state.epoch_iteration
         self._bar.total = engine.state.epoch_length

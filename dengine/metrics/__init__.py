@@ -1,8 +1,32 @@
 """Metrics: exact over any number of ranks, all of an engine's in one collective."""
 
-from dengine.metrics.accuracy import Accuracy
+from dengine.metrics.accuracy import Accuracy, TopKAccuracy
+from dengine.metrics.average import Average, Loss, Perplexity, RunningAverage
+from dengine.metrics.classification import ConfusionMatrix, F1Score, Precision, Recall
 from dengine.metrics.distributed import DistributedAccuracy, DistributedMetric
 from dengine.metrics.metric import Metric
 from dengine.metrics.metric_set import compute_all
+from dengine.metrics.regression import MAE, MSE, RMSE, R2Score
+from dengine.metrics.throughput import Throughput
 
-__all__ = ["Accuracy", "DistributedAccuracy", "DistributedMetric", "Metric", "compute_all"]
+__all__ = [
+    "MAE",
+    "MSE",
+    "RMSE",
+    "Accuracy",
+    "Average",
+    "ConfusionMatrix",
+    "DistributedAccuracy",
+    "DistributedMetric",
+    "F1Score",
+    "Loss",
+    "Metric",
+    "Perplexity",
+    "Precision",
+    "R2Score",
+    "Recall",
+    "RunningAverage",
+    "Throughput",
+    "TopKAccuracy",
+    "compute_all",
+]

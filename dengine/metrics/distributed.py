@@ -6,6 +6,7 @@ import torch
 
 from dengine.metrics.accuracy import Accuracy
 from dengine.metrics.metric import Metric
+from dengine.metrics.transform import is_torchmetrics, prediction_and_target
 from dengine.types import MetricValue
 
 __all__ = ["DistributedAccuracy", "DistributedMetric", "ValueOp"]
@@ -19,14 +20,22 @@ class DistributedMetric(Metric):
 
     A rank that saw nothing is not counted. Where all ranks saw nothing, the value is not computable.
 
+    Cost: that of `base_metric`; its value and weight ride in the engine's all-reduce ("max" and "min": in one more).
+
     Args:
         base_metric: any metric; it is updated with what its own `output_transform` gives.
-        reduce_op: "mean" is weighted by the samples that each rank saw, so that a mean over samples (accuracy, loss)
-            is exact on uneven shards; "sum", "max" and "min" are plain.
+        reduce_op: "mean" is weighted by the samples that each rank saw (the first dimension of the target), so that a
+            mean over samples (accuracy, loss) is exact on uneven shards; "sum", "max" and "min" are plain.
         device: where predictions and targets are moved to before each update; None leaves them where they are.
 
     Raises:
         ValueError: an unknown `reduce_op`. TypeError: `base_metric` has no `reset`, `update` and `compute`.
+
+    Example:
+        >>> metric = DistributedMetric(Accuracy(), reduce_op="max")      # the best rank's
+        >>> metric.update((torch.tensor([1, 0, 2]), torch.tensor([1, 0, 0])))
+        >>> round(metric.compute(), 4)
+        0.6667
     """
 
     def __init__(self, base_metric: Any, reduce_op: ValueOp = "mean", device: torch.device | str | None = None) -> None:
@@ -34,11 +43,11 @@ class DistributedMetric(Metric):
             raise ValueError(f"reduce_op={reduce_op!r} must be one of {', '.join(_VALUE_OPS)}.")
         if not all(callable(getattr(base_metric, name, None)) for name in ("reset", "update", "compute")):
             raise TypeError(f"DistributedMetric() takes a metric (reset, update, compute), but got {base_metric!r}.")
-        transform = getattr(base_metric, "transform", None)
-        super().__init__(transform)
-        if isinstance(base_metric, Metric):
-            self.transform = transform  # None too: a base without one gets the whole output
-            self.has_own_transform = base_metric.has_own_transform
+        super().__init__()
+        self.has_own_transform = getattr(base_metric, "has_own_transform", False)
+        if not is_torchmetrics(base_metric):
+            # None too: a base without one gets the whole output, as it does on its own.
+            self.transform = base_metric.transform if isinstance(base_metric, Metric) else None
         self.reduce_op: ValueOp = reduce_op
         self._base = base_metric
         self._device = None if device is None else torch.device(device)
@@ -55,10 +64,10 @@ class DistributedMetric(Metric):
 
     def update(self, output: Any) -> None:
         output = _moved(output, self._device)
-        if isinstance(self._base, Metric) or not isinstance(output, tuple):
-            self._base.update(output)
-        else:
+        if is_torchmetrics(self._base) and isinstance(output, (tuple, list)):
             self._base.update(*output)
+        else:
+            self._base.update(output)
         self._num_samples += _num_samples(output)
 
     def compute(self) -> MetricValue:
@@ -68,7 +77,14 @@ class DistributedMetric(Metric):
 
 
 class DistributedAccuracy(DistributedMetric):
-    """`DistributedMetric(Accuracy(**kwargs), "mean", device)`."""
+    """`DistributedMetric(Accuracy(**kwargs), "mean", device)`.
+
+    Example:
+        >>> metric = DistributedAccuracy()
+        >>> metric.update((torch.tensor([1, 0]), torch.tensor([1, 1])))
+        >>> metric.compute()
+        0.5
+    """
 
     def __init__(self, device: torch.device | str | None = None, **kwargs: Any) -> None:
         super().__init__(Accuracy(**kwargs), "mean", device)
@@ -80,7 +96,8 @@ def _moved(output: Any, device: torch.device | None) -> Any:
     if isinstance(output, torch.Tensor):
         return output.to(device)
     if isinstance(output, (tuple, list)):
-        return type(output)(_moved(part, device) for part in output)
+        parts = [_moved(part, device) for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
     if isinstance(output, dict):
         return {key: _moved(part, device) for key, part in output.items()}
     return output
@@ -88,8 +105,10 @@ def _moved(output: Any, device: torch.device | None) -> Any:
 
 def _num_samples(output: Any) -> int:
     """Samples in one update: the first dimension of the last tensor of a pair (the target), 1 for numbers."""
-    parts = (
-        list(output.values()) if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
-    )
+    output = prediction_and_target(output)
+    if isinstance(output, dict):
+        parts = list(output.values())
+    else:
+        parts = list(output) if isinstance(output, (tuple, list)) else [output]
     tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.ndim]
     return int(tensors[-1].shape[0]) if tensors else 1

@@ -1,16 +1,17 @@
-"""The three kinds of metric that hold states, seen alike by the reduction: declared, computed per rank, torchmetrics'."""
+"""The three kinds of metric that hold states, alike to the reduction: declared, computed per rank, torchmetrics'."""
 
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
+from dengine.distributed import world
 from dengine.errors import NotComputableError
 from dengine.metrics.distributed import DistributedMetric
 from dengine.metrics.metric import Expression, Metric
 from dengine.metrics.reduction import Item
+from dengine.metrics.transform import is_torchmetrics
 from dengine.types import MetricValue
 
 __all__ = ["AnyMetric", "Leaf", "MetricLike", "leaf_of"]
@@ -38,10 +39,9 @@ class Leaf(Protocol):
     def reduced(self, values: Sequence[torch.Tensor]) -> Any: ...
 
 
-def leaf_of(metric: Any, name: str, *, is_alone: bool) -> Leaf:
-    """The leaf of `metric`, known to the user as `name`. `is_alone`: there is one rank, so nothing is averaged."""
+def leaf_of(metric: Any, label: str, *, is_alone: bool) -> Leaf:
+    """The leaf of `metric`, known to the user by `label`. `is_alone`: there is one rank, so nothing is averaged."""
     assert not isinstance(metric, Expression)
-    label = f"{name!r} ({type(metric).__qualname__})"
     if isinstance(metric, DistributedMetric):
         weight = 1.0 if is_alone else metric.weight
         return ValueLeaf(metric, label, metric.reduce_op, weight, metric.num_updates > 0)
@@ -58,12 +58,6 @@ def leaf_of(metric: Any, name: str, *, is_alone: bool) -> Leaf:
     return ValueLeaf(metric, label, "mean", weight, num_updates > 0)
 
 
-def is_torchmetrics(metric: object) -> bool:
-    """Whether `metric` is one of torchmetrics', without importing a package that nobody has imported."""
-    package = sys.modules.get("torchmetrics")
-    return package is not None and isinstance(metric, (package.Metric, package.MetricCollection))
-
-
 class DeclaredLeaf:
     """A metric with declared states."""
 
@@ -72,6 +66,7 @@ class DeclaredLeaf:
         self._label = label
 
     def items(self) -> list[Item]:
+        self._metric.settle()
         is_seen = self._metric.num_updates > 0
         return [
             Item(self._label, name, spec.reduce, _tensor(getattr(self._metric, name), self._label, name), is_seen)
@@ -136,15 +131,19 @@ def _tensor(value: Any, label: str, name: str) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, list):
-        parts = [torch.atleast_1d(torch.as_tensor(part).detach()) for part in value]
+        parts = [_row(torch.as_tensor(part).detach()) for part in value]
         return torch.cat(parts) if parts else torch.empty(0)
     if isinstance(value, (int, float)):
         return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
     raise TypeError(f"State {name!r} of metric {label} must be a number, a tensor or a list, but is {value!r}.")
 
 
+def _row(part: torch.Tensor) -> torch.Tensor:
+    return part if part.ndim else part.reshape(1)
+
+
 def _warn_once(metric: Any, label: str) -> None:
-    if getattr(type(metric), "_dengine_has_warned", False):
+    if world().rank != 0 or getattr(type(metric), "_dengine_has_warned", False):
         return
     type(metric)._dengine_has_warned = True
     warnings.warn(

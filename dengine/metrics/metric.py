@@ -59,6 +59,7 @@ class Metric(ABC):
     # Class attributes, so that a subclass that never calls __init__ has them.
     transform: OutputTransform | None = None
     num_updates: int = 0  # since the last reset
+    num_sets: int = 0  # engines that update it
     _states: Mapping[str, StateSpec] = {}
 
     def __init__(self, output_transform: OutputTransform | None = None) -> None:
@@ -133,6 +134,9 @@ class Metric(ABC):
             setattr(reduced, name, value)
         return reduced
 
+    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+        """Called before the states are read for a reduction: to put in what is known only now, as a clock's time."""
+
     # -- composition ---------------------------------------------------------------------------------------------
 
     def leaves(self) -> tuple["Metric", ...]:
@@ -143,6 +147,13 @@ class Metric(ABC):
         """The value, given the reduced copies of the leaves by the leaves' `id`."""
         value: MetricValue = reduced[id(self)].compute()
         return value
+
+    def covers(self, other: "Metric") -> bool:
+        """Whether this leaf's states tell all that `other` would count of the same outputs, so that one is enough."""
+        return False
+
+    def replace_leaf(self, leaf: "Metric", stand_in: "Metric") -> None:  # noqa: B027 - most read no leaf but themselves
+        """Compute from `stand_in`, which covers it, what was computed from `leaf`."""
 
     def __add__(self, other: Any) -> "Metric":
         return Expression(operator.add, self, other)
@@ -163,10 +174,10 @@ class Metric(ABC):
         return Expression(operator.mul, other, self)
 
     def __truediv__(self, other: Any) -> "Metric":
-        return Expression(operator.truediv, self, other)
+        return Expression(_divided, self, other)
 
     def __rtruediv__(self, other: Any) -> "Metric":
-        return Expression(operator.truediv, other, self)
+        return Expression(_divided, other, self)
 
     def __pow__(self, other: Any) -> "Metric":
         return Expression(operator.pow, self, other)
@@ -225,6 +236,10 @@ class Expression(Metric):
         for leaf in self.leaves():
             leaf.update(leaf.transform(output) if leaf.transform is not None else output)
 
+    def replace_leaf(self, leaf: Metric, stand_in: Metric) -> None:
+        for operand in self._metrics():
+            operand.replace_leaf(leaf, stand_in)
+
     def compute(self) -> MetricValue:
         return self.evaluate({id(leaf): leaf for leaf in self.leaves()})
 
@@ -235,3 +250,11 @@ class Expression(Metric):
 
     def _metrics(self) -> list[Metric]:
         return [operand for operand in self._operands if isinstance(operand, Metric)]
+
+
+def _divided(first: Any, second: Any) -> Any:
+    """`first / second` as tensors divide: 0 / 0 is nan, and ends no run."""
+    try:
+        return first / second
+    except ZeroDivisionError:
+        return float(torch.tensor(first, dtype=torch.float64) / second)

@@ -8,22 +8,29 @@ import torch
 from dengine.distributed.collectives import refuse_on_rank_zero_alone
 from dengine.distributed.world import World, world
 from dengine.errors import NotComputableError
-from dengine.metrics.leaf import AnyMetric, MetricLike, is_torchmetrics, leaf_of
+from dengine.metrics.leaf import AnyMetric, MetricLike, leaf_of
 from dengine.metrics.metric import Metric, OutputTransform
 from dengine.metrics.reduction import Item, Reduction
-from dengine.metrics.transform import prediction_and_target
+from dengine.metrics.transform import is_torchmetrics, prediction_and_target
 from dengine.types import MetricValue
 
 __all__ = ["AnyMetric", "MetricSet", "compute_all"]
 
 
 class MetricSet:
-    """Named metrics and, behind them, the leaves that hold states."""
+    """Named metrics and, behind them, the leaves that hold states.
 
-    def __init__(self) -> None:
+    Args:
+        counts_once: let metrics that would count the same read one leaf (`Metric.covers`). Only where this set alone
+            updates them: updated by hand as well, one by one, they would count in a common leaf twice.
+    """
+
+    def __init__(self, *, counts_once: bool = True) -> None:
+        self._counts_once = counts_once
         self._metrics: dict[str, Any] = {}
-        self._leaves: dict[int, tuple[str, Any]] = {}  # by id: the name that it is known by, and the metric
+        self._leaves: dict[int, tuple[str, Any]] = {}  # by id: how the user knows it, and the metric
         self._transforms: dict[int, OutputTransform | None] = {}
+        self._given_transforms: dict[int, OutputTransform | None] = {}  # None: the metric's default
         self._reduction = Reduction()
         # What an iteration runs, one call a leaf: compiled when a metric is added.
         self.updates: tuple[Callable[[Any], None], ...] = ()
@@ -84,19 +91,39 @@ class MetricSet:
             )
 
     def _add(self, name: str, metric: Any, output_transform: OutputTransform | None) -> None:
-        leaves = metric.leaves() if isinstance(metric, Metric) else (metric,)
-        for leaf in leaves:
+        for leaf in metric.leaves() if isinstance(metric, Metric) else (metric,):
             if id(leaf) not in self._leaves:
-                self._leaves[id(leaf)] = (name, leaf)
-                self._transforms[id(leaf)] = output_transform or _own_transform(leaf)
+                self._add_leaf(name, metric, leaf, output_transform)
         self._metrics[name] = metric
         self.updates = tuple(_update(leaf, self._transforms[key]) for key, (_, leaf) in self._leaves.items())
+
+    def _add_leaf(self, name: str, metric: Any, leaf: Any, output_transform: OutputTransform | None) -> None:
+        given = output_transform or (leaf.transform if getattr(leaf, "has_own_transform", False) else None)
+        if self._counts_once and isinstance(leaf, Metric):
+            alike = [other for key, (_, other) in self._leaves.items() if self._given_transforms[key] == given]
+            for other in alike:
+                if _may_replace(other, leaf):
+                    metric.replace_leaf(leaf, other)
+                    return
+            for other in alike:
+                if _may_replace(leaf, other):
+                    self._drop_leaf(other, leaf)
+            leaf.num_sets += 1
+        self._leaves[id(leaf)] = (f"{name!r} ({type(metric).__qualname__})", leaf)
+        self._given_transforms[id(leaf)] = given
+        self._transforms[id(leaf)] = output_transform or _own_transform(leaf)
+
+    def _drop_leaf(self, leaf: Metric, stand_in: Metric) -> None:
+        for reader in self._metrics.values():
+            if isinstance(reader, Metric):
+                reader.replace_leaf(leaf, stand_in)
+        del self._leaves[id(leaf)], self._transforms[id(leaf)], self._given_transforms[id(leaf)]
 
     def _collect(self, *, is_alone: bool) -> tuple[list[tuple[int, Any, int]], list[Item]]:
         """The items of all leaves, and which of them are whose: (leaf's id, leaf, number of items)."""
         owners, items = [], []
-        for key, (name, metric) in self._leaves.items():
-            leaf = leaf_of(metric, name, is_alone=is_alone)
+        for key, (label, metric) in self._leaves.items():
+            leaf = leaf_of(metric, label, is_alone=is_alone)
             mine = leaf.items()
             owners.append((key, leaf, len(mine)))
             items += mine
@@ -127,7 +154,7 @@ def compute_all(metrics: Mapping[str, AnyMetric]) -> dict[str, MetricValue]:
     Raises:
         NotComputableError: nothing was seen; it names the metric. MetricStateError: the ranks' metrics differ.
     """
-    together = MetricSet()
+    together = MetricSet(counts_once=False)
     together.add_all(metrics)
     return together.compute(distributed=True)
 
@@ -136,6 +163,16 @@ def _own_transform(metric: Any) -> OutputTransform | None:
     if isinstance(metric, Metric):
         return metric.transform
     return prediction_and_target if is_torchmetrics(metric) else None
+
+
+def _may_replace(stand_in: Any, leaf: Metric) -> bool:
+    """Whether `leaf` can go: the other tells as much, neither has counted yet, and no other engine updates them."""
+    return (
+        isinstance(stand_in, Metric)
+        and stand_in.covers(leaf)
+        and not (stand_in.num_updates or leaf.num_updates)
+        and stand_in.num_sets + leaf.num_sets <= 1
+    )
 
 
 def _update(metric: Any, transform: OutputTransform | None) -> Callable[[Any], None]:
@@ -157,10 +194,14 @@ def _value(name: str, metric: Any, reduced: Mapping[int, Any]) -> Any:
         return metric.evaluate(reduced) if isinstance(metric, Metric) else reduced[id(metric)].compute()
     except NotComputableError as error:
         raise NotComputableError(f"Metric {name!r} cannot be computed: {error}.") from None
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise ValueError(f"Metric {name!r} cannot be computed: {error}") from error
 
 
 def _flat(name: str, value: Any) -> dict[str, MetricValue]:
-    """The entries of `state.metrics`: numbers as floats, larger tensors on the CPU, a mapping's values as `name/key`."""
+    """The entries of `state.metrics`: numbers as floats, tensors on the CPU, a mapping's values as `name/key`."""
     if isinstance(value, Mapping):
         return {key: one for part, inner in value.items() for key, one in _flat(f"{name}/{part}", inner).items()}
     if isinstance(value, torch.Tensor):

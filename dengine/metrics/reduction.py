@@ -171,8 +171,8 @@ def _difference(rank: int, kind: list[tuple[str, str, StateOp]], first: list[tup
             f"{', '.join(first_names) or 'none'}: add the same metrics in the same order on every rank."
         )
     place = next(
-        i for i, (mine, theirs) in enumerate(zip(kind + [None], first + [None], strict=False)) if mine != theirs
-    )  # type: ignore[list-item]
+        i for i, (mine, theirs) in enumerate(zip([*kind, None], [*first, None], strict=False)) if mine != theirs
+    )
     mine, theirs = (one[place] if place < len(one) else one[-1] for one in (kind, first))
     return (
         f"{mine[0]} differs between ranks: rank {rank} has state {mine[1]!r} reduced by {mine[2]!r}, "
@@ -259,8 +259,12 @@ def _joined_halves(flat: torch.Tensor) -> torch.Tensor:
     return (high << 32) + low
 
 
+def _split(flat: torch.Tensor, lengths: list[int]) -> Sequence[torch.Tensor]:
+    return flat.split(lengths)  # type: ignore[no-any-return,no-untyped-call]
+
+
 def _unpacked(host: torch.Tensor, items: list[Item], layout: tuple[_Entry, ...], here: World) -> list[torch.Tensor]:
-    pieces = host.split([entry.lanes(here.size) for entry in layout])
+    pieces = _split(host, [entry.lanes(here.size) for entry in layout])
     extremes = _extremes(items, layout, here)
     joined = _concatenated(items, layout, pieces, here)
     values = []
@@ -298,7 +302,7 @@ def _extremes(items: list[Item], layout: tuple[_Entry, ...], here: World) -> dic
     if not wanted:
         return {}
     sent = torch.cat([_ordered(items[index], layout[index], here) for index in wanted])
-    pieces = max_tensor(sent, here).cpu().split([layout[index].numel for index in wanted])
+    pieces = _split(max_tensor(sent, here).cpu(), [layout[index].numel for index in wanted])
     return {index: _from_ordered(layout[index], piece) for index, piece in zip(wanted, pieces, strict=True)}
 
 
@@ -344,7 +348,7 @@ def _concatenated(
     parts: dict[int, list[torch.Tensor]] = {index: [] for index in wanted}
     for rank, row in enumerate(gathered):
         cuts = [lengths[index][rank] * widths[index] for index in wanted]
-        for index, piece in zip(wanted, row.split(cuts), strict=True):
+        for index, piece in zip(wanted, _split(row, cuts), strict=True):
             # clone: the bytes of one state may begin where its dtype cannot be read in place.
             values = piece.clone().view(layout[index].dtype)
             parts[index].append(values.reshape(lengths[index][rank], *layout[index].shape))

@@ -21,12 +21,12 @@ __all__ = ["TorchmetricsLeaf"]
 
 
 class TorchmetricsLeaf:
-    """A metric of torchmetrics, or a collection of them. States that several share (compute groups) are sent once."""
+    """A metric of torchmetrics, or a collection of them, its compute groups included."""
 
     def __init__(self, metric: Any, label: str, *, is_alone: bool) -> None:
         self._metric = metric
         self._label = label
-        states = [] if is_alone else list(_unique_states(metric))
+        states = [] if is_alone else list(_states(metric))
         self._states = [state for state in states if not state.is_loose_list]
         self._loose_lists = [state for state in states if state.is_loose_list]
 
@@ -41,7 +41,9 @@ class TorchmetricsLeaf:
 
         Collective only for lists that are kept apart (no reduction function): one object gather each.
         """
-        memo = {id(state.value): state.put_together(value) for state, value in zip(self._states, values, strict=True)}
+        memo: dict[int, Any] = {
+            id(state.value): state.put_together(value) for state, value in zip(self._states, values, strict=True)
+        }
         for state in self._loose_lists:
             memo[id(state.value)] = [part for parts in all_gather_object(state.value) for part in parts]
         # deepcopy looks its memo up first: the reduced states stand where the local ones would have been copied to.
@@ -86,14 +88,14 @@ class _State:
         return stacked if self.function is None else self.function(stacked)
 
 
-def _unique_states(metric: Any) -> Iterator[_State]:
-    """The states of a metric and of those inside it; one that several share comes once."""
+def _states(metric: Any) -> Iterator[_State]:
+    """The states of a metric and of those inside it.
+
+    Those of a compute group come for each of its members, though they are one: groups are found at the first update,
+    so that a rank that saw nothing has none, and all ranks must send alike.
+    """
     if isinstance(metric, torchmetrics.MetricCollection):
         metric.items(copy_state=False)  # lets the members of a compute group refer to their leader's states
-    seen: set[int] = set()
     for path, module in metric.named_modules():
         for name, function in getattr(module, "_reductions", {}).items():
-            value = getattr(module, name)
-            if id(value) not in seen:
-                seen.add(id(value))
-                yield _State(f"{path}.{name}".lstrip("."), module, value, function)
+            yield _State(f"{path}.{name}".lstrip("."), module, getattr(module, name), function)

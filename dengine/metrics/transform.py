@@ -1,9 +1,10 @@
 """From a step's output to what a metric's `update` takes, where the user says nothing."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["loss_value", "prediction_and_target"]
+__all__ = ["is_torchmetrics", "loss_value", "prediction_and_target"]
 
 _PREDICTION_KEYS = ("pred", "y_pred", "preds", "logits")
 _TARGET_KEYS = ("label", "labels", "y", "target", "targets")
@@ -24,3 +25,9 @@ def loss_value(output: Any) -> Any:
     if isinstance(output, Mapping) and "loss" in output:
         return output["loss"]
     return output
+
+
+def is_torchmetrics(metric: object) -> bool:
+    """Whether `metric` is one of torchmetrics', without importing a package that nobody has imported."""
+    package = sys.modules.get("torchmetrics")
+    return package is not None and isinstance(metric, (package.Metric, package.MetricCollection))

@@ -1,0 +1,264 @@
+"""Means of values that a step gives: of a loss function, of numbers, over the last iterations."""
+
+from collections.abc import Callable, Mapping
+from math import exp
+from typing import Any, TypeAlias
+
+import torch
+
+from dengine.errors import NotComputableError
+from dengine.metrics.inputs import accumulator_dtype, as_tensor, is_number, what_it_got
+from dengine.metrics.metric import Metric, OutputTransform
+from dengine.metrics.transform import loss_value
+
+__all__ = ["Average", "Loss", "Perplexity", "RunningAverage"]
+
+Amount: TypeAlias = torch.Tensor | float  # a number that may still be on its way through the device
+
+
+def _first_dimension(target: Any) -> int:
+    return int(target.shape[0]) if isinstance(target, torch.Tensor) and target.ndim else 1
+
+
+class _WeightedMean(Metric):
+    """Base of means: a sum of values and how many there are."""
+
+    value_sum: Amount
+    count: Amount
+
+    def __init__(self, output_transform: OutputTransform | None = None) -> None:
+        super().__init__(output_transform)
+        self.add_state("value_sum", 0.0)
+        self.add_state("count", 0)
+
+    def add(self, value_sum: Amount, count: Amount) -> None:
+        self.value_sum = self.value_sum + value_sum
+        self.count = self.count + count
+
+    def mean(self) -> float:
+        count = float(self.count)
+        if not count:
+            raise NotComputableError("no sample was seen on any rank")
+        return float(self.value_sum) / count
+
+
+class Loss(_WeightedMean):
+    """The mean of `loss_fn(prediction, target)` over the samples of all ranks.
+
+    Shapes: whatever `loss_fn` takes. It gives the mean over the batch, or with reduction="none" one loss for each
+        sample or element. One that sums, or leaves samples out (`ignore_index`), has another count: use `Average` on
+        (mean, count).
+    Cost: that of `loss_fn`, without gradients; no wait for the device; two numbers.
+
+    Args:
+        batch_size: of a target, the number of samples that the batch's mean counts for; by default its first
+            dimension, 1 for a number.
+
+    Raises:
+        TypeError: `loss_fn` cannot be called, or `update` got no (prediction, target) pair.
+        NotComputableError: no sample was seen.
+
+    Example:
+        >>> metric = Loss(torch.nn.functional.mse_loss)
+        >>> metric.update((torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])))
+        >>> metric.update((torch.tensor([3.0]), torch.tensor([0.0])))
+        >>> metric.compute()
+        3.0
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[Any, Any], Any],
+        output_transform: OutputTransform | None = None,
+        *,
+        batch_size: Callable[[Any], int] = _first_dimension,
+    ) -> None:
+        for name, function in (("loss_fn", loss_fn), ("batch_size", batch_size)):
+            if not callable(function) or isinstance(function, type):
+                raise TypeError(f"{name}={function!r} must be a function, or an instance of a loss module.")
+        super().__init__(output_transform)
+        self._loss_fn = loss_fn
+        self._batch_size = batch_size
+
+    def update(self, output: Any) -> None:
+        if not isinstance(output, (tuple, list)) or len(output) != 2:
+            raise TypeError(
+                f"Loss takes a (prediction, target) pair, but got {what_it_got(output)}: pass output_transform=, a "
+                "function of the step's output that gives the pair."
+            )
+        prediction, target = output
+        num_samples = self._batch_size(target)
+        if not num_samples:
+            return  # the mean over an empty batch is nan
+        with torch.no_grad():
+            loss = self._loss_fn(prediction, target)
+        if not is_number(loss):
+            loss = _accumulable(as_tensor(loss, "Loss")).mean()
+        self.add(loss * num_samples, num_samples)
+
+    def compute(self) -> float:
+        return self.mean()
+
+
+class Average(_WeightedMean):
+    """The mean of the values that the steps give, over all ranks.
+
+    Shapes: a number or a 0-d tensor, one value; a tensor `(N, ...)`, as many values as it has elements; a pair
+        `(value, count)` of these, where the value is the mean of `count` samples (a count of 0 is passed over). Of a
+        mapping its `"loss"` is taken.
+    Cost: no wait for the device; two numbers.
+
+    Raises:
+        TypeError: `update` got something else; it lists a mapping's keys. ValueError: a value and a count of different
+        shapes. NotComputableError: no value was seen.
+
+    Example:
+        >>> metric = Average()
+        >>> metric.update(1.0)
+        >>> metric.update((4.0, 2))
+        >>> metric.compute()
+        3.0
+    """
+
+    def default_transform(self, output: Any) -> Any:
+        return loss_value(output)
+
+    def update(self, output: Any) -> None:
+        self.add(*_sum_and_count(output, "Average"))
+
+    def compute(self) -> float:
+        return self.mean()
+
+
+class Perplexity(_WeightedMean):
+    """`exp` of the mean loss per token, over the tokens of all ranks. Shapes, cost and errors: those of `Average`.
+
+    Give `(mean loss, number of tokens)` where batches differ in tokens: `lambda output: (output["loss"], output["n"])`.
+    A mean loss alone counts as one. Losses are in nats, as `cross_entropy` gives them.
+
+    Example:
+        >>> metric = Perplexity()
+        >>> metric.update((0.0, 1))
+        >>> metric.update((torch.tensor(4.0).log(), torch.tensor(1)))
+        >>> round(metric.compute(), 6)
+        2.0
+    """
+
+    def default_transform(self, output: Any) -> Any:
+        return loss_value(output)
+
+    def update(self, output: Any) -> None:
+        self.add(*_sum_and_count(output, "Perplexity"))
+
+    def compute(self) -> float:
+        mean = self.mean()
+        try:
+            return exp(mean)
+        except OverflowError:  # above a loss of 709
+            return float("inf")
+
+
+class RunningAverage(Metric):
+    """The exponential mean of this rank's values: `alpha * average + (1 - alpha) * value`, from the first value on.
+
+    Over several ranks it is the plain mean of their averages, taken when the epoch ends; ranks that saw nothing are not
+    counted. `reset()` starts it afresh, so with the engine it covers one epoch: the state of metrics is in no
+    checkpoint, and a resumed run must give the values of one that was never interrupted.
+
+    Shapes: a number or a 0-d tensor; of a tensor `(N, ...)` the mean. Of a mapping its `"loss"` is taken.
+    Cost: no wait for the device; two numbers a rank.
+
+    Args:
+        alpha: the weight of the past, 0 <= alpha < 1; 0.98 looks back on about 50 values.
+
+    Raises:
+        ValueError: `alpha` out of range. TypeError: `update` got something else; it lists a mapping's keys.
+        NotComputableError: no value was seen.
+
+    Example:
+        >>> metric = RunningAverage(alpha=0.75)
+        >>> metric.update(1.0)
+        >>> metric.update(3.0)
+        >>> metric.compute()
+        1.5
+    """
+
+    average: Amount
+    num_values: Any  # int; (ranks,) once reduced
+
+    def __init__(self, alpha: float = 0.98, *, output_transform: OutputTransform | None = None) -> None:
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise TypeError(f"alpha={alpha!r} must be a number.")
+        if not 0 <= alpha < 1:
+            raise ValueError(f"alpha={alpha} must be at least 0 and less than 1.")
+        super().__init__(output_transform)
+        self._alpha = alpha
+        self.add_state("average", 0.0, reduce="gather")
+        self.add_state("num_values", 0, reduce="gather")
+
+    def default_transform(self, output: Any) -> Any:
+        return loss_value(output)
+
+    def update(self, output: Any) -> None:
+        value = _value(output, "RunningAverage")
+        if isinstance(value, torch.Tensor):
+            if not value.numel():
+                return
+            value = _accumulable(value).mean()
+        is_first = self.num_values == 0
+        self.average = value if is_first else self._alpha * self.average + (1 - self._alpha) * value
+        self.num_values += 1
+
+    def compute(self) -> float:
+        has_values = torch.as_tensor(self.num_values).reshape(-1) > 0  # of each rank
+        averages = torch.as_tensor(self.average).cpu().double().reshape(-1)
+        if not has_values.any():
+            raise NotComputableError("no value was seen on any rank")
+        return float(averages[has_values].mean())
+
+
+def _value(output: Any, metric: str) -> Any:
+    """A number, or a tensor that may be of any shape.
+
+    Raises:
+        TypeError: neither; it lists a mapping's keys and says what to do.
+    """
+    if is_number(output):
+        return output
+    if isinstance(output, (Mapping, str, tuple, list)) or output is None:
+        raise TypeError(
+            f"{metric} takes a number or a tensor, but got {what_it_got(output)}: pass output_transform=, a function "
+            "of the step's output that gives the value."
+        )
+    return as_tensor(output, metric)
+
+
+def _sum_and_count(output: Any, metric: str) -> tuple[Amount, Amount]:
+    """The sum of the values, and how many they are."""
+    if not isinstance(output, (tuple, list)) or len(output) != 2:
+        value = _value(output, metric)
+        if isinstance(value, torch.Tensor):
+            return _accumulable(value).sum(), value.numel()
+        return value, 1
+    value, count = (_value(part, metric) for part in output)
+    if not isinstance(value, torch.Tensor) and not isinstance(count, torch.Tensor):
+        # The mean loss of nothing is nan, and nan * 0 is too.
+        return (value * count if count else 0.0), count
+    return _weighted_tensors(as_tensor(value, metric), as_tensor(count, metric), metric)
+
+
+def _weighted_tensors(value: torch.Tensor, count: torch.Tensor, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if value.ndim and count.ndim and value.shape != count.shape:
+        raise ValueError(
+            f"{metric} got a value of shape {tuple(value.shape)} and a count of shape {tuple(count.shape)}; they must "
+            "be of one shape, or one of them a number."
+        )
+    if value.device != count.device:
+        device = value.device if count.device.type == "cpu" else count.device
+        value, count = value.to(device, non_blocking=True), count.to(device, non_blocking=True)
+    weighted = torch.where(count == 0, 0.0, _accumulable(value) * count)
+    return weighted.sum(), count.expand(weighted.shape).sum()
+
+
+def _accumulable(value: torch.Tensor) -> torch.Tensor:
+    return value.to(accumulator_dtype(value.device))

@@ -1,0 +1,80 @@
+"""How fast the samples went by, on all ranks together."""
+
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from dengine.errors import NotComputableError
+from dengine.metrics.inputs import is_number, what_it_got
+from dengine.metrics.metric import Metric, OutputTransform
+
+__all__ = ["Throughput"]
+
+
+class Throughput(Metric):
+    """Samples per second of all ranks together: all their samples, over the longest time that a rank took.
+
+    The time runs from `reset()` (the epoch's beginning) until the value is computed, when the rank's GPU is waited for,
+    so that work still queued there counts.
+
+    Shapes: the samples of one step are the first dimension of the target of a (prediction, target) pair, 1 where it is
+        a number; the first dimension of a tensor; or a whole number, also as a 0-d tensor, which is the count itself:
+        `Throughput(output_transform=lambda output: output["num_tokens"])`.
+    Cost: no wait for the device before the epoch's end; two numbers a rank.
+
+    Raises:
+        TypeError: `update` got something else; it lists a mapping's keys. NotComputableError: no sample was seen.
+
+    Example:
+        >>> metric = Throughput()
+        >>> metric.update((torch.zeros(32, 10), torch.zeros(32)))
+        >>> metric.compute() > 0
+        True
+    """
+
+    num_samples: torch.Tensor | int
+    elapsed_s: torch.Tensor | float
+
+    def __init__(self, output_transform: OutputTransform | None = None) -> None:
+        super().__init__(output_transform)
+        self.add_state("num_samples", 0)
+        self.add_state("elapsed_s", 0.0, reduce="gather")
+        self._started_s = perf_counter()
+
+    def reset(self) -> None:
+        super().reset()
+        self._started_s = perf_counter()
+
+    def update(self, output: Any) -> None:
+        self.num_samples = self.num_samples + _num_samples(output)
+
+    def settle(self) -> None:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+        self.elapsed_s = perf_counter() - self._started_s
+
+    def compute(self) -> float:
+        num_samples = int(self.num_samples)
+        if not num_samples:
+            raise NotComputableError("no sample was seen on any rank")
+        if not isinstance(self.elapsed_s, torch.Tensor):  # by hand
+            self.settle()
+        return num_samples / float(torch.as_tensor(self.elapsed_s).max().clamp(min=1e-9))
+
+
+def _num_samples(output: Any) -> torch.Tensor | int:
+    is_pair = isinstance(output, (tuple, list)) and len(output) == 2
+    sized = output[1] if is_pair else output
+    if getattr(sized, "shape", ()):
+        return int(sized.shape[0])
+    if is_pair and (is_number(sized) or isinstance(sized, torch.Tensor)):
+        return 1
+    if isinstance(sized, int) and not isinstance(sized, bool):
+        return sized
+    if isinstance(sized, torch.Tensor) and not sized.is_floating_point():
+        return sized.detach()
+    raise TypeError(
+        f"Throughput cannot tell the number of samples from {what_it_got(output)}: pass output_transform=, a function "
+        "of the step's output that gives it."
+    )

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+    cat <<'TEXT'
+Install what is needed, then run the tests.
+
+  bash launch/test.sh [arguments of pytest]        tests/ in parallel, then tests_dist/ one by one
+  bash launch/test.sh tests/engine [arguments]     one pytest over the paths named
+
+PYTHON and DENGINE_VENV: as in launch/quickstart.sh --help.
+TEXT
+}
+
+case "${1:-}" in -h | --help) usage; exit ;; esac
+
+set_up test
+cd -- "$ROOT"
+# Several processes share the cores, in tests_dist/ as under xdist.
+export OMP_NUM_THREADS=1
+
+for argument in "$@"; do
+    case "${argument#"$ROOT/"}" in
+        tests | tests/* | tests_dist | tests_dist/*) exec "$VENV_PYTHON" -m pytest "$@" ;;
+    esac
+done
+
+logs="$(mktemp -d)"
+trap 'rm -rf -- "$logs"' EXIT
+# pytest turns Ctrl-C into an exit code of its own; without this the second half would still start.
+trap 'exit 130' INT
+
+# Through a pipe pytest sees no terminal.
+color=no
+[[ ! -t 1 ]] || color=yes
+
+# Its exit code is pytest's: pipefail carries it past tee.
+run_pytest() {
+    local folder=$1
+    shift
+    "$VENV_PYTHON" -m pytest "--color=$color" "$folder" "$@" | tee "$logs/$folder"
+}
+
+closing_line() {
+    grep -E ' in [0-9]+\.[0-9]+s' "$logs/$1" | tail -n 1 || printf 'pytest gave no closing line\n'
+}
+
+tests_code=0
+run_pytest tests -n logical --maxprocesses=4 --dist=loadfile "$@" || tests_code=$?
+dist_code=0
+run_pytest tests_dist "$@" || dist_code=$?
+
+printf '\ntests:      %s\ntests_dist: %s\n' "$(closing_line tests)" "$(closing_line tests_dist)"
+
+# 5: nothing selected. A selection such as -k may well fit one folder only, but not neither.
+nothing=5
+if (($# > 0)); then
+    ((tests_code != nothing || dist_code != 0)) || tests_code=0
+    ((dist_code != nothing || tests_code != 0)) || dist_code=0
+fi
+((tests_code == 0 && dist_code == 0)) || exit 1

@@ -1,0 +1,147 @@
+"""No update waits for the device: none reads a value, or makes a shape that depends on one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dengine.metrics import (
+    MAE,
+    MSE,
+    RMSE,
+    Accuracy,
+    Average,
+    ConfusionMatrix,
+    DistributedAccuracy,
+    DistributedMetric,
+    F1Score,
+    Loss,
+    Perplexity,
+    Precision,
+    R2Score,
+    Recall,
+    RunningAverage,
+    Throughput,
+    TopKAccuracy,
+)
+
+WAITS = {
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal",
+    "allclose",
+    "nonzero",
+    "nonzero_numpy",
+    "masked_select",
+    "bincount",
+    "histc",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "repeat_interleave",
+}
+
+
+class Waits(TorchDispatchMode):
+    """The operations seen that wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        is_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in WAITS or is_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def cases(device: str) -> list[tuple[str, Any, Any]]:
+    scores = torch.rand(6, 4, device=device)
+    labels = torch.ones(6, dtype=torch.int64, device=device)
+    many = torch.ones(6, 4, dtype=torch.int64, device=device)
+    value, count = torch.rand((), device=device), torch.ones((), dtype=torch.int64, device=device)
+    pair, twins = (scores, labels), (labels, labels)
+    every: list[tuple[Any, Any]] = [
+        (Accuracy(), pair),
+        (Accuracy(), twins),
+        (Accuracy(num_classes=4), twins),
+        (Accuracy(), (scores[:, 0], labels)),
+        (Accuracy(), (scores[:, 0], scores[:, 1])),
+        (Accuracy("binary"), (scores[:, 0], scores[:, 1])),
+        (Accuracy("multilabel"), (scores, many)),
+        (Accuracy(average=None), pair),
+        (TopKAccuracy(2), pair),
+        (DistributedMetric(Accuracy()), pair),
+        (DistributedAccuracy(), pair),
+        (Loss(cross_entropy), pair),
+        (Loss(torch.nn.CrossEntropyLoss(reduction="none")), pair),
+        (Throughput(), pair),
+        (Throughput(), count),
+    ]
+    for kind in (Precision, Recall, F1Score, ConfusionMatrix):
+        every += [(kind(), pair), (kind(num_classes=4), twins), (kind("binary"), (scores[:, 0], labels))]
+        every += [(kind("multilabel"), (scores, many)), (kind("multilabel", 4), (many, many.float()))]
+    for kind in (MSE, RMSE, MAE, R2Score):
+        every += [(kind(), (scores, scores)), (kind(), twins)]
+    for kind in (Average, Perplexity, RunningAverage):
+        every += [(kind(), value), (kind(), scores)]
+    for kind in (Average, Perplexity):
+        every += [(kind(), (value, count)), (kind(), (value, 3)), (kind(), (labels, labels)), (kind(), (0.5, count))]
+    return [(f"{type(metric).__name__}-{place}", metric, output) for place, (metric, output) in enumerate(every)]
+
+
+@pytest.mark.parametrize(("metric", "output"), [pytest.param(*case[1:], id=case[0]) for case in cases("cpu")])
+def test_no_operation_of_an_update_waits(metric: Any, output: Any) -> None:
+    with Waits() as waits:
+        for _ in range(3):
+            metric.update(output)
+        metric.reset()
+        metric.update(output)
+    assert waits.seen == []
+
+
+@pytest.mark.parametrize(("metric", "output"), [pytest.param(*case[1:], id=case[0]) for case in cases("meta")])
+def test_an_update_needs_no_values_at_all(metric: Any, output: Any) -> None:
+    # Tensors without storage: whatever reads one, or copies it to the host, raises.
+    for _ in range(3):
+        metric.update(output)
+
+
+def test_the_watch_for_waits_sees_them() -> None:
+    tensor = torch.arange(3)
+    with Waits() as waits:
+        bool(tensor[0])
+        tensor[tensor > 1]
+        tensor.unique()
+        tensor.tolist()
+    assert {"_local_scalar_dense", "index", "_unique2"} <= set(waits.seen)
+
+
+def test_a_scatter_adds_in_place_and_makes_nothing_as_large_as_the_matrix() -> None:
+    metric = ConfusionMatrix(num_classes=50)
+    batch = torch.arange(6), torch.arange(6)
+    metric.update(batch)
+    (leaf,) = metric.leaves()
+    address = leaf.counts.data_ptr()
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            is_new = isinstance(result, torch.Tensor) and result.data_ptr() != address
+            self.numel = max(self.numel, result.numel() if is_new else 0)
+            return result
+
+    with Largest() as largest:
+        metric.update(batch)
+    assert leaf.counts.data_ptr() == address
+    assert largest.numel <= 6

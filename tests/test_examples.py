@@ -1,0 +1,279 @@
+"""The main job in one process: what it prints is what its checkpoint holds; CIFAR-10 in both published formats."""
+
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
+
+
+@pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        import digits
+
+    return digits
+
+
+@pytest.fixture(scope="module")
+def data(digits: ModuleType) -> ModuleType:
+    return sys.modules["_data"]
+
+
+def run_digits(*options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / "digits.py"), *map(str, options)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What a run of two epochs printed, and its output folder."""
+    folder = tmp_path_factory.mktemp("digits")
+    done = run_digits("--epochs", 2, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, folder
+
+
+def accuracy_in(printed: str) -> tuple[int, int, float]:
+    found = re.search(r"Validation accuracy: (\d+)/(\d+) = (\S+)", printed)
+    assert found, printed
+    return int(found[1]), int(found[2]), float(found[3])
+
+
+def path_in(printed: str, name: str) -> Path:
+    found = re.search(rf"^{name}: +(.*)$", printed, re.MULTILINE)
+    assert found, printed
+    return Path(found[1])
+
+
+# -- digits ------------------------------------------------------------------------------------------------------
+
+
+def test_the_printed_accuracy_is_that_of_the_saved_weights_on_the_held_out_fifth(
+    trained: tuple[str, Path], digits: ModuleType
+) -> None:
+    printed, _ = trained
+    scans = load_digits()
+    held_out = torch.randperm(1797, generator=torch.Generator().manual_seed(0))[: 1797 // 5]
+    net = digits.residual_net(num_channels=1)
+    net.load_state_dict(torch.load(path_in(printed, "Checkpoint"), weights_only=True)["model"])
+    with torch.no_grad():
+        scores = net.eval()(torch.from_numpy(scans.images).float().unsqueeze(1))
+    correct = int((scores.argmax(1) == torch.from_numpy(scans.target))[held_out].sum())
+    assert accuracy_in(printed) == (correct, 359, correct / 359)
+    assert correct / 359 > 0.9
+
+
+def test_training_and_held_out_scans_are_all_there_are(data: ModuleType) -> None:
+    train_set, val_set = data.load_digits()
+    assert (len(train_set), len(val_set)) == (1797 - 359, 359)
+    seen = torch.cat([train_set.tensors[0], val_set.tensors[0]]).flatten(1).tolist()
+    assert sorted(seen) == sorted(load_digits().images.reshape(1797, 64).astype(int).tolist())
+
+
+def test_the_curves_have_an_epoch_a_line_and_the_best_of_them_is_what_was_saved(trained: tuple[str, Path]) -> None:
+    printed, folder = trained
+    assert path_in(printed, "Numbers") == folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 15), (2, 30)]
+    assert {"train/loss", "val/loss", "val/acc", "lr"} <= rows[0].keys()
+    assert max(row["val/acc"] for row in rows) == pytest.approx(accuracy_in(printed)[2], abs=1e-6)
+    assert path_in(printed, "Curves").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_only_finds_the_accuracy_again_and_writes_nothing(trained: tuple[str, Path], tmp_path: Path) -> None:
+    printed, _ = trained
+    done = run_digits("--evaluate-only", path_in(printed, "Checkpoint"), "--output", tmp_path / "none")
+    assert accuracy_in(done.stdout) == accuracy_in(printed), done.stderr
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: 0 must be at least 1"),
+        (["--epochs", "x"], "argument --epochs: invalid count value: 'x'"),
+        (["--batch-size", "-96"], "argument --batch-size: -96 must be at least 1"),
+        (["--patience", "0"], "argument --patience: 0 must be at least 1"),
+        (["--lr", "0"], "--lr 0.0 must be above 0"),
+        (["--lr", "nan"], "--lr nan must be above 0"),
+        (["--data", "mnist"], "argument --data: invalid choice: 'mnist'"),
+        (["--data", "cifar10"], "--data cifar10 and --data-dir go together"),
+        (["--data-dir", "."], "--data cifar10 and --data-dir go together"),
+        (["--evaluate-only", "none.pt"], "--evaluate-only none.pt: there is no such file"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    options: list[str],
+    message: str,
+    digits: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["digits.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        digits.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# -- CIFAR-10 ----------------------------------------------------------------------------------------------------
+
+
+class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined, misc]
+    """Pickles as Python 2 did, which wrote the published files: every string is one of bytes."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+
+    def save_bytes(self, text: str | bytes) -> None:
+        raw = text if isinstance(text, bytes) else text.encode("latin1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
+        self.memoize(text)
+
+    dispatch[bytes] = dispatch[str] = save_bytes
+
+
+def write_binary(path: Path, pixels: np.ndarray, labels: list[int]) -> None:
+    rows = [bytes([label]) + row.tobytes() for label, row in zip(labels, pixels, strict=True)]
+    path.with_suffix(".bin").write_bytes(b"".join(rows))
+
+
+def write_python_2(path: Path, pixels: np.ndarray, labels: list[int]) -> None:
+    with path.open("wb") as file:
+        Python2Pickler(file, protocol=2).dump({"batch_label": path.name, "labels": labels, "data": pixels})
+    # Where numpy's function lay then.
+    path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    assert b"cnumpy.core.multiarray\n_reconstruct\n" in path.read_bytes()
+    assert b"_codecs" not in path.read_bytes()
+
+
+def write_python_3(path: Path, pixels: np.ndarray, labels: list[int]) -> None:
+    path.write_bytes(pickle.dumps({b"batch_label": b"testing", b"labels": labels, b"data": pixels}, protocol=2))
+
+
+Write = Callable[[Path, np.ndarray, list[int]], None]
+every_format = pytest.mark.parametrize("write", [write_binary, write_python_2, write_python_3])
+
+
+def write_cifar10(folder: Path, write: Write, num_images: int = 4) -> dict[str, tuple[np.ndarray, list[int]]]:
+    generator = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    written = {}
+    for name in BATCHES:
+        pixels = generator.integers(0, 256, (num_images, 3072), dtype=np.uint8)
+        labels = generator.integers(0, 10, num_images).tolist()
+        write(folder / name, pixels, labels)
+        written[name] = (pixels, labels)
+    return written
+
+
+@every_format
+def test_cifar10_is_read_in_each_format_as_it_was_written(write: Write, data: ModuleType, tmp_path: Path) -> None:
+    written = write_cifar10(tmp_path, write)
+    train_set, val_set = data.load_cifar10(tmp_path)
+    assert (len(train_set), len(val_set)) == (20, 4)
+    pixels, labels = written["data_batch_3"]
+    images = train_set.tensors[0]
+    assert images.shape == (20, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    # The second image of the third batch: 1024 bytes of red, then green, then blue, each row by row.
+    assert images[9, 2, 5, 7] == pixels[1, 2 * 1024 + 5 * 32 + 7]
+    assert train_set.tensors[1][8:12].tolist() == labels
+    assert val_set.tensors[0].flatten(1).tolist() == written["test_batch"][0].tolist()
+    assert val_set.tensors[1].tolist() == written["test_batch"][1]
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_binary, "cifar-10-batches-bin"), (write_python_2, "cifar-10-batches-py")]
+)
+def test_the_main_job_trains_on_cifar10_from_the_folder_where_it_was_unpacked(
+    write: Write, name: str, tmp_path: Path
+) -> None:
+    write_cifar10(tmp_path / name, write)
+    output = tmp_path / "run"
+    options = ("--epochs", 1, "--batch-size", 10, "--data", "cifar10", "--data-dir", tmp_path, "--output", output)
+    done = run_digits(*options)
+    assert done.returncode == 0, done.stderr
+    assert accuracy_in(done.stdout)[1] == 4
+    saved = torch.load(path_in(done.stdout, "Checkpoint"), weights_only=True)["model"]
+    assert saved["1.body.0.weight"].shape[1] == 3
+
+
+class Malicious:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_pickle_that_would_run_code_is_refused_and_runs_none(protocol: int, data: ModuleType, tmp_path: Path) -> None:
+    write_cifar10(tmp_path, write_python_2)
+    path, folder = tmp_path / "data_batch_2", tmp_path / "made by the pickle"
+    content = pickle.dumps({"labels": [1], "data": Malicious(folder)}, protocol=protocol)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"data_batch_2 is no batch of CIFAR-10: it asks for \w+\.mkdir"):
+        data.load_cifar10(tmp_path)
+    assert not folder.exists()
+    pickle.loads(content)
+    assert folder.exists()  # it would have
+
+
+@every_format
+@pytest.mark.parametrize("name", ["data_batch_4", "test_batch"])
+@pytest.mark.parametrize("damage", [b"", b"\x00\x80 not a batch", None])
+def test_a_batch_that_is_damaged_or_missing_is_named(
+    write: Write, name: str, damage: bytes | None, data: ModuleType, tmp_path: Path
+) -> None:
+    write_cifar10(tmp_path, write)
+    path = next(tmp_path.glob(f"{name}*"))
+    if damage is not None:
+        path.write_bytes(damage)
+    elif name == "data_batch_4":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])  # cut off
+    with pytest.raises(ValueError, match=rf"{name}(\.bin)? is (missing|no batch of CIFAR-10): "):
+        data.load_cifar10(tmp_path)
+
+
+@every_format
+def test_a_label_that_is_none_of_the_ten_is_an_error(write: Write, data: ModuleType, tmp_path: Path) -> None:
+    write_cifar10(tmp_path, write)
+    write(tmp_path / "data_batch_5", np.zeros((2, 3072), np.uint8), [0, 10])
+    with pytest.raises(ValueError, match="data_batch_5.* labels go from 0 to 10"):
+        data.load_cifar10(tmp_path)
+
+
+def test_pixels_of_a_wrong_shape_are_an_error(data: ModuleType, tmp_path: Path) -> None:
+    write_cifar10(tmp_path, write_python_2)
+    write_python_2(tmp_path / "data_batch_5", np.zeros((2, 100), np.uint8), [0, 1])
+    with pytest.raises(ValueError, match=r"data_batch_5.* pixels of shape \(2, 100\) and type uint8"):
+        data.load_cifar10(tmp_path)
+
+
+def test_a_folder_without_cifar10_is_named_with_the_way_to_get_it(tmp_path: Path) -> None:
+    done = run_digits("--data", "cifar10", "--data-dir", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path} holds no CIFAR-10")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,313 @@
+"""The scripts of launch/ and .ci/, without network: a stand-in for the environment's Python notes what it is asked."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+STARTED_BY_USERS = ["quickstart", "test", "benchmark"]
+TOOLS = ["bash", "basename", "cat", "cksum", "dirname", "grep", "ls", "mkdir", "mktemp", "rm", "tail", "tee"]
+COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
+
+# Notes each call in $FAKE/calls. The first word of a call that has a file $FAKE/<word>.out gets it as the output,
+# and <word>.code as the exit code; any other call succeeds in silence.
+FAKE_PYTHON = f"""#!{shutil.which("bash")}
+echo "$*" >> "$FAKE/calls"
+for word in "$@"; do
+    if [[ -e "$FAKE/$word.out" ]]; then
+        cat "$FAKE/$word.out"
+        exit "$(cat "$FAKE/$word.code")"
+    fi
+done
+"""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A copy of the scripts, run from another folder, on a PATH that holds a few tools and no Python."""
+
+    root: Path
+    elsewhere: Path
+    tools: Path
+    fake: Path
+
+    @property
+    def venv(self) -> Path:
+        return self.root / ".venv"
+
+    def bash(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self.tools / "bash"), *words],
+            cwd=self.elsewhere,
+            env={"PATH": str(self.tools), "FAKE": str(self.fake), **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def launch(self, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.bash(str(self.root / "launch" / f"{name}.sh"), *words, **environment)
+
+    def set_up(self, extras: str) -> subprocess.CompletedProcess[str]:
+        return self.bash("-c", 'source "$1" && set_up "$2"', "bash", str(self.root / "launch" / "common.sh"), extras)
+
+    def add_python(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(FAKE_PYTHON)
+        path.chmod(0o755)
+
+    def answer(self, word: str, text: str, *, code: int = 0) -> None:
+        (self.fake / f"{word}.out").write_text(text)
+        (self.fake / f"{word}.code").write_text(str(code))
+
+    def calls(self, containing: str) -> list[str]:
+        calls = self.fake / "calls"
+        return [line for line in calls.read_text().splitlines() if containing in line] if calls.exists() else []
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Sandbox:
+    """No Python anywhere; a blank in every path, which is where unquoted variables break."""
+    sandbox = Sandbox(*(tmp_path / name for name in ("the root", "else where", "the tools", "the fake")))
+    for folder in (sandbox.elsewhere, sandbox.tools, sandbox.fake, sandbox.root / "benchmarks"):
+        folder.mkdir(parents=True)
+    shutil.copytree(ROOT / "launch", sandbox.root / "launch")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, sandbox.root)
+    for tool in TOOLS:
+        found = shutil.which(tool)
+        assert found, tool
+        (sandbox.tools / tool).symlink_to(found)
+    return sandbox
+
+
+@pytest.fixture
+def ready(bare: Sandbox) -> Sandbox:
+    """With an environment whose Python is the stand-in."""
+    bare.add_python(bare.venv / "bin" / "python")
+    return bare
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses(script: Path) -> None:
+    outcome = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_that_are_started_are_executable_and_the_sourced_one_is_not(script: Path) -> None:
+    assert os.access(script, os.X_OK) == (script.name != "common.sh")
+
+
+def test_shellcheck_finds_nothing() -> None:
+    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (extra lint)")
+    names = [str(script.relative_to(ROOT)) for script in SCRIPTS]
+    outcome = subprocess.run([shellcheck, "--external-sources", *names], cwd=ROOT, capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("name", STARTED_BY_USERS)
+def test_help_needs_no_python_and_makes_nothing(bare: Sandbox, name: str) -> None:
+    outcome = bare.launch(name, "--help")
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert f"bash launch/{name}.sh" in outcome.stdout
+    assert not bare.venv.exists()
+
+
+@pytest.mark.parametrize("name", STARTED_BY_USERS)
+def test_missing_python_is_one_line_that_says_what_to_install(bare: Sandbox, name: str) -> None:
+    (bare.root / "benchmarks" / "loop.py").touch()
+    outcome = bare.launch(name)
+    assert outcome.returncode != 0
+    assert len(outcome.stderr.splitlines()) == 1
+    assert "no Python 3.10 or newer found: install one (Debian, Ubuntu: apt install python3 " in outcome.stderr
+    assert not bare.venv.exists()
+
+
+def test_python_asked_for_that_does_not_run_is_named_and_no_other_is_taken(bare: Sandbox) -> None:
+    bare.add_python(bare.tools / "python3")
+    outcome = bare.launch("test", PYTHON="python9")
+    assert outcome.returncode != 0
+    assert len(outcome.stderr.splitlines()) == 1
+    assert "PYTHON=python9 is no Python 3.10 or newer" in outcome.stderr
+
+
+def test_missing_venv_module_is_one_line_that_says_what_to_install(bare: Sandbox) -> None:
+    bare.add_python(bare.tools / "python3")
+    bare.answer("import venv, ensurepip", "", code=1)
+    outcome = bare.launch("test")
+    assert outcome.returncode != 0
+    assert len(outcome.stderr.splitlines()) == 1
+    assert "apt install python3-venv" in outcome.stderr
+
+
+def test_folder_that_is_no_environment_is_not_emptied(bare: Sandbox) -> None:
+    bare.add_python(bare.tools / "python3")
+    bare.venv.mkdir()
+    (bare.venv / "thesis.txt").touch()
+    outcome = bare.launch("test")
+    assert outcome.returncode != 0
+    assert "is no virtual environment" in outcome.stderr
+    assert bare.calls("-m venv") == []
+
+
+def test_broken_environment_is_made_anew(bare: Sandbox) -> None:
+    bare.add_python(bare.tools / "python3")
+    bare.venv.mkdir()
+    (bare.venv / "pyvenv.cfg").touch()
+    bare.launch("test")
+    assert bare.calls("-m venv") == [f"-m venv --clear {bare.venv}"]
+
+
+def test_pip_missing_in_the_environment_is_one_line_that_says_what_to_install(ready: Sandbox) -> None:
+    ready.answer("pip", "", code=1)
+    ready.answer("ensurepip", "", code=1)
+    outcome = ready.set_up("test")
+    assert outcome.returncode != 0
+    assert "apt install python3-venv" in outcome.stderr.splitlines()[-1]
+    assert ready.calls("pip install") == []
+
+
+def test_second_set_up_does_not_install_again(ready: Sandbox) -> None:
+    for _ in range(2):
+        assert ready.set_up("test,lint").returncode == 0
+        assert len(ready.calls("pip install")) == 1
+    assert "--constraint constraints.txt --editable .[test,lint]" in ready.calls("pip install")[0]
+    # Either alone, as launch/test.sh asks for it after .ci/run has installed both.
+    assert ready.set_up("lint").returncode == 0
+    assert len(ready.calls("pip install")) == 1
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_changed_requirements_are_installed(ready: Sandbox, name: str) -> None:
+    ready.set_up("test")
+    with (ready.root / name).open("a") as file:
+        file.write("# one more line\n")
+    ready.set_up("test")
+    assert len(ready.calls("pip install")) == 2
+
+
+def test_extra_not_installed_yet_is_installed(ready: Sandbox) -> None:
+    ready.set_up("test")
+    ready.set_up("test,lint")
+    assert len(ready.calls("pip install")) == 2
+
+
+def test_failed_install_shows_pips_errors_without_its_noise_and_is_tried_again(ready: Sandbox) -> None:
+    noise = "WARNING: Location 'file:///somewhere/' is ignored: it is neither a file nor a directory.\n"
+    ready.answer("install", f"{noise}ERROR: No matching distribution found for torch\n", code=1)
+    for attempt in (1, 2):
+        outcome = ready.set_up("test")
+        assert outcome.returncode != 0
+        assert "ERROR: No matching distribution found for torch" in outcome.stderr
+        assert "is ignored" not in outcome.stderr
+        assert len(ready.calls("pip install")) == attempt
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_gpus", "prefix", "num_processes"),
+    [
+        ({}, 0, "OMP_NUM_THREADS=1 ", 2),
+        ({}, 4, "", 4),
+        ({"NPROC": "3"}, 4, "", 3),
+        ({"NPROC": "3", "OMP_NUM_THREADS": "8"}, 0, "OMP_NUM_THREADS=8 ", 3),
+    ],
+)
+def test_quickstart_runs_the_command_it_prints(
+    ready: Sandbox, environment: dict[str, str], num_gpus: int, prefix: str, num_processes: int
+) -> None:
+    ready.answer(COUNT_GPUS, f"{num_gpus}\n")
+    outcome = ready.launch("quickstart", "--epochs", "2", **environment)
+    assert outcome.returncode == 0
+    arguments = f"--standalone --nproc-per-node={num_processes} {ready.root}/examples/digits.py --epochs 2"
+    assert ready.calls("torchrun") == [f"{ready.venv}/bin/torchrun {arguments}"]
+    printed = f"{ready.venv}/bin/python {ready.venv}/bin/torchrun {arguments}"
+    assert outcome.stdout == prefix + printed.replace("the root", r"the\ root") + "\n"
+
+
+def test_quickstart_fails_when_training_fails(ready: Sandbox) -> None:
+    ready.answer(COUNT_GPUS, "0\n")
+    ready.answer("--standalone", "", code=7)
+    assert ready.launch("quickstart").returncode == 7
+
+
+@pytest.mark.parametrize("num_processes", ["0", "two", "-1"])
+def test_impossible_number_of_processes_is_named_before_anything_is_installed(
+    ready: Sandbox, num_processes: str
+) -> None:
+    outcome = ready.launch("quickstart", NPROC=num_processes)
+    assert outcome.returncode != 0
+    assert f"NPROC={num_processes} is no number of processes" in outcome.stderr
+    assert ready.calls("") == []
+
+
+NOTHING_SELECTED = 5
+
+
+@pytest.mark.parametrize(
+    ("tests_code", "dist_code", "arguments", "passes"),
+    [
+        (1, 0, [], False),
+        (0, 1, [], False),
+        (0, 0, [], True),
+        (NOTHING_SELECTED, 0, [], False),  # a folder without tests is a fault
+        (0, NOTHING_SELECTED, [], False),
+        (NOTHING_SELECTED, 0, ["-k", "word"], True),
+        (0, NOTHING_SELECTED, ["-k", "word"], True),
+        (1, NOTHING_SELECTED, ["-k", "word"], False),
+        (NOTHING_SELECTED, NOTHING_SELECTED, ["-k", "word"], False),
+    ],
+)
+def test_test_script_runs_both_halves_and_fails_with_either(
+    ready: Sandbox, tests_code: int, dist_code: int, arguments: list[str], passes: bool
+) -> None:
+    ready.answer("tests", "noise\n=== 3 passed in 0.51s ===\n", code=tests_code)
+    ready.answer("tests_dist", "noise\n=== 1 failed in 61.20s (0:01:01) ===\n", code=dist_code)
+    outcome = ready.launch("test", *arguments)
+    assert (outcome.returncode == 0) == passes
+    assert outcome.stdout.splitlines()[-2:] == [
+        "tests:      === 3 passed in 0.51s ===",
+        "tests_dist: === 1 failed in 61.20s (0:01:01) ===",
+    ]
+    tail = "".join(f" {argument}" for argument in arguments)
+    assert ready.calls("-m pytest") == [
+        f"-m pytest --color=no tests -n logical --maxprocesses=4 --dist=loadfile{tail}",
+        f"-m pytest --color=no tests_dist{tail}",
+    ]
+
+
+@pytest.mark.parametrize("path", ["tests", "tests/engine", "tests_dist", "tests_dist/test_a.py::test_b"])
+def test_test_script_runs_one_pytest_over_the_paths_it_is_given(ready: Sandbox, path: str) -> None:
+    assert ready.launch("test", "-x", path).returncode == 0
+    assert ready.calls("-m pytest") == [f"-m pytest -x {path}"]
+
+
+def test_benchmark_script_runs_each_file_named_with_the_remaining_arguments(ready: Sandbox) -> None:
+    for name in ("loop", "memory"):
+        (ready.root / "benchmarks" / f"{name}.py").touch()
+    assert ready.launch("benchmark", "memory", "benchmarks/loop.py", "--steps", "9").returncode == 0
+    folder = f"{ready.root}/benchmarks"
+    assert ready.calls("/benchmarks/") == [f"{folder}/memory.py --steps 9", f"{folder}/loop.py --steps 9"]
+
+
+def test_benchmark_script_runs_the_loop_by_default(ready: Sandbox) -> None:
+    (ready.root / "benchmarks" / "loop.py").touch()
+    assert ready.launch("benchmark").returncode == 0
+    assert ready.calls("/benchmarks/") == [f"{ready.root}/benchmarks/loop.py"]
+
+
+def test_unknown_benchmark_is_named_with_those_there_are(ready: Sandbox) -> None:
+    (ready.root / "benchmarks" / "loop.py").touch()
+    outcome = ready.launch("benchmark", "loop", "lop")
+    assert outcome.returncode != 0
+    assert "no benchmark benchmarks/lop.py: benchmarks/ has loop.py" in outcome.stderr
+    assert ready.calls("") == []
