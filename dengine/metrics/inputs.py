@@ -19,7 +19,7 @@ def as_pair(output: Any, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
             f"{metric} takes a (prediction, target) pair, but got {what_it_got(output)}: pass output_transform=, a "
             "function of the step's output that gives the pair."
         )
-    prediction, target = (_row(as_tensor(part, metric)) for part in output)
+    prediction, target = _row(as_tensor(output[0], metric)), _row(as_tensor(output[1], metric))
     if prediction.device != target.device:
         # Towards the accelerator: the other way would wait for it.
         if prediction.device.type == "cpu":
@@ -36,7 +36,7 @@ def as_tensor(part: Any, metric: str) -> torch.Tensor:
         TypeError: neither number, array nor tensor; or a list of tensors, which could be read on the host only.
     """
     if isinstance(part, torch.Tensor):
-        return part.detach()
+        return part.detach() if part.requires_grad else part
     if isinstance(part, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in part):
         raise TypeError(f"{metric} takes numbers or tensors, but got a list of tensors: torch.stack() or cat() them.")
     try:

@@ -61,17 +61,36 @@ class _Entry:
         """Nobody can tell the shape yet."""
         return not self.is_seen and (self.op == "cat" or self.numel == 0)
 
-    def lanes(self, size: int) -> int:
-        """Places in the float64 buffer."""
-        per_element = 2 if self.is_whole else 1
-        return {
-            "sum": self.numel * per_element,
-            "gather": self.numel * per_element * size,
-            "mean": self.numel + 1,  # and the number of ranks that saw anything
-            "cat": size,  # the lengths
-            "min": 0,
-            "max": 0,
-        }[self.op]
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which states lie where in the buffer: their indices, kind by kind, so that each kind is packed in one go.
+
+    The buffer: header | floats | whole numbers, high halves | low halves | a row for each rank of the same three.
+    """
+
+    sums: tuple[int, ...]  # floats to be summed
+    counts: tuple[int, ...]  # whole numbers to be summed
+    means: tuple[int, ...]  # behind the floats: value and flag
+    slots: tuple[int, ...]  # floats that keep the ranks apart
+    whole_slots: tuple[int, ...]
+    joined: tuple[int, ...]  # "cat": their lengths, behind the whole slots
+    extremes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layout: tuple[_Entry, ...]) -> "_Plan":
+        def those(*ops: str, is_whole: bool | None = None) -> tuple[int, ...]:
+            return tuple(i for i, e in enumerate(layout) if e.op in ops and is_whole in (None, e.is_whole))
+
+        return cls(
+            sums=those("sum", is_whole=False),
+            counts=those("sum", is_whole=True),
+            means=those("mean"),
+            slots=those("gather", is_whole=False),
+            whole_slots=those("gather", is_whole=True),
+            joined=those("cat"),
+            extremes=those("min", "max"),
+        )
 
 
 class Reduction:
@@ -79,6 +98,7 @@ class Reduction:
 
     def __init__(self) -> None:
         self._layout: tuple[_Entry, ...] | None = None
+        self._plan = _Plan.of(())
 
     def agree(self, items: Sequence[Item], failure: str | None = None) -> None:
         """Have the ranks compare their states: the same metrics, in the same order, of the same shapes.
@@ -92,7 +112,10 @@ class Reduction:
         self._layout = None
         told = all_gather_object((mine, failure))
         _raise_failures([rank_failure for _, rank_failure in told])
-        self._layout = _merged([entries for entries, _ in told])
+        self._take(_merged([entries for entries, _ in told]))
+
+    def _take(self, layout: tuple[_Entry, ...]) -> None:
+        self._layout, self._plan = layout, _Plan.of(layout)
 
     @property
     def is_agreed(self) -> bool:
@@ -109,17 +132,19 @@ class Reduction:
         """
         if not items and failure is None:
             return []
-        if here.size == 1:
-            self._layout = tuple(_entry(item) for item in items)  # nobody to agree with
-        elif self._layout is None or any(entry.is_open for entry in self._layout):
+        is_alone = here.size == 1
+        if not is_alone and (self._layout is None or any(entry.is_open for entry in self._layout)):
             self.agree(items, failure)
         for _ in range(2):
+            fitted = None if self._layout is None else _fitted(items, self._layout)
+            if fitted is None and is_alone:  # nobody to agree with
+                self._take(tuple(_entry(item) for item in items))
+                continue
             assert self._layout is not None
-            fitted = _fitted(items, self._layout)
-            sent = _packed(fitted, self._layout, here, failure)
+            sent = _packed(fitted, self._layout, self._plan, here, failure)
             host = sum_tensor(sent, here).cpu()
-            if not host[:_HEADER].any():
-                return _unpacked(host[_HEADER:], fitted or [], self._layout, here)
+            if is_alone or not host[:_HEADER].any():
+                return _unpacked(host, fitted or [], self._layout, self._plan, here)
             self.agree(items, failure)
         raise MetricStateError("The metrics' states changed while they were being reduced.")  # pragma: no cover
 
@@ -193,112 +218,157 @@ def _raise_failures(failures: list[str | None]) -> None:
 
 def _fitted(items: Sequence[Item], layout: tuple[_Entry, ...]) -> list[Item] | None:
     """The items in the agreed shapes, defaults widened to them; None where this rank's own have changed."""
-    if [(item.metric, item.state, item.op) for item in items] != [(e.metric, e.state, e.op) for e in layout]:
+    if len(items) != len(layout):
         return None
     fitted = []
     for item, agreed in zip(items, layout, strict=True):
-        mine = _entry(item)
-        if mine.is_seen:
-            if mine.shape != agreed.shape or torch.promote_types(mine.dtype, agreed.dtype) != agreed.dtype:
+        if item.metric != agreed.metric or item.state != agreed.state or item.op != agreed.op:
+            return None
+        value = item.value
+        shape = value.shape[1:] if item.op == "cat" else value.shape
+        if item.is_seen and value.numel():
+            is_narrower = value.dtype == agreed.dtype or torch.promote_types(value.dtype, agreed.dtype) == agreed.dtype
+            if shape != agreed.shape or not is_narrower:
                 return None
             fitted.append(item)
         elif item.op == "cat":
-            fitted.append(replace(item, value=item.value.new_zeros((0, *agreed.shape))))
-        elif mine.shape == agreed.shape:
-            fitted.append(item)
+            fitted.append(replace(item, value=value.new_zeros((0, *agreed.shape))))
         else:
-            default = item.value.reshape(-1)[:1] if item.value.numel() else item.value.new_zeros(1)
-            fitted.append(
-                replace(item, value=default.expand(max(agreed.numel, 1))[: agreed.numel].reshape(agreed.shape))
-            )
+            fitted.append(item if shape == agreed.shape else replace(item, value=_widened(value, agreed)))
     return fitted
 
 
-def _packed(items: list[Item] | None, layout: tuple[_Entry, ...], here: World, failure: str | None) -> torch.Tensor:
+def _widened(default: torch.Tensor, agreed: _Entry) -> torch.Tensor:
+    """A default in a shape that another rank's data have told."""
+    one = default.reshape(-1)[:1] if default.numel() else default.new_zeros(1)
+    return one.expand(max(agreed.numel, 1))[: agreed.numel].reshape(agreed.shape)
+
+
+def _packed(
+    items: list[Item] | None, layout: tuple[_Entry, ...], plan: _Plan, here: World, failure: str | None
+) -> torch.Tensor:
     """The float64 buffer of this rank. One that has nothing to give says so in the header and sends zeros."""
-    length = sum(entry.lanes(here.size) for entry in layout)
+    device = here.device
     if items is None or failure is not None:
-        lanes = torch.zeros(_HEADER + length, dtype=torch.float64)
-        lanes[0], lanes[1] = float(items is None), float(failure is not None)
-        return lanes.to(here.device)
-    parts = [torch.zeros(_HEADER, dtype=torch.float64, device=here.device)]
-    for item, entry in zip(items, layout, strict=True):
-        parts += _lanes(item, entry, here)
-    return torch.cat(parts)
+        buffer = torch.zeros(_HEADER + sum(_sections(layout, plan, here)), dtype=torch.float64)
+        buffer[0], buffer[1] = float(items is None), float(failure is not None)
+        return buffer.to(device)
+    floats = [items[index].value for index in plan.sums] + _weighted_means(items, plan)
+    counts = _flat([items[index].value for index in plan.counts], device, torch.int64)
+    lengths = torch.tensor([items[index].value.shape[0] for index in plan.joined], dtype=torch.int64)
+    own_floats = _flat([items[index].value for index in plan.slots], device, torch.float64)
+    own_counts = _flat([*(items[index].value for index in plan.whole_slots), lengths], device, torch.int64)
+    own = torch.cat([own_floats, *_halves(own_counts)])
+    header = torch.zeros(_HEADER, dtype=torch.float64, device=device)
+    return torch.cat([header, _flat(floats, device, torch.float64), *_halves(counts), _in_its_row(own, here)])
 
 
-def _lanes(item: Item, entry: _Entry, here: World) -> list[torch.Tensor]:
-    if entry.op in ("min", "max"):
-        return []
-    if entry.op == "cat":
-        return [_slots(torch.tensor([float(item.value.shape[0])], dtype=torch.float64, device=here.device), here)]
-    value = item.value.detach().to(here.device).reshape(-1)
-    if entry.op == "mean":
-        flag = value.new_full((1,), float(item.is_seen), dtype=torch.float64)
-        return [value.double() * flag, flag]
-    flat = torch.cat(_halves(value)) if entry.is_whole else value.double()
-    return [flat if entry.op == "sum" else _slots(flat, here)]
+def _flat(values: list[torch.Tensor], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    if not values:
+        return torch.empty(0, dtype=dtype, device=device)
+    parts = [value.detach().reshape(-1) for value in values]
+    if any(part.device != device for part in parts):
+        parts = [part.to(device) for part in parts]
+    return torch.cat(parts).to(dtype)
 
 
-def _slots(flat: torch.Tensor, here: World) -> torch.Tensor:
+def _weighted_means(items: list[Item], plan: _Plan) -> list[torch.Tensor]:
+    """A rank that saw nothing adds nothing to the value, nor to the number of ranks."""
+    parts: list[torch.Tensor] = []
+    for index in plan.means:
+        flag = torch.tensor([float(items[index].is_seen)], dtype=torch.float64)
+        parts += [items[index].value.detach().double() * float(items[index].is_seen), flag]
+    return parts
+
+
+def _in_its_row(own: torch.Tensor, here: World) -> torch.Tensor:
+    """Zeros in the other ranks' rows: summed, each rank has its own."""
     if here.size == 1:
-        return flat
-    slots = flat.new_zeros(here.size, flat.numel())
-    slots[here.rank] = flat
-    return slots.reshape(-1)
+        return own
+    rows = own.new_zeros(here.size, own.numel())
+    rows[here.rank] = own
+    return rows.reshape(-1)
+
+
+def _sections(layout: tuple[_Entry, ...], plan: _Plan, here: World) -> tuple[int, int, int, int]:
+    """Lengths of what follows the header: floats, halves of whole numbers (two sections), the rows of the ranks."""
+    floats = sum(layout[index].numel for index in plan.sums) + sum(layout[index].numel + 1 for index in plan.means)
+    counts = sum(layout[index].numel for index in plan.counts)
+    row = sum(layout[index].numel for index in plan.slots)
+    row += 2 * (sum(layout[index].numel for index in plan.whole_slots) + len(plan.joined))
+    return floats, counts, counts, here.size * row
 
 
 def _halves(value: torch.Tensor) -> list[torch.Tensor]:
     """A whole number as high and low 32 bits. Sums of either over 2^20 ranks stay below 2^53: float64 is exact."""
-    value = value.long()
     return [(value >> 32).double(), (value & 0xFFFFFFFF).double()]
 
 
-def _joined_halves(flat: torch.Tensor) -> torch.Tensor:
-    high, low = flat.long().chunk(2, dim=-1)
-    return (high << 32) + low
+def _joined_halves(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    return (high.long() << 32) + low.long()
 
 
-def _split(flat: torch.Tensor, lengths: list[int]) -> Sequence[torch.Tensor]:
-    return flat.split(lengths)  # type: ignore[no-any-return,no-untyped-call]
+def _split(flat: torch.Tensor, lengths: list[int], dim: int = 0) -> Sequence[torch.Tensor]:
+    return flat.split(lengths, dim)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _unpacked(host: torch.Tensor, items: list[Item], layout: tuple[_Entry, ...], here: World) -> list[torch.Tensor]:
-    pieces = _split(host, [entry.lanes(here.size) for entry in layout])
-    extremes = _extremes(items, layout, here)
-    joined = _concatenated(items, layout, pieces, here)
-    values = []
-    for index, (entry, piece) in enumerate(zip(layout, pieces, strict=True)):
-        if entry.op == "cat":
-            values.append(joined[index])
-        elif entry.op in ("min", "max"):
-            values.append(extremes[index])
-        else:
-            values.append(_unpacked_one(entry, piece, items[index], here))
+def _unpacked(
+    host: torch.Tensor, items: list[Item], layout: tuple[_Entry, ...], plan: _Plan, here: World
+) -> list[torch.Tensor]:
+    """The reduced states, from the summed buffer. Collective where there are minima, maxima or "cat" states."""
+    _, floats, high, low, rows = _split(host, [_HEADER, *_sections(layout, plan, here)])
+    values = dict(_extremes(items, layout, plan, here))
+    num_floats = [layout[index].numel for index in plan.sums]
+    *sums, means = _split(floats, [*num_floats, floats.numel() - sum(num_floats)])
+    values |= {index: _shaped(part, layout[index]) for index, part in zip(plan.sums, sums, strict=True)}
+    values |= _unpacked_means(means, items, layout, plan)
+    counts = _split(_joined_halves(high, low), [layout[index].numel for index in plan.counts])
+    values |= {index: _shaped(part, layout[index]) for index, part in zip(plan.counts, counts, strict=True)}
+    if plan.slots or plan.whole_slots or plan.joined:
+        values |= _unpacked_rows(rows.reshape(here.size, -1), items, layout, plan, here)
+    return [values[index] for index in range(len(layout))]
+
+
+def _shaped(part: torch.Tensor, entry: _Entry) -> torch.Tensor:
+    # A sum of booleans is a count; every other dtype comes back as it went in.
+    dtype = torch.int64 if entry.dtype == torch.bool else entry.dtype
+    return (part if part.dtype == dtype else part.to(dtype)).reshape(entry.shape)
+
+
+def _unpacked_means(
+    means: torch.Tensor, items: list[Item], layout: tuple[_Entry, ...], plan: _Plan
+) -> dict[int, torch.Tensor]:
+    values = {}
+    for index in plan.means:
+        entry = layout[index]
+        total, num_seen, means = _split(means, [entry.numel, 1, means.numel() - entry.numel - 1])
+        dtype = torch.float64 if entry.is_whole else entry.dtype
+        default = items[index].value.detach().cpu()
+        values[index] = default if num_seen == 0 else (total / num_seen).to(dtype).reshape(entry.shape)
     return values
 
 
-def _unpacked_one(entry: _Entry, piece: torch.Tensor, item: Item, here: World) -> torch.Tensor:
-    if entry.op == "mean":
-        total, num_seen = piece[:-1], piece[-1]
-        if num_seen == 0:
-            return item.value.detach().cpu()
-        return (total / num_seen).to(entry.dtype if not entry.is_whole else torch.float64).reshape(entry.shape)
-    if entry.op == "gather":
-        rows = piece.reshape(here.size, -1)
-        value = _joined_halves(rows) if entry.is_whole else rows
-        return value.to(entry.dtype).reshape(here.size, *entry.shape)
-    value = _joined_halves(piece) if entry.is_whole else piece
-    # A sum of booleans is a count; every other dtype comes back as it went in.
-    return value.to(torch.int64 if entry.dtype == torch.bool else entry.dtype).reshape(entry.shape)
+def _unpacked_rows(
+    rows: torch.Tensor, items: list[Item], layout: tuple[_Entry, ...], plan: _Plan, here: World
+) -> dict[int, torch.Tensor]:
+    """What keeps the ranks apart: (ranks, ...) for "gather", and the "cat" states, whose lengths are among it."""
+    num_floats = [layout[index].numel for index in plan.slots]
+    num_wholes = [layout[index].numel for index in plan.whole_slots] + [1] * len(plan.joined)
+    floats, high, low = _split(rows, [sum(num_floats), sum(num_wholes), sum(num_wholes)], 1)
+    pieces = [*_split(floats, num_floats, 1), *_split(_joined_halves(high, low), num_wholes, 1)]
+    values = {}
+    for index, piece in zip((*plan.slots, *plan.whole_slots), pieces, strict=False):
+        values[index] = piece.to(layout[index].dtype).reshape(here.size, *layout[index].shape)
+    lengths = pieces[len(pieces) - len(plan.joined) :]
+    return values | _concatenated(items, layout, plan, lengths, here)
 
 
 # -- minima and maxima -------------------------------------------------------------------------------------------
 
 
-def _extremes(items: list[Item], layout: tuple[_Entry, ...], here: World) -> dict[int, torch.Tensor]:
+def _extremes(items: list[Item], layout: tuple[_Entry, ...], plan: _Plan, here: World) -> dict[int, torch.Tensor]:
     """Minima and maxima by the states' index, in one all-reduce: a minimum is the maximum of the reversed order."""
-    wanted = [index for index, entry in enumerate(layout) if entry.op in ("min", "max")]
+    wanted = plan.extremes
     if not wanted:
         return {}
     sent = torch.cat([_ordered(items[index], layout[index], here) for index in wanted])
@@ -334,13 +404,13 @@ def _from_ordered(entry: _Entry, bits: torch.Tensor) -> torch.Tensor:
 
 
 def _concatenated(
-    items: list[Item], layout: tuple[_Entry, ...], pieces: Sequence[torch.Tensor], here: World
+    items: list[Item], layout: tuple[_Entry, ...], plan: _Plan, lengths_R: Sequence[torch.Tensor], here: World
 ) -> dict[int, torch.Tensor]:
     """All "cat" states by index, in the order of ranks, in one padded gather of their bytes."""
-    wanted = [index for index, entry in enumerate(layout) if entry.op == "cat"]
+    wanted = plan.joined
     if not wanted:
         return {}
-    lengths = {index: [int(length) for length in pieces[index].tolist()] for index in wanted}
+    lengths = {index: piece.reshape(-1).tolist() for index, piece in zip(wanted, lengths_R, strict=True)}
     widths = {index: layout[index].numel * layout[index].dtype.itemsize for index in wanted}
     mine = [items[index].value.detach().to(here.device, layout[index].dtype).contiguous() for index in wanted]
     sizes = [sum(lengths[index][rank] * widths[index] for index in wanted) for rank in range(here.size)]

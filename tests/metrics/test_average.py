@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -132,6 +132,7 @@ def test_a_perplexity_beyond_floats_is_infinite() -> None:
     assert metric.compute() == math.inf
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.floats(0, 0.99))
 def test_the_running_average_is_exponential_from_the_first_value_on(values: list[float], alpha: float) -> None:
     numbers, tensors = RunningAverage(alpha), RunningAverage(alpha)
@@ -189,13 +190,12 @@ def test_throughput_refuses_to_guess(output: Any) -> None:
 def test_throughput_is_samples_over_time_since_the_reset() -> None:
     metric = Throughput()
     time.sleep(0.2)
-    metric.reset()
     start = time.perf_counter()
+    metric.reset()
     metric.update(100)
     time.sleep(0.05)
     value = metric.compute()
-    assert 100 / (time.perf_counter() - start) <= value * 1.01
-    assert value <= 100 / 0.05
+    assert 100 / (time.perf_counter() - start) <= value <= 100 / 0.05
 
 
 def test_throughput_is_all_samples_over_the_longest_ranks_time(over_ranks: Any) -> None:

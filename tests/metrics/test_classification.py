@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, f1_score, multilabel_confusion_matrix, precision_score, recall_score
 
@@ -198,6 +198,7 @@ def test_counts_made_in_inference_mode_go_on_outside_of_it() -> None:
     assert metric.compute() == pytest.approx((2 / 4 + 1 + 1) / 3)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40), st.sampled_from(AVERAGES))
 def test_any_labels_give_scikit_learns_numbers(pairs: list[tuple[int, int]], average: Any) -> None:
     predicted, labels = torch.tensor(pairs).unbind(1)
