@@ -211,7 +211,8 @@ class RunningAverage(Metric):
 
     def compute(self) -> float:
         has_values = torch.as_tensor(self.num_values).reshape(-1) > 0  # of each rank
-        averages = torch.as_tensor(self.average).cpu().double().reshape(-1)
+        average = self.average.cpu() if isinstance(self.average, torch.Tensor) else self.average
+        averages = torch.as_tensor(average, dtype=torch.float64).reshape(-1)
         if not has_values.any():
             raise NotComputableError("no value was seen on any rank")
         return float(averages[has_values].mean())

@@ -1,5 +1,7 @@
 """Ranks as threads: the real packing, agreeing and unpacking of metrics, with exchanges in memory for collectives."""
 
+import importlib
+import pkgutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from dengine import metrics
 from dengine.distributed.world import World
-from dengine.metrics import metric_set, reduction
 from dengine.metrics.metric_set import MetricSet
+
+_MODULES = [
+    importlib.import_module(f"dengine.metrics.{module.name}") for module in pkgutil.iter_modules(metrics.__path__)
+]
 
 
 @dataclass
@@ -63,27 +69,29 @@ def over_ranks(monkeypatch: pytest.MonkeyPatch) -> OverRanks:
 
     def run(make: Callable[[], Mapping[str, Any]], shards: Sequence[Sequence[Any]]) -> Ranks:
         exchange = _Exchange(len(shards))
-        for module, name, function in (
-            (metric_set, "world", exchange.world),
-            (reduction, "all_gather_object", lambda value: exchange.all("object gather", value)),
-            (reduction, "sum_tensor", lambda sent, here: torch.stack(exchange.all("sum", sent)).sum(0)),
-            (reduction, "max_tensor", lambda sent, here: torch.stack(exchange.all("max", sent)).amax(0)),
-            (reduction, "gather_bytes", lambda mine, sizes, here: exchange.all("gather", mine)),
-        ):
-            monkeypatch.setattr(module, name, function)
+        doubles = {
+            "world": exchange.world,
+            "all_gather_object": lambda value: exchange.all("object gather", value),
+            "sum_tensor": lambda sent, here: torch.stack(exchange.all("sum", sent)).sum(0),
+            "max_tensor": lambda sent, here: torch.stack(exchange.all("max", sent)).amax(0),
+            "gather_bytes": lambda mine, sizes, here: exchange.all("gather", mine),
+        }
+        for module in _MODULES:
+            for name in doubles.keys() & vars(module).keys():
+                monkeypatch.setattr(module, name, doubles[name])
 
         def one_rank(rank: int) -> Any:
             exchange.here.rank = rank
-            metrics = MetricSet()
-            metrics.add_all(make())
+            together = MetricSet()
+            together.add_all(make())
             try:
-                metrics.agree()
+                together.agree()
                 if rank == 0:
                     exchange.calls.clear()
-                metrics.reset()
+                together.reset()
                 for output in shards[rank]:
-                    metrics.update(output)
-                return metrics.compute(distributed=True)
+                    together.update(output)
+                return together.compute(distributed=True)
             except threading.BrokenBarrierError:
                 raise AssertionError("the ranks do not make the same collectives") from None
             except Exception as error:
