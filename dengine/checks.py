@@ -1,8 +1,11 @@
 """Checks of arguments that more than one room makes."""
 
+import inspect
 import operator
+from collections.abc import Callable
+from typing import Any
 
-__all__ = ["whole_number"]
+__all__ = ["takes", "whole_number"]
 
 
 def whole_number(name: str, value: object, *, least: int, why: str = "") -> int:
@@ -22,3 +25,14 @@ def whole_number(name: str, value: object, *, least: int, why: str = "") -> int:
     if number < least:
         raise ValueError(f"{name}={number} must be at least {least}{why and ': '}{why}.")
     return number
+
+
+def takes(function: Callable[..., Any], num_arguments: int) -> bool:
+    """Whether `function` can be called with so many positional arguments; True for those that do not tell."""
+    try:
+        inspect.signature(function).bind(*[None] * num_arguments)
+    except ValueError:  # some built-ins
+        return True
+    except TypeError:
+        return False
+    return True

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -39,6 +39,10 @@ class Subscription:
         self.is_plain = options == FilteredEvent(options.event)
         # No count below it needs a look; 0 means: look at the next one, whatever it is.
         self.due = 0
+
+    def call(self, engine: Engine, count: int) -> None:
+        if self.filter is None or self.filter(engine, count):
+            self.handler(engine)
 
     def admits(self, count: int) -> bool:
         """Whether the integer options allow `count`; `filter` is asked later, when the handler's turn has come."""
@@ -92,18 +96,17 @@ class Channel:
         """Call everybody who is due at `count`. Who is called is settled before the first call."""
         outer, engine.firing = engine.firing, self.event
         try:
-            for handler in self.handlers if self.handlers is not None else self.due_handlers(engine, count):
-                handler(engine)
+            if self.handlers is not None:
+                for handler in self.handlers:
+                    handler(engine)
+            else:
+                for subscription in self.ready(count):
+                    subscription.call(engine, count)
         finally:
             engine.firing = outer
 
-    def due_handlers(self, engine: Engine, count: int) -> Iterator[Handler]:
-        """Those who are due at `count`; a `filter` is asked when its handler's turn has come."""
-        for subscription in self._ready(count):
-            if subscription.filter is None or subscription.filter(engine, count):
-                yield subscription.handler
-
-    def _ready(self, count: int) -> list[Subscription]:
+    def ready(self, count: int) -> list[Subscription]:
+        """Those who are due at `count`, but for their `filter`, which is asked when their turn has come."""
         ready = []
         soonest = NEVER
         for subscription in self.subscriptions:

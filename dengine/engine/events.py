@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dengine.checks import whole_number
+from dengine.checks import takes, whole_number
 
 if TYPE_CHECKING:
     from dengine.engine.loop import Engine
@@ -130,6 +130,8 @@ def filtered(
         raise TypeError(f"{event} was called without an option: pass every=, once=, after=, before= or filter=.")
     if filter is not None and not callable(filter):
         raise TypeError(f"filter={filter!r} must be callable as filter(engine, count) -> bool.")
+    if filter is not None and not takes(filter, 2):
+        raise TypeError(f"filter={filter!r} cannot be called as filter(engine, count).")
     return FilteredEvent(
         event,
         every=None if every is None else _count("every", every),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
 from typing import Any, TypeAlias, TypeVar, overload
 
@@ -25,8 +27,10 @@ from dengine.engine.dispatch import (
 )
 from dengine.engine.events import AnyEvent, Events, Subscribable, event_parts
 from dengine.engine.state import State
+from dengine.errors import NotComputableError
 from dengine.metrics.metric import OutputTransform
 from dengine.metrics.metric_set import AnyMetric, MetricSet
+from dengine.types import MetricValue
 
 __all__ = ["Engine", "ProcessFunction"]
 
@@ -136,6 +140,8 @@ class Engine:
 
             return attach
         check_handler(handler)
+        if isinstance(priority, bool) or not isinstance(priority, (int, float)):
+            raise TypeError(f"priority={priority!r} must be a number.")
         called: Handler = only_on_rank_zero(handler) if rank_zero_only else handler
         attached = [(channel, Subscription(called, part, priority)) for channel, part in channels]
         for channel, subscription in attached:
@@ -231,10 +237,10 @@ class Engine:
         an epoch where there are metrics.
         """
         feed = self._checked(data, max_epochs, max_iterations, epoch_length)
-        self._begin(feed, max_epochs, max_iterations)
+        self._begin(feed, *(None if limit is None else operator.index(limit) for limit in (max_epochs, max_iterations)))
         started_s = time.perf_counter()
         try:
-            self._run_epochs(feed)
+            self._run_epochs(feed, started_s)
         except BaseException as error:
             self._report(error)
             raise
@@ -260,14 +266,15 @@ class Engine:
     def terminate_epoch(self) -> None:
         """Leave the epoch after the current iteration, on every rank at the same one; it counts as completed.
 
-        Called in `EPOCH_STARTED`, it skips the epoch's iterations. Otherwise as `terminate`.
+        Called in `EPOCH_STARTED`, it skips the epoch's iterations; outside an epoch it does nothing. Otherwise as
+        `terminate`.
         """
-        if self._run is not None:
+        if self._run is not None and self._run.begun >= 0:  # not in STARTED
             self._run.ask("epoch", self.state.epoch)
 
     # -- the levels of the loop ------------------------------------------------------------------------------------
 
-    def _run_epochs(self, feed: Feed) -> None:
+    def _run_epochs(self, feed: Feed, started_s: float) -> None:
         state = self.state
         if self.distributed:
             self._metrics.agree()
@@ -275,6 +282,7 @@ class Engine:
         max_epochs = NEVER if state.max_epochs is None else state.max_epochs
         while state.epochs_completed < max_epochs and self._run_epoch(feed):
             pass
+        state.times["run"] = time.perf_counter() - started_s
         if self._is_terminated:
             self._fire_event(Events.TERMINATED)
         self._fire_event(Events.COMPLETED)
@@ -283,7 +291,8 @@ class Engine:
         """Run one epoch, or what is left of it. False where it was cut short, so that the run is over."""
         state = self.state
         started_s = time.perf_counter()
-        is_new = state.epoch < state.epochs_completed or state.epoch_iteration == 0
+        # Taken in a handler of EPOCH_STARTED, a state goes on behind it, as with every other event.
+        is_new = state.epoch < state.epochs_completed or state.iteration == 0
         if is_new and state.iteration >= self._max_iterations:
             return False
         if not self._may_begin(place(state.epochs_completed, 0 if is_new else state.epoch_iteration)):
@@ -298,8 +307,7 @@ class Engine:
         may_end = self._may_begin(place(state.epoch, END))
         if not has_ended or not may_end:
             return False
-        if not self._is_skipped():
-            state.metrics.update(self._metrics.compute(distributed=self.distributed))
+        state.metrics.update(self._values(is_whole=is_new))
         state.epochs_completed = state.epoch + 1
         state.times["epoch"] = time.perf_counter() - started_s
         self._fire_event(Events.EPOCH_COMPLETED)
@@ -390,10 +398,17 @@ class Engine:
         is_left = run.is_asked and run.bounds(self.state.epoch)[1] is not None
         return self.state.iteration >= end or is_left
 
-    def _is_skipped(self) -> bool:
-        """Whether `terminate_epoch()` left this epoch without an iteration on any rank, so that it has no values."""
+    def _values(self, *, is_whole: bool) -> dict[str, MetricValue]:
+        """The metrics of the epoch. None where it was skipped, or resumed (not `is_whole`) at its very end."""
         run = self._current_run()
-        return run.is_asked and run.bounds(self.state.epoch)[1] == place(self.state.epoch, 0)
+        if run.is_asked and run.bounds(self.state.epoch)[1] == place(self.state.epoch, 0):
+            return {}  # left without an iteration on any rank
+        try:
+            return self._metrics.compute(distributed=self.distributed)
+        except NotComputableError:
+            if is_whole:
+                raise
+            return {}
 
     def _announce_fetch(self) -> None:
         channel, count = self._loop_channels[0], self.state.iteration + 1 - self._fetch_started_offset
@@ -438,7 +453,7 @@ class Engine:
     def _checked(self, data: Any, max_epochs: Any, max_iterations: Any, epoch_length: Any) -> Feed:
         """The arguments of `run`, checked before anything is changed."""
         self._refuse_while_running("run()")
-        if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        if isinstance(data, type) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
             raise TypeError(f"run() takes data that can be iterated over (a DataLoader, a list), but got {data!r}.")
         if max_epochs is None and max_iterations is None:
             raise ValueError("max_epochs=None runs without an end: pass max_iterations= as well.")
@@ -458,7 +473,8 @@ class Engine:
             state.epoch = state.iteration = state.epoch_iteration = state.epochs_completed = 0
             self._iterations_done = 0
         state.max_epochs = max_epochs
-        state.epoch_length = feed.length
+        if feed.length is not None or not self._is_resumed:
+            state.epoch_length = feed.length
         state.dataloader = feed.data
         # New dicts: who kept those of an earlier run keeps its values.
         state.metrics, state.times = {}, {}
@@ -482,7 +498,7 @@ class Engine:
         if is_empty and state.iteration == 0:
             self._refuse_no_batch(feed.data)
             return True
-        if feed.is_one_shot and (is_empty or feed.is_length_given):
+        if feed.is_one_shot and is_empty:
             raise RuntimeError(
                 f"The data ran dry in epoch {state.epoch} after {state.iteration} iterations: a one-shot iterator "
                 f"({type(feed.data).__qualname__}) cannot begin again. Pass something that can be iterated over more "
@@ -508,30 +524,38 @@ class Engine:
     def _report(self, error: BaseException) -> None:
         """Fire `EXCEPTION_RAISED`. What a handler of it raises must not hide `error`, nor keep others from running."""
         self.state.exception = error
-        channel = self._dispatcher.channel(Events.EXCEPTION_RAISED)
-        for handler in channel.due_handlers(self, 1):
+        self.firing = Events.EXCEPTION_RAISED
+        for subscription in self._dispatcher.channel(Events.EXCEPTION_RAISED).ready(1):
             try:
-                handler(self)
+                subscription.call(self, 1)
             except Exception as failure:
-                warnings.warn(
-                    f"Handler {describe(handler)} of EXCEPTION_RAISED failed itself with {failure!r}, "
-                    f"while handling {error!r}.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                if failure is not error:
+                    _warn_of(failure, subscription.handler, error)
+        self.firing = None
 
     def _fire_event(self, event: Events) -> None:
         self._fire(self._dispatcher.channel(event))
 
     def _fire(self, channel: Channel) -> None:
         if channel.event in _PER_ITERATION or channel.event in _PER_EPOCH:
-            channel.rewind()  # fired by hand, a count may come twice
-            count = self.state.iteration if channel.event in _PER_ITERATION else self.state.epoch + 1
+            # Fired by hand, a count may come twice: neither call takes another one's place.
+            channel.rewind()
+            channel.fire(self, self.state.iteration if channel.event in _PER_ITERATION else self.state.epoch + 1)
+            channel.rewind()
         else:
             channel.count += 1
-            count = channel.count
-        channel.fire(self, count)
+            channel.fire(self, channel.count)
 
     def _refuse_while_running(self, call: str) -> None:
         if self._run is not None:
             raise RuntimeError(f"{call} was called while this engine is running: use a second Engine inside a handler.")
+
+
+def _warn_of(failure: Exception, handler: Handler, error: BaseException) -> None:
+    with suppress(RuntimeWarning):  # where warnings are errors, it must still be `error` that is raised
+        warnings.warn(
+            f"Handler {describe(handler)} of EXCEPTION_RAISED failed itself with {failure!r}, "
+            f"while handling {error!r}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

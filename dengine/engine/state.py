@@ -1,6 +1,7 @@
 """Where a run stands: what handlers read, and what a checkpoint of an engine holds."""
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 from dengine.types import MetricValue
@@ -81,7 +82,7 @@ class State:
         for name in _POSITION:
             setattr(self, name, state_dict[name])
         for name, value in state_dict["persisted"].items():
-            setattr(self, name, value)
+            setattr(self, name, deepcopy(value))  # the run goes on changing it
         self.persist(*state_dict["persisted"])
 
     def _plain_attribute(self, name: str) -> Any:
@@ -90,11 +91,8 @@ class State:
         value = getattr(self, name)
         found = _not_plain(value)
         if found is not None:
-            raise TypeError(
-                f"state.{name} is persisted, so it must be made of plain numbers, strings, lists and dicts, "
-                f"but it holds a {type(found).__module__}.{type(found).__qualname__}: convert it, e.g. with float()."
-            )
-        return value
+            raise TypeError(_not_plain_message(name, found))
+        return deepcopy(value)
 
 
 _OWN = frozenset(vars(State())) | frozenset(dir(State))
@@ -116,6 +114,9 @@ def _check(state_dict: Mapping[str, Any]) -> None:
     persisted = state_dict["persisted"]
     if not isinstance(persisted, Mapping) or not all(isinstance(name, str) for name in persisted):
         raise ValueError(f"persisted={persisted!r} in the engine's state must be a dict with string keys.")
+    for name, value in persisted.items():
+        if (found := _not_plain(value)) is not None:
+            raise ValueError(_not_plain_message(name, found))
     if clash := persisted.keys() & _OWN:
         raise ValueError(f"persisted in the engine's state names the engine's own {_names(clash)}.")
     _check_order(state_dict)
@@ -136,6 +137,13 @@ def _check_order(position: Mapping[str, Any]) -> None:
 
 def _names(names: Iterable[object]) -> str:
     return ", ".join(sorted(repr(name) for name in names))
+
+
+def _not_plain_message(name: str, found: object) -> str:
+    return (
+        f"state.{name} is persisted, so it must be made of plain numbers, strings, lists and dicts, "
+        f"but it holds a {type(found).__module__}.{type(found).__qualname__}: convert it, e.g. with float()."
+    )
 
 
 def _not_plain(value: Any) -> Any:
