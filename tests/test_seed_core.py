@@ -254,7 +254,7 @@ def test_metrics_may_be_added_together_and_reduced_over_ranks() -> None:
 
 def test_engines_may_alternate() -> None:
     source_trainer, target_trainer, evaluator = (Engine(lambda engine, batch: batch) for _ in range(3))
-    evaluator.add_metric(Accuracy(lambda output: (output, 1)), "acc")
+    evaluator.add_metric(Accuracy(output_transform=lambda output: (output, 1)), "acc")
     accuracies: list[Any] = []
     for _ in range(3):
         source_trainer.run([1, 2], max_epochs=1)
@@ -267,7 +267,7 @@ def test_engines_may_alternate() -> None:
 
 def test_an_evaluator_runs_inside_a_handler_of_the_trainer() -> None:
     trainer, evaluator = Engine(lambda engine, batch: batch), Engine(lambda engine, batch: batch)
-    evaluator.add_metric(Accuracy(lambda output: (output, 1)), "acc")
+    evaluator.add_metric(Accuracy(output_transform=lambda output: (output, 1)), "acc")
     found: list[tuple[int, Any]] = []
 
     @trainer.on(Events.ITERATION_COMPLETED(every=5))

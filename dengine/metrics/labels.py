@@ -43,6 +43,8 @@ class ClassSettings:
     threshold: float
 
     def __post_init__(self) -> None:
+        if callable(self.task):
+            raise TypeError(f"task={self.task!r} is a function: a transform is passed by name, as output_transform=.")
         if self.task is not None and self.task not in _TASKS:
             raise ValueError(f"task={self.task!r} must be one of {', '.join(map(repr, _TASKS))}.")
         if self.num_classes is not None:
