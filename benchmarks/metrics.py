@@ -58,6 +58,13 @@ def dengine_metrics(count: int) -> tuple[Callable[[Any], None], Callable[[], Any
     return together.update, lambda: together.compute(distributed=True)
 
 
+def dengine_reduction(count: int) -> tuple[Callable[[Any], None], Callable[[], Any]]:
+    """The reduction alone, without the values being computed from what it gives."""
+    update, compute = dengine_metrics(count)
+    together = compute.__closure__[0].cell_contents  # type: ignore[index]
+    return update, lambda: together._reduced(distributed.world())
+
+
 def torchmetrics_metrics(count: int) -> tuple[Callable[[Any], None], Callable[[], Any]]:
     import torchmetrics
     from torchmetrics import classification
@@ -129,7 +136,12 @@ def _ignite_leaves(metric: Any) -> list[Any]:
     return [leaf for argument in metric.args if hasattr(argument, "compute") for leaf in _ignite_leaves(argument)]
 
 
-CONTESTANTS = {"dengine": dengine_metrics, "torchmetrics": torchmetrics_metrics, "ignite": ignite_metrics}
+CONTESTANTS = {
+    "dengine": dengine_metrics,
+    "reduction alone": dengine_reduction,
+    "torchmetrics": torchmetrics_metrics,
+    "ignite": ignite_metrics,
+}
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------
@@ -200,7 +212,8 @@ def show(size: int, taken: dict[tuple[int, str], list[float]], collectives: dict
     for (count, name), us in sorted(median_us.items(), key=lambda item: (item[0][0], item[1])):
         floor, own = median_us[count, "bare all-reduce"], median_us[count, "dengine"]
         print(f"{count:8}  {name:16} {collectives[count, name]:11} {us:10.0f} {us / floor:8.2f} {us / own:10.2f}")
-    print(f"32 metrics cost {median_us[32, 'dengine'] / median_us[8, 'dengine']:.2f} x 8 metrics")
+    for name in ("dengine", "reduction alone"):
+        print(f"{name}: 32 metrics cost {median_us[32, name] / median_us[8, name]:.2f} x 8 metrics")
 
 
 def updates(rounds: int, names: list[str]) -> None:
@@ -230,10 +243,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()
-    names = ["dengine", *(name for name in ("torchmetrics", "ignite") if find_spec(name))]
+    names = ["dengine", "reduction alone", *(name for name in ("torchmetrics", "ignite") if find_spec(name))]
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {multiprocessing.cpu_count()} cores, Gloo")
     torch.set_num_threads(1)
-    updates(options.rounds, names)
+    updates(options.rounds, [name for name in names if name != "reduction alone"])
     for size in options.ranks:
         arguments = (size, free_port(), options.rounds, names)
         multiprocessing.start_processes(epoch_ends, args=arguments, nprocs=size, start_method="spawn")
