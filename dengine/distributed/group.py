@@ -5,9 +5,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from dengine.distributed.collectives import barrier
 from dengine.distributed.control import Control
@@ -16,6 +19,9 @@ from dengine.distributed.world import World, default_device, enter, external_wor
 from dengine.errors import LaunchError
 
 __all__ = ["process_group"]
+
+# By address: the store of a job, which outlives its groups, and how many of them this process has joined.
+_stores: dict[str, tuple[Any, "count[int]"]] = {}
 
 
 @contextmanager
@@ -65,8 +71,7 @@ def _join(launch: Launch, backend: str, timeout_s: float) -> World:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend,
-        # Under torchrun this is a client of the agent's store, else rank 0 hosts one there.
-        init_method=f"tcp://{launch.master_addr}:{launch.master_port}",
+        store=_store(launch, timeout_s),
         timeout=timedelta(seconds=timeout_s),
         rank=launch.rank,
         world_size=launch.size,
@@ -83,6 +88,23 @@ def _join(launch: Launch, backend: str, timeout_s: float) -> World:
         backend=backend,
         launcher=launch.launcher,
     )
+
+
+def _store(launch: Launch, timeout_s: float) -> Any:
+    """Where the ranks of the next group find each other.
+
+    Each group has a part of its own: in a common one, a rank would read the addresses that its peers had in the last.
+    Under torchrun the store is the agent's; else rank 0 hosts it, once for all groups, as a second one on the same port
+    could be taken for the first by a rank that comes early.
+    """
+    address = f"tcp://{launch.master_addr}:{launch.master_port}"
+    if address not in _stores:
+        timeout = timedelta(seconds=timeout_s)
+        met = dist.rendezvous(address, launch.rank, launch.size, timeout=timeout)  # type: ignore[attr-defined]
+        store, _, _ = next(iter(met))
+        _stores[address] = (store, count())
+    store, numbers = _stores[address]
+    return PrefixStore(f"dengine/group/{next(numbers)}", store)
 
 
 def _control(launch: Launch, here: World) -> Control:

@@ -1,7 +1,7 @@
 """The data of a run: how long an epoch of it is, and how an iteration over it is begun at any position."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
 __all__ = ["Feed"]
@@ -34,14 +34,19 @@ class Feed:
         resumed run, must be wound forward by.
         """
         if self.is_one_shot:
-            return _wound(iter(self.data), consumed)
+            return self._fast_forwarded(consumed)
         self._set_epoch(epoch)
         size = _length(self.data)
         if size:
             skip %= size  # an epoch longer than the data passes over it again and again
         if skip and self._skip_by_sampler(skip):
-            return iter(self.data)
+            return self._anew()
         return self._fast_forwarded(skip)
+
+    def _anew(self) -> Iterator[Any]:
+        # The loop may enter an iterator twice, and iter() of it would begin a self-resetting one anew; an iterator
+        # without __iter__, which `for` takes, would not be taken. Through chain() neither matters.
+        return chain(self.data)
 
     def _set_epoch(self, epoch: int) -> None:
         for part in _parts(self.data):
@@ -59,21 +64,15 @@ class Feed:
 
     def _fast_forwarded(self, num_batches: int) -> Iterator[Any]:
         """Draw and drop `num_batches`, passing over the data as often as an epoch longer than the data does."""
-        iterator = iter(self.data)
+        iterator = self._anew()
         while num_batches:
             drawn = sum(1 for _ in islice(iterator, num_batches))
             num_batches -= drawn
             if num_batches and drawn == 0:
                 break
             if num_batches:
-                iterator = iter(self.data)
+                iterator = self._anew()
         return iterator
-
-
-def _wound(iterator: Iterator[Any], num_batches: int) -> Iterator[Any]:
-    for _ in islice(iterator, num_batches):
-        pass
-    return iterator
 
 
 def _parts(data: Any) -> list[Any]:

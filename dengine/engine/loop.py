@@ -525,13 +525,18 @@ class Engine:
         """Fire `EXCEPTION_RAISED`. What a handler of it raises must not hide `error`, nor keep others from running."""
         self.state.exception = error
         self.firing = Events.EXCEPTION_RAISED
-        for subscription in self._dispatcher.channel(Events.EXCEPTION_RAISED).ready(1):
-            try:
-                subscription.call(self, 1)
-            except Exception as failure:
-                if failure is not error:
-                    _warn_of(failure, subscription.handler, error)
-        self.firing = None
+        try:
+            for subscription in self._dispatcher.channel(Events.EXCEPTION_RAISED).ready(1):
+                self._call_on_error(subscription, error)
+        finally:
+            self.firing = None
+
+    def _call_on_error(self, subscription: Subscription, error: BaseException) -> None:
+        try:
+            subscription.call(self, 1)
+        except Exception as failure:
+            if failure is not error:
+                _warn_of(failure, subscription.handler, error)
 
     def _fire_event(self, event: Events) -> None:
         self._fire(self._dispatcher.channel(event))
