@@ -27,32 +27,35 @@ class Feed:
         self.is_length_given = epoch_length is not None
         self.length = epoch_length if epoch_length is not None else _length(data)
 
-    def start(self, epoch: int, *, skip: int = 0, consumed: int = 0) -> Iterator[Any]:
-        """An iterator over the batches of `epoch` from its batch `skip` on.
+    def enter(self, epoch: int) -> None:
+        """Tell the data which epoch it is, and learn how long that one is: data may grow from epoch to epoch."""
+        for part in _parts(self.data):
+            set_epoch = getattr(part, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(epoch)
+        if not self.is_length_given:
+            self.length = _length(self.data)
+
+    def start(self, *, skip: int = 0, consumed: int = 0) -> Iterator[Any]:
+        """An iterator over the batches of the epoch that was entered, from its batch `skip` on.
 
         `consumed` is the number of batches the whole training has taken: what a one-shot iterator, given anew to a
-        resumed run, must be wound forward by.
+        resumed run, must be wound forward by. Where batches are skipped, the iterator has begun when this returns: what
+        it draws from the random number generators at its beginning is drawn.
         """
         if self.is_one_shot:
             return self._fast_forwarded(consumed)
-        self._set_epoch(epoch)
         size = _length(self.data)
         if size:
             skip %= size  # an epoch longer than the data passes over it again and again
         if skip and self._skip_by_sampler(skip):
-            return self._anew()
+            return _drawn(iter(self.data))
         return self._fast_forwarded(skip)
 
     def _anew(self) -> Iterator[Any]:
         # The loop may enter an iterator twice, and iter() of it would begin a self-resetting one anew; an iterator
         # without __iter__, which `for` takes, would not be taken. Through chain() neither matters.
         return chain(self.data)
-
-    def _set_epoch(self, epoch: int) -> None:
-        for part in _parts(self.data):
-            set_epoch = getattr(part, "set_epoch", None)
-            if callable(set_epoch):
-                set_epoch(epoch)
 
     def _skip_by_sampler(self, num_batches: int) -> bool:
         sampler = getattr(self.data, "sampler", None)
@@ -73,6 +76,15 @@ class Feed:
             if num_batches:
                 iterator = self._anew()
         return iterator
+
+
+def _drawn(iterator: Iterator[Any]) -> Iterator[Any]:
+    while True:  # not `yield from`: that calls iter() once more
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        yield batch
 
 
 def _parts(data: Any) -> list[Any]:

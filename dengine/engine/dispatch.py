@@ -183,6 +183,8 @@ def check_handler(handler: object) -> None:
     """
     if not callable(handler):
         raise TypeError(f"A handler is called as handler(engine), but {handler!r} is not callable.")
+    if inspect.iscoroutinefunction(handler):
+        raise TypeError(f"Handler {describe(handler)} is an async function: a call of it would run nothing.")
     try:
         signature = inspect.signature(handler)
     except ValueError:  # some built-ins tell nothing about their arguments

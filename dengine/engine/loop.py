@@ -30,6 +30,7 @@ from dengine.engine.state import State
 from dengine.errors import NotComputableError
 from dengine.metrics.metric import OutputTransform
 from dengine.metrics.metric_set import AnyMetric, MetricSet
+from dengine.random_state import RandomState, capture, restore
 from dengine.types import MetricValue
 
 __all__ = ["Engine", "ProcessFunction"]
@@ -93,6 +94,8 @@ class Engine:
         self._fetch_started_offset = 0
         self._fetch_completed_offset = 0
         self._consumed_before = 0  # batches that the interrupted run had taken of a one-shot iterator
+        self._random_at_start: RandomState | None = None  # of the epoch under way, before its iterator was made
+        self._resumed_random: RandomState | None = None
 
     # -- events --------------------------------------------------------------------------------------------------
 
@@ -218,8 +221,9 @@ class Engine:
 
         Args:
             data: any iterable; each epoch iterates over it anew. A one-shot iterator goes on where it is.
+                To a resumed run it is given anew, at its beginning, and wound forward.
             max_epochs: the total, so that a resumed run does what is left of it; None: only `max_iterations` counts.
-            max_iterations: the total over all epochs. An epoch that it cuts short is not completed: no
+            max_iterations: the total over all epochs, within `max_epochs` (1, where it is not given). An epoch that it cuts short is not completed: no
                 `EPOCH_COMPLETED`, no metrics.
             epoch_length: iterations of an epoch; by default what `len(data)` says, else until the data ends.
                 Longer than the data: it is iterated again; shorter: each epoch takes the first ones.
@@ -299,6 +303,9 @@ class Engine:
             return False
         if is_new:
             state.epoch, state.epoch_iteration = state.epochs_completed, 0
+            if self._resumed_random is not None:  # taken between two epochs
+                restore(self._resumed_random["now"])
+                self._resumed_random = None
         self._metrics.reset()
         if is_new:
             self._fire_event(Events.EPOCH_STARTED)
@@ -309,6 +316,7 @@ class Engine:
             return False
         state.metrics.update(self._values(is_whole=is_new))
         state.epochs_completed = state.epoch + 1
+        self._random_at_start = None
         state.times["epoch"] = time.perf_counter() - started_s
         self._fire_event(Events.EPOCH_COMPLETED)
         return True
@@ -317,13 +325,17 @@ class Engine:
         """Iterate until the epoch ends (True) or is cut short, by `max_iterations` or `terminate()` (False)."""
         state, run = self.state, self._current_run()
         epoch_start = state.iteration - state.epoch_iteration
+        feed.enter(state.epoch)
+        if feed.length is not None:
+            state.epoch_length = feed.length
+        if feed.length == 0:
+            self._refuse_no_batch(feed.data)
         end = NEVER if feed.length is None else epoch_start + feed.length
         run.begun = place(state.epoch, state.epoch_iteration + 1)
         if not self._goes_on(end):
             return self._has_ended(end)
         self._announce_fetch()
-        consumed, self._consumed_before = self._consumed_before, 0
-        batches = feed.start(state.epoch, skip=state.epoch_iteration, consumed=consumed)
+        batches = self._first_batches(feed)
         pass_start = epoch_start
         while True:
             if not self._run_pass(batches):
@@ -337,7 +349,19 @@ class Engine:
                 return True
             else:
                 pass_start = state.iteration
-                batches = feed.start(state.epoch)
+                batches = feed.start()
+
+    def _first_batches(self, feed: Feed) -> Iterator[Any]:
+        """The batches of the epoch from where it stands, the random number generators set as they were then."""
+        resumed, self._resumed_random = self._resumed_random, None
+        if resumed is not None:
+            restore(resumed["epoch_start"] or resumed["now"])
+        self._random_at_start = capture()
+        consumed, self._consumed_before = self._consumed_before, 0
+        batches = feed.start(skip=self.state.epoch_iteration, consumed=consumed)
+        if resumed is not None and resumed["epoch_start"]:
+            restore(resumed["now"])
+        return batches
 
     def _run_pass(self, batches: Iterator[Any]) -> bool:
         """The loop itself: what stands here is paid in every iteration. True where the data ran dry."""
@@ -447,6 +471,22 @@ class Engine:
         self.state.load_state_dict(state_dict)
         self._iterations_done = self.state.iteration
         self._is_resumed = True
+
+    def random_state(self) -> RandomState:
+        """This rank's random number generators, as a resumed run needs them: now, and when the epoch's iterator began.
+
+        Of tensors, numbers, strings, lists and dicts. A `Checkpoint` saves it of every rank.
+        """
+        return {"now": capture(), "epoch_start": self._random_at_start}
+
+    def load_random_state(self, random_state: RandomState) -> None:
+        """Have the next `run()` set this rank's generators, where it goes on, to what `random_state()` gave.
+
+        Raises:
+            RuntimeError: the engine is running.
+        """
+        self._refuse_while_running("load_random_state()")
+        self._resumed_random = random_state
 
     # -- parts of a run --------------------------------------------------------------------------------------------
 
