@@ -11,28 +11,33 @@ if TYPE_CHECKING:
     from dengine.engine import Engine, EventEnum, Events, State, filtered
     from dengine.errors import (
         CheckpointError,
+        ConsistencyError,
         DengineError,
         LaunchError,
         MetricStateError,
         NotComputableError,
         RankZeroCollectiveError,
         RemoteRankError,
+        StallError,
     )
 
 _ENGINE = ("Engine", "EventEnum", "Events", "State", "filtered")
 _ERRORS = (
     "CheckpointError",
+    "ConsistencyError",
     "DengineError",
     "LaunchError",
     "MetricStateError",
     "NotComputableError",
     "RankZeroCollectiveError",
     "RemoteRankError",
+    "StallError",
 )
 _ROOMS = ("distributed", "errors", "handlers", "metrics")
 
 __all__ = [
     "CheckpointError",
+    "ConsistencyError",
     "DengineError",
     "Engine",
     "EventEnum",
@@ -42,6 +47,7 @@ __all__ = [
     "NotComputableError",
     "RankZeroCollectiveError",
     "RemoteRankError",
+    "StallError",
     "State",
     "distributed",
     "errors",

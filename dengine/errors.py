@@ -6,12 +6,14 @@ may want to tell apart.
 
 __all__ = [
     "CheckpointError",
+    "ConsistencyError",
     "DengineError",
     "LaunchError",
     "MetricStateError",
     "NotComputableError",
     "RankZeroCollectiveError",
     "RemoteRankError",
+    "StallError",
 ]
 
 
@@ -23,12 +25,43 @@ class LaunchError(DengineError, RuntimeError):
     """The launcher's variables (torchrun's, SLURM's) are half set, contradictory, or do not fit the machine."""
 
 
-class RemoteRankError(DengineError, RuntimeError):
-    """Another rank failed, so this one stops too. `rank` is the one that failed."""
+class _AtRank(DengineError, RuntimeError):
+    """Something that happened on one rank, and is raised on others.
 
-    def __init__(self, message: str, *, rank: int) -> None:
+    Attributes:
+        rank: the one where it happened.
+        epoch, iteration, event, handler: where that rank was; None outside of a run, or of a handler.
+        remote_traceback: of the exception there; "" where there was none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int,
+        epoch: int | None = None,
+        iteration: int | None = None,
+        event: str | None = None,
+        handler: str | None = None,
+        remote_traceback: str = "",
+    ) -> None:
         super().__init__(message)
         self.rank = rank
+        self.epoch, self.iteration = epoch, iteration
+        self.event, self.handler = event, handler
+        self.remote_traceback = remote_traceback
+
+
+class RemoteRankError(_AtRank):
+    """Another rank failed or vanished, so this one stops too."""
+
+
+class StallError(_AtRank):
+    """No rank made progress for `stall_timeout`; `rank` is the one that the others wait for."""
+
+
+class ConsistencyError(DengineError, RuntimeError):
+    """What must be the same on all ranks is not: parameters, their names or shapes, or the collective that is called."""
 
 
 class RankZeroCollectiveError(DengineError, RuntimeError):
