@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -15,10 +16,11 @@ from torch.utils.data import (
 )
 
 from dengine.checks import whole_number
-from dengine.distributed.sampler import ElasticSampler
+from dengine.distributed.sampler import DataState, ElasticSampler
+from dengine.distributed.seeding import SeededDataset, SeededStream, derived_seed, draws_nothing, tell_epoch_in_worker
 from dengine.distributed.world import World, world
 
-__all__ = ["prepare_data_loader"]
+__all__ = ["data_state", "prepare_data_loader"]
 
 T = TypeVar("T")
 
@@ -47,12 +49,17 @@ def prepare_data_loader(
     any number of ranks, consumed in global batches (`ElasticSampler`). Iterable data sets are sharded by batch: each
     rank reads the stream and keeps its turn.
 
+    What the data set draws at random follows from `seed`, the epoch and the sample alone (`SeededDataset`; a stream's
+    from its start), whatever the number of ranks and workers, also in a resumed run and in workers that outlive an
+    epoch; `prepared.dataset` has the attributes of the data set inside. Iterating draws nothing from the global
+    generators. The engine tells the epoch; a loop of your own calls `prepared.sampler.set_epoch(epoch)`.
+
     Args:
         exact: every sample once over all ranks, without padding; shards may differ in length (for evaluation).
             Without it the last batch is padded where needed, so that all ranks take the same number of steps.
         global_batch_size: samples of all ranks together in one step; without it the loader's `batch_size` is that of
             one rank.
-        seed: of the permutation; the same on all ranks.
+        seed: of the permutation and of what the data set draws; the same on all ranks.
 
     Raises:
         TypeError: `loader` is no DataLoader, or has a sampler or batch sampler of the user's own.
@@ -65,14 +72,17 @@ def prepare_data_loader(
     here = world()
     if exact and loader.drop_last:
         raise ValueError("exact=True sees every sample, but this loader has drop_last=True: build it without.")
-    if isinstance(loader.dataset, IterableDataset):
+    dataset: Any = loader.dataset
+    if isinstance(dataset, (SeededDataset, _IterableShard)):  # prepared before
+        dataset = dataset._dataset
+    if isinstance(dataset, IterableDataset):
         batch_size = _batch_size(loader, here, global_batch_size)
-        shard: Any = _IterableShard(loader.dataset, batch_size, here, exact, loader.drop_last)
-        return _rebuilt(loader, shard, batch_size=batch_size, drop_last=loader.drop_last)
+        stream: Any = _IterableShard(dataset, batch_size, here, exact, loader.drop_last, seed)
+        return _rebuilt(loader, stream, seed, here, batch_size=batch_size, drop_last=loader.drop_last)
     shuffle = _is_shuffled(loader)
     batch_size = _batch_size(loader, here, global_batch_size)
     sampler = ElasticSampler(
-        loader.dataset,  # type: ignore[arg-type]
+        dataset,
         batch_size=batch_size or 1,
         num_replicas=here.size,
         rank=here.rank,
@@ -81,7 +91,20 @@ def prepare_data_loader(
         drop_last=loader.drop_last,
         exact=exact,
     )
-    return _rebuilt(loader, loader.dataset, batch_size=batch_size, sampler=sampler, drop_last=loader.drop_last)
+    if not draws_nothing(dataset, loader.collate_fn):
+        dataset = SeededDataset(dataset, seed)
+    return _rebuilt(loader, dataset, seed, here, batch_size=batch_size, sampler=sampler, drop_last=loader.drop_last)
+
+
+def data_state(data: object) -> DataState | None:
+    """What a resumed run must find unchanged in `data` (`check_same` compares two), or None where it cannot be told.
+
+    It can be of a loader that `prepare_data_loader` gave, and of one with an `ElasticSampler`.
+    """
+    for part in (getattr(data, "sampler", None), getattr(data, "dataset", None)):
+        if isinstance(part, (ElasticSampler, _IterableShard)):
+            return part.state()
+    return None
 
 
 def _is_shuffled(loader: "DataLoader[Any]") -> bool:
@@ -124,11 +147,14 @@ def _batch_size(loader: "DataLoader[Any]", here: World, global_batch_size: int |
     return total // here.size
 
 
-def _rebuilt(loader: "DataLoader[Any]", dataset: Any, **changed: Any) -> "DataLoader[Any]":
+def _rebuilt(loader: "DataLoader[Any]", dataset: Any, seed: int, here: World, **changed: Any) -> "DataLoader[Any]":
     known = inspect.signature(DataLoader).parameters
     kept = {name: getattr(loader, name) for name in _KEPT if name in known and hasattr(loader, name)}
     if not kept.get("pin_memory_device"):
         kept.pop("pin_memory_device", None)  # deprecated: even its default draws a warning
+    if kept.get("generator") is None:
+        # Without one of its own, each iteration draws the workers' seed from the global generator.
+        kept["generator"] = torch.Generator().manual_seed(derived_seed(seed, here.rank))
     if changed["batch_size"] is None:
         changed.pop("drop_last")
     return DataLoader(dataset, **kept, **changed)
@@ -142,17 +168,34 @@ class _IterableShard(IterableDataset[Any]):
     """
 
     def __init__(
-        self, dataset: "IterableDataset[Any]", batch_size: int | None, here: World, exact: bool, drop_last: bool
+        self,
+        dataset: "IterableDataset[Any]",
+        batch_size: int | None,
+        here: World,
+        exact: bool,
+        drop_last: bool,
+        seed: int = 0,
     ) -> None:
         self._dataset = dataset
         self._batch_size = batch_size or 1
         self._rank, self._size = here.rank, here.size
         self._exact, self._drop_last = exact, drop_last
+        self._seed = seed
+        # Shared with the workers: those that outlive an epoch get no index that could carry it. They read it when an
+        # iteration starts, which they are told of after it was set. -1: nobody counts epochs.
+        self._epoch = torch.full((), -1, dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> Iterator[Any]:
-        stream = iter(self._dataset)
+        epoch = int(self._epoch)
+        if epoch >= 0:
+            tell_epoch_in_worker(self._dataset, epoch)
+        generators = SeededStream(self._seed, max(epoch, 0))
+        with generators.drawing():
+            stream = iter(self._dataset)
         while True:
-            first, mine, is_whole = self._round(stream)
+            with generators.drawing():
+                first, mine, is_whole = self._round(stream)
             if is_whole or not self._drop_last:
                 yield from mine if mine or self._exact else first
             if not is_whole:
@@ -171,7 +214,19 @@ class _IterableShard(IterableDataset[Any]):
         return first, mine, True
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass it on to a data set that shuffles by epoch."""
+        """Seed the next iteration for `epoch`; pass it on to a data set that shuffles by epoch."""
+        self._epoch.fill_(epoch)
         set_epoch = getattr(self._dataset, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
+
+    def state(self) -> DataState:
+        """As of `ElasticSampler`; a stream's length is not known, nor its order another one's."""
+        return {
+            "length": None,
+            "global_batch_size": self._size * self._batch_size,
+            "seed": self._seed,
+            "shuffle": None,
+            "exact": self._exact,
+            "drop_last": self._drop_last,
+        }

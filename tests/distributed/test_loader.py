@@ -19,7 +19,8 @@ from torch.utils.data import (
 )
 
 from dengine.distributed import ElasticSampler, World, prepare_data_loader
-from dengine.distributed.loader import _IterableShard
+from dengine.distributed.loader import _IterableShard, data_state
+from dengine.distributed.seeding import SeededDataset
 
 NUMBERS = TensorDataset(torch.arange(10))
 
@@ -75,6 +76,40 @@ def test_shuffling_is_that_of_the_loaders_own_sampler(shuffle: bool) -> None:
 def test_a_prepared_loader_can_be_prepared_again() -> None:
     prepared = prepare_data_loader(prepare_data_loader(DataLoader(NUMBERS, batch_size=2), exact=True), exact=True)
     assert len(prepared) == 5
+    again = prepare_data_loader(prepare_data_loader(DataLoader(Custom())), seed=4)
+    assert isinstance(again.dataset, SeededDataset)
+    assert isinstance(again.dataset._dataset, Custom)
+
+
+def test_a_prepared_stream_can_be_prepared_again_and_is_not_sharded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dengine.distributed.loader.world", lambda: World(rank=1, size=2))
+    once = prepare_data_loader(DataLoader(Stream(8), batch_size=2))
+    assert [batch.tolist() for batch in prepare_data_loader(once)] == [batch.tolist() for batch in once]
+
+
+def test_a_loader_gets_a_generator_of_its_own_that_differs_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seed_of(rank: int) -> int:
+        monkeypatch.setattr("dengine.distributed.loader.world", lambda: World(rank=rank, size=2))
+        generator = prepare_data_loader(DataLoader(NUMBERS)).generator
+        assert generator is not None
+        return int(generator.initial_seed())
+
+    assert seed_of(0) != seed_of(1) != torch.default_generator.initial_seed()
+
+
+def test_the_state_of_the_data_is_found_on_a_loader() -> None:
+    prepared = prepare_data_loader(DataLoader(NUMBERS, batch_size=3, shuffle=True), seed=2)
+    assert data_state(prepared) == prepared.sampler.state()  # type: ignore[attr-defined]
+    assert data_state(prepare_data_loader(DataLoader(Stream(4), batch_size=2), exact=True, seed=2)) == {
+        "length": None,
+        "global_batch_size": 2,
+        "seed": 2,
+        "shuffle": None,
+        "exact": True,
+        "drop_last": False,
+    }
+    assert data_state(DataLoader(NUMBERS)) is None
+    assert data_state([1, 2]) is None
 
 
 def test_a_loader_without_batches_stays_one() -> None:

@@ -1,0 +1,234 @@
+"""Random augmentation that depends on the sample alone: not on the worker, the rank, or where a run was resumed.
+
+While sample i of epoch e is fetched, Python's, NumPy's and torch's CPU generators are seeded from (seed, e, i). The
+epoch travels with the index, so that it reaches workers that outlive an epoch.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    ConcatDataset,
+    Dataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+    default_convert,
+    get_worker_info,
+)
+
+__all__ = [
+    "EpochIndex",
+    "SeededDataset",
+    "SeededStream",
+    "derived_seed",
+    "draws_nothing",
+    "seed_generators",
+    "tell_epoch_in_worker",
+]
+
+_State: TypeAlias = tuple[Any, Any, torch.Tensor]
+
+_MASK = 2**64 - 1
+# The constants of the splitmix64 generator: neighbouring inputs give numbers that share nothing.
+_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+class EpochIndex(int):
+    """The index of a sample, and the epoch it is drawn in. An int wherever one is taken; it pickles with its epoch.
+
+    Example:
+        >>> index = EpochIndex(1, epoch=7)
+        >>> "abc"[index], index.epoch, index + 1
+        ('b', 7, 2)
+    """
+
+    epoch: int
+
+    def __new__(cls, value: int, epoch: int) -> "EpochIndex":
+        index = int.__new__(cls, value)
+        index.epoch = epoch
+        return index
+
+    def __reduce__(self) -> tuple[type["EpochIndex"], tuple[int, int]]:
+        return EpochIndex, (int(self), self.epoch)
+
+
+def derived_seed(*numbers: int) -> int:
+    """64 bits that depend on each of `numbers` and on their order, the same on every machine."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * _SECOND + (number & _MASK) + _GAMMA) & _MASK
+        mixed = ((mixed ^ (mixed >> 30)) * _FIRST) & _MASK
+        mixed = ((mixed ^ (mixed >> 27)) * _SECOND) & _MASK
+        mixed ^= mixed >> 31
+    return mixed
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's CPU generator with 64 bits.
+
+    Cost: 8 us. `torch.manual_seed` alone costs 260, and seeds the generators of every GPU.
+    """
+    random.seed(seed)
+    # torch and NumPy draw by the same algorithm and use 32 bits of a seed: the same bits would give the same numbers.
+    np.random.seed(seed >> 32)
+    torch.default_generator.manual_seed(seed & 0xFFFFFFFF)
+
+
+def draws_nothing(dataset: object, collate_fn: object) -> bool:
+    """Whether fetching from `dataset` only looks something up, so that seeding would be wasted."""
+    if collate_fn not in (default_collate, default_convert):
+        return False
+    if type(dataset) is Subset:
+        return draws_nothing(dataset.dataset, collate_fn)
+    if type(dataset) is ConcatDataset:
+        return all(draws_nothing(part, collate_fn) for part in dataset.datasets)
+    return type(dataset) in (TensorDataset, torch.Tensor, np.ndarray, list, tuple, range)
+
+
+class SeededDataset(Dataset[Any]):
+    """A map-style data set whose random state, while sample i of epoch e is fetched, follows from (seed, e, i).
+
+    Attributes are those of the data set inside, to read and to set. An index that is no `EpochIndex` passes through.
+    In the main process the generators are as before afterwards; in a worker they stay where the last sample left
+    them, so that a `collate_fn` draws from a state that follows from the batch. A generator that the data set holds
+    itself is its own affair.
+
+    A batched fetch (`__getitems__`) stays one as long as it draws nothing at random. From the first batch on that does,
+    samples are fetched one at a time, that batch once more; where a fetch gives no list, the batch is seeded by its
+    first sample.
+
+    Cost: 8 us a sample; in the main process 0.15 ms a batch; a batched fetch 0.15 ms a batch and nothing a sample.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.__dict__.update(_dataset=dataset, _seed=seed, _epoch=None, _draws_in_batches=False)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, EpochIndex):
+            return self._dataset[index]
+        with _surroundings():
+            return self._one(index)
+
+    def __getitems__(self, indices: Sequence[Any]) -> Any:
+        is_batched = callable(getattr(self._dataset, "__getitems__", None))
+        if not all(isinstance(index, EpochIndex) for index in indices):
+            return self._dataset.__getitems__(indices) if is_batched else [self._dataset[index] for index in indices]
+        with _surroundings():
+            return self._batch(indices) if is_batched and indices else [self._one(index) for index in indices]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the protocols of copying and pickling ask for their methods by name
+            raise AttributeError(name)
+        return getattr(self.__dict__["_dataset"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A worker_init_fn opens a file and sets it on what it finds as get_worker_info().dataset.
+        setattr(self._dataset, name, value)
+
+    def __reduce__(self) -> tuple[type["SeededDataset"], tuple[Any, int]]:
+        return SeededDataset, (self._dataset, self._seed)
+
+    def _one(self, index: EpochIndex) -> Any:
+        self._seed_for(index)
+        return self._dataset[int(index)]
+
+    def _batch(self, indices: Sequence[EpochIndex]) -> Any:
+        if not self._draws_in_batches:
+            self._seed_for(indices[0])
+            before = _state()
+            fetched = self._dataset.__getitems__([int(index) for index in indices])
+            if _is_same(before, _state()) or not isinstance(fetched, list):
+                return fetched
+            self.__dict__["_draws_in_batches"] = True
+        fetched = []
+        for index in indices:
+            self._seed_for(index)
+            fetched.extend(self._dataset.__getitems__([int(index)]))
+        return fetched
+
+    def _seed_for(self, index: EpochIndex) -> None:
+        if index.epoch != self._epoch:
+            self.__dict__["_epoch"] = index.epoch
+            tell_epoch_in_worker(self._dataset, index.epoch)
+        seed_generators(derived_seed(self._seed, index.epoch, index))
+
+
+class SeededStream:
+    """The generators of one iteration over an iterable data set: seeded from (seed, epoch, worker) as it starts.
+
+    All ranks read the same stream, so they draw the same. In a worker the generators are the process's own; in the
+    main process they are exchanged for the surrounding ones in each `with stream.drawing():`. Cost there: 0.3 ms.
+    """
+
+    def __init__(self, seed: int, epoch: int) -> None:
+        worker = get_worker_info()
+        self._is_main = worker is None
+        number = derived_seed(seed, epoch, -1 - (0 if worker is None else worker.id))
+        self._inside: _State | None = None
+        if self._is_main:
+            with _surroundings():
+                seed_generators(number)
+                self._inside = _state()
+        else:
+            seed_generators(number)
+
+    def drawing(self) -> AbstractContextManager[None]:
+        return self._exchanged() if self._is_main else nullcontext()
+
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
+        assert self._inside is not None
+        with _surroundings():
+            _set(self._inside)
+            yield
+            self._inside = _state()
+
+
+def tell_epoch_in_worker(dataset: object, epoch: int) -> None:
+    """Call `set_epoch` of a worker's copy of the data set: the engine reaches only the one in the main process."""
+    set_epoch = getattr(dataset, "set_epoch", None)
+    if get_worker_info() is not None and callable(set_epoch):
+        set_epoch(epoch)
+
+
+@contextmanager
+def _surroundings() -> Iterator[None]:
+    """In the main process, the generators are as before on the way out; a worker's belong to the data set."""
+    if get_worker_info() is not None:
+        yield
+        return
+    outside = _state()
+    try:
+        yield
+    finally:
+        _set(outside)
+
+
+def _state() -> _State:
+    return random.getstate(), np.random.get_state(legacy=False), torch.default_generator.get_state()
+
+
+def _set(state: _State) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.default_generator.set_state(state[2])
+
+
+def _is_same(one: _State, other: _State) -> bool:
+    if one[0] != other[0] or not torch.equal(one[2], other[2]):
+        return False
+    mine, theirs = one[1]["state"], other[1]["state"]
+    return (
+        mine["pos"] == theirs["pos"]
+        and one[1]["has_gauss"] == other[1]["has_gauss"]
+        and np.array_equal(mine["key"], theirs["key"])
+    )
