@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dengine import distributed, errors, handlers, metrics
+    from dengine import checkpoint, distributed, errors, handlers, metrics
     from dengine.engine import Engine, EventEnum, Events, State, filtered
     from dengine.errors import (
         CheckpointError,
         ConsistencyError,
+        CorruptCheckpointError,
         DengineError,
         LaunchError,
         MetricStateError,
@@ -25,6 +26,7 @@ _ENGINE = ("Engine", "EventEnum", "Events", "State", "filtered")
 _ERRORS = (
     "CheckpointError",
     "ConsistencyError",
+    "CorruptCheckpointError",
     "DengineError",
     "LaunchError",
     "MetricStateError",
@@ -33,11 +35,12 @@ _ERRORS = (
     "RemoteRankError",
     "StallError",
 )
-_ROOMS = ("distributed", "errors", "handlers", "metrics")
+_ROOMS = ("checkpoint", "distributed", "errors", "handlers", "metrics")
 
 __all__ = [
     "CheckpointError",
     "ConsistencyError",
+    "CorruptCheckpointError",
     "DengineError",
     "Engine",
     "EventEnum",
@@ -49,6 +52,7 @@ __all__ = [
     "RemoteRankError",
     "StallError",
     "State",
+    "checkpoint",
     "distributed",
     "errors",
     "filtered",

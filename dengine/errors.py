@@ -7,6 +7,7 @@ may want to tell apart.
 __all__ = [
     "CheckpointError",
     "ConsistencyError",
+    "CorruptCheckpointError",
     "DengineError",
     "LaunchError",
     "MetricStateError",
@@ -61,7 +62,7 @@ class StallError(_AtRank):
 
 
 class ConsistencyError(DengineError, RuntimeError):
-    """What must be the same on all ranks is not: parameters, their names or shapes, or the collective that is called."""
+    """What must be the same on all ranks is not: parameters, their names or shapes, or the collective called."""
 
 
 class RankZeroCollectiveError(DengineError, RuntimeError):
@@ -77,4 +78,8 @@ class MetricStateError(DengineError, RuntimeError):
 
 
 class CheckpointError(DengineError, RuntimeError):
-    """A checkpoint could not be written; what was there before is untouched. Raised on every rank."""
+    """A checkpoint could not be written or loaded; files and objects are as they were. Raised on every rank."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint is not what was saved: truncated, changed or gone. Nothing of it was used."""

@@ -2,22 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-__all__ = ["Saved", "is_kept", "to_drop"]
+from dengine.checkpoint.manifest import Entry
 
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint that is complete. `score` is None where the newest are kept rather than the best."""
-
-    path: Path
-    step: int
-    score: float | None = None
+__all__ = ["is_kept", "own", "to_drop"]
 
 
-def is_kept(score: float | None, saved: Sequence[Saved], n_saved: int) -> bool:
+def own(entries: Sequence[Entry], prefix: str, score_name: str | None) -> list[Entry]:
+    """Those that one `Checkpoint` may prune: of its prefix, and of its score's name or, like it, without a score."""
+    return [entry for entry in entries if entry.prefix == prefix and entry.score_name == score_name]
+
+
+def is_kept(score: float | None, saved: Sequence[Entry], n_saved: int) -> bool:
     """Whether a checkpoint of `score` would be among the `n_saved` that are kept. NaN is never a best score.
 
     Of two with one score the older stays: it took less training.
@@ -29,10 +25,18 @@ def is_kept(score: float | None, saved: Sequence[Saved], n_saved: int) -> bool:
     return len(saved) < n_saved or any(one.score is not None and score > one.score for one in saved)
 
 
-def to_drop(saved: Sequence[Saved], n_saved: int) -> list[Saved]:
-    """What is too much: all but the `n_saved` newest or, where there are scores, best."""
+def to_drop(saved: Sequence[Entry], new: Entry, n_saved: int) -> list[Entry]:
+    """What is too much beside `new`: all but the `n_saved` newest or, where there are scores, best.
 
-    def worth(one: Saved) -> tuple[float, int]:
-        return (0.0, one.step) if one.score is None else (one.score, -one.step)
+    Newest is what was saved last. What is ahead of `new` (a run that went on from an earlier step, or began anew in the
+    same folder) counts as older than all that leads up to it; `new` itself is never dropped for being newest.
+    """
 
-    return sorted(saved, key=worth, reverse=True)[n_saved:]
+    def worth(one: Entry) -> tuple[float, int]:
+        if one.score is not None:
+            return one.score, -one.sequence
+        is_ahead = one.step is not None and new.step is not None and one.step > new.step
+        return float(not is_ahead), one.sequence
+
+    others = [one for one in saved if one.name != new.name]  # a step saved twice is one file
+    return sorted([*others, new], key=worth, reverse=True)[n_saved:]

@@ -1,21 +1,54 @@
-"""Saves what a user lists, so that a file under its final name is complete and the older ones go only after it."""
+"""When to save and what to keep. How a file reaches the disk, and comes back, is in dengine/checkpoint/."""
 
+import sys
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dengine.checkpoint.retention import Saved, is_kept, to_drop
-from dengine.checkpoint.snapshot import check_objects, collect
-from dengine.checkpoint.storage import commit, remove, write_beside
+from dengine.checkpoint import loading, manifest
+from dengine.checkpoint.manifest import Entry
+from dengine.checkpoint.retention import is_kept, own, to_drop
+from dengine.checkpoint.saving import agree, commit, failure_text, planned, prune, write
+from dengine.checkpoint.snapshot import HostCopy, States, check_objects, collect
+from dengine.checkpoint.writer import Writing
 from dengine.checks import whole_number
+from dengine.distributed import world
 from dengine.distributed.collectives import from_rank_zero
-from dengine.engine import Engine
+from dengine.engine import Engine, Events
 from dengine.errors import CheckpointError
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "Saved"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete. `score` is None where the newest are kept rather than the best."""
+
+    path: Path
+    step: int
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What rank 0 tells all ranks: the files that are safe and kept, the last one, and what failed."""
+
+    kept: list[Entry] | None
+    last: Path | None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What is to be saved, and what goes once it is safe."""
+
+    path: Path
+    entry: Entry
+    kept: list[Entry]
+    dropped: list[Entry]
 
 
 class Checkpoint:
@@ -24,19 +57,30 @@ class Checkpoint:
     `{name: state_dict}`, and one entry `"dengine"`.
 
     Attach it on every rank: `trainer.on(Events.EPOCH_COMPLETED, checkpoint)`. Rank 0 writes; every rank learns the
-    outcome. Collective. Cost: two small object broadcasts a call, one where the score is not good enough.
+    outcome. A file under its final name is complete, and proves itself when it is loaded; `manifest.json` beside it
+    lists what there is. Older files go only after it is safe; they are counted from the manifest, so that a restarted
+    run goes on pruning, and goes on with the best score. Several may share a folder, and a prefix too where their
+    `score_name` differs: each prunes only its own.
+
+    Collective. Cost: two small broadcasts and one small gather a call; one broadcast where the score is not
+    good enough.
 
     Args:
-        to_save: what to save, by name; a model wrapped in DDP is saved without the wrapper.
+        to_save: what to save, by name; a model wrapped in DDP is saved without the wrapper. With an engine among it,
+            the random number generators of every rank are saved too.
         save_dir: the folder; it is made at the first save.
-        n_saved: how many of its own files are kept: the newest or, with a score, the best (higher is better).
+        n_saved: how many of its own files are kept: those saved last or, with a score, the best (higher is better).
         score_function: `score_function(engine) -> float`, asked on rank 0. NaN is never best.
         score_name: how the score is called in the file's name; "score" by default.
         global_step_transform: `(engine, event) -> int`, the step in the file's name; the engine's iteration by default.
+        asynchronous: hold the loop only for a copy of the states into host memory (on rank 0, as large as the file; it
+            is used again), and write in a thread. One file is written at a time: a save that comes earlier waits.
+            What the thread meets with is raised on every rank at the next save or at the end of the run, which waits
+            for the last write. Where a run ends by an exception, rank 0 waits, and a failed write is a warning.
 
     Attributes:
-        last_path: the file of the last save, on every rank; None before it.
-        saved: what is kept, oldest first, on every rank.
+        last_path: the file of the last save that is known to be safe, on every rank; None before it.
+        saved: what is kept, in the order of saving, on every rank; with `asynchronous`, as of the last call.
 
     Raises (when called):
         CheckpointError: on every rank, where the file cannot be written; what was there before is untouched.
@@ -44,13 +88,15 @@ class Checkpoint:
     Example:
         >>> import tempfile, torch
         >>> from dengine import Engine, Events
-        >>> model = torch.nn.Linear(1, 1)
+        >>> model, folder = torch.nn.Linear(1, 1), tempfile.mkdtemp()
         >>> trainer = Engine(lambda engine, batch: None)
-        >>> checkpoint = Checkpoint({"model": model, "trainer": trainer}, tempfile.mkdtemp(), n_saved=2)
+        >>> checkpoint = Checkpoint({"model": model, "trainer": trainer}, folder, n_saved=2)
         >>> handle = trainer.on(Events.EPOCH_COMPLETED, checkpoint)
         >>> state = trainer.run([0, 1, 2], max_epochs=3)
         >>> [saved.path.name for saved in checkpoint.saved]
         ['checkpoint_6.pt', 'checkpoint_9.pt']
+        >>> Checkpoint.resume(folder, {"model": model, "trainer": trainer}).name
+        'checkpoint_9.pt'
     """
 
     def __init__(
@@ -62,58 +108,188 @@ class Checkpoint:
         score_function: Callable[[Engine], float] | None = None,
         score_name: str | None = None,
         global_step_transform: Callable[[Engine, Any], int] | None = None,
+        asynchronous: bool = False,
     ) -> None:
         if score_name is not None and score_function is None:
             raise ValueError(f"score_name={score_name!r} names a score, but there is no score_function=.")
         for part in (filename_prefix, score_name or ""):
             if "/" in part or "\0" in part:
                 raise ValueError(f"{part!r} becomes part of a file's name, so it cannot hold a slash.")
+        if not filename_prefix or filename_prefix.startswith("."):
+            raise ValueError(f"filename_prefix={filename_prefix!r} must be a name that is not hidden.")
         self._objects = check_objects(to_save)
         self._save_dir = Path(save_dir)
         self._prefix = filename_prefix
         self._n_saved = whole_number("n_saved", n_saved, least=1)
         self._score_function = score_function
-        self._score_name = score_name or "score"
+        self._score_name = None if score_function is None else score_name or "score"
         self._step_transform = global_step_transform
+        self._is_asynchronous = bool(asynchronous)
         self.last_path: Path | None = None
-        self.saved: list[Saved] = []
+        self._kept: list[Entry] | None = None  # None: the folder has not been looked at yet
+        self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
+        # Of rank 0 alone:
+        self._copy = HostCopy()
+        self._writing: tuple[Writing[Entry], _Order] | None = None
+        self._has_said_that_it_waits = False
+
+    @property
+    def saved(self) -> list[Saved]:
+        return [Saved(self._save_dir / each.name, each.step or 0, each.score) for each in self._kept or []]
+
+    @staticmethod
+    def resume(save_dir: str | Path, to_load: Mapping[str, Any], filename_prefix: str = "checkpoint") -> Path | None:
+        """Load the newest intact checkpoint of `filename_prefix`; its path, or None where there is nothing yet.
+
+        Call it on every rank, before `run()`. With an engine in `to_load`, the next `run()` goes on from there, with
+        each rank's random number generators as they were. See `dengine.checkpoint.load` for what is checked, and what
+        it costs.
+
+        Raises:
+            CorruptCheckpointError: there are checkpoints, but none is intact.
+            CheckpointError: on every rank, where one does not find the file, or an object refuses its state; every
+                object is then as it was.
+        """
+        return loading.resume(save_dir, to_load, filename_prefix)
 
     def __call__(self, engine: Engine) -> None:
-        planned = from_rank_zero(lambda: self._plan(engine), "plan a checkpoint")
-        if planned is None:
+        if not engine.distributed and world().size > 1:
+            raise ValueError(
+                "This engine is one rank's own (distributed=False), but saving takes all ranks: attach the Checkpoint "
+                "to an engine that runs on all of them."
+            )
+        self._watch(engine)
+        report, order = from_rank_zero(lambda: self._plan(engine), "plan a checkpoint")
+        self._take(report)
+        if order is None:
             return
-        # A step saved twice is one file.
-        saved = [one for one in self.saved if one.path != planned.path] + [planned]
-        dropped = to_drop(saved, self._n_saved)
-        states = collect(self._objects)  # on all ranks: a sharded model's takes a collective
-        failure = from_rank_zero(lambda: _save(states, planned.path, dropped), f"save {planned.path}")
-        if failure is not None:
-            raise CheckpointError(f"{planned.path} could not be saved, and nothing was changed: {failure}")
-        self.last_path = planned.path
-        self.saved = [one for one in saved if one not in dropped]
+        states = collect(self._objects)
+        start = self._begin if self._is_asynchronous else self._save
+        self._take(agree(lambda: start(states, order), order.path))
+        if engine.firing in (Events.COMPLETED, Events.EXCEPTION_RAISED):
+            self.wait()  # nobody will be told of the end any more
 
-    def _plan(self, engine: Engine) -> Saved | None:
-        """What to save now, or None where the score is not among the best. Decided once, on rank 0."""
+    def wait(self) -> None:
+        """Have the last write end, and every rank know what became of it. The end of a run does so by itself.
+
+        Collective: one small broadcast; nothing at all where saving is not asynchronous.
+
+        Raises:
+            CheckpointError: on every rank, where it failed.
+        """
+        if self._is_asynchronous:
+            self._take(from_rank_zero(self._settle, "wait for a checkpoint to be written"))
+
+    # -- on every rank -------------------------------------------------------------------------------------------
+
+    def _take(self, report: _Report) -> None:
+        self._kept, self.last_path = report.kept, report.last
+        if report.failure is not None:
+            raise CheckpointError(report.failure)
+
+    def _watch(self, engine: Engine) -> None:
+        """Be told when the run ends: there is no other place where all ranks pass afterwards."""
+        if self._is_asynchronous and engine not in self._watched:
+            self._watched.add(engine)
+            engine.on(Events.COMPLETED, lambda engine: self.wait(), priority=-sys.maxsize)
+            engine.on(Events.EXCEPTION_RAISED, lambda engine: self._wait_alone(), priority=-sys.maxsize)
+
+    def _wait_alone(self) -> None:
+        """After an exception the other ranks may not come: no collective. What is raised here becomes a warning."""
+        if self._writing is not None and (failure := self._settle().failure) is not None:
+            raise CheckpointError(failure)
+
+    # -- on rank 0 -----------------------------------------------------------------------------------------------
+
+    def _plan(self, engine: Engine) -> tuple[_Report, _Order | None]:
+        """What to save now; None where the score is not among the best, or the last write has failed."""
+        if self._writing is not None and self._writing[0].is_done and (report := self._settle()).failure:
+            return report, None
+        found = None if self._kept is not None else self._survey()
         score = None if self._score_function is None else float(self._score_function(engine))
-        if not is_kept(score, self.saved, self._n_saved):
-            return None
+        # One that is still being written counts as saved: where it fails, the run ends.
+        if not is_kept(score, self._expected(), self._n_saved):
+            return self._report(), None
         step = engine.state.iteration
         if self._step_transform is not None:
             step = whole_number("The step", self._step_transform(engine, engine.firing), least=0)
+        if self._writing is not None:
+            self._say_that_it_waits()
+            if (report := self._settle()).failure is not None:
+                return report, None
+        if found is not None:
+            self._warn_of_later(found, step)
+        return self._report(), self._order(step, score)
+
+    def _order(self, step: int, score: float | None) -> _Order:
         suffix = "" if score is None else f"_{self._score_name}={score:.4f}"
-        return Saved(self._save_dir / f"{self._prefix}_{step}{suffix}.pt", step, score)
+        path = self._save_dir / f"{self._prefix}_{step}{suffix}.pt"
+        sequence = manifest.survey(self._save_dir).next_sequence
+        entry = planned(path, self._prefix, step, score, self._score_name, tuple(self._objects), sequence)
+        dropped = to_drop(self._kept or [], entry, self._n_saved)
+        kept = [each for each in self._kept or [] if each not in dropped and each.name != entry.name]
+        return _Order(path, entry, kept, dropped)
 
+    def _save(self, states: States, order: _Order) -> _Report:
+        entry = _saved(states, order)
+        return self._kept_now(order, entry)
 
-def _save(states: dict[str, Any], path: Path, dropped: list[Saved]) -> str | None:
-    """Write, commit, and only then prune. What went wrong, or None."""
-    try:
-        temporary = write_beside(path, lambda file: torch.save(states, file))
-        commit(temporary, path)
-    except Exception as error:
-        return f"{type(error).__qualname__}: {error}"
-    for one in dropped:
+    def _begin(self, states: States, order: _Order) -> _Report:
+        copied = self._copy.take(states)
+        self._writing = Writing(lambda: _saved(copied, order)), order
+        return self._report()
+
+    def _settle(self) -> _Report:
+        """Wait for the writer, if it is at work, and say what became of it."""
+        if self._writing is None:
+            return self._report()
+        (writing, order), self._writing = self._writing, None
         try:
-            remove(one.path)
-        except OSError as error:
-            warnings.warn(f"The superfluous checkpoint {one.path} could not be removed: {error}", stacklevel=2)
-    return None
+            return self._kept_now(order, writing.result())
+        except Exception as error:
+            return replace(self._report(), failure=failure_text(order.path, error))
+
+    def _kept_now(self, order: _Order, entry: Entry) -> _Report:
+        self._kept, self.last_path = [*order.kept, entry], order.path
+        return self._report()
+
+    def _report(self) -> _Report:
+        return _Report(self._kept, self.last_path)
+
+    def _expected(self) -> list[Entry]:
+        if self._writing is None:
+            return self._kept or []
+        order = self._writing[1]
+        return [*order.kept, order.entry]
+
+    def _survey(self) -> list[Entry]:
+        """What an earlier run has left of its own."""
+        self._kept = own(manifest.survey(self._save_dir).entries, self._prefix, self._score_name)
+        return self._kept
+
+    def _warn_of_later(self, found: list[Entry], step: int) -> None:
+        later = [each.name for each in found if each.step is not None and each.step > step]
+        if later and self._score_name is None:
+            warnings.warn(
+                f"{self._save_dir} holds checkpoints that are ahead of this run's step {step}: {', '.join(later)}. "
+                "They count as older than what this run saves. To go on from them, call Checkpoint.resume(); to keep "
+                "them, use another folder or filename_prefix.",
+                stacklevel=2,
+            )
+
+    def _say_that_it_waits(self) -> None:
+        if self._writing is None or self._writing[0].is_done or self._has_said_that_it_waits:
+            return
+        self._has_said_that_it_waits = True
+        warnings.warn(
+            f"{self._writing[1].path} is still being written, so this save and the training wait for it: the disk is "
+            "slower than the saves come. Save less often. This is said once.",
+            stacklevel=2,
+        )
+
+
+def _saved(states: States, order: _Order) -> Entry:
+    """Write, commit, and only then prune."""
+    entry = commit(*write(states, order.path, order.entry), order.dropped)
+    prune(order.path.parent, order.dropped)
+    return entry

@@ -1,0 +1,220 @@
+"""A checkpoint's way to the disk: collect, write, commit, agree, prune.
+
+`collect` (snapshot.py) is for all ranks; `write`, `commit` and `prune` are for the one that writes and touch no rank;
+`agree` tells all ranks what became of it.
+"""
+
+import io
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from dengine.checkpoint import manifest, storage
+from dengine.checkpoint.manifest import Entry
+from dengine.checkpoint.seal import SealedFile
+from dengine.checkpoint.snapshot import States, check_objects, collect, mapped
+from dengine.distributed import world
+from dengine.distributed.collectives import from_rank_zero
+from dengine.errors import CheckpointError
+
+__all__ = ["agree", "commit", "failure_text", "planned", "prune", "save", "write"]
+
+T = TypeVar("T")
+
+# One file is written at a time by a process: its switch for torch's own checksums is one for all threads.
+_writing = threading.Lock()
+# The manifest is read, changed and replaced: two threads at once would lose what one of them adds.
+_listing = threading.Lock()
+
+
+def save(path: str | Path, objects: Mapping[str, Any]) -> None:
+    """Save the states of `objects`, by name, to the file `path`, and list it in the `manifest.json` beside it.
+
+    The file is there whole or not at all; one of that name is replaced. Nothing else is removed: keeping the newest or
+    the best is what `dengine.handlers.Checkpoint` does.
+
+    Collective: call on all ranks; rank 0 writes. Cost: two small collectives, the gathers of sharded tensors; one pass
+    over the bytes that writes and digests them, and the wait for the disk.
+
+    Raises:
+        TypeError, ValueError: something without `state_dict`, nothing at all, or a path that does not end with .pt.
+        CheckpointError: on every rank, where it cannot be written; what was there before is untouched.
+
+    Example:
+        >>> import tempfile
+        >>> model = torch.nn.Linear(2, 1)
+        >>> path = Path(tempfile.mkdtemp()) / "model_5.pt"
+        >>> save(path, {"model": model})
+        >>> verify(path).step
+        5
+        >>> load(path, {"model": torch.nn.Linear(2, 1)})
+    """
+    checked, path = check_objects(objects), Path(path)
+    if path.suffix != ".pt" or path.name.startswith("."):
+        raise ValueError(f"{path} must end with .pt, and not be hidden: that is how checkpoints are found again.")
+    states = collect(checked)
+
+    def on_rank_zero() -> None:
+        found = manifest.from_name(path)
+        prefix, step = (path.stem, None) if found is None else (found.prefix, found.step)
+        entry = planned(path, prefix, step, None, None, tuple(checked), manifest.survey(path.parent).next_sequence)
+        commit(*write(states, path, entry), ())
+
+    agree(on_rank_zero, path)
+
+
+def planned(
+    path: Path,
+    prefix: str,
+    step: int | None,
+    score: float | None,
+    score_name: str | None,
+    objects: tuple[str, ...],
+    sequence: int,
+) -> Entry:
+    """The entry of a file that is yet to be written by this process."""
+    versions = {"dengine": _version(), "torch": str(torch.__version__)}
+    return Entry(path.name, prefix, step, score, score_name, sequence, objects, world().size, versions)
+
+
+def write(states: States, path: Path, entry: Entry) -> tuple[Path, Path, Entry]:
+    """Write the temporary file beside `path`, down to the disk: its path, `path`, and the entry with its digest.
+
+    What could not be loaded again is refused before a byte is written. Leftovers of killed runs are removed first: they
+    may be what fills the disk.
+
+    Raises:
+        Exception: an object cannot be pickled, or the disk is full; no temporary file is left.
+    """
+    for name, state in states.items():
+        _check_loadable(name, state)
+    if path.parent.is_dir():
+        storage.remove_leftovers(path.parent)
+
+    def fill(descriptor: int) -> Entry:
+        file = SealedFile(descriptor)
+        try:
+            with _without_checksums():
+                torch.save(states, file)  # type: ignore[arg-type]
+            seal = file.seal(manifest.about(entry))
+        finally:
+            with suppress(OSError):
+                file.close()
+        return replace(entry, sha256=seal.sha256, num_bytes=seal.num_bytes)
+
+    with _writing:
+        temporary, sealed = storage.write_beside(path, fill)
+    return temporary, path, sealed
+
+
+def commit(temporary: Path, path: Path, entry: Entry, dropped: Sequence[Entry]) -> Entry:
+    """Give the file its name, then list it in the manifest, without those that are to go. Gives `entry`.
+
+    The manifest is written before either gets its name, so that a full disk is met before anything has changed.
+    """
+    folder = path.parent
+    with _listing:
+        try:
+            names = {one.name for one in dropped}
+            text = manifest.manifest_text(manifest.listing(folder, [entry], names))
+            listed, _ = storage.write_beside(folder / manifest.FILE_NAME, lambda descriptor: _put(descriptor, text))
+        except BaseException:
+            storage.remove(temporary)
+            raise
+        is_new = not path.exists()
+        try:
+            storage.commit(temporary, path)
+        except BaseException:
+            storage.remove(listed)
+            raise
+        try:
+            storage.commit(listed, folder / manifest.FILE_NAME)
+        except BaseException:
+            if is_new:
+                storage.remove(path)
+            raise
+    return entry
+
+
+def prune(folder: Path, dropped: Sequence[Entry]) -> None:
+    """Remove what the new file has made superfluous. What cannot be removed is warned of, and tried again later."""
+    for one in dropped:
+        try:
+            storage.remove(folder / one.name)
+        except OSError as error:
+            warnings.warn(f"The superfluous checkpoint {folder / one.name} stays: {error}", stacklevel=2)
+
+
+def agree(action: Callable[[], T], path: Path) -> T:
+    """Rank 0's result of `action`, on every rank. Collective: one small broadcast.
+
+    Raises:
+        CheckpointError: on every rank, where it failed, with the reason.
+    """
+    cause: list[Exception] = []
+
+    def outcome() -> tuple[T | None, str | None]:
+        try:
+            return action(), None
+        except Exception as error:
+            cause.append(error)
+            return None, failure_text(path, error)
+
+    result, failure = from_rank_zero(outcome, f"save {path}")
+    if failure is not None:
+        raise CheckpointError(failure) from (cause[0] if cause else None)
+    return result  # type: ignore[return-value]
+
+
+def failure_text(path: Path, error: BaseException) -> str:
+    return f"{path} could not be saved, and nothing was changed: {type(error).__qualname__}: {error}"
+
+
+def _check_loadable(name: str, state: Any) -> None:
+    """Refuse what `torch.load(weights_only=True)` would refuse: a checkpoint that nobody can load is none."""
+    skeleton = io.BytesIO()
+    torch.save(mapped(state, lambda value: None if isinstance(value, torch.Tensor) else value), skeleton)
+    skeleton.seek(0)
+    try:
+        torch.load(skeleton, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        named = next((line for line in reason if "GLOBAL" in line), reason[0] if reason else repr(error))
+        raise TypeError(
+            f"the state of {name!r} holds something that only a pickle could bring back, which is never executed; make "
+            f"it of tensors, numbers, strings, lists and dicts. torch.load(weights_only=True) says: {named.strip()}"
+        ) from None
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Without the CRC-32 of each tensor in the archive: nobody checks it, and it costs half of the time of a save.
+
+    A `torch.save` of another thread meanwhile leaves them out too, which `torch.load` does not mind.
+    """
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _put(descriptor: int, text: bytes) -> None:
+    while text:
+        text = text[os.write(descriptor, text) :]
+
+
+def _version() -> str:
+    try:
+        return version("dengine")
+    except PackageNotFoundError:
+        return "unknown"
