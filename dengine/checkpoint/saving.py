@@ -105,6 +105,10 @@ def write(states: States, path: Path, entry: Entry) -> tuple[Path, Path, Entry]:
             with _without_checksums():
                 torch.save(states, file)  # type: ignore[arg-type]
             seal = file.seal(manifest.about(entry))
+        except Exception:
+            if file.error is not None:
+                raise file.error from None
+            raise
         finally:
             with suppress(OSError):
                 file.close()

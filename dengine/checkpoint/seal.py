@@ -56,18 +56,14 @@ class SealedFile:
         self._num_bytes = 0
         self._unflushed = 0
         self._flushing: _Aside | None = None
+        self.error: OSError | None = None  # torch.save raises one of its own instead
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if len(view) < _ASIDE_BYTES:
-            joined = self._end + bytes(view)
-            self._put(memoryview(joined)[: max(len(joined) - _ZIP_END_BYTES, 0)])
-            self._end = joined[-_ZIP_END_BYTES:]
-        else:
-            self._put(memoryview(self._end))
-            self._put(view[:-_ZIP_END_BYTES])
-            self._end = bytes(view[-_ZIP_END_BYTES:])
-        return len(view)
+        try:
+            return self._take(memoryview(data).cast("B"))
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
     def flush(self) -> None:
         """Nothing is held back but the end record. `torch.save` asks for the method."""
@@ -95,6 +91,17 @@ class SealedFile:
         flushing, self._flushing = self._flushing, None
         if flushing is not None:
             flushing.result()
+
+    def _take(self, view: memoryview) -> int:
+        if len(view) < _ASIDE_BYTES:
+            joined = self._end + bytes(view)
+            self._put(memoryview(joined)[: max(len(joined) - _ZIP_END_BYTES, 0)])
+            self._end = joined[-_ZIP_END_BYTES:]
+        else:
+            self._put(memoryview(self._end))
+            self._put(view[:-_ZIP_END_BYTES])
+            self._end = bytes(view[-_ZIP_END_BYTES:])
+        return len(view)
 
     def _put(self, view: memoryview) -> None:
         if not view:

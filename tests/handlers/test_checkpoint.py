@@ -2,6 +2,9 @@
 
 import os
 import re
+import threading
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +195,182 @@ def test_wrong_arguments_are_named_at_once(
     with pytest.raises(error, match=re.escape(message)):
         Checkpoint(*arguments, tmp_path / "never made", **options)
     assert names(tmp_path) == []
+
+
+# -- after a restart ---------------------------------------------------------------------------------------------
+
+
+def test_a_restarted_run_goes_on_pruning_what_the_first_one_saved(tmp_path: Path) -> None:
+    model, trainer = nn.Linear(1, 1), Engine(lambda engine, batch: batch)
+    objects = {"model": model, "trainer": trainer}
+    trainer.on(Events.EPOCH_COMPLETED, Checkpoint(objects, tmp_path, n_saved=2))
+    trainer.run([0], max_epochs=3)
+    assert Checkpoint.resume(tmp_path, objects) == tmp_path / "checkpoint_3.pt"
+    resumed = Engine(lambda engine, batch: batch)
+    objects = {"model": model, "trainer": resumed}
+    checkpoint = Checkpoint(objects, tmp_path, n_saved=2)
+    resumed.on(Events.EPOCH_COMPLETED, checkpoint)
+    Checkpoint.resume(tmp_path, objects)
+    resumed.run([0], max_epochs=4)
+    assert names(tmp_path) == ["checkpoint_3.pt", "checkpoint_4.pt"]
+    assert [one.step for one in checkpoint.saved] == [3, 4]
+
+
+def test_the_best_score_goes_on_after_a_restart_and_of_several_in_a_folder_each_its_own(tmp_path: Path) -> None:
+    saved_by(best_of(tmp_path, 1, score_name="acc"), 2, [0.5, 0.75])
+    saved_by(best_of(tmp_path, 1, score_name="f1"), 1, [0.25])
+    saved_by(Checkpoint({"model": nn.Linear(1, 1)}, tmp_path, "best"), 1)
+    before = names(tmp_path)
+    assert before == ["best_2.pt", "best_2_f1=0.2500.pt", "best_4_acc=0.7500.pt"]
+    saved_by(best_of(tmp_path, 1, score_name="acc"), 2, [0.5, 0.7])
+    assert names(tmp_path) == before
+    saved_by(best_of(tmp_path, 1, score_name="acc"), 2, [0.5, 0.8])
+    assert names(tmp_path) == ["best_2.pt", "best_2_f1=0.2500.pt", "best_4_acc=0.8000.pt"]
+
+
+def test_a_run_that_begins_anew_in_the_folder_of_a_longer_one_keeps_its_own_and_is_told(tmp_path: Path) -> None:
+    saved_by(Checkpoint({"model": nn.Linear(1, 1)}, tmp_path), 5)
+    with pytest.warns(UserWarning, match=r"ahead of this run's step 2: checkpoint_10\.pt"):
+        saved_by(Checkpoint({"model": nn.Linear(1, 1)}, tmp_path), 1)
+    assert names(tmp_path) == ["checkpoint_2.pt"]
+
+
+# -- asynchronous ------------------------------------------------------------------------------------------------
+
+
+def slowed(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> None:
+    """Each file reaches the disk only once `gate` is set."""
+    real = os.fsync
+
+    def slow(descriptor: int) -> None:
+        assert gate.wait(20), "nobody opened the gate"
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_what_is_saved_is_of_the_moment_although_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    gate, real = threading.Event(), getattr(os, call)
+    monkeypatch.setattr(os, call, lambda *given: (gate.wait(20), real(*given))[1])
+    model = nn.Linear(300, 300)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+
+    def step(engine: Engine, batch: int) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(2, 300)).sum().backward()
+        optimizer.step()
+
+    trainer = Engine(step)
+    objects = {"model": model, "optimizer": optimizer, "trainer": trainer}
+    trainer.on(Events.ITERATION_COMPLETED(once=2), Checkpoint(objects, tmp_path, asynchronous=True))
+    expected: dict[str, torch.Tensor] = {}
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=2), priority=5)
+    def remember(engine: Engine) -> None:
+        expected.update(weight=model.weight.detach().clone(), bias=model.bias.detach().clone())
+        expected["momentum"] = optimizer.state_dict()["state"][0]["momentum_buffer"].clone()
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=5))
+    def open_gate(engine: Engine) -> None:
+        assert not (tmp_path / "checkpoint_2.pt").exists()
+        gate.set()
+
+    trainer.run(range(6))
+    loaded = torch.load(tmp_path / "checkpoint_2.pt", weights_only=True)
+    assert not torch.equal(model.weight, expected["weight"])
+    assert torch.equal(loaded["model"]["weight"], expected["weight"])
+    assert torch.equal(loaded["model"]["bias"], expected["bias"])
+    assert torch.equal(loaded["optimizer"]["state"][0]["momentum_buffer"], expected["momentum"])
+    assert loaded["trainer"]["iteration"] == 2
+
+
+def test_a_save_that_comes_while_one_is_running_waits_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.05), real(descriptor))[1])
+    checkpoint = Checkpoint({"model": nn.Linear(1, 1)}, tmp_path, n_saved=9, asynchronous=True)
+    trainer = Engine(lambda engine, batch: batch)
+    trainer.on(Events.ITERATION_COMPLETED, checkpoint)
+    with pytest.warns(UserWarning, match="is still being written") as caught:
+        trainer.run(range(4))
+    assert sum("is still being written" in str(each.message) for each in caught) == 1
+    assert [one.step for one in checkpoint.saved] == [1, 2, 3, 4]
+    assert len(names(tmp_path)) == 4
+
+
+def test_a_score_that_is_not_kept_does_not_wait_for_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    slowed(monkeypatch, gate)
+    checkpoint = best_of(tmp_path, 1, asynchronous=True)
+    trainer = Engine(lambda engine, batch: batch)
+    trainer.on(Events.ITERATION_COMPLETED, lambda engine: engine.state.metrics.update(s=-engine.state.output))
+    trainer.on(Events.ITERATION_COMPLETED, checkpoint)
+    trainer.on(Events.ITERATION_COMPLETED(once=3), lambda engine: gate.set())
+    trainer.run(range(4))
+    assert names(tmp_path) == ["best_1_score=0.0000.pt"]
+
+
+@pytest.mark.parametrize("event", [Events.COMPLETED, Events.EPOCH_COMPLETED, Events.TERMINATED | Events.COMPLETED])
+def test_a_run_ends_only_when_the_last_write_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: Any
+) -> None:
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.1), real(descriptor))[1])
+    checkpoint = Checkpoint({"model": nn.Linear(1, 1)}, tmp_path, asynchronous=True)
+    trainer = Engine(lambda engine, batch: batch)
+    trainer.on(event, checkpoint)
+    trainer.run(range(3))
+    assert names(tmp_path) == ["checkpoint_3.pt"]
+    assert checkpoint.last_path == tmp_path / "checkpoint_3.pt"
+    assert [thread for thread in threading.enumerate() if "dengine-checkpoint" in thread.name] == []
+
+
+def test_a_run_that_raises_waits_for_the_write_and_raises_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(engine: Engine, batch: int) -> None:
+        if batch == 2:
+            raise ZeroDivisionError("the run's own")
+
+    for fails, there in ((False, ["checkpoint_2.pt"]), (True, [])):
+        folder = tmp_path / str(fails)
+        trainer = Engine(step)
+        trainer.on(Events.ITERATION_COMPLETED(once=2), Checkpoint({"m": nn.Linear(1, 1)}, folder, asynchronous=True))
+        real = os.fsync
+
+        def late(descriptor: int, fails: bool = fails, real: Any = real) -> None:
+            time.sleep(0.1)
+            if fails:
+                raise OSError(5, "Input/output error")
+            real(descriptor)
+
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            patch.setattr(os, "fsync", late)
+            with pytest.raises(ZeroDivisionError, match="the run's own"):
+                trainer.run(range(4))
+        assert (names(folder) if folder.exists() else []) == there
+        assert any("Input/output error" in str(each.message) for each in caught) == fails
+
+
+def test_a_failed_write_is_raised_once_and_the_next_run_saves_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint({"model": nn.Linear(1, 1)}, tmp_path, asynchronous=True)
+    trainer = Engine(lambda engine, batch: batch)
+    trainer.on(Events.ITERATION_COMPLETED(once=2), checkpoint)
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"checkpoint_2\.pt could not be saved.*No space left"):
+            trainer.run(range(4))
+    assert names(tmp_path) == []
+    trainer.run(range(4))
+    assert names(tmp_path) == ["checkpoint_2.pt"]

@@ -1,0 +1,80 @@
+"""An optimizer's state by the names of its parameters, so that it fits a model that is sharded otherwise.
+
+An optimizer numbers its parameters; the numbers follow from the order they were given in.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dengine.distributed import unwrap_model
+
+__all__ = ["LikeParameters", "load_named_optimizer_state", "named_optimizer_state"]
+
+
+@dataclass(frozen=True)
+class LikeParameters:
+    """Says how the state of an optimizer is laid out, before the optimizer has one: each tensor of a parameter's
+    shape as that parameter. `LikeParameters(dict(model.named_parameters()))`."""
+
+    parameters: Mapping[str, torch.Tensor]
+
+
+def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """`optimizer.state_dict()`, with the names of `model`'s parameters in the place of numbers. No collective.
+
+    The tensors are the optimizer's own, sharded where the parameters are.
+
+    Raises:
+        ValueError: the optimizer has a parameter that is not one of the model's.
+    """
+    state = optimizer.state_dict()
+    names = _names(optimizer, model)
+    return {
+        "state": {names[number]: value for number, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+def load_named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load what `named_optimizer_state` gave, by name: the order within a group of parameters may differ.
+
+    The optimizer takes over the tensors of `state`.
+
+    Raises:
+        ValueError: the groups do not hold the parameters they held; the optimizer is unchanged.
+    """
+    names = _names(optimizer, model)
+    numbers = {name: number for number, name in names.items()}
+    groups = optimizer.state_dict()["param_groups"]
+    saved_groups = state["param_groups"]
+    if len(groups) != len(saved_groups):
+        raise ValueError(f"The optimizer has {len(groups)} parameter groups, but {len(saved_groups)} were saved.")
+    loaded = []
+    for place, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        own = [names[number] for number in group["params"]]
+        if different := sorted(set(own) ^ set(saved["params"])):
+            where = "the optimizer's" if different[0] in own else "the saved one's"
+            raise ValueError(f"Parameter group {place} differs: {different[0]!r} is in {where} only.")
+        loaded.append({**saved, "params": list(group["params"])})
+    optimizer.load_state_dict(
+        {"state": {numbers[name]: value for name, value in state["state"].items()}, "param_groups": loaded}
+    )
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[int, str]:
+    """The number of each parameter in `optimizer.state_dict()`, and its name in the model."""
+    name_of = {id(parameter): name for name, parameter in unwrap_model(model).named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        if id(parameter) not in name_of:
+            raise ValueError(
+                f"Parameter {number} of this {type(optimizer).__qualname__}, of shape {tuple(parameter.shape)}, is "
+                "none of the model's: build the optimizer from the prepared model's parameters."
+            )
+    return {number: name_of[id(parameter)] for number, parameter in enumerate(parameters)}

@@ -1,0 +1,134 @@
+"""One rank's reading of a sharded checkpoint: which parts of the saved tensors it needs, and where they go.
+
+No collective: each rank looks up for itself what overlaps with what it holds.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+
+from dengine.checkpoint.shard_files import METADATA, Chunk, checked_chunk, local_box, local_part, read_metadata
+from dengine.checkpoint.shard_names import LikeParameters
+from dengine.checkpoint.shard_tree import Path, decoded, path_text, tensor_paths
+from dengine.errors import CorruptCheckpointError
+
+__all__ = ["read_states"]
+
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """`chunk[source]` goes to `destination[target]`, which lies in this rank's memory."""
+
+    chunk: Chunk
+    source: Slices
+    destination: torch.Tensor
+    target: Slices
+
+
+def read_states(folder: FilePath, like: Mapping[str, Any] | None) -> dict[str, Any]:
+    """As `read_shards`, for this rank alone.
+
+    Raises:
+        FileNotFoundError, CorruptCheckpointError, ValueError: as there.
+    """
+    metadata = read_metadata(folder)
+    items = metadata.states["items"]
+    for name in like or ():
+        if name not in [saved for saved, _ in items]:
+            raise ValueError(f"{folder} holds no {name!r}, but {', '.join(repr(saved) for saved, _ in items)}.")
+    wanted = [[name, node] for name, node in items if like is None or name in like]
+    destinations: dict[Path, torch.Tensor] = {}
+
+    def make(path: Path, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+        destinations[path] = _empty(_template(like, path, shape), dtype, shape)
+        return destinations[path]
+
+    states: dict[str, Any] = decoded({"type": "dict", "items": wanted}, make)
+    for path in tensor_paths(like):
+        if path not in destinations:
+            raise ValueError(f"{path_text(path)!r} is asked for, but is not among the tensors in {folder}.")
+    copies = [
+        copy
+        for path, destination in destinations.items()
+        for copy in _copies(path_text(path), destination, metadata.chunks, folder)
+    ]
+    for copy in sorted(copies, key=lambda copy: (copy.chunk.file, copy.chunk.start)):
+        part = checked_chunk(folder, copy.chunk, copy.destination.dtype)
+        copy.destination[copy.target].copy_(part[copy.source])
+    return states
+
+
+def _template(like: Any, path: Path, shape: torch.Size) -> torch.Tensor | None:
+    """The tensor in `like` that says how the one at `path` is laid out.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    for depth, part in enumerate(path):
+        if isinstance(like, LikeParameters):
+            template = like.parameters.get(path[depth + 1]) if path[depth] == "state" else None
+            return template if template is not None and template.shape == shape else None
+        if isinstance(like, Mapping):
+            like = like.get(part)
+        elif isinstance(like, (list, tuple)) and isinstance(part, int) and part < len(like):
+            like = like[part]
+        else:
+            return None
+    if not isinstance(like, torch.Tensor):
+        return None
+    if like.shape != shape:
+        raise ValueError(
+            f"{path_text(path)!r} was saved with shape {tuple(shape)}, but is asked for with {tuple(like.shape)}."
+        )
+    return like
+
+
+def _empty(template: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    if template is None:
+        return torch.empty(shape, dtype=dtype)
+    if hasattr(template, "device_mesh"):
+        return torch.empty_like(template.detach(), dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=template.device)
+
+
+def _copies(
+    name: str, destination: torch.Tensor, saved: Mapping[str, Sequence[Chunk]], folder: FilePath
+) -> Iterator[_Copy]:
+    """What of the saved tensor `name` this rank holds in `destination`, part by part.
+
+    Raises:
+        CorruptCheckpointError: the saved parts do not make up the tensor.
+    """
+    shape = destination.shape
+    chunks = saved.get(name, ())
+    for chunk in chunks:
+        ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if len(ends) != len(shape) or any(end > size for end, size in zip(ends, shape, strict=True)):
+            raise CorruptCheckpointError(f"{folder / METADATA}: {chunk} lies outside of {name!r}, {tuple(shape)}.")
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+        raise CorruptCheckpointError(f"{folder / METADATA}: the parts of {name!r} do not make up {tuple(shape)}.")
+    box = local_box(name, destination)
+    if box.num_elements == 0:
+        return
+    for chunk in chunks:
+        starts = [max(one, other) for one, other in zip(chunk.offsets, box.offsets, strict=True)]
+        ends = [
+            min(offset + size, other_offset + other_size)
+            for offset, size, other_offset, other_size in zip(
+                chunk.offsets, chunk.sizes, box.offsets, box.sizes or (), strict=True
+            )
+        ]
+        if all(start < end for start, end in zip(starts, ends, strict=True)):
+            source, target = _within(starts, ends, chunk.offsets), _within(starts, ends, box.offsets)
+            yield _Copy(chunk, source, local_part(destination), target)
+
+
+def _within(starts: Sequence[int], ends: Sequence[int], offsets: Sequence[int]) -> Slices:
+    """A range of the whole tensor, as a range of the part that begins at `offsets`."""
+    return tuple(slice(start - at, end - at) for start, end, at in zip(starts, ends, offsets, strict=True))

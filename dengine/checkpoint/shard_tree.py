@@ -1,0 +1,148 @@
+"""Nested states as JSON and back: what is no tensor is written out, a tensor is named by its path. Pure.
+
+JSON alone knows neither tuples nor keys other than strings, NaN, bytes or dtypes; so every node that is not plain says
+its type. Reading looks up dtypes and devices by name and builds nothing else: it cannot run code.
+"""
+
+import base64
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+
+__all__ = [
+    "Node",
+    "Path",
+    "TensorMaker",
+    "decoded",
+    "dtype_name",
+    "dtype_named",
+    "encoded",
+    "path_text",
+    "tensor_paths",
+]
+
+Node: TypeAlias = Any  # what json.loads gives
+Path: TypeAlias = tuple[Any, ...]  # of keys and places in lists, from the root
+# (path of a tensor, its dtype, its whole shape) -> what stands for it in the tree
+TensorMaker: TypeAlias = Callable[[Path, torch.dtype, torch.Size], Any]
+
+_WHOLE_NUMBERS = (bool, int, str, type(None))
+
+
+def encoded(value: Any, tensors: dict[str, torch.Tensor], path: Path = ()) -> Node:
+    """`value` as JSON; its tensors are put into `tensors` under the text of their paths.
+
+    Raises:
+        TypeError: something that cannot be written as data, with its path; two keys that read alike.
+    """
+    if isinstance(value, torch.Tensor):
+        tensors[_free_name(path, tensors)] = value
+        return {"type": "tensor", "dtype": dtype_name(value.dtype), "shape": list(value.shape)}
+    if type(value) in _WHOLE_NUMBERS:
+        return value
+    if isinstance(value, Mapping):
+        items = [[encoded(key, {}), encoded(part, tensors, (*path, key))] for key, part in value.items()]
+        return {"type": "dict", "items": items}
+    if type(value) in (list, tuple):
+        parts = [encoded(part, tensors, (*path, index)) for index, part in enumerate(value)]
+        return parts if type(value) is list else {"type": "tuple", "items": parts}
+    return _encoded_leaf(value, path)
+
+
+def decoded(node: Node, make: TensorMaker, path: Path = ()) -> Any:
+    """What `encoded` was given; in the place of each tensor what `make` gives.
+
+    Raises:
+        ValueError, TypeError, KeyError: no such node.
+    """
+    if isinstance(node, list):
+        return [decoded(part, make, (*path, index)) for index, part in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    kind = node["type"]
+    if kind == "tensor":
+        return make(path, dtype_named(node["dtype"]), torch.Size(node["shape"]))
+    if kind == "dict":
+        keys = [decoded(key, make) for key, _ in node["items"]]
+        return {key: decoded(part, make, (*path, key)) for key, (_, part) in zip(keys, node["items"], strict=True)}
+    if kind == "tuple":
+        return tuple(decoded(part, make, (*path, index)) for index, part in enumerate(node["items"]))
+    return _LEAVES[kind](node["value"])
+
+
+def tensor_paths(value: Any, path: Path = ()) -> Iterator[Path]:
+    """The paths of the tensors in `value`."""
+    if isinstance(value, torch.Tensor):
+        yield path
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from tensor_paths(part, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from tensor_paths(part, (*path, index))
+
+
+def path_text(path: Path) -> str:
+    """A path as one string, for messages and as a tensor's name: `model/layer.weight`."""
+    return "/".join(str(part) for part in path)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: Any) -> torch.dtype:
+    """
+    Raises:
+        ValueError: this torch has no such dtype.
+    """
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch {torch.__version__} has no dtype {name!r}.")
+    return dtype
+
+
+def _free_name(path: Path, taken: dict[str, torch.Tensor]) -> str:
+    name = path_text(path)
+    if name in taken:
+        raise TypeError(f"Two tensors of one path cannot be told apart: {name!r}. Rename a key (1 and '1' read alike).")
+    return name
+
+
+def _encoded_leaf(value: Any, path: Path) -> Node:
+    if type(value) is float:
+        return value if math.isfinite(value) else {"type": "float", "value": repr(value)}
+    if type(value) is complex:
+        return {"type": "complex", "value": [encoded(value.real, {}), encoded(value.imag, {})]}
+    if type(value) is bytes:
+        return {"type": "bytes", "value": base64.b64encode(value).decode()}
+    if type(value) is torch.Size:
+        return {"type": "size", "value": list(value)}
+    if isinstance(value, torch.dtype):
+        return {"type": "dtype", "value": dtype_name(value)}
+    if isinstance(value, torch.device):
+        return {"type": "device", "value": str(value)}
+    if type(value) in (set, frozenset):
+        return {"type": type(value).__name__, "value": [encoded(part, {}) for part in sorted(value, key=repr)]}
+    raise TypeError(
+        f"{path_text(path)!r} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be written as "
+        "data: a state holds tensors, numbers, strings, bytes, and lists, tuples, sets and dicts of them."
+    )
+
+
+def _no_tensor(path: Path, dtype: torch.dtype, shape: torch.Size) -> Any:
+    raise ValueError("A set holds no tensor.")
+
+
+_LEAVES: dict[str, Callable[[Any], Any]] = {
+    "float": float,
+    "complex": lambda parts: complex(*(decoded(part, _no_tensor) for part in parts)),
+    "bytes": lambda text: base64.b64decode(text, validate=True),
+    "size": torch.Size,
+    "dtype": dtype_named,
+    "device": torch.device,
+    "set": lambda parts: {decoded(part, _no_tensor) for part in parts},
+    "frozenset": lambda parts: frozenset(decoded(part, _no_tensor) for part in parts),
+}

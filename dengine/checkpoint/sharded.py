@@ -1,0 +1,227 @@
+"""Checkpoints that all ranks write together into one folder, and read back with any other number of ranks.
+
+    checkpoint_7/
+        rank_00000.bin ...  the tensors' bytes, one file a rank; what several ranks hold is written by one of them
+        metadata.json       which bytes are what, everything that is no tensor, and the digests of all of it
+
+There is no pickle in it, and reading one would need a reader that is not here. A folder under its final name is whole.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from dengine.checkpoint.shard_files import (
+    TensorBox,
+    Written,
+    check_file,
+    local_box,
+    read_metadata,
+    write_metadata,
+    write_tensors,
+)
+from dengine.checkpoint.shard_read import read_states
+from dengine.checkpoint.shard_tree import encoded
+from dengine.checkpoint.storage import sync_folder
+from dengine.distributed import all_gather_object, rank_zero_only, world
+from dengine.distributed.collectives import from_rank_zero
+from dengine.errors import CheckpointError, CorruptCheckpointError
+
+__all__ = ["read_shards", "verify_shards", "write_shards"]
+
+T = TypeVar("T")
+
+# What keeps its class on the way to the other ranks; everything else arrives as a CheckpointError.
+_KEPT_CLASSES: tuple[type[Exception], ...] = (CorruptCheckpointError, FileNotFoundError, TypeError, ValueError)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def write_shards(folder: Path, states: Mapping[str, Any]) -> None:
+    """Write `states` into the new `folder`: tensors, sharded (DTensor) or not, and plain values, nested as they are.
+
+    Collective: call on all ranks, with the same structure. Each rank writes its part of what is sharded; what is the
+    same on all ranks is spread over them; of what is no tensor, rank 0's counts. All goes into `.{name}.tmp` beside
+    the folder, is flushed to the disk, and gets its name in one step at the end. Where that fails, on any rank,
+    nothing is left, and all raise.
+
+    The folder must be one that all ranks see. Cost: four small collectives; two SHA-256 over the rank's bytes; one
+    tensor at a time is copied to the host.
+
+    Raises:
+        TypeError: something that is neither a dense tensor nor plain data, with its path.
+        CheckpointError: `folder` is there already, ranks differ in their tensors, or a file cannot be written.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    tensors: dict[str, torch.Tensor] = {}
+    trees: list[Any] = []
+
+    def plan() -> dict[str, TensorBox]:
+        trees.append(encoded(dict(states), tensors))
+        return {name: local_box(name, tensor) for name, tensor in tensors.items()}
+
+    boxes = _on_all_ranks(plan, f"plan {folder}")
+    writers = _writers(boxes)
+    mine = {name: tensors[name] for name in writers[world().rank]}
+    _on_rank_zero(lambda: _make_room(folder, temporary), f"make {temporary}")
+    try:
+        file = temporary / f"rank_{world().rank:05d}.bin"
+        written = _on_all_ranks(lambda: write_tensors(file, mine, boxes[world().rank]), f"write {folder}")
+        _on_rank_zero(lambda: _commit(folder, temporary, trees[0], written), f"commit {folder}")
+    except BaseException:
+        _discard(temporary)
+        raise
+
+
+def _writers(boxes: Sequence[Mapping[str, TensorBox]]) -> list[list[str]]:
+    """Who writes what: for each rank, the tensors whose part it writes. A part that several hold goes to the one
+    with the least so far; the same on every rank, since all compute it from the same.
+
+    Raises:
+        CheckpointError: the parts of the ranks do not make up the tensors.
+    """
+    _check_alike(boxes)
+    loads = [0] * len(boxes)
+    writers: list[list[str]] = [[] for _ in boxes]
+    for name, first in boxes[0].items():
+        holders: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        for rank, box in enumerate(boxes):
+            if box[name].num_elements:
+                holders.setdefault((box[name].offsets, box[name].sizes or ()), []).append(rank)
+        if sum(math.prod(sizes) for _, sizes in holders) != math.prod(first.shape):
+            raise CheckpointError(
+                f"The ranks' parts of {name!r} do not make up its shape {first.shape}: {sorted(holders)}."
+            )
+        for (_, sizes), ranks in holders.items():
+            rank = min(ranks, key=lambda rank: loads[rank])
+            loads[rank] += math.prod(sizes)
+            writers[rank].append(name)
+    return writers
+
+
+def _check_alike(boxes: Sequence[Mapping[str, TensorBox]]) -> None:
+    wanted = {name: (box.shape, box.dtype) for name, box in boxes[0].items()}
+    for rank, other in enumerate(boxes):
+        found = {name: (box.shape, box.dtype) for name, box in other.items()}
+        for name in [*wanted, *found]:
+            if wanted.get(name) != found.get(name):
+                raise CheckpointError(
+                    f"All ranks must save the same tensors, but {name!r} is {wanted.get(name, 'not there')} on rank 0 "
+                    f"and {found.get(name, 'not there')} on rank {rank}."
+                )
+
+
+def _make_room(folder: Path, temporary: Path) -> None:
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; what is complete is never overwritten: choose another name.")
+    if temporary.exists():  # of a run that was killed
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+
+
+def _commit(folder: Path, temporary: Path, states: Mapping[str, Any], written: Sequence[Written | None]) -> None:
+    write_metadata(temporary, states, written)
+    os.rename(temporary, folder)  # not replace(): it must not take the place of one made meanwhile
+    try:
+        sync_folder(folder.parent)
+    except OSError:  # not sure to survive a power cut, so not to be trusted
+        shutil.rmtree(folder)
+        raise
+
+
+@rank_zero_only
+def _discard(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_shards(folder: Path, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The states in `folder`, as new tensors laid out as those in `like`. Nothing of `like` is changed.
+
+    Collective: call on all ranks, with `like` of the same structure. Each rank reads the parts that it needs, and
+    compares each with its digest before it is used. Dtypes are those that were saved.
+
+    Args:
+        like: which of the saved states to read, by name, and how: `{"model": model.state_dict()}`. A tensor in it
+            stands for its layout (DTensor or whole) and device. What has no counterpart in it comes whole, on the
+            CPU; so does everything under a None. `LikeParameters` lays out an optimizer's state, which need not be
+            there yet. Without `like`, all states are read, whole.
+
+    Raises, on every rank:
+        FileNotFoundError: there is no such folder.
+        CorruptCheckpointError: something in it is missing or was changed; it names the file.
+        ValueError: a tensor of `like` was not saved, or with another shape.
+
+    Cost: one small collective; memory for this rank's part, and for one part as it was saved. A saved part is read as
+    a whole where any of it is needed.
+    """
+    folder = Path(folder)
+    read: list[dict[str, Any]] = []
+    _on_all_ranks(lambda: read.append(read_states(folder, like)), f"read {folder}")
+    return read[0]
+
+
+def verify_shards(folder: Path) -> None:
+    """Compare every file in `folder` with its digest. No collective: one rank suffices.
+
+    Raises:
+        FileNotFoundError: there is no such folder. CorruptCheckpointError: names the file that is missing or changed.
+    """
+    folder = Path(folder)
+    for name, (num_bytes, sha256) in read_metadata(folder).files.items():
+        check_file(folder / name, num_bytes, sha256)
+
+
+# -- agreement ---------------------------------------------------------------------------------------------------
+
+
+def _on_all_ranks(action: Callable[[], T], purpose: str) -> list[T]:
+    """Every rank's result of `action`; where it fails on any, all raise. Collective: one gather of objects.
+
+    Raises:
+        CheckpointError, or what `_KEPT_CLASSES` has of the failure: names the first rank that failed.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    outcomes = all_gather_object((result, None if failure is None else _told(failure)))
+    for rank, (_, told) in enumerate(outcomes):
+        if told is not None:
+            kind, message = told
+            raise kind(f"Rank {rank} could not {purpose}: {message}") from failure
+    return [value for value, _ in outcomes]  # type: ignore[misc]
+
+
+def _on_rank_zero(action: Callable[[], None], purpose: str) -> None:
+    """Run `action` on rank 0; where it fails, all ranks raise CheckpointError. Collective: one object broadcast."""
+
+    def attempt() -> str | None:
+        try:
+            action()
+        except Exception as error:
+            return f"{type(error).__qualname__}: {error}"
+        return None
+
+    told = from_rank_zero(attempt, purpose)
+    if told is not None:
+        raise CheckpointError(f"Rank 0 could not {purpose}: {told}")
+
+
+def _told(failure: Exception) -> tuple[type[Exception], str]:
+    """A failure as the other ranks can raise it."""
+    for kind in _KEPT_CLASSES:
+        if isinstance(failure, kind):
+            return kind, str(failure)
+    return CheckpointError, f"{type(failure).__qualname__}: {failure}"
