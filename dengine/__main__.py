@@ -1,0 +1,30 @@
+"""`python -m dengine COMMAND`: see `python -m dengine --help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+__all__ = ["COMMANDS", "main"]
+
+# name -> what it is for. `python -m dengine NAME` runs dengine/cli/NAME.py.
+COMMANDS = {
+    "inspect": "what is in a checkpoint, or in a folder of them, verified",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments` (by default, those of the process) name; gives the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m dengine", description="Tools of dengine.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, purpose in COMMANDS.items():
+        commands.add_parser(name, help=purpose, add_help=False)
+    chosen, rest = parser.parse_known_args(arguments)
+    module = import_module(f"dengine.cli.{chosen.command}")
+    own = argparse.ArgumentParser(prog=f"python -m dengine {chosen.command}", description=COMMANDS[chosen.command])
+    module.configure(own)
+    return int(module.run(own.parse_args(rest)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

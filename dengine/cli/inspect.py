@@ -1,0 +1,143 @@
+"""`python -m dengine inspect PATH`: what is in a checkpoint, or in a folder of them, with every byte checked."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dengine.checkpoint import Entry, verify
+from dengine.checkpoint.manifest import survey
+from dengine.errors import CheckpointError, CorruptCheckpointError
+
+__all__ = ["configure", "run"]
+
+_WIDEST = 60  # of a value in a table
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="a checkpoint (.pt), or a folder with some")
+
+
+def run(options: argparse.Namespace) -> int:
+    """0: intact; 1: something is corrupt; 2: there is nothing to inspect."""
+    path: Path = options.path
+    if path.is_dir():
+        return _folder(path)
+    if not path.exists():
+        return _refused(f"{path} does not exist.")
+    return _file(path)
+
+
+def _refused(reason: str) -> int:
+    print(f"{reason} `python -m dengine inspect` takes a checkpoint or a folder with checkpoints.", file=sys.stderr)
+    return 2
+
+
+# -- a folder ----------------------------------------------------------------------------------------------------
+
+
+def _folder(folder: Path) -> int:
+    found = survey(folder)
+    rows, is_whole = [], not found.lost and (found.problem is None)
+    for entry in sorted((*found.entries, *found.damaged), key=lambda each: (each.prefix, each.step or 0, each.name)):
+        verdict = "intact"
+        try:
+            verify(folder / entry.name)
+        except CheckpointError as error:
+            verdict, is_whole = _reason(error, folder / entry.name), False
+        rows.append([*_described(entry), verdict])
+    rows += [[*_described(entry), "LOST: listed in the manifest, but not there"] for entry in found.lost]
+    if not rows:
+        return _refused(f"{folder} holds no checkpoint.")
+    print(_table(["file", "step", "score", "size", "ranks", "dengine", "torch", "verified"], rows))
+    if found.problem is not None:
+        print(f"\nmanifest.json {found.problem}; the next save rebuilds it.")
+    return 0 if is_whole else 1
+
+
+def _described(entry: Entry) -> list[str]:
+    score = "" if entry.score is None else f"{entry.score_name}={entry.score:g}"
+    step, ranks = ("" if number is None else str(number) for number in (entry.step, entry.world_size or None))
+    versions = [entry.versions.get(name, "?") for name in ("dengine", "torch")]
+    return [entry.name, step, score, _size(entry.num_bytes) if entry.num_bytes else "?", ranks or "?", *versions]
+
+
+def _reason(error: CheckpointError, path: Path) -> str:
+    return "CORRUPT: " + str(error).replace(f"{path} ", "").replace(str(path), path.name)
+
+
+# -- one file ----------------------------------------------------------------------------------------------------
+
+
+def _file(path: Path) -> int:
+    try:
+        entry = verify(path)
+    except CorruptCheckpointError as error:
+        print(f"CORRUPT: {error}")
+        return 1
+    except CheckpointError as error:
+        return _refused(str(error))
+    try:
+        # Mapped, so that only what is shown is read again.
+        states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        print(f"{path} is intact, but cannot be loaded without executing a pickle: {str(error).splitlines()[0]}")
+        return 1
+    score = "" if entry.score is None else f", {entry.score_name}={entry.score:g}"
+    step = "no step" if entry.step is None else f"step {entry.step}"
+    print(f"{path}: intact, SHA-256 {entry.sha256}")
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(entry.versions.items()))
+    print(f"{step}{score}; {_size(entry.num_bytes)}; saved by {entry.world_size} rank(s); {versions}\n")
+    for name, state in states.items():
+        rows = list(_leaves(state, ""))
+        total = sum(value.nbytes for _, value in rows if isinstance(value, torch.Tensor))
+        print(f"{name} ({len(rows)} values, {_size(total)} in tensors)")
+        print(
+            _table(["  name", "shape", "dtype", "size"], [[f"  {key}", *_shown(value)] for key, value in rows]) + "\n"
+        )
+    return 0
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Each value inside `value` that is no dict or list, with the way to it."""
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from _leaves(part, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(part, dict | list | torch.Tensor) for part in value):
+        for index, part in enumerate(value):
+            yield from _leaves(part, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _shown(value: Any) -> list[str]:
+    if isinstance(value, torch.Tensor):
+        return [
+            "x".join(map(str, value.shape)) or "scalar",
+            str(value.dtype).removeprefix("torch."),
+            _size(value.nbytes),
+        ]
+    text = repr(value)
+    return [text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "...", type(value).__name__, ""]
+
+
+# -- text --------------------------------------------------------------------------------------------------------
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
