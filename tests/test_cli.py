@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dengine import Engine, Events
+from dengine.__main__ import COMMANDS, main
 from dengine.checkpoint import save
-from dengine.cli import COMMANDS, main
 from dengine.handlers import Checkpoint
 
 
