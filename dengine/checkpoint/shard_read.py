@@ -60,7 +60,7 @@ def read_states(folder: FilePath, like: Mapping[str, Any] | None) -> dict[str, A
     ]
     for copy in sorted(copies, key=lambda copy: (copy.chunk.file, copy.chunk.start)):
         part = checked_chunk(folder, copy.chunk, copy.destination.dtype)
-        copy.destination[copy.target].copy_(part[copy.source])
+        _as_bits(copy.destination)[copy.target].copy_(_as_bits(part)[copy.source])
     return states
 
 
@@ -127,6 +127,11 @@ def _copies(
         if all(start < end for start, end in zip(starts, ends, strict=True)):
             source, target = _within(starts, ends, chunk.offsets), _within(starts, ends, box.offsets)
             yield _Copy(chunk, source, local_part(destination), target)
+
+
+def _as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a dtype that can be copied: torch has names for uint1 to int7, and little else for them."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def _within(starts: Sequence[int], ends: Sequence[int], offsets: Sequence[int]) -> Slices:
