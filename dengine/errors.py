@@ -6,6 +6,7 @@ may want to tell apart.
 
 __all__ = [
     "CheckpointError",
+    "ConfigError",
     "ConsistencyError",
     "CorruptCheckpointError",
     "DengineError",
@@ -83,3 +84,7 @@ class CheckpointError(DengineError, RuntimeError):
 
 class CorruptCheckpointError(CheckpointError):
     """A checkpoint is not what was saved: truncated, changed or gone. Nothing of it was used."""
+
+
+class ConfigError(DengineError, ValueError):
+    """A configuration cannot be read, merged, or used as it is; the message names the key, the file and the line."""

@@ -90,7 +90,8 @@ def test_a_failing_rank_waits_for_nobody_and_wakes_the_others() -> None:
     failing, waiting = run_ranks(leaves_by_an_error, 2, init=False, expect_failures=True, deadline_s=60)[::-1]
     assert (failing.error_type, failing.error_message) == ("ValueError", "bad sample 4711")
     assert failing.seconds < 30
-    assert waiting.error_type == "RuntimeError"
+    assert waiting.error_type == "RemoteRankError"
+    assert "bad sample 4711" in waiting.error_message
     assert waiting.seconds < 30
 
 

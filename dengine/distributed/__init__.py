@@ -5,6 +5,7 @@ from dengine.distributed.collectives import (
     all_reduce,
     barrier,
     broadcast_object,
+    progress,
     rank_zero_first,
     rank_zero_only,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "prepare_data_loader",
     "prepare_model",
     "process_group",
+    "progress",
     "rank_zero_first",
     "rank_zero_only",
     "unwrap_model",

@@ -12,7 +12,9 @@ from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 import torch
 import torch.distributed as dist
 
-from dengine.distributed.world import World, world
+from dengine.distributed.control import Control
+from dengine.distributed.ledger import call_site
+from dengine.distributed.world import World, control, world
 from dengine.errors import RankZeroCollectiveError, RemoteRankError
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "from_rank_zero",
     "gather_bytes",
     "max_tensor",
+    "progress",
     "rank_zero_first",
     "rank_zero_only",
     "refuse_on_rank_zero_alone",
@@ -132,45 +135,80 @@ def refuse_on_rank_zero_alone(collective: str) -> None:
         )
 
 
+@contextmanager
+def _joined(what: str, *, site: str = "") -> Iterator[Any]:
+    """Inside a collective: refused on rank 0 alone and after a failure, compared with the other ranks' calls.
+
+    Gives the group for tensors on the CPU; None is the default one.
+    """
+    refuse_on_rank_zero_alone(what)
+    plane = control()
+    if not isinstance(plane, Control):
+        yield None
+        return
+    plane.check()
+    plane.ledger.enter(what, site)
+    try:
+        yield plane.group
+    finally:
+        plane.ledger.leave()
+
+
+def _group_of(tensor: torch.Tensor, cpu_group: Any) -> Any:
+    return cpu_group if tensor.device.type == "cpu" else None
+
+
+def progress() -> None:
+    """Tell that this rank is at work: call it now and then in a step or a handler that may take longer than
+    `stall_timeout`. Never communicates. Iterations of any engine, handlers and collectives are progress by themselves.
+    """
+    plane = control()
+    if isinstance(plane, Control):
+        plane.num_ticks += 1
+
+
 # -- values ------------------------------------------------------------------------------------------------------
 
 
-def all_reduce(value: T, op: ReduceOp = "sum") -> T:
+def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
     """`value` reduced over all ranks: a number, a tensor, or nested dicts, lists and tuples of them.
 
-    Collective: call on all ranks with the same structure. The same types, dtypes and devices come back as went in;
-    the input is left alone. Cost: one all-reduce per dtype and device.
+    Collective: call on all ranks with the same structure, from the same line or with the same `name`: two ranks that
+    reduce different things at a time (one its loss, the other its accuracy) are told apart by that. The same types,
+    dtypes and devices come back as went in; the input is left alone. Cost: one all-reduce per dtype and device, and one
+    request to the store.
 
     Raises:
         ValueError: an unknown `op`; the mean of whole numbers, which would not be one.
         TypeError: a leaf that is neither a number nor a tensor.
+        ConsistencyError: another rank calls something else; both call sites are named.
     """
     if op not in _OPS:
         raise ValueError(f"op={op!r} must be one of {', '.join(_OPS)}.")
     leaves: list[torch.Tensor] = []
     rebuild = _take_apart(value, leaves, op)
-    refuse_on_rank_zero_alone("all_reduce")
-    return rebuild(_reduced(leaves, op))  # type: ignore[no-any-return]
+    with _joined(f"all_reduce({name or _shown(value)}, {op!r})", site=name or _line()) as group:
+        return rebuild(_reduced(leaves, op, group))  # type: ignore[no-any-return]
 
 
 def all_gather_object(value: T) -> list[T]:
     """Every rank's `value`, in the order of ranks. Collective. The value must pickle. Cost: two small gathers."""
-    refuse_on_rank_zero_alone("all_gather_object")
-    if world().size == 1:
-        return [value]
-    gathered: list[Any] = [None] * world().size
-    dist.all_gather_object(gathered, value)
-    return gathered
+    with _joined("all_gather_object") as group:
+        if world().size == 1:
+            return [value]
+        gathered: list[Any] = [None] * world().size
+        dist.all_gather_object(gathered, value, group=group)
+        return gathered
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
     """Rank `source`'s `value`, on every rank. Collective. The value must pickle. Cost: two small broadcasts."""
-    refuse_on_rank_zero_alone("broadcast_object")
-    if world().size == 1:
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=source)
-    return holder[0]
+    with _joined(f"broadcast_object from rank {source}") as group:
+        if world().size == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=source, group=group)
+        return holder[0]
 
 
 def barrier(name: str) -> None:
@@ -179,24 +217,24 @@ def barrier(name: str) -> None:
     Raises:
         RankZeroCollectiveError: only rank 0 runs here.
     """
-    refuse_on_rank_zero_alone(f"barrier({name!r})")
-    if world().size > 1:
-        # An all-reduce of one number rather than dist.barrier(): that one picks a device of its own with NCCL.
-        sum_tensor(torch.zeros(1, device=_transport(torch.device("cpu"))), world())
+    with _joined(f"barrier({name!r})") as group:
+        if world().size > 1:
+            # An all-reduce of one number rather than dist.barrier(): that one picks a device of its own with NCCL.
+            _sum(torch.zeros(1, device=_transport(torch.device("cpu"))), group)
 
 
 def broadcast_tensors(tensors: list[torch.Tensor], source: int = 0) -> None:
     """Overwrite `tensors` in place with rank `source`'s. Collective. Cost: one broadcast per dtype and device."""
-    refuse_on_rank_zero_alone("broadcast_tensors")
-    if world().size == 1:
-        return
-    for indices in _alike(tensors).values():
-        group = [tensors[index].detach() for index in indices]
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
-        sent = flat.to(_transport(flat.device))
-        dist.broadcast(sent, src=source)
-        for tensor, part in zip(group, _split(sent.to(flat.device), group), strict=True):
-            tensor.copy_(part)
+    with _joined(f"broadcast_tensors({len(tensors)} tensors) from rank {source}") as group:
+        if world().size == 1:
+            return
+        for indices in _alike(tensors).values():
+            alike = [tensors[index].detach() for index in indices]
+            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+            sent = flat.to(_transport(flat.device))
+            dist.broadcast(sent, src=source, group=_group_of(sent, group))
+            for tensor, part in zip(alike, _split(sent.to(flat.device), alike), strict=True):
+                tensor.copy_(part)
 
 
 # -- for the packed reduction of metrics -------------------------------------------------------------------------
@@ -205,14 +243,16 @@ def broadcast_tensors(tensors: list[torch.Tensor], source: int = 0) -> None:
 def sum_tensor(tensor: torch.Tensor, here: World) -> torch.Tensor:
     """The sum over the ranks of `here`, in place. Collective: one all-reduce."""
     if here.size > 1:
-        dist.all_reduce(tensor)
+        with _joined(f"the sum of {tensor.numel()} numbers of metrics") as group:
+            _sum(tensor, group)
     return tensor
 
 
 def max_tensor(tensor: torch.Tensor, here: World) -> torch.Tensor:
     """The maximum over the ranks of `here`, in place. Collective: one all-reduce."""
     if here.size > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        with _joined(f"the maximum of {tensor.numel()} numbers of metrics") as group:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_group_of(tensor, group))
     return tensor
 
 
@@ -229,17 +269,35 @@ def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torc
     padded = mine.new_zeros(longest)
     padded[: mine.numel()] = mine
     gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
+    with _joined(f"the gather of {longest} bytes of metrics") as group:
+        dist.all_gather(gathered, padded, group=_group_of(padded, group))
     return [row[:size] for row, size in zip(gathered, sizes, strict=True)]
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------
 
 
+def _line() -> str:
+    """Where the user calls from, where ranks compare it."""
+    return call_site() if isinstance(control(), Control) else ""
+
+
+def _shown(value: Any) -> str:
+    """What is reduced, in a form that all ranks share: names, types and shapes, not values."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_shown(value[key])}" for key in sorted(value, key=repr)) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__
+
+
 def _transport(device: torch.device) -> torch.device:
     """Where a tensor of `device` must lie to be sent: a group of NCCL alone takes no CPU tensors."""
     here = world()
-    return here.device if device.type == "cpu" and "gloo" not in here.backend and here.size > 1 else device
+    has_gloo = "gloo" in here.backend or isinstance(control(), Control)
+    return here.device if device.type == "cpu" and not has_gloo and here.size > 1 else device
 
 
 def _take_apart(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable[[list[torch.Tensor]], Any]:
@@ -273,17 +331,21 @@ def _number_tensor(value: int | float) -> torch.Tensor:
     return torch.tensor(value, dtype=dtype)
 
 
-def _reduced(leaves: list[torch.Tensor], op: ReduceOp) -> list[torch.Tensor]:
+def _sum(tensor: torch.Tensor, cpu_group: Any) -> None:
+    dist.all_reduce(tensor, group=_group_of(tensor, cpu_group))
+
+
+def _reduced(leaves: list[torch.Tensor], op: ReduceOp, cpu_group: Any) -> list[torch.Tensor]:
     reduced = list(leaves)
     for indices in _alike(leaves).values():
-        group = [leaves[index] for index in indices]
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        alike = [leaves[index] for index in indices]
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
         sent = flat.to(_transport(flat.device), torch.uint8 if flat.dtype == torch.bool else flat.dtype)
         if world().size > 1:
-            dist.all_reduce(sent, op=_OPS[op])
+            dist.all_reduce(sent, op=_OPS[op], group=_group_of(sent, cpu_group))
         if op == "mean":
             sent = sent / world().size
-        for index, part in zip(indices, _split(sent.to(flat.device, flat.dtype), group), strict=True):
+        for index, part in zip(indices, _split(sent.to(flat.device, flat.dtype), alike), strict=True):
             reduced[index] = part
     return reduced
 

@@ -1,176 +1,182 @@
-"""How ranks agree when to leave a run, without waiting for each other while nobody wants to.
+"""How ranks leave together: one list of messages on the store, which a thread of each rank reads in one order.
 
-Every rank's thread reads one list of messages on the store, in one order. Where a rank asks to stop, each rank's thread
-tells how far its loop has *begun*; the furthest is where all stop, and it is within reach of everybody: who is behind
-goes on, who is there waits for the word. No loop ever waits for a rank that waits for it in a collective, since the
-threads answer, not the loops.
+The thread sleeps until there is a message; no loop waits for a rank, and no rank asks another one for anything while
+all goes well. What a rank does by itself now and then (tell where it is, look whether somebody is gone or hangs) is in
+watch.py; how a run stops at one iteration on all ranks is in runs.py.
 
-    loop                                          thread
-    tells that it begins a step, then looks       raises the flag, then reads how far
-    whether the flag is up                        the loop has begun
-
-Whichever comes first, either the loop sees the flag, or the thread sees the step.
+A failure goes so. The rank that raises tells the others first (`failed`), then raises. Each rank hears of it, and its
+loops stop before their next iteration. Whoever is in a collective waits for the failed rank in C++: the connections are
+shut under it (`_break`), unless within a moment all ranks have left the run by an exception: one that all of them raise
+alike, and may handle, ends nothing but the run.
 """
 
 import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias
+from types import FrameType
+from typing import Any, TypeAlias
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from dengine.distributed.world import World, control
+from dengine.distributed.connections import Connections
+from dengine.distributed.failure import (
+    Failure,
+    Level,
+    frames_of,
+    is_of_backend,
+    traceback_of,
+    where_text,
+    write_error_file,
+)
+from dengine.distributed.ledger import Ledger
+from dengine.distributed.runs import Run, Scope
+from dengine.distributed.world import World
+from dengine.errors import RemoteRankError, StallError
 
-__all__ = ["END", "Control", "Run", "Scope", "begin_run", "place"]
+__all__ = ["Control", "Meeting", "Where"]
 
-Scope: TypeAlias = Literal["run", "epoch"]
-_Key: TypeAlias = tuple[str, int]  # a scope, and the epoch that is to be left (0 for a run)
+Where: TypeAlias = Callable[[Iterable[FrameType]], list[Level]]
 
-_EPOCH_BITS = 40
-END = (1 << _EPOCH_BITS) - 1  # as an iteration: the end of the epoch, with its metrics and EPOCH_COMPLETED
-
-_COLLECT_S = 0.002  # how often rank 0 looks whether all answers to a wish are there
-_LOOK_S = 0.1  # how often a waiting loop looks whether the store is still there
 _FOR_EVER = timedelta(days=365)
+_COLLECT_S = 0.002  # how often rank 0 looks whether all answers to a wish are there
+_SETTLE_S = 2.0  # how long the other ranks may take to leave the run by an exception of their own
+_HEAR_S = 0.5  # how long a failure takes, at most, from the one who tells it to those who hear it
+_INQUIRE_S = 4.0  # how long it takes, at most, to find out who is gone
+_TOLD_PER_RUN = 8  # all ranks may fail at once: the first ones name the cause
+_LEAVE_S = 2.0
 _KEPT_RUNS = 256
 
 
-def place(epoch: int, iteration: int) -> int:
-    """A place in a run, as one number that grows: iteration `iteration` of `epoch`, from 1; 0 is before the first."""
-    return (epoch << _EPOCH_BITS) + iteration
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks meet: the store's address, the part of it that is theirs, and whether rank 0 hosts it."""
 
+    host: str
+    port: int
+    prefix: str
+    is_hosted_by_rank_zero: bool
 
-def begin_run() -> "Run":
-    """The next run of an engine that all ranks run. Never communicates.
-
-    Outside `process_group()`, and with a group whose store cannot be reached, the run is this rank's own.
-    """
-    plane = control()
-    return plane.begin_run() if isinstance(plane, Control) else Run()
-
-
-class Run:
-    """One run of an engine, as the ranks agree about it. In a world of one every request is granted where it is made.
-
-    `begun` is the furthest place that the loop may have begun. The loop writes it, in every iteration, before it asks
-    whether it may go on.
-    """
-
-    def __init__(self, number: int = 0, control: "Control | None" = None) -> None:
-        self.begun = -1
-        self.interrupt: Callable[[], None] = _nothing  # has the loop look whether it may go on
-        self._number = number
-        self._control = control
-        self.heard: set[_Key] = set()  # by the thread
-        self._asked: set[_Key] = set()
-        self._decided: dict[_Key, int] = {}
-        self._changed = threading.Condition()
-
-    def ask(self, scope: Scope, epoch: int) -> None:
-        """Ask all ranks to leave the run or the epoch. The loop hears by `interrupt`."""
-        key = (scope, epoch if scope == "epoch" else 0)
-        if self._control is None:
-            self.decide(key, self.begun)
-        elif self.hold(key):
-            self._control.publish(kind="stop", run=self._number, scope=scope, epoch=key[1])
-        self.interrupt()
-
-    def bounds(self, epoch: int) -> tuple[int, int | None]:
-        """The furthest places that may be begun: of the run, and of `epoch` where it is to be left (else None).
-
-        Waits while a wish to stop is being decided.
-
-        Raises:
-            RuntimeError: the other ranks cannot be reached.
-        """
-        with self._changed:
-            while self._asked:
-                if self._control is not None and self._control.is_lost:
-                    raise RuntimeError("The ranks could not agree where to stop: their store is gone.")
-                self._changed.wait(_LOOK_S)
-            return self._decided.get(("run", 0), sys.maxsize), self._decided.get(("epoch", epoch))
-
-    def end(self) -> None:
-        """The loop is over: nobody is to be interrupted any more, nor kept alive."""
-        self.interrupt = _nothing
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether a decision is due or there: whether the loop has to look."""
-        return bool(self._asked or self._decided)
-
-    def hold(self, key: _Key) -> bool:
-        """Have the loop wait for the decision about `key`; False where it is there already."""
-        with self._changed:
-            if key in self._decided:
-                return False
-            self._asked.add(key)
-            return True
-
-    def decide(self, key: _Key, target: int) -> None:
-        with self._changed:
-            self._asked.discard(key)
-            self._decided.setdefault(key, target)
-            self._changed.notify_all()
+    def connect(self, timeout_s: float = 60.0) -> Any:
+        """A connection of its own: a thread that waits on one keeps everybody else off it."""
+        timeout = timedelta(seconds=timeout_s)
+        store = TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
+        return PrefixStore(self.prefix, store)
 
 
 class Control:
-    """This rank's end of the control plane: a thread that reads, and two connections to the store.
+    """This rank's end of the control plane. Cost: a thread that sleeps, two connections to the store.
 
-    Cost: a thread that sleeps until there is a message, with no request to the store meanwhile; nothing in the loop.
+    Attributes:
+        failure: the first failure that any rank told of, until it is forgiven; all ranks name the same one.
+        is_lost: the store cannot be reached any more.
+        group: the process group of this package's own collectives, for tensors on the CPU. In a common one a rank
+            that is a collective ahead would join in one of DDP's, and both would get wrong numbers.
+        runs: the runs under way on this rank, outermost first.
+        num_turns: runs begun and ended so far: who has the fewer of them is behind.
     """
 
-    def __init__(self, host: str, port: int, prefix: str, here: World) -> None:
-        self._here = here
-        self._reader, self._writer = (_connect(host, port, prefix) for _ in range(2))
-        self._runs: dict[int, Run] = {}
-        self._num_runs = 0
+    def __init__(self, meeting: Meeting, here: World, connections: Connections, group: Any) -> None:
+        self.here = here
+        self.meeting = meeting
+        self.connections = connections
+        self.group = group
+        self.store = meeting.connect()
+        self.failure: Failure | None = None
+        self.is_lost = False
+        self.runs: list[Run] = []
+        self.num_turns = 0
+        self.num_ticks = 0  # of distributed.progress()
+        self.thread_id = threading.get_ident()  # of the loop
+        self.ledger = Ledger(here, self.store)
+        self.answer: Callable[[dict[str, Any]], None] = lambda message: None  # to an inquiry: watch.py's
+        self.inquire: Callable[[], None] = lambda: None
+        self.is_closed = False
+        self._reader = meeting.connect()
+        self._shared_runs: dict[int, Run] = {}
+        self._num_shared_runs = 0
         self._lock = threading.Lock()
         self._collected: dict[int, dict[str, Any]] = {}  # rank 0: wishes whose answers are not all there
-        self._is_closed = False
-        self.is_lost = False
+        self._told: BaseException | None = None
+        self._left_by_error: set[int] = set()
+        self._forgiven: set[int] = set()
+        self._is_broken = False
+        self._heard_at_s = 0.0
+        self._changed = threading.Condition()  # of failure, _is_broken, _all_left, is_lost
+        self._all_left = False
+        self._is_over = False  # nobody says anything any more
         self._thread = threading.Thread(target=self._read_all, name="dengine-control", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
-    def begin_run(self) -> Run:
-        """The next run of this rank. Ranks begin their runs in the same order. Never communicates."""
+    # -- runs ----------------------------------------------------------------------------------------------------
+
+    def begin_run(self, *, is_shared: bool, where: Where) -> Run:
+        """The next run of this rank. Ranks begin those that they share in the same order.
+
+        Raises:
+            RemoteRankError, StallError: a rank has failed before.
+        """
+        self.check()
         with self._lock:
-            run = self._run(self._num_runs)
-            self._runs.pop(self._num_runs - _KEPT_RUNS, None)
-            self._num_runs += 1
+            if is_shared:
+                run = self._shared_run(self._num_shared_runs)
+                # One that has ended here goes on telling how far it got, to ranks that are still in it.
+                self._shared_runs.pop(self._num_shared_runs - _KEPT_RUNS, None)
+                self._num_shared_runs += 1
+            else:
+                run = Run()
+            run.where = where
+            run.on_end = self._ended
+            self.runs = [*self.runs, run]
+            self.num_turns += is_shared
+            self.thread_id = threading.get_ident()
+        self.connections.wake()
         return run
+
+    def shared_runs(self) -> list[Run]:
+        """The runs under way that all ranks share."""
+        return [run for run in self.runs if run.number is not None]
+
+    def _ended(self, run: Run) -> None:
+        with self._lock:
+            self.runs = [each for each in self.runs if each is not run]
+            if run.number is not None:
+                self.num_turns += 1
+
+    def _shared_run(self, number: int) -> Run:
+        """Known here or not yet: another rank may speak of a run that this one has still to begin."""
+        return self._shared_runs.setdefault(number, Run(number, self))
+
+    def where(self, frames: Iterable[FrameType]) -> tuple[Level, ...]:
+        """The engines that run in these frames, outermost first."""
+        runs = self.runs
+        return tuple(runs[0].where(frames)) if runs else ()
+
+    # -- messages ------------------------------------------------------------------------------------------------
 
     def publish(self, **message: Any) -> None:
         """Append a message to the list that all ranks read."""
-        number = self._writer.add("messages", 1) - 1
-        self._writer.set(f"message/{number}", json.dumps(message))
-
-    def close(self) -> None:
-        """End the thread; the ranks have nothing more to tell."""
-        self._is_closed = True
-        with suppress(RuntimeError):  # the store is gone: so is the thread
-            self.publish(kind="left", rank=self._here.rank)  # it waits for a message
-        self._thread.join(timeout=1.0)
-
-    def _run(self, number: int) -> Run:
-        """Known here or not yet: another rank may speak of a run that this one has still to begin."""
-        return self._runs.setdefault(number, Run(number, self))
+        number = self.store.add("messages", 1) - 1
+        self.store.set(f"message/{number}", json.dumps(message))
 
     def _read_all(self) -> None:
         number = 0
         try:
-            while not self._is_closed:
+            while not self._is_over:
                 message = self._next(number)
                 if message is not None:
                     self._handle(number, message)
                     number += 1
                 self._collect()
-        except Exception:  # the store is gone, with the process that hosted it
-            self.is_lost = True
+            self._reader.add("gone", 1)
+        except Exception as error:  # the store is gone, with the process that hosted it
+            self.lose(error)
 
     def _next(self, number: int) -> dict[str, Any] | None:
         """The message of that number; waits for it, unless there are answers to be collected."""
@@ -184,38 +190,233 @@ class Control:
         return message
 
     def _handle(self, number: int, message: dict[str, Any]) -> None:
-        if message["kind"] == "left":
-            return
+        match message["kind"]:
+            case "failed":
+                self._hear(Failure.from_dict(message["failure"]))
+            case "call":
+                self.answer(message)
+            case "left":
+                self._note(all_left=True)
+                self._is_over = True
+            case "end":
+                self._is_over = True
+            case "decided":
+                self._run_of(message).decide(_key(message), message["target"], message["reason"])
+            case "stop":
+                if self._run_of(message).hear(_key(message), number, self._reader, self.here.rank):
+                    self._collected[number] = message
+
+    def _run_of(self, message: dict[str, Any]) -> Run:
         with self._lock:
-            run = self._run(message["run"])
-        key = (message["scope"], message["epoch"])
-        if message["kind"] == "decided":
-            run.decide(key, message["target"])
-            return
-        # The first wish of its kind counts; every rank reads them in one order, and leaves out the same ones.
-        if key in run.heard:
-            return
-        run.heard.add(key)
-        run.hold(key)
-        run.interrupt()
-        self._reader.set(f"begun/{number}/{self._here.rank}", str(run.begun))
-        if self._here.rank == 0:
-            self._collected[number] = message
+            return self._shared_run(message["run"])
 
     def _collect(self) -> None:
         """On rank 0: where every rank has told how far it has begun, decide for the furthest."""
+        if self.here.rank != 0:
+            self._collected.clear()
         for number, message in list(self._collected.items()):
-            keys = [f"begun/{number}/{rank}" for rank in range(self._here.size)]
-            if self._reader.check(keys):
+            if self._reader.add(f"begun/{number}", 0) == self.here.size:
+                keys = [f"begun/{number}/{rank}" for rank in range(self.here.size)]
                 target = max(int(begun) for begun in self._reader.multi_get(keys))
                 self.publish(**{**message, "kind": "decided", "target": target})
                 del self._collected[number]
 
+    # -- failure -------------------------------------------------------------------------------------------------
 
-def _nothing() -> None:
-    pass
+    def failed(self, error: BaseException, run: int | None, here: FrameType) -> BaseException:
+        """What this rank is to raise where `error` leaves a run (or, `run` being None, the process group).
+
+        The others are told of `error`, unless it is only what another rank's failure looks like from here: then it is
+        that failure. Cost: two requests to the store; where a connection broke, up to 5 s to find out who is gone.
+        """
+        raised = error
+        if error is not self._told and not isinstance(error, RemoteRankError | StallError):
+            cause = self._cause_of(error) if is_of_backend(error) else None
+            if cause is None:
+                self._tell(error, run, here)
+            else:
+                raised = cause.as_error()
+        if run is not None:
+            self._left_by_error.add(run)
+            if not self._is_broken:
+                with suppress(RuntimeError):  # the store is gone
+                    self.store.add(f"out/{run}", 1)
+                self.connections.wake()
+        return raised
+
+    def report(self, failure: Failure) -> None:
+        """Tell all ranks of a failure."""
+        if self.store.add(f"failures/{failure.run}", 1) <= _TOLD_PER_RUN:
+            self.publish(kind="failed", failure=failure.to_dict())
+
+    def check(self) -> None:
+        """Raise what another rank's failure is raised as here, if there is one.
+
+        Where all ranks may yet turn out to have left a run alike (see `settle`), it waits for that.
+        """
+        failure = self.failure
+        if failure is None:
+            return
+        if failure.run in self._left_by_error:
+            with self._changed:
+                self._changed.wait_for(lambda: self.failure is not failure or self._is_broken, _SETTLE_S + _HEAR_S)
+            if self.failure is not failure:
+                return
+        raise failure.as_error()
+
+    def settle(self) -> None:
+        """Forgive a failure, where all ranks have left its run by an exception; break the group, where they have not.
+
+        One rank decides, whichever comes first.
+        """
+        failure = self.failure
+        if failure is None or self._is_broken:
+            return
+        is_out = failure.run is not None and self.store.add(f"out/{failure.run}", 0) == self.here.size
+        if failure.run is not None and not is_out and time.monotonic() < self._heard_at_s + _SETTLE_S:
+            return
+        wanted = "forgiven" if is_out else "broken"
+        if self.store.compare_set(f"settled/{failure.run}", "", wanted).decode() == "forgiven":
+            self._forgive(failure)
+        else:
+            self._break(failure)
+
+    def lose(self, error: Exception) -> None:
+        """The store is gone: nobody can be told or asked any more."""
+        if self.is_closed or self._is_over or self.is_lost:
+            return
+        host = f"{self.meeting.host}:{self.meeting.port}"
+        if self.meeting.is_hosted_by_rank_zero and self.here.rank != 0:
+            why = f"the store at {host}, which its process hosted, is gone ({error})"
+            self._hear(Failure("vanished", 0, why, self.last_seen_of_rank_zero))
+        else:
+            say(f"dengine: rank {self.here.rank} lost the store at {host} ({error}): it runs on by itself.\n")
+        self._note(is_lost=True)
+        if self.failure is not None:
+            self._break(self.failure)
+
+    last_seen_of_rank_zero: tuple[Level, ...] = ()  # kept by watch.py: the store could not tell afterwards
+
+    @property
+    def is_broken(self) -> bool:
+        return self._is_broken
+
+    def _tell(self, error: BaseException, run: int | None, here: FrameType) -> None:
+        self._told = error
+        text = traceback_of(error)
+        line = f"{type(error).__qualname__}: {error}" if str(error) else type(error).__qualname__
+        where = self.where(frames_of(error, here))
+        write_error_file(f"{line} ({where_text(where)})", text, is_cause=True)
+        with suppress(RuntimeError):  # the store is gone
+            self.report(Failure("raised", self.here.rank, line, where, text, run))
+
+    def _cause_of(self, error: BaseException) -> Failure | None:
+        """The failure behind a broken connection. None where all ranks are there: then it is this rank's own."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.failure is not None, _HEAR_S):
+                self.inquire()
+                self._changed.wait_for(lambda: self.failure is not None, _INQUIRE_S)
+        failure = self.failure
+        is_mine = failure is not None and failure.rank == self.here.rank and failure.kind == "raised"
+        return None if is_mine else failure
+
+    def _hear(self, failure: Failure) -> None:
+        if self.failure is not None or failure.run in self._forgiven:
+            return
+        self._heard_at_s = time.monotonic()
+        self._note(failure=failure)
+        for run in self.runs:
+            run.interrupt()
+        self.connections.wake()
+
+    def _forgive(self, failure: Failure) -> None:
+        assert failure.run is not None
+        self._forgiven.add(failure.run)
+        self.ledger.begin_anew(failure.run)
+        with self._changed:
+            self.failure = None
+            self._changed.notify_all()
+
+    def _break(self, failure: Failure) -> None:
+        if failure.rank != self.here.rank:
+            write_error_file(failure.message(), failure.traceback, is_cause=False)
+        self._note(is_broken=True)
+        self.connections.shut()
+        if "nccl" in self.here.backend:
+            _abort_nccl()
+
+    def _note(
+        self,
+        *,
+        failure: Failure | None = None,
+        is_broken: bool = False,
+        all_left: bool = False,
+        is_lost: bool = False,
+    ) -> None:
+        with self._changed:
+            self.failure = self.failure or failure
+            self._is_broken |= is_broken
+            self._all_left |= all_left
+            self.is_lost |= is_lost
+            self._changed.notify_all()
+        for run in list(self._shared_runs.values()):
+            run.look()
+
+    # -- leaving -------------------------------------------------------------------------------------------------
+
+    def leave_together(self) -> None:
+        """Wait until all ranks are here. Not over the group: a rank that left its loop early would join in a collective
+        that the others are still in.
+
+        Collective. Raises: RemoteRankError, StallError where a rank fails meanwhile.
+        """
+        if self.store.add("left", 1) == self.here.size:
+            self.store.set("all_left", "yes")  # before anybody hears of it, and closes
+            self.publish(kind="left")
+        while not self._all_left:
+            self.check()
+            if self.is_lost:
+                raise RuntimeError("The ranks could not leave together: their store is gone.")
+            with self._changed:
+                self._changed.wait_for(lambda: self._all_left or self.failure is not None or self.is_lost, 1.0)
+
+    def has_all_left(self) -> bool:
+        return self._all_left or self.store.check(["all_left"])
+
+    def close(self, *, is_failing: bool) -> None:
+        """End the threads; where this rank fails, free those who wait for it. Cost: 2 s at most."""
+        self.is_closed = True
+        self.connections.wake()
+        with suppress(RuntimeError):  # the store is gone
+            if is_failing:
+                self.connections.shut()
+                if not self.is_lost and self.store.add("ended", 1) == 1:
+                    self.publish(kind="end")
+            self._thread.join(timeout=_LEAVE_S)  # else it would be cut down at the process's end, and take it along
+            if self.meeting.is_hosted_by_rank_zero and self.here.rank == 0:
+                self._wait_for_the_others()
+
+    def _wait_for_the_others(self) -> None:
+        """This process takes the store with it: the others are to have heard all that there is to hear."""
+        end = time.monotonic() + _LEAVE_S
+        is_one_lost = self.failure is not None and self.failure.kind != "raised"
+        while self.store.add("gone", 0) < self.here.size - is_one_lost and time.monotonic() < end:
+            time.sleep(_COLLECT_S)
 
 
-def _connect(host: str, port: int, prefix: str) -> Any:
-    # Clients of their own: a thread that waits on a connection keeps everybody else off it.
-    return PrefixStore(prefix, TCPStore(host, port, is_master=False, wait_for_workers=False))
+def _key(message: dict[str, Any]) -> tuple[Scope, int]:
+    return message["scope"], message["epoch"]
+
+
+def _abort_nccl() -> None:
+    import torch.distributed.distributed_c10d as c10d
+
+    with suppress(Exception):  # nothing more can be done for a rank that waits on the device
+        c10d._abort_process_group()
+
+
+def say(text: str) -> None:
+    """One write, so that the lines of several ranks do not mix."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()

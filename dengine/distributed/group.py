@@ -1,9 +1,12 @@
 """Opening and leaving the process group: the same `with` under torchrun, srun and plain python."""
 
+import math
 import os
+import socket
+import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -12,10 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from dengine.distributed.collectives import barrier
-from dengine.distributed.control import Control
+from dengine.distributed.connections import Connections, recorded
+from dengine.distributed.control import Control, Meeting
+from dengine.distributed.failure import traceback_of, write_error_file
 from dengine.distributed.launch import Launch, find_launch
+from dengine.distributed.watch import Watch
 from dengine.distributed.world import World, default_device, enter, external_world, leave
+from dengine.distributed.world import control as current_control
 from dengine.errors import LaunchError
 
 __all__ = ["process_group"]
@@ -25,60 +31,101 @@ _stores: dict[str, tuple[Any, "count[int]"]] = {}
 
 
 @contextmanager
-def process_group(backend: str = "auto", timeout: float = 1800.0) -> Iterator[World]:
+def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout: float = 600.0) -> Iterator[World]:
     """Join the other ranks for the length of a `with` block, and give this process's `World`.
 
     Finds a process group that is initialised already, else torchrun's variables, else SLURM's; without any of them
-    this process is a world of one, and no group is made. Leaving it destroys what it created: after a barrier where
-    all went well, and without waiting for anybody where this rank is failing.
+    this process is a world of one, and no group is made. Leaving it destroys what it created: once all ranks are
+    there where all went well, and without waiting for anybody where this rank is failing.
+
+    Inside it ranks leave together: where one raises, vanishes or hangs, all others raise what happened and where.
 
     Args:
         backend: "auto" is NCCL for CUDA tensors with Gloo beside it for CPU tensors, and Gloo alone without CUDA;
             else one of torch's names.
         timeout: seconds after which a collective that others do not join fails.
+        stall_timeout: seconds without progress on any rank, while a run is under way, after which the rank that the
+            others wait for is named and all end. Iterations of any engine, handlers, collectives of this package and
+            `distributed.progress()` are progress. `math.inf`: never.
 
     Raises:
         LaunchError: the launcher's variables are half set, or do not fit this machine.
-        ValueError: `timeout` is not above 0.
+        ValueError: a timeout is not above 0.
+        RemoteRankError, StallError: on leaving, where another rank failed.
 
-    Cost: collective on entry and on exit; one process pays nothing.
+    Cost: collective on entry; two threads that sleep; one process pays nothing.
     """
-    if timeout <= 0:
-        raise ValueError(f"timeout={timeout} must be a number of seconds above 0.")
+    for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be a number of seconds above 0.")
     is_external = dist.is_available() and dist.is_initialized()
     launch = None if is_external else find_launch(os.environ)
-    if launch is None:
-        opened = external_world() if is_external else World(device=default_device(0))
+    control: Control | None = None
+    if launch is not None:
+        opened, connections = _join(launch, backend, timeout)
+        if launch.size > 1:
+            control = _control(launch, opened, connections, timeout)
+    elif is_external:
+        opened = external_world()
+        control = _control_beside(opened, timeout) if current_control() is None else None
     else:
-        opened = _join(launch, backend, timeout)
-    control = None if launch is None or launch.size == 1 else _control(launch, opened)
-    enter(opened, control)
+        opened = World(device=default_device(0))
+    watch = None if control is None else _start(control, stall_timeout)
+    enter(opened, control or current_control())
+    is_failing = True
     try:
         yield opened
-        if launch is not None:
-            barrier("leave process_group")
+        if control is not None:
+            control.leave_together()
+        is_failing = False
+    except BaseException as error:
+        raised = _told(error, control)
+        if raised is error:
+            raise
+        raise raised from None  # `error` is only what the failure of the other rank looks like from here
     finally:
         leave()
-        if control is not None:
-            control.close()
+        if control is not None and watch is not None:
+            control.close(is_failing=is_failing)
+            watch.stop()
+            control.connections.close()
         if launch is not None:
-            dist.destroy_process_group()
+            _destroy(opened, is_failing)
+        elif control is not None:
+            dist.destroy_process_group(control.group)
 
 
-def _join(launch: Launch, backend: str, timeout_s: float) -> World:
+def _told(error: BaseException, control: Control | None) -> BaseException:
+    if control is not None:
+        return control.failed(error, None, sys._getframe(1))
+    write_error_file(f"{type(error).__qualname__}: {error}", traceback_of(error), is_cause=True)
+    return error
+
+
+def _destroy(opened: World, is_failing: bool) -> None:
+    if is_failing and "nccl" in opened.backend:
+        with suppress(RuntimeError):  # destroying it would wait for what is under way on the device
+            dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
+
+
+def _join(launch: Launch, backend: str, timeout_s: float) -> tuple[World, list[socket.socket]]:
     device = _own_device(launch)
     if backend == "auto":
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(
-        backend,
-        store=_store(launch, timeout_s),
-        timeout=timedelta(seconds=timeout_s),
-        rank=launch.rank,
-        world_size=launch.size,
-        # Binding the device lets NCCL connect at once, and tells a barrier where to run.
-        device_id=device if "nccl" in backend else None,
-    )
-    return World(
+    store = _store(launch, timeout_s)
+    with recorded(launch.master_port) as connections:
+        dist.init_process_group(
+            backend,
+            store=store,
+            timeout=timedelta(seconds=timeout_s),
+            rank=launch.rank,
+            world_size=launch.size,
+            # Binding the device lets NCCL connect at once, and tells a barrier where to run.
+            device_id=device if "nccl" in backend else None,
+        )
+    opened = World(
         rank=launch.rank,
         size=launch.size,
         local_rank=launch.local_rank,
@@ -88,6 +135,7 @@ def _join(launch: Launch, backend: str, timeout_s: float) -> World:
         backend=backend,
         launcher=launch.launcher,
     )
+    return opened, connections
 
 
 def _store(launch: Launch, timeout_s: float) -> Any:
@@ -107,11 +155,34 @@ def _store(launch: Launch, timeout_s: float) -> Any:
     return PrefixStore(f"dengine/group/{next(numbers)}", store)
 
 
-def _control(launch: Launch, here: World) -> Control:
+def _control(launch: Launch, here: World, connections: list[socket.socket], timeout_s: float) -> Control:
     # A name of its own for each group: an agent's store outlives it, and keeps what an earlier one has said.
     holder = [uuid.uuid4().hex]
     dist.broadcast_object_list(holder, src=0)
-    return Control(launch.master_addr, launch.master_port, f"dengine/{holder[0]}", here)
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    meeting = Meeting(launch.master_addr, launch.master_port, f"dengine/{holder[0]}", not is_agents)
+    with recorded(launch.master_port) as more:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return Control(meeting, here, Connections([*connections, *more]), group)
+
+
+def _control_beside(here: World, timeout_s: float) -> Control | None:
+    """The control plane for a group that somebody else made: where all ranks reach the store of their launcher."""
+    launch = find_launch(os.environ)
+    control = None
+    if launch is not None and (launch.rank, launch.size) == (here.rank, here.size) and here.size > 1:
+        with suppress(RuntimeError):
+            control = _control(launch, here, [], timeout_s)
+    reached = [False] * here.size
+    dist.all_gather_object(reached, control is not None)
+    return control if all(reached) else None
+
+
+def _start(control: Control, stall_timeout_s: float) -> Watch:
+    watch = Watch(control, min(stall_timeout_s, math.inf))
+    control.start()
+    watch.start()
+    return watch
 
 
 def _own_device(launch: Launch) -> torch.device:

@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, overload
 
 from dengine.checks import whole_number
 from dengine.distributed import rank_zero_only as only_on_rank_zero
 from dengine.distributed import world
-from dengine.distributed.control import END, Run, begin_run, place
+from dengine.distributed.runs import END, Run, begin_run, place
 from dengine.engine.data import Feed
 from dengine.engine.dispatch import (
     NEVER,
@@ -26,6 +27,7 @@ from dengine.engine.dispatch import (
     describe,
 )
 from dengine.engine.events import AnyEvent, Events, Subscribable, event_parts
+from dengine.engine.position import levels
 from dengine.engine.state import State
 from dengine.errors import NotComputableError
 from dengine.metrics.metric import OutputTransform
@@ -223,8 +225,8 @@ class Engine:
             data: any iterable; each epoch iterates over it anew. A one-shot iterator goes on where it is.
                 To a resumed run it is given anew, at its beginning, and wound forward.
             max_epochs: the total, so that a resumed run does what is left of it; None: only `max_iterations` counts.
-            max_iterations: the total over all epochs, within `max_epochs` (1, where it is not given). An epoch that it cuts short is not completed: no
-                `EPOCH_COMPLETED`, no metrics.
+            max_iterations: the total over all epochs, within `max_epochs` (1, where it is not given). An epoch that it
+                cuts short is not completed: no `EPOCH_COMPLETED`, no metrics.
             epoch_length: iterations of an epoch; by default what `len(data)` says, else until the data ends.
                 Longer than the data: it is iterated again; shorter: each epoch takes the first ones.
 
@@ -236,6 +238,7 @@ class Engine:
                 batch (with several ranks an empty shard is legal).
             RuntimeError: this engine is running already, or a one-shot iterator ran dry.
             Any exception of a step, a handler or the data, after `EXCEPTION_RAISED`.
+            RemoteRankError, StallError: another rank failed, vanished or hangs; it tells which one, and where it was.
 
         Cost: one small collective at the first run of an engine (the ranks compare their metrics), and one all-reduce
         an epoch where there are metrics.
@@ -246,7 +249,7 @@ class Engine:
         try:
             self._run_epochs(feed, started_s)
         except BaseException as error:
-            self._report(error)
+            self._leave_by(error)
             raise
         finally:
             self.state.times["run"] = time.perf_counter() - started_s
@@ -509,6 +512,7 @@ class Engine:
 
     def _begin(self, feed: Feed, max_epochs: int | None, max_iterations: int | None) -> None:
         state = self.state
+        self._run = begin_run(is_shared=self.distributed, where=partial(levels, Engine._run_epochs.__code__))
         if not self._is_resumed:
             state.epoch = state.iteration = state.epoch_iteration = state.epochs_completed = 0
             self._iterations_done = 0
@@ -525,7 +529,6 @@ class Engine:
         self._consumed_before = state.iteration
         self._is_resumed = False
         self._dispatcher.rewind()
-        self._run = begin_run() if self.distributed else Run()
         self._run.interrupt = self._interrupt
 
     def _is_data_over(self, feed: Feed, *, is_empty: bool) -> bool:
@@ -560,6 +563,16 @@ class Engine:
 
     def _may_be_empty(self) -> bool:
         return self.distributed and world().size > 1
+
+    def _leave_by(self, error: BaseException) -> None:
+        """Tell the other ranks of `error`, before anything else, since they wait; then fire `EXCEPTION_RAISED`.
+
+        Raises: the failure of another rank, where `error` is only what it looks like from here.
+        """
+        raised = self._current_run().failed(error)
+        self._report(raised)
+        if raised is not error:
+            raise raised from None
 
     def _report(self, error: BaseException) -> None:
         """Fire `EXCEPTION_RAISED`. What a handler of it raises must not hide `error`, nor keep others from running."""

@@ -1,0 +1,93 @@
+"""The connections of a process group: who notices that a peer is gone, and how a rank that waits in one is freed.
+
+Gloo's wait is in C++ and ends only when a connection closes or the group's timeout passes: neither a signal nor
+`abort()` on the group frees it, nor does destroying the group once DDP holds it. Shutting the sockets does, at once, on
+both of their ends.
+"""
+
+import os
+import select
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+__all__ = ["Connections", "recorded"]
+
+_FOLDER = "/proc/self/fd"
+
+
+@contextmanager
+def recorded(store_port: int) -> Iterator[list[socket.socket]]:
+    """The connections that are made inside the `with` block, but for those to the store. Linux only; else none.
+
+    They are duplicates: a number of our own cannot come to mean another file when the group closes its one.
+    """
+    made: list[socket.socket] = []
+    before = _socket_numbers()
+    yield made
+    for number in _socket_numbers() - before:
+        with suppress(OSError):
+            made.extend(_connection(number, store_port))
+
+
+class Connections:
+    """The connections of one group, and a way to sleep until one of them hangs up."""
+
+    def __init__(self, sockets: list[socket.socket]) -> None:
+        self._sockets = sockets
+        self._waker, self._woken = socket.socketpair()
+        self._woken.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(self._woken, select.POLLIN)
+        for each in sockets:
+            self._poll.register(each, select.POLLRDHUP)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until `wake()`, or until a peer hangs up: whether one did. Each is told of once."""
+        has_hung_up = False
+        for number, _ in self._poll.poll(timeout_s * 1000):
+            if number == self._woken.fileno():
+                with suppress(BlockingIOError):
+                    self._woken.recv(4096)
+            else:
+                self._poll.unregister(number)
+                has_hung_up = True
+        return has_hung_up
+
+    def wake(self) -> None:
+        with suppress(OSError):
+            self._waker.send(b"!")
+
+    def shut(self) -> None:
+        """Free whoever waits in a collective of the group, on this rank and on its peers. They see an error there."""
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Forget the connections. What the group itself still holds stays open."""
+        for each in (*self._sockets, self._waker, self._woken):
+            each.close()
+        self._sockets = []
+
+
+def _socket_numbers() -> set[int]:
+    numbers = set()
+    with suppress(FileNotFoundError):
+        for name in os.listdir(_FOLDER):
+            with suppress(OSError):
+                if os.readlink(f"{_FOLDER}/{name}").startswith("socket:"):
+                    numbers.add(int(name))
+    return numbers
+
+
+def _connection(number: int, store_port: int) -> list[socket.socket]:
+    duplicate = socket.socket(fileno=os.dup(number))
+    try:
+        here, there = duplicate.getsockname(), duplicate.getpeername()
+        if isinstance(here, tuple) and isinstance(there, tuple) and store_port not in (here[1], there[1]):
+            return [duplicate]
+    except OSError:  # it listens; shut, it would take the process down
+        pass
+    duplicate.close()
+    return []

@@ -1,0 +1,166 @@
+"""How ranks agree when to leave a run, without waiting for each other while nobody wants to.
+
+Every rank's thread reads one list of messages, in one order (control.py). Where a rank asks to stop, each rank's thread
+tells how far its loop has *begun*; the furthest is where all stop, and it is within reach of everybody: who is behind
+goes on, who is there waits for the word. No loop ever waits for a rank that waits for it in a collective, since the
+threads answer, not the loops.
+
+    loop                                          thread
+    tells that it begins a step, then looks       raises the flag, then reads how far
+    whether the flag is up                        the loop has begun
+
+Whichever comes first, either the loop sees the flag, or the thread sees the step.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any, Literal, Protocol, TypeAlias
+
+from dengine.distributed.failure import Failure, Level
+from dengine.distributed.world import control
+
+__all__ = ["END", "Run", "Scope", "begin_run", "place"]
+
+Scope: TypeAlias = Literal["run", "epoch"]
+_Key: TypeAlias = tuple[Scope, int]  # a scope, and the epoch that is to be left (0 for a run)
+
+_EPOCH_BITS = 40
+END = (1 << _EPOCH_BITS) - 1  # as an iteration: the end of the epoch, with its metrics and EPOCH_COMPLETED
+_LOOK_S = 0.1  # how often a waiting loop looks whether the others can still be reached
+
+
+class _Control(Protocol):
+    """What a run needs of control.py, which is above it."""
+
+    failure: Failure | None
+    is_lost: bool
+    store: Any
+
+    def publish(self, **message: Any) -> None: ...
+    def check(self) -> None: ...
+    def failed(self, error: BaseException, run: int | None, here: FrameType) -> BaseException: ...
+    def begin_run(self, *, is_shared: bool, where: Callable[[Iterable[FrameType]], list[Level]]) -> Run: ...
+
+
+def place(epoch: int, iteration: int) -> int:
+    """A place in a run, as one number that grows: iteration `iteration` of `epoch`, from 1; 0 is before the first."""
+    return (epoch << _EPOCH_BITS) + iteration
+
+
+def begin_run(*, is_shared: bool, where: Callable[[Iterable[FrameType]], list[Level]]) -> Run:
+    """The next run of an engine, one that all ranks run or (not `is_shared`) this rank's own. Never communicates.
+
+    Outside `process_group()`, and with a group whose store cannot be reached, the run is this rank's own.
+
+    Args:
+        where: tells of the engines that run in some frames, for reports.
+
+    Raises:
+        RemoteRankError, StallError: a rank has failed before.
+    """
+    plane: _Control | None = control()  # type: ignore[assignment]
+    return Run() if plane is None else plane.begin_run(is_shared=is_shared, where=where)
+
+
+class Run:
+    """One run of an engine, as the ranks agree about it. In a world of one every request is granted where it is made.
+
+    `begun` is the furthest place that the loop may have begun. The loop writes it, in every iteration, before it asks
+    whether it may go on. `number` counts the runs that all ranks share; None is this rank's own.
+    """
+
+    def __init__(self, number: int | None = None, control: _Control | None = None) -> None:
+        self.begun = -1
+        self.number = number
+        self.reason = ""  # why the run is left, as the rank that asked first said
+        self.interrupt: Callable[[], None] = _nothing  # has the loop look whether it may go on
+        self.where: Callable[[Iterable[FrameType]], list[Level]] = lambda frames: []
+        self.on_end: Callable[[Run], None] = lambda run: None
+        self._control = control
+        self._heard: set[_Key] = set()  # by the thread
+        self._asked: set[_Key] = set()
+        self._decided: dict[_Key, int] = {}
+        self._changed = threading.Condition()
+
+    def ask(self, scope: Scope, epoch: int, reason: str = "") -> None:
+        """Ask all ranks to leave the run or the epoch. The loop hears by `interrupt`."""
+        key = (scope, epoch if scope == "epoch" else 0)
+        if self._control is None:
+            self.decide(key, self.begun, reason)
+        # All ranks may ask at once: the first one's wish is told.
+        elif self._hold(key) and self._control.store.add(f"asked/{self.number}/{scope}/{key[1]}", 1) == 1:
+            self._control.publish(kind="stop", run=self.number, scope=scope, epoch=key[1], reason=reason)
+        self.interrupt()
+
+    def bounds(self, epoch: int) -> tuple[int, int | None]:
+        """The furthest places that may be begun: of the run, and of `epoch` where it is to be left (else None).
+
+        Waits while a wish to stop is being decided.
+
+        Raises:
+            RemoteRankError, StallError: a rank has failed. RuntimeError: the other ranks cannot be reached.
+        """
+        while True:
+            if self._control is not None:
+                self._control.check()
+            with self._changed:
+                if not self._asked:
+                    return self._decided.get(("run", 0), sys.maxsize), self._decided.get(("epoch", epoch))
+                if self._control is not None and self._control.is_lost:
+                    raise RuntimeError("The ranks could not agree where to stop: their store is gone.")
+                self._changed.wait(_LOOK_S)
+
+    def failed(self, error: BaseException) -> BaseException:
+        """What is to be raised where `error` leaves the run, the other ranks having been told of it."""
+        if self._control is None:
+            return error
+        return self._control.failed(error, self.number, sys._getframe(1))
+
+    def end(self) -> None:
+        """The loop is over: nobody is to be interrupted any more, nor kept alive."""
+        self.interrupt = _nothing
+        self.on_end(self)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a decision is due or there, or a rank has failed: whether the loop has to look."""
+        return bool(self._asked or self._decided) or (self._control is not None and self._control.failure is not None)
+
+    def hear(self, key: _Key, number: int, store: Any, rank: int) -> bool:
+        """By the thread: message `number` is a wish to stop. Tell how far the loop has begun; False: known already."""
+        if key in self._heard:
+            return False
+        self._heard.add(key)
+        self._hold(key)
+        self.interrupt()
+        store.set(f"begun/{number}/{rank}", str(self.begun))
+        store.add(f"begun/{number}", 1)
+        return True
+
+    def decide(self, key: _Key, target: int, reason: str = "") -> None:
+        with self._changed:
+            self._asked.discard(key)
+            self._decided.setdefault(key, target)
+            self.reason = self.reason or reason
+            self._changed.notify_all()
+
+    def look(self) -> None:
+        """Have a loop that waits for a decision look around."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _hold(self, key: _Key) -> bool:
+        """Have the loop wait for the decision about `key`; False where it is there already."""
+        with self._changed:
+            if key in self._decided or key in self._asked:
+                return False
+            self._asked.add(key)
+            return True
+
+
+def _nothing() -> None:
+    pass
