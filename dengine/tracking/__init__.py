@@ -1,0 +1,8 @@
+"""Runs as plain files: configuration, metrics, artifacts; and, besides, in the dashboards that people use."""
+
+from dengine.tracking.artifacts import Artifact
+from dengine.tracking.files import TrackingError
+from dengine.tracking.run import Run
+from dengine.tracking.track import Track
+
+__all__ = ["Artifact", "Run", "Track", "TrackingError"]

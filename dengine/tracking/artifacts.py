@@ -1,0 +1,271 @@
+"""Files worth keeping, under a name, in versions: what an artifact is, and where its files lie."""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from dengine.tracking.files import TrackingError, read_json, write_json
+
+__all__ = ["Artifact", "ArtifactStore"]
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_VERSION = re.compile(r"v\d+")
+_CHUNK_BYTES = 1 << 20
+
+
+class Artifact:
+    """Files under a name: a model, a data set. Put files in, then give it to `run.log_artifact`.
+
+    Args:
+        name: of letters, digits, "_", "-" and ".".
+        type: any word for its kind: "model", "dataset".
+
+    Attributes:
+        version: "v0", "v1", ... once it is stored, None before.
+        digest: SHA-256 over the names and digests of its files, once it is stored.
+        files: the names of its files; digests: SHA-256 by name, once it is stored.
+
+    Raises:
+        ValueError: the name has other characters.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from dengine.tracking import Track
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> size = (folder / "weights.txt").write_text("0.5")
+        >>> with Track.run("example", dir=folder / "runs") as run:
+        ...     model = Track.Artifact("model", type="model").add_file(folder / "weights.txt")
+        ...     stored = run.log_artifact(model, aliases=["best"])
+        ...     (run.use_artifact("model:best").download() / "weights.txt").read_text()
+        '0.5'
+    """
+
+    def __init__(self, name: str, type: str = "artifact") -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"An artifact's name has letters, digits, '_', '-' and '.', unlike {name!r}.")
+        self.name = name
+        self.type = str(type)
+        self.version: str | None = None
+        self.digest: str | None = None
+        self._sources: dict[str, Path] = {}
+        self._folder: Path | None = None
+        self.digests: dict[str, str] = {}
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(self._sources or self.digests)
+
+    def add_file(self, path: str | Path, name: str | None = None) -> "Artifact":
+        """Have the file stored, under `name` (by default its own). It is read when the artifact is logged.
+
+        Returns: the artifact itself. Raises: ValueError: the name is taken, or leads out of the artifact.
+        RuntimeError: it is stored already.
+        """
+        if self.version is not None:
+            raise RuntimeError(f"{self.name}:{self.version} is stored, and does not change: make a new Artifact.")
+        path = Path(path)
+        name = path.name if name is None else str(name)
+        if name.startswith("/") or ".." in Path(name).parts or not Path(name).parts:
+            raise ValueError(f"name={name!r} must be a path inside the artifact.")
+        if name in self._sources:
+            raise ValueError(f"{self.name!r} has a file {name!r} already: pass name= to add this one under another.")
+        self._sources[name] = Path(os.path.abspath(path))  # wherever the process stands later
+        return self
+
+    def add_dir(self, path: str | Path, name: str = "") -> "Artifact":
+        """`add_file` for each file below the folder `path`, under `name/` and its path in there.
+
+        Returns: the artifact itself. Raises: as `add_file`; NotADirectoryError.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise NotADirectoryError(f"{path} is no folder that could be added to the artifact {self.name!r}.")
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            self.add_file(file, str(Path(name) / file.relative_to(path)))
+        return self
+
+    def download(self, dir: str | Path | None = None) -> Path:
+        """The folder with its files, each compared with its digest first; with `dir`, a copy of it there.
+
+        Cost: one read of the files. Without `dir` it is the stored folder itself: do not write to it.
+
+        Raises:
+            RuntimeError: it is not stored yet. TrackingError: a file is missing or has changed; it is named.
+        """
+        if self._folder is None:
+            raise RuntimeError(f"The artifact {self.name!r} is not stored yet: run.log_artifact(artifact) comes first.")
+        for name, digest in self.digests.items():
+            self._check(self._folder / name, digest)
+        if dir is None:
+            return self._folder
+        for name, digest in self.digests.items():
+            target = Path(dir) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._folder / name, target)
+            self._check(target, digest)
+        return Path(dir)
+
+    def _check(self, file: Path, digest: str) -> None:
+        try:
+            found = _copy(file, None)
+        except OSError as error:
+            raise TrackingError(f"{file} of {self.name}:{self.version} cannot be read: {error}") from error
+        if found != digest:
+            raise TrackingError(
+                f"{file} of {self.name}:{self.version} has changed: its SHA-256 is {found}, but {digest} was stored."
+            )
+
+    def _settle(self, version: str, entry: dict[str, Any], project_dir: Path) -> None:
+        """It is stored as `entry` of the index says."""
+        self.version, self.digest, self.type = version, entry["digest"], entry["type"]
+        self._folder = project_dir / entry["path"]
+        self.digests = {name: file["sha256"] for name, file in entry["files"].items()}
+        self._sources = {}
+
+
+class ArtifactStore:
+    """The artifacts of a project. The files of a version lie in the folder of the run that stored it first.
+
+    An index for each name, `<project>/artifacts/<name>.json`, has its versions and its aliases. What was stored before
+    is not stored again: its version gets the new aliases.
+    """
+
+    def __init__(self, project_dir: Path) -> None:
+        self._project_dir = project_dir
+        self._index_dir = project_dir / "artifacts"
+
+    def put(self, artifact: Artifact, aliases: Sequence[str], run_dir: Path) -> None:
+        """Store it, and move `aliases` and "latest" to it. Afterwards it is the stored version.
+
+        Raises: TypeError, ValueError: an alias that is none, or no file. FileNotFoundError: a file is not there.
+        Nothing is changed then.
+        """
+        _check_aliases(aliases)
+        if artifact.version is None and not artifact.files:
+            raise ValueError(f"The artifact {artifact.name!r} has no file: add_file() puts one in.")
+        for path in artifact._sources.values():
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}, a file of the artifact {artifact.name!r}, is not there.")
+        home = run_dir / "artifacts" / artifact.name
+        home.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
+        try:
+            files = {name: _stored(path, staged / name) for name, path in artifact._sources.items()}
+            with self._locked(artifact.name) as index:
+                version = artifact.version or self._version(index, artifact, files, staged, home)
+                if version not in index["versions"]:
+                    raise ValueError(f"{artifact.name}:{version} belongs to another project: make a new Artifact here.")
+                index["aliases"].update(dict.fromkeys([*aliases, "latest"], version))
+            artifact._settle(version, index["versions"][version], self._project_dir)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+            with suppress(OSError):
+                home.rmdir()  # empty, where it had been stored before
+
+    def get(self, reference: str) -> Artifact:
+        """The artifact that "name:alias", "name:v0" or "name" (the latest) means.
+
+        Raises: KeyError, listing what there is. Reads one small file.
+        """
+        name, _, alias = str(reference).partition(":")
+        index = read_json(self._index_dir / f"{name}.json") if _NAME.fullmatch(name) else {}
+        if not index:
+            names = sorted(path.stem for path in self._index_dir.glob("*.json"))
+            raise KeyError(f"There is no artifact {name!r}; there is {_listed(names, name)}.")
+        version = index["aliases"].get(alias or "latest", alias)
+        if version not in index["versions"]:
+            have = [*index["versions"], *index["aliases"]]
+            raise KeyError(f"The artifact {name!r} has no {alias!r}; it has {_listed(have, alias)}.")
+        entry = index["versions"][version]
+        artifact = Artifact(name, entry["type"])
+        artifact._settle(version, entry, self._project_dir)
+        return artifact
+
+    def _version(
+        self, index: dict[str, Any], artifact: Artifact, files: dict[str, Any], staged: Path, home: Path
+    ) -> str:
+        """The version with these contents, made where there is none."""
+        digest = _digest_of(files)
+        for version, entry in index["versions"].items():
+            folder = self._project_dir / entry["path"]
+            # A run's folder may have been deleted, and its artifacts with it.
+            if entry["digest"] == digest and all((folder / name).is_file() for name in files):
+                return str(version)
+        version = f"v{len(index['versions'])}"
+        shutil.rmtree(home / version, ignore_errors=True)  # of a writer that was killed before it told the index
+        os.chmod(staged, 0o777 & ~_umask())  # a temporary folder is its owner's alone
+        os.rename(staged, home / version)
+        path = str((home / version).relative_to(self._project_dir))
+        index["versions"][version] = {
+            "digest": digest,
+            "type": artifact.type,
+            "path": path,
+            "time": time.time(),
+            "files": files,
+        }
+        return version
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[dict[str, Any]]:
+        """The index of `name`, which is written where the body succeeds. Runs that log at once take turns."""
+        self._index_dir.mkdir(exist_ok=True)
+        path = self._index_dir / f"{name}.json"
+        with open(self._index_dir / ".lock", "w") as lock:
+            with suppress(OSError):  # a network file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            index = read_json(path) or {"versions": {}, "aliases": {}}
+            yield index
+            write_json(path, index)
+
+
+def _stored(source: Path, target: Path) -> dict[str, Any]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = _copy(source, target)
+    return {"sha256": digest, "bytes": target.stat().st_size}
+
+
+def _copy(source: Path, target: Path | None) -> str:
+    """Copy a file, or only read it; its SHA-256."""
+    digest = hashlib.sha256()
+    with open(source, "rb") as file, open(target or os.devnull, "wb") as copy:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            copy.write(chunk)
+        copy.flush()
+        if target is not None:
+            os.fsync(copy.fileno())
+    return digest.hexdigest()
+
+
+def _digest_of(files: dict[str, Any]) -> str:
+    lines = sorted(f"{file['sha256']}  {name}\n" for name, file in files.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _check_aliases(aliases: Sequence[str]) -> None:
+    if isinstance(aliases, str):
+        raise TypeError(f"aliases={aliases!r} must be a list of names: [{aliases!r}].")
+    for alias in aliases:
+        if not isinstance(alias, str) or not _NAME.fullmatch(alias) or _VERSION.fullmatch(alias):
+            raise ValueError(f"The alias {alias!r} must be a word of letters, digits, '_', '-', '.', and no version.")
+
+
+def _listed(names: Sequence[str], wanted: str) -> str:
+    close = get_close_matches(wanted, names, n=1)
+    return (", ".join(map(repr, names)) or "none") + (f" (closest: {close[0]!r})" if close else "")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

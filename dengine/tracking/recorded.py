@@ -1,0 +1,236 @@
+"""The run that is recorded: rows while it goes on, and at its end how it ended."""
+
+import atexit
+import operator
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from dengine.tracking.artifacts import Artifact, ArtifactStore
+from dengine.tracking.backend import Backend, StoredFiles
+from dengine.tracking.files import read_json, write_json
+from dengine.tracking.rows import ROWS, RowFile, read_rows
+from dengine.tracking.run import Run
+from dengine.tracking.values import flat, plain
+
+__all__ = ["RecordedRun"]
+
+_OWN = ("step", "time")
+
+
+class RecordedRun(Run):
+    """Writes plain files into `dir`, which exists and has its `run.json`, and then tells the backends.
+
+    Files: `run.json`, `config.json`, `metrics.jsonl`, `summary.json`, `status.json`, `artifacts.json`, `artifacts/`.
+    """
+
+    def __init__(
+        self,
+        identity: Mapping[str, Any],
+        directory: Path,
+        config: dict[str, Any],
+        rows: RowFile,
+    ) -> None:
+        self.id, self.name, self.project = (str(identity[key]) for key in ("id", "name", "project"))
+        self.dir = directory
+        self.config = config
+        self.summary = {}
+        self._next_step = 0
+        self._rows = rows
+        self._backends: dict[str, Backend] = {}
+        self._is_finished = False
+        self._lock = threading.RLock()  # handlers may log from threads of their own; a signal's from within log()
+        self._store = ArtifactStore(directory.parent)
+        self._has_handler = False  # of SIGTERM
+        self._pid = os.getpid()
+        self._take_up()
+        write_json(self.dir / "config.json", self.config)
+        self._write_status("running")
+        atexit.register(self._leave_at_exit)
+        self._heed_sigterm()
+
+    def add_backend(self, name: str, backend: Backend) -> None:
+        self._backends[name] = backend
+
+    # -- what is logged --------------------------------------------------------------------------------------------
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        self._refuse_when_finished("log()")
+        row = flat(values)
+        for own in _OWN:
+            if own in row:
+                raise ValueError(
+                    f"Each row has a {own!r} of its own: pass step=, or log this value under another name."
+                )
+        if step is not None and type(step) is not int:
+            step = _whole(step)
+        with self._lock:
+            if step is None:
+                step = self._next_step
+            self._next_step = step + 1
+            time_s = time.time()
+            self._rows.append({"step": step, "time": time_s, **row})
+            self.summary.update(row)
+            for name in self._backends:
+                self._tell(name, lambda backend: backend.log(row, step, time_s))
+
+    def log_artifact(self, artifact: Artifact, aliases: Sequence[str] = ()) -> Artifact:
+        self._refuse_when_finished("log_artifact()")
+        if not isinstance(artifact, Artifact):
+            raise TypeError(
+                f"log_artifact() takes an Artifact, but got {artifact!r}: Track.Artifact(name).add_file(path)."
+            )
+        with self._lock:
+            self._store.put(artifact, aliases, self.dir)
+            folder = artifact.download()
+            self._note(artifact, "logged", aliases)
+            stored = StoredFiles(
+                artifact.name,
+                artifact.type,
+                str(artifact.version),
+                str(artifact.digest),
+                folder,
+                artifact.files,
+                [*aliases, "latest"],
+            )
+            for name in self._backends:
+                self._tell(name, lambda backend: backend.log_artifact(stored))
+        return artifact
+
+    def use_artifact(self, reference: str) -> Artifact:
+        artifact = self._store.get(reference)
+        if not self._is_finished:
+            with self._lock:
+                self._note(artifact, "used", [])
+        return artifact
+
+    def _note(self, artifact: Artifact, how: str, aliases: Sequence[str]) -> None:
+        path = self.dir / "artifacts.json"
+        noted = read_json(path)
+        entry: dict[str, Any] = {
+            "name": artifact.name,
+            "version": artifact.version,
+            "type": artifact.type,
+            "digest": artifact.digest,
+        }
+        entry |= {"aliases": list(aliases), "files": artifact.digests, "time": time.time()}
+        write_json(path, {**noted, how: [*noted.get(how, []), entry]})
+
+    def _tell(self, name: str, call: Callable[[Backend], None]) -> None:
+        """A backend that fails must end neither the training nor the record."""
+        try:
+            call(self._backends[name])
+        except Exception as error:
+            warnings.warn(
+                f"The backend {name!r} failed ({type(error).__qualname__}: {error}); the files in {self.dir} are "
+                "complete without it.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    # -- how it ends -----------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        self._end("finished", None)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            self._end("finished", None)
+            return
+        try:
+            self._end("failed", error)
+        except Exception as failure:  # must not hide what ended the run
+            warnings.warn(
+                f"The record of the failed run {self.dir} is incomplete: {failure}", RuntimeWarning, stacklevel=2
+            )
+
+    def _end(self, status: str, error: BaseException | None) -> None:
+        with self._lock:
+            if self._is_finished or os.getpid() != self._pid:  # a forked child is not who records
+                return
+            self._is_finished = True
+        atexit.unregister(self._leave_at_exit)
+        summary = plain(self.summary)
+        try:
+            for name in self._backends:
+                self._tell(name, lambda backend: backend.finish(status == "failed", summary))
+            self._rows.close()
+        finally:
+            write_json(self.dir / "config.json", plain(self.config))
+            write_json(self.dir / "summary.json", summary)
+            self._write_status(status, error)
+            self._restore_sigterm()
+
+    def _leave_at_exit(self) -> None:
+        """The script ended without `finish()`: by an exception, which the interpreter has reported, or well."""
+        error = getattr(sys, "last_value", None)
+        self._end("finished" if error is None else "failed", error)
+
+    def _heed_sigterm(self) -> None:
+        """Have SIGTERM raise SystemExit, so that the run is marked, where the signal would just end the process."""
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _exit_by_signal)
+            self._has_handler = True
+
+    def _restore_sigterm(self) -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        if self._has_handler and is_main and signal.getsignal(signal.SIGTERM) in (_exit_by_signal, signal.SIG_IGN):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _write_status(self, status: str, error: BaseException | None = None) -> None:
+        entry: dict[str, Any] = {
+            "status": status,
+            "time": time.time(),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
+        if error is not None:
+            entry["error"] = f"{type(error).__qualname__}: {error}"
+            entry["traceback"] = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        write_json(self.dir / "status.json", entry)
+
+    def _take_up(self) -> None:
+        """Go on where the rows of a resumed run end. A killed run has rows, but no summary of them."""
+        rows, _ = read_rows(self.dir / ROWS)
+        if not rows:
+            return
+        self.summary.update(read_json(self.dir / "summary.json"))
+        for row in rows:
+            self.summary.update({name: value for name, value in row.items() if name not in _OWN})
+        self._next_step = int(rows[-1].get("step", len(rows) - 1)) + 1
+
+    def _refuse_when_finished(self, call: str) -> None:
+        if self._is_finished:
+            raise RuntimeError(
+                f"{call}: the run {self.id} is finished; Track.run(..., resume={self.id!r}) goes on with it."
+            )
+
+
+def _whole(step: Any) -> int:
+    try:
+        if isinstance(step, bool):
+            raise TypeError
+        return operator.index(step)
+    except TypeError:
+        raise TypeError(f"step={step!r} must be a whole number, but is a {type(step).__name__}.") from None
+
+
+def _exit_by_signal(number: int, frame: FrameType | None) -> None:
+    # Schedulers may send it twice: the second one must not cut short the writing of the record.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + number)

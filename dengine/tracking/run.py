@@ -1,0 +1,111 @@
+"""A run: what may be done with one, and the one that records nothing."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dengine.tracking.artifacts import Artifact, ArtifactStore
+
+__all__ = ["Run", "UnrecordedRun"]
+
+
+class Run(ABC):
+    """A run of `Track.run`, and a context manager: leaving it finishes the run, by an exception as a failed one.
+
+    Attributes:
+        id: names it in its project, and resumes it. "unrecorded" where nothing is recorded.
+        name, project: as given; the name is the id by default.
+        dir: the folder of its files, absolute. Where nothing is recorded, there is no such folder.
+        config: as given, of dicts, lists and scalars; what is changed in it is written when the run finishes.
+        summary: the last value of each name; set what else sums the run up. Written when the run finishes.
+    """
+
+    id: str
+    name: str
+    project: str
+    dir: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+
+    @abstractmethod
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Record numbers, bools and strings; nested dicts are joined by "/". It is in `metrics.jsonl` on return.
+
+        Args:
+            values: by name. Tensors and arrays of one element are read, which waits for their device.
+            step: any whole number, smaller ones than before too; by default one more than the last, from 0.
+
+        Raises:
+            TypeError, ValueError: a value is no scalar, or named "step" or "time", as two entries of each row are;
+                nothing is recorded then.
+            RuntimeError: the run is finished.
+        """
+
+    @abstractmethod
+    def log_artifact(self, artifact: Artifact, aliases: Sequence[str] = ()) -> Artifact:
+        """Store the artifact's files as its next version, `v0`, `v1`, ..., under "latest" and `aliases`.
+
+        Versions count over the project. Contents that are stored already get the aliases, and no new version.
+        Cost: one copy and one SHA-256 of the files, for which the caller waits.
+
+        Returns: `artifact`, whose `version` is set now; where nothing is recorded, as it was.
+        Raises: FileNotFoundError, ValueError, TypeError: nothing is changed then.
+        """
+
+    @abstractmethod
+    def use_artifact(self, reference: str) -> Artifact:
+        """An artifact of the project: "name:alias", "name:v0", or "name" for the latest.
+
+        It is found on every rank that sees the folder; reading is not recording.
+
+        Raises: KeyError, listing what there is.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """End the record as a finished run; a second call does nothing.
+
+        Raises: TrackingError, where rows could not be written.
+        """
+
+    @abstractmethod
+    def __enter__(self) -> "Run": ...
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class UnrecordedRun(Run):
+    """On ranks other than 0, and where tracking is disabled: it takes the same calls, and records nothing."""
+
+    def __init__(self, name: str | None, project: str, root: Path, config: dict[str, Any]) -> None:
+        self.id = "unrecorded"
+        self.name, self.project = name or self.id, project
+        self.dir = root / project / self.id
+        self.config = config
+        self.summary = {}
+        self._store = ArtifactStore(root / project)
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        pass
+
+    def log_artifact(self, artifact: Artifact, aliases: Sequence[str] = ()) -> Artifact:
+        return artifact
+
+    def use_artifact(self, reference: str) -> Artifact:
+        return self._store.get(reference)
+
+    def finish(self) -> None:
+        pass
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass

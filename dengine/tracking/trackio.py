@@ -1,0 +1,51 @@
+"""Trackio: a dashboard on localhost, from SQLite files in the user's cache (`TRACKIO_DIR`): `trackio show`."""
+
+import contextlib
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from dengine.tracking.backend import Backend, RunInfo, StoredFiles, package
+from dengine.tracking.values import Scalar
+
+__all__ = ["TrackioBackend"]
+
+
+class TrackioBackend(Backend):
+    """A run of our id, by which trackio finds it again where it is resumed.
+
+    Its rows are sent by a thread of its own twice a second. What it prints to stdout is kept back.
+    """
+
+    def __init__(self, info: RunInfo) -> None:
+        trackio = package("trackio", "trackio")
+        self._module = trackio
+        with _quiet():
+            # Not trackio.init(), which ends the run that the script may have of its own.
+            self._run: Any = trackio.Run(
+                url=None,
+                project=info.project,
+                client=None,
+                name=info.name if info.name == info.id else f"{info.name} ({info.id})",
+                run_id=info.id,
+                config={f"config{key}" if key.startswith("_") else key: value for key, value in info.config.items()},
+            )
+
+    def log(self, values: Mapping[str, Scalar], step: int, time_s: float) -> None:
+        self._run.log(dict(values), step=step)
+
+    def log_artifact(self, stored: StoredFiles) -> None:
+        artifact = self._module.Artifact(stored.name, type=stored.type, metadata={"sha256": stored.digest})
+        for name in stored.files:
+            # Not a second copy: what is stored does not change.
+            artifact.add_reference((stored.folder / name).as_uri(), name=name)
+        with _quiet():
+            self._run.log_artifact(artifact, aliases=list(stored.aliases))
+
+    def finish(self, is_failed: bool, summary: Mapping[str, Scalar]) -> None:
+        with _quiet():
+            self._run.finish()
+
+
+def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
+    return contextlib.redirect_stdout(io.StringIO())

@@ -1,0 +1,115 @@
+"""What may be recorded, brought into the form in which it is recorded. Pure: touches no file."""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import PurePath
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+__all__ = ["Scalar", "encode", "flat", "plain", "scalar", "to_json"]
+
+Scalar: TypeAlias = float | int | bool | str
+
+_AS_IT_IS = (float, int, bool, str)
+
+
+def scalar(name: str, value: Any) -> Scalar:
+    """`value` as a Python number, bool or string. A tensor is read from its device here, which waits for it.
+
+    Raises:
+        TypeError: it is none of them; of tensors and arrays, those with a single element and a real type are.
+    """
+    if type(value) in _AS_IT_IS:
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        if math.prod(value.shape) != 1:
+            kind = "a tensor" if isinstance(value, torch.Tensor) else "an array"
+            raise TypeError(
+                f"{name!r} is {kind} of shape {tuple(value.shape)}, and a row holds scalars: log its mean, or its "
+                "entries one by one."
+            )
+        value = value.item()
+    for kind_of_scalar in (bool, int, float, str):  # subclasses too: np.float64, an IntEnum
+        if isinstance(value, kind_of_scalar):
+            return kind_of_scalar(value)
+    raise TypeError(
+        f"{name!r} is {_short(value)}, a {type(value).__qualname__}: a row holds numbers, bools, strings, and dicts "
+        "of them."
+    )
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Scalars by name: `{"val": {"acc": tensor(0.5)}}` gives `{"val/acc": 0.5}`.
+
+    Raises:
+        TypeError: no mapping, or something in it is no scalar.
+        ValueError: two values have one name.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"log() takes a dict of names to values, but got {_short(values)}.")
+    row: dict[str, Scalar] = {}
+    _flatten("", values, row)
+    return row
+
+
+def encode(row: Mapping[str, Scalar]) -> bytes:
+    """One line of JSON, strictly: a number that is not finite becomes "NaN", "Infinity" or "-Infinity"."""
+    try:
+        line = json.dumps(row, allow_nan=False)
+    except ValueError:
+        line = json.dumps(to_json(row), allow_nan=False)
+    return line.encode() + b"\n"
+
+
+def plain(value: Any) -> Any:
+    """A configuration as dicts, lists and scalars; what is none of them becomes its `repr`."""
+    if value is None or type(value) in _AS_IT_IS:
+        return value
+    if isinstance(value, Namespace):
+        value = vars(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return [plain(each) for each in sorted(value, key=repr)]
+    if isinstance(value, PurePath):
+        return str(value)
+    try:
+        return scalar("", value)
+    except (TypeError, RuntimeError, NotImplementedError):  # the latter two: a tensor without data ("meta")
+        return repr(value)
+
+
+def to_json(value: Any) -> Any:
+    """Dicts, lists and scalars, with what JSON has no number for as a string."""
+    if isinstance(value, Mapping):
+        return {key: to_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [to_json(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _flatten(prefix: str, values: Mapping[Any, Any], row: dict[str, Scalar]) -> None:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            _flatten(f"{name}/", value, row)
+        elif name in row:
+            raise ValueError(f"There are two values named {name!r} in one row: nested names are joined by '/'.")
+        else:
+            row[name] = scalar(name, value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
