@@ -28,7 +28,7 @@ _MAGIC = b"dengine1"
 _DIGEST_BYTES = 64  # of its text
 _FOOTER_BYTES = len(_MAGIC) + 8 + _DIGEST_BYTES
 _ZIP_END_BYTES = 22  # the archive's last record; its last two bytes are the length of the comment
-_ASIDE_BYTES = 1 << 20  # less than this is digested faster than a thread starts
+_ASIDE_BYTES = 1 << 17  # less than this is digested about as fast as a thread starts
 _FLUSH_BYTES = 32 << 20
 _READ_BYTES = 4 << 20
 
