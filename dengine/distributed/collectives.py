@@ -240,18 +240,18 @@ def broadcast_tensors(tensors: list[torch.Tensor], source: int = 0) -> None:
 # -- for the packed reduction of metrics -------------------------------------------------------------------------
 
 
-def sum_tensor(tensor: torch.Tensor, here: World) -> torch.Tensor:
+def sum_tensor(tensor: torch.Tensor, here: World, *, what: str = "the sum of the metrics") -> torch.Tensor:
     """The sum over the ranks of `here`, in place. Collective: one all-reduce."""
     if here.size > 1:
-        with _joined(f"the sum of {tensor.numel()} numbers of metrics") as group:
+        with _joined(f"{what}, {tensor.numel()} numbers") as group:
             _sum(tensor, group)
     return tensor
 
 
-def max_tensor(tensor: torch.Tensor, here: World) -> torch.Tensor:
+def max_tensor(tensor: torch.Tensor, here: World, *, what: str = "the extrema of the metrics") -> torch.Tensor:
     """The maximum over the ranks of `here`, in place. Collective: one all-reduce."""
     if here.size > 1:
-        with _joined(f"the maximum of {tensor.numel()} numbers of metrics") as group:
+        with _joined(f"{what}, {tensor.numel()} numbers") as group:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_group_of(tensor, group))
     return tensor
 
@@ -269,7 +269,7 @@ def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torc
     padded = mine.new_zeros(longest)
     padded[: mine.numel()] = mine
     gathered = [torch.empty_like(padded) for _ in sizes]
-    with _joined(f"the gather of {longest} bytes of metrics") as group:
+    with _joined(f"the gather of the metrics, {longest} bytes") as group:
         dist.all_gather(gathered, padded, group=_group_of(padded, group))
     return [row[:size] for row, size in zip(gathered, sizes, strict=True)]
 

@@ -14,6 +14,7 @@ import json
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeAlias
 
+from torch import nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dengine.distributed.connections import Connections
@@ -89,6 +91,7 @@ class Control:
         self.failure: Failure | None = None
         self.is_lost = False
         self.runs: list[Run] = []
+        self._models: list[weakref.ref[nn.Module]] = []
         self.num_turns = 0
         self.num_ticks = 0  # of distributed.progress()
         self.thread_id = threading.get_ident()  # of the loop
@@ -152,6 +155,13 @@ class Control:
     def _shared_run(self, number: int) -> Run:
         """Known here or not yet: another rank may speak of a run that this one has still to begin."""
         return self._shared_runs.setdefault(number, Run(number, self))
+
+    def add_model(self, model: nn.Module) -> None:
+        """Have the parameters of `model` compared at the start of each run."""
+        self._models.append(weakref.ref(model))
+
+    def living_models(self) -> list[nn.Module]:
+        return [model for each in self._models if (model := each()) is not None]
 
     def where(self, frames: Iterable[FrameType]) -> tuple[Level, ...]:
         """The engines that run in these frames, outermost first."""

@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dengine.distributed.collectives import broadcast_tensors
-from dengine.distributed.world import World, world
+from dengine.distributed.consistency import parameters_of, refuse_difference, same_on_all_ranks
+from dengine.distributed.control import Control
+from dengine.distributed.world import World, control, world
 
 __all__ = ["Strategy", "evaluating", "prepare_model", "unwrap_model"]
 
@@ -36,8 +38,9 @@ def prepare_model(
     Raises:
         TypeError: `model` is no module. ValueError: an unknown strategy; options that the strategy does not take; a
             model wrapped already.
+        ConsistencyError: names, shapes or types of the parameters differ between ranks.
 
-    Cost: one broadcast of parameters and buffers.
+    Cost: one small all-reduce; one broadcast of parameters and buffers.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare_model() takes a torch.nn.Module, but got {type(model).__qualname__}.")
@@ -52,6 +55,13 @@ def prepare_model(
         raise ValueError("This model is wrapped in DistributedDataParallel already: pass the bare module.")
     here = world()
     model = model.to(here.device)
+    if here.size > 1:
+        # DDP would say that they differ, but neither which ones nor on which rank.
+        entries = parameters_of(model)
+        if not same_on_all_ranks(entries):
+            refuse_difference(entries, "The parameters of the model")
+        if isinstance(plane := control(), Control):
+            plane.add_model(model)
     if here.size == 1 or strategy == "none":
         return model
     if strategy == "fsdp":

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 
 from dengine.distributed.collectives import refuse_on_rank_zero_alone
+from dengine.distributed.consistency import prepared_parameters, refuse_difference, same_on_all_ranks
 from dengine.distributed.world import World, world
 from dengine.errors import NotComputableError
+from dengine.metrics.layout import entry_of
 from dengine.metrics.leaf import AnyMetric, MetricLike, leaf_of
 from dengine.metrics.metric import Metric, OutputTransform
 from dengine.metrics.reduction import Item, Reduction
@@ -55,11 +57,24 @@ class MetricSet:
                 update(output)
 
     def agree(self) -> None:
-        """Have the ranks compare their metrics. Collective. Cost: one object gather, once for a set of metrics."""
+        """Have the ranks compare their metrics, and the parameters of their models, before a run.
+
+        Collective. Cost: an all-reduce of 2 numbers; an object gather where something differs, as it may: the number of
+        classes that each has inferred.
+
+        Raises:
+            MetricStateError, ConsistencyError: on every rank, naming the rank and the first thing that differs.
+        """
         refuse_on_rank_zero_alone("A run of an Engine")
-        if not self._reduction.is_agreed and world().size > 1:
-            _, items = self._collect(is_alone=False)
-            self._reduction.agree(items)
+        if world().size == 1:
+            return
+        parameters = prepared_parameters()
+        items: list[Item] = [] if self._reduction.is_agreed else self._collect(is_alone=False)[1]
+        if same_on_all_ranks([*parameters, *self._metrics, *map(repr, map(entry_of, items))]):
+            self._reduction.take(items)
+            return
+        refuse_difference(parameters, "The parameters of the models")
+        self._reduction.agree(items or self._collect(is_alone=False)[1])
 
     def compute(self, *, distributed: bool) -> dict[str, MetricValue]:
         """All values, over the samples of all ranks or, not `distributed`, over this rank's.

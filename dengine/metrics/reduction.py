@@ -41,6 +41,11 @@ class Reduction:
         _raise_failures([rank_failure for _, rank_failure in told])
         self._take(merged([entries for entries, _ in told]))
 
+    def take(self, items: Sequence[Item]) -> None:
+        """Take over a layout that all ranks are known to share; none where there was one already."""
+        if self._layout is None:
+            self._take(tuple(map(entry_of, items)))
+
     def _take(self, layout: tuple[Entry, ...]) -> None:
         self._layout, self._plan = layout, Plan.of(layout)
 
