@@ -7,10 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dengine import checkpoint, distributed, errors, handlers, metrics
+    from dengine import checkpoint, config, distributed, errors, handlers, metrics
     from dengine.engine import Engine, EventEnum, Events, State, filtered
     from dengine.errors import (
         CheckpointError,
+        ConfigError,
         ConsistencyError,
         CorruptCheckpointError,
         DengineError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _ENGINE = ("Engine", "EventEnum", "Events", "State", "filtered")
 _ERRORS = (
     "CheckpointError",
+    "ConfigError",
     "ConsistencyError",
     "CorruptCheckpointError",
     "DengineError",
@@ -35,10 +37,11 @@ _ERRORS = (
     "RemoteRankError",
     "StallError",
 )
-_ROOMS = ("checkpoint", "distributed", "errors", "handlers", "metrics")
+_ROOMS = ("checkpoint", "config", "distributed", "errors", "handlers", "metrics")
 
 __all__ = [
     "CheckpointError",
+    "ConfigError",
     "ConsistencyError",
     "CorruptCheckpointError",
     "DengineError",
@@ -53,6 +56,7 @@ __all__ = [
     "StallError",
     "State",
     "checkpoint",
+    "config",
     "distributed",
     "errors",
     "filtered",

@@ -1,0 +1,203 @@
+"""`Conf`: every way to make a configuration, and what can be done with a whole one."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dengine.config.files import SUFFIXES, read_file
+from dengine.config.places import Document, Place, below, plain
+from dengine.config.tree import Config, new_config, omegaconf, translated
+from dengine.config.yaml_text import parse_value
+from dengine.errors import ConfigError
+
+__all__ = ["Conf"]
+
+
+class Conf:
+    """Configurations from files, dictionaries and command lines. See `Config` for what they give.
+
+    Needs OmegaConf: `pip install "dengine[config]"`.
+
+    Example:
+        >>> base = Conf.from_dict({"train": {"lr": 0.1, "epochs": 5}, "name": "lr-${train.lr}"})
+        >>> cfg = Conf.freeze(Conf.merge(base, Conf.from_cli_dotlist(["train.lr=1e-3"])))
+        >>> cfg.train.lr, cfg.name
+        (0.001, 'lr-0.001')
+        >>> Conf.to_dict(cfg)
+        {'train': {'lr': 0.001, 'epochs': 5}, 'name': 'lr-0.001'}
+    """
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Config:
+        """The configuration in a file, read by its suffix: .yaml (.yml), .toml, .json or .sdn.
+
+        Raises:
+            ConfigError: another suffix, or a file that is not one mapping of that format: with line and key.
+            OSError: the file cannot be read.
+        """
+        suffix = Path(path).suffix.lower()
+        if suffix not in SUFFIXES:
+            raise ConfigError(
+                f"{os.fspath(path)}: there is no reader for {suffix or 'a file without a suffix'}; "
+                f"there are {', '.join(SUFFIXES)}."
+            )
+        return new_config(read_file(Path(path), suffix))
+
+    @staticmethod
+    def load_sdn(path: str | os.PathLike[str]) -> Config:
+        """The configuration in a file of Simple Data Notation, whatever its suffix. Raises: as `load`."""
+        return new_config(read_file(Path(path), ".sdn"))
+
+    @staticmethod
+    def from_dict(data: Mapping[Any, Any]) -> Config:
+        """A configuration with a copy of `data`.
+
+        Raises:
+            TypeError: `data` is no mapping. ConfigError: it holds what no configuration can hold; with the full key.
+        """
+        return new_config(_from_mapping(data, "from_dict()"))
+
+    @staticmethod
+    def from_cli_dotlist(arguments: Sequence[str]) -> Config:
+        """A configuration of arguments such as `train.lr=1e-3`, later ones over earlier ones.
+
+        A value is read as in a YAML file: `true`, `null`, `[1, 2]`, `{a: 1}`, `"quoted text"`; nothing is null.
+
+        Raises:
+            TypeError: no list of texts. ConfigError: an argument that is not `key=value`; it is named.
+        """
+        if isinstance(arguments, str) or not all(isinstance(argument, str) for argument in arguments):
+            raise TypeError(f"from_cli_dotlist() takes a list such as ['train.lr=1e-3'], but got {arguments!r}.")
+        merged = Document({}, ("command line",))
+        for argument in arguments:
+            merged = _merged(merged, _from_argument(argument))
+        return new_config(Document(merged.data, ("command line",), merged.places))
+
+    @staticmethod
+    def merge(*confs: Config | Mapping[Any, Any]) -> Config:
+        """A new configuration: mappings are merged key by key, later ones over earlier ones; lists are replaced whole.
+
+        The arguments are left alone. The result can be changed, also where they are frozen.
+
+        Raises:
+            TypeError: nothing to merge, or something that is no mapping.
+            ConfigError: a mapping meets something else under the same key (null excepted); it names both places.
+        """
+        if not confs:
+            raise TypeError("merge() takes at least one configuration.")
+        merged, *others = (_document(conf) for conf in confs)
+        for other in others:
+            merged = _merged(merged, other)
+        return new_config(merged)
+
+    @staticmethod
+    def to_dict(cfg: Config) -> dict[Any, Any]:
+        """`cfg` as plain dicts and lists, each `${...}` replaced: what `Track.run(config=...)` and `json` take.
+
+        Raises:
+            TypeError: `cfg` is no configuration.
+            ConfigError: a `${...}` that leads nowhere, or a value that is still `???`; with the full key.
+        """
+        _check_config(cfg, "to_dict")
+        return _resolved(cfg)
+
+    @staticmethod
+    def freeze(cfg: Config) -> Config:
+        """Replace each `${...}` for good, and refuse changes. It is `cfg` itself that is frozen, and returned.
+
+        Reading a frozen configuration costs a look-up in a dict.
+
+        Raises:
+            TypeError: `cfg` is no configuration. ConfigError: as `to_dict`; `cfg` is as it was then.
+        """
+        _check_config(cfg, "freeze")
+        _resolved(cfg)
+        omegaconf().resolve(cfg._node)
+        omegaconf().set_readonly(cfg._node, True)
+        return cfg
+
+
+def _check_config(cfg: Any, function: str) -> None:
+    if not isinstance(cfg, Config):
+        raise TypeError(f"{function}() takes a configuration, as Conf.load() gives it, but got {cfg!r}.")
+
+
+def _resolved(cfg: Config) -> dict[Any, Any]:
+    container: dict[Any, Any] = translated(
+        lambda: omegaconf().to_container(cfg._node, resolve=True, throw_on_missing=True), cfg._document, cfg._key
+    )
+    return container
+
+
+def _document(conf: Any) -> Document:
+    if not isinstance(conf, Config):
+        return _from_mapping(conf, "merge()")
+    if conf._key == "":
+        data = omegaconf().to_container(conf._node, resolve=False)
+        return Document(data, conf._document.sources, dict(conf._document.places))
+    # A part of a tree: its ${...} may point to other parts, which do not come along.
+    return Document(_resolved(conf), conf._document.sources)
+
+
+def _from_mapping(data: Any, function: str) -> Document:
+    if not isinstance(data, Mapping):
+        raise TypeError(f"{function} takes a mapping, but got {data!r}.")
+    document = Document({}, ("a dict",))
+    try:
+        document.data = plain(Conf.to_dict(data) if isinstance(data, Config) else data, "", document)
+    except RecursionError as error:
+        raise ConfigError("The dict is nested too deep, or contains itself.") from error
+    return document
+
+
+def _from_argument(argument: str) -> Document:
+    source = f"the argument {argument!r}"
+    name, sign, value = argument.partition("=")
+    keys = name.strip().split(".")
+    if not sign or not all(keys):
+        raise ConfigError(f"{source} is not of the form key=value, such as train.lr=1e-3.")
+    document = Document({}, (source,))
+    try:
+        inner: Any = parse_value(value, source)
+    except ConfigError as error:
+        raise ConfigError(f"{error} Text with such characters takes quotes: {name}='\"...\"'.") from error
+    for key in reversed(keys):
+        inner = {key: inner}
+    document.data = plain(inner, "", document)
+    document.places = {".".join(keys[: depth + 1]): Place(source) for depth in range(len(keys))}
+    return document
+
+
+def _merged(base: Document, over: Document) -> Document:
+    sources = (*base.sources, *(source for source in over.sources if source not in base.sources))
+    both = Document({}, sources, {**base.places, **over.places})
+    _refuse_clash(base, over)
+    data = translated(
+        lambda: omegaconf().to_container(omegaconf().merge(base.data, over.data), resolve=False), both, ""
+    )
+    return Document(data, sources, both.places)
+
+
+def _refuse_clash(base: Document, over: Document) -> None:
+    """A mapping replaced by a value would lose all its keys without a word; a value by a mapping is a typo as well."""
+    open_pairs = [("", base.data, over.data)]
+    while open_pairs:
+        full, old, new = open_pairs.pop()
+        for key in old.keys() & new.keys():
+            inner, first, second = below(full, key), old[key], new[key]
+            if isinstance(first, dict) and isinstance(second, dict):
+                open_pairs.append((inner, first, second))
+            elif isinstance(first, dict) != isinstance(second, dict) and not _may_stand_for_both(first, second):
+                raise ConfigError(
+                    f"{inner!r} is {_kind(first)} in {base.place(inner)}, but {_kind(second)} in {over.place(inner)}: "
+                    "a mapping can only be merged with a mapping."
+                )
+
+
+def _may_stand_for_both(*values: Any) -> bool:
+    return any(value is None or (isinstance(value, str) and ("${" in value or value == "???")) for value in values)
+
+
+def _kind(value: Any) -> str:
+    return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else f"the value {value!r}"

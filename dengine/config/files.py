@@ -1,0 +1,130 @@
+"""Configuration files as plain data, each format by its own reader."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dengine.config.places import Document, Place, below, plain
+from dengine.config.sdn import read_sdn
+from dengine.config.yaml_text import read_yaml
+from dengine.errors import ConfigError
+
+__all__ = ["SUFFIXES", "read_file", "refuse_all_but_mapping"]
+
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|\n')
+
+
+def read_file(path: Path, suffix: str) -> Document:
+    """The mapping in the file, read as what `suffix` says.
+
+    Raises:
+        ConfigError: the file holds something else than one mapping of that format; it names line and key.
+        OSError: the file cannot be read.
+    """
+    source = str(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: this is no UTF-8 text: {error.reason} at byte {error.start}.") from error
+    try:
+        data, document = SUFFIXES[suffix](text, source)
+        document.data = plain(refuse_all_but_mapping(data, source), "", document)
+    except RecursionError as error:
+        raise ConfigError(f"{source}: it is nested too deep, or contains itself.") from error
+    return document
+
+
+def refuse_all_but_mapping(data: Any, source: str) -> Mapping[Any, Any]:
+    """`data`, which must be a mapping; an empty file is an empty one."""
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: a configuration is a mapping of keys to values, but this is a {_kind(data)}.")
+    return data
+
+
+def _kind(data: Any) -> str:
+    return "list" if isinstance(data, list | tuple) else f"single value ({data!r})"
+
+
+def _sdn(text: str, source: str) -> tuple[Any, Document]:
+    document = read_sdn(text, source)
+    return document.data, document
+
+
+def _toml(text: str, source: str) -> tuple[Any, Document]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise ImportError('TOML needs tomli on Python 3.10: pip install "dengine[config]".') from error
+    try:
+        return _without_dates(tomllib.loads(text)), Document({}, (source,))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: this is no TOML: {error}.") from error
+
+
+def _without_dates(value: Any) -> Any:
+    """Dates and times as their text, as in the other formats."""
+    if isinstance(value, dict):
+        return {key: _without_dates(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_dates(inner) for inner in value]
+    return value.isoformat() if hasattr(value, "isoformat") else value
+
+
+def _json(text: str, source: str) -> tuple[Any, Document]:
+    if not text.strip():
+        return None, Document({}, (source,))
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{source}, line {error.lineno}, column {error.colno}: this is no JSON: {error.msg}."
+        ) from error
+    return data, Document({}, (source,), _json_places(text, source))
+
+
+def _json_places(text: str, source: str) -> dict[str, Place]:
+    """The line of each key of a text that is known to be JSON.
+
+    Raises:
+        ConfigError: a key is there twice, which JSON allows, and of which the reader would keep the last.
+    """
+    places: dict[str, Place] = {}
+    line, last = 1, ""
+    open_keys: list[str] = [""]  # the full key of each value that is open
+    counts: list[int | None] = []  # for each of them the number of items before; None for a mapping
+    for token in _TOKEN.findall(text):
+        if token == "\n":
+            line += 1
+        elif token in ("{", "["):
+            counts.append(0 if token == "[" else None)
+            open_keys.append(below(open_keys[-1], 0) if token == "[" else "")
+        elif token in ("}", "]"):
+            counts.pop()
+            open_keys.pop()
+        elif token == "," and counts[-1] is not None:
+            counts[-1] += 1
+            open_keys[-1] = below(open_keys[-2], counts[-1])
+        elif token == ":":
+            open_keys[-1] = full = below(open_keys[-2], json.loads(last))
+            if full in places:
+                raise ConfigError(f"{source}, line {line}: {full!r} is there twice: first in line {places[full].line}.")
+            places[full] = Place(source, line)
+        last = token if token != "\n" else last
+    return places
+
+
+SUFFIXES: dict[str, Callable[[str, str], tuple[Any, Document]]] = {
+    ".yaml": read_yaml,
+    ".yml": read_yaml,
+    ".toml": _toml,
+    ".json": _json,
+    ".sdn": _sdn,
+}
