@@ -1,8 +1,23 @@
 """Handlers: one policy per file, attached to events by the user."""
 
 from dengine.handlers.checkpoint import Checkpoint
+from dengine.handlers.consistency_check import ConsistencyCheck
 from dengine.handlers.early_stopping import EarlyStopping
 from dengine.handlers.lr_scheduler import LRScheduler
+from dengine.handlers.param_group_logger import ParamGroupLogger
 from dengine.handlers.progress_bar import ProgressBar
+from dengine.handlers.terminate_on_nan import TerminateOnNan
+from dengine.handlers.time_limit import TimeLimit
+from dengine.handlers.tracking_handler import TrackingHandler
 
-__all__ = ["Checkpoint", "EarlyStopping", "LRScheduler", "ProgressBar"]
+__all__ = [
+    "Checkpoint",
+    "ConsistencyCheck",
+    "EarlyStopping",
+    "LRScheduler",
+    "ParamGroupLogger",
+    "ProgressBar",
+    "TerminateOnNan",
+    "TimeLimit",
+    "TrackingHandler",
+]

@@ -1,0 +1,59 @@
+"""Writes learning rates and momenta into a tracked run, on rank 0."""
+
+from typing import Any
+
+from dengine.distributed import world
+from dengine.engine import Engine
+from dengine.handlers.tracking_handler import StepTransform, sink_of, step_of
+from dengine.tracking.values import flat
+
+__all__ = ["ParamGroupLogger"]
+
+
+class ParamGroupLogger:
+    """Logs the learning rate of each parameter group, and its momentum or betas, whenever it is called.
+
+    The names are `lr`, `momentum`, `beta1`, `beta2`; with several groups `lr/0`, `lr/1`, or `lr/<name>` where a group
+    has a "name". Attach it on every rank: rank 0 logs. It is no collective.
+
+    Args:
+        optimizer: any with `param_groups`.
+        run: as `TrackingHandler` takes it.
+        global_step_transform: `(engine, event) -> int`; the engine's iteration by default.
+
+    Raises:
+        TypeError: `optimizer` has no `param_groups`, or `run` cannot be logged to.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dengine import Engine, Events
+        >>> from dengine.tracking import Track
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+        >>> trainer = Engine(lambda engine, batch: batch)
+        >>> with Track.run("example", dir=tempfile.mkdtemp()) as run:
+        ...     handle = trainer.on(Events.EPOCH_COMPLETED, ParamGroupLogger(optimizer, run))
+        ...     state = trainer.run([0])
+        >>> run.summary
+        {'lr': 0.1, 'momentum': 0.9}
+    """
+
+    def __init__(self, optimizer: Any, run: Any, global_step_transform: StepTransform | None = None) -> None:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"ParamGroupLogger() takes an optimizer with param_groups, but got {optimizer!r}.")
+        self._optimizer = optimizer
+        self._step_transform = global_step_transform
+        self._sink = sink_of(run) if world().rank == 0 else None
+
+    def __call__(self, engine: Engine) -> None:
+        if self._sink is None:
+            return
+        groups = self._optimizer.param_groups
+        values: dict[str, Any] = {}
+        for index, group in enumerate(groups):
+            suffix = f"/{group.get('name', index)}" if len(groups) > 1 else ""
+            for name in ("lr", "momentum"):
+                if name in group:
+                    values[name + suffix] = group[name]
+            for number, beta in enumerate(group.get("betas", ()), start=1):
+                values[f"beta{number}{suffix}"] = beta
+        self._sink(flat(values), step_of(engine, self._step_transform))

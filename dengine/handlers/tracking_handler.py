@@ -1,0 +1,161 @@
+"""Writes what an engine finds into a tracked run, on rank 0."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from dengine.checks import whole_number
+from dengine.distributed import world
+from dengine.engine import Engine
+from dengine.tracking.values import flat
+
+__all__ = ["Sink", "StepTransform", "TrackingHandler", "sink_of", "step_of"]
+
+Sink: TypeAlias = Callable[[dict[str, Any], int], object]
+StepTransform: TypeAlias = Callable[[Engine, Any], int]
+
+
+class TrackingHandler:
+    """Logs metrics and outputs to `run` whenever it is called: `trainer.on(Events.ITERATION_COMPLETED(every=10), log)`.
+
+    Attach it on every rank: rank 0 logs, and on the others it does nothing. It is no collective. Values are read from
+    their device when it is called, and at no other time.
+
+    Args:
+        run: a run of `Track`, anything with `log(dict, step=)` (a wandb run), a `SummaryWriter`, the module `mlflow` or
+            a run of `mlflow.start_run()`. On ranks other than 0 it may be None.
+        metric_names: which of `state.metrics` and of the mapping that `output_transform` gives; "all" takes every
+            metric, None what `output_transform` gives. A vector becomes `name/0`, `name/1`, ...
+        output_transform: turns the step's output into a scalar, or a mapping of names to values.
+        global_step_transform: `(engine, event) -> int`, the step of the row; the engine's iteration by default. For an
+            evaluator: `lambda engine, event: trainer.state.iteration`.
+
+    Raises:
+        TypeError: `run` cannot be logged to, or `metric_names` is a string other than "all".
+        ValueError: neither `metric_names` nor `output_transform` is given, so that there is nothing to log.
+        KeyError: (when called) there is no value of such a name; it lists those there are. A metric of this engine
+            that has not been computed yet, in the first epoch, is left out.
+
+    Example:
+        >>> import tempfile
+        >>> from dengine import Engine, Events
+        >>> from dengine.tracking import Track
+        >>> trainer = Engine(lambda engine, batch: {"loss": 1.0 / batch})
+        >>> with Track.run("example", dir=tempfile.mkdtemp()) as run:
+        ...     log = TrackingHandler(run, metric_names=["loss"], output_transform=lambda output: output)
+        ...     handle = trainer.on(Events.ITERATION_COMPLETED(every=2), log)
+        ...     state = trainer.run([1, 2, 4, 8])
+        >>> run.summary["loss"]
+        0.125
+    """
+
+    def __init__(
+        self,
+        run: Any,
+        metric_names: Sequence[str] | Literal["all"] | None = None,
+        output_transform: Callable[[Any], Any] | None = None,
+        global_step_transform: StepTransform | None = None,
+    ) -> None:
+        if isinstance(metric_names, str) and metric_names != "all":
+            raise TypeError(f'metric_names={metric_names!r} must be a list of names, [{metric_names!r}], or "all".')
+        if metric_names is None and output_transform is None:
+            raise ValueError('There is nothing to log: pass metric_names= (a list, or "all") or output_transform=.')
+        self._is_all = metric_names == "all"
+        self._names = None if metric_names is None or self._is_all else list(metric_names)
+        self._output_transform = output_transform
+        self._step_transform = global_step_transform
+        self._sink = sink_of(run) if world().rank == 0 else None
+
+    def __call__(self, engine: Engine) -> None:
+        if self._sink is None:
+            return
+        values = self._values(engine)
+        if values:
+            self._sink(flat(values), step_of(engine, self._step_transform))
+
+    def _values(self, engine: Engine) -> dict[str, Any]:
+        outputs = self._outputs(engine)
+        if self._names is None:
+            # A whole output may hold predictions as well: of what nobody named, only what a row can hold is taken.
+            found = {**engine.state.metrics, **outputs} if self._is_all else outputs
+            spread = (_spread(name, value) for name, value in found.items())
+            return {name: value for part in spread for name, value in part.items() if _fits(value)}
+        have = {**engine.state.metrics, **outputs}
+        values: dict[str, Any] = {}
+        for name in self._names:
+            if name in have:
+                values.update(_spread(name, have[name]))
+            elif name not in _attached(engine):
+                raise KeyError(
+                    f"TrackingHandler was asked to log {name!r}, but there is "
+                    f"{', '.join(map(repr, dict.fromkeys([*have, *_attached(engine)]))) or 'no value'}."
+                )
+        return values
+
+    def _outputs(self, engine: Engine) -> dict[str, Any]:
+        if self._output_transform is None:
+            return {}
+        output = self._output_transform(engine.state.output)
+        if isinstance(output, Mapping):
+            return dict(output)
+        if not _fits(output):
+            raise TypeError(
+                f"output_transform gave a {type(output).__qualname__}, but must give a number, or a mapping of names "
+                'to values: output_transform=lambda output: {"loss": output}.'
+            )
+        return {"output": output}
+
+
+def sink_of(run: Any) -> Sink:
+    """How rows are written to `run`, whatever it is of what people log to.
+
+    Raises: TypeError: it has no way that is known.
+    """
+    if callable(getattr(run, "add_scalar", None)):  # a SummaryWriter
+
+        def add_scalars(values: dict[str, Any], step: int) -> None:
+            for name, value in _numbers(values).items():
+                run.add_scalar(name, value, step)
+
+        return add_scalars
+    if callable(getattr(run, "log_metrics", None)):  # the module mlflow
+        return lambda values, step: run.log_metrics(_numbers(values), step=step)
+    if callable(getattr(run, "log", None)):
+        return lambda values, step: run.log(values, step=step)
+    if hasattr(getattr(run, "info", None), "run_id"):  # what mlflow.start_run() gives
+        import mlflow
+
+        return lambda values, step: mlflow.log_metrics(_numbers(values), step=step, run_id=run.info.run_id)
+    raise TypeError(
+        f"{run!r} cannot be logged to: pass a run of Track.run(), an object with log(dict, step=), a SummaryWriter, or "
+        "the module mlflow."
+    )
+
+
+def step_of(engine: Engine, transform: StepTransform | None) -> int:
+    if transform is None:
+        return engine.state.iteration
+    return whole_number("The step", transform(engine, engine.firing), least=0)
+
+
+def _attached(engine: Engine) -> list[str]:
+    """The names of the engine's metrics, those that have no value yet as well."""
+    return list(engine._metrics._metrics)
+
+
+def _spread(name: str, value: Any) -> dict[str, Any]:
+    """A vector (a score for each class) as its entries; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.ndim == 1 and len(value) != 1:
+        return {f"{name}/{index}": entry for index, entry in enumerate(value.tolist())}
+    return {name: value}
+
+
+def _fits(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, (int, float, str)) or (hasattr(value, "item") and getattr(value, "size", 0) == 1)
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if not isinstance(value, str)}
