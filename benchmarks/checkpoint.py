@@ -84,6 +84,18 @@ def bare_write(folder: Path, num_bytes: int) -> Contestant:
     return lambda: seconds(write)
 
 
+def write_beside(folder: Path, num_bytes: int) -> Contestant:
+    """The floor of whoever keeps the old file until the new one is safe: it cannot use the old one's memory again."""
+    write = bare_write(folder, num_bytes)
+
+    def beside() -> float:
+        taken = write()
+        os.replace(folder / "bare", folder / "kept")
+        return taken
+
+    return beside
+
+
 # -- dengine -----------------------------------------------------------------------------------------------------
 
 
@@ -183,9 +195,11 @@ def run(folder: Path, megabytes: int, rounds: int) -> None:
     saved = {"model": model, "optimizer": optimizer}
     sources, whole = tensors(model, optimizer), list[float]()
     num_bytes = sum(source.nbytes for source in sources)
+    (folder / "beside").mkdir()
     contestants: dict[str, Contestant] = {
         "memcpy": memory_copy(sources),
         "write + fsync": bare_write(folder, num_bytes),
+        "write + fsync, old one kept": write_beside(folder / "beside", num_bytes),
         "dengine": dengine_save(folder, saved),
         "dengine, asynchronous: stall": dengine_stall(folder, saved, whole),
         "dengine, verify": dengine_verify(folder),

@@ -28,7 +28,8 @@ _MAGIC = b"dengine1"
 _DIGEST_BYTES = 64  # of its text
 _FOOTER_BYTES = len(_MAGIC) + 8 + _DIGEST_BYTES
 _ZIP_END_BYTES = 22  # the archive's last record; its last two bytes are the length of the comment
-_ASIDE_BYTES = 1 << 17  # less than this is digested about as fast as a thread starts
+_ASIDE_BYTES = 1 << 20  # less than this is digested faster than a thread starts
+_COPY_BYTES = 1 << 12  # more than this is written from where it lies: a copy into fresh memory costs more than a call
 _FLUSH_BYTES = 32 << 20
 _READ_BYTES = 4 << 20
 
@@ -93,7 +94,7 @@ class SealedFile:
             flushing.result()
 
     def _take(self, view: memoryview) -> int:
-        if len(view) < _ASIDE_BYTES:
+        if len(view) < _COPY_BYTES:
             joined = self._end + bytes(view)
             self._put(memoryview(joined)[: max(len(joined) - _ZIP_END_BYTES, 0)])
             self._end = joined[-_ZIP_END_BYTES:]
