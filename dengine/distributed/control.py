@@ -52,6 +52,7 @@ _INQUIRE_S = 4.0  # how long it takes, at most, to find out who is gone
 _TOLD_PER_RUN = 8  # all ranks may fail at once: the first ones name the cause
 _LEAVE_S = 2.0
 _KEPT_RUNS = 256
+_MARK = "_dengine_told"  # on an exception that the others know of
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,7 @@ class Control:
         self._num_shared_runs = 0
         self._lock = threading.Lock()
         self._collected: dict[int, dict[str, Any]] = {}  # rank 0: wishes whose answers are not all there
-        self._told: BaseException | None = None
-        self._left_by_error: set[int] = set()
+        self._left_by_error: set[int] = set()  # runs of which it is not settled yet whether all ranks have
         self._forgiven: set[int] = set()
         self._is_broken = False
         self._heard_at_s = 0.0
@@ -240,14 +240,19 @@ class Control:
         that failure. Cost: two requests to the store; where a connection broke, up to 5 s to find out who is gone.
         """
         raised = error
-        if error is not self._told and not isinstance(error, RemoteRankError | StallError):
+        is_new = not hasattr(error, _MARK)  # else it comes from a run within this one
+        if is_new and not isinstance(error, RemoteRankError | StallError):
             cause = self._cause_of(error) if is_of_backend(error) else None
             if cause is None:
                 self._tell(error, run, here)
             else:
                 raised = cause.as_error()
+        with suppress(AttributeError):
+            setattr(raised, _MARK, True)
         if run is not None:
-            self._left_by_error.add(run)
+            failed_run = self.failure.run if self.failure is not None else run if is_new else None
+            if run == failed_run:
+                self._left_by_error.add(run)
             if not self._is_broken:
                 with suppress(RuntimeError):  # the store is gone
                     self.store.add(f"out/{run}", 1)
@@ -264,15 +269,11 @@ class Control:
 
         Where all ranks may yet turn out to have left a run alike (see `settle`), it waits for that.
         """
-        failure = self.failure
-        if failure is None:
-            return
-        if failure.run in self._left_by_error:
+        if self._left_by_error:
             with self._changed:
-                self._changed.wait_for(lambda: self.failure is not failure or self._is_broken, _SETTLE_S + _HEAR_S)
-            if self.failure is not failure:
-                return
-        raise failure.as_error()
+                self._changed.wait_for(lambda: not self._left_by_error or self._is_broken, _SETTLE_S + _HEAR_S)
+        if self.failure is not None:
+            raise self.failure.as_error()
 
     def settle(self) -> None:
         """Forgive a failure, where all ranks have left its run by an exception; break the group, where they have not.
@@ -305,6 +306,14 @@ class Control:
         if self.failure is not None:
             self._break(self.failure)
 
+    def lose_host(self, timeout_s: float) -> None:
+        """Rank 0's process, which hosts the store, is there but does not answer: nobody can be asked who hangs."""
+        text = f"Rank 0, which hosts the store, has not answered for {timeout_s:g} s: its process is stopped or hangs."
+        self._hear(Failure("stalled", 0, text, self.last_seen_of_rank_zero, is_frozen=True))
+        self._note(is_lost=True)
+        assert self.failure is not None
+        self._break(self.failure)
+
     last_seen_of_rank_zero: tuple[Level, ...] = ()  # kept by watch.py: the store could not tell afterwards
 
     @property
@@ -312,7 +321,6 @@ class Control:
         return self._is_broken
 
     def _tell(self, error: BaseException, run: int | None, here: FrameType) -> None:
-        self._told = error
         text = traceback_of(error)
         line = f"{type(error).__qualname__}: {error}" if str(error) else type(error).__qualname__
         where = self.where(frames_of(error, here))
@@ -345,6 +353,7 @@ class Control:
         self.ledger.begin_anew(failure.run)
         with self._changed:
             self.failure = None
+            self._left_by_error.discard(failure.run)
             self._changed.notify_all()
 
     def _break(self, failure: Failure) -> None:

@@ -5,6 +5,7 @@ tell: type and size are the same. So each call is entered in the store before it
 compared with that entry by all others. No rank waits for another one there.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ __all__ = ["Ledger", "call_site"]
 
 _CHECKED_RANKS = 64  # of more ranks, so many check each call, in turn: what the store sees does not grow with them
 _KEPT = 1024  # entries; no rank can be further behind
-_HERE = os.path.dirname(os.path.dirname(__file__))
+_NOT_THE_USERS = (os.path.dirname(os.path.dirname(__file__)), contextlib.__file__)
 
 
 class Ledger:
@@ -51,14 +52,10 @@ class Ledger:
         if (self._here.rank - self.num_calls) % self._stride:
             return
         mine = {"what": what, "site": site, "from": call_site(), "rank": self._here.rank}
-        with suppress(RuntimeError):  # the store is gone, and with it what there was to compare
-            told = self._store.compare_set(self._key(self.num_calls), "", json.dumps(mine))
-            if self._here.rank == 0 and self.num_calls > _KEPT:
-                self._store.delete_key(self._key(self.num_calls - _KEPT))
-            first = json.loads(told)
-            if (first["what"], first["site"]) != (what, site):
-                self.is_inside = False
-                raise ConsistencyError(_difference(first, mine))
+        first = self._first_call(mine)
+        if (first["what"], first["site"]) != (what, site):
+            self.is_inside = False
+            raise ConsistencyError(_difference(first, mine))
 
     def leave(self) -> None:
         self.is_inside = False
@@ -68,6 +65,15 @@ class Ledger:
         self._part = f"after/{run}"
         self.num_calls = 0
 
+    def _first_call(self, mine: dict[str, Any]) -> dict[str, Any]:
+        """What the rank that came first has entered: `mine` where this one did."""
+        told = b""
+        with suppress(RuntimeError):  # the store is gone, and with it what there was to compare
+            told = self._store.compare_set(self._key(self.num_calls), "", json.dumps(mine))
+            if self._here.rank == 0 and self.num_calls > _KEPT:
+                self._store.delete_key(self._key(self.num_calls - _KEPT))
+        return json.loads(told) if told else mine
+
     def _key(self, number: int) -> str:
         return f"collective/{self._part}/{number}"
 
@@ -75,7 +81,7 @@ class Ledger:
 def call_site() -> str:
     """Where the user's code calls from: the innermost line that is not the package's own."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
 

@@ -53,15 +53,22 @@ class Watch:
         self._num_asked = 0
         self._is_asked_to_inquire = False
         self._broken_at_s: float | None = None
+        self._told_by_host: dict[str, Any] = {}
         control.answer = self._answer
         control.inquire = self._inquire
         self._tell_place()
+        self._beat_s = time.monotonic()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dengine-watch", daemon=True)
+        self._guard = threading.Thread(target=self._guard_host, name="dengine-guard", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+        if self._control.meeting.is_hosted_by_rank_zero and self._here.rank != 0:
+            self._guard.start()
 
     def stop(self) -> None:
+        self._stopped.set()
         self._control.connections.wake()
         self._thread.join(timeout=_ANSWER_S)
 
@@ -73,6 +80,7 @@ class Watch:
             has_hung_up = control.connections.wait(_SETTLING_PERIOD_S if is_settling else self._period_s)
             if control.is_closed:
                 return
+            self._beat_s = time.monotonic()
             try:
                 if control.is_broken or control.is_lost:
                     self._end_what_hangs()
@@ -87,6 +95,15 @@ class Watch:
                 control.settle()
             except Exception as error:  # the store is gone
                 control.lose(error)
+
+    def _guard_host(self) -> None:
+        """A request to a store whose process is stopped never returns: so another thread looks after the first."""
+        while not self._stopped.wait(self._period_s):
+            silent_s = time.monotonic() - self._beat_s
+            if self._control.is_broken:
+                self._end_what_hangs()
+            elif not self._control.is_lost and silent_s > self._stall_timeout_s + self._period_s:
+                self._control.lose_host(self._stall_timeout_s)
 
     # -- where this rank is ----------------------------------------------------------------------------------------
 
@@ -110,7 +127,8 @@ class Watch:
         }
         self._store.set(f"at/{self._here.rank}", json.dumps(told))
         if self._control.meeting.is_hosted_by_rank_zero and self._here.rank != 0:
-            self._control.last_seen_of_rank_zero = _levels(self._told_place(0))
+            self._told_by_host = self._told_place(0)
+            self._control.last_seen_of_rank_zero = _levels(self._told_by_host)
         self._note_progress(place)
 
     def _note_progress(self, place: tuple[Level, ...]) -> None:
@@ -266,7 +284,7 @@ class Watch:
 
     def _end_frozen(self, rank: int) -> None:
         """A stopped process does not end by itself, and not by SIGTERM either."""
-        told = self._told_place(rank)
+        told = self._told_by_host if self._control.is_lost else self._told_place(rank)
         if self._is_here(told) and rank != self._here.rank and _is_alive(told):
             with suppress(OSError):
                 os.kill(told["pid"], signal.SIGKILL)

@@ -1,0 +1,79 @@
+"""Ends a run whose numbers have gone wrong."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dengine.engine import Engine
+
+__all__ = ["TerminateOnNan"]
+
+_READ_EVERY = 16  # iterations: reading a flag on a GPU waits for all that was queued before it
+
+
+class TerminateOnNan:
+    """Stops the run, on all ranks at the same iteration, where the step's output holds a NaN or an infinite number.
+
+    Numbers and tensors count, nested in dicts, lists and tuples or not; whole numbers cannot be wrong. The flag of a
+    tensor stays on its device and is read every 16 iterations and at the end of an epoch of known length, so that on a
+    GPU the run goes on for up to 15 iterations; on the CPU it is read at once.
+
+    Attach it on every rank: `trainer.on(Events.ITERATION_COMPLETED, TerminateOnNan())`.
+
+    Args:
+        output_transform: what of the step's output is looked at; by default all of it.
+
+    Example:
+        >>> import warnings
+        >>> from dengine import Engine, Events
+        >>> trainer = Engine(lambda engine, batch: {"loss": 1.0 if batch < 3 else float("nan")})
+        >>> handle = trainer.on(Events.ITERATION_COMPLETED, TerminateOnNan())
+        >>> with warnings.catch_warnings(action="ignore"):
+        ...     trainer.run(range(100)).iteration
+        4
+    """
+
+    def __init__(self, output_transform: Callable[[Any], Any] | None = None) -> None:
+        self._transform = output_transform
+        self._flags: dict[torch.device, torch.Tensor] = {}  # whether all was finite
+
+    def __call__(self, engine: Engine) -> None:
+        output = engine.state.output
+        is_wrong = self._note(output if self._transform is None else self._transform(output))
+        state = engine.state
+        if is_wrong or (self._is_due(state.iteration, state.epoch_iteration == state.epoch_length) and self._read()):
+            self._flags.clear()
+            warnings.warn(
+                f"The step's output held a NaN or an infinite number by iteration {state.iteration} "
+                f"(epoch {state.epoch}), so the run is ended.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            engine.terminate()
+
+    def _note(self, value: Any) -> bool:
+        """Note what is in `value`; True where it can be told at once that something is wrong."""
+        if isinstance(value, Mapping):
+            return any(self._note(part) for part in value.values())
+        if isinstance(value, list | tuple):
+            return any(self._note(part) for part in value)
+        if isinstance(value, torch.Tensor):
+            self._note_tensor(value.detach())
+            return False
+        return isinstance(value, float | complex) and not math.isfinite(abs(value))
+
+    def _note_tensor(self, tensor: torch.Tensor) -> None:
+        if tensor.is_floating_point() or tensor.is_complex():
+            is_finite = torch.isfinite(tensor).all()
+            flag = self._flags.get(tensor.device)
+            self._flags[tensor.device] = is_finite if flag is None else flag.logical_and_(is_finite)
+
+    def _is_due(self, iteration: int, is_last: bool) -> bool:
+        is_free = all(device.type == "cpu" for device in self._flags)
+        return is_free or is_last or iteration % _READ_EVERY == 0
+
+    def _read(self) -> bool:
+        return any(not flag.item() for flag in self._flags.values())

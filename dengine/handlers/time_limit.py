@@ -1,0 +1,38 @@
+"""Ends a run in time."""
+
+import math
+import time
+
+from dengine.engine import Engine
+
+__all__ = ["TimeLimit"]
+
+
+class TimeLimit:
+    """Stops the run, on all ranks at the same iteration, once `seconds` have passed since the handler was made.
+
+    Made where the script starts, it counts all that a job is billed for. The rank whose clock says so first stops all.
+
+    Attach it on every rank: `trainer.on(Events.ITERATION_COMPLETED, TimeLimit(3600))`.
+
+    Raises:
+        TypeError, ValueError: `seconds` is no number above 0.
+
+    Example:
+        >>> from dengine import Engine, Events
+        >>> trainer = Engine(lambda engine, batch: time.sleep(0.01))
+        >>> handle = trainer.on(Events.ITERATION_COMPLETED, TimeLimit(0.05))
+        >>> trainer.run(range(1000)).iteration < 10
+        True
+    """
+
+    def __init__(self, seconds: float) -> None:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise TypeError(f"seconds={seconds!r} must be a number of seconds.")
+        if not seconds > 0 or math.isinf(seconds):
+            raise ValueError(f"seconds={seconds!r} must be a number of seconds above 0.")
+        self._end_s = time.monotonic() + seconds
+
+    def __call__(self, engine: Engine) -> None:
+        if time.monotonic() >= self._end_s:
+            engine.terminate()
