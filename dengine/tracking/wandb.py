@@ -49,4 +49,4 @@ class WandbBackend(Backend):
 
     def finish(self, is_failed: bool, summary: Mapping[str, Scalar]) -> None:
         self._run.summary.update(dict(summary))
-        self._run.finish(exit_code=int(is_failed), quiet=True)
+        self._run.finish(exit_code=int(is_failed))
