@@ -1,0 +1,233 @@
+"""Keeps an exponential moving average of a model's weights."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dengine.checks import whole_number
+from dengine.distributed import unwrap_model
+from dengine.engine import Engine
+
+__all__ = ["EMA"]
+
+_NOTES_OF_FSDP = ("__composable_api", "_is_fsdp", "_fsdp_")  # attributes that `fully_shard` leaves on a module
+
+
+class EMA:
+    """`ema.model`, a copy of the bare model whose weights are the average of those the model has had.
+
+    Call it after each step of the optimizer, on every rank: `trainer.on(Events.ITERATION_COMPLETED, ema)`. The first
+    call takes the model's weights as they are, each further one `average = decay * average + (1 - decay) * weights`:
+    the shares of the calls add up to 1 from the first on, there is no bias towards zero, and the weights before the
+    first call have no share. Before the first call the copy has the weights that the model had when it was made.
+    With `Events.ITERATION_COMPLETED(after=1000)` the average begins there.
+
+    Parameters and floating-point buffers are averaged, other buffers (counts) are copied. The copy is in eval mode and
+    takes no gradients; evaluate `ema.model` as any other model. Make it after `prepare_model`: a model in DDP is
+    averaged without its wrapper, one sharded by FSDP2 shard by shard, and its copy is sharded alike.
+    Buffers of a rank are its own, as in the model: `evaluating(ema.model)` takes rank 0's.
+
+    Weights in bfloat16 or float16 are too coarse for a decay near 1: average float32 ones.
+
+    Args:
+        model: on its device already, wrapped or not.
+        decay: from 0 (no average) to 1, exclusive. The average spans about 1 / (1 - decay) calls.
+
+    Attributes:
+        model: the averaged copy.
+        num_updates: calls so far.
+
+    Raises:
+        TypeError: `model` is no module. ValueError: `decay` is outside of its range.
+
+    Cost: memory for one more copy of the weights; a call reads and writes it once, with one operation per dtype and
+    device, no wait for the device, and no collective.
+
+    Example:
+        >>> import torch
+        >>> from dengine import Engine, Events
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> ema = EMA(model, decay=0.5)
+        >>> trainer = Engine(lambda engine, batch: torch.nn.init.constant_(model.weight, batch))
+        >>> handle = trainer.on(Events.ITERATION_COMPLETED, ema)
+        >>> state = trainer.run([1.0, 2.0, 4.0])
+        >>> ema.model.weight.item()  # ((1 + 2) / 2 + 4) / 2
+        2.75
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"EMA() takes a torch.nn.Module, but got {type(model).__qualname__}.")
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+            raise ValueError(f"decay={decay!r} must be a number from 0 to below 1, such as 0.999.")
+        self._decay = float(decay)
+        self._source = unwrap_model(model)
+        _reshard(self._source)
+        self.model = _copy_of(self._source).eval().requires_grad_(False)
+        self.num_updates = 0
+        # Whole parameters stand in their place while the model is in use; these are what the optimizer changes.
+        self._source_shards, self._own_shards = _shards(self._source), _shards(self.model)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        if self._own_shards:
+            _reshard(self.model)  # what an evaluation has gathered would be used by the next one
+        averaged: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+        for target, source in self._pairs():
+            if source.is_floating_point() or source.is_complex():
+                targets, sources = averaged.setdefault((target.dtype, target.device), ([], []))
+                targets.append(target)
+                sources.append(source.to(target.dtype))
+            else:
+                target.copy_(source, non_blocking=True)
+        for targets, sources in averaged.values():
+            if self.num_updates == 0:
+                torch._foreach_copy_(targets, sources)
+            else:
+                torch._foreach_lerp_(targets, sources, 1 - self._decay)
+        self.num_updates += 1
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of calls, and the state of `ema.model`."""
+        if self._own_shards:
+            _reshard(self.model)
+        return {"num_updates": self.num_updates, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what `state_dict()` gave; whole tensors are cut up for a sharded model. No collective.
+
+        Raises:
+            ValueError: an entry is missing, unknown, or of another shape; it is named, and nothing is changed.
+        """
+        if not isinstance(state_dict, Mapping) or state_dict.keys() != {"num_updates", "model"}:
+            have = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__qualname__
+            raise ValueError(f"The state of EMA has the entries 'num_updates' and 'model', but got {have}.")
+        try:
+            num_updates = whole_number("num_updates", state_dict["num_updates"], least=0)
+        except TypeError as error:
+            raise ValueError(f"The state of EMA is wrong: {error}") from error
+        if self._own_shards:
+            _reshard(self.model)
+        fitting = _fitted(state_dict["model"], self.model.state_dict())
+        self.model.load_state_dict(fitting)
+        self.num_updates = num_updates
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(average, weights) of each parameter and buffer, of a sharded one the shards that are here."""
+        sources = _tensors(self._source, self._source_shards)
+        for name, target in _tensors(self.model, self._own_shards).items():
+            yield _local(target), _local(sources[name].detach())
+
+
+def _tensors(model: nn.Module, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **shards, **dict(model.named_buffers())}
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 puts whole parameters in the place of the shards while they are in use; here the shards are needed."""
+    for module in model.modules():
+        if _is_fsdp(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def _shards(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in model.named_parameters() if _is_sharded(value)}
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    if not any(map(_is_fsdp, model.modules())):
+        return copy.deepcopy(model)
+    return _sharded_copy(model)
+
+
+def _sharded_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model that `fully_shard` has cut up, cut up in the same way: FSDP2 cannot be copied as it is.
+
+    A bare copy without storage is sharded anew, and then filled with the shards.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if _is_sharded(parameter):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    # Children first: a module's copy finds theirs in the memo.
+    sharded = [module for module in reversed(list(model.modules())) if _is_fsdp(module)]
+    for module in sharded:
+        memo[id(module)] = _bare_copy(module, memo)
+    copied: nn.Module = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        module._load_state_dict_post_hooks.clear()  # FSDP2's, which would reset the model instead of its copy
+    for module in sharded:
+        shards: list[Any] = list(_shards(module).values())
+        mesh = shards[0].device_mesh if shards else None
+        fully_shard(memo[id(module)], mesh=mesh, reshard_after_forward=True)
+    own: dict[str, Any] = _shards(model)
+    device = next(iter(own.values())).device
+    cast("Any", copied)._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value)
+    with torch.no_grad():
+        for name, shard in _shards(copied).items():
+            if cast("Any", shard).placements != own[name].placements:
+                raise ValueError(f"EMA cannot copy {name!r}, which is sharded in a way of its own: {own[name]!r}.")
+            _local(shard).copy_(_local(own[name].detach()))
+    return copied
+
+
+def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of the class that the module had before `fully_shard`, without the hooks that it added."""
+    kind: Any = type(module).__mro__[2]  # FSDPLinear(FSDPModule, Linear)
+    bare: nn.Module = kind.__new__(kind)
+    attributes = {name: value for name, value in vars(module).items() if not name.startswith(_NOTES_OF_FSDP)}
+    hooks = {name: type(value)() for name, value in attributes.items() if "_hooks" in name}
+    kept = {name: value for name, value in attributes.items() if name not in hooks}
+    bare.__dict__.update(copy.deepcopy(kept, memo), **hooks)
+    return bare
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)  # importing it costs 0.3 s
+
+
+def _is_sharded(value: Any) -> bool:
+    return hasattr(value, "to_local")  # a DTensor
+
+
+def _local(value: Any) -> Tensor:
+    local: Tensor = value.to_local() if _is_sharded(value) else value
+    return local
+
+
+def _fitted(given: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The state `given`, checked against `own`, its tensors cut up where ours are."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"'model' in the state of EMA must be a dict, but is a {type(given).__qualname__}.")
+    if different := sorted(given.keys() ^ own.keys()):
+        what = "lacks" if different[0] in own else "has the unknown entry"
+        raise ValueError(f"'model' in the state of EMA {what} {different[0]!r}: it is of another model.")
+    fitted = {}
+    for name, value in given.items():
+        mine = own[name]
+        if isinstance(mine, Tensor):
+            if not isinstance(value, Tensor) or value.shape != mine.shape:
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__qualname__
+                raise ValueError(f"{name!r} in the state of EMA is {found}, but the model's is {tuple(mine.shape)}.")
+            value = _cut_up(value, mine)
+        fitted[name] = value
+    return fitted
+
+
+def _cut_up(value: Tensor, like: Any) -> Tensor:
+    if not _is_sharded(like) or _is_sharded(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every rank has the whole: each takes its part, and none is sent.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
