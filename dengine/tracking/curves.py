@@ -86,8 +86,7 @@ def smoothed(y: np.ndarray, reach: int) -> np.ndarray:
     sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, y, 0.0))])
     counts = np.concatenate([[0], np.cumsum(is_finite)])
     index = np.arange(len(y))
-    reaches = np.minimum(reach, np.minimum(index, len(y) - 1 - index))
-    low, high = index - reaches, index + reaches + 1
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(y))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray((sums[high] - sums[low]) / (counts[high] - counts[low]))
 

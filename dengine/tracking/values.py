@@ -27,11 +27,11 @@ def scalar(name: str, value: Any) -> Scalar:
     if type(value) in _AS_IT_IS:
         return value  # type: ignore[no-any-return]
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        is_tensor = isinstance(value, torch.Tensor)
-        if (value.numel() if is_tensor else value.size) != 1:
+        if (value.numel() if isinstance(value, torch.Tensor) else value.size) != 1:
+            kind = "a tensor" if isinstance(value, torch.Tensor) else "an array"
             raise TypeError(
-                f"{name!r} is {'a tensor' if is_tensor else 'an array'} of shape {tuple(value.shape)}, and a row holds "
-                "scalars: log its mean, or its entries one by one."
+                f"{name!r} is {kind} of shape {tuple(value.shape)}, and a row holds scalars: log its mean, or its "
+                "entries one by one."
             )
         value = value.item()
     for kind_of_scalar in (bool, int, float, str):  # subclasses too: np.float64, an IntEnum
