@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ def model(folder: Path, contents: str, name: str = "model") -> Artifact:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Track.run("p", dir=tmp_path / "runs")
+def run(tmp_path: Path) -> Iterator[Run]:
+    with Track.run("p", dir=tmp_path / "runs") as run:
+        yield run
 
 
 def test_versions_count_up_and_contents_stored_before_are_not_stored_again(run: Run, tmp_path: Path) -> None:
