@@ -1,6 +1,7 @@
 """Ends the training when a score has not improved for a while."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dengine.checks import whole_number
@@ -58,9 +59,9 @@ class EarlyStopping:
 
     def __call__(self, engine: Engine) -> None:
         if engine.distributed:
-            score = from_rank_zero(lambda: float(self._score_function(engine)), "compute the score for early stopping")
+            score = from_rank_zero(lambda: self._score(engine), "compute the score for early stopping")
         else:
-            score = float(self._score_function(engine))
+            score = self._score(engine)
         if self._has_improved(score):
             self._num_calls_without_improvement = 0
             return
@@ -69,18 +70,45 @@ class EarlyStopping:
             self._trainer.terminate()
 
     def state_dict(self) -> dict[str, Any]:
+        """The best score (None before the first one) and the number of calls since it."""
         return {"best": self._best, "num_calls_without_improvement": self._num_calls_without_improvement}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises: ValueError, where an entry is missing; nothing is changed then."""
-        if missing := {"best", "num_calls_without_improvement"} - state_dict.keys():
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on counting where `state_dict()` was taken.
+
+        Raises:
+            ValueError: an entry is missing, unknown or wrong; it is named, and nothing is changed.
+        """
+        wanted = {"best", "num_calls_without_improvement"}
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"The state of EarlyStopping is a dict, but got a {type(state_dict).__qualname__}.")
+        if missing := wanted - state_dict.keys():
             raise ValueError(f"The state of EarlyStopping lacks {', '.join(sorted(missing))}.")
-        self._best = state_dict["best"]
-        self._num_calls_without_improvement = state_dict["num_calls_without_improvement"]
+        if unknown := state_dict.keys() - wanted:
+            raise ValueError(
+                f"The state of EarlyStopping has unknown entries: {', '.join(sorted(map(repr, unknown)))}."
+            )
+        best, num_calls = state_dict["best"], state_dict["num_calls_without_improvement"]
+        if best is not None and (isinstance(best, bool) or not isinstance(best, int | float)):
+            raise ValueError(f"best={best!r} in the state of EarlyStopping must be a number or None.")
+        if isinstance(num_calls, bool) or not isinstance(num_calls, int) or num_calls < 0:
+            raise ValueError(
+                f"num_calls_without_improvement={num_calls!r} in the state of EarlyStopping must be a whole number "
+                "of at least 0."
+            )
+        self._best = None if best is None else float(best)
+        self._num_calls_without_improvement = num_calls
+
+    def _score(self, engine: Engine) -> float:
+        score = self._score_function(engine)
+        try:
+            return float(score)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"score_function gave {score!r}, but early stopping compares one number a call.") from error
 
     def _has_improved(self, score: float) -> bool:
         """Compare with the best, and take the score over where it is to be measured from now on."""
-        if score != score:
+        if math.isnan(score):
             return False
         has_improved = self._best is None or score > self._best + self._min_delta
         if self._best is None or has_improved or (score > self._best and not self._is_cumulative):

@@ -1,5 +1,7 @@
 """Steps a learning-rate schedule."""
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
@@ -14,10 +16,17 @@ class LRScheduler:
     """Steps `scheduler` whenever it is called; `ReduceLROnPlateau` with the metric it waits for.
 
     Attach it on every rank, where the schedule is to be stepped: `trainer.on(Events.EPOCH_COMPLETED, schedule)`.
-    It is no collective: a metric's value is the same on all ranks.
+    It is no collective: a metric's value is the same on all ranks, and so is the step that they make.
+
+    Warm-up is a composition of torch's own, here 100 iterations before a cosine, stepped at `ITERATION_COMPLETED`:
+
+        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=100)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=900)
+        both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], milestones=[100])
+        trainer.on(Events.ITERATION_COMPLETED, LRScheduler(both))
 
     Args:
-        scheduler: any of torch's. Warm-up is a composition of torch's own (`SequentialLR`, `LinearLR`).
+        scheduler: any of torch's.
         metric_name: of `state.metrics`; what `ReduceLROnPlateau` is stepped with, and nothing else takes.
         metric_engine: whose metrics; by default the engine it is attached to.
 
@@ -49,6 +58,8 @@ class LRScheduler:
             raise ValueError(
                 f"{type(scheduler).__qualname__} takes no metric: leave out metric_name and metric_engine."
             )
+        if metric_engine is not None and not isinstance(metric_engine, Engine):
+            raise TypeError(f"metric_engine={metric_engine!r} must be the Engine whose metric is meant.")
         self._scheduler = scheduler
         self._metric_name = metric_name
         self._metric_engine = metric_engine
@@ -67,7 +78,31 @@ class LRScheduler:
         self._scheduler.step(float(metrics[self._metric_name]))
 
     def state_dict(self) -> dict[str, Any]:
+        """The schedule's own. The learning rates themselves are in the optimizer's."""
         return self._scheduler.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._scheduler.load_state_dict(state_dict)
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Have the schedule go on where `state_dict()` was taken.
+
+        Raises:
+            ValueError: it is that of another kind of schedule; it names what differs, and nothing is changed.
+        """
+        own = self._scheduler.state_dict()
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"The state of a schedule is a dict, but got a {type(state_dict).__qualname__}.")
+        # Names that begin with an underscore come and go with the version of torch.
+        different = [name for name in own.keys() ^ state_dict.keys() if not str(name).startswith("_")]
+        if different:
+            what = "lacks" if different[0] in own else "has the unknown entry"
+            raise ValueError(
+                f"The state given to LRScheduler is not one of {type(self._scheduler).__qualname__}: "
+                f"it {what} {different[0]!r}."
+            )
+        before = copy.deepcopy(own)
+        try:
+            self._scheduler.load_state_dict(copy.deepcopy(dict(state_dict)))  # some schedules empty what they are given
+        except Exception as error:
+            self._scheduler.load_state_dict(before)
+            raise ValueError(
+                f"The state given to LRScheduler is not one of {type(self._scheduler).__qualname__}: {error!r}."
+            ) from error

@@ -17,29 +17,32 @@ if TYPE_CHECKING:
 __all__ = ["ProgressBar"]
 
 _REDRAW_S = 0.1
+_LINE_S = 300.0  # a log file of an epoch of hours tells that it goes on
+_LOG_COLUMNS = 100
 
 
 class ProgressBar:
     """A bar an epoch: `Epoch [1/10]: 100%|███| 1000/1000 [01:23<00:00, 12.01it/s, loss=0.345]`, by tqdm.
 
     Rank 0 draws; on the other ranks `attach` does nothing. In a terminal and in a notebook the bar moves; where output
-    goes into a file, an epoch is one line, written when it ends. Values on a GPU are read only when they are drawn, at
-    most ten times a second. It writes to stderr, as tqdm does.
+    goes into a file, an epoch is one line, written when it ends or is cut short, and one every five minutes before.
+    Values on a GPU are read only when they are drawn, at most ten times a second, and not after a failure, when there
+    may be no reading them. It writes to stderr, as tqdm does. One bar may show several engines.
 
     Args:
         persist: leave the bars of finished epochs standing; without it the next epoch's takes their place.
         desc: shown instead of "Epoch".
+
+    Example:
+        >>> from dengine import Engine
+        >>> trainer = Engine(lambda engine, batch: {"loss": 1 / batch})
+        >>> ProgressBar().attach(trainer, output_transform=lambda output: {"loss": output["loss"]})
+        >>> state = trainer.run(range(1, 10), max_epochs=2)
     """
 
     def __init__(self, persist: bool = False, desc: str | None = None) -> None:
         self._persist = persist
         self._desc = desc or "Epoch"
-        self._bar: tqdm[Any] | None = None
-        self._drawn_s = 0.0
-        self._started_s = 0.0
-        self._first_iteration = 0
-        self._metric_names: Sequence[str] = ()
-        self._output_transform: Callable[[Any], Any] | None = None
 
     def attach(
         self,
@@ -55,33 +58,64 @@ class ProgressBar:
                 of a mapping, what is no number is left out.
 
         Raises:
-            TypeError: `metric_names` is a string rather than a list of them.
+            TypeError: `metric_names` is a string rather than a list of them; `output_transform` is not callable.
             KeyError: (at the end of the first epoch) there is no value of such a name; it lists those there are.
         """
         if isinstance(metric_names, str):
             raise TypeError(f"metric_names={metric_names!r} must be a list of names: [{metric_names!r}].")
-        if world().rank != 0:
-            return
-        self._metric_names = tuple(metric_names or ())
+        if output_transform is not None and not callable(output_transform):
+            raise TypeError(f"output_transform={output_transform!r} must be callable, as output_transform(output).")
+        if world().rank == 0:
+            _Display(self._persist, self._desc, tuple(metric_names or ()), output_transform).attach(engine)
+
+
+class _Display:
+    """The bar of one engine: drawn over again where that can be done, else a line."""
+
+    def __init__(
+        self, persist: bool, desc: str, metric_names: tuple[str, ...], output_transform: Callable[[Any], Any] | None
+    ) -> None:
+        self._persist = persist
+        self._desc = desc
+        self._metric_names = metric_names
         self._output_transform = output_transform
+        self._bar: tqdm[Any] | None = None
+        self._drawn_s = 0.0
+        self._started_s = 0.0
+        self._first_iteration = 0
+        self._num_done = 0  # state.epoch_iteration counts one that failed
+        self._is_open = False  # iterations were made that no line or finished bar tells of
+
+    def attach(self, engine: Engine) -> None:
         engine.on(Events.STARTED | Events.EPOCH_STARTED, self._begin, priority=1000)
         # At the end of an iteration after the other handlers; at the end of an epoch before them, so that what they
         # print stands below the bar.
         engine.on(Events.ITERATION_COMPLETED, self._advance, priority=-1000)
         engine.on(Events.EPOCH_COMPLETED, self._finish, priority=1000)
-        engine.on(Events.COMPLETED | Events.EXCEPTION_RAISED, self._close, priority=1000)
+        engine.on(Events.COMPLETED | Events.EXCEPTION_RAISED, self._leave, priority=1000)
+
+    # -- handlers ------------------------------------------------------------------------------------------------
 
     def _begin(self, engine: Engine) -> None:
+        self._close()  # of a run that was left without an event
         self._started_s = time.time()
-        self._first_iteration = engine.state.epoch_iteration  # not 0 where a run was resumed within an epoch
+        self._num_done = self._first_iteration = (
+            engine.state.epoch_iteration
+        )  # not 0 where a run was resumed within an epoch
+        self._drawn_s = 0.0 if _is_interactive() else time.monotonic()
 
     def _advance(self, engine: Engine) -> None:
+        self._is_open = True
+        self._num_done = engine.state.epoch_iteration
         now_s = time.monotonic()
         if now_s - self._drawn_s < _REDRAW_S:
             return
-        self._drawn_s = now_s
         if _is_interactive():
+            self._drawn_s = now_s
             self._draw(engine)
+        elif now_s - self._drawn_s >= _LINE_S:
+            self._drawn_s = now_s
+            self._print(engine)
 
     def _finish(self, engine: Engine) -> None:
         have = {**engine.state.metrics, **self._output_values(engine)}
@@ -90,17 +124,30 @@ class ProgressBar:
                 f"The progress bar was asked to show {', '.join(map(repr, missing))}, but there is "
                 f"{', '.join(map(repr, have)) or 'no value'}."
             )
+        self._show_last(engine)
+
+    def _leave(self, engine: Engine) -> None:
+        try:
+            if self._is_open:
+                self._show_last(engine)
+        finally:
+            self._close()
+
+    # -- showing -------------------------------------------------------------------------------------------------
+
+    def _show_last(self, engine: Engine) -> None:
+        self._is_open = False
         if _is_interactive():
             self._draw(engine)
-            self._close(engine)
+            self._close()
         else:
-            print(self._line(engine), file=sys.stderr, flush=True)
+            self._print(engine)
 
-    def _close(self, engine: Engine) -> None:
+    def _close(self) -> None:
+        self._is_open = False
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        self._drawn_s = 0.0
 
     def _draw(self, engine: Engine) -> None:
         if self._bar is None:
@@ -110,29 +157,32 @@ class ProgressBar:
             self._bar = tqdm(
                 desc=self._title(engine),
                 initial=self._first_iteration,
+                total=engine.state.epoch_length,
                 leave=self._persist,
                 delay=1e-9,
                 # A pseudo-terminal may have no columns, in which tqdm would draw nothing.
                 ncols=shutil.get_terminal_size().columns if sys.stderr.isatty() else None,
             )
             self._bar.start_t = self._started_s  # not now: the first iteration is behind us
-        self._bar.n = engine.state.epoch_iteration
+        self._bar.n = self._num_done
         self._bar.total = engine.state.epoch_length
         self._bar.set_postfix_str(self._shown_values(engine), refresh=False)
         self._bar.refresh()
 
-    def _line(self, engine: Engine) -> str:
+    def _print(self, engine: Engine) -> None:
         from tqdm import tqdm
 
-        return tqdm.format_meter(
-            engine.state.epoch_iteration,
-            engine.state.epoch_length or engine.state.epoch_iteration,
+        line = tqdm.format_meter(
+            self._num_done,
+            # Where the length is unknown until the epoch has ended, None gives a line without a percentage.
+            engine.state.epoch_length,  # type: ignore[arg-type]
             time.time() - self._started_s,
             initial=self._first_iteration,
             prefix=self._title(engine),
             postfix=self._shown_values(engine),
-            ncols=100,
+            ncols=_LOG_COLUMNS,
         )
+        print(line, file=sys.stderr, flush=True)
 
     def _title(self, engine: Engine) -> str:
         state = engine.state
@@ -141,6 +191,8 @@ class ProgressBar:
 
     def _shown_values(self, engine: Engine) -> str:
         """What stands behind the bar; here, and nowhere else, a value is read from a device."""
+        if engine.state.exception is not None:  # the device may have failed, or wait for a rank that is gone
+            return ""
         values = self._output_values(engine)
         if self._metric_names:
             have = {**engine.state.metrics, **values}

@@ -1,6 +1,8 @@
 """Configurations from every source: what they give, and what an error says."""
 
 import copy
+import doctest
+import importlib
 import pickle
 import re
 import sys
@@ -276,3 +278,9 @@ def test_the_config_is_a_mapping_that_cannot_be_deleted_from() -> None:
         del cfg.a
     with pytest.raises(ConfigError, match="cannot be set as an attribute"):
         cfg._a = 1
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    result = doctest.testmod(importlib.import_module("dengine.config.conf"))
+    assert result.attempted > 3
+    assert result.failed == 0

@@ -1,8 +1,10 @@
 """At which call the training ends, from a table of scores."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dengine import Engine, Events
 from dengine.handlers import EarlyStopping
@@ -62,8 +64,41 @@ def test_its_state_goes_on_counting() -> None:
     second.load_state_dict(first.state_dict())
     second_trainer.on(Events.EPOCH_COMPLETED, second)
     assert second_trainer.run([0], max_epochs=5).epoch == 0
-    with pytest.raises(ValueError, match="lacks best"):
-        second.load_state_dict({"num_calls_without_improvement": 0})
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"num_calls_without_improvement": 0}, "lacks best"),
+        ({"best": 1.0, "num_calls_without_improvement": 0, "x": 1}, "unknown entries: 'x'"),
+        ({"best": "1", "num_calls_without_improvement": 0}, "best='1' .* must be a number or None"),
+        ({"best": 1.0, "num_calls_without_improvement": -1}, "num_calls_without_improvement=-1 .* at least 0"),
+        ([1], "is a dict, but got a list"),
+    ],
+)
+def test_a_wrong_state_is_named_and_nothing_changes(state: Any, message: str) -> None:
+    stop = EarlyStopping(3, lambda engine: 0.0, Engine(lambda engine, batch: batch))
+    with pytest.raises(ValueError, match=message):
+        stop.load_state_dict(state)
+    assert stop.state_dict() == {"best": None, "num_calls_without_improvement": 0}
+
+
+@pytest.mark.parametrize("score", [None, "high", torch.zeros(2)])
+def test_a_score_that_is_no_number_is_named(score: Any) -> None:
+    trainer = Engine(lambda engine, batch: batch)
+    trainer.on(Events.EPOCH_COMPLETED, EarlyStopping(3, lambda engine: score, trainer))
+    with pytest.raises(TypeError, match="score_function gave .* compares one number a call"):
+        trainer.run([0])
+
+
+def test_its_state_can_be_read_without_a_pickle_and_a_score_may_be_a_tensor(tmp_path: Path) -> None:
+    trainer = Engine(lambda engine, batch: batch)
+    stop = EarlyStopping(3, lambda engine: torch.tensor(0.5), trainer)  # type: ignore[arg-type, return-value]
+    trainer.on(Events.EPOCH_COMPLETED, stop)
+    trainer.run([0], max_epochs=2)
+    torch.save(stop.state_dict(), tmp_path / "stop.pt")
+    expected = {"best": 0.5, "num_calls_without_improvement": 1}
+    assert torch.load(tmp_path / "stop.pt", weights_only=True) == expected
 
 
 @pytest.mark.parametrize(
