@@ -1,0 +1,215 @@
+"""One rank goes wrong: every other one says which, and where; nobody hangs, and nobody waits longer than he must.
+
+The oracle is the fault itself: faults.py makes it happen on a rank, in a place and at an iteration that the test chose.
+DENGINE_FAULT_RUNS=50 repeats each fault so often.
+"""
+
+import os
+import re
+import socket
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+from faults import AT_ITERATION, FAULTS, PLACES, train
+from ranks import Completed, Outcome, run_ranks, torchrun
+
+from dengine import Engine, Events, distributed
+
+HERE = Path(__file__).parent
+RUNS = range(int(os.environ.get("DENGINE_FAULT_RUNS", "1")))
+STALL_TIMEOUT_S = 2.0
+GONE_S = 5.0  # after a raise or a kill, and after the stall timeout of a hang
+
+HANGS = ("stop", "sleep", "leave")
+WHERE = {
+    "step": rf"epoch 1, iteration {AT_ITERATION}, in the step train.<locals>.train_step",
+    "handler": rf"epoch 1, iteration {AT_ITERATION}, in handler .* of ITERATION_COMPLETED",
+    "data": rf"epoch 1, iteration {AT_ITERATION - 1}, fetching batch 2 of the epoch",
+    "metric": rf"epoch 1, iteration {AT_ITERATION}, updating the metrics",
+    "checkpoint": "epoch 1, iteration 10, in handler Checkpoint of EPOCH_COMPLETED",
+    "evaluation": "epoch 1, iteration 10, in handler .*validate of EPOCH_COMPLETED, and there at epoch 0, iteration 2",
+}
+
+
+def job(rank: int, size: int, fault: str, place: str, culprit: int, folder: str) -> str:
+    with distributed.process_group(timeout=120, stall_timeout=STALL_TIMEOUT_S):
+        train(fault, place, culprit, folder)
+    return "done"
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def happened(tmp_path: Path, fault: str, place: str, culprit: int, size: int, *, hosts: bool) -> list[Outcome[str]]:
+    """The outcomes of all ranks, `seconds` counted from the fault. `hosts`: rank 0 hosts the store, not a launcher."""
+    marker = tmp_path / "happened"
+    environment = {"FAULT_FILE": str(marker)}
+    if hosts:
+        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": free_port()}
+    started_s = time.time()
+    outcomes: list[Outcome[str]] = run_ranks(
+        job, size, fault, place, culprit, str(tmp_path / "saved"), init=False, env=environment, expect_failures=True
+    )
+    assert marker.exists(), outcomes
+    delay_s = float(marker.read_text()) - started_s
+    limit_s = GONE_S + (STALL_TIMEOUT_S if fault in HANGS else 0)
+    for outcome in outcomes:
+        assert outcome.error_type != "DeadlineExceeded", outcome
+        assert outcome.seconds - delay_s < limit_s, outcome
+    return outcomes
+
+
+def check_names(outcomes: list[Outcome[str]], fault: str, place: str, culprit: int) -> None:
+    expected = "StallError" if fault in HANGS else "RemoteRankError"
+    for outcome in outcomes:
+        if (fault, place) == ("raise", "checkpoint"):  # a save that fails is raised on all ranks alike
+            assert outcome.error_type == "CheckpointError", outcome
+            assert f"rank {culprit}" in outcome.error_message
+            assert "ValueError: sample 4711 is broken" in outcome.error_message
+            continue
+        if outcome.rank == culprit:
+            continue
+        assert outcome.error_type == expected, outcome
+        words = {"raise": "failed", "exit": "failed", "kill": "vanished", "_exit": "vanished"}
+        found = re.match(rf"Rank (\d+),? {words.get(fault, '(has|which)')}", outcome.error_message)
+        assert found is not None, outcome.error_message
+        assert found[1] == str(culprit), outcome.error_message
+        if fault == "raise":
+            assert "ValueError: sample 4711 is broken" in outcome.error_message
+            assert "in happen" in outcome.error_message  # its traceback
+        if fault in ("raise", "exit"):
+            assert re.search(f"Rank {culprit} was at {WHERE[place]}", outcome.error_message), outcome.error_message
+        if fault == "sleep":
+            assert re.search(f"Rank {culprit} is at {WHERE[place]}", outcome.error_message), outcome.error_message
+    own = outcomes[culprit]
+    if fault == "raise" and place != "checkpoint":
+        assert (own.error_type, own.error_message) == ("ValueError", "sample 4711 is broken")
+    if fault in ("sleep", "stop"):
+        assert own.error_type == "ProcessDied"
+    if fault == "leave":
+        assert own.error_type == "StallError"
+
+
+# Every fault in every place, with another culprit, number of ranks and host of the store each time.
+CASES = [
+    (fault, place, number % size, size, number % 2 == 0)
+    for number, ((fault, place), size) in enumerate(
+        zip(
+            [(f, p) for f, p in product(FAULTS, PLACES) if f != "leave" or p == "step"],
+            [2, 3, 4, 3] * 10,
+            strict=False,
+        )
+    )
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("fault", "place", "culprit", "size", "hosts"), CASES)
+def test_the_rank_that_goes_wrong_is_named_by_all_others(
+    tmp_path: Path, fault: str, place: str, culprit: int, size: int, hosts: bool, run: int
+) -> None:
+    outcomes = happened(tmp_path, fault, place, culprit, size, hosts=hosts)
+    check_names(outcomes, fault, place, culprit)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("fault", ["kill", "stop"])
+def test_rank_zero_takes_the_store_with_it_and_is_named_all_the_same(tmp_path: Path, fault: str, run: int) -> None:
+    outcomes = happened(tmp_path, fault, "step", 0, 3, hosts=True)
+    check_names(outcomes, fault, "step", 0)
+
+
+def summary_of(done: Completed) -> str:
+    return done.output.partition("Root Cause (first observed failure)")[2]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("fault", "culprit"), [("raise", 1), ("kill", 1), ("sleep", 0)])
+def test_the_summary_of_torchrun_names_the_cause(tmp_path: Path, fault: str, culprit: int, run: int) -> None:
+    done = torchrun(
+        HERE / "faults.py",
+        2,
+        fault,
+        "step",
+        str(culprit),
+        str(STALL_TIMEOUT_S),
+        str(tmp_path),
+        env={"FAULT_FILE": str(tmp_path / "happened"), "PYTHONPATH": str(HERE.parent)},
+        deadline_s=60,
+    )
+    assert done.returncode != 0
+    summary = summary_of(done)
+    assert summary, done.output
+    if fault == "raise":
+        assert re.search(r"rank\s*: 1 ", summary), summary
+        assert "sample 4711 is broken" in summary
+        assert "in happen" in summary
+    elif fault == "kill":
+        assert "Signal 9 (SIGKILL)" in summary
+    else:
+        assert "Rank 0 has made no progress" in done.output
+        assert "time.sleep" in done.output or "in happen" in done.output
+
+
+def evaluates_long(rank: int, size: int) -> int:
+    """Rank 0 evaluates by itself, longer than the stall timeout, while the others wait for it."""
+    with distributed.process_group(timeout=60, stall_timeout=1.0):
+        trainer = Engine(lambda engine, batch: distributed.barrier("step"))
+
+        @trainer.on(Events.EPOCH_COMPLETED, rank_zero_only=True)
+        def evaluate(engine: Engine) -> None:
+            Engine(lambda engine, batch: time.sleep(0.1), distributed=False).run(range(25))
+
+        @trainer.on(Events.ITERATION_COMPLETED(once=2), rank_zero_only=True)
+        def work(engine: Engine) -> None:
+            for _ in range(25):
+                time.sleep(0.1)
+                distributed.progress()
+
+        trainer.run(range(3))
+        return distributed.all_reduce(1)
+
+
+def test_long_work_that_goes_on_is_no_stall() -> None:
+    assert run_ranks(evaluates_long, 3, init=False) == [3, 3, 3]
+
+
+def uneven(rank: int, size: int) -> list[int]:
+    """One rank has much more to evaluate, and one nothing; none of them waits for ever."""
+    with distributed.process_group(timeout=60, stall_timeout=1.0):
+        evaluator = Engine(lambda engine, batch: time.sleep(0.05))
+        lengths = [evaluator.run(range(40 * rank)).iteration for _ in range(2)]
+        return [*lengths, distributed.all_reduce(1)]
+
+
+def test_ranks_with_uneven_work_are_no_stall() -> None:
+    assert run_ranks(uneven, 3, init=False) == [[0, 0, 3], [40, 40, 3], [80, 80, 3]]
+
+
+def catches(rank: int, size: int) -> list[str]:
+    """The script catches the failure and sleeps on: the others must not have to wait for its process to end."""
+    told = []
+    try:
+        with distributed.process_group(timeout=60):
+            trainer = Engine(lambda engine, batch: 1 / (rank - 1) if batch == 3 else distributed.all_reduce(1.0))
+            try:
+                trainer.run(range(6))
+            except Exception as error:
+                told.append(type(error).__name__)
+            if rank == 1:
+                time.sleep(3.0)
+            told.append(str(distributed.all_reduce(1.0)))
+    except Exception as error:
+        told.append(f"{type(error).__name__} {getattr(error, 'rank', None)}")
+    return told
+
+
+def test_a_failure_that_the_script_catches_reaches_those_who_wait_in_a_collective() -> None:
+    first, culprit, third = run_ranks(catches, 3, init=False)
+    assert culprit == ["ZeroDivisionError", "RemoteRankError 1"]
+    assert first == third == ["RemoteRankError", "RemoteRankError 1"]
