@@ -1,7 +1,7 @@
 """Keeps an exponential moving average of a model's weights."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -68,19 +68,21 @@ class EMA:
         _reshard(self._source)
         self.model = _copy_of(self._source).eval().requires_grad_(False)
         self.num_updates = 0
-        # Whole parameters stand in their place while the model is in use; these are what the optimizer changes.
-        self._source_shards, self._own_shards = _shards(self._source), _shards(self.model)
+        self._is_sharded = bool(_shards(self.model))
+        own, source = _slots(self.model), _slots(self._source)
+        self._pairs = [(*own[name], *source[name]) for name in own]
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:
-        if self._own_shards:
+        if self._is_sharded:
             _reshard(self.model)  # what an evaluation has gathered would be used by the next one
         averaged: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-        for target, source in self._pairs():
+        for own, own_key, others, key in self._pairs:
+            target, source = _local(own[own_key]), _local(others[key])
             if source.is_floating_point() or source.is_complex():
                 targets, sources = averaged.setdefault((target.dtype, target.device), ([], []))
                 targets.append(target)
-                sources.append(source.to(target.dtype))
+                sources.append(source if source.dtype == target.dtype else source.to(target.dtype))
             else:
                 target.copy_(source, non_blocking=True)
         for targets, sources in averaged.values():
@@ -94,7 +96,7 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, and the state of `ema.model`."""
-        if self._own_shards:
+        if self._is_sharded:
             _reshard(self.model)
         return {"num_updates": self.num_updates, "model": self.model.state_dict()}
 
@@ -111,23 +113,27 @@ class EMA:
             num_updates = whole_number("num_updates", state_dict["num_updates"], least=0)
         except TypeError as error:
             raise ValueError(f"The state of EMA is wrong: {error}") from error
-        if self._own_shards:
+        if self._is_sharded:
             _reshard(self.model)
         fitting = _fitted(state_dict["model"], self.model.state_dict())
         self.model.load_state_dict(fitting)
         self.num_updates = num_updates
 
-    # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(average, weights) of each parameter and buffer, of a sharded one the shards that are here."""
-        sources = _tensors(self._source, self._source_shards)
-        for name, target in _tensors(self.model, self._own_shards).items():
-            yield _local(target), _local(sources[name].detach())
+def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where each parameter and buffer is looked up, by its full name: it may be replaced by another tensor.
 
-
-def _tensors(model: nn.Module, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **shards, **dict(model.named_buffers())}
+    Shards are held fast: whole parameters stand in their place while the model is in use.
+    """
+    slots: dict[str, tuple[dict[str, Any], str]] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for holder in (module._parameters, module._buffers):
+            for key, value in holder.items():
+                if value is not None and id(value) not in seen:  # tied weights count once
+                    seen.add(id(value))
+                    slots[f"{prefix}.{key}"] = ({key: value}, key) if _is_sharded(value) else (holder, key)
+    return slots
 
 
 def _reshard(model: nn.Module) -> None:

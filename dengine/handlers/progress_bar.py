@@ -153,6 +153,7 @@ class _Display:
         if self._bar is None:
             from tqdm.auto import tqdm  # a terminal's bar, or a notebook's
 
+            size = shutil.get_terminal_size() if sys.stderr.isatty() else None
             # The delay keeps it from drawing itself before it has anything to show.
             self._bar = tqdm(
                 desc=self._title(engine),
@@ -160,8 +161,9 @@ class _Display:
                 total=engine.state.epoch_length,
                 leave=self._persist,
                 delay=1e-9,
-                # A pseudo-terminal may have no columns, in which tqdm would draw nothing.
-                ncols=shutil.get_terminal_size().columns if sys.stderr.isatty() else None,
+                # A pseudo-terminal may have no columns and no rows, in which tqdm would draw nothing.
+                ncols=None if size is None else size.columns,
+                nrows=None if size is None else size.lines,
             )
             self._bar.start_t = self._started_s  # not now: the first iteration is behind us
         self._bar.n = self._num_done

@@ -1,8 +1,14 @@
 """What a person sees: in a terminal, and in a log file."""
 
+import fcntl
 import io
+import os
+import pty
 import re
+import struct
+import subprocess
 import sys
+import termios
 import time
 import types
 from typing import Any
@@ -45,6 +51,27 @@ def test_a_terminal_gets_a_bar_that_moves(capsys: pytest.CaptureFixture[str], mo
     )
     assert len([part for part in text.split("\r") if "Epoch [1/2]" in part]) >= 3
     assert "100%" in text
+
+
+SCRIPT = """
+from dengine import Engine
+from dengine.handlers import ProgressBar
+trainer = Engine(lambda engine, batch: 0.345)
+ProgressBar(persist=True).attach(trainer, output_transform=lambda output: {"loss": output})
+trainer.run(range(7))
+"""
+
+
+@pytest.mark.parametrize("rows_and_columns", [(0, 0), (30, 90)])
+def test_a_real_terminal_shows_it_also_where_it_does_not_know_its_size(rows_and_columns: tuple[int, int]) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *rows_and_columns, 0, 0))
+    process = subprocess.run([sys.executable, "-c", SCRIPT], stdout=theirs, stderr=theirs, timeout=60)
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert process.returncode == 0
+    assert re.search(r"Epoch \[1/1\]: 100%\|█+\| 7/7 .*loss=0\.345\]\r?\n$", shown), shown
 
 
 def test_values_are_read_only_when_they_are_shown() -> None:
