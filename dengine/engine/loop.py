@@ -43,6 +43,7 @@ _H = TypeVar("_H", bound=Handler)
 # The loop counts these itself; every other event is counted by its channel.
 _PER_ITERATION = (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED)
 _PER_EPOCH = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED)
+_PREEMPTED = "preempted"  # as the reason why a run is left
 
 
 class Engine:
@@ -270,6 +271,13 @@ class Engine:
         if self._run is not None:
             self._run.ask("run", self.state.epoch)
 
+    def preempt(self) -> None:
+        """As `terminate()`, for a job that is to go on elsewhere: `state.preempted` is true, on every rank, from
+        `TERMINATED` on, and `COMPLETED` does not fire. `Preemption` calls it.
+        """
+        if self._run is not None:
+            self._run.ask("run", self.state.epoch, reason=_PREEMPTED)
+
     def terminate_epoch(self) -> None:
         """Leave the epoch after the current iteration, on every rank at the same one; it counts as completed.
 
@@ -292,7 +300,8 @@ class Engine:
         state.times["run"] = time.perf_counter() - started_s
         if self._is_terminated:
             self._fire_event(Events.TERMINATED)
-        self._fire_event(Events.COMPLETED)
+        if not state.preempted:
+            self._fire_event(Events.COMPLETED)
 
     def _run_epoch(self, feed: Feed) -> bool:
         """Run one epoch, or what is left of it. False where it was cut short, so that the run is over."""
@@ -404,6 +413,7 @@ class Engine:
         run.begun = next_place
         if run.is_asked and next_place > run.bounds(self.state.epoch)[0]:
             self._is_terminated = True
+            self.state.preempted = run.reason == _PREEMPTED
         return not self._is_terminated
 
     def _goes_on(self, end: int) -> bool:
@@ -524,7 +534,7 @@ class Engine:
         state.metrics, state.times = {}, {}
         state.output = state.batch = state.exception = None
         self._max_iterations = NEVER if max_iterations is None else max_iterations
-        self._is_terminated = False
+        self._is_terminated = state.preempted = False
         self._fetch_started_offset = self._fetch_completed_offset = state.iteration
         self._consumed_before = state.iteration
         self._is_resumed = False

@@ -33,6 +33,7 @@ class State:
         dataloader: the data of the run.
         metrics: values by name, as of the last epoch of this run that was completed.
         times: seconds: "epoch" (the last finished one) and "run".
+        preempted: whether `preempt()` ended the run, on any rank: it is to go on elsewhere.
         exception: what ended the run, from `EXCEPTION_RAISED` on until the next run; else None.
     """
 
@@ -48,6 +49,7 @@ class State:
         self.dataloader: Iterable[Any] | None = None
         self.metrics: dict[str, MetricValue] = {}
         self.times: dict[str, float] = {}
+        self.preempted = False
         self.exception: BaseException | None = None
         self._persisted: list[str] = []
 

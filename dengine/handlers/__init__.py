@@ -7,6 +7,7 @@ from dengine.handlers.ema import EMA
 from dengine.handlers.lr_scheduler import LRScheduler
 from dengine.handlers.memory_monitor import MemoryMonitor
 from dengine.handlers.param_group_logger import ParamGroupLogger
+from dengine.handlers.preemption import Preemption
 from dengine.handlers.profiler import Profiler
 from dengine.handlers.progress_bar import ProgressBar
 from dengine.handlers.terminate_on_nan import TerminateOnNan
@@ -22,6 +23,7 @@ __all__ = [
     "LRScheduler",
     "MemoryMonitor",
     "ParamGroupLogger",
+    "Preemption",
     "Profiler",
     "ProgressBar",
     "TerminateOnNan",

@@ -1,0 +1,103 @@
+"""Saves and leaves where a scheduler takes the machine away."""
+
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, TypeAlias
+
+from dengine.engine import Engine, Events
+
+__all__ = ["Preemption"]
+
+_Handler: TypeAlias = "Callable[[int, FrameType | None], Any] | int | None"
+
+
+class Preemption:
+    """On a signal to any one rank, all ranks finish the same iteration, save, and leave the run.
+
+    `engine.state.preempted` is true then, and `COMPLETED` does not fire; the script exits with the code that its
+    scheduler takes for "run me again". The signal's handler sets a flag and does nothing else; the flag is read after
+    each iteration and epoch, and the ranks agree as for `terminate()`. While no run is under way, signals are what they
+    were before.
+
+    Attach it on every rank, from the main thread: `Preemption(checkpoint).attach(trainer)`. Under torchrun the agent
+    must pass signals on, and give the ranks time to save: `--signals-to-handle` and `--shutdown-timeout`.
+
+    Args:
+        checkpoint: called as `checkpoint(engine)` on every rank, and waited for; a `Checkpoint`, or any handler.
+        signals: which ones; by default those by which SLURM and Kubernetes announce the end.
+
+    Raises:
+        TypeError: `checkpoint` is not callable. ValueError: no signal, or one that cannot be handled.
+
+    Example:
+        >>> import os
+        >>> trainer = Engine(lambda engine, batch: os.kill(os.getpid(), signal.SIGUSR1) if batch == 3 else None)
+        >>> Preemption(lambda engine: print("saved after", engine.state.iteration)).attach(trainer)
+        >>> trainer.run(range(10)).preempted
+        saved after 4
+        True
+    """
+
+    def __init__(
+        self,
+        checkpoint: Callable[[Engine], Any],
+        signals: Sequence[int] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2),
+    ) -> None:
+        if not callable(checkpoint):
+            raise TypeError(f"Preemption() takes a Checkpoint, or another handler, but got {checkpoint!r}.")
+        self._checkpoint = checkpoint
+        self._signals = tuple(signal.Signals(number) for number in signals)
+        if not self._signals:
+            raise ValueError("signals=() would never save anything: name at least one signal.")
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            if number in self._signals:
+                raise ValueError(f"{number.name} cannot be handled: no process can.")
+        self._previous: dict[signal.Signals, _Handler] = {}
+        self._received: signal.Signals | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Have it look after the runs of `engine`."""
+        engine.on(Events.STARTED, self._begin, priority=_FIRST)
+        engine.on(Events.ITERATION_COMPLETED, self._look)
+        # Last: a signal that comes while the handlers of an epoch's end evaluate is not to wait for one more iteration.
+        engine.on(Events.EPOCH_COMPLETED, self._look, priority=-_FIRST)
+        engine.on(Events.TERMINATED, self._save)
+        for event in (Events.TERMINATED, Events.COMPLETED, Events.EXCEPTION_RAISED):
+            engine.on(event, self._end, priority=-_FIRST)
+
+    def _begin(self, engine: Engine) -> None:
+        self._received = None
+        if threading.current_thread() is not threading.main_thread():
+            warnings.warn(
+                "Preemption hears no signal: the run is not in the main thread.", RuntimeWarning, stacklevel=2
+            )
+            return
+        for number in self._signals:
+            self._previous.setdefault(number, signal.signal(number, self._note))
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+
+    def _look(self, engine: Engine) -> None:
+        if self._received is not None:
+            self._received = None
+            engine.preempt()
+
+    def _save(self, engine: Engine) -> None:
+        if engine.state.preempted:
+            self._checkpoint(engine)
+            wait = getattr(self._checkpoint, "wait", None)  # of one that writes asynchronously
+            if callable(wait):
+                wait()
+
+    def _end(self, engine: Engine) -> None:
+        """Give the signals back. A handler that was not set by Python cannot be: the default takes its place."""
+        for number, previous in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        self._previous = {}
+
+
+_FIRST = 1_000_000  # as a priority
