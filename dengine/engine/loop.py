@@ -14,7 +14,9 @@ from typing import Any, TypeAlias, TypeVar, overload
 from dengine.checks import whole_number
 from dengine.distributed import rank_zero_only as only_on_rank_zero
 from dengine.distributed import world
+from dengine.distributed.loader import data_state
 from dengine.distributed.runs import END, Run, begin_run, place
+from dengine.distributed.sampler import check_same
 from dengine.engine.data import Feed
 from dengine.engine.dispatch import (
     NEVER,
@@ -215,6 +217,7 @@ class Engine:
         *,
         max_iterations: int | None = None,
         epoch_length: int | None = None,
+        allow_changed_data: bool = False,
     ) -> State:
         """Run over `data` until `max_epochs` or `max_iterations` is reached, whichever comes first.
 
@@ -230,6 +233,8 @@ class Engine:
                 cuts short is not completed: no `EPOCH_COMPLETED`, no metrics.
             epoch_length: iterations of an epoch; by default what `len(data)` says, else until the data ends.
                 Longer than the data: it is iterated again; shorter: each epoch takes the first ones.
+            allow_changed_data: go on in the middle of an epoch although a loader of `prepare_data_loader` has another
+                length, global batch or seed than the run was begun with.
 
         Returns:
             `engine.state`.
@@ -245,6 +250,7 @@ class Engine:
         an epoch where there are metrics.
         """
         feed = self._checked(data, max_epochs, max_iterations, epoch_length)
+        self._check_data(data, allow_changed_data)
         self._begin(feed, *(None if limit is None else operator.index(limit) for limit in (max_epochs, max_iterations)))
         started_s = time.perf_counter()
         try:
@@ -321,6 +327,8 @@ class Engine:
         self._metrics.reset()
         if is_new:
             self._fire_event(Events.EPOCH_STARTED)
+        elif self._resumed_random is not None:
+            self._give_back_metrics(self._resumed_random)
         has_ended = self._run_iterations(feed)
         state.batch = None
         may_end = self._may_begin(place(state.epoch, END))
@@ -374,6 +382,18 @@ class Engine:
         if resumed is not None and resumed["epoch_start"]:
             restore(resumed["now"])
         return batches
+
+    def _give_back_metrics(self, resumed: RandomState) -> None:
+        if not self.distributed:
+            return
+        is_whole = resumed["world_size"] == world().size and self._metrics.give_back(resumed["metrics"])
+        if not is_whole and world().rank == 0:
+            warnings.warn(
+                f"The metrics of epoch {self.state.epoch} are of what is left of it: the run was begun with other "
+                "metrics or another number of ranks.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _run_pass(self, batches: Iterator[Any]) -> bool:
         """The loop itself: what stands here is paid in every iteration. True where the data ran dry."""
@@ -486,14 +506,20 @@ class Engine:
         self._is_resumed = True
 
     def random_state(self) -> RandomState:
-        """This rank's random number generators, as a resumed run needs them: now, and when the epoch's iterator began.
+        """What a resumed run needs of this rank: its random number generators, as they are now and as they were when
+        the epoch's iterator began, and what the metrics have gathered of the epoch.
 
         Of tensors, numbers, strings, lists and dicts. A `Checkpoint` saves it of every rank.
         """
-        return {"now": capture(), "epoch_start": self._random_at_start}
+        return {
+            "now": capture(),
+            "epoch_start": self._random_at_start,
+            "metrics": self._metrics.held() if self.distributed else [],
+            "world_size": world().size,
+        }
 
     def load_random_state(self, random_state: RandomState) -> None:
-        """Have the next `run()` set this rank's generators, where it goes on, to what `random_state()` gave.
+        """Have the next `run()` go on, on this rank, with the generators and metrics that `random_state()` gave.
 
         Raises:
             RuntimeError: the engine is running.
@@ -519,6 +545,15 @@ class Engine:
         if feed.length == 0:
             self._refuse_no_batch(data)
         return feed
+
+    def _check_data(self, data: Any, allow_changed_data: bool) -> None:
+        """Refuse to go on within an epoch of other data than it was begun with."""
+        current = data_state(data)
+        saved, state = self.state.data_state, self.state
+        is_within = self._is_resumed and state.epoch_iteration > 0 and state.epochs_completed == state.epoch
+        if is_within and saved is not None and current is not None and not allow_changed_data:
+            check_same(saved, current)
+        state.data_state = None if current is None else dict(current)
 
     def _begin(self, feed: Feed, max_epochs: int | None, max_iterations: int | None) -> None:
         state = self.state

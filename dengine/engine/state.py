@@ -31,6 +31,7 @@ class State:
         output: what the process function returned in the current (or last) iteration.
         batch: of the current iteration; None outside an epoch, so that no batch outlives it.
         dataloader: the data of the run.
+        data_state: what a resumed run is to find unchanged in it, where a loader of `prepare_data_loader` can tell.
         metrics: values by name, as of the last epoch of this run that was completed.
         times: seconds: "epoch" (the last finished one) and "run".
         preempted: whether `preempt()` ended the run, on any rank: it is to go on elsewhere.
@@ -47,6 +48,7 @@ class State:
         self.output: Any = None
         self.batch: Any = None
         self.dataloader: Iterable[Any] | None = None
+        self.data_state: dict[str, Any] | None = None
         self.metrics: dict[str, MetricValue] = {}
         self.times: dict[str, float] = {}
         self.preempted = False
@@ -72,6 +74,7 @@ class State:
         return {
             **{name: getattr(self, name) for name in _POSITION},
             "persisted": {name: self._plain_attribute(name) for name in self._persisted},
+            "data": deepcopy(self.data_state),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -83,6 +86,7 @@ class State:
         _check(state_dict)
         for name in _POSITION:
             setattr(self, name, state_dict[name])
+        self.data_state = deepcopy(state_dict["data"])
         for name, value in state_dict["persisted"].items():
             setattr(self, name, deepcopy(value))  # the run goes on changing it
         self.persist(*state_dict["persisted"])
@@ -103,7 +107,7 @@ _OWN = frozenset(vars(State())) | frozenset(dir(State))
 def _check(state_dict: Mapping[str, Any]) -> None:
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"An engine's state is a dict, but got a {type(state_dict).__qualname__}.")
-    wanted = {*_POSITION, "persisted"}
+    wanted = {*_POSITION, "persisted", "data"}
     if missing := wanted - state_dict.keys():
         raise ValueError(f"The engine's state lacks {_names(missing)}; it has {_names(state_dict.keys())}.")
     if unknown := state_dict.keys() - wanted:
@@ -121,6 +125,9 @@ def _check(state_dict: Mapping[str, Any]) -> None:
             raise ValueError(_not_plain_message(name, found))
     if clash := persisted.keys() & _OWN:
         raise ValueError(f"persisted in the engine's state names the engine's own {_names(clash)}.")
+    data = state_dict["data"]
+    if not (data is None or isinstance(data, dict)) or _not_plain(data) is not None:
+        raise ValueError(f"data={data!r} in the engine's state must be a dict of plain values, or None.")
     _check_order(state_dict)
 
 

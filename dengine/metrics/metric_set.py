@@ -9,6 +9,7 @@ from dengine.distributed.collectives import refuse_on_rank_zero_alone
 from dengine.distributed.consistency import prepared_parameters, refuse_difference, same_on_all_ranks
 from dengine.distributed.world import World, world
 from dengine.errors import NotComputableError
+from dengine.metrics.held import give_back, held
 from dengine.metrics.layout import entry_of
 from dengine.metrics.leaf import AnyMetric, MetricLike, leaf_of
 from dengine.metrics.metric import Metric, OutputTransform
@@ -50,6 +51,18 @@ class MetricSet:
     def reset(self) -> None:
         for _, leaf in self._leaves.values():
             leaf.reset()
+
+    def held(self) -> list[dict[str, Any]]:
+        """What each leaf has gathered so far. Cost: a copy to the host."""
+        return [{"label": label, "held": held(leaf)} for label, leaf in self._leaves.values()]
+
+    def give_back(self, states: list[dict[str, Any]]) -> bool:
+        """Have the leaves go on from what `held` gave; False, and nothing is done, where they are not the same ones."""
+        if [state["label"] for state in states] != [label for label, _ in self._leaves.values()]:
+            return False
+        for state, (_, leaf) in zip(states, self._leaves.values(), strict=True):
+            give_back(leaf, state["held"])
+        return True
 
     def update(self, output: Any) -> None:
         with torch.no_grad():

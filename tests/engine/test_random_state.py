@@ -1,14 +1,18 @@
 """A resumed run draws the random numbers of the uninterrupted one, wherever the state was taken."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torchmetrics import CatMetric
+from torchmetrics.classification import BinaryAccuracy
 
-from dengine import Engine, Events
+from dengine import Engine, Events, distributed
+from dengine.metrics import Accuracy, Average, DistributedMetric, F1Score
 from dengine.random_state import capture, restore
 
 
@@ -100,3 +104,90 @@ def test_generators_are_not_set_while_the_engine_runs() -> None:
     trainer = Engine(lambda engine, batch: engine.load_random_state(engine.random_state()))
     with pytest.raises(RuntimeError, match="running"):
         trainer.run([1])
+
+
+class Total:
+    """A metric as anybody writes it: no base class, nothing declared."""
+
+    def __init__(self) -> None:
+        self.parts: list[float] = []
+
+    def reset(self) -> None:
+        self.parts = []
+
+    def update(self, output: Any) -> None:
+        self.parts.append(float(output[0].sum()))
+
+    def compute(self) -> float:
+        return sum(self.parts)
+
+
+def with_metrics() -> tuple[Engine, list[Any], list[Any]]:
+    trainer = Engine(lambda engine, batch: (batch, batch))
+    f1 = F1Score(num_classes=10, average="macro", output_transform=lambda pair: (pair[0] % 3, pair[1]))
+    trainer.add_metrics({"acc": Accuracy(), "f1": f1, "both": Accuracy() + f1, "total": Total()})
+    trainer.add_metric(DistributedMetric(Total()), "distributed")  # type: ignore[arg-type]
+    trainer.add_metric(BinaryAccuracy(), "torch", output_transform=lambda pair: (pair[0] % 2, pair[0] % 3 % 2))
+    trainer.add_metric(CatMetric(), "cat", output_transform=lambda pair: (pair[0].float(),))
+    values: list[Any] = []
+    states: list[Any] = []
+    trainer.on(Events.EPOCH_COMPLETED, lambda engine: values.append({**engine.state.metrics}))
+    trainer.on(
+        Events.ITERATION_COMPLETED,
+        lambda engine: states.append((engine.state.iteration, engine.state_dict(), engine.random_state())),
+    )
+    return trainer, values, states
+
+
+def test_the_metrics_of_an_epoch_that_is_resumed_are_those_of_the_whole_epoch(tmp_path: Path) -> None:
+    trainer, expected, states = with_metrics()
+    trainer.run(loader(0), max_epochs=2)
+    assert len(expected) == 2
+    for iteration, position, gathered in states:
+        torch.save(gathered, tmp_path / "state.pt")
+        again, values, _ = with_metrics()
+        again.load_state_dict(position)
+        again.load_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+        again.run(loader(0), max_epochs=2)
+        assert len(values) == (2 if iteration <= 5 else 1), iteration
+        for found, wanted in zip(values[::-1], expected[::-1], strict=False):
+            for name, value in wanted.items():
+                assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(value)), (iteration, name)
+
+
+def test_other_metrics_than_the_run_was_begun_with_count_what_is_left_and_say_so() -> None:
+    trainer, _, states = with_metrics()
+    trainer.run(loader(0))
+    again = Engine(lambda engine, batch: (batch, batch))
+    again.add_metric(Average(lambda pair: float(len(pair[0]))), "other")
+    again.load_state_dict(states[2][1])
+    again.load_random_state(states[2][2])
+    with pytest.warns(RuntimeWarning, match="what is left"):
+        assert again.run(loader(0)).metrics["other"] == 2.0
+
+
+def prepared(batch_size: int, seed: int = 0) -> DataLoader[Any]:
+    data: Any = torch.arange(12)
+    return distributed.prepare_data_loader(DataLoader(data, batch_size=batch_size, shuffle=True), seed=seed)
+
+
+def test_an_epoch_goes_on_with_the_data_that_it_was_begun_with_or_is_refused() -> None:
+    trainer = Engine(lambda engine, batch: None)
+    trainer.run(prepared(2), max_iterations=2)
+    position = trainer.state_dict()
+    for changed, words in ((prepared(3), "2 and is 3"), (prepared(2, seed=5), "0 and is 5")):
+        again = Engine(lambda engine, batch: None)
+        again.load_state_dict(position)
+        with pytest.raises(ValueError, match=words):
+            again.run(changed)
+        assert again.run(prepared(2)).iteration == 6  # the refusal has changed nothing
+        again.load_state_dict(position)
+        again.run(changed, allow_changed_data=True)
+
+
+def test_between_two_epochs_the_data_may_change() -> None:
+    trainer = Engine(lambda engine, batch: None)
+    trainer.run(prepared(2))
+    again = Engine(lambda engine, batch: None)
+    again.load_state_dict(trainer.state_dict())
+    assert again.run(prepared(3), max_epochs=2).iteration == 6 + 4

@@ -417,7 +417,7 @@ def valid() -> dict[str, Any]:
     return engine.state_dict()
 
 
-KEYS = ["epoch", "iteration", "epoch_iteration", "epochs_completed", "max_epochs", "epoch_length", "persisted"]
+KEYS = ["epoch", "iteration", "epoch_iteration", "epochs_completed", "max_epochs", "epoch_length", "persisted", "data"]
 
 
 def test_the_state_dict_has_these_keys() -> None:
