@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dengine import Engine, Events, distributed
+from dengine.checkpoint.sharded import read_shards
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint, EarlyStopping, ProgressBar
 from dengine.metrics import Accuracy, Average
@@ -75,17 +76,21 @@ def saving(rank: int, size: int, folder: str, strategy: str) -> tuple[list[str],
     trainer.on(Events.EPOCH_COMPLETED, best)
     trainer.run([0, 1], max_epochs=3)
     kept = [one.path.name for one in last.saved] + [one.path.name for one in best.saved]
-    return kept, str(last.last_path), sorted(path.name for path in Path(folder).iterdir())
+    there = {path.name for path in Path(folder).iterdir()} - {"manifest.json"}
+    return kept, str(last.last_path), sorted(there)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_rank_zero_writes_and_every_rank_knows_the_outcome(tmp_path: Path, strategy: str) -> None:
-    kept = ["checkpoint_4.pt", "checkpoint_6.pt", "best_6_s=2.0000.pt"]
+@pytest.mark.parametrize(("strategy", "ending"), [("ddp", ".pt"), ("fsdp", "")])
+def test_a_file_or_a_folder_of_shards_is_written_and_every_rank_knows_the_outcome(
+    tmp_path: Path, strategy: str, ending: str
+) -> None:
+    kept = [f"{name}{ending}" for name in ("checkpoint_4", "checkpoint_6", "best_6_s=2.0000")]
+    newest = tmp_path / kept[1]
     for found, last_path, there in run_ranks(saving, 3, str(tmp_path), strategy):
         assert found == kept
-        assert last_path == str(tmp_path / "checkpoint_6.pt")
+        assert last_path == str(newest)
         assert there == sorted(kept)
-    loaded = torch.load(tmp_path / "checkpoint_6.pt", weights_only=True)
+    loaded = torch.load(newest, weights_only=True) if ending else read_shards(newest)
     assert loaded["dengine"]["world_size"] == 3
     # The oracle: rank 0's weights after the same step by one process, without a wrapper's prefix.
     expected = model_of(0)
@@ -95,9 +100,8 @@ def test_rank_zero_writes_and_every_rank_knows_the_outcome(tmp_path: Path, strat
     assert loaded["model"].keys() == expected.state_dict().keys()
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(loaded["model"][name], value)
-    torch.testing.assert_close(
-        loaded["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"]
-    )
+    moments = loaded["optimizer"]["state"][0 if ending else "weight"]["exp_avg"]
+    torch.testing.assert_close(moments, optimizer.state_dict()["state"][0]["exp_avg"])
 
 
 def cannot_save(rank: int, size: int, folder: str) -> str:

@@ -9,11 +9,12 @@ from typing import Any, BinaryIO
 
 import torch
 
-from dengine.checkpoint import manifest
+from dengine.checkpoint import manifest, storage
+from dengine.checkpoint.folders import numbered, read_folder
 from dengine.checkpoint.manifest import Entry
 from dengine.checkpoint.restore import Restoring, give_random_states
 from dengine.checkpoint.seal import check_seal, read_seal
-from dengine.checkpoint.snapshot import check_objects
+from dengine.checkpoint.snapshot import States, check_objects
 from dengine.distributed import all_gather_object, world
 from dengine.distributed.collectives import from_rank_zero
 from dengine.errors import CheckpointError, CorruptCheckpointError
@@ -22,9 +23,9 @@ __all__ = ["latest", "load", "newest_first", "resume", "verify"]
 
 
 def verify(path: str | Path) -> Entry:
-    """What the file `path` is: its step, score, versions, ..., once every byte of it has been checked.
+    """What the file or folder `path` is: step, score, versions, ..., once every byte of it has been checked.
 
-    This rank's own. Cost: the file is read once (SHA-256, about 1.5 GB/s); nothing in it is executed.
+    This rank's own. Cost: it is read once (SHA-256, about 1.5 GB/s); nothing in it is executed.
 
     Raises:
         CorruptCheckpointError: it is truncated or was changed. CheckpointError: it is not there, or cannot be read.
@@ -34,7 +35,7 @@ def verify(path: str | Path) -> Entry:
         return manifest.entry_of(path, proven=True)
     except CorruptCheckpointError as error:
         raise _explained(error, path) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
@@ -69,33 +70,35 @@ def newest_first(folder: Path, prefix: str) -> list[Entry]:
 
 
 def load(path: str | Path, into: Mapping[str, Any]) -> None:
-    """Give the states in the file `path` to the objects of `into`, by name, on every rank: to all of them or to none.
+    """Give the states in `path` to the objects of `into`, by name, on every rank: to all of them or to none.
 
-    No byte is used that was not checked: one rank of each node reads the whole file and holds it against its digest,
-    every rank loads from the file it has opened before that, and all of them must see the same one. What is in the
-    file is never executed (`weights_only=True`). Into a model in DDP it goes without the wrapper; names that are in
+    No byte is used that was not checked. Of a file, one rank of each node reads the whole and holds it against its
+    digest, every rank loads from the file it has opened before that, and all of them must see the same one. Of a folder
+    (sharded models), each rank reads and checks the parts that it needs; the objects may be sharded over another number
+    of ranks, or not at all; an optimizer finds its state by the names in the model that it belongs to, which is in
+    `into` too. What is read is never executed. Into a model in DDP it goes without the wrapper; names that are in
     `path` and not in `into` are passed over. An object that carries random number generators (an engine) gets those of
     this rank.
 
-    Collective: call on all ranks. Cost: the file is read once by each rank and once more on each node, where it comes
-    from the page cache; one SHA-256 of it; two small gathers; host memory for the states, and for what they replace.
+    Collective: call on all ranks. Cost: a file is read once by each rank and once more on each node, where it comes
+    from the page cache; one SHA-256 of it; two small gathers; host memory for the states, and for what they replace. Of
+    a folder, each rank reads its part; four small gathers; memory for that part twice.
 
     Raises:
         TypeError, ValueError: `into` is no dict of objects with a `state_dict`.
-        CorruptCheckpointError: on every rank, where the file is damaged for one.
-        CheckpointError: on every rank, where one does not find the file or sees another one, or an object refuses its
+        CorruptCheckpointError: on every rank, where it is damaged for one.
+        CheckpointError: on every rank, where one does not find it or sees another one, or an object refuses its
             state (missing and extra names are listed); every object is then as it was.
     """
     targets, path = check_objects(into), Path(path)
     with ExitStack() as stack:
         file, seen = _open(path, stack)
         _agree_on_file(path, all_gather_object(seen))
-        assert file is not None
+        states = read_folder(path, targets) if file is None else {}
         restoring = Restoring(targets)
-        failure, cause, states = None, None, {}
+        failure, cause = None, None
         try:
-            file.seek(0)
-            states = torch.load(file, map_location="cpu", weights_only=True)
+            states = numbered(states, targets) if file is None else _read_file(file)
             restoring.load(states)
         except Exception as error:
             failure, cause = f"{type(error).__qualname__}: {error.args[0] if error.args else error}", error
@@ -115,7 +118,7 @@ def resume(save_dir: str | Path, to_load: Mapping[str, Any], prefix: str = "chec
 
     One that is damaged or lost is passed over for the one before it, with a warning on rank 0. So is, silently, one
     that does not hold all the names of `to_load` (the best model beside the last full state). Nothing is changed in
-    the folder.
+    the folder, but for a sharded one that a kill has left aside while it was replaced: it gets its name again.
 
     Collective, as `load`, once more for each file that is passed over.
 
@@ -124,7 +127,7 @@ def resume(save_dir: str | Path, to_load: Mapping[str, Any], prefix: str = "chec
         CheckpointError: none holds all the names, or see `load`.
     """
     folder, names = Path(save_dir), check_objects(to_load).keys()
-    candidates = from_rank_zero(lambda: newest_first(folder, prefix), f"look for checkpoints in {folder}")
+    candidates = from_rank_zero(lambda: _found(folder, prefix), f"look for checkpoints in {folder}")
     # What a file without a readable end holds is not known: it is tried, and told of.
     fitting = [entry for entry in candidates if not entry.objects or names <= set(entry.objects)]
     if candidates and not fitting:
@@ -147,6 +150,16 @@ def resume(save_dir: str | Path, to_load: Mapping[str, Any], prefix: str = "chec
     return None
 
 
+def _found(folder: Path, prefix: str) -> list[Entry]:
+    storage.put_back(folder)
+    return newest_first(folder, prefix)
+
+
+def _read_file(file: BinaryIO) -> States:
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+
 def _load_or_miss(path: Path, into: Mapping[str, Any]) -> None:
     """`load`; a file that is gone for every rank counts as damaged, one that only some see does not."""
     gone = all_gather_object(not path.exists())
@@ -165,8 +178,13 @@ class _Seen:
 
 
 def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO | None, _Seen]:
-    """The file, kept open so that what is loaded is what was checked, even if it is replaced meanwhile."""
+    """The file, kept open so that what is loaded is what was checked, even if it is replaced meanwhile.
+
+    None for a folder: its parts are checked when they are read, against digests that are the same for all ranks.
+    """
     try:
+        if path.is_dir():
+            return None, _Seen(sha256=manifest.entry_of(path).sha256)
         file = stack.enter_context(path.open("rb"))
         # The ranks of a node read the same pages: the first one checks them for all.
         seal = check_seal(file, path) if world().local_rank == 0 else read_seal(file, path)
@@ -201,6 +219,6 @@ def _explained(error: CorruptCheckpointError, path: Path) -> CorruptCheckpointEr
     with suppress(OSError):
         listed = manifest.survey(path.parent).listed.get(path.name)
         size = path.stat().st_size
-        if listed is not None and listed.num_bytes != size:
+        if listed is not None and path.is_file() and listed.num_bytes != size:
             return CorruptCheckpointError(f"{error} The manifest knows it with {listed.num_bytes} bytes.")
     return error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dengine.checkpoint.seal import Seal, check_seal, read_seal
+from dengine.checkpoint.shard_verify import is_shard_folder, read_outline, verify_shards
 from dengine.errors import CorruptCheckpointError
 
 __all__ = [
@@ -34,23 +35,24 @@ __all__ = [
 
 FILE_NAME = "manifest.json"
 _FORMAT = 1
-_STEP_IN_NAME = re.compile(r"(?P<prefix>.+?)_(?P<step>\d+)(_(?P<score_name>.+)=(?P<score>[^=]+))?\.pt")
+_STEP_IN_NAME = re.compile(r"(?P<prefix>.+?)_(?P<step>\d+)(_(?P<score_name>.+)=(?P<score>[^=]+))?")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One complete checkpoint.
+    """One complete checkpoint: a file, or a folder that all ranks have written.
 
     Attributes:
-        name: of the file, in its folder.
+        name: of the file or folder, in the folder of checkpoints.
         prefix, score_name: whose it is: a `Checkpoint` prunes only those with both of its own.
         step: None where it was saved by hand, under a name that tells none.
         score: None where the newest are kept rather than the best.
         sequence: counts the saves into the folder: the order in time, also after a restart from an earlier step.
         objects: the names that were saved.
         versions: of dengine and torch, that wrote it.
-        sha256: of the file without its last 64 bytes, which say the same.
-        num_bytes: of the file.
+        sha256: of the file without its last 64 bytes, which say the same; of a folder's `metadata.json`, which has the
+            digests of all its other files.
+        num_bytes: of the file, or of all files in the folder.
     """
 
     name: str
@@ -94,11 +96,16 @@ def about(entry: Entry) -> dict[str, Any]:
 
 
 def entry_of(path: Path, *, proven: bool = False) -> Entry:
-    """The entry of a file, from its end; with `proven`, all its bytes are read and checked too.
+    """The entry of a file, from its end, or of a folder; with `proven`, all bytes are read and checked too.
 
     Raises:
         CorruptCheckpointError: it is not what it says. OSError: it cannot be read.
+        ValueError: a folder of another format, or of a machine with another byte order; with `proven` only.
     """
+    if path.is_dir():
+        if proven:
+            verify_shards(path)
+        return from_seal(read_outline(path), path)
     with open(path, "rb") as file:
         return from_seal(check_seal(file, path) if proven else read_seal(file, path), path)
 
@@ -112,19 +119,19 @@ def from_seal(seal: Seal, path: Path) -> Entry:
         return _parsed({**seal.about, "name": path.name, "sha256": seal.sha256, "num_bytes": seal.num_bytes})
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(
-            f"{path} has a damaged description at its end, or one of a later dengine: {error!r}."
+            f"{path} has a damaged description, or one of a later dengine: {error!r}."
         ) from None
 
 
 def survey(folder: Path) -> Survey:
-    """What `folder` holds. Cost: the manifest and the end of each `*.pt` file; no file is read whole.
+    """What `folder` holds. Cost: the manifest, the end of each `*.pt` file, each folder's `metadata.json`.
 
     Raises:
         OSError: the folder cannot be read; one that is not there holds nothing.
     """
     listed, problem = _listed(folder)
     entries, damaged = [], []
-    paths = sorted(path for path in folder.glob("*.pt") if path.is_file()) if folder.is_dir() else []
+    paths = sorted(path for path in folder.iterdir() if _is_candidate(path)) if folder.is_dir() else []
     for path in paths:
         try:
             entries.append(entry_of(path))
@@ -139,6 +146,12 @@ def survey(folder: Path) -> Survey:
     if problem is None and not listed and entries:
         problem = "is missing"
     return Survey(tuple(sorted(entries, key=_order)), tuple(sorted(damaged, key=_order)), lost, listed, problem)
+
+
+def _is_candidate(path: Path) -> bool:
+    if path.name.startswith("."):
+        return False
+    return path.is_file() if path.suffix == ".pt" else is_shard_folder(path)
 
 
 def listing(folder: Path, new: Sequence[Entry], dropped: Collection[str]) -> list[Entry]:
@@ -202,8 +215,8 @@ def _parsed(values: Mapping[str, Any]) -> Entry:
 
 
 def from_name(path: Path) -> Entry | None:
-    """What a file's name alone tells; None where it is no checkpoint's."""
-    match = _STEP_IN_NAME.fullmatch(path.name)
+    """What the name of a file or folder alone tells; None where it is no checkpoint's."""
+    match = _STEP_IN_NAME.fullmatch(path.name.removesuffix(".pt"))
     if match is None:
         return None
     try:
@@ -216,7 +229,7 @@ def from_name(path: Path) -> Entry | None:
 def _is_intact(path: Path) -> bool:
     try:
         entry_of(path, proven=True)
-    except (CorruptCheckpointError, OSError):
+    except (CorruptCheckpointError, OSError, ValueError):
         return False
     return True
 

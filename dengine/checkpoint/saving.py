@@ -1,4 +1,4 @@
-"""A checkpoint's way to the disk: collect, write, commit, agree, prune.
+"""A checkpoint's way to the disk: collect, write, commit, agree, prune. folders.py has that of sharded ones.
 
 `collect` (snapshot.py) is for all ranks; `write`, `commit` and `prune` are for the one that writes and touch no rank;
 `agree` tells all ranks what became of it.
@@ -8,7 +8,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -20,12 +20,12 @@ import torch
 from dengine.checkpoint import manifest, storage
 from dengine.checkpoint.manifest import Entry
 from dengine.checkpoint.seal import SealedFile
-from dengine.checkpoint.snapshot import States, check_objects, collect, mapped
+from dengine.checkpoint.snapshot import States, mapped
 from dengine.distributed import world
 from dengine.distributed.collectives import from_rank_zero
 from dengine.errors import CheckpointError
 
-__all__ = ["agree", "commit", "failure_text", "planned", "prune", "save", "write"]
+__all__ = ["agree", "commit", "failure_text", "planned", "prune", "write"]
 
 T = TypeVar("T")
 
@@ -33,42 +33,6 @@ T = TypeVar("T")
 _writing = threading.Lock()
 # The manifest is read, changed and replaced: two threads at once would lose what one of them adds.
 _listing = threading.Lock()
-
-
-def save(path: str | Path, objects: Mapping[str, Any]) -> None:
-    """Save the states of `objects`, by name, to the file `path`, and list it in the `manifest.json` beside it.
-
-    The file is there whole or not at all; one of that name is replaced. Nothing else is removed: keeping the newest or
-    the best is what `dengine.handlers.Checkpoint` does.
-
-    Collective: call on all ranks; rank 0 writes. Cost: two small collectives, the gathers of sharded tensors; one pass
-    over the bytes that writes and digests them, and the wait for the disk.
-
-    Raises:
-        TypeError, ValueError: something without `state_dict`, nothing at all, or a path that does not end with .pt.
-        CheckpointError: on every rank, where it cannot be written; what was there before is untouched.
-
-    Example:
-        >>> import tempfile
-        >>> model = torch.nn.Linear(2, 1)
-        >>> path = Path(tempfile.mkdtemp()) / "model_5.pt"
-        >>> save(path, {"model": model})
-        >>> verify(path).step
-        5
-        >>> load(path, {"model": torch.nn.Linear(2, 1)})
-    """
-    checked, path = check_objects(objects), Path(path)
-    if path.suffix != ".pt" or path.name.startswith("."):
-        raise ValueError(f"{path} must end with .pt, and not be hidden: that is how checkpoints are found again.")
-    states = collect(checked)
-
-    def on_rank_zero() -> None:
-        found = manifest.from_name(path)
-        prefix, step = (path.stem, None) if found is None else (found.prefix, found.step)
-        entry = planned(path, prefix, step, None, None, tuple(checked), manifest.survey(path.parent).next_sequence)
-        commit(*write(states, path, entry), ())
-
-    agree(on_rank_zero, path)
 
 
 def planned(
@@ -120,7 +84,7 @@ def write(states: States, path: Path, entry: Entry) -> tuple[Path, Path, Entry]:
 
 
 def commit(temporary: Path, path: Path, entry: Entry, dropped: Sequence[Entry]) -> Entry:
-    """Give the file its name, then list it in the manifest, without those that are to go. Gives `entry`.
+    """Give the file or folder its name, then list it in the manifest, without those that are to go. Gives `entry`.
 
     The manifest is written before either gets its name, so that a full disk is met before anything has changed.
     """

@@ -23,12 +23,13 @@ from dengine.checkpoint.storage import sync_folder
 from dengine.errors import CorruptCheckpointError
 
 __all__ = [
+    "FILE_NAME",
     "METADATA",
     "Chunk",
     "Metadata",
     "TensorBox",
     "Written",
-    "check_file",
+    "as_corrupt",
     "checked_chunk",
     "local_box",
     "local_part",
@@ -40,8 +41,7 @@ __all__ = [
 METADATA = "metadata.json"
 FORMAT_VERSION = 1
 
-_FILE_NAME = re.compile(r"rank_\d{5,}\.bin")  # nothing that leads out of the folder
-_BLOCK_BYTES = 1 << 20
+FILE_NAME = re.compile(r"rank_\d{5,}\.bin")  # nothing that leads out of the folder
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Metadata:
     chunks: dict[str, list[Chunk]]
     files: dict[str, tuple[int, str]]
     world_size: int
+    about: dict[str, Any]
 
 
 def local_box(name: str, tensor: torch.Tensor) -> TensorBox:
@@ -152,8 +153,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], boxes: Mappin
     return Written(path.name, start, whole.hexdigest(), chunks)
 
 
-def write_metadata(folder: Path, states: Node, written: Sequence[Written | None]) -> None:
-    """Write `metadata.json`, and have the folder with all that is in it on the disk.
+def write_metadata(
+    folder: Path, states: Node, written: Sequence[Written | None], about: Mapping[str, Any] | None = None
+) -> None:
+    """Write `metadata.json`, what is said `about` the whole in it, and have the folder with all files on the disk.
 
     Raises:
         OSError: it cannot be written, or a rank's file is not seen from here.
@@ -167,6 +170,7 @@ def write_metadata(folder: Path, states: Node, written: Sequence[Written | None]
         for name, chunk in one.chunks.items():
             chunks.setdefault(name, []).append(asdict(chunk))
     body = {
+        "about": dict(about or {}),
         "format": FORMAT_VERSION,
         "byteorder": sys.byteorder,
         "torch": torch.__version__,
@@ -199,7 +203,7 @@ def read_metadata(folder: Path) -> Metadata:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise CorruptCheckpointError(f"{path} is missing, so the rest of the folder cannot be read.") from None
-    with _as_corrupt(path):
+    with as_corrupt(path):
         body = json.loads(raw)["body"]
         # Every byte counts: what reads the same but is written otherwise was changed too.
         if _rendered(body) != raw:
@@ -209,13 +213,14 @@ def read_metadata(folder: Path) -> Metadata:
             f"{path} is of format {body.get('format')!r} in {body.get('byteorder')}-endian order, but this version "
             f"reads format {FORMAT_VERSION} in {sys.byteorder}-endian order."
         )
-    with _as_corrupt(path):
+    with as_corrupt(path):
         files = body["files"].items()
         return Metadata(
             states=body["states"],
             chunks={name: [_chunk(one) for one in parts] for name, parts in body["chunks"].items()},
             files={_file_name(name): (int(one["num_bytes"]), str(one["sha256"])) for name, one in files},
             world_size=int(body["world_size"]),
+            about=dict(body["about"]),
         )
 
 
@@ -244,23 +249,6 @@ def checked_chunk(folder: Path, chunk: Chunk, dtype: torch.dtype) -> torch.Tenso
     return torch.frombuffer(content, dtype=torch.uint8).view(dtype).reshape(chunk.sizes)
 
 
-def check_file(path: Path, num_bytes: int, sha256: str) -> None:
-    """
-    Raises:
-        CorruptCheckpointError: the file is missing, of another length, or was changed.
-    """
-    if not path.is_file():
-        raise CorruptCheckpointError(f"{path} is missing.")
-    if path.stat().st_size != num_bytes:
-        raise CorruptCheckpointError(f"{path} has {path.stat().st_size} bytes, but was written with {num_bytes}.")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    if digest.hexdigest() != sha256:
-        raise CorruptCheckpointError(f"{path} was changed: its SHA-256 is {digest.hexdigest()}, not {sha256}.")
-
-
 # -- helpers -----------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +265,8 @@ def _rendered(body: Mapping[str, Any]) -> bytes:
 
 
 @contextmanager
-def _as_corrupt(path: Path) -> Iterator[None]:
+def as_corrupt(path: Path) -> Iterator[None]:
+    """Data of another form than was written: it was changed."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -293,6 +282,6 @@ def _chunk(one: Mapping[str, Any]) -> Chunk:
 
 
 def _file_name(name: str) -> str:
-    if not _FILE_NAME.fullmatch(name):
+    if not FILE_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is none of its files")
     return name

@@ -12,7 +12,7 @@ from torch import nn
 
 from dengine.distributed import unwrap_model
 
-__all__ = ["LikeParameters", "load_named_optimizer_state", "named_optimizer_state"]
+__all__ = ["LikeParameters", "model_of", "named_optimizer_state", "numbered_optimizer_state"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,15 @@ def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) ->
     }
 
 
-def load_named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load what `named_optimizer_state` gave, by name: the order within a group of parameters may differ.
+def numbered_optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `named_optimizer_state` gave, as `optimizer.load_state_dict` takes it; the tensors are the same ones.
 
-    The optimizer takes over the tensors of `state`.
+    Parameters are matched by name: their order within a group may differ.
 
     Raises:
-        ValueError: the groups do not hold the parameters they held; the optimizer is unchanged.
+        ValueError: the groups do not hold the parameters they held.
     """
     names = _names(optimizer, model)
     numbers = {name: number for number, name in names.items()}
@@ -62,8 +64,24 @@ def load_named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Modul
             where = "the optimizer's" if different[0] in own else "the saved one's"
             raise ValueError(f"Parameter group {place} differs: {different[0]!r} is in {where} only.")
         loaded.append({**saved, "params": list(group["params"])})
-    optimizer.load_state_dict(
-        {"state": {numbers[name]: value for name, value in state["state"].items()}, "param_groups": loaded}
+    return {"state": {numbers[name]: value for name, value in state["state"].items()}, "param_groups": loaded}
+
+
+def model_of(name: str, optimizer: torch.optim.Optimizer, objects: Mapping[str, Any]) -> nn.Module:
+    """The model among `objects` whose parameters `optimizer` has, by their identity; `name` is for the error.
+
+    Raises:
+        ValueError: none of them has all of the optimizer's parameters.
+    """
+    wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    models = {key: value for key, value in objects.items() if isinstance(value, nn.Module)}
+    for model in models.values():
+        if wanted <= {id(parameter) for parameter in unwrap_model(model).parameters()}:
+            return model
+    listed = f"none of {', '.join(map(repr, models))} has" if models else "no model beside it has"
+    raise ValueError(
+        f"{name!r} is kept by the names of its parameters, as it belongs to a sharded checkpoint, but {listed} all of "
+        "them: list the model that the optimizer was built from too, and build it from the prepared model."
     )
 
 

@@ -13,12 +13,26 @@ import torch
 
 from dengine.checkpoint.shard_files import METADATA, Chunk, checked_chunk, local_box, local_part, read_metadata
 from dengine.checkpoint.shard_names import LikeParameters
-from dengine.checkpoint.shard_tree import Path, decoded, path_text, tensor_paths
+from dengine.checkpoint.shard_tree import Path, decoded, path_text, tensors_in
 from dengine.errors import CorruptCheckpointError
 
-__all__ = ["read_states"]
+__all__ = ["LikeTensors", "read_states"]
 
 Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class LikeTensors:
+    """Says how tensors are laid out where they have been saved, with the same shape, and asks for none of them.
+
+    By their paths within the state: so an object's own `load_state_dict` can tell all that is missing or differs.
+    """
+
+    tensors: Mapping[Path, torch.Tensor]
+
+    @classmethod
+    def of(cls, state: Any) -> "LikeTensors":
+        return cls(dict(tensors_in(state)))
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ def read_states(folder: FilePath, like: Mapping[str, Any] | None) -> dict[str, A
         return destinations[path]
 
     states: dict[str, Any] = decoded({"type": "dict", "items": wanted}, make)
-    for path in tensor_paths(like):
+    for path, _ in tensors_in(like):
         if path not in destinations:
             raise ValueError(f"{path_text(path)!r} is asked for, but is not among the tensors in {folder}.")
     copies = [
@@ -71,8 +85,12 @@ def _template(like: Any, path: Path, shape: torch.Size) -> torch.Tensor | None:
         ValueError: it has another shape.
     """
     for depth, part in enumerate(path):
-        if isinstance(like, LikeParameters):
-            template = like.parameters.get(path[depth + 1]) if path[depth] == "state" else None
+        template = None
+        if isinstance(like, LikeTensors):
+            template = like.tensors.get(path[depth:])
+        elif isinstance(like, LikeParameters) and path[depth] == "state":
+            template = like.parameters.get(path[depth + 1])
+        if isinstance(like, LikeTensors | LikeParameters):
             return template if template is not None and template.shape == shape else None
         if isinstance(like, Mapping):
             like = like.get(part)

@@ -20,7 +20,7 @@ __all__ = [
     "dtype_named",
     "encoded",
     "path_text",
-    "tensor_paths",
+    "tensors_in",
 ]
 
 Node: TypeAlias = Any  # what json.loads gives
@@ -72,16 +72,16 @@ def decoded(node: Node, make: TensorMaker, path: Path = ()) -> Any:
     return _LEAVES[kind](node["value"])
 
 
-def tensor_paths(value: Any, path: Path = ()) -> Iterator[Path]:
-    """The paths of the tensors in `value`."""
+def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
+    """The tensors in `value`, each with its path."""
     if isinstance(value, torch.Tensor):
-        yield path
+        yield path, value
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            yield from tensor_paths(part, (*path, key))
+            yield from tensors_in(part, (*path, key))
     elif isinstance(value, (list, tuple)):
         for index, part in enumerate(value):
-            yield from tensor_paths(part, (*path, index))
+            yield from tensors_in(part, (*path, index))
 
 
 def path_text(path: Path) -> str:

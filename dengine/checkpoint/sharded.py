@@ -8,31 +8,28 @@ There is no pickle in it, and reading one would need a reader that is not here. 
 """
 
 import math
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from dengine.checkpoint import storage
 from dengine.checkpoint.shard_files import (
     TensorBox,
     Written,
-    check_file,
     local_box,
-    read_metadata,
     write_metadata,
     write_tensors,
 )
 from dengine.checkpoint.shard_read import read_states
 from dengine.checkpoint.shard_tree import encoded
-from dengine.checkpoint.storage import sync_folder
+from dengine.checkpoint.shard_verify import is_shard_folder
 from dengine.distributed import all_gather_object, rank_zero_only, world
 from dengine.distributed.collectives import from_rank_zero
 from dengine.errors import CheckpointError, CorruptCheckpointError
 
-__all__ = ["read_shards", "verify_shards", "write_shards"]
+__all__ = ["on_all_ranks", "read_shards", "write_shards"]
 
 T = TypeVar("T")
 
@@ -43,13 +40,24 @@ _KEPT_CLASSES: tuple[type[Exception], ...] = (CorruptCheckpointError, FileNotFou
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
-def write_shards(folder: Path, states: Mapping[str, Any]) -> None:
-    """Write `states` into the new `folder`: tensors, sharded (DTensor) or not, and plain values, nested as they are.
+def write_shards(
+    folder: Path,
+    states: Mapping[str, Any],
+    *,
+    about: Mapping[str, Any] | None = None,
+    commit: Callable[[Path], T] | None = None,
+) -> T | None:
+    """Write `states` into `folder`: tensors, sharded (DTensor) or not, and plain values, nested as they are.
 
     Collective: call on all ranks, with the same structure. Each rank writes its part of what is sharded; what is the
-    same on all ranks is spread over them; of what is no tensor, rank 0's counts. All goes into `.{name}.tmp` beside
-    the folder, is flushed to the disk, and gets its name in one step at the end. Where that fails, on any rank,
-    nothing is left, and all raise.
+    same on all ranks is spread over them; of what is no tensor, rank 0's counts. All goes into a temporary folder
+    beside, is flushed to the disk, and gets its name in one step at the end. Where that fails, on any rank, nothing is
+    left, and all raise.
+
+    Args:
+        about: what the folder says of itself, first of all.
+        commit: gives the temporary folder its name, on rank 0, once all of it is on the disk; all ranks get the result.
+            By default a plain rename, which refuses to take the place of a folder that is there.
 
     The folder must be one that all ranks see. Cost: four small collectives; two SHA-256 over the rank's bytes; one
     tensor at a time is copied to the host.
@@ -59,25 +67,34 @@ def write_shards(folder: Path, states: Mapping[str, Any]) -> None:
         CheckpointError: `folder` is there already, ranks differ in their tensors, or a file cannot be written.
     """
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
     tensors: dict[str, torch.Tensor] = {}
     trees: list[Any] = []
 
-    def plan() -> dict[str, TensorBox]:
+    def plan() -> tuple[dict[str, TensorBox], Path]:
         trees.append(encoded(dict(states), tensors))
-        return {name: local_box(name, tensor) for name, tensor in tensors.items()}
+        return {name: local_box(name, tensor) for name, tensor in tensors.items()}, storage.temporary_path(folder)
 
-    boxes = _on_all_ranks(plan, f"plan {folder}")
+    plans = on_all_ranks(plan, f"plan {folder}")
+    boxes, temporary = [boxes for boxes, _ in plans], plans[0][1]
     writers = _writers(boxes)
     mine = {name: tensors[name] for name in writers[world().rank]}
-    _on_rank_zero(lambda: _make_room(folder, temporary), f"make {temporary}")
-    try:
-        file = temporary / f"rank_{world().rank:05d}.bin"
-        written = _on_all_ranks(lambda: write_tensors(file, mine, boxes[world().rank]), f"write {folder}")
-        _on_rank_zero(lambda: _commit(folder, temporary, trees[0], written), f"commit {folder}")
-    except BaseException:
-        _discard(temporary)
-        raise
+    file = temporary / f"rank_{world().rank:05d}.bin"
+
+    def finish(written: Sequence[Written | None]) -> T | None:
+        write_metadata(temporary, trees[0], written, about)
+        if commit is not None:
+            return commit(temporary)
+        _new(temporary, folder)
+        return None
+
+    with storage.being_written(temporary):
+        try:
+            _on_rank_zero(lambda: _make_room(folder, temporary, may_exist=commit is not None), f"make {temporary}")
+            written = on_all_ranks(lambda: write_tensors(file, mine, boxes[world().rank]), f"write {folder}")
+            return _on_rank_zero(lambda: finish(written), f"commit {folder}")
+        except BaseException:
+            _discard(temporary)
+            raise
 
 
 def _writers(boxes: Sequence[Mapping[str, TensorBox]]) -> list[list[str]]:
@@ -118,27 +135,29 @@ def _check_alike(boxes: Sequence[Mapping[str, TensorBox]]) -> None:
                 )
 
 
-def _make_room(folder: Path, temporary: Path) -> None:
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already; what is complete is never overwritten: choose another name.")
-    if temporary.exists():  # of a run that was killed
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+def _make_room(folder: Path, temporary: Path, *, may_exist: bool) -> None:
+    """Make the temporary folder. What killed runs have left goes first: it may be what fills the disk."""
+    if folder.exists() and not (may_exist and is_shard_folder(folder, alone=True)):
+        raise _taken(folder)
+    storage.make_folder(folder.parent)
+    storage.remove_leftovers(folder.parent)
+    storage.put_back(folder.parent)
+    temporary.mkdir()
 
 
-def _commit(folder: Path, temporary: Path, states: Mapping[str, Any], written: Sequence[Written | None]) -> None:
-    write_metadata(temporary, states, written)
-    os.rename(temporary, folder)  # not replace(): it must not take the place of one made meanwhile
-    try:
-        sync_folder(folder.parent)
-    except OSError:  # not sure to survive a power cut, so not to be trusted
-        shutil.rmtree(folder)
-        raise
+def _new(temporary: Path, folder: Path) -> None:
+    if folder.exists():  # made meanwhile
+        raise _taken(folder)
+    storage.commit(temporary, folder)
+
+
+def _taken(folder: Path) -> FileExistsError:
+    return FileExistsError(f"{folder} is there already; what is complete is never overwritten: choose another name.")
 
 
 @rank_zero_only
 def _discard(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
+    storage.discard(temporary)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -166,25 +185,14 @@ def read_shards(folder: Path, like: Mapping[str, Any] | None = None) -> dict[str
     """
     folder = Path(folder)
     read: list[dict[str, Any]] = []
-    _on_all_ranks(lambda: read.append(read_states(folder, like)), f"read {folder}")
+    on_all_ranks(lambda: read.append(read_states(folder, like)), f"read {folder}")
     return read[0]
-
-
-def verify_shards(folder: Path) -> None:
-    """Compare every file in `folder` with its digest. No collective: one rank suffices.
-
-    Raises:
-        FileNotFoundError: there is no such folder. CorruptCheckpointError: names the file that is missing or changed.
-    """
-    folder = Path(folder)
-    for name, (num_bytes, sha256) in read_metadata(folder).files.items():
-        check_file(folder / name, num_bytes, sha256)
 
 
 # -- agreement ---------------------------------------------------------------------------------------------------
 
 
-def _on_all_ranks(action: Callable[[], T], purpose: str) -> list[T]:
+def on_all_ranks(action: Callable[[], T], purpose: str) -> list[T]:
     """Every rank's result of `action`; where it fails on any, all raise. Collective: one gather of objects.
 
     Raises:
@@ -204,19 +212,19 @@ def _on_all_ranks(action: Callable[[], T], purpose: str) -> list[T]:
     return [value for value, _ in outcomes]  # type: ignore[misc]
 
 
-def _on_rank_zero(action: Callable[[], None], purpose: str) -> None:
-    """Run `action` on rank 0; where it fails, all ranks raise CheckpointError. Collective: one object broadcast."""
+def _on_rank_zero(action: Callable[[], T], purpose: str) -> T:
+    """Rank 0's result of `action`; where it fails, all ranks raise CheckpointError. Collective: one broadcast."""
 
-    def attempt() -> str | None:
+    def attempt() -> tuple[T | None, str | None]:
         try:
-            action()
+            return action(), None
         except Exception as error:
-            return f"{type(error).__qualname__}: {error}"
-        return None
+            return None, f"{type(error).__qualname__}: {error}"
 
-    told = from_rank_zero(attempt, purpose)
+    result, told = from_rank_zero(attempt, purpose)
     if told is not None:
         raise CheckpointError(f"Rank 0 could not {purpose}: {told}")
+    return result  # type: ignore[return-value]
 
 
 def _told(failure: Exception) -> tuple[type[Exception], str]:

@@ -2,16 +2,32 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from dengine.checkpoint.shard_files import local_part
+from dengine.checkpoint.shard_tree import tensors_in
 from dengine.distributed import all_gather_object, unwrap_model, world
 from dengine.errors import CheckpointError
 from dengine.types import Stateful
 
-__all__ = ["FORMAT_VERSION", "RANDOM", "RESERVED", "HostCopy", "States", "bare", "check_objects", "collect", "mapped"]
+__all__ = [
+    "FORMAT_VERSION",
+    "RANDOM",
+    "RESERVED",
+    "Collected",
+    "HostCopy",
+    "States",
+    "bare",
+    "check_objects",
+    "collect",
+    "is_sharded",
+    "mapped",
+    "put_together",
+]
 
 RESERVED = "dengine"
 RANDOM = "random"  # in the reserved entry: name -> one state of the generators for each rank
@@ -43,33 +59,58 @@ def check_objects(objects: Mapping[str, Any]) -> dict[str, Stateful]:
     return dict(objects)
 
 
-def collect(objects: Mapping[str, Stateful]) -> States:
+@dataclass(frozen=True)
+class Collected:
+    """States by name, with dengine's own entry; and whether some tensor in them is, or would be, sharded (FSDP2)."""
+
+    states: States
+    is_sharded: bool
+
+
+def is_sharded(value: Stateful) -> bool:
+    """Whether a model or an optimizer has sharded parameters; of anything else its state would tell. No collective."""
+    parameters: list[Any] = []
+    if isinstance(value, nn.Module):
+        parameters = list(value.parameters())
+    elif isinstance(value, torch.optim.Optimizer):  # which may have no state yet
+        parameters = [each for group in value.param_groups for each in group["params"]]
+    return any(hasattr(each, "full_tensor") for each in parameters)
+
+
+def collect(objects: Mapping[str, Stateful]) -> Collected:
     """The states by name, as `torch.load(weights_only=True)` reads them, and the random generators of every rank.
 
-    A model comes without its DDP or `torch.compile` wrapper, sharded tensors (FSDP2) come whole. Tensors are the live
-    ones, not copies. Collective: one gather of small objects, and one of each sharded tensor.
+    A model comes without its DDP or `torch.compile` wrapper. Tensors are the live ones, not copies, and sharded ones
+    (FSDP2) have this rank's part. Collective: one gather of small objects.
 
     Raises:
         CheckpointError: on every rank, where an object has no state to give on one of them.
     """
     states: States = {}
     mine: dict[str, Any] = {}
-    failure, cause = None, None
+    failure, cause, has_shards = None, None, False
     for name, value in objects.items():
         try:
             states[name] = bare(value).state_dict()
+            in_state = (hasattr(tensor, "full_tensor") for _, tensor in tensors_in(states[name]))
+            has_shards = has_shards or is_sharded(value) or any(in_state)
             if hasattr(value, "load_random_state"):
                 mine[name] = value.random_state()  # type: ignore[attr-defined]
         except Exception as error:
             failure, cause = f"{name!r} gave no state: {type(error).__qualname__}: {error}", error
             break
-    gathered = all_gather_object((failure, mine))
-    for rank, (reason, _) in enumerate(gathered):
+    gathered = all_gather_object((failure, mine, has_shards))
+    for rank, (reason, _, _) in enumerate(gathered):
         if reason is not None:
             raise CheckpointError(f"Nothing was saved or changed, since on rank {rank} {reason}") from cause
-    random = {name: [theirs[name] for _, theirs in gathered] for name in mine}
+    random = {name: [theirs[name] for _, theirs, _ in gathered] for name in mine}
     reserved = {"format": FORMAT_VERSION, "world_size": world().size, RANDOM: random}
-    return {**{name: mapped(state, _whole) for name, state in states.items()}, RESERVED: reserved}
+    return Collected({**states, RESERVED: reserved}, any(theirs for _, _, theirs in gathered))
+
+
+def put_together(states: States) -> States:
+    """`states` with each sharded tensor whole on every rank. Collective: one gather of each sharded tensor."""
+    return mapped(states, _whole)  # type: ignore[no-any-return]
 
 
 class HostCopy:
@@ -92,7 +133,8 @@ class HostCopy:
                 return copy.deepcopy(value)
             if value.layout != torch.strided:
                 return value.detach().cpu().clone()
-            key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+            # A sharded tensor has no address of its own: its part has.
+            key = (value.device, local_part(value).data_ptr(), value.shape, value.stride(), value.dtype)
             if key not in copied:
                 copied[key] = self._copied(value.detach(), len(copied))
                 devices.add(value.device)

@@ -1,8 +1,9 @@
-"""Files that are complete or not there: written beside their final name, flushed to the disk, then renamed."""
+"""Files and folders that are complete or not there: written beside their final name, flushed, then renamed."""
 
 import itertools
 import os
 import re
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -10,10 +11,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["commit", "remove", "remove_leftovers", "sync_folder", "write_beside"]
+__all__ = [
+    "being_written",
+    "commit",
+    "discard",
+    "make_folder",
+    "put_back",
+    "remove",
+    "remove_leftovers",
+    "sync_folder",
+    "temporary_path",
+    "write_beside",
+]
 
 T = TypeVar("T")
 
+_REPLACED = ".replaced"  # .{final name}.replaced: a folder that makes room for a new one of its name
 # .{final name}.{process}-{count}@{host}.tmp
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-\d+@(?P<host>[^/]*)\.tmp")
 _count = itertools.count()
@@ -33,10 +46,9 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
     """
-    _make_folder(path.parent)
-    name = f".{path.name}.{os.getpid()}-{next(_count)}@{_host()}.tmp"
-    temporary = path.with_name(name)
-    with _marked(temporary):
+    make_folder(path.parent)
+    temporary = temporary_path(path)
+    with being_written(temporary):
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
             try:
@@ -51,31 +63,75 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
     return temporary, result
 
 
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that says which process of which host writes it, new with each call."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{next(_count)}@{_host()}.tmp")
+
+
 def commit(temporary: Path, path: Path) -> None:
-    """Give the finished file its name. From here on it survives a power cut.
+    """Give the finished file or folder its name. From here on it survives a power cut.
+
+    A folder takes no other's place in one step: one that has the name steps aside before, and goes afterwards. A kill
+    between the two renames leaves it aside, where `put_back` finds it.
 
     Raises:
         OSError: it cannot be renamed, or the folder not be flushed; the temporary file is gone then, and `path` is as
-            it was (but for a file that had that name before, and has been replaced by then).
+            it was (but for what had that name before, and has been replaced by then).
     """
-    is_new = not os.path.lexists(path)
+    is_new, is_folder = not os.path.lexists(path), temporary.is_dir()
     try:
-        os.replace(temporary, path)
+        if is_folder:
+            _swap_folders(temporary, path)
+        else:
+            os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary if os.path.lexists(temporary) else path if is_new else temporary)
+        if os.path.lexists(temporary):
+            discard(temporary)
+        elif is_new:
+            discard(path)
         raise
+    if is_folder:
+        discard(_aside(path))
 
 
 def remove(path: Path) -> None:
-    """Drop a file that a newer one has made superfluous; one that is gone already is no error."""
+    """Drop a file or folder that a newer one has made superfluous; one that is gone already is no error.
+
+    A folder loses its name first, so that it is never seen half removed.
+    """
+    if path.is_dir():
+        doomed = temporary_path(path)
+        with suppress(FileNotFoundError):
+            os.rename(path, doomed)
+            discard(doomed)
+        return
     with suppress(FileNotFoundError):
         os.unlink(path)
 
 
+def discard(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, as far as it can be removed; no error where it cannot."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            os.unlink(path)
+
+
+def put_back(folder: Path) -> None:
+    """Give the folders in `folder` their names again that a kill has left aside, in the midst of being replaced."""
+    for aside in folder.glob(f".*{_REPLACED}"):
+        path = folder / aside.name.removeprefix(".").removesuffix(_REPLACED)
+        if path.is_dir():
+            discard(aside)
+            continue
+        with suppress(OSError):
+            os.rename(aside, path)
+
+
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove the temporary files in `folder` that a killed process of this host left; give their paths.
+    """Remove the temporary files and folders in `folder` that a killed process of this host left; give their paths.
 
     A file is left alone while its process lives, and where another host wrote it: nobody here knows whether that one
     lives. What cannot be removed stays.
@@ -84,8 +140,8 @@ def remove_leftovers(folder: Path) -> list[Path]:
     for path in folder.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
         if match and match["host"] == _host() and not _is_written(path, int(match["pid"])):
-            with suppress(OSError):
-                os.unlink(path)
+            discard(path)
+            if not os.path.lexists(path):
                 removed.append(path)
     return removed
 
@@ -99,16 +155,35 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _make_folder(folder: Path) -> None:
-    """The folder and those above it, each on the disk in its own parent."""
+def make_folder(folder: Path) -> None:
+    """Make the folder and those above it, each on the disk in its own parent."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
         sync_folder(each.parent)
 
 
+def _swap_folders(temporary: Path, path: Path) -> None:
+    aside = _aside(path)
+    if not os.path.lexists(path):
+        os.rename(temporary, path)
+        return
+    discard(aside)
+    os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        os.rename(aside, path)
+        raise
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_REPLACED}")
+
+
 @contextmanager
-def _marked(temporary: Path) -> Iterator[None]:
+def being_written(temporary: Path) -> Iterator[None]:
+    """Meanwhile, `temporary` is none of the leftovers that another thread of this process removes."""
     with _lock:
         _under_way.add(str(temporary))
     try:

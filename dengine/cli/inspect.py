@@ -1,4 +1,4 @@
-"""`python -m dengine inspect PATH`: what is in a checkpoint, or in a folder of them, with every byte checked."""
+"""`python -m dengine inspect PATH`: what is in a checkpoint, or in a folder of some, with every byte checked."""
 
 import argparse
 import sys
@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from dengine.checkpoint import Entry, verify
-from dengine.checkpoint.manifest import survey
+from dengine.checkpoint.manifest import entry_of, survey
+from dengine.checkpoint.shard_files import METADATA, Chunk, read_metadata
+from dengine.checkpoint.shard_tree import decoded, path_text
+from dengine.checkpoint.shard_verify import check_file, is_shard_folder
 from dengine.errors import CheckpointError, CorruptCheckpointError
 
 __all__ = ["configure", "run"]
@@ -18,12 +21,14 @@ _WIDEST = 60  # of a value in a table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, help="a checkpoint (.pt), or a folder with some")
+    parser.add_argument("path", type=Path, help="a checkpoint (.pt), or a folder: of shards, or with checkpoints")
 
 
 def run(options: argparse.Namespace) -> int:
     """0: intact; 1: something is corrupt; 2: there is nothing to inspect."""
     path: Path = options.path
+    if is_shard_folder(path):
+        return _shards(path)
     if path.is_dir():
         return _folder(path)
     if not path.exists():
@@ -86,19 +91,76 @@ def _file(path: Path) -> int:
     except Exception as error:
         print(f"{path} is intact, but cannot be loaded without executing a pickle: {str(error).splitlines()[0]}")
         return 1
-    score = "" if entry.score is None else f", {entry.score_name}={entry.score:g}"
-    step = "no step" if entry.step is None else f"step {entry.step}"
     print(f"{path}: intact, SHA-256 {entry.sha256}")
-    versions = ", ".join(f"{name} {number}" for name, number in sorted(entry.versions.items()))
-    print(f"{step}{score}; {_size(entry.num_bytes)}; saved by {entry.world_size} rank(s); {versions}\n")
+    print(_headline(entry))
     for name, state in states.items():
         rows = list(_leaves(state, ""))
-        total = sum(value.nbytes for _, value in rows if isinstance(value, torch.Tensor))
-        print(f"{name} ({len(rows)} values, {_size(total)} in tensors)")
-        print(
-            _table(["  name", "shape", "dtype", "size"], [[f"  {key}", *_shown(value)] for key, value in rows]) + "\n"
-        )
+        _print_state(name, rows, ["name", "shape", "dtype", "size"], [[key, *_shown(value)] for key, value in rows])
     return 0
+
+
+def _headline(entry: Entry) -> str:
+    score = "" if entry.score is None else f", {entry.score_name}={entry.score:g}"
+    step = "no step" if entry.step is None else f"step {entry.step}"
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(entry.versions.items()))
+    return f"{step}{score}; {_size(entry.num_bytes)}; saved by {entry.world_size} rank(s); {versions}\n"
+
+
+def _print_state(name: str, leaves: list[tuple[str, Any]], head: list[str], rows: list[list[str]]) -> None:
+    total = sum(value.nbytes for _, value in leaves if isinstance(value, torch.Tensor))
+    print(f"{name} ({len(leaves)} values, {_size(total)} in tensors)")
+    print(_table([f"  {head[0]}", *head[1:]], [[f"  {row[0]}", *row[1:]] for row in rows]) + "\n")
+
+
+# -- one folder of shards ----------------------------------------------------------------------------------------
+
+
+def _shards(path: Path) -> int:
+    try:
+        metadata, entry = read_metadata(path), entry_of(path)
+    except CorruptCheckpointError as error:
+        print(f"CORRUPT: {error}")
+        return 1
+    except (OSError, ValueError) as error:
+        return _refused(str(error))
+    verdicts = {name: _verdict(path, name, *expected) for name, expected in metadata.files.items()}
+    damaged = [name for name, verdict in verdicts.items() if verdict != "intact"]
+    state = f"CORRUPT: {', '.join(damaged)}" if damaged else "intact"
+    print(f"{path}: {state}, SHA-256 of {METADATA} {entry.sha256}")
+    print(_headline(entry))
+    sizes = [[name, _size(num_bytes), verdicts[name]] for name, (num_bytes, _) in metadata.files.items()]
+    print(_table(["file", "size", "verified"], sizes) + "\n")
+
+    def placeholder(where: tuple[Any, ...], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device="meta")  # has a shape, and takes no memory
+        holders[id(tensor)] = metadata.chunks.get(path_text(where), [])
+        alive.append(tensor)
+        return tensor
+
+    holders: dict[int, list[Chunk]] = {}
+    alive: list[torch.Tensor] = []
+    for name, state_of in decoded(metadata.states, placeholder).items():
+        leaves = list(_leaves(state_of, ""))
+        rows = [[key, *_shown(value), *_held(holders.get(id(value), []), verdicts)] for key, value in leaves]
+        _print_state(name, leaves, ["name", "shape", "dtype", "size", "ranks", "verified"], rows)
+    return 1 if damaged else 0
+
+
+def _verdict(folder: Path, name: str, num_bytes: int, sha256: str) -> str:
+    try:
+        check_file(folder / name, num_bytes, sha256)
+    except (CorruptCheckpointError, OSError) as error:
+        return "CORRUPT: " + str(error).replace(str(folder / name), name)
+    return "intact"
+
+
+def _held(chunks: list[Chunk], verdicts: dict[str, str]) -> list[str]:
+    """The ranks that wrote the parts of a tensor, and whether their files are as they were."""
+    if not chunks:
+        return ["", "intact"]  # in metadata.json, which has been checked
+    files = sorted({chunk.file for chunk in chunks})
+    ranks = ",".join(str(int(file.removeprefix("rank_").removesuffix(".bin"))) for file in files)
+    return [ranks, "intact" if all(verdicts.get(file) == "intact" for file in files) else "CORRUPT"]
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dengine.checkpoint import loading, manifest
+from dengine.checkpoint.folders import write_folder
 from dengine.checkpoint.manifest import Entry
+from dengine.checkpoint.plans import Due, Order, Report, write_file
 from dengine.checkpoint.retention import is_kept, own, to_drop
-from dengine.checkpoint.saving import agree, commit, failure_text, planned, prune, write
-from dengine.checkpoint.snapshot import HostCopy, States, check_objects, collect
+from dengine.checkpoint.saving import agree, failure_text, planned
+from dengine.checkpoint.snapshot import HostCopy, States, check_objects, collect, is_sharded
 from dengine.checkpoint.writer import Writing
 from dengine.checks import whole_number
 from dengine.distributed import world
@@ -32,42 +34,25 @@ class Saved:
     score: float | None = None
 
 
-@dataclass(frozen=True)
-class _Report:
-    """What rank 0 tells all ranks: the files that are safe and kept, the last one, and what failed."""
-
-    kept: list[Entry] | None
-    last: Path | None
-    failure: str | None = None
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What is to be saved, and what goes once it is safe."""
-
-    path: Path
-    entry: Entry
-    kept: list[Entry]
-    dropped: list[Entry]
-
-
 class Checkpoint:
     """Saves objects with a `state_dict` to `{save_dir}/{filename_prefix}_{step}.pt`, or with a score to
     `{filename_prefix}_{step}_{score_name}={score:.4f}.pt`. `torch.load(path, weights_only=True)` gives
-    `{name: state_dict}`, and one entry `"dengine"`.
+    `{name: state_dict}`, and one entry `"dengine"`. Where something is sharded (FSDP2), all ranks write their parts
+    into a folder of that name without the `.pt`; nothing is gathered, and any number of ranks can load it.
 
-    Attach it on every rank: `trainer.on(Events.EPOCH_COMPLETED, checkpoint)`. Rank 0 writes; every rank learns the
-    outcome. A file under its final name is complete, and proves itself when it is loaded; `manifest.json` beside it
-    lists what there is. Older files go only after it is safe; they are counted from the manifest, so that a restarted
+    Attach it on every rank: `trainer.on(Events.EPOCH_COMPLETED, checkpoint)`. Rank 0 writes a file; every rank learns
+    the outcome. What has its final name is complete, and proves itself when it is loaded; `manifest.json` beside it
+    lists what there is. Older ones go only after it is safe; they are counted from the manifest, so that a restarted
     run goes on pruning, and goes on with the best score. Several may share a folder, and a prefix too where their
     `score_name` differs: each prunes only its own.
 
-    Collective. Cost: two small broadcasts and one small gather a call; one broadcast where the score is not
-    good enough.
+    Collective. Cost: two small broadcasts and one small gather a call, seven more where something is sharded; one
+    broadcast where the score is not good enough.
 
     Args:
         to_save: what to save, by name; a model wrapped in DDP is saved without the wrapper. With an engine among it,
-            the random number generators of every rank are saved too.
+            the random number generators of every rank are saved too. An optimizer of a sharded model is kept by the
+            names of its parameters, so that model must be among it.
         save_dir: the folder; it is made at the first save.
         n_saved: how many of its own files are kept: those saved last or, with a score, the best (higher is better).
         score_function: `score_function(engine) -> float`, asked on rank 0. NaN is never best.
@@ -76,14 +61,15 @@ class Checkpoint:
         asynchronous: hold the loop only for a copy of the states into host memory (on rank 0, as large as the file; it
             is used again), and write in a thread. One file is written at a time: a save that comes earlier waits.
             What the thread meets with is raised on every rank at the next save or at the end of the run, which waits
-            for the last write. Where a run ends by an exception, rank 0 waits, and a failed write is a warning.
+            for the last write. Where a run ends by an exception, rank 0 waits, and a failed write is a warning. Not for
+            sharded models: ValueError, here or at the first save.
 
     Attributes:
-        last_path: the file of the last save that is known to be safe, on every rank; None before it.
+        last_path: the file or folder of the last save that is known to be safe, on every rank; None before it.
         saved: what is kept, in the order of saving, on every rank; with `asynchronous`, as of the last call.
 
     Raises (when called):
-        CheckpointError: on every rank, where the file cannot be written; what was there before is untouched.
+        CheckpointError: on every rank, where it cannot be written; what was there before is untouched.
 
     Example:
         >>> import tempfile, torch
@@ -125,12 +111,13 @@ class Checkpoint:
         self._score_name = None if score_function is None else score_name or "score"
         self._step_transform = global_step_transform
         self._is_asynchronous = bool(asynchronous)
+        self._refuse_shards(any(map(is_sharded, self._objects.values())))
         self.last_path: Path | None = None
         self._kept: list[Entry] | None = None  # None: the folder has not been looked at yet
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
         # Of rank 0 alone:
         self._copy = HostCopy()
-        self._writing: tuple[Writing[Entry], _Order] | None = None
+        self._writing: tuple[Writing[Entry], Order] | None = None
         self._has_said_that_it_waits = False
 
     @property
@@ -159,13 +146,16 @@ class Checkpoint:
                 "to an engine that runs on all of them."
             )
         self._watch(engine)
-        report, order = from_rank_zero(lambda: self._plan(engine), "plan a checkpoint")
+        report, due = from_rank_zero(lambda: self._plan(engine), "plan a checkpoint")
         self._take(report)
-        if order is None:
+        if due is None:
             return
-        states = collect(self._objects)
-        start = self._begin if self._is_asynchronous else self._save
-        self._take(agree(lambda: start(states, order), order.path))
+        collected = collect(self._objects)
+        if collected.is_sharded:
+            self._save_shards(collected.states, due)
+            return
+        start, path = self._begin if self._is_asynchronous else self._save, self._path(due, ".pt")
+        self._take(agree(lambda: start(collected.states, self._order(due, path)), path))
         if engine.firing in (Events.COMPLETED, Events.EXCEPTION_RAISED):
             self.wait()  # nobody will be told of the end any more
 
@@ -182,7 +172,23 @@ class Checkpoint:
 
     # -- on every rank -------------------------------------------------------------------------------------------
 
-    def _take(self, report: _Report) -> None:
+    def _path(self, due: Due, ending: str) -> Path:
+        score = "" if due.score is None else f"_{self._score_name}={due.score:.4f}"
+        return self._save_dir / f"{self._prefix}_{due.step}{score}{ending}"
+
+    def _save_shards(self, states: States, due: Due) -> None:
+        self._refuse_shards(True)
+        path = self._path(due, "")
+        order = agree(lambda: self._order(due, path), path)
+        entry = write_folder(path, states, self._objects, order.entry, order.dropped)
+        self._kept, self.last_path = [*order.kept, entry], path
+
+    def _refuse_shards(self, are_there: bool) -> None:
+        """A write by all ranks takes collectives, which a thread must not mix with those of the training."""
+        if are_there and self._is_asynchronous:
+            raise ValueError("asynchronous=True cannot save sharded models yet: leave it out, all ranks write at once.")
+
+    def _take(self, report: Report) -> None:
         self._kept, self.last_path = report.kept, report.last
         if report.failure is not None:
             raise CheckpointError(report.failure)
@@ -201,7 +207,7 @@ class Checkpoint:
 
     # -- on rank 0 -----------------------------------------------------------------------------------------------
 
-    def _plan(self, engine: Engine) -> tuple[_Report, _Order | None]:
+    def _plan(self, engine: Engine) -> tuple[Report, Due | None]:
         """What to save now; None where the score is not among the best, or the last write has failed."""
         if self._writing is not None and self._writing[0].is_done and (report := self._settle()).failure:
             return report, None
@@ -219,27 +225,24 @@ class Checkpoint:
                 return report, None
         if found is not None:
             self._warn_of_later(found, step)
-        return self._report(), self._order(step, score)
+        return self._report(), Due(step, score)
 
-    def _order(self, step: int, score: float | None) -> _Order:
-        suffix = "" if score is None else f"_{self._score_name}={score:.4f}"
-        path = self._save_dir / f"{self._prefix}_{step}{suffix}.pt"
+    def _order(self, due: Due, path: Path) -> Order:
         sequence = manifest.survey(self._save_dir).next_sequence
-        entry = planned(path, self._prefix, step, score, self._score_name, tuple(self._objects), sequence)
+        entry = planned(path, self._prefix, due.step, due.score, self._score_name, tuple(self._objects), sequence)
         dropped = to_drop(self._kept or [], entry, self._n_saved)
         kept = [each for each in self._kept or [] if each not in dropped and each.name != entry.name]
-        return _Order(path, entry, kept, dropped)
+        return Order(path, entry, kept, dropped)
 
-    def _save(self, states: States, order: _Order) -> _Report:
-        entry = _saved(states, order)
-        return self._kept_now(order, entry)
+    def _save(self, states: States, order: Order) -> Report:
+        return self._kept_now(order, write_file(states, order))
 
-    def _begin(self, states: States, order: _Order) -> _Report:
+    def _begin(self, states: States, order: Order) -> Report:
         copied = self._copy.take(states)
-        self._writing = Writing(lambda: _saved(copied, order)), order
+        self._writing = Writing(lambda: write_file(copied, order)), order
         return self._report()
 
-    def _settle(self) -> _Report:
+    def _settle(self) -> Report:
         """Wait for the writer, if it is at work, and say what became of it."""
         if self._writing is None:
             return self._report()
@@ -249,12 +252,12 @@ class Checkpoint:
         except Exception as error:
             return replace(self._report(), failure=failure_text(order.path, error))
 
-    def _kept_now(self, order: _Order, entry: Entry) -> _Report:
+    def _kept_now(self, order: Order, entry: Entry) -> Report:
         self._kept, self.last_path = [*order.kept, entry], order.path
         return self._report()
 
-    def _report(self) -> _Report:
-        return _Report(self._kept, self.last_path)
+    def _report(self) -> Report:
+        return Report(self._kept, self.last_path)
 
     def _expected(self) -> list[Entry]:
         if self._writing is None:
@@ -286,10 +289,3 @@ class Checkpoint:
             "slower than the saves come. Save less often. This is said once.",
             stacklevel=2,
         )
-
-
-def _saved(states: States, order: _Order) -> Entry:
-    """Write, commit, and only then prune."""
-    entry = commit(*write(states, order.path, order.entry), order.dropped)
-    prune(order.path.parent, order.dropped)
-    return entry

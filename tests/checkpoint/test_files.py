@@ -313,7 +313,7 @@ def test_leftovers_of_dead_processes_go_and_those_of_the_living_and_of_other_hos
     assert not gone.exists()
 
 
-@pytest.mark.parametrize("name", ["model", "model.bin", ".hidden_1.pt"])
+@pytest.mark.parametrize("name", ["model.pth", "model.bin", ".hidden_1.pt", ".hidden_1"])
 def test_a_path_that_would_not_be_found_again_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="must end with .pt"):
         save(tmp_path / name, {"it": Plain({"a": 1})})

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from collections import OrderedDict
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from dengine.checkpoint import shard_files
-from dengine.checkpoint.shard_names import LikeParameters, load_named_optimizer_state, named_optimizer_state
-from dengine.checkpoint.sharded import read_shards, verify_shards, write_shards
+from dengine.checkpoint.shard_names import LikeParameters, named_optimizer_state, numbered_optimizer_state
+from dengine.checkpoint.shard_verify import verify_shards
+from dengine.checkpoint.sharded import read_shards, write_shards
 from dengine.errors import CheckpointError, CorruptCheckpointError
 
 DTYPES = sorted({dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}, key=str)
@@ -158,7 +160,7 @@ def test_an_optimizer_loads_by_name_what_one_with_another_order_saved(tmp_path: 
     again = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     loaded = torch.optim.AdamW(again.parameters(), lr=9.0)
     state = read_shards(folder, {"optimizer": LikeParameters(dict(again.named_parameters()))})["optimizer"]
-    load_named_optimizer_state(loaded, again, state)
+    loaded.load_state_dict(numbered_optimizer_state(loaded, again, state))
     assert loaded.param_groups[0]["lr"] == 0.1
     for own, other in zip(again.parameters(), model.parameters(), strict=True):
         assert repr(loaded.state[own]) == repr(optimizer.state[other])
@@ -172,10 +174,12 @@ def test_groups_that_differ_are_refused_and_the_optimizer_is_unchanged() -> None
     other, _ = trained()
     before = repr(optimizer.state_dict())
     with pytest.raises(ValueError, match="has 1 parameter groups, but 2 were saved"):
-        load_named_optimizer_state(optimizer, model, {**state, "param_groups": 2 * state["param_groups"]})
+        optimizer.load_state_dict(
+            numbered_optimizer_state(optimizer, model, {**state, "param_groups": 2 * state["param_groups"]})
+        )
     state["param_groups"][0]["params"].remove("0.bias")
     with pytest.raises(ValueError, match="group 0 differs: '0.bias' is in the optimizer's only"):
-        load_named_optimizer_state(optimizer, model, state)
+        optimizer.load_state_dict(numbered_optimizer_state(optimizer, model, state))
     assert repr(optimizer.state_dict()) == before
     with pytest.raises(ValueError, match="Parameter 0 of this AdamW, of shape \\(1, 3\\), is none of the model's"):
         named_optimizer_state(grouped, other)
@@ -224,7 +228,9 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path: Path, failing: str, monkeypa
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
-    left = tmp_path / ".saved.tmp"
+    child = subprocess.Popen(["true"])
+    child.wait()
+    left = tmp_path / f".other.{child.pid}-0@{socket.gethostname()}.tmp"
     left.mkdir()
     (left / "rank_00007.bin").write_bytes(b"half")
     folder = small_folder(tmp_path)

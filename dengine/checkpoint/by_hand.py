@@ -1,0 +1,60 @@
+"""One save by hand, without a handler that plans it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dengine.checkpoint import manifest
+from dengine.checkpoint.folders import write_folder
+from dengine.checkpoint.manifest import Entry
+from dengine.checkpoint.saving import agree, commit, planned, write
+from dengine.checkpoint.snapshot import check_objects, collect, put_together
+
+__all__ = ["save"]
+
+
+def save(path: str | Path, objects: Mapping[str, Any]) -> None:
+    """Save the states of `objects`, by name, to `path`, and list it in the `manifest.json` beside it.
+
+    A path that ends with .pt becomes one file, which rank 0 writes; sharded tensors (FSDP2) are gathered whole for it.
+    A path without an ending becomes a folder: all ranks write their parts at the same time, and nothing is gathered.
+    Either is there whole or not at all; one of that name is replaced. Nothing else is removed: keeping the newest or
+    the best is what `dengine.handlers.Checkpoint` does.
+
+    Collective: call on all ranks. Cost: two small collectives (eight for a folder), for a file the gathers of sharded
+    tensors; one pass over the bytes that writes and digests them, and the wait for the disk.
+
+    Raises:
+        TypeError, ValueError: something without `state_dict`, nothing at all, or a path with another ending.
+        CheckpointError: on every rank, where it cannot be written; what was there before is untouched.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dengine.checkpoint import load, verify
+        >>> model, folder = torch.nn.Linear(2, 1), Path(tempfile.mkdtemp())
+        >>> save(folder / "model_5.pt", {"model": model})
+        >>> verify(folder / "model_5.pt").step
+        5
+        >>> load(folder / "model_5.pt", {"model": torch.nn.Linear(2, 1)})
+        >>> save(folder / "model_6", {"model": model})
+        >>> load(folder / "model_6", {"model": torch.nn.Linear(2, 1)})
+    """
+    checked, path = check_objects(objects), Path(path)
+    if path.suffix not in (".pt", "") or path.name.startswith("."):
+        raise ValueError(
+            f"{path} must end with .pt, or have no ending (a folder, for sharded models), and not be hidden: that is "
+            "how checkpoints are found again."
+        )
+    states = collect(checked).states
+    if path.suffix == "":
+        entry = agree(lambda: _entry(path, tuple(checked)), path)
+        write_folder(path, states, checked, entry, ())
+        return
+    states = put_together(states)
+    agree(lambda: commit(*write(states, path, _entry(path, tuple(checked))), ()), path)
+
+
+def _entry(path: Path, objects: tuple[str, ...]) -> Entry:
+    found = manifest.from_name(path)
+    prefix, step = (path.stem, None) if found is None else (found.prefix, found.step)
+    return planned(path, prefix, step, None, None, objects, manifest.survey(path.parent).next_sequence)

@@ -1,0 +1,112 @@
+"""A checkpoint that is a folder, which all ranks write and read together: what sharded models need.
+
+sharded.py has the bytes; here are the objects they belong to, and the place among the other checkpoints.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dengine.checkpoint.manifest import Entry, about
+from dengine.checkpoint.saving import commit, failure_text, prune
+from dengine.checkpoint.shard_names import LikeParameters, model_of, named_optimizer_state, numbered_optimizer_state
+from dengine.checkpoint.shard_read import LikeTensors
+from dengine.checkpoint.shard_verify import read_outline
+from dengine.checkpoint.sharded import on_all_ranks, read_shards, write_shards
+from dengine.checkpoint.snapshot import RESERVED, States, bare
+from dengine.distributed import unwrap_model
+from dengine.errors import CheckpointError, CorruptCheckpointError
+from dengine.types import Stateful
+
+__all__ = ["numbered", "read_folder", "write_folder"]
+
+
+def write_folder(
+    path: Path, states: States, objects: Mapping[str, Stateful], entry: Entry, dropped: Sequence[Entry]
+) -> Entry:
+    """Write `states` of `objects` to the folder `path`, list it, and only then remove what is `dropped`.
+
+    The states of optimizers are kept by the names of their parameters, so that they fit any other sharding. A folder of
+    the same name is replaced.
+
+    Collective: call on all ranks, with rank 0's `entry`. Gives that entry with its digest. Cost: as `write_shards`, and
+    one small gather.
+
+    Raises:
+        CheckpointError: on every rank, where one cannot write, or no model has the parameters of an optimizer; nothing
+            is changed then.
+    """
+    by_name: States = {}
+
+    def finish(temporary: Path) -> Entry:
+        outline = read_outline(temporary)
+        done = replace(entry, sha256=outline.sha256, num_bytes=outline.num_bytes)
+        commit(temporary, path, done, dropped)
+        prune(path.parent, dropped)
+        return done
+
+    try:
+        on_all_ranks(lambda: by_name.update(_named(states, objects)), f"save {path}")
+        done = write_shards(path, by_name, about=about(entry), commit=finish)
+    except (CheckpointError, FileNotFoundError, TypeError, ValueError) as error:
+        raise CheckpointError(failure_text(path, error)) from error
+    assert done is not None
+    return done
+
+
+def read_folder(path: Path, into: Mapping[str, Stateful]) -> States:
+    """The states in `path` for the objects of `into`, laid out as they are, and dengine's own entry; nothing is loaded.
+
+    Collective: call on all ranks. Cost: one small gather, and as `read_shards`.
+
+    Raises:
+        CorruptCheckpointError: on every rank, where one finds a byte changed that it needs.
+        CheckpointError: on every rank, where it lacks a name, or has no model for an optimizer.
+    """
+    like: dict[str, Any] = {}
+    try:
+        on_all_ranks(lambda: like.update(_layouts(into)), f"read {path}")
+        return read_shards(path, like)
+    except CorruptCheckpointError:
+        raise
+    except (CheckpointError, FileNotFoundError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} could not be loaded, and every object is as it was: {error}") from error
+
+
+def numbered(states: States, into: Mapping[str, Stateful]) -> States:
+    """What `read_folder` gave, as the objects' own `load_state_dict` takes it. No collective.
+
+    Raises:
+        ValueError: an optimizer's groups do not hold the parameters they held.
+    """
+    loadable = dict(states)
+    for name, value in into.items():
+        if isinstance(value, torch.optim.Optimizer):
+            loadable[name] = numbered_optimizer_state(value, model_of(name, value, into), states[name])
+    return loadable
+
+
+def _named(states: States, objects: Mapping[str, Stateful]) -> States:
+    by_name = dict(states)
+    for name, value in objects.items():
+        if isinstance(value, torch.optim.Optimizer):
+            by_name[name] = named_optimizer_state(value, model_of(name, value, objects))
+    return by_name
+
+
+def _layouts(into: Mapping[str, Stateful]) -> dict[str, Any]:
+    """How each state is to come: sharded where its object is, whole elsewhere."""
+    layouts: dict[str, Any] = {RESERVED: None}
+    for name, value in into.items():
+        if isinstance(value, torch.optim.Optimizer):
+            model: nn.Module = unwrap_model(model_of(name, value, into))
+            layouts[name] = LikeParameters(dict(model.named_parameters()))
+        elif hasattr(value, "load_random_state"):  # an engine: numbers alone
+            layouts[name] = None
+        else:
+            layouts[name] = LikeTensors.of(bare(value).state_dict())
+    return layouts
