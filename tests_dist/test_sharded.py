@@ -210,17 +210,26 @@ def sharded_rows(size: int) -> torch.Tensor:
 
 
 def save_rows(rank: int, size: int, folder: Path) -> list[int]:
-    replicated = [torch.ones(100) for _ in range(6)]
-    write_shards(folder, {"big": sharded_rows(size), "same": replicated})
+    from torch.distributed.tensor import Replicate
+
+    rows = sharded_rows(size)
+    replicated = [rows.redistribute(placements=[Replicate()])[:100] for _ in range(6)]  # type: ignore[attr-defined]
+    write_shards(folder, {"big": rows, "same": replicated, "own": [torch.full((30,), float(rank))] * 3})
     return [path.stat().st_size for path in sorted(folder.glob("*.bin"))]
 
 
-def test_each_rank_writes_its_part_and_a_share_of_what_all_hold_and_reads_what_it_needs(tmp_path: Path) -> None:
+def test_each_rank_writes_its_part_and_a_share_of_what_is_replicated_and_reads_what_it_needs(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     sizes, *_ = run_ranks(save_rows, 3, folder)
-    assert sizes == [4 * (400 + 200)] * 3
+    assert sum(sizes) == 4 * (1200 + 600 + 90)
+    assert sizes == [4 * (400 + 200 + 90), 4 * (400 + 200), 4 * (400 + 200)]
     assert run_ranks(read_counted, 3, folder) == [4 * 400] * 3
     assert run_ranks(read_counted, 2, folder) == [4 * 800] * 2  # 600 of them, and the parts are checked whole
+
+
+def test_of_what_is_neither_sharded_nor_replicated_rank_zero_s_counts(tmp_path: Path) -> None:
+    run_ranks(save_rows, 3, tmp_path / "rows")
+    assert all(bool((tensor == 0).all()) for tensor in read_shards(tmp_path / "rows")["own"])
 
 
 # -- failures ----------------------------------------------------------------------------------------------------
@@ -237,7 +246,7 @@ def failing(rank: int, size: int, folder: Path, failure: str) -> None:
             raise OSError(30, "Read-only file system")
         rename(source, target)
 
-    states: dict[str, Any] = {"x": [torch.ones(3) for _ in range(6)]}
+    states: dict[str, Any] = {"x": [torch.ones(3) for _ in range(6)], "rows": sharded_rows(size)}
     if failure == "disk" and rank == 1:
         os.fsync = no_space  # type: ignore[assignment]
     if failure == "commit" and rank == 0:
@@ -275,9 +284,10 @@ def killed(rank: int, size: int, folder: Path, victim: int, at: str) -> None:
     def die(*args: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    states = {"x": [torch.ones(3) for _ in range(6)], "rows": sharded_rows(size)}
     if rank == victim:
         setattr(os, at, die)
-    write_shards(folder, {"x": [torch.ones(3) for _ in range(6)]})
+    write_shards(folder, states)
 
 
 @pytest.mark.parametrize(("victim", "at"), [(1, "fsync"), (2, "fsync"), (0, "fsync"), (0, "rename")])

@@ -21,7 +21,7 @@ def save(path: str | Path, objects: Mapping[str, Any]) -> None:
     Either is there whole or not at all; one of that name is replaced. Nothing else is removed: keeping the newest or
     the best is what `dengine.handlers.Checkpoint` does.
 
-    Collective: call on all ranks. Cost: two small collectives (eight for a folder), for a file the gathers of sharded
+    Collective: call on all ranks. Cost: two small collectives (seven for a folder), for a file the gathers of sharded
     tensors; one pass over the bytes that writes and digests them, and the wait for the disk.
 
     Raises:

@@ -9,6 +9,7 @@ There is no pickle in it, and reading one would need a reader that is not here. 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,10 +50,10 @@ def write_shards(
 ) -> T | None:
     """Write `states` into `folder`: tensors, sharded (DTensor) or not, and plain values, nested as they are.
 
-    Collective: call on all ranks, with the same structure. Each rank writes its part of what is sharded; what is the
-    same on all ranks is spread over them; of what is no tensor, rank 0's counts. All goes into a temporary folder
-    beside, is flushed to the disk, and gets its name in one step at the end. Where that fails, on any rank, nothing is
-    left, and all raise.
+    Collective: call on all ranks, with the same structure. Each rank writes its part of what is sharded; what is
+    replicated (DTensor) is spread over them; of what is neither, tensors or not, rank 0's counts, as in a file. All
+    goes into a temporary folder beside, is flushed to the disk, and gets its name in one step at the end. Where that
+    fails, on any rank, nothing is left, and all raise.
 
     Args:
         about: what the folder says of itself, first of all.
@@ -72,7 +73,7 @@ def write_shards(
 
     def plan() -> tuple[dict[str, TensorBox], Path]:
         trees.append(encoded(dict(states), tensors))
-        return {name: local_box(name, tensor) for name, tensor in tensors.items()}, storage.temporary_path(folder)
+        return {name: _held_box(name, tensor) for name, tensor in tensors.items()}, storage.temporary_path(folder)
 
     plans = on_all_ranks(plan, f"plan {folder}")
     boxes, temporary = [boxes for boxes, _ in plans], plans[0][1]
@@ -95,6 +96,13 @@ def write_shards(
         except BaseException:
             _discard(temporary)
             raise
+
+
+def _held_box(name: str, tensor: torch.Tensor) -> TensorBox:
+    """What of `tensor` this rank has to offer. Of a plain one only rank 0: they may differ (buffers of a batch norm),
+    and a mean from one rank would not go with a variance from another."""
+    box = local_box(name, tensor)
+    return box if world().rank == 0 or hasattr(tensor, "device_mesh") else replace(box, sizes=None)
 
 
 def _writers(boxes: Sequence[Mapping[str, TensorBox]]) -> list[list[str]]:

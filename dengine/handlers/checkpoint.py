@@ -46,7 +46,7 @@ class Checkpoint:
     run goes on pruning, and goes on with the best score. Several may share a folder, and a prefix too where their
     `score_name` differs: each prunes only its own.
 
-    Collective. Cost: two small broadcasts and one small gather a call, seven more where something is sharded; one
+    Collective. Cost: two small broadcasts and one small gather a call, five more where something is sharded; one
     broadcast where the score is not good enough.
 
     Args:
