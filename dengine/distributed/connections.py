@@ -35,6 +35,7 @@ class Connections:
 
     def __init__(self, sockets: list[socket.socket]) -> None:
         self._sockets = sockets
+        self._processes: list[int] = []
         self._waker, self._woken = socket.socketpair()
         self._woken.setblocking(False)
         self._poll = select.poll()
@@ -54,6 +55,13 @@ class Connections:
                 has_hung_up = True
         return has_hung_up
 
+    def watch_process(self, pid: int) -> None:
+        """Have `wait` tell of the end of a process of this host too: what it forked may hold its connections open."""
+        with suppress(OSError, AttributeError):  # it has ended, or the system has no such thing (Linux 5.3)
+            number = os.pidfd_open(pid)
+            self._processes.append(number)
+            self._poll.register(number, select.POLLIN)
+
     def wake(self) -> None:
         with suppress(OSError):
             self._waker.send(b"!")
@@ -68,7 +76,9 @@ class Connections:
         """Forget the connections. What the group itself still holds stays open."""
         for each in (*self._sockets, self._waker, self._woken):
             each.close()
-        self._sockets = []
+        for number in self._processes:
+            os.close(number)
+        self._sockets, self._processes = [], []
 
 
 def _socket_numbers() -> set[int]:

@@ -31,11 +31,13 @@ from dengine.distributed.failure import (
     Level,
     frames_of,
     is_of_backend,
+    line_of,
+    remove_error_file,
     traceback_of,
     where_text,
     write_error_file,
 )
-from dengine.distributed.ledger import Ledger
+from dengine.distributed.ledger import Ledger, num_joined
 from dengine.distributed.runs import Run, Scope
 from dengine.distributed.world import World
 from dengine.errors import RemoteRankError, StallError
@@ -52,7 +54,8 @@ _INQUIRE_S = 4.0  # how long it takes, at most, to find out who is gone
 _TOLD_PER_RUN = 8  # all ranks may fail at once: the first ones name the cause
 _LEAVE_S = 2.0
 _KEPT_RUNS = 256
-_MARK = "_dengine_told"  # on an exception that the others know of
+_MARK = "_dengine_told"  # on an exception that the others know of: the run that it left
+_OUTSIDE = -1  # of any run
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,10 @@ class Control:
         self._heard_at_s = 0.0
         self._changed = threading.Condition()  # of failure, _is_broken, _all_left, is_lost
         self._all_left = False
-        self._is_over = False  # nobody says anything any more
+        self.is_over = False  # nobody says anything any more
+        self.is_leaving = False  # this rank's run is on its way out, by an error
+        self._num_inquiries = 0
+        self._later: list[Failure] = []  # heard while another one was not settled yet
         self._thread = threading.Thread(target=self._read_all, name="dengine-control", daemon=True)
 
     def start(self) -> None:
@@ -126,6 +132,11 @@ class Control:
             RemoteRankError, StallError: a rank has failed before.
         """
         self.check()
+        if is_shared and self.shared_runs() and threading.get_ident() != self.thread_id:
+            raise RuntimeError(
+                "A run that all ranks share is under way in another thread, and the ranks cannot tell the two apart. "
+                "Run them one after the other, or make one Engine(..., distributed=False)."
+            )
         with self._lock:
             if is_shared:
                 run = self._shared_run(self._num_shared_runs)
@@ -178,7 +189,7 @@ class Control:
     def _read_all(self) -> None:
         number = 0
         try:
-            while not self._is_over:
+            while not self.is_over:
                 message = self._next(number)
                 if message is not None:
                     self._handle(number, message)
@@ -207,9 +218,10 @@ class Control:
                 self.answer(message)
             case "left":
                 self._note(all_left=True)
-                self._is_over = True
+                self.is_over = True
             case "end":
-                self._is_over = True
+                self.is_over = True
+                self._note()
             case "decided":
                 self._run_of(message).decide(_key(message), message["target"], message["reason"])
             case "stop":
@@ -239,25 +251,37 @@ class Control:
         The others are told of `error`, unless it is only what another rank's failure looks like from here: then it is
         that failure. Cost: two requests to the store; where a connection broke, up to 5 s to find out who is gone.
         """
+        self.is_leaving = True
         raised = error
-        is_new = not hasattr(error, _MARK)  # else it comes from a run within this one
-        if is_new and not isinstance(error, RemoteRankError | StallError):
+        told_of = getattr(error, _MARK, None)  # the run of which it was told; it may come from one within this one
+        is_known = told_of is not None and told_of not in self._forgiven
+        is_others = told_of is None and isinstance(error, RemoteRankError | StallError)
+        if not is_known and not is_others:
             cause = self._cause_of(error) if is_of_backend(error) else None
             if cause is None:
                 self._tell(error, run, here)
             else:
                 raised = cause.as_error()
+        failure = self.failure
+        failed_run = failure.run if failure is not None else None if is_known else run
         with suppress(AttributeError):
-            setattr(raised, _MARK, True)
+            setattr(raised, _MARK, _OUTSIDE if failed_run is None else failed_run)
         if run is not None:
-            failed_run = self.failure.run if self.failure is not None else run if is_new else None
             if run == failed_run:
                 self._left_by_error.add(run)
-            if not self._is_broken:
-                with suppress(RuntimeError):  # the store is gone
-                    self.store.add(f"out/{run}", 1)
-                self.connections.wake()
+            self._note_out(run)
         return raised
+
+    def _note_out(self, run: int) -> None:
+        """Count this rank among those that left `run` by an exception, and note whether all left it at one place."""
+        if self._is_broken:
+            return
+        joined = f"{num_joined(self.here.size)} {self.ledger.num_calls}"
+        with suppress(RuntimeError):  # the store is gone
+            if self.store.compare_set(f"out/{run}/joined", "", joined).decode() != joined:
+                self.store.set(f"out/{run}/is_skewed", "yes")
+            self.store.add(f"out/{run}", 1)
+        self.connections.wake()
 
     def report(self, failure: Failure) -> None:
         """Tell all ranks of a failure."""
@@ -272,8 +296,17 @@ class Control:
         if self._left_by_error:
             with self._changed:
                 self._changed.wait_for(lambda: not self._left_by_error or self._is_broken, _SETTLE_S + _HEAR_S)
-        if self.failure is not None:
-            raise self.failure.as_error()
+        failure = self.failure
+        if failure is not None and not self._may_still_fail_alike(failure):
+            raise failure.as_error()
+
+    def _may_still_fail_alike(self, failure: Failure) -> bool:
+        """Whether this rank has still to come to where another one failed: it goes on, since it may fail there too, as
+        ranks do that check the same thing one after the other. Who waits there is freed by `settle`.
+        """
+        if self._is_broken or failure.run is None or failure.rank == self.here.rank:
+            return False
+        return any(run.number == failure.run and run.begun <= failure.begun for run in self.runs)
 
     def settle(self) -> None:
         """Forgive a failure, where all ranks have left its run by an exception; break the group, where they have not.
@@ -284,7 +317,9 @@ class Control:
         if failure is None or self._is_broken:
             return
         is_out = failure.run is not None and self.store.add(f"out/{failure.run}", 0) == self.here.size
-        if failure.run is not None and not is_out and time.monotonic() < self._heard_at_s + _SETTLE_S:
+        if is_out and self.store.check([f"out/{failure.run}/is_skewed"]):
+            is_out = False  # one has joined in a collective that another one has not: the next would not fit
+        elif failure.run is not None and not is_out and time.monotonic() < self._heard_at_s + _SETTLE_S:
             return
         wanted = "forgiven" if is_out else "broken"
         if self.store.compare_set(f"settled/{failure.run}", "", wanted).decode() == "forgiven":
@@ -294,7 +329,7 @@ class Control:
 
     def lose(self, error: Exception) -> None:
         """The store is gone: nobody can be told or asked any more."""
-        if self.is_closed or self._is_over or self.is_lost:
+        if self.is_closed or self.is_over or self.is_lost:
             return
         host = f"{self.meeting.host}:{self.meeting.port}"
         if self.meeting.is_hosted_by_rank_zero and self.here.rank != 0:
@@ -322,24 +357,37 @@ class Control:
 
     def _tell(self, error: BaseException, run: int | None, here: FrameType) -> None:
         text = traceback_of(error)
-        line = f"{type(error).__qualname__}: {error}" if str(error) else type(error).__qualname__
+        line = line_of(error)
         where = self.where(frames_of(error, here))
         write_error_file(f"{line} ({where_text(where)})", text, is_cause=True)
         with suppress(RuntimeError):  # the store is gone
-            self.report(Failure("raised", self.here.rank, line, where, text, run))
+            begun = next((each.begun for each in self.runs if each.number == run), -1)
+            self.report(Failure("raised", self.here.rank, line, where, text, run, begun))
 
     def _cause_of(self, error: BaseException) -> Failure | None:
         """The failure behind a broken connection. None where all ranks are there: then it is this rank's own."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.failure is not None, _HEAR_S):
+                number = self._num_inquiries
                 self.inquire()
-                self._changed.wait_for(lambda: self.failure is not None, _INQUIRE_S)
+                is_over = self._changed.wait_for(lambda: self.failure or self._num_inquiries > number, _INQUIRE_S)
+                if is_over:  # what was found out is on its way, through the store
+                    self._changed.wait_for(lambda: self.failure is not None, _HEAR_S)
         failure = self.failure
         is_mine = failure is not None and failure.rank == self.here.rank and failure.kind == "raised"
         return None if is_mine else failure
 
+    def end_inquiry(self) -> None:
+        """Nobody is gone, or whoever is has been told of."""
+        with self._changed:
+            self._num_inquiries += 1
+            self._changed.notify_all()
+
     def _hear(self, failure: Failure) -> None:
-        if self.failure is not None or failure.run in self._forgiven:
+        if failure.run in self._forgiven:
+            return
+        if self.failure is not None:
+            self._later.append(failure)
             return
         self._heard_at_s = time.monotonic()
         self._note(failure=failure)
@@ -351,10 +399,16 @@ class Control:
         assert failure.run is not None
         self._forgiven.add(failure.run)
         self.ledger.begin_anew(failure.run)
+        if failure.rank == self.here.rank:
+            remove_error_file()
         with self._changed:
             self.failure = None
+            self.is_leaving = False
             self._left_by_error.discard(failure.run)
             self._changed.notify_all()
+        later, self._later = self._later, []
+        for each in later:
+            self._hear(each)
 
     def _break(self, failure: Failure) -> None:
         if failure.rank != self.here.rank:
@@ -396,8 +450,10 @@ class Control:
             self.check()
             if self.is_lost:
                 raise RuntimeError("The ranks could not leave together: their store is gone.")
+            if self.is_over and not self._all_left:
+                raise RuntimeError("The ranks could not leave together: another one has left by an error.")
             with self._changed:
-                self._changed.wait_for(lambda: self._all_left or self.failure is not None or self.is_lost, 1.0)
+                self._changed.wait_for(lambda: self._all_left or self.failure is not None or self.is_over, 1.0)
 
     def has_all_left(self) -> bool:
         return self._all_left or self.store.check(["all_left"])
@@ -418,7 +474,8 @@ class Control:
     def _wait_for_the_others(self) -> None:
         """This process takes the store with it: the others are to have heard all that there is to hear."""
         end = time.monotonic() + _LEAVE_S
-        is_one_lost = self.failure is not None and self.failure.kind != "raised"
+        failure = self.failure
+        is_one_lost = failure is not None and (failure.kind == "vanished" or failure.is_frozen)
         while self.store.add("gone", 0) < self.here.size - is_one_lost and time.monotonic() < end:
             time.sleep(_COLLECT_S)
 

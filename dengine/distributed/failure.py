@@ -12,13 +12,23 @@ from typing import Any, Literal, TypeAlias
 
 from dengine.errors import RemoteRankError, StallError
 
-__all__ = ["Failure", "Level", "frames_of", "is_of_backend", "traceback_of", "where_text", "write_error_file"]
+__all__ = [
+    "Failure",
+    "Level",
+    "frames_of",
+    "is_of_backend",
+    "line_of",
+    "remove_error_file",
+    "traceback_of",
+    "where_text",
+    "write_error_file",
+]
 
 Kind: TypeAlias = Literal["raised", "vanished", "stalled"]
 
 _TRACEBACK_CHARS = 16_000  # the store holds it in memory, and every rank reads it
 # Read from the message: below DDP and autograd a broken connection comes out as a bare RuntimeError.
-_BACKEND_WORDS = ("gloo", "nccl", "processgroup", "process group", "connection", "broken pipe", "tcpstore", "socket")
+_BACKEND_WORDS = ("gloo", "nccl", "processgroup", "c10d", "tcpstore", "closed by peer", "reset by peer", "broken pipe")
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class Failure:
     where: tuple[Level, ...] = ()  # outermost engine first
     traceback: str = ""
     run: int | None = None
+    begun: int = -1  # how far that run was begun
     is_frozen: bool = False  # it does not even answer
 
     def message(self) -> str:
@@ -111,6 +122,22 @@ def is_of_backend(error: BaseException | None) -> bool:
                 return True
         error = error.__cause__
     return False
+
+
+def line_of(error: BaseException) -> str:
+    """`error` in one line, whatever its `__str__` does."""
+    try:
+        text = str(error)
+    except Exception as failure:
+        text = f"(its text cannot be had: {type(failure).__qualname__})"
+    return f"{type(error).__qualname__}: {text}" if text else type(error).__qualname__
+
+
+def remove_error_file() -> None:
+    """The failure was handled: what comes later must not be shown with its traceback."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            os.remove(path)
 
 
 def write_error_file(message: str, traceback_text: str, *, is_cause: bool) -> None:

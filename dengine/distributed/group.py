@@ -1,10 +1,12 @@
 """Opening and leaving the process group: the same `with` under torchrun, srun and plain python."""
 
+import atexit
 import math
 import os
 import socket
 import sys
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,7 +19,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from dengine.distributed.connections import Connections, recorded
 from dengine.distributed.control import Control, Meeting
-from dengine.distributed.failure import traceback_of, write_error_file
+from dengine.distributed.failure import line_of, traceback_of, write_error_file
 from dengine.distributed.launch import Launch, find_launch
 from dengine.distributed.watch import Watch
 from dengine.distributed.world import World, default_device, enter, external_world, leave
@@ -38,7 +40,9 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     this process is a world of one, and no group is made. Leaving it destroys what it created: once all ranks are
     there where all went well, and without waiting for anybody where this rank is failing.
 
-    Inside it ranks leave together: where one raises, vanishes or hangs, all others raise what happened and where.
+    Inside it ranks leave together: where one raises, vanishes or hangs, all others raise what happened and where. Who
+    waits in a group that somebody else made (one that was there before, or `new_group()`) is told when the failed
+    rank's process ends or leaves this block, and no sooner.
 
     Args:
         backend: "auto" is NCCL for CUDA tensors with Gloo beside it for CPU tensors, and Gloo alone without CUDA;
@@ -98,7 +102,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
 def _told(error: BaseException, control: Control | None) -> BaseException:
     if control is not None:
         return control.failed(error, None, sys._getframe(1))
-    write_error_file(f"{type(error).__qualname__}: {error}", traceback_of(error), is_cause=True)
+    write_error_file(line_of(error), traceback_of(error), is_cause=True)
     return error
 
 
@@ -182,7 +186,16 @@ def _start(control: Control, stall_timeout_s: float) -> Watch:
     watch = Watch(control, min(stall_timeout_s, math.inf))
     control.start()
     watch.start()
+    # Where the block is never left (a notebook), the threads must be gone before the interpreter is.
+    atexit.register(_leave_at_exit, weakref.ref(control), weakref.ref(watch))
     return watch
+
+
+def _leave_at_exit(control: "weakref.ref[Control]", watch: "weakref.ref[Watch]") -> None:
+    plane, dog = control(), watch()
+    if plane is not None and dog is not None and not plane.is_closed:
+        plane.close(is_failing=True)
+        dog.stop()
 
 
 def _own_device(launch: Launch) -> torch.device:

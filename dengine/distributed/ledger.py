@@ -12,14 +12,16 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+import torch.distributed as dist
+
 from dengine.distributed.world import World
 from dengine.errors import ConsistencyError
 
-__all__ = ["Ledger", "call_site"]
+__all__ = ["Ledger", "call_site", "num_joined"]
 
 _CHECKED_RANKS = 64  # of more ranks, so many check each call, in turn: what the store sees does not grow with them
 _KEPT = 1024  # entries; no rank can be further behind
-_NOT_THE_USERS = (os.path.dirname(os.path.dirname(__file__)), contextlib.__file__)
+_NOT_THE_USERS = (os.path.dirname(os.path.dirname(__file__)) + os.sep, contextlib.__file__)
 
 
 class Ledger:
@@ -76,6 +78,16 @@ class Ledger:
 
     def _key(self, number: int) -> str:
         return f"collective/{self._part}/{number}"
+
+
+def num_joined(size: int, *, but: Any = None) -> int:
+    """How many collectives this rank has joined in groups of all `size` ranks: DDP's, FSDP's, the user's own."""
+    total = 0
+    with suppress(Exception):  # torch's own bookkeeping, which it does not promise
+        for group in dist.distributed_c10d._world.pg_map:
+            if group is not but and group.size() == size:
+                total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return total
 
 
 def call_site() -> str:

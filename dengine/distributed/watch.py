@@ -17,10 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from dengine.distributed.control import Control, say
 from dengine.distributed.failure import Failure, Level, where_text
+from dengine.distributed.ledger import num_joined
 
 __all__ = ["Watch"]
 
@@ -28,6 +27,7 @@ _PERIOD_S = 0.25
 _MAX_REPORTS_PER_S = 500  # of all ranks together: what the store can take without noticing it
 _SETTLING_PERIOD_S = 0.02
 _ANSWER_S = 2.0  # a living rank's thread answers within milliseconds; this is for a machine under load
+_PAUSE_S = 1.0  # later than that, a sleep was no sleep but a pause of the process
 _EXIT_S = 3.0  # after a stall was named: then a rank that still hangs is ended
 _NUM_SHOWN = 64
 
@@ -54,6 +54,7 @@ class Watch:
         self._is_asked_to_inquire = False
         self._broken_at_s: float | None = None
         self._told_by_host: dict[str, Any] = {}
+        self._unwatched = set(range(control.here.size))
         control.answer = self._answer
         control.inquire = self._inquire
         self._tell_place()
@@ -77,7 +78,7 @@ class Watch:
         told_at_s, told_turn = 0.0, 0
         while not control.is_closed:
             is_settling = control.failure is not None and not control.is_broken
-            has_hung_up = control.connections.wait(_SETTLING_PERIOD_S if is_settling else self._period_s)
+            has_hung_up = self._sleep(_SETTLING_PERIOD_S if is_settling else self._period_s)
             if control.is_closed:
                 return
             self._beat_s = time.monotonic()
@@ -91,15 +92,34 @@ class Watch:
                 if has_hung_up or self._is_asked_to_inquire:
                     self._is_asked_to_inquire = False
                     self._find_the_vanished()
+                    control.end_inquiry()
                 self._look_for_a_stall()
                 control.settle()
             except Exception as error:  # the store is gone
                 control.lose(error)
 
+    def _sleep(self, timeout_s: float) -> bool:
+        started_s = time.monotonic()
+        has_hung_up = self._control.connections.wait(timeout_s)
+        self._forgive_pause(time.monotonic() - started_s - timeout_s)
+        return has_hung_up
+
+    def _forgive_pause(self, late_s: float) -> None:
+        """A job that was suspended as a whole, or a machine that was, has not stalled meanwhile."""
+        if late_s > _PAUSE_S:
+            self._progressed_at_s += late_s
+            self._ask_at_s += late_s
+            self._beat_s += late_s
+
     def _guard_host(self) -> None:
         """A request to a store whose process is stopped never returns: so another thread looks after the first."""
+        waited_s = time.monotonic()
         while not self._stopped.wait(self._period_s):
-            silent_s = time.monotonic() - self._beat_s
+            now_s = time.monotonic()
+            if now_s - waited_s - self._period_s > _PAUSE_S:
+                self._beat_s = now_s  # this process was paused itself
+            waited_s = now_s
+            silent_s = now_s - self._beat_s
             if self._control.is_broken:
                 self._end_what_hangs()
             elif not self._control.is_lost and silent_s > self._stall_timeout_s + self._period_s:
@@ -108,6 +128,12 @@ class Watch:
     # -- where this rank is ----------------------------------------------------------------------------------------
 
     def _place(self) -> tuple[Level, ...]:
+        try:
+            return self._place_by_stack()
+        except Exception:  # frames of another thread, which goes on: what it tells is not worth a failure
+            return ()
+
+    def _place_by_stack(self) -> tuple[Level, ...]:
         frame = sys._current_frames().get(self._control.thread_id)
         frames = []
         while frame is not None:
@@ -130,6 +156,21 @@ class Watch:
             self._told_by_host = self._told_place(0)
             self._control.last_seen_of_rank_zero = _levels(self._told_by_host)
         self._note_progress(place)
+        self._watch_neighbours()
+
+    def _watch_neighbours(self) -> None:
+        """Have the end of each process of this host noticed, once it has told which one it is."""
+        for rank in self._unwatched & set(self._near()):
+            told = self._told_place(rank)
+            if told:
+                self._unwatched.discard(rank)
+                if self._is_here(told) and _is_alive(told):
+                    self._control.connections.watch_process(told["pid"])
+
+    def _near(self) -> list[int]:
+        """The ranks that are most likely on this host."""
+        first = self._here.rank - self._here.local_rank
+        return [rank for rank in range(first, first + self._here.local_size) if rank != self._here.rank]
 
     def _note_progress(self, place: tuple[Level, ...]) -> None:
         control = self._control
@@ -165,7 +206,7 @@ class Watch:
             # Who is behind: fewer of DDP's collectives joined, fewer runs begun or ended, less of the run begun, fewer
             # of this package's collectives joined.
             "progress": [
-                _num_collectives(self._here.size, but=self._control.group),
+                num_joined(self._here.size, but=self._control.group),
                 self._control.num_turns,
                 shared[-1].begun if shared else 0,
                 self._control.ledger.num_calls,
@@ -199,22 +240,25 @@ class Watch:
         """A connection was closed: name who is gone, unless it has said why, or all have left."""
         control = self._control
         gone = self._dead_on_this_host()
-        if control.failure is not None or control.is_closed or control.has_all_left():
+        if control.failure is not None or control.is_over or control.has_all_left():
             return
         if not gone:
             # One that told why it goes did so before it closed its connections.
             time.sleep(_SETTLING_PERIOD_S)
-            if control.failure is not None or control.is_closed or control.has_all_left():
+            if control.failure is not None or control.is_over or control.has_all_left():
                 return
             present = self._call()
-            gone = [rank for rank in range(self._here.size) if rank not in present]
+            gone = [rank for rank in range(self._here.size) if rank not in present and self._may_be_gone(rank)]
         if gone and control.failure is None and not control.has_all_left():
             control.report(self._vanished(gone))
 
     def _dead_on_this_host(self) -> list[int]:
-        first = self._here.rank - self._here.local_rank
-        near = [rank for rank in range(first, first + self._here.local_size) if rank != self._here.rank]
-        return [rank for rank in near if self._is_here(told := self._told_place(rank)) and not _is_alive(told)]
+        return [rank for rank in self._near() if self._is_here(told := self._told_place(rank)) and not _is_alive(told)]
+
+    def _may_be_gone(self, rank: int) -> bool:
+        """Whether a rank that does not answer may have ended: one of this host that lives is only slow."""
+        told = self._told_place(rank)
+        return rank != self._here.rank and not (self._is_here(told) and _is_alive(told))
 
     def _is_here(self, told: dict[str, Any]) -> bool:
         return bool(told) and told["host"] == self._identity["host"]
@@ -247,11 +291,14 @@ class Watch:
             self._judge(self._call())
 
     def _judge(self, answers: dict[int, dict[str, Any]]) -> None:
-        idle_s = min(answer["idle_s"] for answer in answers.values())
+        missing = [rank for rank in range(self._here.size) if rank not in answers]
+        # One that does not answer, but told its place not long ago, holds the interpreter for a while.
+        silent_s = [time.time() - self._told_place(rank).get("time_s", 0.0) for rank in missing]
+        idle_s = min([answer["idle_s"] for answer in answers.values()] + silent_s)
         if idle_s < self._stall_timeout_s - self._period_s:
             self._ask_at_s = time.monotonic() + self._stall_timeout_s - idle_s
             return
-        frozen = [rank for rank in range(self._here.size) if rank not in answers]
+        frozen = missing
         rank = frozen[0] if frozen else min(answers, key=lambda each: answers[each]["progress"])
         where = _levels(self._told_place(rank) if frozen else answers[rank])
         error = (
@@ -269,6 +316,7 @@ class Watch:
         failure = control.failure
         if failure is None or not control.is_broken:
             return
+        self._note_progress(self._place())
         now_s = time.monotonic()
         if self._broken_at_s is None:
             self._broken_at_s = now_s
@@ -276,8 +324,10 @@ class Watch:
                 say(f"dengine: rank {self._here.rank} is {where_text(self._place())}\n{_stacks()}")
                 if failure.is_frozen:
                     self._end_frozen(failure.rank)
-        patience_s = _EXIT_S if failure.kind == "stalled" else max(self._stall_timeout_s, _EXIT_S)
-        if control.runs and now_s > self._broken_at_s + patience_s:
+        # Handlers of EXCEPTION_RAISED may save what they can.
+        is_stuck = failure.kind == "stalled" and not control.is_leaving
+        since_s = self._broken_at_s if is_stuck else max(self._broken_at_s, self._progressed_at_s)
+        if control.runs and now_s > since_s + (_EXIT_S if is_stuck else max(self._stall_timeout_s, _EXIT_S)):
             say(f"dengine: rank {self._here.rank} cannot leave by itself, so its process is ended.\n{_stacks()}")
             say(f"dengine: {failure.message()}\n")
             os._exit(1)
@@ -297,16 +347,6 @@ def _levels(told: dict[str, Any]) -> tuple[Level, ...]:
 def _shown(answer: dict[str, Any]) -> str:
     inside = f", in {answer['collective']}" if answer["collective"] else ""
     return f"{where_text(_levels(answer))}{inside}, for {answer['idle_s']:.0f} s"
-
-
-def _num_collectives(size: int, *, but: Any) -> int:
-    """How many collectives this rank has joined in groups of all `size` ranks: DDP's, FSDP's, the user's own."""
-    total = 0
-    with suppress(Exception):  # torch's own bookkeeping, which it does not promise
-        for group in dist.distributed_c10d._world.pg_map:
-            if group is not but and group.size() == size:
-                total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-    return total
 
 
 def _stacks() -> str:

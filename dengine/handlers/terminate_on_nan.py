@@ -1,10 +1,11 @@
 """Ends a run whose numbers have gone wrong."""
 
-import math
+import numbers
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from dengine.engine import Engine
@@ -39,8 +40,12 @@ class TerminateOnNan:
     def __init__(self, output_transform: Callable[[Any], Any] | None = None) -> None:
         self._transform = output_transform
         self._flags: dict[torch.device, torch.Tensor] = {}  # whether all was finite
+        self._last_iteration = 0
 
     def __call__(self, engine: Engine) -> None:
+        if engine.state.iteration <= self._last_iteration:  # another run: an end between two reads left its flag
+            self._flags.clear()
+        self._last_iteration = engine.state.iteration
         output = engine.state.output
         is_wrong = self._note(output if self._transform is None else self._transform(output))
         state = engine.state
@@ -63,9 +68,15 @@ class TerminateOnNan:
         if isinstance(value, torch.Tensor):
             self._note_tensor(value.detach())
             return False
-        return isinstance(value, float | complex) and not math.isfinite(abs(value))
+        if isinstance(value, np.ndarray):
+            return value.dtype.kind in "fc" and not bool(np.isfinite(value).all())
+        return isinstance(value, numbers.Number) and not bool(np.isfinite(complex(value)))  # type: ignore[call-overload]
 
     def _note_tensor(self, tensor: torch.Tensor) -> None:
+        if tensor.layout is not torch.strided:
+            tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
+        if tensor.is_floating_point() and tensor.element_size() == 1:  # float8 knows no isfinite
+            tensor = tensor.float()
         if tensor.is_floating_point() or tensor.is_complex():
             is_finite = torch.isfinite(tensor).all()
             flag = self._flags.get(tensor.device)

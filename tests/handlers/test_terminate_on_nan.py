@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +30,11 @@ def stopped_at(outputs: list[Any], **options: Any) -> int:
         torch.tensor([1.0, -INF]),
         torch.tensor([1.0, NAN], dtype=torch.bfloat16),
         torch.tensor([complex(1, INF)]),
+        torch.tensor([1.0, NAN]).to(torch.float8_e4m3fn),
+        torch.tensor([[0.0, NAN]]).to_sparse(),
+        torch.tensor([[0.0, NAN]]).to_sparse_csr(),
+        np.float32("nan"),
+        {"loss": np.array([1.0, -np.inf])},
         {"loss": 1.0, "parts": [torch.ones(2), (torch.tensor([[NAN]]),)]},
     ],
 )
@@ -38,7 +44,18 @@ def test_a_number_that_is_not_finite_ends_the_run_where_it_comes(wrong: Any) -> 
 
 
 def test_finite_numbers_and_what_is_no_number_end_nothing() -> None:
-    outputs = [0, "nan", None, True, torch.tensor([1]), torch.zeros(0), {"a": [1e300]}, torch.tensor([True])]
+    outputs = [
+        0,
+        np.int64(3),
+        np.array(["nan"]),
+        "nan",
+        None,
+        True,
+        torch.tensor([1]),
+        torch.zeros(0),
+        {"a": [1e300]},
+        torch.tensor([True]),
+    ]
     assert stopped_at(outputs) == len(outputs)
 
 
