@@ -10,6 +10,7 @@ __all__ = ["COMMANDS", "main"]
 # name -> what it is for. `python -m dengine NAME` runs dengine/cli/NAME.py.
 COMMANDS = {
     "inspect": "what is in a checkpoint, or in a folder of them, verified",
+    "plot": "the learning curves of runs, as a picture",
 }
 
 

@@ -33,7 +33,18 @@ STOREYS = {
 # Rooms of one storey that may look into each other.
 DOORS = {("engine", "metrics")}
 
-HEAVY = {"accelerate", "torchmetrics", "tqdm", "tensorboard", "matplotlib"}
+HEAVY = {
+    "accelerate",
+    "matplotlib",
+    "mlflow",
+    "omegaconf",
+    "tensorboard",
+    "torchmetrics",
+    "tqdm",
+    "trackio",
+    "wandb",
+    "yaml",
+}
 
 
 def room(module: str) -> str:
