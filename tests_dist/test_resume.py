@@ -31,9 +31,7 @@ def digest(model: nn.Module) -> str:
     return hashlib.sha256(b"".join(value.numpy().tobytes() for value in model.state_dict().values())).hexdigest()
 
 
-def trained(
-    rank: int, size: int, folder: str, signal_at: int, who: int, workers: int, signalled: int
-) -> dict[str, Any]:
+def trained(rank: int, size: int, folder: str, signal_at: int, who: int, workers: int, number: int) -> dict[str, Any]:
     """One job: resumes where there is something, and is preempted in iteration `signal_at` of the whole training."""
     with distributed.process_group(timeout=60):
         torch.manual_seed(7)
