@@ -221,6 +221,8 @@ class Control:
                 self.is_over = True
             case "end":
                 self.is_over = True
+                if self.failure is not None:
+                    self._break(self.failure)
                 self._note()
             case "decided":
                 self._run_of(message).decide(_key(message), message["target"], message["reason"])
@@ -274,7 +276,7 @@ class Control:
 
     def _note_out(self, run: int) -> None:
         """Count this rank among those that left `run` by an exception, and note whether all left it at one place."""
-        if self._is_broken:
+        if self._is_broken or self.is_over:
             return
         joined = f"{num_joined(self.here.size)} {self.ledger.num_calls}"
         with suppress(RuntimeError):  # the store is gone

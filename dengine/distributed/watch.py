@@ -83,7 +83,7 @@ class Watch:
                 return
             self._beat_s = time.monotonic()
             try:
-                if control.is_broken or control.is_lost:
+                if control.is_broken or control.is_lost or control.is_over:
                     self._end_what_hangs()
                     continue
                 if time.monotonic() >= told_at_s + self._period_s or control.num_turns != told_turn:
@@ -240,13 +240,11 @@ class Watch:
         """A connection was closed: name who is gone, unless it has said why, or all have left."""
         control = self._control
         gone = self._dead_on_this_host()
+        # One that told why it goes did so before it went; what it told may still be on its way.
+        time.sleep(_SETTLING_PERIOD_S)
         if control.failure is not None or control.is_over or control.has_all_left():
             return
         if not gone:
-            # One that told why it goes did so before it closed its connections.
-            time.sleep(_SETTLING_PERIOD_S)
-            if control.failure is not None or control.is_over or control.has_all_left():
-                return
             present = self._call()
             gone = [rank for rank in range(self._here.size) if rank not in present and self._may_be_gone(rank)]
         if gone and control.failure is None and not control.has_all_left():
