@@ -37,7 +37,10 @@ fi
 : "${num_processes:=$num_gpus}"
 
 # Through the environment's python: torchrun's own first line breaks when the repository is moved.
+# A scheduler's warning is to reach the ranks, and they are to have the time to save: SIGUSR1 would else kill torchrun
+# and leave its workers behind.
 command=("$VENV_PYTHON" "$VENV/bin/torchrun" --standalone "--nproc-per-node=$num_processes"
+    "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2" --shutdown-timeout=120
     "$ROOT/examples/digits.py" "$@")
 # Short where it can be: seen from this folder, the printed line does the same.
 printed="$(printf ' %q' "${command[@]#"$PWD/"}")"

@@ -228,10 +228,11 @@ def test_quickstart_runs_the_command_it_prints(
     ready.answer(COUNT_GPUS, f"{num_gpus}\n")
     outcome = ready.launch("quickstart", "--epochs", "2", **environment)
     assert outcome.returncode == 0
-    arguments = f"--standalone --nproc-per-node={num_processes} {ready.root}/examples/digits.py --epochs 2"
+    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --shutdown-timeout=120"
+    arguments = f"--standalone --nproc-per-node={num_processes} {signals} {ready.root}/examples/digits.py --epochs 2"
     assert ready.calls("torchrun") == [f"{ready.venv}/bin/torchrun {arguments}"]
     printed = f"{ready.venv}/bin/python {ready.venv}/bin/torchrun {arguments}"
-    assert outcome.stdout == prefix + printed.replace("the root", r"the\ root") + "\n"
+    assert outcome.stdout == prefix + printed.replace("the root", r"the\ root").replace(",", r"\,") + "\n"
 
 
 def test_quickstart_fails_when_training_fails(ready: Sandbox) -> None:
