@@ -23,7 +23,7 @@ from dengine.distributed.ledger import num_joined
 
 __all__ = ["Watch"]
 
-_PERIOD_S = 0.25
+_PERIOD_S = 1.0
 _MAX_REPORTS_PER_S = 500  # of all ranks together: what the store can take without noticing it
 _SETTLING_PERIOD_S = 0.02
 _ANSWER_S = 2.0  # a living rank's thread answers within milliseconds; this is for a machine under load
@@ -35,7 +35,7 @@ _NUM_SHOWN = 64
 class Watch:
     """The watchdog of this rank.
 
-    Cost: one small message to the store a period, which is 0.25 s for up to 125 ranks and grows with their number
+    Cost: one small message to the store a period, which is a second for up to 500 ranks and grows with their number
     (20 s for 10 000), so that all ranks together send 500 a second. The loop pays nothing: its place is read from the
     integers that it keeps anyway.
     """
