@@ -79,9 +79,9 @@ def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
         return
     told = all_gather_object(digests_P.tolist())
     for place, name in enumerate(whole):
-        rank, model = _odd_one([digests[place] for digests in told])
+        values = [digests[place] for digests in told]
+        rank, model = _odd_one(values)
         if rank is not None:
-            values = [digests[place] for digests in told]
             others = [each for each, value in enumerate(values) if value != values[model]]
             raise ConsistencyError(
                 f"{subject} differ between ranks: {name!r} of rank {', '.join(map(str, others))} is not that of rank "

@@ -22,6 +22,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeAlias
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
@@ -42,7 +43,7 @@ from dengine.distributed.runs import Run, Scope
 from dengine.distributed.world import World
 from dengine.errors import RemoteRankError, StallError
 
-__all__ = ["Control", "Meeting", "Where"]
+__all__ = ["Control", "Meeting", "Where", "abort_group", "say"]
 
 Where: TypeAlias = Callable[[Iterable[FrameType]], list[Level]]
 
@@ -103,6 +104,7 @@ class Control:
         self.answer: Callable[[dict[str, Any]], None] = lambda message: None  # to an inquiry: watch.py's
         self.inquire: Callable[[], None] = lambda: None
         self.is_closed = False
+        self.last_seen_of_rank_zero: tuple[Level, ...] = ()  # kept by watch.py: the store could not tell afterwards
         self._reader = meeting.connect()
         self._shared_runs: dict[int, Run] = {}
         self._num_shared_runs = 0
@@ -110,9 +112,9 @@ class Control:
         self._collected: dict[int, dict[str, Any]] = {}  # rank 0: wishes whose answers are not all there
         self._left_by_error: set[int] = set()  # runs of which it is not settled yet whether all ranks have
         self._forgiven: set[int] = set()
-        self._is_broken = False
+        self.is_broken = False
         self._heard_at_s = 0.0
-        self._changed = threading.Condition()  # of failure, _is_broken, _all_left, is_lost
+        self._changed = threading.Condition()  # of failure, is_broken, _all_left, is_lost
         self._all_left = False
         self.is_over = False  # nobody says anything any more
         self.is_leaving = False  # this rank's run is on its way out, by an error
@@ -227,7 +229,8 @@ class Control:
             case "decided":
                 self._run_of(message).decide(_key(message), message["target"], message["reason"])
             case "stop":
-                if self._run_of(message).hear(_key(message), number, self._reader, self.here.rank):
+                is_new = self._run_of(message).hear(_key(message), number, self._reader, self.here.rank)
+                if is_new and self.here.rank == 0:
                     self._collected[number] = message
 
     def _run_of(self, message: dict[str, Any]) -> Run:
@@ -236,8 +239,6 @@ class Control:
 
     def _collect(self) -> None:
         """On rank 0: where every rank has told how far it has begun, decide for the furthest."""
-        if self.here.rank != 0:
-            self._collected.clear()
         for number, message in list(self._collected.items()):
             if self._reader.add(f"begun/{number}", 0) == self.here.size:
                 keys = [f"begun/{number}/{rank}" for rank in range(self.here.size)]
@@ -276,7 +277,7 @@ class Control:
 
     def _note_out(self, run: int) -> None:
         """Count this rank among those that left `run` by an exception, and note whether all left it at one place."""
-        if self._is_broken or self.is_over:
+        if self.is_broken or self.is_over:
             return
         joined = f"{num_joined(self.here.size)} {self.ledger.num_calls}"
         with suppress(RuntimeError):  # the store is gone
@@ -297,16 +298,25 @@ class Control:
         """
         if self._left_by_error:
             with self._changed:
-                self._changed.wait_for(lambda: not self._left_by_error or self._is_broken, _SETTLE_S + _HEAR_S)
+                self._changed.wait_for(self._is_settled, _SETTLE_S + _HEAR_S)
         failure = self.failure
-        if failure is not None and not self._may_still_fail_alike(failure):
+        if failure is not None and not self._has_all_left_alike() and not self._may_still_fail_alike(failure):
             raise failure.as_error()
+
+    def _is_settled(self) -> bool:
+        return not self._left_by_error or self.is_broken or self._all_left
+
+    def _has_all_left_alike(self) -> bool:
+        """All ranks came to the end of the block, before anybody looked whether they had left the run alike: so it
+        was, as else one of them would have been freed by breaking the group.
+        """
+        return self._all_left and not self.is_broken
 
     def _may_still_fail_alike(self, failure: Failure) -> bool:
         """Whether this rank has still to come to where another one failed: it goes on, since it may fail there too, as
         ranks do that check the same thing one after the other. Who waits there is freed by `settle`.
         """
-        if self._is_broken or failure.run is None or failure.rank == self.here.rank:
+        if self.is_broken or failure.run is None or failure.rank == self.here.rank:
             return False
         return any(run.number == failure.run and run.begun <= failure.begun for run in self.runs)
 
@@ -316,7 +326,7 @@ class Control:
         One rank decides, whichever comes first.
         """
         failure = self.failure
-        if failure is None or self._is_broken:
+        if failure is None or self.is_broken:
             return
         is_out = failure.run is not None and self.store.add(f"out/{failure.run}", 0) == self.here.size
         if is_out and self.store.check([f"out/{failure.run}/is_skewed"]):
@@ -350,12 +360,6 @@ class Control:
         self._note(is_lost=True)
         assert self.failure is not None
         self._break(self.failure)
-
-    last_seen_of_rank_zero: tuple[Level, ...] = ()  # kept by watch.py: the store could not tell afterwards
-
-    @property
-    def is_broken(self) -> bool:
-        return self._is_broken
 
     def _tell(self, error: BaseException, run: int | None, here: FrameType) -> None:
         text = traceback_of(error)
@@ -418,7 +422,7 @@ class Control:
         self._note(is_broken=True)
         self.connections.shut()
         if "nccl" in self.here.backend:
-            _abort_nccl()
+            abort_group()
 
     def _note(
         self,
@@ -430,7 +434,7 @@ class Control:
     ) -> None:
         with self._changed:
             self.failure = self.failure or failure
-            self._is_broken |= is_broken
+            self.is_broken |= is_broken
             self._all_left |= all_left
             self.is_lost |= is_lost
             self._changed.notify_all()
@@ -486,11 +490,10 @@ def _key(message: dict[str, Any]) -> tuple[Scope, int]:
     return message["scope"], message["epoch"]
 
 
-def _abort_nccl() -> None:
-    import torch.distributed.distributed_c10d as c10d
-
+def abort_group() -> None:
+    """End what is under way on the device, without waiting for it."""
     with suppress(Exception):  # nothing more can be done for a rank that waits on the device
-        c10d._abort_process_group()
+        dist.distributed_c10d._abort_process_group()
 
 
 def say(text: str) -> None:

@@ -1,7 +1,6 @@
 """Opening and leaving the process group: the same `with` under torchrun, srun and plain python."""
 
 import atexit
-import math
 import os
 import socket
 import sys
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from dengine.distributed.connections import Connections, recorded
-from dengine.distributed.control import Control, Meeting
+from dengine.distributed.control import Control, Meeting, abort_group
 from dengine.distributed.failure import line_of, traceback_of, write_error_file
 from dengine.distributed.launch import Launch, find_launch
 from dengine.distributed.watch import Watch
@@ -108,8 +107,7 @@ def _told(error: BaseException, control: Control | None) -> BaseException:
 
 def _destroy(opened: World, is_failing: bool) -> None:
     if is_failing and "nccl" in opened.backend:
-        with suppress(RuntimeError):  # destroying it would wait for what is under way on the device
-            dist.distributed_c10d._abort_process_group()
+        abort_group()  # destroying it would wait
     else:
         dist.destroy_process_group()
 
@@ -183,7 +181,7 @@ def _control_beside(here: World, timeout_s: float) -> Control | None:
 
 
 def _start(control: Control, stall_timeout_s: float) -> Watch:
-    watch = Watch(control, min(stall_timeout_s, math.inf))
+    watch = Watch(control, stall_timeout_s)
     control.start()
     watch.start()
     # Where the block is never left (a notebook), the threads must be gone before the interpreter is.

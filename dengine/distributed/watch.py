@@ -296,17 +296,16 @@ class Watch:
         if idle_s < self._stall_timeout_s - self._period_s:
             self._ask_at_s = time.monotonic() + self._stall_timeout_s - idle_s
             return
-        frozen = missing
-        rank = frozen[0] if frozen else min(answers, key=lambda each: answers[each]["progress"])
-        where = _levels(self._told_place(rank) if frozen else answers[rank])
+        rank = missing[0] if missing else min(answers, key=lambda each: answers[each]["progress"])
+        where = _levels(self._told_place(rank) if missing else answers[rank])
         error = (
             f"Rank {rank} has made no progress for {self._stall_timeout_s:g} s, and the others wait for it."
-            + (" Its process is stopped, or holds the interpreter: it does not answer." if frozen else "")
+            + (" Its process is stopped, or holds the interpreter: it does not answer." if missing else "")
             + "".join(f"\n  rank {each}: {_shown(answers[each])}" for each in sorted(answers)[:_NUM_SHOWN])
             + "\n  If a step or a handler may take so long, raise stall_timeout= of process_group(), or call "
             "distributed.progress() in it."
         )
-        self._control.report(Failure("stalled", rank, error, where, is_frozen=bool(frozen)))
+        self._control.report(Failure("stalled", rank, error, where, is_frozen=bool(missing)))
 
     def _end_what_hangs(self) -> None:
         """After a failure: show the stacks of a stall, and end a process that cannot leave by itself."""

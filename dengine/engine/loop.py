@@ -208,6 +208,11 @@ class Engine:
         """`add_metric` for each of `{name: metric}`; all of them or, on an error, none."""
         self._metrics.add_all(metrics)
 
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of the metrics, also of those that have no value yet."""
+        return self._metrics.names
+
     # -- running -------------------------------------------------------------------------------------------------
 
     def run(

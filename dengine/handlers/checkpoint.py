@@ -21,6 +21,7 @@ from dengine.distributed import world
 from dengine.distributed.collectives import from_rank_zero
 from dengine.engine import Engine, Events
 from dengine.errors import CheckpointError
+from dengine.handlers.step import StepTransform, step_of
 
 __all__ = ["Checkpoint", "Saved"]
 
@@ -93,7 +94,7 @@ class Checkpoint:
         n_saved: int = 1,
         score_function: Callable[[Engine], float] | None = None,
         score_name: str | None = None,
-        global_step_transform: Callable[[Engine, Any], int] | None = None,
+        global_step_transform: StepTransform | None = None,
         asynchronous: bool = False,
     ) -> None:
         if score_name is not None and score_function is None:
@@ -216,9 +217,7 @@ class Checkpoint:
         # One that is still being written counts as saved: where it fails, the run ends.
         if not is_kept(score, self._expected(), self._n_saved):
             return self._report(), None
-        step = engine.state.iteration
-        if self._step_transform is not None:
-            step = whole_number("The step", self._step_transform(engine, engine.firing), least=0)
+        step = step_of(engine, self._step_transform)
         if self._writing is not None:
             self._say_that_it_waits()
             if (report := self._settle()).failure is not None:

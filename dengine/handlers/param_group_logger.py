@@ -4,7 +4,8 @@ from typing import Any
 
 from dengine.distributed import world
 from dengine.engine import Engine
-from dengine.handlers.tracking_handler import StepTransform, sink_of, step_of
+from dengine.handlers.step import StepTransform, step_of
+from dengine.handlers.tracking_handler import sink_of
 from dengine.tracking.values import flat
 
 __all__ = ["ParamGroupLogger"]

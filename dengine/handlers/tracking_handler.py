@@ -5,15 +5,14 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from dengine.checks import whole_number
 from dengine.distributed import world
 from dengine.engine import Engine
+from dengine.handlers.step import StepTransform, step_of
 from dengine.tracking.values import flat
 
-__all__ = ["Sink", "StepTransform", "TrackingHandler", "sink_of", "step_of"]
+__all__ = ["Sink", "TrackingHandler", "sink_of"]
 
 Sink: TypeAlias = Callable[[dict[str, Any], int], object]
-StepTransform: TypeAlias = Callable[[Engine, Any], int]
 
 
 class TrackingHandler:
@@ -86,10 +85,10 @@ class TrackingHandler:
         for name in self._names:
             if name in have:
                 values.update(_spread(name, have[name]))
-            elif name not in _attached(engine):
+            elif name not in engine.metric_names:
                 raise KeyError(
                     f"TrackingHandler was asked to log {name!r}, but there is "
-                    f"{', '.join(map(repr, dict.fromkeys([*have, *_attached(engine)]))) or 'no value'}."
+                    f"{', '.join(map(repr, dict.fromkeys([*have, *engine.metric_names]))) or 'no value'}."
                 )
         return values
 
@@ -131,17 +130,6 @@ def sink_of(run: Any) -> Sink:
         f"{run!r} cannot be logged to: pass a run of Track.run(), an object with log(dict, step=), a SummaryWriter, or "
         "the module mlflow."
     )
-
-
-def step_of(engine: Engine, transform: StepTransform | None) -> int:
-    if transform is None:
-        return engine.state.iteration
-    return whole_number("The step", transform(engine, engine.firing), least=0)
-
-
-def _attached(engine: Engine) -> list[str]:
-    """The names of the engine's metrics, those that have no value yet as well."""
-    return list(engine._metrics._metrics)
 
 
 def _spread(name: str, value: Any) -> dict[str, Any]:

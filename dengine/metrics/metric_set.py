@@ -48,6 +48,10 @@ class MetricSet:
         for name, metric in metrics.items():
             self._add(name, metric, None)
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._metrics)
+
     def reset(self) -> None:
         for _, leaf in self._leaves.values():
             leaf.reset()
