@@ -146,10 +146,10 @@ def _joined(what: str, *, site: str = "") -> Iterator[Any]:
     if not isinstance(plane, Control):
         yield None
         return
-    plane.check()
+    plane.failures.check()
     plane.ledger.enter(what, site)
     try:
-        yield plane.group
+        yield plane.link.group
     finally:
         plane.ledger.leave()
 

@@ -11,7 +11,9 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["Connections", "recorded"]
+import torch.distributed as dist
+
+__all__ = ["Connections", "abort_group", "recorded"]
 
 _FOLDER = "/proc/self/fd"
 
@@ -79,6 +81,12 @@ class Connections:
         for number in self._processes:
             os.close(number)
         self._sockets, self._processes = [], []
+
+
+def abort_group() -> None:
+    """End what is under way on the device, without waiting for it: NCCL's connections are none of these."""
+    with suppress(Exception):  # nothing more can be done for a rank that waits on the device
+        dist.distributed_c10d._abort_process_group()
 
 
 def _socket_numbers() -> set[int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ __all__ = [
     "is_of_backend",
     "line_of",
     "remove_error_file",
+    "say",
     "traceback_of",
     "where_text",
     "write_error_file",
@@ -155,3 +157,10 @@ def write_error_file(message: str, traceback_text: str, *, is_cause: bool) -> No
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+
+
+def say(text: str) -> None:
+    """One write, so that the lines of several ranks do not mix."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from dengine.distributed.connections import Connections, recorded
-from dengine.distributed.control import Control, Meeting, abort_group
+from dengine.distributed.connections import Connections, abort_group, recorded
+from dengine.distributed.control import Control
 from dengine.distributed.failure import line_of, traceback_of, write_error_file
 from dengine.distributed.launch import Launch, find_launch
+from dengine.distributed.messages import Link, Meeting
 from dengine.distributed.watch import Watch
 from dengine.distributed.world import World, default_device, enter, external_world, leave
 from dengine.distributed.world import control as current_control
@@ -91,16 +92,16 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
         if control is not None and watch is not None:
             control.close(is_failing=is_failing)
             watch.stop()
-            control.connections.close()
+            control.link.connections.close()
         if launch is not None:
             _destroy(opened, is_failing)
         elif control is not None:
-            dist.destroy_process_group(control.group)
+            dist.destroy_process_group(control.link.group)
 
 
 def _told(error: BaseException, control: Control | None) -> BaseException:
     if control is not None:
-        return control.failed(error, None, sys._getframe(1))
+        return control.failures.failed(error, None, sys._getframe(1))
     write_error_file(line_of(error), traceback_of(error), is_cause=True)
     return error
 
@@ -165,7 +166,7 @@ def _control(launch: Launch, here: World, connections: list[socket.socket], time
     meeting = Meeting(launch.master_addr, launch.master_port, f"dengine/{holder[0]}", not is_agents)
     with recorded(launch.master_port) as more:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return Control(meeting, here, Connections([*connections, *more]), group)
+    return Control(Link(here, meeting, meeting.connect(), Connections([*connections, *more]), group))
 
 
 def _control_beside(here: World, timeout_s: float) -> Control | None:
@@ -191,7 +192,7 @@ def _start(control: Control, stall_timeout_s: float) -> Watch:
 
 def _leave_at_exit(control: "weakref.ref[Control]", watch: "weakref.ref[Watch]") -> None:
     plane, dog = control(), watch()
-    if plane is not None and dog is not None and not plane.is_closed:
+    if plane is not None and dog is not None and not plane.standing.is_closed:
         plane.close(is_failing=True)
         dog.stop()
 

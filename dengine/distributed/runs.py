@@ -1,9 +1,9 @@
 """How ranks agree when to leave a run, without waiting for each other while nobody wants to.
 
-Every rank's thread reads one list of messages, in one order (control.py). Where a rank asks to stop, each rank's thread
-tells how far its loop has *begun*; the furthest is where all stop, and it is within reach of everybody: who is behind
-goes on, who is there waits for the word. No loop ever waits for a rank that waits for it in a collective, since the
-threads answer, not the loops.
+Every rank's thread reads one list of messages, in one order (messages.py). Where a rank asks to stop, each rank's
+thread tells how far its loop has *begun*; the furthest is where all stop, and it is within reach of everybody: who is
+behind goes on, who is there waits for the word. No loop ever waits for a rank that waits for it in a collective, since
+the threads answer, not the loops.
 
     loop                                          thread
     tells that it begins a step, then looks       raises the flag, then reads how far
@@ -23,27 +23,39 @@ from typing import Any, Literal, Protocol, TypeAlias
 from dengine.distributed.failure import Failure, Level
 from dengine.distributed.world import control
 
-__all__ = ["END", "Run", "Scope", "begin_run", "place"]
+__all__ = ["END", "Run", "Runs", "Scope", "begin_run", "place"]
 
 Scope: TypeAlias = Literal["run", "epoch"]
 _Key: TypeAlias = tuple[Scope, int]  # a scope, and the epoch that is to be left (0 for a run)
 
 _EPOCH_BITS = 40
 END = (1 << _EPOCH_BITS) - 1  # as an iteration: the end of the epoch, with its metrics and EPOCH_COMPLETED
+_KEPT_RUNS = 256  # that have ended; no rank is further behind
 _LOOK_S = 0.1  # how often a waiting loop looks whether the others can still be reached
 
 
-class _Control(Protocol):
-    """What a run needs of control.py, which is above it."""
-
+class _Standing(Protocol):
     failure: Failure | None
     is_lost: bool
-    store: Any
 
-    def publish(self, **message: Any) -> None: ...
+
+class _Failures(Protocol):
     def check(self) -> None: ...
     def failed(self, error: BaseException, run: int | None, here: FrameType) -> BaseException: ...
-    def begin_run(self, *, is_shared: bool, where: Callable[[Iterable[FrameType]], list[Level]]) -> Run: ...
+
+
+class _Messages(Protocol):
+    def publish(self, **message: Any) -> None: ...
+
+
+class _Control(Protocol):
+    """What a run needs of control.py, which builds on this file."""
+
+    link: Any
+    standing: _Standing
+    failures: _Failures
+    messages: _Messages
+    runs: Runs
 
 
 def place(epoch: int, iteration: int) -> int:
@@ -63,7 +75,7 @@ def begin_run(*, is_shared: bool, where: Callable[[Iterable[FrameType]], list[Le
         RemoteRankError, StallError: a rank has failed before.
     """
     plane: _Control | None = control()  # type: ignore[assignment]
-    return Run() if plane is None else plane.begin_run(is_shared=is_shared, where=where)
+    return Run() if plane is None else plane.runs.begin(is_shared=is_shared, where=where)
 
 
 class Run:
@@ -81,7 +93,7 @@ class Run:
         self.where: Callable[[Iterable[FrameType]], list[Level]] = lambda frames: []
         self.on_end: Callable[[Run], None] = lambda run: None
         self._control = control
-        self._heard: set[_Key] = set()  # by the thread
+        self.heard: set[_Key] = set()  # by the thread
         self._asked: set[_Key] = set()
         self._decided: dict[_Key, int] = {}
         self._changed = threading.Condition()
@@ -92,8 +104,8 @@ class Run:
         if self._control is None:
             self.decide(key, self.begun, reason)
         # All ranks may ask at once: the first one's wish is told.
-        elif self._hold(key) and self._control.store.add(f"asked/{self.number}/{scope}/{key[1]}", 1) == 1:
-            self._control.publish(kind="stop", run=self.number, scope=scope, epoch=key[1], reason=reason)
+        elif self._hold(key) and self._control.link.store.add(f"asked/{self.number}/{scope}/{key[1]}", 1) == 1:
+            self._control.messages.publish(kind="stop", run=self.number, scope=scope, epoch=key[1], reason=reason)
         self.interrupt()
 
     def bounds(self, epoch: int) -> tuple[int, int | None]:
@@ -106,11 +118,11 @@ class Run:
         """
         while True:
             if self._control is not None:
-                self._control.check()
+                self._control.failures.check()
             with self._changed:
                 if not self._asked:
                     return self._decided.get(("run", 0), sys.maxsize), self._decided.get(("epoch", epoch))
-                if self._control is not None and self._control.is_lost:
+                if self._control is not None and self._control.standing.is_lost:
                     raise RuntimeError("The ranks could not agree where to stop: their store is gone.")
                 self._changed.wait(_LOOK_S)
 
@@ -118,7 +130,7 @@ class Run:
         """What is to be raised where `error` leaves the run, the other ranks having been told of it."""
         if self._control is None:
             return error
-        return self._control.failed(error, self.number, sys._getframe(1))
+        return self._control.failures.failed(error, self.number, sys._getframe(1))
 
     def end(self) -> None:
         """The loop is over: nobody is to be interrupted any more, nor kept alive."""
@@ -128,17 +140,19 @@ class Run:
     @property
     def is_asked(self) -> bool:
         """Whether a decision is due or there, or a rank has failed: whether the loop has to look."""
-        return bool(self._asked or self._decided) or (self._control is not None and self._control.failure is not None)
+        return bool(self._asked or self._decided) or (
+            self._control is not None and self._control.standing.failure is not None
+        )
 
-    def hear(self, key: _Key, number: int, store: Any, rank: int) -> bool:
+    def hear(self, key: _Key, number: int, store: Any) -> bool:
         """By the thread: message `number` is a wish to stop. Tell how far the loop has begun; False: known already."""
-        if key in self._heard:
+        if key in self.heard:
             return False
-        self._heard.add(key)
+        self.heard.add(key)
         self._hold(key)
         self.interrupt()
-        store.set(f"begun/{number}/{rank}", str(self.begun))
-        store.add(f"begun/{number}", 1)
+        store.append(f"begun/{number}", f"{self.begun} ")
+        store.add(f"begun/{number}/count", 1)
         return True
 
     def decide(self, key: _Key, target: int, reason: str = "") -> None:
@@ -160,6 +174,82 @@ class Run:
                 return False
             self._asked.add(key)
             return True
+
+
+class Runs:
+    """The runs of this rank.
+
+    Attributes:
+        under_way: outermost first.
+        num_turns: runs begun and ended so far: who has the fewer of them is behind.
+        thread_id: of the thread whose loop runs.
+    """
+
+    def __init__(self, control: _Control) -> None:
+        self.under_way: list[Run] = []
+        self.num_turns = 0
+        self.thread_id = threading.get_ident()
+        self._control = control
+        self._known: dict[int, Run] = {}  # that all ranks share
+        self._num_shared = 0
+        self._lock = threading.Lock()
+
+    def begin(self, *, is_shared: bool, where: Callable[[Iterable[FrameType]], list[Level]]) -> Run:
+        """The next run of this rank. Ranks begin those that they share in the same order.
+
+        Raises:
+            RemoteRankError, StallError: a rank has failed before.
+        """
+        self._control.failures.check()
+        if is_shared and self.shared() and threading.get_ident() != self.thread_id:
+            raise RuntimeError(
+                "A run that all ranks share is under way in another thread, and the ranks cannot tell the two apart. "
+                "Run them one after the other, or make one Engine(..., distributed=False)."
+            )
+        with self._lock:
+            run = self._next_shared() if is_shared else Run()
+            run.where = where
+            run.on_end = self._ended
+            self.under_way = [*self.under_way, run]
+            self.num_turns += is_shared
+            self.thread_id = threading.get_ident()
+        self._control.link.connections.wake()
+        return run
+
+    def shared(self) -> list[Run]:
+        """The runs under way that all ranks share."""
+        return [run for run in self.under_way if run.number is not None]
+
+    def numbered(self, number: int) -> Run:
+        """Known here or not yet: another rank may speak of a run that this one has still to begin."""
+        with self._lock:
+            return self._known.setdefault(number, Run(number, self._control))
+
+    def where(self, frames: Iterable[FrameType]) -> tuple[Level, ...]:
+        """The engines that run in these frames, outermost first."""
+        under_way = self.under_way
+        return tuple(under_way[0].where(frames)) if under_way else ()
+
+    def look(self) -> None:
+        """Have every loop that waits for a decision look around."""
+        for run in list(self._known.values()):
+            run.look()
+
+    def _next_shared(self) -> Run:
+        run = self._known.setdefault(self._num_shared, Run(self._num_shared, self._control))
+        # One that has ended here goes on telling how far it got, to ranks that are still in it.
+        ended = self._known.pop(self._num_shared - _KEPT_RUNS, None)
+        if ended is not None and ended.heard and self._control.link.here.rank == 0:
+            for scope, epoch in ended.heard:
+                self._control.link.store.delete_key(f"asked/{ended.number}/{scope}/{epoch}")
+        self._num_shared += 1
+        return run
+
+    def _ended(self, run: Run) -> None:
+        with self._lock:
+            self.under_way = [each for each in self.under_way if each is not run]
+            if run.number is not None:
+                self.num_turns += 1
 
 
 def _nothing() -> None:

@@ -423,7 +423,7 @@ class Engine:
                 self._metrics.update(state.output)
             if iteration >= completed.due:
                 completed.fire(self, iteration)
-            run.begun = next_place + iteration  # told before it is asked for: see distributed/control.py
+            run.begun = next_place + iteration  # told before it is asked for: see distributed/runs.py
             if iteration >= self._stop_at:
                 return False
             if iteration + 1 - fetch_started_offset >= get_batch_started.due:

@@ -1,0 +1,145 @@
+"""Where each rank is, as it tells the store now and then, and whether its process lives."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dengine.distributed.control import Control
+from dengine.distributed.failure import Level
+
+__all__ = ["Presence", "levels_of"]
+
+
+class Presence:
+    """What this rank tells of itself, and what the others have told.
+
+    The loop pays nothing: its place is read from the integers that it keeps anyway.
+
+    Attributes:
+        progressed_at_s: when this rank was first seen where it is (of `time.monotonic()`).
+        told_by_host: what rank 0 told last, where it hosts the store, which could not be asked afterwards.
+    """
+
+    def __init__(self, control: Control) -> None:
+        self.progressed_at_s = time.monotonic()
+        self.told_by_host: dict[str, Any] = {}
+        self._control = control
+        self._here = control.link.here
+        self._store = control.link.store
+        self._identity = _identity()
+        self._progress: object = None
+        self._told_at_s, self._told_turn = 0.0, 0
+        self._unwatched = set(self.neighbours())
+
+    # -- this rank -----------------------------------------------------------------------------------------------
+
+    def place(self) -> tuple[Level, ...]:
+        """Where the loop is; empty outside of a run."""
+        try:
+            return self._place_by_stack()
+        except Exception:  # frames of another thread, which goes on: what it tells is not worth a failure
+            return ()
+
+    def _place_by_stack(self) -> tuple[Level, ...]:
+        frame = sys._current_frames().get(self._control.runs.thread_id)
+        frames = []
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
+        return self._control.runs.where(frames[::-1])
+
+    def note_progress(self, place: tuple[Level, ...]) -> None:
+        runs, ledger = self._control.runs, self._control.ledger
+        begun = tuple(run.begun for run in runs.under_way)
+        progress = (runs.num_turns, begun, ledger.num_calls, ledger.is_inside, self._control.num_ticks, place)
+        if progress != self._progress:
+            self._progress = progress
+            self.progressed_at_s = time.monotonic()
+
+    def tell_now_and_then(self, period_s: float) -> None:
+        """Tell the store once a period and, so that a run is known soon after it began, between two runs."""
+        is_new_turn = self._control.runs.num_turns != self._told_turn
+        if time.monotonic() >= self._told_at_s + (period_s / 10 if is_new_turn else period_s):
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell the store. Cost: one small request; two where rank 0 hosts the store."""
+        self._told_at_s, self._told_turn = time.monotonic(), self._control.runs.num_turns
+        place, ledger = self.place(), self._control.ledger
+        told = {
+            "where": [asdict(level) for level in place],
+            "collective": ledger.current,
+            "is_inside": ledger.is_inside,
+            "time_s": time.time(),
+            **self._identity,
+        }
+        self._store.set(f"at/{self._here.rank}", json.dumps(told))
+        if self._control.link.meeting.is_hosted_by_rank_zero and self._here.rank != 0:
+            self.told_by_host = self.told(0)
+            self._control.failures.last_seen_of_rank_zero = levels_of(self.told_by_host)
+        self.note_progress(place)
+
+    # -- the others ----------------------------------------------------------------------------------------------
+
+    def told(self, rank: int) -> dict[str, Any]:
+        """What `rank` told last; empty where it never did."""
+        key = f"at/{rank}"
+        return json.loads(self._store.get(key)) if self._store.check([key]) else {}
+
+    def neighbours(self) -> Iterator[int]:
+        """The ranks that are most likely on this host."""
+        first = self._here.rank - self._here.local_rank
+        return (rank for rank in range(first, first + self._here.local_size) if rank != self._here.rank)
+
+    def is_seen_dead(self, told: dict[str, Any]) -> bool:
+        """Whether the process that told this was one of this host, and has ended."""
+        return self._is_of_this_host(told) and not _is_alive(told)
+
+    def is_seen_alive(self, told: dict[str, Any]) -> bool:
+        return self._is_of_this_host(told) and _is_alive(told)
+
+    def _is_of_this_host(self, told: dict[str, Any]) -> bool:
+        return bool(told) and bool(told["host"]) and told["host"] == self._identity["host"]
+
+    def watch_neighbours(self) -> bool:
+        """Have the end of each process of this host noticed, once it has told which one it is: whether all have."""
+        for rank in sorted(self._unwatched):
+            told = self.told(rank)
+            if told:
+                self._unwatched.discard(rank)
+                if self.is_seen_alive(told):
+                    self._control.link.connections.watch_process(told["pid"])
+        return not self._unwatched
+
+
+def levels_of(told: dict[str, Any]) -> tuple[Level, ...]:
+    return tuple(Level(**level) for level in told.get("where", ()))
+
+
+def _identity() -> dict[str, Any]:
+    """This process, so that a process of the same host can find out whether it lives. Linux only; else no host."""
+    host = ""
+    with suppress(OSError):
+        # The namespace too: two containers of one host see each other's numbers as other processes.
+        host = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return {"host": host, "pid": os.getpid(), "start": _start_of(os.getpid())}
+
+
+def _is_alive(told: dict[str, Any]) -> bool:
+    start: str = told["start"]
+    return start != "" and start == _start_of(told["pid"])
+
+
+def _start_of(pid: int) -> str:
+    """When a living process began, in the kernel's ticks; "" where there is none. A number may be used again."""
+    with suppress(OSError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if state not in "ZX":
+            return fields[18]
+    return ""

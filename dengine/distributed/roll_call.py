@@ -1,0 +1,123 @@
+"""Asking all ranks who is there and where: who is gone, and who is it that the others wait for?"""
+
+import json
+import time
+from dataclasses import asdict
+from typing import Any
+
+from dengine.distributed.control import Control
+from dengine.distributed.failure import Failure, say, where_text
+from dengine.distributed.ledger import num_joined
+from dengine.distributed.presence import Presence, levels_of
+
+__all__ = ["RollCall"]
+
+_ANSWER_S = 2.0  # a living rank's thread answers within milliseconds; this is for a machine under load
+_LOOK_S = 0.02
+_NUM_SHOWN = 64
+
+
+class RollCall:
+    """Cost: two requests to the store a rank, and as many as there are ranks for the one who asks."""
+
+    def __init__(self, control: Control, presence: Presence) -> None:
+        self._control = control
+        self._presence = presence
+        self._here = control.link.here
+        self._store = control.link.store
+        control.answer = self._answer
+
+    def find_the_vanished(self) -> None:
+        """A connection was closed: name who is gone, unless it has said why, or all have left."""
+        standing, told = self._control.standing, self._presence.told
+        gone = [rank for rank in self._presence.neighbours() if self._presence.is_seen_dead(told(rank))]
+        # One that told why it goes did so before it went; what it told may still be on its way.
+        time.sleep(_LOOK_S)
+        if standing.failure is not None or standing.is_over or self._control.has_all_left():
+            return
+        if not gone:
+            present = self._call()
+            # One of this host that lives is only slow.
+            missing = [rank for rank in range(self._here.size) if rank not in present and rank != self._here.rank]
+            gone = [rank for rank in missing if not self._presence.is_seen_alive(told(rank))]
+        if gone and standing.failure is None and not self._control.has_all_left():
+            failure = self._vanished(gone)
+            # At once, and not only by the exception: a launcher may end this process right now.
+            say(f"dengine: {failure.message()}\n")
+            self._control.failures.report(failure)
+
+    def stalled(self, timeout_s: float, *, leeway_s: float) -> tuple[Failure | None, float]:
+        """The rank that the others wait for, where none has moved for `timeout_s`; and for how long none has.
+
+        `leeway_s` is how late a rank may notice that it stands still.
+        """
+        answers = self._call()
+        missing = [rank for rank in range(self._here.size) if rank not in answers]
+        # One that does not answer, but told its place not long ago, holds the interpreter for a while.
+        silent_s = [time.time() - self._presence.told(rank).get("time_s", 0.0) for rank in missing]
+        idle_s = min([answer["idle_s"] for answer in answers.values()] + silent_s)
+        if idle_s < timeout_s - leeway_s:
+            return None, idle_s
+        return self._culprit(answers, missing, timeout_s), idle_s
+
+    def _answer(self, number: int) -> None:
+        """By the thread that reads: somebody wants to know who is there."""
+        control = self._control
+        place = self._presence.place()
+        self._presence.note_progress(place)
+        shared = control.runs.shared()
+        answer = {
+            "where": [asdict(level) for level in place],
+            "collective": control.ledger.current if control.ledger.is_inside else "",
+            "idle_s": time.monotonic() - self._presence.progressed_at_s,
+            # Who is behind: fewer of DDP's collectives joined, fewer runs begun or ended, less of the run begun, fewer
+            # of this package's collectives joined.
+            "progress": [
+                num_joined(self._here.size, but=control.link.group),
+                control.runs.num_turns,
+                shared[-1].begun if shared else 0,
+                control.ledger.num_calls,
+            ],
+        }
+        self._store.set(f"here/{number}/{self._here.rank}", json.dumps(answer))
+        self._store.add(f"here/{number}", 1)
+
+    def _call(self) -> dict[int, dict[str, Any]]:
+        """The answers of all ranks, by rank; whose thread does not answer is missing."""
+        number = self._store.add("calls", 1)
+        self._control.messages.publish(kind="call", number=number)
+        end = time.monotonic() + _ANSWER_S
+        while self._store.add(f"here/{number}", 0) < self._here.size and time.monotonic() < end:
+            time.sleep(_LOOK_S)
+        answers = {}
+        for rank in range(self._here.size):
+            key = f"here/{number}/{rank}"
+            if self._store.check([key]):
+                answers[rank] = json.loads(self._store.get(key))
+        return answers
+
+    def _vanished(self, gone: list[int]) -> Failure:
+        told = self._presence.told(gone[0])
+        error = "its process ended without an exception (killed, out of memory, or os._exit)"
+        if told:
+            error += f"; what it told last was {max(time.time() - told['time_s'], 0):.1f} s before"
+        if len(gone) > 1:
+            error += f"; gone are ranks {', '.join(map(str, gone[:_NUM_SHOWN]))}"
+        return Failure("vanished", gone[0], error, levels_of(told))
+
+    def _culprit(self, answers: dict[int, dict[str, Any]], missing: list[int], timeout_s: float) -> Failure:
+        rank = missing[0] if missing else min(answers, key=lambda each: answers[each]["progress"])
+        where = levels_of(self._presence.told(rank) if missing else answers[rank])
+        error = (
+            f"Rank {rank} has made no progress for {timeout_s:g} s, and the others wait for it."
+            + (" Its process is stopped, or holds the interpreter: it does not answer." if missing else "")
+            + "".join(f"\n  rank {each}: {_shown(answers[each])}" for each in sorted(answers)[:_NUM_SHOWN])
+            + "\n  If a step or a handler may take so long, raise stall_timeout= of process_group(), or call "
+            "distributed.progress() in it."
+        )
+        return Failure("stalled", rank, error, where, is_frozen=bool(missing))
+
+
+def _shown(answer: dict[str, Any]) -> str:
+    inside = f", in {answer['collective']}" if answer["collective"] else ""
+    return f"{where_text(levels_of(answer))}{inside}, for {answer['idle_s']:.0f} s"
