@@ -7,11 +7,11 @@ from dengine.distributed.collectives import (
     broadcast_object,
     progress,
     rank_zero_first,
-    rank_zero_only,
 )
 from dengine.distributed.group import process_group
 from dengine.distributed.loader import prepare_data_loader
 from dengine.distributed.model import evaluating, prepare_model, unwrap_model
+from dengine.distributed.rank_zero import rank_zero_only
 from dengine.distributed.sampler import ElasticSampler
 from dengine.distributed.world import World, world
 

@@ -3,19 +3,18 @@
 A lone process runs the same code; what would be sent is handed back.
 """
 
-import functools
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dengine.distributed.control import Control
 from dengine.distributed.ledger import call_site
+from dengine.distributed.rank_zero import refuse_on_rank_zero_alone
 from dengine.distributed.world import World, control, world
-from dengine.errors import RankZeroCollectiveError, RemoteRankError
+from dengine.errors import RemoteRankError
 
 __all__ = [
     "ReduceOp",
@@ -29,51 +28,16 @@ __all__ = [
     "max_tensor",
     "progress",
     "rank_zero_first",
-    "rank_zero_only",
-    "refuse_on_rank_zero_alone",
     "sum_tensor",
 ]
 
 ReduceOp: TypeAlias = Literal["sum", "mean", "min", "max"]
 T = TypeVar("T")
-P = ParamSpec("P")
 
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
-class _Scope(threading.local):
-    """Names of the rank-0-only functions this thread is inside of."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-
-_rank_zero_scope = _Scope()
-
-
-# -- rank 0 only -------------------------------------------------------------------------------------------------
-
-
-def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
-    """`function` on rank 0; on every other rank a call does nothing and gives None.
-
-    A collective of this package called inside it raises `RankZeroCollectiveError` at once, in a run of one process
-    too, so that it is found before the script meets a second rank. What stands in the brackets of a call is computed on
-    every rank, as always in Python.
-    """
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-
-    @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> T | None:
-        if world().rank != 0:
-            return None
-        _rank_zero_scope.names.append(name)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _rank_zero_scope.names.pop()
-
-    return called
+# -- rank 0 first ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -123,16 +87,6 @@ def from_rank_zero(action: Callable[[], T], purpose: str) -> T:
         raise
     broadcast_object((mine, None))
     return mine
-
-
-def refuse_on_rank_zero_alone(collective: str) -> None:
-    """Raise `RankZeroCollectiveError` inside a function that only rank 0 runs."""
-    if _rank_zero_scope.names:
-        raise RankZeroCollectiveError(
-            f"{collective} is a collective, but {_rank_zero_scope.names[-1]} runs on rank 0 only, so the other ranks "
-            "would never join it. Call it from a handler that runs on every rank; an evaluation that is rank 0's own "
-            "takes Engine(..., distributed=False)."
-        )
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from dengine.distributed.collectives import refuse_on_rank_zero_alone
 from dengine.distributed.consistency import prepared_parameters, refuse_difference, same_on_all_ranks
+from dengine.distributed.rank_zero import refuse_on_rank_zero_alone
 from dengine.distributed.world import World, world
 from dengine.errors import NotComputableError
 from dengine.metrics.held import give_back, held
