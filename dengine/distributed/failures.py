@@ -60,7 +60,7 @@ class Failures:
         self._runs = runs
         self._heard_at_s = 0.0
         self._later: list[Failure] = []  # heard while another one was not settled yet
-        self._left_by_error: set[int] = set()  # runs of which it is not settled yet whether all ranks have
+        self._left_by_error: set[int] = set()  # runs that this rank has left so
         self._forgiven: set[int] = set()
         self._num_inquiries = 0
 
@@ -158,11 +158,14 @@ class Failures:
         if self._left_by_error:
             self._standing.wait_for(self._is_settled, _SETTLE_S + _HEAR_S)
         failure = self._standing.failure
-        if failure is not None and not self._has_all_left_alike() and not self._may_still_fail_alike(failure):
+        if failure is None or failure.run in self._forgiven:
+            return
+        if not self._has_all_left_alike() and not self._may_still_fail_alike(failure):
             raise failure.as_error()
 
     def _is_settled(self) -> bool:
-        return not self._left_by_error or self._standing.is_broken or self._standing.all_left
+        is_forgiven = self._left_by_error <= self._forgiven
+        return is_forgiven or self._standing.is_broken or self._standing.all_left
 
     def _has_all_left_alike(self) -> bool:
         """All ranks came to the end of the block, before anybody looked whether they had left the run alike: so it
@@ -199,11 +202,10 @@ class Failures:
 
     def _forgive(self, failure: Failure) -> None:
         assert failure.run is not None
-        self._forgiven.add(failure.run)
         self._ledger.begin_anew(failure.run)
         if failure.rank == self._here.rank:
             remove_error_file()
-        self._left_by_error.discard(failure.run)
+        self._forgiven.add(failure.run)  # before it is forgotten: who looks in between must not raise it
         self._standing.forget_failure()
         later, self._later = self._later, []
         for each in later:
