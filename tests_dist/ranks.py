@@ -60,7 +60,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-PRELOAD = ("pytest", "torch", "torch.distributed", "ranks", "dengine", "dengine.distributed")
+# torch._dynamo: the first optimizer or DDP imports it, which takes a rank 5 s and more where several share a core.
+PRELOAD = ("pytest", "torch", "torch.distributed", "torch._dynamo", "ranks", "dengine.handlers")
 TAG = "DENGINE_TEST_PROCESS"  # an environment variable by which we know the processes that we started
 OUTPUT_LINES = 40  # of each rank, in a failure's message
 

@@ -120,6 +120,38 @@ def test_ddp_takes_its_options_and_nothing_is_wrapped_that_cannot_train() -> Non
     assert run_ranks(wrapped, 2) == [(True, True, True)] * 2
 
 
+def gradients(rank: int, size: int, options: dict[str, Any]) -> tuple[list[bool], bool, bool]:
+    """Of a wrapper that has stepped before and of a new one, as after a restart, from one input."""
+    old, new, kept = (nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 5)) for _ in range(3))
+    new.load_state_dict(old.state_dict())
+    inputs = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(rank))
+    stepped = distributed.prepare_model(old, **options)
+    for each in inputs[:2]:
+        stepped(each).square().sum().backward()
+    old.zero_grad()
+    fresh = distributed.prepare_model(new, **options)
+    has_none = all(each.grad is None for each in new.parameters())
+    new.load_state_dict(old.state_dict())  # both begin with rank 0's, that of the first one
+    for model in (stepped, fresh):
+        model(inputs[2]).square().sum().backward()
+    pairs = zip(old.parameters(), new.parameters(), strict=True)
+    kept[0].weight.grad = torch.ones(32, 16)
+    distributed.prepare_model(kept, **options)
+    has_kept = bool((kept[0].weight.grad == 1).all()) and kept[2].weight.grad is None
+    return [torch.equal(one.grad, other.grad) for one, other in pairs], has_none, has_kept  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}])
+def test_the_first_step_after_a_restart_adds_gradients_up_in_the_order_of_any_later_one(
+    options: dict[str, Any],
+) -> None:
+    # Of three numbers the sum depends on the order, which depends on the place in DDP's buckets.
+    for equal, has_none, has_kept in run_ranks(gradients, 3, options):
+        assert equal == [True] * 4
+        assert has_none
+        assert has_kept
+
+
 def evaluated(rank: int, size: int, length: int) -> tuple[float, list[bool], bool, float]:
     """Train one step, so that batch statistics differ between ranks; evaluate over uneven shards."""
     model = net(rank)

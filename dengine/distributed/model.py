@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dengine.distributed.buckets import settle_buckets
 from dengine.distributed.collectives import broadcast_tensors
 from dengine.distributed.consistency import parameters_of, refuse_difference, same_on_all_ranks
 from dengine.distributed.control import Control
@@ -40,7 +41,8 @@ def prepare_model(
             model wrapped already.
         ConsistencyError: names, shapes or types of the parameters differ between ranks.
 
-    Cost: one small all-reduce; one broadcast of parameters and buffers.
+    Cost: one small all-reduce; one broadcast of parameters and buffers; with "ddp", one all-reduce of zeros as large as
+        the gradients, so that a resumed run adds them up in the same order as one that was never interrupted.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare_model() takes a torch.nn.Module, but got {type(model).__qualname__}.")
@@ -68,7 +70,9 @@ def prepare_model(
         return _sharded(model, here, blocks, kwargs)
     if strategy == "auto" and not any(parameter.requires_grad for parameter in model.parameters()):
         return model
-    return DistributedDataParallel(model, device_ids=None if here.device.type == "cpu" else [here.device], **kwargs)
+    wrapped = DistributedDataParallel(model, device_ids=None if here.device.type == "cpu" else [here.device], **kwargs)
+    settle_buckets(wrapped)
+    return wrapped
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
