@@ -429,6 +429,8 @@ def _settle(order: _Order) -> None:
     os.environ.update(order.environment)
     os.chdir(order.cwd)
     torch.set_num_threads(1)
+    # A forked rank would start its data loader's workers by a server of its own, each of which imports all anew.
+    multiprocessing.set_start_method("fork", force=True)
     faulthandler.enable()  # a crash in native code says where
     faulthandler.dump_traceback_later(
         order.deadline_s - min(1.0, order.deadline_s / 4), file=order.path("stacks").open("w")

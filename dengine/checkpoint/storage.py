@@ -30,7 +30,7 @@ _REPLACED = ".replaced"  # .{final name}.replaced: a folder that makes room for 
 # .{final name}.{process}-{count}@{host}.tmp
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-\d+@(?P<host>[^/]*)\.tmp")
 _count = itertools.count()
-_under_way: set[str] = set()  # paths that this process is writing now, in whatever thread
+_under_way: set[str] = set()  # paths that this process writes, or is yet to commit, in whatever thread
 _lock = threading.Lock()
 
 
@@ -38,7 +38,7 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
     """Have `write` fill a temporary file (its descriptor) in the folder of `path`, down to the disk.
 
     In the same folder, since a rename is atomic only within one file system. Where anything fails, the temporary file
-    is gone again, and `path` is as it was.
+    is gone again, and `path` is as it was. Until it is committed, no other thread takes it for a leftover.
 
     Returns:
         The temporary file's path, and what `write` gave.
@@ -48,18 +48,19 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
     """
     make_folder(path.parent)
     temporary = temporary_path(path)
-    with being_written(temporary):
+    _mark(temporary)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
-            try:
-                result = write(descriptor)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
+            result = write(descriptor)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        _unmark(temporary)
+        raise
     return temporary, result
 
 
@@ -91,6 +92,8 @@ def commit(temporary: Path, path: Path) -> None:
         elif is_new:
             discard(path)
         raise
+    finally:
+        _unmark(temporary)
     if is_folder:
         discard(_aside(path))
 
@@ -184,13 +187,21 @@ def _aside(path: Path) -> Path:
 @contextmanager
 def being_written(temporary: Path) -> Iterator[None]:
     """Meanwhile, `temporary` is none of the leftovers that another thread of this process removes."""
-    with _lock:
-        _under_way.add(str(temporary))
+    _mark(temporary)
     try:
         yield
     finally:
-        with _lock:
-            _under_way.discard(str(temporary))
+        _unmark(temporary)
+
+
+def _mark(temporary: Path) -> None:
+    with _lock:
+        _under_way.add(str(temporary))
+
+
+def _unmark(temporary: Path) -> None:
+    with _lock:
+        _under_way.discard(str(temporary))
 
 
 def _is_written(path: Path, pid: int) -> bool:

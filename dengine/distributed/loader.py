@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any, TypeVar
 
 import torch
@@ -13,11 +13,20 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    default_collate,
+    default_convert,
 )
 
 from dengine.checks import whole_number
 from dengine.distributed.sampler import DataState, ElasticSampler
-from dengine.distributed.seeding import SeededDataset, SeededStream, derived_seed, draws_nothing, tell_epoch_in_worker
+from dengine.distributed.seeding import (
+    SeededCollate,
+    SeededDataset,
+    SeededStream,
+    derived_seed,
+    draws_nothing,
+    tell_epoch_in_worker,
+)
 from dengine.distributed.world import World, world
 
 __all__ = ["data_state", "prepare_data_loader"]
@@ -27,7 +36,6 @@ T = TypeVar("T")
 # Taken over as they are; what torch's version at hand does not know is left out.
 _KEPT = (
     "num_workers",
-    "collate_fn",
     "pin_memory",
     "timeout",
     "worker_init_fn",
@@ -51,8 +59,9 @@ def prepare_data_loader(
 
     What the data set draws at random follows from `seed`, the epoch and the sample alone (`SeededDataset`; a stream's
     from its start), whatever the number of ranks and workers, also in a resumed run and in workers that outlive an
-    epoch; `prepared.dataset` has the attributes of the data set inside. Iterating draws nothing from the global
-    generators. The engine tells the epoch; a loop of your own calls `prepared.sampler.set_epoch(epoch)`.
+    epoch; what a `collate_fn` of your own draws, from the batch's first sample (`SeededCollate`). `prepared.dataset`
+    has the attributes of the data set inside. Iterating draws nothing from the global generators. The engine tells the
+    epoch; a loop of your own calls `prepared.sampler.set_epoch(epoch)`.
 
     Args:
         exact: every sample once over all ranks, without padding; shards may differ in length (for evaluation).
@@ -75,10 +84,11 @@ def prepare_data_loader(
     dataset: Any = loader.dataset
     if isinstance(dataset, (SeededDataset, _IterableShard)):  # prepared before
         dataset = dataset._dataset
+    collate = _seeded_collate(loader)
     if isinstance(dataset, IterableDataset):
         batch_size = _batch_size(loader, here, global_batch_size)
-        stream: Any = _IterableShard(dataset, batch_size, here, exact, loader.drop_last, seed)
-        return _rebuilt(loader, stream, seed, here, batch_size=batch_size, drop_last=loader.drop_last)
+        stream: Any = _IterableShard(dataset, batch_size, here, exact, loader.drop_last, seed, collate)
+        return _rebuilt(loader, stream, seed, collate, batch_size=batch_size, drop_last=loader.drop_last)
     shuffle = _is_shuffled(loader)
     batch_size = _batch_size(loader, here, global_batch_size)
     sampler = ElasticSampler(
@@ -91,9 +101,9 @@ def prepare_data_loader(
         drop_last=loader.drop_last,
         exact=exact,
     )
-    if not draws_nothing(dataset, loader.collate_fn):
-        dataset = SeededDataset(dataset, seed)
-    return _rebuilt(loader, dataset, seed, here, batch_size=batch_size, sampler=sampler, drop_last=loader.drop_last)
+    if collate is not None or not draws_nothing(dataset, loader.collate_fn):
+        dataset = SeededDataset(dataset, seed, collate)
+    return _rebuilt(loader, dataset, seed, collate, batch_size=batch_size, sampler=sampler, drop_last=loader.drop_last)
 
 
 def data_state(data: object) -> DataState | None:
@@ -147,17 +157,27 @@ def _batch_size(loader: "DataLoader[Any]", here: World, global_batch_size: int |
     return total // here.size
 
 
-def _rebuilt(loader: "DataLoader[Any]", dataset: Any, seed: int, here: World, **changed: Any) -> "DataLoader[Any]":
+def _seeded_collate(loader: "DataLoader[Any]") -> SeededCollate | None:
+    """None for torch's own, which draw nothing."""
+    collate: Any = loader.collate_fn
+    if isinstance(collate, SeededCollate):  # prepared before
+        collate = collate.inside
+    return None if collate in (default_collate, default_convert) else SeededCollate(collate)
+
+
+def _rebuilt(
+    loader: "DataLoader[Any]", dataset: Any, seed: int, collate: SeededCollate | None, **changed: Any
+) -> "DataLoader[Any]":
     known = inspect.signature(DataLoader).parameters
     kept = {name: getattr(loader, name) for name in _KEPT if name in known and hasattr(loader, name)}
     if not kept.get("pin_memory_device"):
         kept.pop("pin_memory_device", None)  # deprecated: even its default draws a warning
     if kept.get("generator") is None:
         # Without one of its own, each iteration draws the workers' seed from the global generator.
-        kept["generator"] = torch.Generator().manual_seed(derived_seed(seed, here.rank))
+        kept["generator"] = torch.Generator().manual_seed(derived_seed(seed, world().rank))
     if changed["batch_size"] is None:
         changed.pop("drop_last")
-    return DataLoader(dataset, **kept, **changed)
+    return DataLoader(dataset, collate_fn=collate or loader.collate_fn, **kept, **changed)
 
 
 class _IterableShard(IterableDataset[Any]):
@@ -175,12 +195,14 @@ class _IterableShard(IterableDataset[Any]):
         exact: bool,
         drop_last: bool,
         seed: int = 0,
+        collate: SeededCollate | None = None,
     ) -> None:
         self._dataset = dataset
         self._batch_size = batch_size or 1
         self._rank, self._size = here.rank, here.size
         self._exact, self._drop_last = exact, drop_last
         self._seed = seed
+        self._collate = collate
         # Shared with the workers: those that outlive an epoch get no index that could carry it. They read it when an
         # iteration starts, which they are told of after it was set. -1: nobody counts epochs.
         self._epoch = torch.full((), -1, dtype=torch.int64)
@@ -193,9 +215,11 @@ class _IterableShard(IterableDataset[Any]):
         generators = SeededStream(self._seed, max(epoch, 0))
         with generators.drawing():
             stream = iter(self._dataset)
-        while True:
+        for turn in count(self._rank, self._size):
             with generators.drawing():
                 first, mine, is_whole = self._round(stream)
+            if self._collate is not None:  # which gets the samples of one turn
+                self._collate.next_seed = generators.seed_of(turn * self._batch_size)
             if is_whole or not self._drop_last:
                 yield from mine if mine or self._exact else first
             if not is_whole:

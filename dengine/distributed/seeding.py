@@ -1,11 +1,12 @@
 """Random augmentation that depends on the sample alone: not on the worker, the rank, or where a run was resumed.
 
-While sample i of epoch e is fetched, Python's, NumPy's and torch's CPU generators are seeded from (seed, e, i). The
-epoch travels with the index, so that it reaches workers that outlive an epoch.
+While sample i of epoch e is fetched, Python's, NumPy's and torch's CPU generators are seeded from (seed, e, i); while a
+batch is collated, from (seed, e, its first sample). The epoch travels with the index, so that it reaches workers that
+outlive an epoch.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ from torch.utils.data import (
 
 __all__ = [
     "EpochIndex",
+    "SeededCollate",
     "SeededDataset",
     "SeededStream",
     "derived_seed",
@@ -34,6 +36,7 @@ __all__ = [
 _State: TypeAlias = tuple[Any, Any, torch.Tensor]
 
 _MASK = 2**64 - 1
+_COLLATING = 1  # beside seed, epoch and sample: apart from the sample's own
 # The constants of the splitmix64 generator: neighbouring inputs give numbers that share nothing.
 _GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -95,9 +98,8 @@ class SeededDataset(Dataset[Any]):
     """A map-style data set whose random state, while sample i of epoch e is fetched, follows from (seed, e, i).
 
     Attributes are those of the data set inside, to read and to set. An index that is no `EpochIndex` passes through.
-    In the main process the generators are as before afterwards; in a worker they stay where the last sample left
-    them, so that a `collate_fn` draws from a state that follows from the batch. A generator that the data set holds
-    itself is its own affair.
+    In the main process the generators are as before afterwards; a worker's belong to the data set. A generator that the
+    data set holds itself is its own affair. `collate` is told which batch was fetched.
 
     A batched fetch (`__getitems__`) stays one as long as it draws nothing at random. From the first batch on that does,
     samples are fetched one at a time, that batch once more; where a fetch gives no list, the batch is seeded by its
@@ -106,8 +108,8 @@ class SeededDataset(Dataset[Any]):
     Cost: 8 us a sample; in the main process 0.15 ms a batch; a batched fetch 0.15 ms a batch and nothing a sample.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.__dict__.update(_dataset=dataset, _seed=seed, _epoch=None, _draws_in_batches=False)
+    def __init__(self, dataset: Any, seed: int, collate: "SeededCollate | None" = None) -> None:
+        self.__dict__.update(_dataset=dataset, _seed=seed, _collate=collate, _epoch=None, _draws_in_batches=False)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -115,6 +117,7 @@ class SeededDataset(Dataset[Any]):
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, EpochIndex):
             return self._dataset[index]
+        self._announce(index)
         with _surroundings():
             return self._one(index)
 
@@ -122,6 +125,8 @@ class SeededDataset(Dataset[Any]):
         is_batched = callable(getattr(self._dataset, "__getitems__", None))
         if not all(isinstance(index, EpochIndex) for index in indices):
             return self._dataset.__getitems__(indices) if is_batched else [self._dataset[index] for index in indices]
+        if indices:
+            self._announce(indices[0])
         with _surroundings():
             return self._batch(indices) if is_batched and indices else [self._one(index) for index in indices]
 
@@ -134,8 +139,12 @@ class SeededDataset(Dataset[Any]):
         # A worker_init_fn opens a file and sets it on what it finds as get_worker_info().dataset.
         setattr(self._dataset, name, value)
 
-    def __reduce__(self) -> tuple[type["SeededDataset"], tuple[Any, int]]:
-        return SeededDataset, (self._dataset, self._seed)
+    def __reduce__(self) -> tuple[type["SeededDataset"], tuple[Any, ...]]:
+        return SeededDataset, (self._dataset, self._seed, self._collate)
+
+    def _announce(self, first: EpochIndex) -> None:
+        if self._collate is not None:
+            self._collate.next_seed = derived_seed(self._seed, first.epoch, first, _COLLATING)
 
     def _one(self, index: EpochIndex) -> Any:
         self._seed_for(index)
@@ -162,6 +171,27 @@ class SeededDataset(Dataset[Any]):
         seed_generators(derived_seed(self._seed, index.epoch, index))
 
 
+class SeededCollate:
+    """A `collate_fn` whose random state follows from the batch: whoever fetches one sets `next_seed` before.
+
+    A loader collates what it has fetched before it fetches again, in the same process; so the two need no more than an
+    object in common, which they still have after they were pickled for a worker. The generators are as before
+    afterwards. Cost: 0.2 ms a batch.
+    """
+
+    def __init__(self, inside: Callable[[Any], Any]) -> None:
+        self.inside = inside
+        self.next_seed: int | None = None
+
+    def __call__(self, fetched: Any) -> Any:
+        seed, self.next_seed = self.next_seed, None
+        if seed is None:
+            return self.inside(fetched)
+        with _kept():
+            seed_generators(seed)
+            return self.inside(fetched)
+
+
 class SeededStream:
     """The generators of one iteration over an iterable data set: seeded from (seed, epoch, worker) as it starts.
 
@@ -172,22 +202,26 @@ class SeededStream:
     def __init__(self, seed: int, epoch: int) -> None:
         worker = get_worker_info()
         self._is_main = worker is None
-        number = derived_seed(seed, epoch, -1 - (0 if worker is None else worker.id))
+        self._number = derived_seed(seed, epoch, -1 - (0 if worker is None else worker.id))
         self._inside: _State | None = None
         if self._is_main:
-            with _surroundings():
-                seed_generators(number)
+            with _kept():
+                seed_generators(self._number)
                 self._inside = _state()
         else:
-            seed_generators(number)
+            seed_generators(self._number)
 
     def drawing(self) -> AbstractContextManager[None]:
         return self._exchanged() if self._is_main else nullcontext()
 
+    def seed_of(self, first: int) -> int:
+        """For collating the batch that begins with sample number `first` of the stream."""
+        return derived_seed(self._number, first)
+
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
         assert self._inside is not None
-        with _surroundings():
+        with _kept():
             _set(self._inside)
             yield
             self._inside = _state()
@@ -200,12 +234,13 @@ def tell_epoch_in_worker(dataset: object, epoch: int) -> None:
         set_epoch(epoch)
 
 
-@contextmanager
-def _surroundings() -> Iterator[None]:
+def _surroundings() -> AbstractContextManager[None]:
     """In the main process, the generators are as before on the way out; a worker's belong to the data set."""
-    if get_worker_info() is not None:
-        yield
-        return
+    return _kept() if get_worker_info() is None else nullcontext()
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
     outside = _state()
     try:
         yield

@@ -1,0 +1,130 @@
+"""Whole jobs are killed and started again, and end with the bits of one that never was.
+
+A rank, or all of them, gets SIGKILL at an enumerated place (each call that reaches the disk, each part of each
+iteration, the ends of epochs, while states are loaded) or after a random time; some are killed again after the restart.
+Nothing but the number of ranks may make a difference to the end: not the workers of the loader, not the way of saving.
+
+`DENGINE_CHECKPOINT_KILLS=200` raises the number of kills of jobs (default 9, over 1, 2 and 3 ranks).
+"""
+
+import functools
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from job import EPOCHS, ITERATIONS, PER_EPOCH, Blow, End, Variant, job
+from ranks import RankFailed, run_ranks
+
+NUM_KILLS = int(os.environ.get("DENGINE_CHECKPOINT_KILLS", "9"))
+SIZES = (2, 3, 1)
+VARIANTS = [Variant(asynchronous, *workers) for asynchronous in (False, True) for workers in ((0,), (2,), (2, True))]
+MOMENTS = (
+    "call",
+    "begun",
+    "seconds",
+    "saved",
+    "call",
+    "stepped",
+    "seconds",
+    "epoch",
+    "call",
+    "backward",
+    "load",
+    "worker",
+)
+DEADLINE_S = 120
+
+
+@functools.cache
+def whole(size: int) -> tuple[End, ...]:
+    """The oracle: the job without a blow, saving in the loop, without workers."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return tuple(run_ranks(job, size, folder, Variant(), None, init=False, deadline_s=DEADLINE_S))
+
+
+def blow_of(number: int, draw: random.Random, size: int) -> Blow:
+    """The `number`th: kinds by turns, the place in each drawn."""
+    calls, seconds = whole(size)[0].num_calls, whole(size)[0].seconds
+    moment = MOMENTS[number % len(MOMENTS)]
+    rank = draw.choice([None, *range(size)])
+    if moment == "call":  # rank 0 has the most of them
+        return Blow(moment, 1 + draw.randrange(calls), draw.choice([0, None]))
+    if moment == "seconds":
+        return Blow(moment, draw.uniform(0.0, 0.9 * seconds), rank)
+    if moment == "worker":
+        return Blow(moment, 100 * draw.randrange(EPOCHS) + draw.randrange(50), None)
+    if moment == "load":
+        return Blow(moment, 1, rank)
+    if moment == "epoch":
+        return Blow(draw.choice(["epoch_started", "evaluating", "epoch_completed"]), 1 + draw.randrange(EPOCHS), rank)
+    around_an_end = PER_EPOCH * (1 + draw.randrange(EPOCHS)) + draw.choice([-1, 0, 1])
+    return Blow(moment, min(draw.choice([around_an_end, 1 + draw.randrange(ITERATIONS)]), ITERATIONS), rank)
+
+
+def attempt(folder: Path, size: int, variant: Variant, blow: Blow | None, grace_s: float = 0.0) -> list[End] | None:
+    """The ends of all ranks, or None where the blow has killed the job. Whoever is left is killed, as torchrun does."""
+    try:
+        return run_ranks(job, size, str(folder), variant, blow, init=False, deadline_s=DEADLINE_S, grace_s=grace_s)
+    except RankFailed as error:
+        if blow is None:
+            raise
+        kind, message, _ = error.failures[error.rank]
+        by_signal = kind == "ProcessDied" and str(-signal.SIGKILL) in message
+        by_worker = blow.moment == "worker" and kind == "RuntimeError" and "DataLoader worker" in message
+        if not (by_signal or by_worker):
+            raise
+        return None
+
+
+def killed_and_resumed(folder: Path, number: int, size: int) -> tuple[int, list[str]]:
+    """How often kill `number` and those after it hit, and what is wrong with the end."""
+    draw = random.Random(1000 * size + number)
+    variant = draw.choice(VARIANTS)
+    blow = blow_of(number, draw, size)
+    if blow.moment == "worker" and variant.workers == 0:
+        variant = VARIANTS[1]
+    if blow.moment == "load":  # there must be something to load
+        attempt(folder, size, variant, Blow("saved", 1 + draw.randrange(2, ITERATIONS)))
+    num_hits, problems, ends = 0, [], None
+    while ends is None and num_hits < 4:
+        ends = attempt(folder, size, variant, blow, draw.choice([0.0, 0.0, 0.2]))
+        if ends is None:
+            num_hits += 1
+            blow = blow_of(draw.randrange(100), draw, size) if draw.random() < 0.25 and num_hits < 3 else None
+            variant = draw.choice(VARIANTS)
+    if ends is None:
+        return num_hits, ["it never ended"]
+    for rank, (end, wanted) in enumerate(zip(ends, whole(size), strict=True)):
+        problems += [f"rank {rank}: {key}" for key in wanted.state if end.state.get(key) != wanted.state[key]]
+        problems += [f"rank {rank} warned: {text}" for text in end.warned if "is still being written" not in text]
+        problems += [f"rank {rank} began at {end.begun}, not at {ends[0].begun}"] * (end.begun != ends[0].begun)
+    return num_hits, problems + left_over(folder)
+
+
+def left_over(folder: Path) -> list[str]:
+    """What should not be in the folder, or is missing."""
+    names = {path.name for path in folder.iterdir()}
+    listed = set(json.loads((folder / "manifest.json").read_text())["files"])
+    expected = {f"checkpoint_{ITERATIONS - 1}.pt", f"checkpoint_{ITERATIONS}.pt"}
+    best = {name for name in names if name.startswith("best_")}
+    is_right = names == {"manifest.json", *listed} and expected <= names and len(best) == 1 and len(names) == 4
+    return [] if is_right else [f"there is {sorted(names)}, listed {sorted(listed)}"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_job_killed_anywhere_ends_with_the_bits_of_one_never_interrupted(tmp_path: Path, size: int) -> None:
+    wanted = -(-NUM_KILLS * (2 if size == 2 else 1) // 4)  # half of them with two ranks
+    num_hits, number, problems = 0, 0, []
+    while num_hits < wanted and number < 3 * wanted + 10:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        hits, found = killed_and_resumed(folder, number, size)
+        problems += [f"kill {number}: {each}" for each in found]
+        num_hits, number = num_hits + hits, number + 1
+    assert problems == []
+    assert num_hits >= wanted
