@@ -13,7 +13,7 @@ from dengine.distributed.world import world
 
 __all__ = ["DataState", "ElasticSampler", "check_same"]
 
-DataState: TypeAlias = dict[str, int | bool | None]  # None: not known
+DataState: TypeAlias = dict[str, Any]  # None: not known
 
 _CHUNK = 1 << 15  # positions computed at a time: small enough to start at once, large enough for numpy
 
@@ -32,7 +32,7 @@ _MUST_STAY = {
 
 
 def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to go on with an epoch of other data, or in another order, than it was begun with. Pure.
+    """Refuse to go on with other data, or in another order, than a run was begun with. Pure.
 
     `saved` and `current` are what `ElasticSampler.state()` gave then and gives now. The number of ranks may differ.
 
@@ -45,9 +45,9 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         >>> check_same(state, {**state, "seed": 5})
         Traceback (most recent call last):
             ...
-        ValueError: The data is not what this run was begun with, so samples would be missed or come twice:
+        ValueError: The data is not what this run was begun with, so samples could be missed or come twice:
         the seed of the order was 0 and is 5: pass seed=0 to prepare_data_loader().
-        Or say allow_changed_data=True, and the epoch goes on at the same batch of the changed data.
+        Or say allow_changed_data=True, and the run goes on at the same batch of the changed data.
     """
     changes = []
     for key, (name, advice) in _MUST_STAY.items():
@@ -58,9 +58,9 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
             changes.append(f"{name} was {was} and is {now}: {advice.format(was)}")
     if changes:
         raise ValueError(
-            "The data is not what this run was begun with, so samples would be missed or come twice:\n"
+            "The data is not what this run was begun with, so samples could be missed or come twice:\n"
             + ";\n".join(changes)
-            + ".\nOr say allow_changed_data=True, and the epoch goes on at the same batch of the changed data."
+            + ".\nOr say allow_changed_data=True, and the run goes on at the same batch of the changed data."
         )
 
 

@@ -1,8 +1,11 @@
 """The data of a run: how long an epoch of it is, and how an iteration over it is begun at any position."""
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
+
+from dengine.distributed import world
 
 __all__ = ["Feed"]
 
@@ -67,6 +70,8 @@ class Feed:
 
     def _fast_forwarded(self, num_batches: int) -> Iterator[Any]:
         """Draw and drop `num_batches`, passing over the data as often as an epoch longer than the data does."""
+        if num_batches and not isinstance(self.data, Sequence) and world().rank == 0:
+            self._warn_of_drawing(num_batches)
         iterator = self._anew()
         while num_batches:
             drawn = sum(1 for _ in islice(iterator, num_batches))
@@ -76,6 +81,15 @@ class Feed:
             if num_batches:
                 iterator = self._anew()
         return iterator
+
+    def _warn_of_drawing(self, num_batches: int) -> None:
+        warnings.warn(
+            f"To go on where the run was left, {num_batches} batches are drawn from the "
+            f"{type(self.data).__qualname__} and dropped. A DataLoader that prepare_data_loader() gave begins at any "
+            "batch at once, and its data draw the same random numbers whatever the workers have drawn before.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _drawn(iterator: Iterator[Any]) -> Iterator[Any]:

@@ -238,8 +238,8 @@ class Engine:
                 cuts short is not completed: no `EPOCH_COMPLETED`, no metrics.
             epoch_length: iterations of an epoch; by default what `len(data)` says, else until the data ends.
                 Longer than the data: it is iterated again; shorter: each epoch takes the first ones.
-            allow_changed_data: go on in the middle of an epoch although a loader of `prepare_data_loader` has another
-                length, global batch or seed than the run was begun with.
+            allow_changed_data: go on although a loader of `prepare_data_loader` has another length, global batch or
+                seed than the run was begun with; without it, that is a ValueError.
 
         Returns:
             `engine.state`.
@@ -255,7 +255,7 @@ class Engine:
         an epoch where there are metrics.
         """
         feed = self._checked(data, max_epochs, max_iterations, epoch_length)
-        self._check_data(data, allow_changed_data)
+        self._check_data(feed, allow_changed_data)
         self._begin(feed, *(None if limit is None else operator.index(limit) for limit in (max_epochs, max_iterations)))
         started_s = time.perf_counter()
         try:
@@ -267,7 +267,7 @@ class Engine:
             self.state.times["run"] = time.perf_counter() - started_s
             self.state.batch = None
             self._current_run().end()
-            self._run = None
+            self._run = self._resumed_random = None
         return self.state
 
     # -- leaving a run ---------------------------------------------------------------------------------------------
@@ -308,6 +308,8 @@ class Engine:
         max_epochs = NEVER if state.max_epochs is None else state.max_epochs
         while state.epochs_completed < max_epochs and self._run_epoch(feed):
             pass
+        if self._resumed_random is not None:  # nothing was left to do
+            restore(self._resumed_random["now"])
         state.times["run"] = time.perf_counter() - started_s
         if self._is_terminated:
             self._fire_event(Events.TERMINATED)
@@ -351,6 +353,7 @@ class Engine:
         state, run = self.state, self._current_run()
         epoch_start = state.iteration - state.epoch_iteration
         feed.enter(state.epoch)
+        state.data_state = data_state(feed.data)
         if feed.length is not None:
             state.epoch_length = feed.length
         if feed.length == 0:
@@ -551,14 +554,14 @@ class Engine:
             self._refuse_no_batch(data)
         return feed
 
-    def _check_data(self, data: Any, allow_changed_data: bool) -> None:
-        """Refuse to go on within an epoch of other data than it was begun with."""
-        current = data_state(data)
+    def _check_data(self, feed: Feed, allow_changed_data: bool) -> None:
+        """Refuse to go on with other data than the run was begun with."""
         saved, state = self.state.data_state, self.state
-        is_within = self._is_resumed and state.epoch_iteration > 0 and state.epochs_completed == state.epoch
-        if is_within and saved is not None and current is not None and not allow_changed_data:
-            check_same(saved, current)
-        state.data_state = None if current is None else dict(current)
+        if self._is_resumed and saved is not None and not allow_changed_data:
+            feed.enter(state.epochs_completed)  # data may grow from epoch to epoch
+            if (current := data_state(feed.data)) is not None:
+                check_same(saved, current)
+        state.data_state = data_state(feed.data)
 
     def _begin(self, feed: Feed, max_epochs: int | None, max_iterations: int | None) -> None:
         state = self.state

@@ -57,6 +57,7 @@ class Preemption:
                 raise ValueError(f"{number.name} cannot be handled: no process can.")
         self._previous: dict[signal.Signals, _Handler] = {}
         self._received: signal.Signals | None = None
+        self._is_listening = False
 
     def attach(self, engine: Engine) -> None:
         """Have it look after the runs of `engine`."""
@@ -69,7 +70,7 @@ class Preemption:
             engine.on(event, self._end, priority=-_FIRST)
 
     def _begin(self, engine: Engine) -> None:
-        self._received = None
+        self._received, self._previous = None, {}
         if threading.current_thread() is not threading.main_thread():
             warnings.warn(
                 "Preemption hears no signal: the run is not in the main thread.", RuntimeWarning, stacklevel=2
@@ -77,6 +78,7 @@ class Preemption:
             return
         for number in self._signals:
             self._previous.setdefault(number, signal.signal(number, self._note))
+        self._is_listening = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number)
@@ -95,9 +97,19 @@ class Preemption:
 
     def _end(self, engine: Engine) -> None:
         """Give the signals back. A handler that was not set by Python cannot be: the default takes its place."""
-        for number, previous in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if previous is None else previous)
-        self._previous = {}
+        if not self._is_listening:
+            return
+        self._is_listening = False
+        for number in self._signals:
+            if signal.getsignal(number) == self._note:  # else somebody else has it, who gives it back
+                previous = self._before(number)
+                signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+    def _before(self, number: signal.Signals) -> _Handler:
+        """Whose the signal was before: not another one's like this, of the same engine, that has ended already."""
+        previous = self._previous[number]
+        owner = getattr(previous, "__self__", None)
+        return owner._before(number) if isinstance(owner, Preemption) and not owner._is_listening else previous
 
 
 _FIRST = 1_000_000  # as a priority

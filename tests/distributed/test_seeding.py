@@ -24,6 +24,7 @@ from dengine import Engine, Events
 from dengine.distributed import prepare_data_loader
 from dengine.distributed.seeding import (
     EpochIndex,
+    SeededCollate,
     SeededDataset,
     derived_seed,
     draws_nothing,
@@ -65,7 +66,7 @@ def as_list(samples: list[Any]) -> list[Any]:
 
 def seen(dataset: Any, num_epochs: int = 3, batch_size: int = 3, **options: Any) -> list[list[list[Drawn]]]:
     """The batches of each epoch."""
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=as_list, **options)
+    loader = DataLoader(dataset, batch_size=batch_size, **{"collate_fn": as_list, **options})
     epochs: list[list[Any]] = []
     trainer = Engine(lambda engine, batch: epochs[-1].append(batch))
     trainer.on(Events.EPOCH_STARTED, lambda engine: epochs.append([]))
@@ -202,6 +203,71 @@ def test_a_run_resumed_at_any_iteration_sees_what_it_would_have_seen(dataset: An
         rest: list[Any] = []
         run(rest, [], states[taken - 1])
         assert repr(rest) == repr(whole[taken:]), taken
+
+
+# -- collate functions that draw ---------------------------------------------------------------------------------
+
+
+def mixed_by_length(samples: list[Any]) -> Any:
+    """Draws more often for a longer batch: a state carried on to the next one would show."""
+    return samples, [draws() for _ in samples]
+
+
+def unmixed(sample: Any) -> Any:
+    return sample, draws()
+
+
+@pytest.mark.parametrize("dataset", [Augmented(), Batched(), TensorDataset(torch.arange(10)), list(range(10))])
+def test_what_a_collate_function_draws_does_not_depend_on_the_workers(dataset: Any) -> None:
+    expected = seen(dataset, collate_fn=mixed_by_length, shuffle=True)
+    drawn = {repr(batch[1]) for epoch in expected for batch in epoch}
+    assert len(drawn) == 3 * 4  # its own in each batch of each epoch
+    for options in ({"num_workers": 1}, {"num_workers": 2, "persistent_workers": True}):
+        again = seen(dataset, collate_fn=mixed_by_length, shuffle=True, **options)
+        assert repr(again) == repr(expected)
+
+
+def test_a_collate_function_draws_other_numbers_than_the_samples_of_its_batch() -> None:
+    (epoch,) = seen(Augmented(), num_epochs=1, batch_size=1, collate_fn=mixed_by_length)
+    assert all(samples[0][1:] != drawn[0] for samples, drawn in epoch)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_samples_without_batches_are_collated_reproducibly_too(num_workers: int) -> None:
+    expected = seen(Augmented(), num_epochs=2, batch_size=None, collate_fn=unmixed)  # type: ignore[arg-type]
+    found = seen(Augmented(), num_epochs=2, batch_size=None, collate_fn=unmixed, num_workers=num_workers)  # type: ignore[arg-type]
+    assert found == expected
+    assert len({drawn for epoch in found for _, drawn in epoch}) == 20  # type: ignore[misc]
+
+
+def test_a_collate_function_leaves_a_stream_s_draws_alone_in_a_worker_or_not() -> None:
+    """Ranks read one stream: were its draws moved by what each rank collates, they would no longer read the same."""
+    plain = seen(Stream())
+    for options in ({}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}):
+        found = seen(Stream(), collate_fn=mixed_by_length, **options)
+        assert [[samples for samples, _ in epoch] for epoch in found] == plain  # type: ignore[misc]
+        assert len({repr(drawn) for epoch in found for _, drawn in epoch}) == 3 * 4  # type: ignore[misc]
+        assert found == seen(Stream(), collate_fn=mixed_by_length)
+
+
+def test_collating_leaves_the_generators_of_the_script_alone() -> None:
+    loader = prepare_data_loader(DataLoader(Augmented(), batch_size=4, collate_fn=mixed_by_length))
+    seed_generators(9)
+    expected = draws()
+    seed_generators(9)
+    assert len(list(loader)) == 3
+    assert draws() == expected
+
+
+def test_a_pickled_data_set_tells_the_collate_function_that_came_with_it() -> None:
+    prepared: Any = prepare_data_loader(DataLoader(Augmented(), collate_fn=as_list))
+    dataset, collate = pickle.loads(pickle.dumps((prepared.dataset, prepared.collate_fn)))
+    assert isinstance(collate, SeededCollate)
+    dataset[EpochIndex(3, epoch=2)]
+    assert collate.next_seed is not None
+    twice: Any = prepare_data_loader(prepared, seed=1)
+    assert twice.collate_fn.inside is as_list
+    assert twice.dataset._dataset is prepared.dataset._dataset
 
 
 # -- streams -----------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """A resumed run draws the random numbers of the uninterrupted one, wherever the state was taken."""
 
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics import CatMetric
 from torchmetrics.classification import BinaryAccuracy
 
@@ -185,9 +186,71 @@ def test_an_epoch_goes_on_with_the_data_that_it_was_begun_with_or_is_refused() -
         again.run(changed, allow_changed_data=True)
 
 
-def test_between_two_epochs_the_data_may_change() -> None:
+@pytest.mark.parametrize(("changed", "words"), [(prepared(3), "2 and is 3"), (prepared(2, seed=5), "0 and is 5")])
+def test_between_two_epochs_data_changes_only_where_that_is_wanted(changed: DataLoader[Any], words: str) -> None:
     trainer = Engine(lambda engine, batch: None)
     trainer.run(prepared(2))
     again = Engine(lambda engine, batch: None)
     again.load_state_dict(trainer.state_dict())
-    assert again.run(prepared(3), max_epochs=2).iteration == 6 + 4
+    with pytest.raises(ValueError, match=words):
+        again.run(changed, max_epochs=2)
+    assert again.run(changed, max_epochs=2, allow_changed_data=True).iteration == 6 + len(changed)
+
+
+class GrowingSet(Dataset[int]):
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 4 + 4 * self.epoch
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def test_data_that_grows_by_the_epoch_goes_on_within_one() -> None:
+    def run(**options: Any) -> Any:
+        loader = distributed.prepare_data_loader(DataLoader(GrowingSet(), batch_size=2))
+        return trainer.run(loader, max_epochs=3, **options)
+
+    trainer = Engine(lambda engine, batch: None)
+    run(max_iterations=4)
+    trainer.load_state_dict(trainer.state_dict())
+    assert run().iteration == 2 + 4 + 6
+
+
+def test_a_run_that_was_over_when_it_was_saved_draws_on_as_if_it_had_just_ended() -> None:
+    trainer = Engine(lambda engine, batch: None)
+    trainer.run([1, 2])
+    position, generators = trainer.state_dict(), trainer.random_state()
+    expected = torch.rand(3)
+    again = Engine(lambda engine, batch: None)
+    again.load_state_dict(position)
+    again.load_random_state(generators)
+    assert again.run([1, 2]).iteration == 2
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    again.run([1, 2])  # afresh: nothing is left of what was loaded
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("kind", ["loader", "generator", "list", "prepared"])
+def test_data_that_must_be_drawn_up_to_the_position_says_so_once(kind: str) -> None:
+    def data() -> Any:
+        numbers: Any = torch.arange(12)
+        loader: DataLoader[Any] = DataLoader(numbers, batch_size=2)
+        kinds = {"loader": loader, "generator": iter(range(24)), "list": list(range(6))}
+        return kinds.get(kind) or distributed.prepare_data_loader(loader)
+
+    trainer = Engine(lambda engine, batch: None)
+    trainer.run(data(), max_epochs=2, max_iterations=3, epoch_length=6)
+    trainer.load_state_dict(trainer.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.run(data(), max_epochs=2, epoch_length=6)
+    said = ["3 batches are drawn" in str(each.message) for each in caught]
+    assert said == ([True] if kind in ("loader", "generator") else [])

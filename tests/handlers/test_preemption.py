@@ -72,6 +72,69 @@ def test_signals_are_given_back_after_any_run(fails: bool) -> None:
     assert mine == [signal.SIGUSR2]
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_two_of_them_give_the_signals_back_as_they_were(nested: bool) -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    saved: list[str] = []
+    trainer = Engine(lambda engine, batch: None if nested else os.kill(os.getpid(), signal.SIGUSR2))
+    Preemption(lambda engine: saved.append("one")).attach(trainer)
+    inner = Engine(lambda engine, batch: None) if nested else trainer
+    Preemption(lambda engine: saved.append("two")).attach(inner)
+    if nested:
+
+        @trainer.on(Events.ITERATION_COMPLETED(once=2))
+        def evaluate(engine: Engine) -> None:
+            inner.run([1])
+            os.kill(os.getpid(), signal.SIGUSR2)  # the trainer's again
+
+    for _ in range(2):
+        assert trainer.run(range(5)).preempted
+        assert signal.getsignal(signal.SIGUSR2) is before
+    assert saved == 2 * (["one"] if nested else ["one", "two"])
+
+
+def test_further_signals_are_no_harm_and_one_after_the_run_is_as_before_it() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        saved: list[int] = []
+
+        def save(engine: Engine) -> None:
+            os.kill(os.getpid(), signal.SIGUSR1)  # while it is being saved
+            saved.append(engine.state.iteration)
+
+        def step(engine: Engine, batch: int) -> None:
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+
+        trainer = Engine(step)
+        Preemption(save).attach(trainer)
+        assert trainer.run(range(5)).preempted
+        assert saved == [1]
+        assert heard == []
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("event", ["STARTED", "EPOCH_STARTED"])
+def test_a_signal_before_the_first_iteration_saves_after_it(event: str) -> None:
+    trainer, log = preempted(1, event)
+    assert log == ["TERMINATED", "saved 1"]
+    assert trainer.state.preempted
+
+
+def test_a_signal_when_all_is_done_lets_the_run_complete() -> None:
+    log: list[str] = []
+    trainer = Engine(lambda engine, batch: None)
+    trainer.on(Events.EPOCH_COMPLETED(once=2), lambda engine: os.kill(os.getpid(), signal.SIGUSR1))
+    trainer.on(Events.COMPLETED, lambda engine: log.append("completed"))
+    Preemption(lambda engine: log.append("saved")).attach(trainer)
+    assert not trainer.run(range(3), max_epochs=2).preempted
+    assert log == ["completed"]
+
+
 class Writer:
     """Writes asynchronously: what it was asked to save is safe once it was waited for."""
 
