@@ -5,10 +5,12 @@ draws, a step that draws from every generator, metrics, an evaluation, checkpoin
 say at their end (`End`) is equal only where all of it went on bit for bit.
 """
 
+import functools
 import hashlib
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 import warnings
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -25,12 +28,26 @@ from dengine import Engine, Events, distributed
 from dengine.handlers import Checkpoint, LRScheduler, Preemption
 from dengine.metrics import Average
 
-__all__ = ["CALLS", "EPOCHS", "ITERATIONS", "PER_EPOCH", "Blow", "End", "Variant", "job"]
+__all__ = [
+    "CALLS",
+    "DEADLINE_S",
+    "EPOCHS",
+    "ITERATIONS",
+    "PER_EPOCH",
+    "VARIANTS",
+    "Blow",
+    "End",
+    "Variant",
+    "digest",
+    "job",
+    "whole",
+]
 
 LENGTH, GLOBAL_BATCH, EPOCHS = 53, 12, 3
 PER_EPOCH = 5  # four global batches, and five samples that do not divide by 2 or 3 ranks
 ITERATIONS = EPOCHS * PER_EPOCH
 SAVE_EVERY = 2
+DEADLINE_S = 120
 
 # What reaches the disk; of these, what there is is counted.
 CALLS = ("open", "write", "writev", "pwrite", "fsync", "fdatasync", "rename", "replace", "unlink", "mkdir", "rmdir")
@@ -47,13 +64,16 @@ class Variant:
     persistent: bool = False
 
 
+VARIANTS = [Variant(asynchronous, *workers) for asynchronous in (False, True) for workers in ((0,), (2,), (2, True))]
+
+
 @dataclass(frozen=True)
 class Blow:
     """A signal that one rank, or each (None), gets at a moment, which comes again and again: the time number `count`.
 
     moment: "seconds" after the start; a "call" that reaches the disk; while states are "load"ed; in iteration `count`
-        "fetch" (one of its samples, in a worker or not), "begun", "backward", "stepped", "saved"; in epoch `count`
-        "epoch_started", "evaluating", "epoch_completed"; "over": when the run is.
+        "begun", "backward", "stepped", "saved"; in epoch `count` "epoch_started", "evaluating", "epoch_completed"; in a
+        "worker" of the data loader, sample `100 * epoch + index`.
     """
 
     moment: str
@@ -72,6 +92,13 @@ class End:
     warned: list[str]
     num_calls: int = field(compare=False, default=0)
     seconds: float = field(compare=False, default=0.0)
+
+
+@functools.cache
+def whole(size: int) -> tuple[End, ...]:
+    """The oracle: the job without a blow, saving in the loop, without workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        return tuple(run_ranks(job, size, folder, Variant(), None, init=False, deadline_s=DEADLINE_S))
 
 
 class Striker:
@@ -126,7 +153,6 @@ class Augmented(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if get_worker_info() is not None:
             self._strike.at("worker", 100 * self._epoch + index)
-        self._strike.at("fetch", 100 * self._epoch + index)
         for _ in range(index % 3):
             random.random(), np.random.rand(), torch.rand(())
         noise = torch.randn(4) + random.random() + float(np.random.rand())
@@ -164,7 +190,6 @@ def job(rank: int, size: int, folder: str, variant: Variant, blow: Blow | None) 
         _save_and_resume(objects, trainer, folder, variant, strike)
         begun = trainer.state.iteration
         state = trainer.run(loader, max_epochs=EPOCHS)
-        strike.at("over")
         seconds = time.perf_counter() - started
         end = {} if state.preempted else _end(objects, trainer, rank)
     return End(state.preempted, begun, end, [str(each.message) for each in warned], strike.num_calls, seconds)

@@ -7,7 +7,6 @@ Nothing but the number of ranks may make a difference to the end: not the worker
 `DENGINE_CHECKPOINT_KILLS=200` raises the number of kills of jobs (default 9, over 1, 2 and 3 ranks).
 """
 
-import functools
 import json
 import os
 import random
@@ -15,12 +14,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from job import EPOCHS, ITERATIONS, PER_EPOCH, Blow, End, Variant, job
+from job import DEADLINE_S, EPOCHS, ITERATIONS, PER_EPOCH, VARIANTS, Blow, End, Variant, job, whole
 from ranks import RankFailed, run_ranks
 
 NUM_KILLS = int(os.environ.get("DENGINE_CHECKPOINT_KILLS", "9"))
 SIZES = (2, 3, 1)
-VARIANTS = [Variant(asynchronous, *workers) for asynchronous in (False, True) for workers in ((0,), (2,), (2, True))]
 MOMENTS = (
     "call",
     "begun",
@@ -35,16 +33,6 @@ MOMENTS = (
     "load",
     "worker",
 )
-DEADLINE_S = 120
-
-
-@functools.cache
-def whole(size: int) -> tuple[End, ...]:
-    """The oracle: the job without a blow, saving in the loop, without workers."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        return tuple(run_ranks(job, size, folder, Variant(), None, init=False, deadline_s=DEADLINE_S))
 
 
 def blow_of(number: int, draw: random.Random, size: int) -> Blow:

@@ -14,6 +14,7 @@ import torch
 from dengine.checkpoint.shard_files import METADATA, Chunk, checked_chunk, local_box, local_part, read_metadata
 from dengine.checkpoint.shard_names import LikeParameters
 from dengine.checkpoint.shard_tree import Path, decoded, path_text, tensors_in
+from dengine.checkpoint.shard_verify import check_length
 from dengine.errors import CorruptCheckpointError
 
 __all__ = ["LikeTensors", "read_states"]
@@ -72,6 +73,8 @@ def read_states(folder: FilePath, like: Mapping[str, Any] | None) -> dict[str, A
         for path, destination in destinations.items()
         for copy in _copies(path_text(path), destination, metadata.chunks, folder)
     ]
+    for name in sorted({copy.chunk.file for copy in copies}):
+        check_length(folder / name, metadata.files[name][0])
     for copy in sorted(copies, key=lambda copy: (copy.chunk.file, copy.chunk.start)):
         part = checked_chunk(folder, copy.chunk, copy.destination.dtype)
         _as_bits(copy.destination)[copy.target].copy_(_as_bits(part)[copy.source])

@@ -9,7 +9,7 @@ from dengine.checkpoint.seal import Seal
 from dengine.checkpoint.shard_files import FILE_NAME, METADATA, as_corrupt, read_metadata
 from dengine.errors import CorruptCheckpointError
 
-__all__ = ["check_file", "is_shard_folder", "read_outline", "verify_shards"]
+__all__ = ["check_file", "check_length", "is_shard_folder", "read_outline", "verify_shards"]
 
 # As write_metadata() begins: keys are sorted, and this is the first.
 _ABOUT = b'{"body":{"about":'
@@ -63,13 +63,21 @@ def check_file(path: Path, num_bytes: int, sha256: str) -> None:
     Raises:
         CorruptCheckpointError: the file is missing, of another length, or was changed.
     """
-    if not path.is_file():
-        raise CorruptCheckpointError(f"{path} is missing.")
-    if path.stat().st_size != num_bytes:
-        raise CorruptCheckpointError(f"{path} has {path.stat().st_size} bytes, but was written with {num_bytes}.")
+    check_length(path, num_bytes)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     if digest.hexdigest() != sha256:
         raise CorruptCheckpointError(f"{path} was changed: its SHA-256 is {digest.hexdigest()}, not {sha256}.")
+
+
+def check_length(path: Path, num_bytes: int) -> None:
+    """
+    Raises:
+        CorruptCheckpointError: the file is missing, or of another length.
+    """
+    if not path.is_file():
+        raise CorruptCheckpointError(f"{path} is missing.")
+    if path.stat().st_size != num_bytes:
+        raise CorruptCheckpointError(f"{path} has {path.stat().st_size} bytes, but was written with {num_bytes}.")
