@@ -198,7 +198,7 @@ def _leave_at_exit(control: "weakref.ref[Control]", watch: "weakref.ref[Watch]")
 
 
 def _own_device(launch: Launch) -> torch.device:
-    device = default_device(launch.local_rank)
+    device = default_device(launch.device_index)
     if device.type == "cuda":
         num_devices = torch.cuda.device_count()
         if device.index is not None and device.index >= num_devices:

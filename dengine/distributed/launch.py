@@ -2,18 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from dengine.distributed.slurm import has_own_gpus, host_names, is_shell, shell_of, step_port, tasks_per_node
 from dengine.errors import LaunchError
 
-__all__ = ["Launch", "find_launch", "first_host"]
-
-# Outside the range from which kernels hand out ports to clients (32768 and up).
-_FIRST_PORT, _NUM_PORTS = 10_000, 20_000
+__all__ = ["Choice", "Launch", "choose_launch", "find_launch"]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One process as its launcher started it."""
+    """One process as its launcher started it.
+
+    `has_own_gpus`: it is shown no GPU but its own, so that its local rank is no index of one.
+    """
 
     launcher: str
     rank: int
@@ -23,6 +25,18 @@ class Launch:
     node_rank: int
     master_addr: str
     master_port: int
+    has_own_gpus: bool = False
+
+    @property
+    def device_index(self) -> int:
+        return 0 if self.has_own_gpus else self.local_rank
+
+
+class Choice(NamedTuple):
+    """The launch that the variables describe (None: one process), and why it is that one."""
+
+    launch: Launch | None
+    reason: str
 
 
 def find_launch(env: Mapping[str, str]) -> Launch | None:
@@ -33,27 +47,30 @@ def find_launch(env: Mapping[str, str]) -> Launch | None:
     Raises:
         LaunchError: variables that are half set or no numbers.
     """
+    return choose_launch(env).launch
+
+
+def choose_launch(env: Mapping[str, str]) -> Choice:
+    """As `find_launch`, with the reason. Raises: LaunchError: variables that are half set or no numbers."""
     if "RANK" in env or "WORLD_SIZE" in env:
-        return _from_torchrun(env)
-    if "SLURM_PROCID" in env and not _is_batch_shell(env):
-        return _from_slurm(env)
-    return None
+        by = "torchrun set RANK and WORLD_SIZE" if "TORCHELASTIC_RUN_ID" in env else "RANK and WORLD_SIZE are set"
+        beside = "; they win over SLURM's, which are set too" if "SLURM_JOB_ID" in env else ""
+        return Choice(_from_torchrun(env), by + beside)
+    if "SLURM_PROCID" in env or "SLURM_JOB_ID" in env:
+        return _choose_in_slurm(env)
+    if "LOCAL_RANK" in env:
+        _text(env, "RANK", ["LOCAL_RANK"])
+    return Choice(None, "neither torchrun nor srun set any variables")
 
 
-def first_host(node_list: str) -> str:
-    """The first host of a SLURM node list: `gpu[003-005,9],cpu1` gives `gpu003`."""
-    first = ""
-    depth = 0
-    for letter in node_list:
-        depth += (letter == "[") - (letter == "]")
-        if letter == "," and depth == 0:
-            break
-        first += letter
-    while "[" in first:
-        head, _, rest = first.partition("[")
-        ranges, _, tail = rest.partition("]")
-        first = head + ranges.split(",")[0].split("-")[0] + tail
-    return first.strip()
+def _choose_in_slurm(env: Mapping[str, str]) -> Choice:
+    if is_shell(env):
+        return Choice(None, f"the shell of {shell_of(env)} is one process: srun starts ranks")
+    launch = _from_slurm(env)
+    step = f"{env.get('SLURM_JOB_ID', '?')}.{env.get('SLURM_STEP_ID', '?')}"
+    if launch is None:
+        return Choice(None, f"srun started one task (step {step})")
+    return Choice(launch, f"srun started {launch.size} tasks (step {step})")
 
 
 def _from_torchrun(env: Mapping[str, str]) -> Launch:
@@ -71,7 +88,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
         local_size,
         node_rank,
         _text(env, "MASTER_ADDR", given),
-        _number(env, "MASTER_PORT", given),
+        _port(env, given),
     )
     return _checked(launch, "RANK", "WORLD_SIZE")
 
@@ -93,31 +110,18 @@ def _from_slurm(env: Mapping[str, str]) -> Launch | None:
         local_rank,
         _tasks_on_node(env, node_rank, size),
         node_rank,
-        env.get("MASTER_ADDR") or first_host(_text(env, nodes, given)),
-        _number(env, "MASTER_PORT", given) if "MASTER_PORT" in env else _slurm_port(env, given),
+        env.get("MASTER_ADDR") or host_names(_text(env, nodes, given))[0],
+        _port(env, given)
+        if "MASTER_PORT" in env
+        else step_port(_number(env, "SLURM_JOB_ID", given), env.get("SLURM_STEP_ID", "0")),
+        has_own_gpus(env),
     )
     return _checked(launch, "SLURM_PROCID", size_name)
 
 
-def _is_batch_shell(env: Mapping[str, str]) -> bool:
-    """The shell of an sbatch script is task 0 of nothing: a plain `python` in it is one process."""
-    return env.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in env
-
-
 def _tasks_on_node(env: Mapping[str, str], node_rank: int, size: int) -> int:
-    """This node's entry of `SLURM_STEP_TASKS_PER_NODE`, e.g. `4(x2),1`: two nodes of four tasks, one of one."""
-    text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(size)
-    per_node: list[int] = []
-    for part in text.split(","):
-        tasks, _, times = part.partition("(x")
-        per_node += [int(tasks)] * int(times.rstrip(")") or 1)
+    per_node = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(size))
     return per_node[node_rank] if node_rank < len(per_node) else size
-
-
-def _slurm_port(env: Mapping[str, str], given: list[str]) -> int:
-    """A port that every task of the step derives alike, and that two steps of one job do not share."""
-    step = env.get("SLURM_STEP_ID", "0")
-    return _FIRST_PORT + (_number(env, "SLURM_JOB_ID", given) * 7 + (int(step) if step.isdigit() else 0)) % _NUM_PORTS
 
 
 def _checked(launch: Launch, rank_name: str, size_name: str) -> Launch:
@@ -144,3 +148,10 @@ def _number(env: Mapping[str, str], name: str, given: list[str]) -> int:
     if not text.isdigit():
         raise LaunchError(f"{name}={text!r} must be a whole number of at least 0.")
     return int(text)
+
+
+def _port(env: Mapping[str, str], given: list[str]) -> int:
+    port = _number(env, "MASTER_PORT", given)
+    if not 0 < port < 2**16:
+        raise LaunchError(f"MASTER_PORT={port} is no port: they go from 1 to 65535.")
+    return port

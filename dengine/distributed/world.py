@@ -1,10 +1,14 @@
 """Who this process is among the others. A lone process is a world of one, and runs the same code."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+
+from dengine.distributed.launch import Launch, find_launch
+from dengine.errors import LaunchError
 
 __all__ = ["World", "control", "default_device", "enter", "external_world", "leave", "world"]
 
@@ -46,29 +50,30 @@ def world() -> World:
 
 def external_world() -> World:
     """The world of a process group that somebody else has initialised."""
-    size = dist.get_world_size()
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    launch = None
+    with suppress(LaunchError):
+        launch = find_launch(os.environ)
+    if launch is None or (launch.rank, launch.size) != (rank, size):  # it was not made from the launcher's variables
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        launch = Launch("external", rank, size, local_rank, local_size, rank // local_size, "", 0)
     return World(
-        rank=dist.get_rank(),
+        rank=rank,
         size=size,
-        local_rank=local_rank,
-        local_size=local_size,
-        node_rank=dist.get_rank() // local_size,
-        device=default_device(local_rank),
+        local_rank=launch.local_rank,
+        local_size=launch.local_size,
+        node_rank=launch.node_rank,
+        device=default_device(launch.device_index),
         backend=dist.get_backend_config(),
         launcher="external",
     )
 
 
-def default_device(local_rank: int) -> torch.device:
-    """The GPU of this rank, or the CPU where there is none.
-
-    A scheduler that gives each task one GPU of its own shows it as device 0 to every task.
-    """
+def default_device(index: int) -> torch.device:
+    """The GPU of this rank, or the CPU where there is none. Where only one is shown it is that one, whatever `index`."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
+    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else index)
 
 
 def control() -> object:

@@ -1,10 +1,11 @@
-"""What each launcher's variables mean, as a table."""
+"""What each launcher's variables mean, as a table. SLURM's are copied from tasks of a real one (22.05)."""
 
 import re
 
 import pytest
 
-from dengine.distributed.launch import Launch, find_launch, first_host
+from dengine.distributed.launch import Launch, choose_launch, find_launch
+from dengine.distributed.slurm import host_names, tasks_per_node
 from dengine.errors import LaunchError
 
 TORCHRUN = {
@@ -15,6 +16,7 @@ TORCHRUN = {
     "GROUP_RANK": "1",
     "MASTER_ADDR": "10.0.0.1",
     "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none",
 }
 SLURM = {
     "SLURM_PROCID": "3",
@@ -26,75 +28,154 @@ SLURM = {
     "SLURM_STEP_ID": "0",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
 }
+PORT = 10_000 + 1234 * 7  # of SLURM's step 0
 
 
-def test_nobody_launched_a_plain_process() -> None:
-    assert find_launch({"HOME": "somewhere", "MASTER_ADDR": "left over"}) is None
+def job(nodes: str, num_tasks: int, tasks_per_node: str) -> dict[str, str]:
+    """What a whole allocation sets, whoever looks."""
+    return {
+        "SLURM_JOB_ID": "1234",
+        "SLURM_JOB_NODELIST": nodes,
+        "SLURM_NTASKS": str(num_tasks),
+        "SLURM_TASKS_PER_NODE": tasks_per_node,
+    }
 
 
-def test_torchrun_says_everything() -> None:
-    assert find_launch(TORCHRUN) == Launch("torchrun", 5, 8, 1, 4, 1, "10.0.0.1", 29500)
+def step(nodes: str, num_tasks: int, tasks_per_node: str, rank: int, node: int, local: int) -> dict[str, str]:
+    """What a task sees of a step of its own, beside its allocation."""
+    return {
+        "SLURM_NTASKS": str(num_tasks),
+        "SLURM_TASKS_PER_NODE": tasks_per_node,
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": nodes,
+        "SLURM_STEP_NUM_TASKS": str(num_tasks),
+        "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
+        "SLURM_PROCID": str(rank),
+        "SLURM_NODEID": str(node),
+        "SLURM_LOCALID": str(local),
+    }
 
 
-def test_torchrun_inside_a_slurm_task_wins() -> None:
-    found = find_launch({**SLURM, **TORCHRUN})
-    assert found is not None
-    assert (found.launcher, found.rank) == ("torchrun", 5)
+TWO_BY_TWO = job("node[1-2]", 4, "2(x2)")
+BATCH = {"ENVIRONMENT": "BATCH", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+ONE_TASK = {**TWO_BY_TWO, **step("node1", 1, "1", 0, 0, 0)}
+PER_TASK = {**job("node1", 2, "2"), **step("node1", 2, "2", 1, 0, 1)}
+
+# what it is: (its variables, the launch, what the reason says)
+ENVIRONMENTS: dict[str, tuple[dict[str, str], Launch | None, str]] = {
+    "nobody": ({"HOME": "somewhere", "MASTER_ADDR": "left over"}, None, "neither torchrun nor srun"),
+    "torchrun": (
+        TORCHRUN,
+        Launch("torchrun", 5, 8, 1, 4, 1, "10.0.0.1", 29500),
+        "torchrun set RANK and WORLD_SIZE",
+    ),
+    "by hand on one node": (
+        {name: TORCHRUN[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")},
+        Launch("torchrun", 5, 8, 5, 8, 0, "10.0.0.1", 29500),
+        "RANK and WORLD_SIZE are set",
+    ),
+    "torchrun in a task of a larger step": (
+        {**SLURM, **TORCHRUN},
+        Launch("torchrun", 5, 8, 1, 4, 1, "10.0.0.1", 29500),
+        "they win over SLURM's",
+    ),
+    "torchrun in a one-task job": (
+        {**ONE_TASK, "SLURMD_TRES_BIND": "gpu:per_task:4", **TORCHRUN},
+        Launch("torchrun", 5, 8, 1, 4, 1, "10.0.0.1", 29500),
+        "they win over SLURM's",
+    ),
+    "srun": (SLURM, Launch("slurm", 3, 4, 1, 2, 1, "gpu07", PORT), "srun started 4 tasks (step 1234.0)"),
+    "srun in a batch script": (
+        {**TWO_BY_TWO, **BATCH, **step("node[1-2]", 4, "2(x2)", 2, 1, 0)},
+        Launch("slurm", 2, 4, 0, 2, 1, "node1", PORT),
+        "srun started 4 tasks",
+    ),
+    "a step on the second node of its job": (
+        {**TWO_BY_TWO, **step("node2", 2, "2", 1, 0, 1), "SLURM_STEP_ID": "3"},
+        Launch("slurm", 1, 2, 1, 2, 0, "node2", PORT + 3),
+        "srun started 2 tasks (step 1234.3)",
+    ),
+    "tasks that differ between nodes": (
+        {**job("gpu[1,3-4]", 11, "4(x2),3"), **step("gpu[1,3-4]", 11, "4(x2),3", 10, 2, 2)},
+        Launch("slurm", 10, 11, 2, 3, 2, "gpu1", PORT),
+        "srun started 11 tasks",
+    ),
+    "a heterogeneous job": (
+        {**job("node[1-2]", 3, "2,1"), "SLURM_HET_SIZE": "2", **step("node[1-2]", 3, "2,1", 2, 1, 0)},
+        Launch("slurm", 2, 3, 0, 1, 1, "node1", PORT),
+        "srun started 3 tasks",
+    ),
+    "cyclic distribution": (
+        {**TWO_BY_TWO, **step("node[1-2]", 4, "2(x2)", 1, 1, 0), "SLURM_DISTRIBUTION": "cyclic"},
+        Launch("slurm", 1, 4, 0, 2, 1, "node1", PORT),
+        "srun started 4 tasks",
+    ),
+    "a master of the user's own": (
+        {**SLURM, "MASTER_ADDR": "head", "MASTER_PORT": "12345"},
+        Launch("slurm", 3, 4, 1, 2, 1, "head", 12345),
+        "srun started 4 tasks",
+    ),
+    "the shell of a batch script": ({**TWO_BY_TWO, **BATCH}, None, "the shell of an sbatch script is one process"),
+    "a batch script that is a step": (
+        {**TWO_BY_TWO, **BATCH, "SLURM_STEP_ID": "4294967291"},
+        None,
+        "the shell of an sbatch script is one process",
+    ),
+    "salloc on the login host": (TWO_BY_TWO, None, "the shell of salloc is one process"),
+    "salloc on the first node": (
+        # What is the allocation's is kept: only the step knows that it is one task.
+        {**step("node1", 1, "1", 0, 0, 0), **TWO_BY_TWO, "SLURM_STEP_ID": "4294967290", "SLURM_PTY_PORT": "46829"},
+        None,
+        "the shell of salloc is one process",
+    ),
+    "srun in that shell": (
+        {**TWO_BY_TWO, "SLURM_PTY_PORT": "46829", **step("node[1-2]", 2, "1(x2)", 0, 0, 0)},
+        Launch("slurm", 0, 2, 0, 1, 0, "node1", PORT),
+        "srun started 2 tasks",
+    ),
+    "srun of one task": (ONE_TASK, None, "srun started one task"),
+    "--ntasks-per-gpu": (
+        {**PER_TASK, "SLURMD_TRES_BIND": "gpu:single:1", "CUDA_VISIBLE_DEVICES": "1", "SLURM_NTASKS_PER_TRES": "1"},
+        Launch("slurm", 1, 2, 1, 2, 0, "node1", PORT, has_own_gpus=True),
+        "srun started 2 tasks",
+    ),
+    "--gpus-per-task": (
+        {**PER_TASK, "SLURMD_TRES_BIND": "gpu:per_task:2", "CUDA_VISIBLE_DEVICES": "2,3", "SLURM_GPUS_ON_NODE": "4"},
+        Launch("slurm", 1, 2, 1, 2, 0, "node1", PORT, has_own_gpus=True),
+        "srun started 2 tasks",
+    ),
+    "--gpus-per-task of an older SLURM": (
+        {**PER_TASK, "SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "2,3"},
+        Launch("slurm", 1, 2, 1, 2, 0, "node1", PORT, has_own_gpus=True),
+        "srun started 2 tasks",
+    ),
+    "--gpus-per-task, bound to none": (
+        {**PER_TASK, "SLURMD_TRES_BIND": "gpu:none", "SLURM_GPUS_PER_TASK": "1"},
+        Launch("slurm", 1, 2, 1, 2, 0, "node1", PORT),
+        "srun started 2 tasks",
+    ),
+    "--gpus-per-node": (
+        {**PER_TASK, "CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_ON_NODE": "2"},
+        Launch("slurm", 1, 2, 1, 2, 0, "node1", PORT),
+        "srun started 2 tasks",
+    ),
+}
 
 
-def test_ranks_started_by_hand_on_one_node_need_no_local_rank() -> None:
-    given = {name: TORCHRUN[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    assert find_launch(given) == Launch("torchrun", 5, 8, 5, 8, 0, "10.0.0.1", 29500)
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_the_launch_that_an_environment_describes_and_why(name: str) -> None:
+    env, launch, reason = ENVIRONMENTS[name]
+    found = choose_launch(env)
+    assert found.launch == launch
+    assert reason in found.reason
+    assert find_launch(env) == launch
 
 
-def test_srun_says_everything_and_all_its_tasks_derive_one_port() -> None:
-    found = find_launch(SLURM)
-    assert found is not None
-    assert found == Launch("slurm", 3, 4, 1, 2, 1, "gpu07", found.master_port)
-    other = find_launch({**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
-    assert other is not None
-    assert other.master_port == found.master_port
-    assert 10_000 <= found.master_port < 30_000
-
-
-def test_two_steps_of_one_job_do_not_share_a_port() -> None:
-    first, second = (find_launch({**SLURM, "SLURM_STEP_ID": step}) for step in "01")
-    assert first is not None
-    assert second is not None
-    assert first.master_port != second.master_port
-
-
-def test_a_step_smaller_than_its_job_has_the_size_of_the_step() -> None:
-    found = find_launch({**SLURM, "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_NODELIST": "a,b,c,d"})
-    assert found is not None
-    assert found.size == 4
-
-
-def test_tasks_may_differ_between_nodes() -> None:
-    found = find_launch({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1,3", "SLURM_LOCALID": "2"})
-    assert found is not None
-    assert found.local_size == 3
-
-
-def test_a_master_given_by_the_user_overrides_the_derived_one() -> None:
-    found = find_launch({**SLURM, "MASTER_ADDR": "head", "MASTER_PORT": "12345"})
-    assert found is not None
-    assert (found.master_addr, found.master_port) == ("head", 12345)
-
-
-@pytest.mark.parametrize(
-    "env",
-    [
-        # The shell of an sbatch script: task 0 of nothing.
-        {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1", "ENVIRONMENT": "BATCH"},
-        # An interactive salloc shell.
-        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "a"},
-        # `srun --pty bash`, or one task with torchrun to come.
-        {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
-    ],
-)
-def test_a_slurm_shell_is_one_process(env: dict[str, str]) -> None:
-    assert find_launch(env) is None
+def test_a_gpu_of_ones_own_is_the_first_that_is_shown_and_else_that_of_the_local_rank() -> None:
+    index = {name: launch.device_index for name, (_, launch, _) in ENVIRONMENTS.items() if launch is not None}
+    assert index["--ntasks-per-gpu"] == index["--gpus-per-task"] == 0
+    assert index["--gpus-per-node"] == index["--gpus-per-task, bound to none"] == 1
+    assert index["torchrun in a one-task job"] == 1
 
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
@@ -102,6 +183,11 @@ def test_half_set_variables_of_torchrun_name_the_missing_one(missing: str) -> No
     env = {name: value for name, value in TORCHRUN.items() if name != missing}
     with pytest.raises(LaunchError, match=f"^{missing} is not set"):
         find_launch(env)
+
+
+def test_a_local_rank_alone_is_half_set_too() -> None:
+    with pytest.raises(LaunchError, match="^RANK is not set, although LOCAL_RANK=1 is"):
+        find_launch({"LOCAL_RANK": "1"})
 
 
 @pytest.mark.parametrize("missing", ["SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST", "SLURM_JOB_ID"])
@@ -118,6 +204,8 @@ def test_half_set_variables_of_slurm_name_the_missing_one(missing: str) -> None:
         ({"RANK": "one"}, "RANK='one' must be a whole number"),
         ({"WORLD_SIZE": "0", "RANK": "0"}, "RANK=0 does not fit WORLD_SIZE=0"),
         ({"RANK": ""}, "RANK is not set"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is no port: they go from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
     ],
 )
 def test_variables_that_make_no_sense_are_said_so(changed: dict[str, str], message: str) -> None:
@@ -126,15 +214,35 @@ def test_variables_that_make_no_sense_are_said_so(changed: dict[str, str], messa
 
 
 @pytest.mark.parametrize(
-    ("node_list", "host"),
+    ("changed", "message"),
     [
-        ("node1", "node1"),
-        ("node1,node2", "node1"),
-        ("gpu[003-005,9],cpu1", "gpu003"),
-        ("gpu[7,9-11]", "gpu7"),
-        ("r[1-2]n[03-04]-ib", "r1n03-ib"),
-        ("a-b-[10-20],c", "a-b-10"),
+        ({"SLURM_JOB_NODELIST": "gpu[07-"}, "'gpu[07-' is no list of SLURM nodes"),
+        ({"SLURM_JOB_NODELIST": "gpu[a-b]"}, "'gpu[a-b]' is no list of SLURM nodes"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2"}, "'4(x2' is no list of numbers of tasks"),
     ],
 )
-def test_the_first_host_of_a_node_list(node_list: str, host: str) -> None:
-    assert first_host(node_list) == host
+def test_lists_of_slurm_that_make_no_sense_are_said_so(changed: dict[str, str], message: str) -> None:
+    with pytest.raises(LaunchError, match=re.escape(message)):
+        find_launch({**SLURM, **changed})
+
+
+@pytest.mark.parametrize(
+    ("node_list", "hosts"),
+    [
+        ("node1", ["node1"]),
+        ("node1,node2", ["node1", "node2"]),
+        ("node[01-03,07]", ["node01", "node02", "node03", "node07"]),
+        ("gpu[003-005,9],cpu1", ["gpu003", "gpu004", "gpu005", "gpu9", "cpu1"]),
+        ("gpu[7,9-11]", ["gpu7", "gpu9", "gpu10", "gpu11"]),
+        ("r[1-2]n[03-04]-ib", ["r1n03-ib", "r1n04-ib", "r2n03-ib", "r2n04-ib"]),
+        ("a-b-[98-101],c", ["a-b-98", "a-b-99", "a-b-100", "a-b-101", "c"]),
+        ("127.0.0.1", ["127.0.0.1"]),
+    ],
+)
+def test_the_hosts_of_a_node_list(node_list: str, hosts: list[str]) -> None:
+    assert host_names(node_list) == hosts
+
+
+def test_the_tasks_of_each_node() -> None:
+    assert tasks_per_node("4(x2),3") == [4, 4, 3]
+    assert tasks_per_node("1") == [1]
