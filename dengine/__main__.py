@@ -7,8 +7,9 @@ from importlib import import_module
 
 __all__ = ["COMMANDS", "main"]
 
-# name -> what it is for. `python -m dengine NAME` runs dengine/cli/NAME.py.
+# name -> what it is for. `python -m dengine NAME` runs dengine.cli.NAME.
 COMMANDS = {
+    "doctor": "whether a training would work here: launcher, ranks, devices, network, checkpoint folder",
     "inspect": "what is in a checkpoint, or in a folder of them, verified",
     "plot": "the learning curves of runs, as a picture",
 }

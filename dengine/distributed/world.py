@@ -70,7 +70,7 @@ def external_world() -> World:
 
 
 def default_device(index: int) -> torch.device:
-    """The GPU of this rank, or the CPU where there is none. Where only one is shown it is that one, whatever `index`."""
+    """The GPU of this rank, or the CPU where there is none. Where only one is shown it is that, whatever `index`."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else index)

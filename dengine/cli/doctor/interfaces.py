@@ -1,0 +1,111 @@
+"""Which network interfaces Gloo and NCCL would take, and whether other hosts reach them."""
+
+import fcntl
+import os
+import socket
+import struct
+from contextlib import suppress
+from typing import Any
+
+from dengine.cli.doctor.report import Finding, Verdict, ranks_text
+from dengine.distributed.launch import Launch
+
+__all__ = ["interface_facts", "judge_interfaces"]
+
+_SIOCGIFADDR = 0x8915
+
+
+def interface_facts(launch: Launch | None) -> dict[str, Any]:
+    """`gloo`: the address that Gloo would offer the others; `route`: that from which this host reaches the master."""
+    interfaces = _interfaces()
+    named = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    own = _own_address()
+    return {
+        "interfaces": interfaces,
+        "gloo_named": named,
+        "nccl_named": os.environ.get("NCCL_SOCKET_IFNAME", ""),
+        "gloo": interfaces.get(named.split(",")[0]) if named else own,
+        "own_name": socket.gethostname(),
+        "route": None if launch is None else _route_to(launch),
+    }
+
+
+def judge_interfaces(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+    told = {rank: each["interfaces"] for rank, each in facts.items()}
+    for rank, each in told.items():
+        problem = _unknown_name(rank, each, hosts) or (
+            _local_address(rank, each, hosts) if len(set(hosts.values())) > 1 else None
+        )
+        if problem is not None:
+            return problem
+    first = told[min(told)]
+    chosen = sorted({_shown(each) for each in told.values()})
+    nccl = f"; NCCL_SOCKET_IFNAME={first['nccl_named']}" if first["nccl_named"] else ""
+    return Finding("interfaces", Verdict.OK, f"Gloo takes {', '.join(chosen[:4])}{nccl}")
+
+
+def _unknown_name(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Finding | None:
+    wanted = {"GLOO_SOCKET_IFNAME": each["gloo_named"], "NCCL_SOCKET_IFNAME": each["nccl_named"]}
+    for variable, value in wanted.items():
+        names = each["interfaces"]
+        is_prefix = variable.startswith("NCCL") and not value.startswith("=")
+        for name in [] if value.startswith("^") else [part for part in value.lstrip("=").split(",") if part]:
+            if not any(other.startswith(name) if is_prefix else other == name for other in names):
+                return Finding(
+                    "interfaces",
+                    Verdict.FAIL,
+                    f"{variable}={value} on {ranks_text([rank], hosts)}, which has {', '.join(names) or 'none'}",
+                    f"set {variable} to an interface that this host has, or unset it.",
+                    (rank,),
+                )
+    return None
+
+
+def _local_address(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Finding | None:
+    """With several hosts: an address that only this host can reach."""
+    if each["gloo"] and not each["gloo"].startswith("127."):
+        return None
+    route = next((name for name, address in each["interfaces"].items() if address == each["route"]), "eth0")
+    return Finding(
+        "interfaces",
+        Verdict.WARN if (each["route"] or "").startswith("127.") else Verdict.FAIL,
+        f"{each['own_name']} resolves to {each['gloo'] or 'nothing'} on {ranks_text([rank], hosts)}: Gloo would offer "
+        "the other hosts an address that they cannot reach",
+        f"export GLOO_SOCKET_IFNAME={route} (the interface that reaches the master), or give the host's own name its "
+        "real address in /etc/hosts.",
+        (rank,),
+    )
+
+
+def _shown(each: dict[str, Any]) -> str:
+    name = next((name for name, address in each["interfaces"].items() if address == each["gloo"]), None)
+    why = " (GLOO_SOCKET_IFNAME)" if each["gloo_named"] else ""
+    return f"{name or 'an interface'}, {each['gloo'] or 'unknown'}{why}"
+
+
+def _interfaces() -> dict[str, str]:
+    """IPv4 addresses by interface. Linux; else none."""
+    found = {}
+    with suppress(OSError, AttributeError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                request = struct.pack("256s", name.encode()[:15])
+                found[name] = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+    return found
+
+
+def _own_address() -> str | None:
+    """Gloo takes the address of the host's own name, if it can listen there, and else the loopback's."""
+    with suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+        return address
+    return "127.0.0.1"
+
+
+def _route_to(launch: Launch) -> str | None:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((launch.master_addr, launch.master_port))  # sends nothing
+        return str(probe.getsockname()[0])
+    return None
