@@ -62,7 +62,7 @@ def thread_facts() -> dict[str, Any]:
 def judge_threads(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
     """Whether the ranks of a host start more threads than it has cores for them."""
     worst: tuple[float, str, int, int, list[int]] = (0.0, "", 0, 0, [])
-    for host in sorted(set(hosts.values())):
+    for host in sorted({hosts[rank] for rank in facts}):
         ranks = [rank for rank in facts if hosts[rank] == host]
         num_cpus = len({cpu for rank in ranks for cpu in facts[rank]["threads"]["cpus"]})
         num_threads = sum(facts[rank]["threads"]["num_threads"] for rank in ranks)

@@ -93,7 +93,7 @@ def judge_folder(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fin
         )
     flush = {rank: statistics.median(each["flush_s"]) for rank, each in facts.items()}
     slowest = max(flush, key=lambda rank: flush[rank])
-    least = min(facts, key=lambda rank: facts[rank]["free"])
+    least = min(facts, key=lambda rank: (facts[rank]["has_inodes"], facts[rank]["free"]))
     free = facts[least]["free"]
     named = (
         first["base"]

@@ -51,7 +51,7 @@ class Header:
         place = self.hosts[0] if len(self.hosts) == 1 else f"{len(self.hosts)} hosts"
         if self.launcher in ("single", "alone"):
             return f"one process on {place}" + (", which finds no others" if self.launcher == "alone" else "")
-        return f"{self.size} rank{'s' * (self.size > 1)} on {place}, started by {self.launcher}"
+        return f"{self.size} rank{'s' * (self.size > 1)} on {place}"
 
 
 class Report:

@@ -83,6 +83,8 @@ def judge_code(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Findi
 
 
 def _digests(path: Path) -> dict[str, str]:
+    if not path.exists():
+        raise FileNotFoundError(f"--code {path} does not exist.")
     if path.is_file():
         return {path.name: _digest(path)}
     files = []

@@ -149,10 +149,11 @@ def _attend(visitor: _Visitor, plan: dict[str, Any], probe: dict[str, Any]) -> i
 def _preside(visitor: _Visitor, report: Report, plan: dict[str, Any], probe: dict[str, Any], began: float) -> int:
     """The rank that asks the others, judges and prints."""
     board = visitor.board
-    others = [rank for rank in plan["here"] if rank != board.rank]
+    others = set(plan["here"]) - {board.rank}
     try:
         _examine(visitor, report, plan, probe)
     except _RanksLostError as error:
+        others -= set(error.ranks)
         advice = "look at what they printed themselves: they were killed, crashed or hang."
         report.add(Finding("ranks", Verdict.FAIL, str(error), advice, error.ranks))
     code = 1 if report.verdict is Verdict.FAIL else 0
