@@ -82,8 +82,8 @@ def test_the_worst_finding_decides_and_advice_stands_below_its_line() -> None:
     report.add(Finding("clock", Verdict.WARN, "rank 1 is 2.0 s ahead of rank 0", "set the clocks", (1,)))
     assert report.verdict is Verdict.WARN
     report.add(Finding("code", Verdict.FAIL, "other code", "bring it up to date", (1,)))
-    report.close(1.0)
-    lines = out.getvalue().splitlines()
+    report.close()
+    lines = re.sub(r"\d\.\d s\)", "0.0 s)", out.getvalue()).splitlines()
     assert lines == [
         "dengine doctor: 4 ranks on 2 hosts",
         "",
@@ -93,7 +93,7 @@ def test_the_worst_finding_decides_and_advice_stands_below_its_line() -> None:
         "  fail  code          other code",
         "        -> bring it up to date",
         "",
-        "training would fail (1 ok, 1 warn, 1 fail; 1.0 s)",
+        "training would fail (1 ok, 1 warn, 1 fail; 0.0 s)",
     ]
 
 
@@ -281,9 +281,9 @@ def interface(**changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changed", "verdict", "text"),
     [
-        ({}, Verdict.OK, "Gloo takes eth0, 10.0.0.7"),
+        ({}, Verdict.OK, "Gloo takes eth0 (10.0.0.7)"),
         # Debian's own entry in /etc/hosts.
-        ({"gloo": "127.0.1.1"}, Verdict.FAIL, "export GLOO_SOCKET_IFNAME=eth0"),
+        ({"gloo": "127.0.1.1"}, Verdict.WARN, "export GLOO_SOCKET_IFNAME=eth0"),
         ({"gloo": None, "gloo_named": "eth1"}, Verdict.FAIL, "GLOO_SOCKET_IFNAME=eth1 on rank 2 (node2), which has lo"),
         ({"nccl_named": "ib"}, Verdict.OK, "NCCL_SOCKET_IFNAME=ib"),
         ({"nccl_named": "=ib"}, Verdict.FAIL, "NCCL_SOCKET_IFNAME=ib"),

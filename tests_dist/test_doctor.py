@@ -9,16 +9,17 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import run_command, run_ranks, torchrun
 
+from dengine import distributed
 from dengine.__main__ import main
-from dengine.cli.doctor import devices, group, visit
+from dengine.cli.doctor import devices, group
 
 Visit = tuple[int, str, str]  # exit code, stdout, stderr
 WAIT_S = "4"
@@ -286,8 +287,13 @@ def test_a_rank_that_never_comes(tmp_path: Path, shift: int, missing: int) -> No
     assert checks(visits[0])["clock"]["verdict"] == "ok"  # what can be asked without it is
 
 
+def hasty(limit_s: float) -> None:
+    group.LIMIT_S = limit_s
+    group.is_hanging = lambda: False  # else the process would end at once, and not tell this harness
+
+
 def killed_in_the_group(rank: int, size: int, folder: str) -> None:
-    visit._STEP_S = 3.0
+    hasty(3.0)
     if rank == 1:
         group.exercise = lambda backend, part: os.kill(os.getpid(), signal.SIGKILL)
 
@@ -302,6 +308,31 @@ def test_a_rank_that_dies_in_the_midst(tmp_path: Path) -> None:
     assert code == 1
     assert (shown["ranks"]["verdict"], shown["ranks"]["ranks"]) == ("fail", [1])
     assert "rank 1 stopped answering at: group" in shown["ranks"]["figure"]
+
+
+@contextmanager
+def never_joined(*args: Any, **kwargs: Any) -> Iterator[None]:
+    time.sleep(1000)
+    yield
+
+
+def stuck_in_the_group(rank: int, size: int, folder: str) -> None:
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
+    hasty(4.0)
+    if rank == 1:
+        distributed.process_group = never_joined
+
+
+def test_a_rank_that_hangs_while_it_joins(tmp_path: Path) -> None:
+    (tmp_path / "port").write_text(str(free_port()))
+    outcomes = run_ranks(planted, 2, str(tmp_path), stuck_in_the_group, init=False, expect_failures=True, deadline_s=30)
+    visits = [outcome.value for outcome in outcomes if outcome.value is not None]
+    assert [visit[0] for visit in visits] == [1, 1]
+    shown = checks(visits[0])
+    assert (shown["join"]["verdict"], shown["join"]["ranks"]) == ("fail", [0, 1])
+    assert "no answer after 4 s" in shown["join"]["figure"]
+    assert "GLOO_SOCKET_IFNAME" in shown["join"]["advice"]
 
 
 def deaf(rank: int, size: int, folder: str) -> None:

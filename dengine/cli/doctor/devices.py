@@ -68,7 +68,7 @@ def judge_threads(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fi
         num_threads = sum(facts[rank]["threads"]["num_threads"] for rank in ranks)
         worst = max(worst, (num_threads / num_cpus, host, num_threads, num_cpus, ranks))
     ratio, host, num_threads, num_cpus, ranks = worst
-    figure = f"{num_threads} threads of torch on {num_cpus} CPUs of {host}"
+    figure = f"{num_threads} thread{'s' * (num_threads > 1)} of torch on {num_cpus} CPU{'s' * (num_cpus > 1)} of {host}"
     if ratio > 1:
         each = max(1, num_cpus // len(ranks))
         advice = f"export OMP_NUM_THREADS={each}: ranks that wait for each other's threads are much slower."

@@ -1,6 +1,8 @@
 """The process group as a training makes it: joined, reduced over in each backend, and a checkpoint saved and loaded."""
 
+import re
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,12 @@ from torch import nn
 from dengine import checkpoint, distributed
 from dengine.cli.doctor.report import Finding, Verdict, ranks_text
 
-__all__ = ["exercise", "judge_group"]
+__all__ = ["LIMIT_S", "exercise", "is_hanging", "judge_group"]
 
+LIMIT_S = 30.0  # for all of it
 _JOIN_S = 15.0
+_THREAD = "dengine-doctor-group"
+_NO_ANSWER = "no answer"
 _SIZES = {4: 20, 64 << 10: 10, 1 << 20: 5, 16 << 20: 3}  # bytes -> how often
 _PING_BYTES = 256 << 10
 _NUM_PINGS = 3
@@ -25,27 +30,24 @@ _PERIOD = 251  # of the values that are added up: their sums are whole in float3
 
 
 def exercise(backend: str, part: Path) -> dict[str, Any]:
-    """Everything that takes a process group, on this rank; an error is told and not raised.
+    """Everything that takes a process group, on this rank; an error is told and not raised, and so is a hang.
 
     `backend` is as for `process_group()`; `part` of the checkpoint folder is where a checkpoint may be saved.
-
-    Collective: call on all ranks.
+    Collective: call on all ranks. Cost: `LIMIT_S` at most. What hangs then is left behind in its thread.
     """
     told: dict[str, Any] = {}
-    began = time.monotonic()
-    try:
-        with distributed.process_group(backend, timeout=_JOIN_S) as world:
-            told["join"] = {"seconds": time.monotonic() - began, "backend": world.backend}
-            if dist.is_initialized():
-                told["reduced"] = {"gloo": _reduced(torch.device("cpu"))}
-                if "nccl" in world.backend:
-                    told["reduced"]["nccl"] = _reduced(world.device)
-                told["pings"] = _pings(world.rank, world.size)
-            told["checkpoint"] = _round_trip(part / "doctor_1.pt")
-    except Exception as error:
-        step = next((name for name in ("join", "reduced", "pings", "checkpoint") if name not in told), "leave")
-        told["failed"] = {"step": step, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    # Gloo's own wait for a peer that cannot reach this host does not end with the group's timeout.
+    thread = threading.Thread(target=_exercise, args=(backend, part, told), name=_THREAD, daemon=True)
+    thread.start()
+    thread.join(LIMIT_S)
+    if thread.is_alive():
+        return {**told, "failed": {"step": _step(told), "error": f"{_NO_ANSWER} after {LIMIT_S:g} s"}}
     return told
+
+
+def is_hanging() -> bool:
+    """Whether a thread was left behind, which waits in C++ and would hold up the end of the interpreter."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 def judge_group(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> list[Finding]:
@@ -54,6 +56,35 @@ def judge_group(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> list
 
 
 # -- on each rank ------------------------------------------------------------------------------------------------
+
+
+def _exercise(backend: str, part: Path, told: dict[str, Any]) -> None:
+    began = time.monotonic()
+    try:
+        with distributed.process_group(backend, timeout=_JOIN_S) as world:
+            told["join"] = {"seconds": time.monotonic() - began, "backend": world.backend}
+            if dist.is_initialized():
+                reduced = {"gloo": _reduced(torch.device("cpu"))}
+                if "nccl" in world.backend:
+                    reduced["nccl"] = _reduced(world.device)
+                told["reduced"] = reduced
+                told["pings"] = _pings(world.rank, world.size)
+            told["checkpoint"] = _round_trip(part / "doctor_1.pt")
+    except Exception as error:
+        told["failed"] = {"step": _step(told), "error": f"{type(error).__name__}: {_headline(error)}"}
+
+
+def _headline(error: Exception) -> str:
+    """Its first line, without where in torch's sources it comes from."""
+    lines = str(error).splitlines() or [""]
+    return re.sub(r"\[/[^\]\s]*:\d+\] ", "", lines[0])
+
+
+def _step(told: dict[str, Any]) -> str:
+    """What was under way: the first that there is nothing of."""
+    if "join" in told and told["join"]["backend"] == "none":
+        return "checkpoint"
+    return next((name for name in ("join", "reduced", "pings", "checkpoint") if name not in told), "leave")
 
 
 def _reduced(device: torch.device) -> list[dict[str, Any]]:
@@ -124,7 +155,7 @@ def _round_trip(path: Path) -> dict[str, Any]:
 def _judge_join(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
     failed = _failed(facts, {"join"})
     if failed:
-        first = min(failed)
+        first = _speaker(failed)
         return Finding(
             "join",
             Verdict.FAIL,
@@ -145,7 +176,7 @@ def _judge_reduction(backend: str, facts: dict[int, dict[str, Any]], hosts: dict
     told = {rank: each["reduced"][backend] for rank, each in facts.items() if backend in each.get("reduced", {})}
     failed = _failed(facts, {"reduced", "pings"})
     if failed and not told:
-        first = min(failed)
+        first = _speaker(failed)
         return Finding(
             backend,
             Verdict.FAIL,
@@ -170,7 +201,7 @@ def _judge_reduction(backend: str, facts: dict[int, dict[str, Any]], hosts: dict
 def _judge_checkpoint(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
     failed = _failed(facts, {"checkpoint"})
     if failed:
-        first = min(failed)
+        first = _speaker(failed)
         advice = "see the lines on the folder above; else the message is what a training would end with."
         return Finding("checkpoint", Verdict.FAIL, f"{failed[first]}", advice, tuple(failed))
     told = {rank: each["checkpoint"] for rank, each in facts.items() if "checkpoint" in each}
@@ -187,10 +218,15 @@ def _judge_checkpoint(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -
 
 
 def _failed(facts: dict[int, dict[str, Any]], steps: set[str]) -> dict[int, str]:
-    """The ranks that failed in one of `steps` by an error of their own; else those that were told of another's."""
+    """The ranks that failed in one of `steps` by themselves; else those that were told of another's failure."""
     failed = {rank: each["failed"] for rank, each in facts.items() if each.get("failed", {}).get("step") in steps}
     own = {rank: each["error"] for rank, each in failed.items() if not each["error"].startswith("RemoteRankError")}
     return own or {rank: each["error"] for rank, each in failed.items()}
+
+
+def _speaker(failed: dict[int, str]) -> int:
+    """The rank whose error says most: one that only waited says nothing."""
+    return min(failed, key=lambda rank: (failed[rank].startswith(_NO_ANSWER), rank))
 
 
 def _pinged(facts: dict[int, dict[str, Any]]) -> dict[int, float]:

@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from dengine.cli.doctor.report import Finding, Verdict, ranks_text
@@ -26,6 +27,7 @@ def interface_facts(launch: Launch | None) -> dict[str, Any]:
         "nccl_named": os.environ.get("NCCL_SOCKET_IFNAME", ""),
         "gloo": interfaces.get(named.split(",")[0]) if named else own,
         "own_name": socket.gethostname(),
+        "infiniband": sorted(path.name for path in Path("/sys/class/infiniband").glob("*")),
         "route": None if launch is None else _route_to(launch),
     }
 
@@ -39,9 +41,9 @@ def judge_interfaces(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) ->
         if problem is not None:
             return problem
     first = told[min(told)]
-    chosen = sorted({_shown(each) for each in told.values()})
     nccl = f"; NCCL_SOCKET_IFNAME={first['nccl_named']}" if first["nccl_named"] else ""
-    return Finding("interfaces", Verdict.OK, f"Gloo takes {', '.join(chosen[:4])}{nccl}")
+    fabric = f"; InfiniBand {', '.join(first['infiniband'])}" if first["infiniband"] else ""
+    return Finding("interfaces", Verdict.OK, f"Gloo takes {_chosen(told)}{nccl}{fabric}")
 
 
 def _unknown_name(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Finding | None:
@@ -65,22 +67,27 @@ def _local_address(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Fi
     """With several hosts: an address that only this host can reach."""
     if each["gloo"] and not each["gloo"].startswith("127."):
         return None
-    route = next((name for name, address in each["interfaces"].items() if address == each["route"]), "eth0")
+    route = next((name for name, address in each["interfaces"].items() if address == each["route"]), "")
+    is_local = (each["route"] or "127.").startswith("127.")  # hosts that share a network, or a master that is wrong too
+    advice = "" if is_local else f"export GLOO_SOCKET_IFNAME={route or 'eth0'} (it reaches the master), or "
     return Finding(
         "interfaces",
-        Verdict.WARN if (each["route"] or "").startswith("127.") else Verdict.FAIL,
+        Verdict.WARN,  # whether it hurts depends on who connects to whom: the check of the group tells
         f"{each['own_name']} resolves to {each['gloo'] or 'nothing'} on {ranks_text([rank], hosts)}: Gloo would offer "
         "the other hosts an address that they cannot reach",
-        f"export GLOO_SOCKET_IFNAME={route} (the interface that reaches the master), or give the host's own name its "
-        "real address in /etc/hosts.",
+        f"{advice}give the host's own name its real address in /etc/hosts.",
         (rank,),
     )
 
 
-def _shown(each: dict[str, Any]) -> str:
-    name = next((name for name, address in each["interfaces"].items() if address == each["gloo"]), None)
-    why = " (GLOO_SOCKET_IFNAME)" if each["gloo_named"] else ""
-    return f"{name or 'an interface'}, {each['gloo'] or 'unknown'}{why}"
+def _chosen(told: dict[int, dict[str, Any]]) -> str:
+    """`eth0 (10.0.0.1, 10.0.0.2)`: each interface that is taken by a rank, with its addresses."""
+    addresses: dict[str, dict[str, None]] = {}
+    for each in told.values():
+        name = next((name for name, address in each["interfaces"].items() if address == each["gloo"]), None)
+        local = "lo" if (each["gloo"] or "").startswith("127.") else "an interface"
+        addresses.setdefault(name or local, {})[each["gloo"] or "unknown"] = None
+    return ", ".join(f"{name} ({', '.join(list(of)[:3])}{', ...' * (len(of) > 3)})" for name, of in addresses.items())
 
 
 def _interfaces() -> dict[str, str]:

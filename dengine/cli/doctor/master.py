@@ -12,7 +12,7 @@ from dengine.cli.doctor.board import is_agents_store
 from dengine.cli.doctor.report import Finding, Verdict, ranks_text
 from dengine.distributed.launch import Launch
 
-__all__ = ["MasterError", "judge_master", "reach_master"]
+__all__ = ["MasterError", "judge_master", "reach_master", "unmet"]
 
 _ATTEMPT_S = 3.0
 _PAUSE_S = 0.1
@@ -39,6 +39,12 @@ def reach_master(launch: Launch | None, timeout_s: float) -> dict[str, Any]:
         _check_port(launch, address)
         return {**told, "is_host": True}
     return {**told, "is_host": False, "connect_s": _connect(launch, address, timeout_s)}
+
+
+def unmet(error: Exception) -> Finding:
+    """For the rank that could not meet the others: by `reach_master`, or by torch's own store."""
+    advice = getattr(error, "advice", "see that what listens there is the launcher's store, and nothing else.")
+    return Finding("master", Verdict.FAIL, str(error).splitlines()[0], advice)
 
 
 def judge_master(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:

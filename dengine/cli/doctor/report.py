@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import textwrap
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -60,6 +61,7 @@ class Report:
     def __init__(self, out: TextIO, *, as_json: bool) -> None:
         self.findings: list[Finding] = []
         self._header: Header | None = None
+        self._began_s = time.monotonic()
         self._out = out
         self._as_json = as_json
         self._has_color = out.isatty() and "NO_COLOR" not in os.environ
@@ -82,7 +84,9 @@ class Report:
             if not self._as_json:
                 self._print(self._line(finding))
 
-    def close(self, seconds: float) -> None:
+    def close(self) -> None:
+        """The end: how it went in all, and the seconds since this report was made."""
+        seconds = time.monotonic() - self._began_s
         if self._as_json:
             self._print(json.dumps(self._data(seconds), indent=2))
             return

@@ -21,6 +21,7 @@ from dengine.errors import LaunchError
 __all__ = ["configure", "run"]
 
 _STEP_S = 20.0  # for what all ranks do at once
+_SLACK_S = 3.0
 _JUDGES = (  # of what each rank measures by itself
     launcher.judge_variables,
     software.judge_versions,
@@ -63,7 +64,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0: a training would work; 1: it would fail, and the report says why; 2: arguments that make no sense."""
-    began = time.monotonic()
     report = Report(sys.stdout, as_json=options.json)
     try:
         if not options.wait > 0:
@@ -76,19 +76,25 @@ def run(options: argparse.Namespace) -> int:
         choice = choose_launch(os.environ)
     except LaunchError as error:
         facts = _measured(Choice(None, "half set"), code)
-        return _alone(options, report, facts, launcher.half_set(error), launcher.told_rank(os.environ), began)
+        return _alone(options, report, facts, launcher.half_set(error), launcher.told_rank(os.environ))
     facts = _measured(choice, code)
+    rank = 0 if choice.launch is None else choice.launch.rank
     try:
         facts["master"] = master.reach_master(choice.launch, options.wait)
         board = open_board(choice.launch, options.wait)
     except (MasterError, RuntimeError) as error:
-        advice = getattr(error, "advice", "see that what listens there is the launcher's store, and nothing else.")
-        finding = Finding("master", Verdict.FAIL, str(error).splitlines()[0], advice)
-        return _alone(options, report, facts, finding, 0 if choice.launch is None else choice.launch.rank, began)
+        return _alone(options, report, facts, master.unmet(error), rank)
     try:
-        return _visit(_Visitor(options, board, facts), report, began)
+        return _ended(_visit(_Visitor(options, board, facts), report))
     except (BoardLostError, TimeoutError) as error:
-        return _whisper(board.rank, f"the others stopped answering: {error}")
+        return _whisper(rank, f"the others stopped answering: {error}")
+
+
+def _ended(code: int) -> int:
+    if group.is_hanging():
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _measured(choice: Choice, code: dict[str, str]) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def _measured(choice: Choice, code: dict[str, str]) -> dict[str, Any]:
 # -- together ----------------------------------------------------------------------------------------------------
 
 
-def _visit(visitor: _Visitor, report: Report, began: float) -> int:
+def _visit(visitor: _Visitor, report: Report) -> int:
     board, wait_s = visitor.board, visitor.options.wait
     if board.count(f"taken/{board.rank}") > 1:
         board.answer(f"twice/{board.rank}", f"rank {board.rank}, on {visitor.facts['host']} (pid {os.getpid()})")
@@ -124,7 +130,7 @@ def _visit(visitor: _Visitor, report: Report, began: float) -> int:
     probe = folder.probe_folder(visitor.options.folder, plan["meeting"], board.rank)
     try:
         if board.rank == plan["here"][0]:
-            return _preside(visitor, report, plan, probe, began)
+            return _preside(visitor, report, plan, probe)
         return _attend(visitor, plan, probe)
     finally:
         folder.leave_folder(probe, board.rank)
@@ -140,13 +146,13 @@ def _attend(visitor: _Visitor, plan: dict[str, Any], probe: dict[str, Any]) -> i
     backend = board.wait("backend", _STEP_S)
     if backend:
         board.post("group", group.exercise(backend, Path(probe["part"])))
-    code = int(board.wait("code", 2 * _STEP_S))
+    code = int(board.wait("code", _STEP_S + group.LIMIT_S))
     folder.leave_folder(probe, board.rank)
     board.post("left", True)
     return code
 
 
-def _preside(visitor: _Visitor, report: Report, plan: dict[str, Any], probe: dict[str, Any], began: float) -> int:
+def _preside(visitor: _Visitor, report: Report, plan: dict[str, Any], probe: dict[str, Any]) -> int:
     """The rank that asks the others, judges and prints."""
     board = visitor.board
     others = set(plan["here"]) - {board.rank}
@@ -157,7 +163,7 @@ def _preside(visitor: _Visitor, report: Report, plan: dict[str, Any], probe: dic
         advice = "look at what they printed themselves: they were killed, crashed or hang."
         report.add(Finding("ranks", Verdict.FAIL, str(error), advice, error.ranks))
     code = 1 if report.verdict is Verdict.FAIL else 0
-    report.close(time.monotonic() - began)
+    report.close()
     board.answer("code", str(code))
     board.collect("left", others, _STEP_S)  # the store goes with this process
     shutil.rmtree(probe["part"], ignore_errors=True)
@@ -188,12 +194,13 @@ def _examine(visitor: _Visitor, report: Report, plan: dict[str, Any], probe: dic
     if not backend:
         report.add(Finding("join", Verdict.SKIP, "a process group needs all ranks"))
         return
+    until = time.monotonic() + group.LIMIT_S + _SLACK_S
     board.post("group", group.exercise(backend, Path(probe["part"])))
-    report.add(*group.judge_group(_all(board, "group", here), hosts))
+    report.add(*group.judge_group(_all(board, "group", here, until - time.monotonic()), hosts))
 
 
-def _all(board: Board, topic: str, ranks: list[int]) -> dict[int, Any]:
-    found = board.collect(topic, ranks, _STEP_S)
+def _all(board: Board, topic: str, ranks: list[int], timeout_s: float | None = None) -> dict[int, Any]:
+    found = board.collect(topic, ranks, _STEP_S if timeout_s is None else timeout_s)
     if len(found) < len(ranks):
         raise _RanksLostError(set(ranks) - found.keys(), topic)
     return found
@@ -208,20 +215,20 @@ def _backend(report: Report) -> str:
 # -- where there is no together ----------------------------------------------------------------------------------
 
 
-def _alone(
-    options: argparse.Namespace, report: Report, facts: dict[str, Any], finding: Finding, rank: int, began: float
-) -> int:
+def _alone(options: argparse.Namespace, report: Report, facts: dict[str, Any], finding: Finding, rank: int) -> int:
     """What can be said by a process that finds no others: rank 0 all that it knows, the others one line each."""
     if rank != 0:
         return _whisper(rank, f"{finding.figure}\n  -> {finding.advice}")
     alone, hosts = {0: facts}, {0: str(facts["host"])}
     report.open(Header("alone", 1, (hosts[0],)))
+    if finding.check != "launcher":
+        report.add(launcher.judge_launcher(alone, hosts))
     report.add(finding, *(judge(alone, hosts) for judge in _JUDGES))
     probe = folder.probe_folder(options.folder, uuid.uuid4().hex[:8], 0)
     report.add(folder.judge_folder({0: probe}, hosts))
     folder.leave_folder(probe, 0)
     report.add(Finding("join", Verdict.SKIP, "the ranks cannot meet"))
-    report.close(time.monotonic() - began)
+    report.close()
     return 1
 
 
