@@ -162,6 +162,9 @@ def _preside(visitor: _Visitor, report: Report, plan: dict[str, Any], probe: dic
         others -= set(error.ranks)
         advice = "look at what they printed themselves: they were killed, crashed or hang."
         report.add(Finding("ranks", Verdict.FAIL, str(error), advice, error.ranks))
+    except (BoardLostError, TimeoutError) as error:
+        advice = "torchrun's agent, or whoever hosts the store, ended: look at what it printed."
+        report.add(Finding("master", Verdict.FAIL, f"it stopped answering: {error}", advice))
     code = 1 if report.verdict is Verdict.FAIL else 0
     report.close()
     board.answer("code", str(code))
