@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import dengine
 from dengine.cli.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["code_facts", "judge_code", "judge_versions", "version_facts"]
@@ -36,7 +35,7 @@ def code_facts(paths: Iterable[Path]) -> dict[str, str]:
 
     By names that are the same on every host wherever the code lies.
     """
-    package = Path(dengine.__file__).parent
+    package = Path(__file__).parents[2]
     found = {f"dengine/{name}": digest for name, digest in _digests(package).items()}
     for index, path in enumerate(paths):
         found |= {f"{path.name or index}/{name}": digest for name, digest in _digests(path).items()}

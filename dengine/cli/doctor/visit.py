@@ -141,8 +141,8 @@ def _attend(visitor: _Visitor, plan: dict[str, Any], probe: dict[str, Any]) -> i
     board, chair = visitor.board, plan["here"][0]
     board.post("clock", clock.ask_clock(board, turn_s=_STEP_S))
     board.post("folder", probe)
-    board.read("folder", chair, _STEP_S)
-    board.post("shared", folder.look_for_chair(probe, plan["meeting"], chair))
+    has_written = "error" not in board.read("folder", chair, _STEP_S)
+    board.post("shared", has_written and folder.look_for_chair(probe, plan["meeting"], chair))
     backend = board.wait("backend", _STEP_S)
     if backend:
         board.post("group", group.exercise(backend, Path(probe["part"])))
