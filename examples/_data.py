@@ -9,10 +9,20 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-__all__ = ["load_cifar10", "load_digits"]
+__all__ = ["load_cifar10", "load_digits", "load_images"]
 
 _CIFAR10_SHAPE = (3, 32, 32)
 _RECORD_BYTES = 1 + 3 * 32 * 32  # a label, then the pixels
+
+
+def load_images(name: str, folder: str | None) -> tuple[TensorDataset, TensorDataset]:
+    """What to train on and what is held out, of "digits", or of "cifar10" in `folder`; else the script is ended."""
+    if name not in ("digits", "cifar10") or (name == "cifar10") != (folder is not None):
+        raise SystemExit(f"error: data={name} with data_dir={folder}: it is digits, or cifar10 with the data_dir of it")
+    try:
+        return load_digits() if folder is None else load_cifar10(Path(folder))
+    except (ValueError, ModuleNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def load_digits() -> tuple[TensorDataset, TensorDataset]:

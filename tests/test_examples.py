@@ -1,5 +1,6 @@
-"""The main job in one process: what it prints is what its checkpoint holds; CIFAR-10 in both published formats."""
+"""The examples in one process: what they print is what their checkpoints hold; CIFAR-10 in both published formats."""
 
+import importlib
 import json
 import os
 import pickle
@@ -23,11 +24,7 @@ BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data
 
 @pytest.fixture(scope="module")
 def digits() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        import digits
-
-    return digits
+    return load_example("digits")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +33,11 @@ def data(digits: ModuleType) -> ModuleType:
 
 
 def run_digits(*options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / "digits.py"), *map(str, options)]
+    return run_example("digits", *options)
+
+
+def run_example(name: str, *options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, options)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -88,13 +89,16 @@ def test_training_and_held_out_scans_are_all_there_are(data: ModuleType) -> None
     assert sorted(seen) == sorted(load_digits().images.reshape(1797, 64).astype(int).tolist())
 
 
-def test_the_curves_have_an_epoch_a_line_and_the_best_of_them_is_what_was_saved(trained: tuple[str, Path]) -> None:
+def test_the_record_has_an_epoch_a_line_and_the_best_of_them_is_what_was_saved(trained: tuple[str, Path]) -> None:
     printed, folder = trained
-    assert path_in(printed, "Numbers") == folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    numbers = path_in(printed, "Numbers")
+    assert numbers.parent.parent == folder / "digits"
+    assert path_in(printed, "Checkpoint").parent == numbers.parent
+    rows = [json.loads(line) for line in numbers.read_text().splitlines()]
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 15), (2, 30)]
-    assert {"train/loss", "val/loss", "val/acc", "lr"} <= rows[0].keys()
+    assert {"train/loss", "val/loss", "val/acc", "lr", "samples_per_s"} <= rows[0].keys()
     assert max(row["val/acc"] for row in rows) == pytest.approx(accuracy_in(printed)[2], abs=1e-6)
+    assert json.loads(numbers.with_name("config.json").read_text())["epochs"] == 2
     assert path_in(printed, "Curves").read_bytes().startswith(b"\x89PNG")
 
 
@@ -108,16 +112,14 @@ def test_evaluate_only_finds_the_accuracy_again_and_writes_nothing(trained: tupl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--epochs", "0"], "argument --epochs: 0 must be at least 1"),
-        (["--epochs", "x"], "argument --epochs: invalid count value: 'x'"),
-        (["--batch-size", "-96"], "argument --batch-size: -96 must be at least 1"),
-        (["--patience", "0"], "argument --patience: 0 must be at least 1"),
-        (["--lr", "0"], "--lr 0.0 must be above 0"),
-        (["--lr", "nan"], "--lr nan must be above 0"),
-        (["--data", "mnist"], "argument --data: invalid choice: 'mnist'"),
-        (["--data", "cifar10"], "--data cifar10 and --data-dir go together"),
-        (["--data-dir", "."], "--data cifar10 and --data-dir go together"),
-        (["--evaluate-only", "none.pt"], "--evaluate-only none.pt: there is no such file"),
+        (["--epochs", "0"], "epochs=0 must be a number above 0, and a whole one but for lr"),
+        (["--epochs", "x"], "epochs=x must be a number above 0"),
+        (["--batch-size", "-96"], "batch_size=-96 must be a number above 0"),
+        (["--patience", "1.5"], "patience=1.5 must be a number above 0"),
+        (["--lr", "0"], "lr=0 must be a number above 0"),
+        (["--lr", ".nan"], "lr=nan must be a number above 0"),
+        (["--evaluate-only", "none.pt"], "evaluate_only=none.pt: there is no such file"),
+        (["--epoch-s", "1"], "unrecognized arguments: --epoch-s 1"),
     ],
 )
 def test_a_wrong_option_is_named(
@@ -129,9 +131,78 @@ def test_a_wrong_option_is_named(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["digits.py", *options])
     with pytest.raises(SystemExit) as ended:
-        digits.main()
+        digits.read_config()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mnist", None), ("cifar10", None), ("digits", "."), (1, None)])
+def test_data_that_are_not_there_end_the_script_with_one_line(name: Any, folder: str | None, data: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=f"error: data={name} with data_dir={folder}: it is digits, or cifar10"):
+        data.load_images(name, folder)
+
+
+# -- the others --------------------------------------------------------------------------------------------------
+
+
+def test_the_gan_records_the_distance_of_what_its_checkpoint_draws(tmp_path: Path) -> None:
+    options = ("epochs=2", "measure_every=1", "num_samples=20000", f"output={tmp_path}")
+    done = run_example("gan", *options)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in next(tmp_path.glob("gan/*/metrics.jsonl")).read_text().splitlines()]
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 14), (2, 28)]
+    assert path_in(done.stdout, "Picture").read_bytes().startswith(b"\x89PNG")
+
+    gan = load_example("gan")
+    net = gan.new_generator(num_noise=32)
+    net.load_state_dict(torch.load(path_in(done.stdout, "Checkpoint"), weights_only=True)["average"]["model"])
+    with torch.no_grad():
+        drawn = net.eval()(torch.randn(20000, 32)).flatten(1).double().numpy()
+    real = load_digits()
+    held_out = torch.randperm(1797, generator=torch.Generator().manual_seed(0))[: 1797 // 5]
+    pixels = real.images[held_out].reshape(-1, 64) / 8 - 1
+    means, covariances = (
+        [each.mean(0) for each in (drawn, pixels)],
+        [np.cov(each.T, ddof=0) for each in (drawn, pixels)],
+    )
+    common = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
+    distance = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1]) - 2 * common
+    assert rows[-1]["val/distance"] == pytest.approx(distance, rel=0.05)  # other noise than the script's
+
+
+def test_the_language_model_goes_on_where_it_was_and_its_perplexity_is_that_of_its_checkpoint(tmp_path: Path) -> None:
+    options = ("max_texts=200", "warm_up=2", "save_every=2", "model.num_layers=1", f"output={tmp_path}")
+    first = run_example("language_model", "epochs=1", *options)
+    assert first.returncode == 0, first.stderr
+    second = run_example("language_model", "epochs=2", *options)
+    assert second.returncode == 0, second.stderr
+    assert "Going on from" in second.stdout
+    (numbers,) = tmp_path.glob("language_model/*/metrics.jsonl")  # one run
+    rows = [json.loads(line) for line in numbers.read_text().splitlines()]
+    assert [row["step"] for row in rows if "val/perplexity" in row] == [5, 10]
+
+    module = load_example("language_model")
+    net = module.GPT(128, width=128, num_heads=4, num_layers=1, dropout=0.1)
+    net.load_state_dict(torch.load(path_in(second.stdout, "Checkpoint"), weights_only=True)["model"])
+    held_out = module.docstrings(128, 200)[:20]
+    with torch.no_grad():
+        loss, count = module.loss_and_count(net.eval(), held_out)
+    assert float(second.stdout.split("held out: ")[1].split()[0]) == pytest.approx(
+        float((loss / count).exp()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["gan", "language_model"])
+def test_a_typo_on_the_command_line_is_named(name: str) -> None:
+    done = run_example(name, "ephocs=1")
+    assert done.returncode != 0
+    assert "Did you mean 'epochs'?" in done.stderr
+
+
+def load_example(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        return importlib.import_module(name)
 
 
 # -- CIFAR-10 ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from dengine.config.files import SUFFIXES, read_file
 from dengine.config.places import Document, Place, below, plain
-from dengine.config.tree import Config, new_config, omegaconf, translated
+from dengine.config.tree import Config, MissingKeyError, new_config, omegaconf, translated
 from dengine.config.yaml_text import parse_value
 from dengine.errors import ConfigError
 
@@ -59,19 +59,25 @@ class Conf:
         return new_config(_from_mapping(data, "from_dict()"))
 
     @staticmethod
-    def from_cli_dotlist(arguments: Sequence[str]) -> Config:
+    def from_cli_dotlist(arguments: Sequence[str], *, known: Config | None = None) -> Config:
         """A configuration of arguments such as `train.lr=1e-3`, later ones over earlier ones.
 
         A value is read as in a YAML file: `true`, `null`, `[1, 2]`, `{a: 1}`, `"quoted text"`; nothing is null.
 
+        Args:
+            known: what the arguments will be merged into, where a key that it lacks is a typo.
+
         Raises:
-            TypeError: no list of texts. ConfigError: an argument that is not `key=value`; it is named.
+            TypeError: no list of texts. ConfigError: an argument that is not `key=value`, or has a key that `known`
+                lacks; it is named.
         """
         if isinstance(arguments, str) or not all(isinstance(argument, str) for argument in arguments):
             raise TypeError(f"from_cli_dotlist() takes a list such as ['train.lr=1e-3'], but got {arguments!r}.")
         merged = Document({}, ("command line",))
         for argument in arguments:
             merged = _merged(merged, _from_argument(argument))
+            if known is not None:
+                _check_known(argument, known)
         return new_config(Document(merged.data, ("command line",), merged.places))
 
     @staticmethod
@@ -167,6 +173,17 @@ def _from_argument(argument: str) -> Document:
     document.data = plain(inner, "", document)
     document.places = {".".join(keys[: depth + 1]): Place(source) for depth in range(len(keys))}
     return document
+
+
+def _check_known(argument: str, known: Config) -> None:
+    data, config = _document(known).data, known
+    for key in argument.partition("=")[0].strip().split("."):
+        if key not in data:
+            raise MissingKeyError(f"The argument {argument!r}: {config._missing(key, below(config._key, key))}")
+        data = data[key]
+        if not isinstance(data, dict):  # a value; merge() refuses a mapping in its place
+            return
+        config = config[key]
 
 
 def _merged(base: Document, over: Document) -> Document:

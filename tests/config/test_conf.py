@@ -154,6 +154,20 @@ def test_a_wrong_argument_is_named(arguments: list[str], message: str) -> None:
         Conf.from_cli_dotlist(arguments)
 
 
+def test_an_argument_with_a_key_that_is_not_known_is_named_with_the_closest(tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text("train:\n  epochs: 3\n  extra: null\n  dir: ???\nname: x\n")
+    known = Conf.load(path)
+    fine = ["train.epochs=4", "train.extra.more=1", "train.dir=here", "train={epochs: 5}"]
+    assert Conf.merge(known, Conf.from_cli_dotlist(fine, known=known)).train.epochs == 5
+    for argument, message in {
+        "train.ephocs=4": f"There is no 'train.ephocs' in {path}, line 1. Did you mean 'train.epochs'?",
+        "nam=y": f"There is no 'nam' in {path}. Did you mean 'name'?",
+    }.items():
+        with pytest.raises(MissingKeyError, match=re.escape(f"The argument {argument!r}: {message}")):
+            Conf.from_cli_dotlist(["name=y", argument], known=known)
+
+
 def test_merging_is_deep_replaces_lists_and_changes_no_argument() -> None:
     base = Conf.freeze(Conf.from_dict({"a": {"b": 1, "c": [1, 2]}, "d": {"e": 1}, "n": None}))
     merged = Conf.merge(base, {"a": {"c": (3,)}, "d": None, "n": {"x": 1}}, Conf.from_cli_dotlist(["a.b=2"]))
