@@ -22,6 +22,10 @@ ROWS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
+def needs(package: str) -> Any:
+    return pytest.importorskip(package, reason=f'pip install "dengine[{package}]"')
+
+
 def log_all(run: Run, folder: Path) -> None:
     (folder / "weights.bin").write_text("weights")
     for step, values in ROWS:
@@ -35,7 +39,7 @@ def files_are_complete(run: Run) -> bool:
 
 
 def test_tensorboard_has_every_scalar_at_its_step(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    needs("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with Track.run("p", config={"lr": 0.1}, dir=tmp_path / "runs", backend="tensorboard") as run:
@@ -54,7 +58,7 @@ def test_tensorboard_has_every_scalar_at_its_step(tmp_path: Path) -> None:
 def test_wandb_keeps_rows_whose_step_goes_back_and_runs_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wandb = pytest.importorskip("wandb")
+    wandb = needs("wandb")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     Track.set_mode("offline")
@@ -104,7 +108,7 @@ def wandb_records(data: bytes) -> list[bytes]:
 def test_mlflow_has_metrics_params_and_artifacts_and_a_resumed_run_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = needs("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     config = {"lr": 0.1, "net": {"width": 8}}
@@ -150,7 +154,7 @@ print(json.dumps([found[0].id, len(list(found)), run.id]))
 
 
 def test_trackio_has_every_row_and_a_resumed_run_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trackio")
+    needs("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported: in another process
     code = TRACKIO.format(here=str(Path(__file__).parent), runs=str(tmp_path / "runs"), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -184,7 +188,7 @@ def test_a_missing_package_names_the_extra_and_the_run_is_failed(
 
 
 def test_a_backend_that_fails_is_a_warning_and_the_files_go_on(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    needs("tensorboard")
     with Track.run("p", dir=tmp_path, backend=["tensorboard"]) as run:
         run._backends["tensorboard"].log = None  # type: ignore[attr-defined]
         with pytest.warns(RuntimeWarning, match="The backend 'tensorboard' failed .*complete without it"):
