@@ -103,6 +103,7 @@ def prepare_data_loader(
     )
     if collate is not None or not draws_nothing(dataset, loader.collate_fn):
         dataset = SeededDataset(dataset, seed, collate)
+        sampler.carries_epoch = True
     return _rebuilt(loader, dataset, seed, collate, batch_size=batch_size, sampler=sampler, drop_last=loader.drop_last)
 
 

@@ -1,6 +1,7 @@
 """Which samples each rank sees, and in which order: one order of the epoch, dealt out in global batches."""
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,7 +16,8 @@ __all__ = ["DataState", "ElasticSampler", "check_same"]
 
 DataState: TypeAlias = dict[str, Any]  # None: not known
 
-_CHUNK = 1 << 15  # positions computed at a time: small enough to start at once, large enough for numpy
+# Positions computed at a time: few, to start at once; then more, up to what fits a processor's cache.
+_FIRST_CHUNK, _CHUNK = 1 << 10, 1 << 15
 
 # What must be as it was for a resumed run to see each sample once: how it is called, and the way back.
 _MUST_STAY = {
@@ -76,9 +78,10 @@ class ElasticSampler(DistributedSampler[int]):
     - dropped with `drop_last=True`,
     - left uneven with `exact=True`: every sample once over all ranks, shards differ in length by at most one.
 
-    Indices are `EpochIndex`: ints that carry the epoch to where the sample is fetched.
+    With `carries_epoch` set, as `prepare_data_loader` does, indices are `EpochIndex`: ints that carry the epoch to
+    where the sample is fetched.
 
-    Cost: O(1) memory and time to set up, also for 10^9 samples; no collective. 0.5 us a sample.
+    Cost: O(1) memory and time to set up, also for 10^9 samples; no collective. 0.1 us a sample, 0.3 with its epoch.
 
     Raises:
         ValueError, TypeError: a size, rank or batch size that is none; `exact` together with `drop_last`.
@@ -118,6 +121,7 @@ class ElasticSampler(DistributedSampler[int]):
         self.seed = seed
         self.drop_last = drop_last
         self.exact = exact
+        self.carries_epoch = False
         self._skipped = 0
 
     @property
@@ -139,14 +143,19 @@ class ElasticSampler(DistributedSampler[int]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        start, self._skipped = self._skipped, 0
-        epoch = self.epoch
+        return chain.from_iterable(self._chunks())
+
+    def _chunks(self) -> Iterator[Iterable[int]]:
+        first, self._skipped = self._skipped, 0
+        epoch, end = self.epoch, self.num_samples
         order = Permutation(len(self.dataset), self.seed, epoch) if self.shuffle else None
-        for first in range(start, self.num_samples, _CHUNK):
-            mine = np.arange(first, min(first + _CHUNK, self.num_samples), dtype=np.int64)
+        length = _FIRST_CHUNK
+        while first < end:
+            mine = np.arange(first, min(first + length, end), dtype=np.int64)
             positions = self._positions(mine)
-            for index in (positions if order is None else order(positions)).tolist():
-                yield EpochIndex(index, epoch)
+            indices = (positions if order is None else order(positions)).tolist()
+            yield map(EpochIndex.of(epoch), indices) if self.carries_epoch else indices
+            first, length = first + length, min(2 * length, _CHUNK)
 
     def set_epoch(self, epoch: int) -> None:
         """Take the order of `epoch`, from its beginning."""

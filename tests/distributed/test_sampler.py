@@ -157,8 +157,10 @@ def test_a_thousand_million_samples_start_within_ten_milliseconds_and_megabytes(
     assert min(seconds) < 10e-3  # a list of indices would take a minute
 
 
-def test_indices_carry_the_epoch_they_were_drawn_in() -> None:
+def test_indices_carry_the_epoch_they_were_drawn_in_where_they_are_to() -> None:
     sampler = ElasticSampler(range(4), num_replicas=1, rank=0)
+    assert {type(index) for index in sampler} == {int}
+    sampler.carries_epoch = True
     sampler.set_epoch(6)
     begun = iter(sampler)
     first: Any = next(begun)

@@ -263,7 +263,7 @@ def test_a_pickled_data_set_tells_the_collate_function_that_came_with_it() -> No
     prepared: Any = prepare_data_loader(DataLoader(Augmented(), collate_fn=as_list))
     dataset, collate = pickle.loads(pickle.dumps((prepared.dataset, prepared.collate_fn)))
     assert isinstance(collate, SeededCollate)
-    dataset[EpochIndex(3, epoch=2)]
+    dataset[EpochIndex.of(2)(3)]
     assert collate.next_seed is not None
     twice: Any = prepare_data_loader(prepared, seed=1)
     assert twice.collate_fn.inside is as_list
@@ -340,7 +340,7 @@ def test_a_batched_fetch_of_no_list_is_seeded_as_a_whole() -> None:
 
 
 def test_an_index_with_an_epoch_is_an_index_and_pickles() -> None:
-    index = EpochIndex(2, epoch=7)
+    index = EpochIndex.of(7)(2)
     assert index == 2
     assert hash(index) == hash(2)
     assert [10, 11, 12][index] == 12
@@ -348,7 +348,7 @@ def test_an_index_with_an_epoch_is_an_index_and_pickles() -> None:
     assert np.arange(5)[index] == 2
     assert {2: "two"}[index] == "two"
     for copied in (pickle.loads(pickle.dumps(index)), copy.deepcopy(index)):
-        assert (copied, copied.epoch, type(copied)) == (2, 7, EpochIndex)
+        assert (copied, copied.epoch, isinstance(copied, EpochIndex)) == (2, 7, True)
     pandas = pytest.importorskip("pandas")
     assert pandas.Series([5, 6, 7]).iloc[index] == 7
 
@@ -379,7 +379,7 @@ def test_the_data_set_inside_is_read_through() -> None:
         _ = dataset.sise
     again = pickle.loads(pickle.dumps(dataset))
     assert (type(again), again.size) == (SeededDataset, 4)
-    index = EpochIndex(3, epoch=2)
+    index = EpochIndex.of(2)(3)
     assert again[index] == dataset[index] == copy.deepcopy(dataset)[index]
     assert not hasattr(dataset, "set_epoch")
 
