@@ -2,100 +2,152 @@
 
 import random
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ranks import RankFailed, run_ranks
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from dengine import Engine, Events, distributed
-from dengine.distributed.loader import data_state
-from dengine.distributed.sampler import check_same
+from dengine.handlers import Checkpoint
 
-GLOBAL_BATCH = 12
+GLOBAL_BATCH = 12  # the least that 2, 3 and 4 ranks divide
 LENGTH = 53  # four global batches, and five samples that do not divide by 2, 3 or 4 ranks
-PER_EPOCH = 5
+EPOCHS = 2
 
 Sample = tuple[int, float, float, float]
-Taken = tuple[list[list[Sample]], list[dict[str, Any]], dict[str, Any]]
+Batches = list[list[Sample]]
+
+
+def sample(index: int) -> Sample:
+    """Draws more than once for some, so that a generator carried from one to the next would show."""
+    for _ in range(index % 3):
+        random.random(), np.random.rand(), torch.rand(())
+    return index, random.random(), float(np.random.rand()), torch.rand(()).item()
 
 
 class Augmented(Dataset[Sample]):
-    """Draws more than once for some samples, so that a generator carried from one to the next would show."""
+    def __init__(self, length: int = LENGTH) -> None:
+        self.length = length
 
     def __len__(self) -> int:
-        return LENGTH
+        return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        for _ in range(index % 3):
-            random.random(), np.random.rand(), torch.rand(())
-        return index, random.random(), float(np.random.rand()), torch.rand(()).item()
+        return sample(index)
+
+
+class Stream(IterableDataset[Sample]):
+    """Shuffles at random too."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        yield from map(sample, np.random.permutation(LENGTH).tolist())
 
 
 def as_list(samples: list[Any]) -> list[Any]:
     return samples
 
 
-def loader_of(num_workers: int, global_batch: int) -> DataLoader[Any]:
-    loader = DataLoader(
-        Augmented(), shuffle=True, collate_fn=as_list, num_workers=num_workers, persistent_workers=num_workers > 0
+def loader_of(kind: str, num_workers: int, global_batch: int, length: int = LENGTH, seed: int = 7) -> DataLoader[Any]:
+    is_stream = kind == "stream"
+    loader: DataLoader[Any] = DataLoader(
+        Stream() if is_stream else Augmented(length),  # type: ignore[arg-type]
+        shuffle=None if is_stream else True,
+        collate_fn=as_list,
+        num_workers=min(num_workers, 1) if is_stream else num_workers,  # each worker would read all of it
+        persistent_workers=num_workers > 0,
+        drop_last=kind == "drop_last",
     )
-    return distributed.prepare_data_loader(loader, exact=True, global_batch_size=global_batch, seed=7)
+    return distributed.prepare_data_loader(loader, exact=kind == "exact", global_batch_size=global_batch, seed=seed)
 
 
 def part(
-    rank: int, size: int, position: dict[str, Any] | None, max_iterations: int, num_workers: int, saved: Any
-) -> Taken:
-    """Iterations from `position` up to `max_iterations`: this rank's batches, and the engine's state after each."""
-    loader = loader_of(num_workers, GLOBAL_BATCH)
-    current = data_state(loader)
-    assert current is not None
-    check_same(saved or current, current)
-    batches: list[list[Sample]] = []
-    states: list[dict[str, Any]] = []
+    rank: int, size: int, folder: str, max_iterations: int, kind: str, num_workers: int, changed: dict[str, Any]
+) -> Batches:
+    """This rank's batches from the newest checkpoint up to `max_iterations`, where another one is saved."""
+    options = {"global_batch": GLOBAL_BATCH, **changed}
+    is_wanted = options.pop("is_wanted", False)
+    batches: Batches = []
     trainer = Engine(lambda engine, batch: batches.append(batch))
-    trainer.on(Events.ITERATION_COMPLETED, lambda engine: states.append(engine.state_dict()))
-    if position is not None:
-        trainer.load_state_dict(position)
-    trainer.run(loader, max_epochs=2, max_iterations=max_iterations)
-    return batches, states, current
+    trainer.on(Events.ITERATION_COMPLETED(once=max_iterations), Checkpoint({"trainer": trainer}, folder))
+    Checkpoint.resume(folder, {"trainer": trainer})
+    loader = loader_of(kind, num_workers, **options)
+    trainer.run(loader, max_epochs=EPOCHS, max_iterations=max_iterations, allow_changed_data=is_wanted)
+    return batches
 
 
-def global_batches(parts: list[Taken]) -> list[list[Sample]]:
-    num_steps = max(len(batches) for batches, _, _ in parts)
-    steps = [[batches[step] for batches, _, _ in parts if step < len(batches)] for step in range(num_steps)]
+def global_batches(parts: list[Batches]) -> Batches:
+    num_steps = max(map(len, parts))
+    steps = [[batches[step] for batches in parts if step < len(batches)] for step in range(num_steps)]
     return [sorted(sum(step, [])) for step in steps]
 
 
-@pytest.mark.parametrize("cuts", [(1, 3, 4), (4, 6, 9)])
-def test_four_two_three_and_one_rank_see_the_global_batches_of_one(cuts: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "cuts"),
+    [
+        ("exact", (1, 3, 4)),
+        ("exact", (4, 6, 9)),
+        ("padded", (2, 5, 7)),
+        ("drop_last", (3, 4, 6)),
+        ("stream", (1, 4, 7)),
+    ],
+)
+def test_four_two_three_and_one_rank_see_the_global_batches_of_one(
+    tmp_path: Path, kind: str, cuts: tuple[int, int, int]
+) -> None:
     # The oracle: this process alone, without workers, never interrupted.
-    expected = global_batches([part(0, 1, None, 2 * PER_EPOCH, 0, None)])
-    assert len(expected) == 2 * PER_EPOCH
-    found: list[list[Sample]] = []
-    position, saved = None, None
-    for size, num_workers, stop in zip((4, 2, 3, 1), (0, 1, 2, 1), (*cuts, 2 * PER_EPOCH), strict=True):
-        parts = run_ranks(part, size, position, stop, num_workers, saved, deadline_s=120)
+    per_epoch = 4 if kind == "drop_last" else 5
+    end = EPOCHS * per_epoch
+    expected = global_batches([part(0, 1, str(tmp_path / "whole"), end, kind, 0, {})])
+    assert len(expected) == end
+    found: Batches = []
+    for size, num_workers, stop in zip((4, 2, 3, 1), (0, 1, 2, 1), (*cuts, end), strict=True):
+        parts = run_ranks(part, size, str(tmp_path / "parts"), stop, kind, num_workers, {}, deadline_s=120)
         found += global_batches(parts)
-        position, saved = parts[0][1][-1], parts[0][2]
+    if kind in ("padded", "stream"):  # the last step has some twice, so that all ranks take the same number of steps
+        for last in (per_epoch - 1, end - 1):
+            found[last] = sorted(set(found[last]) & set(expected[last]))
     assert found == expected
-    for epoch in (found[:PER_EPOCH], found[PER_EPOCH:]):
-        assert sorted(sample[0] for batch in epoch for sample in batch) == list(range(LENGTH))
+    for epoch in (found[:per_epoch], found[per_epoch:]):
+        seen = sorted(sample[0] for batch in epoch for sample in batch)
+        assert seen == list(range(LENGTH)) if kind != "drop_last" else len(set(seen)) == len(seen) == 48
     numbers = [number for batch in found for sample in batch for number in sample[1:]]
-    assert len(set(numbers)) == 2 * 3 * LENGTH
+    assert len(set(numbers)) == len(numbers)
 
 
-def other_batch(rank: int, size: int, saved: dict[str, Any], global_batch: int) -> None:
-    current = data_state(loader_of(0, global_batch))
-    assert current is not None
-    check_same(saved, current)
+@pytest.mark.parametrize("saved_at", [2, 5])  # in an epoch, and at the end of one
+@pytest.mark.parametrize(
+    ("changed", "size", "message"),
+    [
+        ({"global_batch": 15}, 3, "the global batch was 12 and is 15: pass global_batch_size=12"),
+        ({"length": 54}, 2, "the number of samples was 53 and is 54"),
+        ({"seed": 8}, 1, "the seed of the order was 7 and is 8: pass seed=7"),
+    ],
+)
+def test_changed_data_is_refused_with_both_values_unless_that_is_wanted(
+    tmp_path: Path, saved_at: int, changed: dict[str, Any], size: int, message: str
+) -> None:
+    part(0, 1, str(tmp_path), saved_at, "exact", 0, {})
+    with pytest.raises(RankFailed, match=re.escape(message)):
+        run_ranks(part, size, str(tmp_path), 7, "exact", 0, changed)
+    parts = run_ranks(part, size, str(tmp_path), 7, "exact", 0, {**changed, "is_wanted": True})
+    assert {len(batches) for batches in parts} == {7 - saved_at}
 
 
-def test_another_global_batch_is_refused_and_one_that_does_not_divide_names_the_nearest() -> None:
-    ((_, _, saved),) = run_ranks(part, 1, None, 1, 0, None)
-    with pytest.raises(RankFailed, match=re.escape("the global batch was 12 and is 15: pass global_batch_size=12")):
-        run_ranks(other_batch, 3, saved, 15)
-    with pytest.raises(RankFailed, match="global_batch_size=12 does not divide into 5 ranks.*: 10 and 15"):
-        run_ranks(other_batch, 5, saved, 12)
+@pytest.mark.parametrize(
+    ("size", "global_batch", "message"),
+    [
+        (5, 12, "global_batch_size=12 does not divide into 5 ranks; the nearest sizes that do: 10 and 15."),
+        (3, 16, "global_batch_size=16 does not divide into 3 ranks; the nearest sizes that do: 15 and 18."),
+        (3, 2, "global_batch_size=2 does not divide into 3 ranks; the nearest sizes that do: 3."),
+    ],
+)
+def test_a_global_batch_that_does_not_divide_names_the_nearest(
+    tmp_path: Path, size: int, global_batch: int, message: str
+) -> None:
+    with pytest.raises(RankFailed, match=re.escape(message)):
+        run_ranks(part, size, str(tmp_path), 1, "exact", 0, {"global_batch": global_batch})
