@@ -93,7 +93,7 @@ def run(cfg, world, train_set, val_set):
     trainer.add_metrics({"loss": Average(), "samples_per_s": Throughput(lambda output: output["label"])})
     ProgressBar().attach(trainer, output_transform=lambda output: {"loss": output["loss"]})
 
-    with Track.run(project="digits", config=Conf.to_dict(cfg), dir=str(cfg.output)) as record:
+    with Track.run("digits", config=Conf.to_dict(cfg), dir=str(cfg.output), backend=cfg.backend or ()) as record:
         folder = distributed.broadcast_object(record.dir)  # rank 0 records, and all ranks save into its folder
         trainer.on(Events.EPOCH_COMPLETED, validate)  # after an epoch, what is attached first runs first
 
