@@ -7,11 +7,8 @@ say at their end (`End`) is equal only where all of it went on bit for bit.
 
 import functools
 import hashlib
-import os
 import random
-import signal
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -20,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blows import Blow, Striker
 from ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -29,13 +27,11 @@ from dengine.handlers import Checkpoint, LRScheduler, Preemption
 from dengine.metrics import Average
 
 __all__ = [
-    "CALLS",
     "DEADLINE_S",
     "EPOCHS",
     "ITERATIONS",
     "PER_EPOCH",
     "VARIANTS",
-    "Blow",
     "End",
     "Variant",
     "digest",
@@ -48,9 +44,6 @@ PER_EPOCH = 5  # four global batches, and five samples that do not divide by 2 o
 ITERATIONS = EPOCHS * PER_EPOCH
 SAVE_EVERY = 2
 DEADLINE_S = 120
-
-# What reaches the disk; of these, what there is is counted.
-CALLS = ("open", "write", "writev", "pwrite", "fsync", "fdatasync", "rename", "replace", "unlink", "mkdir", "rmdir")
 
 Sample = tuple[torch.Tensor, torch.Tensor]
 
@@ -65,21 +58,6 @@ class Variant:
 
 
 VARIANTS = [Variant(asynchronous, *workers) for asynchronous in (False, True) for workers in ((0,), (2,), (2, True))]
-
-
-@dataclass(frozen=True)
-class Blow:
-    """A signal that one rank, or each (None), gets at a moment, which comes again and again: the time number `count`.
-
-    moment: "seconds" after the start; a "call" that reaches the disk; while states are "load"ed; in iteration `count`
-        "begun", "backward", "stepped", "saved"; in epoch `count` "epoch_started", "evaluating", "epoch_completed"; in a
-        "worker" of the data loader, sample `100 * epoch + index`.
-    """
-
-    moment: str
-    count: float = 1
-    rank: int | None = None
-    number: int = signal.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -99,42 +77,6 @@ def whole(size: int) -> tuple[End, ...]:
     """The oracle: the job without a blow, saving in the loop, without workers."""
     with tempfile.TemporaryDirectory() as folder:
         return tuple(run_ranks(job, size, folder, Variant(), None, init=False, deadline_s=DEADLINE_S))
-
-
-class Striker:
-    """Sends this process the blow when its moment comes. In the workers of the data loader it hits these."""
-
-    def __init__(self, blow: Blow | None, rank: int) -> None:
-        self._blow = blow if blow is not None and blow.rank in (None, rank) else None
-        self._main = os.getpid()
-        self.num_calls = 0
-        for name in CALLS:
-            setattr(os, name, self._counted(name, getattr(os, name)))
-        if self._blow is not None and self._blow.moment == "seconds":
-            timer = threading.Timer(self._blow.count, self._hit)
-            timer.daemon = True
-            timer.start()
-
-    def at(self, moment: str, count: int = 1) -> None:
-        if self._blow is not None and (moment, count) == (self._blow.moment, self._blow.count):
-            self._hit()
-
-    def _hit(self) -> None:
-        assert self._blow is not None
-        os.kill(os.getpid(), self._blow.number)
-
-    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*arguments: Any, **options: Any) -> Any:
-            if os.getpid() == self._main:
-                self.num_calls += 1
-                blow = self._blow
-                if blow is not None and (blow.moment, blow.count) == ("call", self.num_calls):
-                    if name == "write":
-                        real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
-                    self._hit()
-            return real(*arguments, **options)
-
-        return called
 
 
 class Augmented(Dataset[Sample]):

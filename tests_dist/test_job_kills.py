@@ -14,7 +14,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from job import DEADLINE_S, EPOCHS, ITERATIONS, PER_EPOCH, VARIANTS, Blow, End, Variant, job, whole
+from blows import Blow
+from job import DEADLINE_S, EPOCHS, ITERATIONS, PER_EPOCH, VARIANTS, End, Variant, job, whole
 from ranks import RankFailed, run_ranks
 
 NUM_KILLS = int(os.environ.get("DENGINE_CHECKPOINT_KILLS", "9"))
@@ -116,3 +117,11 @@ def test_a_job_killed_anywhere_ends_with_the_bits_of_one_never_interrupted(tmp_p
         num_hits, number = num_hits + hits, number + 1
     assert problems == []
     assert num_hits >= wanted
+
+
+def test_a_job_that_is_started_again_when_it_is_over_stays_as_it_is(tmp_path: Path) -> None:
+    first, second = (attempt(tmp_path, 2, VARIANTS[0], None) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert [end.begun for end in second] == [ITERATIONS] * 2
+    assert [end.state for end in second] == [end.state for end in first] == [end.state for end in whole(2)]

@@ -1,13 +1,16 @@
 """A job is preempted by a signal to its ranks, and goes on: bit for bit what it would have been."""
 
 import os
+import pickle
 import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
-from job import DEADLINE_S, EPOCHS, ITERATIONS, PER_EPOCH, VARIANTS, Blow, End, Variant, job, whole
-from ranks import run_ranks
+from blows import Blow
+from job import DEADLINE_S, EPOCHS, ITERATIONS, PER_EPOCH, VARIANTS, End, Variant, job, whole
+from ranks import run_command, run_ranks
 
 NUM_SIGNALS = int(os.environ.get("DENGINE_CHECKPOINT_KILLS", "3"))
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -64,3 +67,36 @@ def test_signals_at_random_moments_too(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         preempted_and_resumed(folder, size, draw.choice(VARIANTS), Blow(moment, count, rank, draw.choice(SIGNALS)))
+
+
+SCRIPT = """
+import os, pickle, sys
+from blows import Blow
+from job import Variant, job
+folder, blow = sys.argv[1], Blow("begun", 4, 1, int(sys.argv[2]), to_parent=True) if len(sys.argv) > 2 else None
+rank = int(os.environ["RANK"])
+end = job(rank, int(os.environ["WORLD_SIZE"]), folder, Variant(), blow)
+with open(f"{folder}/end.{rank}", "wb") as file:
+    pickle.dump(end, file)
+"""
+
+
+def test_a_signal_to_torchrun_reaches_the_ranks_and_the_job_goes_on(tmp_path: Path) -> None:
+    """With the options of launch/quickstart.sh. A rank sends it to the launcher, so that it comes in a known step."""
+    script, folder = tmp_path / "script.py", tmp_path / "saved"
+    script.write_text(SCRIPT)
+    folder.mkdir()
+
+    def launched(*arguments: str) -> list[End]:
+        run_command(
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", "--shutdown-timeout=60"),
+            *(str(script), str(folder), *arguments),
+            deadline_s=140,
+        )
+        return [pickle.loads((folder / f"end.{rank}").read_bytes()) for rank in range(2)]
+
+    assert [end.preempted for end in launched(str(int(signal.SIGUSR1)))] == [True, True]
+    second = launched()
+    assert all(4 <= end.begun < ITERATIONS for end in second)
+    assert [end.state for end in second] == [end.state for end in whole(2)]
