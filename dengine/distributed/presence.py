@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +34,8 @@ class Presence:
         self._identity = _identity()
         self._progress: object = None
         self._told_at_s, self._told_turn = 0.0, 0
-        self._unwatched = set(self.neighbours())
+        self._watched: set[int] = set()
+        self._store.append(f"on/{self._identity['host']}", f"{self._here.rank} ")
 
     # -- this rank -----------------------------------------------------------------------------------------------
 
@@ -92,10 +92,11 @@ class Presence:
         key = f"at/{rank}"
         return json.loads(self._store.get(key)) if self._store.check([key]) else {}
 
-    def neighbours(self) -> Iterator[int]:
-        """The ranks that are most likely on this host."""
-        first = self._here.rank - self._here.local_rank
-        return (rank for rank in range(first, first + self._here.local_size) if rank != self._here.rank)
+    def neighbours(self) -> set[int]:
+        """The other ranks of this host that have told so; none where it cannot be told which host this is."""
+        host = self._identity["host"]
+        ranks = set(map(int, self._store.get(f"on/{host}").split())) if host else set()
+        return ranks - {self._here.rank}
 
     def is_seen_dead(self, told: dict[str, Any]) -> bool:
         """Whether the process that told this was one of this host, and has ended."""
@@ -109,13 +110,13 @@ class Presence:
 
     def watch_neighbours(self) -> bool:
         """Have the end of each process of this host noticed, once it has told which one it is: whether all have."""
-        for rank in sorted(self._unwatched):
+        for rank in self.neighbours() - self._watched:
             told = self.told(rank)
             if told:
-                self._unwatched.discard(rank)
+                self._watched.add(rank)
                 if self.is_seen_alive(told):
                     self._control.link.connections.watch_process(told["pid"])
-        return not self._unwatched
+        return len(self._watched) >= self._here.local_size - 1
 
 
 def levels_of(told: dict[str, Any]) -> tuple[Level, ...]:
