@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["Blow", "Striker"]
 
@@ -20,14 +20,14 @@ class Blow:
     moment: "seconds" after the start; a "call" that reaches the disk; while states are "load"ed; in iteration `count`
         "begun", "backward", "stepped", "saved"; in epoch `count` "epoch_started", "evaluating", "epoch_completed"; in a
         "worker" of the data loader, sample `100 * epoch + index`.
-    to_parent: it goes to the process that has started this one.
+    whom: "group": this process and its children, as torchrun passes signals on; "parent": who has started it.
     """
 
     moment: str
     count: float = 1
     rank: int | None = None
     number: int = signal.SIGKILL
-    to_parent: bool = False
+    whom: Literal["process", "group", "parent"] = "process"
 
 
 class Striker:
@@ -50,7 +50,8 @@ class Striker:
 
     def _hit(self) -> None:
         assert self._blow is not None
-        os.kill(os.getppid() if self._blow.to_parent else os.getpid(), self._blow.number)
+        whom = {"process": os.getpid(), "group": -os.getpgid(0), "parent": os.getppid()}[self._blow.whom]
+        os.kill(whom, self._blow.number)
 
     def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any, **options: Any) -> Any:

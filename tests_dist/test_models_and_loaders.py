@@ -1,5 +1,8 @@
 """Models and data over real ranks, against the same computation by one process here."""
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +11,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from dengine import Engine, distributed
 from dengine.metrics import Accuracy
@@ -54,6 +57,34 @@ def test_global_batches_are_the_same_for_any_number_of_ranks() -> None:
         return [sorted(sum(step, [])) for step in zip(*found, strict=True)]
 
     assert global_batches(1) == global_batches(2) == global_batches(3) == global_batches(4)
+
+
+class Slow(Dataset[int]):
+    """Too slow for all to be fetched when the signal comes."""
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.02)
+        return index
+
+
+def with_a_signal_to_the_group(rank: int, size: int, number: int) -> tuple[int, list[int]]:
+    heard: list[int] = []
+    signal.signal(number, lambda number, frame: heard.append(number))
+    loader = DataLoader(Slow(), num_workers=2)
+    batches = []
+    for batch in distributed.prepare_data_loader(loader, exact=True):
+        batches.append(batch)
+        if len(batches) == 3:
+            os.killpg(0, number)
+    return len(batches), heard
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_rank_leaves_it_its_workers(number: int) -> None:
+    assert run_ranks(with_a_signal_to_the_group, 2, number) == [(15, [number])] * 2
 
 
 class Stream(IterableDataset[int]):

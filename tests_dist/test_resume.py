@@ -5,6 +5,7 @@ import pickle
 import random
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,15 @@ def preempted_and_resumed(folder: Path, size: int, variant: Variant, blow: Blow)
         (Blow("begun", 4, 0, signal.SIGUSR2), Variant(True), 3, range(4, 8)),
         (Blow("stepped", PER_EPOCH, 1, signal.SIGUSR1), Variant(False, 2, True), 2, range(PER_EPOCH, PER_EPOCH + 4)),
         (Blow("backward", 8, None, signal.SIGTERM), Variant(True, 2), 2, range(8, 12)),  # to both
+        (Blow("begun", 7, 1, signal.SIGTERM, "group"), Variant(False, 2), 2, range(7, 11)),  # the workers get it too
+        (Blow("begun", 7, 0, signal.SIGUSR1, "group"), Variant(True, 2, True), 2, range(7, 11)),
+        (Blow("stepped", ITERATIONS, 1, signal.SIGUSR1), Variant(), 2, (0, ITERATIONS)),  # preempted, or over
         (Blow("evaluating", 1, 1, signal.SIGUSR1), Variant(), 2, range(PER_EPOCH, PER_EPOCH + 3)),
         (Blow("epoch_completed", 2, 0, signal.SIGTERM), Variant(), 1, range(2 * PER_EPOCH, 2 * PER_EPOCH + 1)),
     ],
 )
 def test_a_preempted_job_ends_with_the_bits_of_one_that_never_was(
-    tmp_path: Path, blow: Blow, variant: Variant, size: int, saved: range
+    tmp_path: Path, blow: Blow, variant: Variant, size: int, saved: Sequence[int]
 ) -> None:
     second = preempted_and_resumed(tmp_path, size, variant, blow)
     assert second[0].begun in saved
@@ -73,7 +77,7 @@ SCRIPT = """
 import os, pickle, sys
 from blows import Blow
 from job import Variant, job
-folder, blow = sys.argv[1], Blow("begun", 4, 1, int(sys.argv[2]), to_parent=True) if len(sys.argv) > 2 else None
+folder, blow = sys.argv[1], Blow("begun", 4, 1, int(sys.argv[2]), "parent") if len(sys.argv) > 2 else None
 rank = int(os.environ["RANK"])
 end = job(rank, int(os.environ["WORLD_SIZE"]), folder, Variant(), blow)
 with open(f"{folder}/end.{rank}", "wb") as file:

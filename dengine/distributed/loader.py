@@ -1,7 +1,8 @@
 """A `DataLoader` rebuilt over this rank's shard, with the settings of the one it is made from."""
 
 import inspect
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any, TypeVar
 
@@ -38,7 +39,6 @@ _KEPT = (
     "num_workers",
     "pin_memory",
     "timeout",
-    "worker_init_fn",
     "multiprocessing_context",
     "generator",
     "prefetch_factor",
@@ -61,7 +61,8 @@ def prepare_data_loader(
     from its start), whatever the number of ranks and workers, also in a resumed run and in workers that outlive an
     epoch; what a `collate_fn` of your own draws, from the batch's first sample (`SeededCollate`). `prepared.dataset`
     has the attributes of the data set inside. Iterating draws nothing from the global generators. The engine tells the
-    epoch; a loop of your own calls `prepared.sampler.set_epoch(epoch)`.
+    epoch; a loop of your own calls `prepared.sampler.set_epoch(epoch)`. Workers are process groups of their own, so
+    that a scheduler's signal to the rank's group does not end them before the rank has saved.
 
     Args:
         exact: every sample once over all ranks, without padding; shards may differ in length (for evaluation).
@@ -178,7 +179,26 @@ def _rebuilt(
         kept["generator"] = torch.Generator().manual_seed(derived_seed(seed, world().rank))
     if changed["batch_size"] is None:
         changed.pop("drop_last")
+    start = loader.worker_init_fn
+    kept["worker_init_fn"] = start if isinstance(start, _WorkerStart) or not loader.num_workers else _WorkerStart(start)
     return DataLoader(dataset, collate_fn=collate or loader.collate_fn, **kept, **changed)
+
+
+class _WorkerStart:
+    """Takes a worker out of its rank's process group, then calls the user's own `worker_init_fn`.
+
+    A launcher passes a scheduler's signal on to the whole group. The rank goes on to the end of an iteration then, and
+    saves; a worker would die of SIGTERM, and take the next batch with it.
+    """
+
+    def __init__(self, inside: Callable[[int], Any] | None) -> None:
+        self._inside = inside
+
+    def __call__(self, worker: int) -> None:
+        if hasattr(os, "setpgid"):  # not on Windows
+            os.setpgid(0, 0)
+        if self._inside is not None:
+            self._inside(worker)
 
 
 class _IterableShard(IterableDataset[Any]):

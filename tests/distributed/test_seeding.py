@@ -369,6 +369,14 @@ def test_a_worker_sets_attributes_on_the_data_set_inside() -> None:
     assert epoch == [["opened by 0", "opened by 0"]]
 
 
+def seed_alike(worker: int) -> None:
+    seed_generators(worker)
+
+
+def test_what_a_worker_seeds_itself_changes_nothing() -> None:
+    assert seen(Augmented(), num_workers=2, worker_init_fn=seed_alike) == seen(Augmented())
+
+
 def test_the_data_set_inside_is_read_through() -> None:
     inside = Augmented()
     dataset: Any = SeededDataset(inside, seed=1)
