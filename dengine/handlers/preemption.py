@@ -23,9 +23,9 @@ class Preemption:
     were before.
 
     Attach it on every rank, from the main thread: `Preemption(checkpoint).attach(trainer)`. Under torchrun the agent
-    must pass signals on, and give the ranks time to save: `--signals-to-handle` and `--shutdown-timeout`. It passes them
-    on to a rank's process group, of which the workers of a prepared loader are none. Where a scheduler sends SIGTERM to
-    every single process, workers die of it, and a rank that needs another batch raises: have it send SIGUSR1.
+    must pass signals on, and give the ranks time to save: `--signals-to-handle` and `--shutdown-timeout`. They go to a
+    rank's process group, which the workers of a prepared loader are not in. Where a scheduler sends SIGTERM to every
+    single process, workers die of it, and a rank that needs another batch raises: have it send SIGUSR1.
 
     Args:
         checkpoint: called as `checkpoint(engine)` on every rank, and waited for; a `Checkpoint`, or any handler.
