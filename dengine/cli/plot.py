@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
         _draw_panel(axes, name, runs)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
+    if len(runs) == 1:  # of several, the legends tell the names
+        figure.suptitle(runs[0].label, fontsize=11)
     try:
         figure.savefig(options.output, dpi=150)
     except (OSError, ValueError) as error:  # no such folder, no such format
@@ -182,6 +184,8 @@ def _set_scale(axes: "Axes", panel: str, curves: Sequence[Curve]) -> None:
     elif panel == "samples per second":
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter("{x:,.4g}" if values.max() < 1000 else "{x:,.0f}")
+    elif panel == "learning rate":
+        axes.set_ylim(bottom=min(0.0, values.min()))  # one that never changes is no matter of its last digit
     elif _is_share(panel, values):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 

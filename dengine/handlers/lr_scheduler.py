@@ -18,13 +18,6 @@ class LRScheduler:
     Attach it on every rank, where the schedule is to be stepped: `trainer.on(Events.EPOCH_COMPLETED, schedule)`.
     It is no collective: a metric's value is the same on all ranks, and so is the step that they make.
 
-    Warm-up is a composition of torch's own, here 100 iterations before a cosine, stepped at `ITERATION_COMPLETED`:
-
-        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=100)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=900)
-        both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], milestones=[100])
-        trainer.on(Events.ITERATION_COMPLETED, LRScheduler(both))
-
     Args:
         scheduler: any of torch's.
         metric_name: of `state.metrics`; what `ReduceLROnPlateau` is stepped with, and nothing else takes.
@@ -44,6 +37,19 @@ class LRScheduler:
         >>> state = trainer.run([0], max_epochs=2)
         >>> optimizer.param_groups[0]["lr"]
         0.1
+
+        Warm-up is a composition of torch's own, here three iterations before a cosine, stepped after each iteration:
+
+        >>> optimizer.param_groups[0]["lr"] = 1.0
+        >>> warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.25, total_iters=3)
+        >>> cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+        >>> both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], milestones=[3])
+        >>> rates = []
+        >>> trainer = Engine(lambda engine, batch: optimizer.step() or rates.append(optimizer.param_groups[0]["lr"]))
+        >>> handle = trainer.on(Events.ITERATION_COMPLETED, LRScheduler(both))
+        >>> state = trainer.run(range(7))
+        >>> [round(rate, 2) for rate in rates]
+        [0.25, 0.5, 0.75, 1.0, 0.85, 0.5, 0.15]
     """
 
     def __init__(
