@@ -3,26 +3,32 @@
 sharded.py has the bytes; here are the objects they belong to, and the place among the other checkpoints.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dengine.checkpoint import storage
 from dengine.checkpoint.manifest import Entry, about
 from dengine.checkpoint.saving import commit, failure_text, prune
+from dengine.checkpoint.shard_files import Written, local_part
 from dengine.checkpoint.shard_names import LikeParameters, model_of, named_optimizer_state, numbered_optimizer_state
 from dengine.checkpoint.shard_read import LikeTensors
 from dengine.checkpoint.shard_verify import read_outline
-from dengine.checkpoint.sharded import on_all_ranks, read_shards, write_shards
-from dengine.checkpoint.snapshot import RESERVED, States, bare
+from dengine.checkpoint.sharded import ShardPlan, on_all_ranks, plan_shards, read_shards, write_shards
+from dengine.checkpoint.snapshot import RESERVED, HostCopy, States, bare
 from dengine.distributed import unwrap_model
+from dengine.distributed.mailbox import Mailbox
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.types import Stateful
 
-__all__ = ["numbered", "read_folder", "write_folder"]
+__all__ = ["copy_folder", "numbered", "read_folder", "write_folder"]
+
+_REFUSED = (CheckpointError, FileNotFoundError, TypeError, ValueError)
 
 
 def write_folder(
@@ -40,8 +46,84 @@ def write_folder(
         CheckpointError: on every rank, where one cannot write, or no model has the parameters of an optimizer; nothing
             is changed then.
     """
-    by_name: States = {}
+    try:
+        by_name = _by_name(path, states, objects)
+        done = write_shards(path, by_name, about=about(entry), commit=_committing(path, entry, dropped))
+    except _REFUSED as error:
+        raise CheckpointError(failure_text(path, error)) from error
+    assert done is not None
+    return done
 
+
+def copy_folder(
+    path: Path,
+    states: States,
+    objects: Mapping[str, Stateful],
+    entry: Entry,
+    dropped: Sequence[Entry],
+    copies: HostCopy,
+) -> Callable[[], Entry | None]:
+    """As `write_folder`, in two parts: what is to be written is copied now, and written by what comes back, which is
+    for a thread of each rank. That one is no collective; the ranks' threads tell rank 0's through the store how they
+    fared, and it commits. On rank 0 it gives the entry, or raises what failed, on whichever rank; elsewhere None.
+
+    Collective: call on all ranks, with rank 0's `entry`. Cost: two small gathers, one broadcast, one copy of the bytes
+    that this rank writes.
+
+    Raises:
+        CheckpointError: on every rank, as `write_folder`; nothing is changed then.
+    """
+    try:
+        plan = plan_shards(path, _by_name(path, states, objects), may_exist=True)
+    except _REFUSED as error:
+        raise CheckpointError(failure_text(path, error)) from error
+    mailbox = Mailbox(plan.temporary.name)
+    try:
+        copied = copies.take({name: local_part(tensor) for name, tensor in plan.mine.items()})
+    except BaseException as error:
+        mailbox.post(_failed(error))
+        storage.end(plan.temporary)
+        raise
+    plan = replace(plan, mine=copied)
+    return lambda: _write_and_commit(plan, mailbox, about(entry), _committing(path, entry, dropped))
+
+
+def _write_and_commit(
+    plan: ShardPlan, mailbox: Mailbox, description: Mapping[str, Any], commit: Callable[[Path], Entry]
+) -> Entry | None:
+    try:
+        mailbox.post(_fared(plan))
+        if not mailbox.is_mine:
+            return None
+        notes = [json.loads(each) for each in mailbox.collect()]
+        for rank, each in enumerate(notes):
+            if "failure" in each:
+                raise CheckpointError(f"Rank {rank} could not write its part: {each['failure']}")
+        return plan.finish(
+            [each["written"] and Written.from_dict(each["written"]) for each in notes], description, commit
+        )
+    except BaseException:
+        if mailbox.is_mine:
+            storage.discard(plan.temporary)
+        raise
+    finally:
+        storage.end(plan.temporary)
+
+
+def _fared(plan: ShardPlan) -> str:
+    """Write this rank's part, and say in a note what it is."""
+    try:
+        written = plan.write()
+    except Exception as error:
+        return _failed(error)
+    return json.dumps({"written": written and asdict(written)})
+
+
+def _failed(error: BaseException) -> str:
+    return json.dumps({"failure": f"{type(error).__qualname__}: {error}"})
+
+
+def _committing(path: Path, entry: Entry, dropped: Sequence[Entry]) -> Callable[[Path], Entry]:
     def finish(temporary: Path) -> Entry:
         outline = read_outline(temporary)
         done = replace(entry, sha256=outline.sha256, num_bytes=outline.num_bytes)
@@ -49,13 +131,14 @@ def write_folder(
         prune(path.parent, dropped)
         return done
 
-    try:
-        on_all_ranks(lambda: by_name.update(_named(states, objects)), f"save {path}")
-        done = write_shards(path, by_name, about=about(entry), commit=finish)
-    except (CheckpointError, FileNotFoundError, TypeError, ValueError) as error:
-        raise CheckpointError(failure_text(path, error)) from error
-    assert done is not None
-    return done
+    return finish
+
+
+def _by_name(path: Path, states: States, objects: Mapping[str, Stateful]) -> States:
+    """Collective: one small gather, so that all raise where one does."""
+    by_name: States = {}
+    on_all_ranks(lambda: by_name.update(_named(states, objects)), f"save {path}")
+    return by_name
 
 
 def read_folder(path: Path, into: Mapping[str, Stateful]) -> States:

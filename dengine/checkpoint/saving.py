@@ -4,12 +4,13 @@
 `agree` tells all ranks what became of it.
 """
 
+import functools
 import io
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +19,11 @@ from typing import Any, TypeVar
 import torch
 
 from dengine.checkpoint import manifest, storage
+from dengine.checkpoint.digested import DigestedFile
+from dengine.checkpoint.disk import wait_for_room
 from dengine.checkpoint.manifest import Entry
 from dengine.checkpoint.seal import SealedFile
+from dengine.checkpoint.shard_tree import tensors_in
 from dengine.checkpoint.snapshot import States, mapped
 from dengine.distributed import world
 from dengine.distributed.collectives import from_rank_zero
@@ -62,20 +66,19 @@ def write(states: States, path: Path, entry: Entry) -> tuple[Path, Path, Entry]:
         _check_loadable(name, state)
     if path.parent.is_dir():
         storage.remove_leftovers(path.parent)
+    wait_for_room()
 
     def fill(descriptor: int) -> Entry:
-        file = SealedFile(descriptor)
-        try:
-            with _without_checksums():
-                torch.save(states, file)  # type: ignore[arg-type]
-            seal = file.seal(manifest.about(entry))
-        except Exception:
-            if file.error is not None:
-                raise file.error from None
-            raise
-        finally:
-            with suppress(OSError):
-                file.close()
+        with DigestedFile(descriptor, _num_bytes(states)) as digested:
+            file = SealedFile(digested)
+            try:
+                with _without_checksums():
+                    torch.save(states, file)  # type: ignore[arg-type]
+                seal = file.seal(manifest.about(entry))
+            except Exception:
+                if file.error is not None:
+                    raise file.error from None
+                raise
         return replace(entry, sha256=seal.sha256, num_bytes=seal.num_bytes)
 
     with _writing:
@@ -162,6 +165,16 @@ def _check_loadable(name: str, state: Any) -> None:
         ) from None
 
 
+def _num_bytes(states: States) -> int:
+    """Of all tensors: at least so long is the file."""
+    storages = {}
+    for _, tensor in tensors_in(states):
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            storages[tensor.device, storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
 @contextmanager
 def _without_checksums() -> Iterator[None]:
     """Without the CRC-32 of each tensor in the archive: nobody checks it, and it costs half of the time of a save.
@@ -181,6 +194,7 @@ def _put(descriptor: int, text: bytes) -> None:
         text = text[os.write(descriptor, text) :]
 
 
+@functools.cache
 def _version() -> str:
     try:
         return version("dengine")

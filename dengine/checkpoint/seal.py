@@ -13,13 +13,11 @@ FILE` says.
 import hashlib
 import json
 import os
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dengine.checkpoint.digested import DigestedFile
 from dengine.errors import CorruptCheckpointError
 
 __all__ = ["Seal", "SealedFile", "check_seal", "read_seal"]
@@ -28,9 +26,6 @@ _MAGIC = b"dengine1"
 _DIGEST_BYTES = 64  # of its text
 _FOOTER_BYTES = len(_MAGIC) + 8 + _DIGEST_BYTES
 _ZIP_END_BYTES = 22  # the archive's last record; its last two bytes are the length of the comment
-_ASIDE_BYTES = 1 << 20  # less than this is digested faster than a thread starts
-_COPY_BYTES = 1 << 12  # more than this is written from where it lies: a copy into fresh memory costs more than a call
-_FLUSH_BYTES = 32 << 20
 _READ_BYTES = 4 << 20
 
 
@@ -44,19 +39,11 @@ class Seal:
 
 
 class SealedFile:
-    """What `torch.save` writes into: passes bytes on to a file descriptor and digests them on the way.
+    """What `torch.save` writes into: passes the archive on to a file, and ends it with the seal."""
 
-    Digesting, writing, and sending to the disk what was written so far go on at the same time: one after the other,
-    they cost about twice as much.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._hash = hashlib.sha256()
+    def __init__(self, file: DigestedFile) -> None:
+        self._file = file
         self._end = b""  # the last bytes so far: the zip's end record is changed before it is written
-        self._num_bytes = 0
-        self._unflushed = 0
-        self._flushing: _Aside | None = None
         self.error: OSError | None = None  # torch.save raises one of its own instead
 
     def write(self, data: Any) -> int:
@@ -81,69 +68,22 @@ class SealedFile:
             raise ValueError(f"The description of a checkpoint takes {length} bytes, of which 65535 can be kept.")
         assert self._end.startswith(b"PK\x05\x06"), "torch.save wrote something else than a zip archive"
         assert self._end.endswith(b"\0\0"), "the zip archive has a comment already"
-        self._put(memoryview(self._end[:-2] + length.to_bytes(2, "little") + text + _MAGIC + b"%08x" % len(text)))
-        digest = self._hash.hexdigest()
-        self._put(memoryview(digest.encode()))
-        self.close()
-        return Seal(about, digest, self._num_bytes)
-
-    def close(self) -> None:
-        """Wait for the thread that flushes, also after an error: the descriptor may be closed afterwards."""
-        flushing, self._flushing = self._flushing, None
-        if flushing is not None:
-            flushing.result()
+        self._file.write(self._end[:-2] + length.to_bytes(2, "little") + text + _MAGIC + b"%08x" % len(text))
+        digest = self._file.digest()
+        self._file.write(digest.encode())
+        self._file.flush()
+        return Seal(about, digest, self._file.num_bytes)
 
     def _take(self, view: memoryview) -> int:
-        if len(view) < _COPY_BYTES:
+        if len(view) <= _ZIP_END_BYTES:
             joined = self._end + bytes(view)
-            self._put(memoryview(joined)[: max(len(joined) - _ZIP_END_BYTES, 0)])
+            self._file.write(joined[:-_ZIP_END_BYTES])
             self._end = joined[-_ZIP_END_BYTES:]
         else:
-            self._put(memoryview(self._end))
-            self._put(view[:-_ZIP_END_BYTES])
+            self._file.write(self._end)
+            self._file.write(view[:-_ZIP_END_BYTES])
             self._end = bytes(view[-_ZIP_END_BYTES:])
         return len(view)
-
-    def _put(self, view: memoryview) -> None:
-        if not view:
-            return
-        digesting = _Aside(partial(self._hash.update, view)) if len(view) >= _ASIDE_BYTES else None
-        try:
-            for start in range(0, len(view), _FLUSH_BYTES):
-                self._write(view[start : start + _FLUSH_BYTES])
-        finally:
-            # Joined on an error too: the memory behind the view is the caller's.
-            self._hash.update(view) if digesting is None else digesting.result()
-
-    def _write(self, view: memoryview) -> None:
-        self._num_bytes += len(view)
-        self._unflushed += len(view)
-        while view:
-            view = view[os.write(self._descriptor, view) :]
-        if self._unflushed >= _FLUSH_BYTES and (self._flushing is None or not self._flushing.is_alive()):
-            self.close()  # its error would be lost: a disk reports one only once
-            self._flushing, self._unflushed = _Aside(partial(os.fdatasync, self._descriptor)), 0
-
-
-class _Aside(threading.Thread):
-    """A call in a thread of its own. Threads, not a pool: a pool takes no work while the interpreter ends."""
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        super().__init__(name="dengine-checkpoint-io", daemon=True)
-        self._call = call
-        self._error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._call()
-        except Exception as error:
-            self._error = error
-
-    def result(self) -> None:
-        self.join()
-        if self._error is not None:
-            raise self._error
 
 
 def read_seal(file: BinaryIO, path: Path) -> Seal:

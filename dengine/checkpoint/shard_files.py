@@ -79,6 +79,11 @@ class Written:
     sha256: str
     chunks: dict[str, Chunk]
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Written":
+        """What `dataclasses.asdict` gave, through JSON."""
+        return cls(**{**values, "chunks": {name: _chunk(one) for name, one in values["chunks"].items()}})
+
 
 @dataclass(frozen=True)
 class Metadata:

@@ -9,13 +9,14 @@ There is no pickle in it, and reading one would need a reader that is not here. 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from dengine.checkpoint import storage
+from dengine.checkpoint.disk import wait_for_room
 from dengine.checkpoint.shard_files import (
     TensorBox,
     Written,
@@ -30,7 +31,7 @@ from dengine.distributed import all_gather_object, rank_zero_only, world
 from dengine.distributed.collectives import from_rank_zero
 from dengine.errors import CheckpointError, CorruptCheckpointError
 
-__all__ = ["on_all_ranks", "read_shards", "write_shards"]
+__all__ = ["ShardPlan", "on_all_ranks", "plan_shards", "read_shards", "write_shards"]
 
 T = TypeVar("T")
 
@@ -67,7 +68,51 @@ def write_shards(
         TypeError: something that is neither a dense tensor nor plain data, with its path.
         CheckpointError: `folder` is there already, ranks differ in their tensors, or a file cannot be written.
     """
-    folder = Path(folder)
+    plan = plan_shards(Path(folder), states, may_exist=commit is not None)
+    try:
+        written = on_all_ranks(plan.write, f"write {folder}")
+        return _on_rank_zero(lambda: plan.finish(written, about, commit), f"commit {folder}")
+    except BaseException:
+        _discard(plan.temporary)
+        raise
+    finally:
+        storage.end(plan.temporary)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What this rank is to write of a folder that is being made: `mine` into `file`; `boxes` says what part that is."""
+
+    folder: Path
+    temporary: Path
+    file: Path
+    tree: Any
+    mine: dict[str, torch.Tensor]
+    boxes: dict[str, TensorBox]
+
+    def write(self) -> Written | None:
+        """This rank's file, down to the disk. No collective."""
+        return write_tensors(self.file, self.mine, self.boxes)
+
+    def finish(
+        self,
+        written: Sequence[Written | None],
+        about: Mapping[str, Any] | None,
+        commit: Callable[[Path], T] | None,
+    ) -> T | None:
+        """On rank 0, once all have written: say what there is, and give the folder its name. No collective."""
+        write_metadata(self.temporary, self.tree, written, about)
+        if commit is not None:
+            return commit(self.temporary)
+        _new(self.temporary, self.folder)
+        return None
+
+
+def plan_shards(folder: Path, states: Mapping[str, Any], *, may_exist: bool) -> ShardPlan:
+    """Who writes what, and an empty temporary folder for it, until `storage.end`. The tensors are the live ones.
+
+    Collective: one gather, one broadcast. Raises: as `write_shards`.
+    """
     tensors: dict[str, torch.Tensor] = {}
     trees: list[Any] = []
 
@@ -77,25 +122,16 @@ def write_shards(
 
     plans = on_all_ranks(plan, f"plan {folder}")
     boxes, temporary = [boxes for boxes, _ in plans], plans[0][1]
-    writers = _writers(boxes)
-    mine = {name: tensors[name] for name in writers[world().rank]}
+    mine = {name: tensors[name] for name in _writers(boxes)[world().rank]}
+    storage.begin(temporary)
+    try:
+        _on_rank_zero(lambda: _make_room(folder, temporary, may_exist=may_exist), f"make {temporary}")
+    except BaseException:
+        _discard(temporary)
+        storage.end(temporary)
+        raise
     file = temporary / f"rank_{world().rank:05d}.bin"
-
-    def finish(written: Sequence[Written | None]) -> T | None:
-        write_metadata(temporary, trees[0], written, about)
-        if commit is not None:
-            return commit(temporary)
-        _new(temporary, folder)
-        return None
-
-    with storage.being_written(temporary):
-        try:
-            _on_rank_zero(lambda: _make_room(folder, temporary, may_exist=commit is not None), f"make {temporary}")
-            written = on_all_ranks(lambda: write_tensors(file, mine, boxes[world().rank]), f"write {folder}")
-            return _on_rank_zero(lambda: finish(written), f"commit {folder}")
-        except BaseException:
-            _discard(temporary)
-            raise
+    return ShardPlan(folder, temporary, file, trees[0], mine, boxes[world().rank])
 
 
 def _held_box(name: str, tensor: torch.Tensor) -> TensorBox:
@@ -148,6 +184,7 @@ def _make_room(folder: Path, temporary: Path, *, may_exist: bool) -> None:
     if folder.exists() and not (may_exist and is_shard_folder(folder, alone=True)):
         raise _taken(folder)
     storage.make_folder(folder.parent)
+    wait_for_room()
     storage.remove_leftovers(folder.parent)
     storage.put_back(folder.parent)
     temporary.mkdir()

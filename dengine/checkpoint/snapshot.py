@@ -122,11 +122,12 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
+        self._layouts: list[tuple[Any, ...]] = []  # of what each was made for
 
     def take(self, states: States) -> States:
         """Cost: one copy of the bytes, and one wait for each CUDA device that holds some of them."""
-        copied: dict[tuple[Any, ...], torch.Tensor] = {}
-        devices: set[torch.device] = set()
+        places: dict[tuple[Any, ...], int] = {}
+        sources: list[torch.Tensor] = []
 
         def copy_of(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
@@ -134,30 +135,35 @@ class HostCopy:
             if value.layout != torch.strided:
                 return value.detach().cpu().clone()
             # A sharded tensor has no address of its own: its part has.
-            key = (value.device, local_part(value).data_ptr(), value.shape, value.stride(), value.dtype)
-            if key not in copied:
-                copied[key] = self._copied(value.detach(), len(copied))
-                devices.add(value.device)
-            return copied[key]
+            part = local_part(value) if hasattr(value, "to_local") else value
+            layout = (type(value) is torch.Tensor, value.device, value.dtype, value.shape, value.stride())
+            place = places.setdefault((part.data_ptr(), *layout), len(sources))
+            if place == len(sources):
+                sources.append(part)
+                self._make_fit(value, place, layout)
+            return self._buffers[place]
 
-        with torch.no_grad():
-            taken = mapped(states, copy_of)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # the copies were only queued
-        del self._buffers[len(copied) :]
+        taken = mapped(states, copy_of)
+        del self._buffers[len(sources) :], self._layouts[len(sources) :]
+        self._fill(sources)
         return taken  # type: ignore[no-any-return]
 
-    def _copied(self, tensor: torch.Tensor, place: int) -> torch.Tensor:
-        if place == len(self._buffers):
-            self._buffers.append(torch.empty(0))
-        buffer = self._buffers[place]
-        is_cuda = tensor.device.type == "cuda"
-        fits = buffer.shape == tensor.shape and buffer.dtype == tensor.dtype and buffer.stride() == tensor.stride()
-        if not fits or (is_cuda and not buffer.is_pinned()):
-            buffer = torch.empty_like(tensor, device="cpu", pin_memory=is_cuda)
-            self._buffers[place] = buffer
-        return buffer.copy_(tensor, non_blocking=is_cuda)
+    def _fill(self, sources: list[torch.Tensor]) -> None:
+        """One call for all: where tensors are small, a call for each would cost more than the bytes."""
+        devices = {source.device for source in sources if source.device.type == "cuda"}
+        targets = [local_part(buffer) if hasattr(buffer, "to_local") else buffer for buffer in self._buffers]
+        with torch.no_grad():
+            if sources:
+                torch._foreach_copy_(targets, sources, non_blocking=bool(devices))
+        for device in devices:
+            torch.cuda.synchronize(device)  # the copies were only queued
+
+    def _make_fit(self, tensor: torch.Tensor, place: int, layout: tuple[Any, ...]) -> None:
+        if place < len(self._buffers) and self._layouts[place] == layout:
+            return
+        buffer = torch.empty_like(tensor.detach(), device="cpu", pin_memory=tensor.device.type == "cuda")
+        self._buffers[place : place + 1] = [buffer]
+        self._layouts[place : place + 1] = [layout]
 
 
 def bare(value: Stateful) -> Stateful:

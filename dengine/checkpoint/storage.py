@@ -6,15 +6,18 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from dengine.checkpoint.disk import release
+
 __all__ = [
-    "being_written",
+    "begin",
     "commit",
     "discard",
+    "end",
     "make_folder",
     "put_back",
     "remove",
@@ -48,7 +51,7 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
     """
     make_folder(path.parent)
     temporary = temporary_path(path)
-    _mark(temporary)
+    begin(temporary)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
@@ -59,7 +62,7 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
-        _unmark(temporary)
+        end(temporary)
         raise
     return temporary, result
 
@@ -93,7 +96,7 @@ def commit(temporary: Path, path: Path) -> None:
             discard(path)
         raise
     finally:
-        _unmark(temporary)
+        end(temporary)
     if is_folder:
         discard(_aside(path))
 
@@ -101,16 +104,19 @@ def commit(temporary: Path, path: Path) -> None:
 def remove(path: Path) -> None:
     """Drop a file or folder that a newer one has made superfluous; one that is gone already is no error.
 
-    A folder loses its name first, so that it is never seen half removed.
+    A folder loses its name first, so that it is never seen half removed. The blocks of what is large are freed aside.
     """
     if path.is_dir():
         doomed = temporary_path(path)
         with suppress(FileNotFoundError):
             os.rename(path, doomed)
+            for each in doomed.iterdir():
+                with suppress(OSError):
+                    release(each)
             discard(doomed)
         return
     with suppress(FileNotFoundError):
-        os.unlink(path)
+        release(path)
 
 
 def discard(path: Path) -> None:
@@ -184,22 +190,14 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}{_REPLACED}")
 
 
-@contextmanager
-def being_written(temporary: Path) -> Iterator[None]:
-    """Meanwhile, `temporary` is none of the leftovers that another thread of this process removes."""
-    _mark(temporary)
-    try:
-        yield
-    finally:
-        _unmark(temporary)
-
-
-def _mark(temporary: Path) -> None:
+def begin(temporary: Path) -> None:
+    """From now on, `temporary` is none of the leftovers that another thread of this process removes."""
     with _lock:
         _under_way.add(str(temporary))
 
 
-def _unmark(temporary: Path) -> None:
+def end(temporary: Path) -> None:
+    """What is there still is a leftover."""
     with _lock:
         _under_way.discard(str(temporary))
 

@@ -10,17 +10,30 @@ T = TypeVar("T")
 
 
 class Writing(Generic[T]):
-    """`call()` in a thread of its own, from now on. Its result, or its error, is kept until somebody asks.
+    """Calls `prepare()` at once, and what it gives in a thread of its own, from `go` on. Its result, or its error, is
+    kept until somebody asks.
 
-    The thread is no daemon: an interpreter that ends waits for it, so that what was begun is written.
+    Two steps, since the thread takes turns of the interpreter from the loop as soon as it runs. It is no daemon: an
+    interpreter that ends waits for it, so that what was begun is written; so call `go` in any case.
     """
 
-    def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
+    def __init__(self, prepare: Callable[[], Callable[[], T]]) -> None:
+        self._call: Callable[[], T] | None = None
         self._result: T | None = None
         self._error: BaseException | None = None
+        self._may_go = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, name="dengine-checkpoint", daemon=False)
+        # To start it costs a turn too: better now than beside the call.
         self._thread.start()
+        try:
+            self._call = prepare()
+        except BaseException:
+            self.go()
+            raise
+
+    def go(self) -> None:
+        """Begin; this returns at once."""
+        self._may_go.release()
 
     @property
     def is_done(self) -> bool:
@@ -34,7 +47,11 @@ class Writing(Generic[T]):
         return self._result  # type: ignore[return-value]
 
     def _run(self) -> None:
+        self._may_go.acquire()
+        call, self._call = self._call, None
+        if call is None:
+            return
         try:
-            self._result = self._call()
+            self._result = call()
         except BaseException as error:
             self._error = error

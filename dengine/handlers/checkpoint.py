@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dengine.checkpoint import loading, manifest
-from dengine.checkpoint.folders import write_folder
+from dengine.checkpoint.folders import copy_folder, write_folder
 from dengine.checkpoint.manifest import Entry
 from dengine.checkpoint.plans import Due, Order, Report, write_file
 from dengine.checkpoint.retention import is_kept, own, to_drop
 from dengine.checkpoint.saving import agree, failure_text, planned
-from dengine.checkpoint.snapshot import HostCopy, States, check_objects, collect, is_sharded
+from dengine.checkpoint.snapshot import Collected, HostCopy, States, check_objects, collect
 from dengine.checkpoint.writer import Writing
 from dengine.checks import whole_number
 from dengine.distributed import world
@@ -47,8 +47,8 @@ class Checkpoint:
     run goes on pruning, and goes on with the best score. Several may share a folder, and a prefix too where their
     `score_name` differs: each prunes only its own.
 
-    Collective. Cost: two small broadcasts and one small gather a call, five more where something is sharded; one
-    broadcast where the score is not good enough.
+    Collective. Cost: two small broadcasts and one small gather a call, five more where something is sharded (three, if
+    asynchronous); one broadcast where the score is not good enough.
 
     Args:
         to_save: what to save, by name; a model wrapped in DDP is saved without the wrapper. With an engine among it,
@@ -59,11 +59,11 @@ class Checkpoint:
         score_function: `score_function(engine) -> float`, asked on rank 0. NaN is never best.
         score_name: how the score is called in the file's name; "score" by default.
         global_step_transform: `(engine, event) -> int`, the step in the file's name; the engine's iteration by default.
-        asynchronous: hold the loop only for a copy of the states into host memory (on rank 0, as large as the file; it
-            is used again), and write in a thread. One file is written at a time: a save that comes earlier waits.
-            What the thread meets with is raised on every rank at the next save or at the end of the run, which waits
-            for the last write. Where a run ends by an exception, rank 0 waits, and a failed write is a warning. Not for
-            sharded models: ValueError, here or at the first save.
+        asynchronous: hold the loop only for a copy of the states into host memory (on rank 0, as large as the file; on
+            each rank, as large as its part of a folder; it is used again), and write in a thread. One is written at a
+            time: a save that comes earlier waits. What a thread meets with is raised on every rank at the next save or
+            at the end of the run, which waits for the last write. Where a run ends by an exception, each rank waits for
+            what it writes itself, and a failed write is a warning.
 
     Attributes:
         last_path: the file or folder of the last save that is known to be safe, on every rank; None before it.
@@ -112,13 +112,11 @@ class Checkpoint:
         self._score_name = None if score_function is None else score_name or "score"
         self._step_transform = global_step_transform
         self._is_asynchronous = bool(asynchronous)
-        self._refuse_shards(any(map(is_sharded, self._objects.values())))
         self.last_path: Path | None = None
         self._kept: list[Entry] | None = None  # None: the folder has not been looked at yet
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
-        # Of rank 0 alone:
         self._copy = HostCopy()
-        self._writing: tuple[Writing[Entry], Order] | None = None
+        self._writing: tuple[Writing[Entry | None], Order] | None = None  # beside rank 0, of a folder only
         self._has_said_that_it_waits = False
 
     @property
@@ -152,11 +150,13 @@ class Checkpoint:
         if due is None:
             return
         collected = collect(self._objects)
-        if collected.is_sharded:
+        if self._is_asynchronous:
+            self._begin(collected, due)
+        elif collected.is_sharded:
             self._save_shards(collected.states, due)
-            return
-        start, path = self._begin if self._is_asynchronous else self._save, self._path(due, ".pt")
-        self._take(agree(lambda: start(collected.states, self._order(due, path)), path))
+        else:
+            path = self._path(due, ".pt")
+            self._take(agree(lambda: self._save(collected.states, self._order(due, path)), path))
         if engine.firing in (Events.COMPLETED, Events.EXCEPTION_RAISED):
             self.wait()  # nobody will be told of the end any more
 
@@ -170,6 +170,7 @@ class Checkpoint:
         """
         if self._is_asynchronous:
             self._take(from_rank_zero(self._settle, "wait for a checkpoint to be written"))
+            self._settle()
 
     # -- on every rank -------------------------------------------------------------------------------------------
 
@@ -178,16 +179,25 @@ class Checkpoint:
         return self._save_dir / f"{self._prefix}_{due.step}{score}{ending}"
 
     def _save_shards(self, states: States, due: Due) -> None:
-        self._refuse_shards(True)
         path = self._path(due, "")
         order = agree(lambda: self._order(due, path), path)
         entry = write_folder(path, states, self._objects, order.entry, order.dropped)
         self._kept, self.last_path = [*order.kept, entry], path
 
-    def _refuse_shards(self, are_there: bool) -> None:
-        """A write by all ranks takes collectives, which a thread must not mix with those of the training."""
-        if are_there and self._is_asynchronous:
-            raise ValueError("asynchronous=True cannot save sharded models yet: leave it out, all ranks write at once.")
+    def _begin(self, collected: Collected, due: Due) -> None:
+        """Copy, and leave the rest to a thread: rank 0's for a file, one of each rank for a folder."""
+        states, path = collected.states, self._path(due, "" if collected.is_sharded else ".pt")
+        self._settle()  # this rank's part of the one before, which rank 0 has settled
+        try:
+            if collected.is_sharded:
+                order = agree(lambda: self._order(due, path), path)
+                entry, dropped = order.entry, order.dropped
+                self._hold(order, lambda: copy_folder(path, states, self._objects, entry, dropped, self._copy))
+            else:
+                agree(lambda: self._hold_file(states, self._order(due, path)), path)
+        finally:
+            if self._writing is not None:
+                self._writing[0].go()  # last of all: from here on it takes turns of the interpreter
 
     def _take(self, report: Report) -> None:
         self._kept, self.last_path = report.kept, report.last
@@ -236,10 +246,15 @@ class Checkpoint:
     def _save(self, states: States, order: Order) -> Report:
         return self._kept_now(order, write_file(states, order))
 
-    def _begin(self, states: States, order: Order) -> Report:
-        copied = self._copy.take(states)
-        self._writing = Writing(lambda: write_file(copied, order)), order
-        return self._report()
+    def _hold_file(self, states: States, order: Order) -> None:
+        def copied() -> Callable[[], Entry | None]:
+            copies = self._copy.take(states)
+            return lambda: write_file(copies, order)
+
+        self._hold(order, copied)
+
+    def _hold(self, order: Order, prepare: Callable[[], Callable[[], Entry | None]]) -> None:
+        self._writing = Writing(prepare), order
 
     def _settle(self) -> Report:
         """Wait for the writer, if it is at work, and say what became of it."""
@@ -247,9 +262,10 @@ class Checkpoint:
             return self._report()
         (writing, order), self._writing = self._writing, None
         try:
-            return self._kept_now(order, writing.result())
+            entry = writing.result()
         except Exception as error:
             return replace(self._report(), failure=failure_text(order.path, error))
+        return self._report() if entry is None else self._kept_now(order, entry)  # None: rank 0 tells what became of it
 
     def _kept_now(self, order: Order, entry: Entry) -> Report:
         self._kept, self.last_path = [*order.kept, entry], order.path

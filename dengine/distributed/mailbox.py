@@ -1,0 +1,84 @@
+"""Notes that a thread of each rank leaves for rank 0: through the store, so that no collective of a thread can mix with
+those of the training.
+"""
+
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from dengine.distributed.control import Control
+from dengine.distributed.world import control, world
+from dengine.errors import RemoteRankError
+
+__all__ = ["Mailbox"]
+
+_LOOK_S = 0.01  # how often rank 0 looks for notes
+# How long rank 0 goes on looking once it has heard of a failure: of a rank that is gone nothing will come; one that
+# raised is alive, and has a thread that may still be at work.
+_GONE_S = 2.0
+_RAISED_S = 60.0
+
+
+class Mailbox:
+    """One note from each rank, under a name that is used once. Make it on the loop's thread, on all ranks; everything
+    else is for one thread of each. No collective. Cost: one request to the store a note, and one look in 10 ms.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._here = world()
+        plane = control()
+        self._control = plane if isinstance(plane, Control) else None
+        self._prefix = f"mailbox/{name}"
+        self._store: Any = None
+        if self._here.size > 1:
+            # In a group that somebody else made, its own store.
+            self._store = dist.distributed_c10d._get_default_store() if self._control is None else self._control.store
+        self._own: str | None = None
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this rank collects the notes."""
+        return self._here.rank == 0
+
+    def post(self, note: str) -> None:
+        """Leave this rank's note.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        self._own = note
+        if not self.is_mine:
+            self._store.set(f"{self._prefix}/{self._here.rank}", note)
+
+    def collect(self) -> list[str]:
+        """On rank 0, after its own `post`: the notes of all ranks, in their order. Waits for them.
+
+        Raises:
+            RemoteRankError: another rank has failed, and left none. RuntimeError: the store is gone.
+        """
+        assert self._own is not None
+        notes = {0: self._own}
+        end: float | None = None
+        while len(notes) < self._here.size:
+            for rank in range(1, self._here.size):
+                key = f"{self._prefix}/{rank}"
+                if rank not in notes and self._store.check([key]):
+                    notes[rank] = self._store.get(key).decode()
+                    self._store.delete_key(key)
+            if len(notes) < self._here.size:
+                end = self._end(end)
+                if end is not None and time.monotonic() > end:
+                    missing = next(rank for rank in range(self._here.size) if rank not in notes)
+                    raise RemoteRankError(
+                        f"Rank {missing} did not finish its part, as the run has failed.", rank=missing
+                    )
+                time.sleep(_LOOK_S)
+        return [notes[rank] for rank in range(self._here.size)]
+
+    def _end(self, end: float | None) -> float | None:
+        """Until when to wait; None where all is well."""
+        failure = None if self._control is None else self._control.failure
+        if failure is None:
+            return None
+        return end or time.monotonic() + (_RAISED_S if failure.kind == "raised" else _GONE_S)
