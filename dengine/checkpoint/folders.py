@@ -4,6 +4,7 @@ sharded.py has the bytes; here are the objects they belong to, and the place amo
 """
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -62,10 +63,12 @@ def copy_folder(
     entry: Entry,
     dropped: Sequence[Entry],
     copies: HostCopy,
+    is_leaving: threading.Event,
 ) -> Callable[[], Entry | None]:
     """As `write_folder`, in two parts: what is to be written is copied now, and written by what comes back, which is
     for a thread of each rank. That one is no collective; the ranks' threads tell rank 0's through the store how they
-    fared, and it commits. On rank 0 it gives the entry, or raises what failed, on whichever rank; elsewhere None.
+    fared, and it commits. On rank 0 it gives the entry, or raises what failed, on whichever rank; elsewhere None. With
+    `is_leaving` set, it does not wait long for ranks that may be gone.
 
     Collective: call on all ranks, with rank 0's `entry`. Cost: two small gathers, one broadcast, one copy of the bytes
     that this rank writes.
@@ -77,7 +80,7 @@ def copy_folder(
         plan = plan_shards(path, _by_name(path, states, objects), may_exist=True)
     except _REFUSED as error:
         raise CheckpointError(failure_text(path, error)) from error
-    mailbox = Mailbox(plan.temporary.name)
+    mailbox = Mailbox(plan.temporary.name, is_leaving)
     try:
         copied = copies.take({name: local_part(tensor) for name, tensor in plan.mine.items()})
     except BaseException as error:

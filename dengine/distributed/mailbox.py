@@ -2,6 +2,8 @@
 those of the training.
 """
 
+import math
+import threading
 import time
 from typing import Any
 
@@ -14,18 +16,23 @@ from dengine.errors import RemoteRankError
 __all__ = ["Mailbox"]
 
 _LOOK_S = 0.01  # how often rank 0 looks for notes
-# How long rank 0 goes on looking once it has heard of a failure: of a rank that is gone nothing will come; one that
-# raised is alive, and has a thread that may still be at work.
+# How long rank 0 goes on looking after a failure: from a rank that is gone nothing will come; one that raised is alive,
+# and has a thread that may still be at work.
 _GONE_S = 2.0
-_RAISED_S = 60.0
+_RAISED_S = 30.0
+_UNWATCHED_S = 1800.0  # where nobody can tell of a failure: as long as a collective of torch waits
 
 
 class Mailbox:
     """One note from each rank, under a name that is used once. Make it on the loop's thread, on all ranks; everything
     else is for one thread of each. No collective. Cost: one request to the store a note, and one look in 10 ms.
+
+    Args:
+        is_leaving: set where this rank leaves its run by an error, so that what does not come is not waited for.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, is_leaving: threading.Event) -> None:
+        self._is_leaving = is_leaving
         self._here = world()
         plane = control()
         self._control = plane if isinstance(plane, Control) else None
@@ -59,7 +66,7 @@ class Mailbox:
         """
         assert self._own is not None
         notes = {0: self._own}
-        end: float | None = None
+        end = time.monotonic() + self._patience_s()
         while len(notes) < self._here.size:
             for rank in range(1, self._here.size):
                 key = f"{self._prefix}/{rank}"
@@ -67,18 +74,18 @@ class Mailbox:
                     notes[rank] = self._store.get(key).decode()
                     self._store.delete_key(key)
             if len(notes) < self._here.size:
-                end = self._end(end)
-                if end is not None and time.monotonic() > end:
+                end = min(end, time.monotonic() + self._patience_s())
+                if time.monotonic() >= end:
                     missing = next(rank for rank in range(self._here.size) if rank not in notes)
-                    raise RemoteRankError(
-                        f"Rank {missing} did not finish its part, as the run has failed.", rank=missing
-                    )
+                    raise RemoteRankError(f"Rank {missing} has not told that its part is written.", rank=missing)
                 time.sleep(_LOOK_S)
         return [notes[rank] for rank in range(self._here.size)]
 
-    def _end(self, end: float | None) -> float | None:
-        """Until when to wait; None where all is well."""
+    def _patience_s(self) -> float:
+        """How much longer a note may take, as things stand."""
         failure = None if self._control is None else self._control.failure
-        if failure is None:
-            return None
-        return end or time.monotonic() + (_RAISED_S if failure.kind == "raised" else _GONE_S)
+        if failure is not None and failure.kind != "raised":
+            return _GONE_S
+        if failure is not None or self._is_leaving.is_set():
+            return _RAISED_S
+        return _UNWATCHED_S if self._control is None else math.inf

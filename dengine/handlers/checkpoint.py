@@ -1,6 +1,7 @@
 """When to save and what to keep. How a file reaches the disk, and comes back, is in dengine/checkpoint/."""
 
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -116,6 +117,7 @@ class Checkpoint:
         self._kept: list[Entry] | None = None  # None: the folder has not been looked at yet
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._copy = HostCopy()
+        self._is_leaving = threading.Event()
         self._writing: tuple[Writing[Entry | None], Order] | None = None  # beside rank 0, of a folder only
         self._has_said_that_it_waits = False
 
@@ -191,13 +193,17 @@ class Checkpoint:
         try:
             if collected.is_sharded:
                 order = agree(lambda: self._order(due, path), path)
-                entry, dropped = order.entry, order.dropped
-                self._hold(order, lambda: copy_folder(path, states, self._objects, entry, dropped, self._copy))
+                self._hold(order, lambda: self._copied_folder(states, order))
             else:
                 agree(lambda: self._hold_file(states, self._order(due, path)), path)
         finally:
             if self._writing is not None:
                 self._writing[0].go()  # last of all: from here on it takes turns of the interpreter
+
+    def _copied_folder(self, states: States, order: Order) -> Callable[[], Entry | None]:
+        self._is_leaving.clear()
+        what = order.path, states, self._objects, order.entry, order.dropped
+        return copy_folder(*what, self._copy, self._is_leaving)
 
     def _take(self, report: Report) -> None:
         self._kept, self.last_path = report.kept, report.last
@@ -213,7 +219,8 @@ class Checkpoint:
 
     def _wait_alone(self) -> None:
         """After an exception the other ranks may not come: no collective. What is raised here becomes a warning."""
-        if self._writing is not None and (failure := self._settle().failure) is not None:
+        self._is_leaving.set()
+        if (failure := self._settle().failure) is not None:
             raise CheckpointError(failure)
 
     # -- on rank 0 -----------------------------------------------------------------------------------------------
