@@ -1,13 +1,18 @@
 """What saving costs: the time a file takes, and the time the training is held, next to floors and peers.
 
-A model and its Adam state (`--mb`, in 120 tensors of three sizes) are saved by each contestant in turn, round after
-round, so that all of them meet the same machine; medians count. The floors: one copy of the bytes in memory that has
-been touched before, and one write with fsync of the same bytes. dengine digests what it writes and lists it in a
-manifest; what the others leave out (no fsync, no digest) is in the table's names.
+A model and its Adam state (`--mb`, in 480 tensors) are saved by each contestant in turn, round after round, so that all
+of them meet the same machine; medians count, and the best pair of a round. The floors are
+
+- one copy of the bytes in memory that has been touched before, and
+- one write and fsync of the same bytes into a new file, while the one before is kept: whoever keeps it until the new
+  one is safe cannot do with less. Freeing the old one is not counted, for nobody who frees it aside.
+
+dengine digests what it writes and lists it in a manifest; what the others leave out (no fsync) is in their names.
 
     python benchmarks/checkpoint.py [--mb MB] [--rounds R] [--folder FOLDER]
 
-The folder must lie on the disk that is meant: a tmpfs has no fsync to speak of.
+The folder must lie on the disk that is meant: a tmpfs has no fsync to speak of. PyTorch-Ignite and Lightning take part
+where they are installed: `pip install "dengine[bench]"`.
 """
 
 import argparse
@@ -32,6 +37,8 @@ from dengine.checkpoint import verify
 from dengine.handlers import Checkpoint
 
 Contestant = Callable[[], float]  # seconds that count
+
+COPY, WRITE = "one copy in memory", "write + fsync, old file kept"
 
 
 def objects(megabytes: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -160,6 +167,14 @@ def ignite_save(folder: Path, saved: dict[str, Any]) -> Contestant:
     return save
 
 
+def lightning_save(folder: Path, saved: dict[str, Any]) -> Contestant:
+    """Fabric's; its Trainer writes by the same function."""
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    return lambda: seconds(lambda: fabric.save(folder / "lightning.ckpt", saved))
+
+
 def dcp_save(folder: Path, saved: dict[str, Any]) -> Contestant:
     import torch.distributed.checkpoint as dcp
 
@@ -179,7 +194,8 @@ def dcp_save(folder: Path, saved: dict[str, Any]) -> Contestant:
 # -- measuring ---------------------------------------------------------------------------------------------------
 
 
-def measured(contestants: dict[str, Contestant], rounds: int) -> dict[str, float]:
+def measured(contestants: dict[str, Contestant], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant, by rounds."""
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, contestant in contestants.items():
@@ -187,7 +203,7 @@ def measured(contestants: dict[str, Contestant], rounds: int) -> dict[str, float
             value = contestant()
             if number:  # the first round allocates
                 taken[name].append(value)
-    return {name: statistics.median(values) for name, values in taken.items()}
+    return taken
 
 
 def run(folder: Path, megabytes: int, rounds: int) -> None:
@@ -197,25 +213,37 @@ def run(folder: Path, megabytes: int, rounds: int) -> None:
     num_bytes = sum(source.nbytes for source in sources)
     (folder / "beside").mkdir()
     contestants: dict[str, Contestant] = {
-        "memcpy": memory_copy(sources),
-        "write + fsync": bare_write(folder, num_bytes),
-        "write + fsync, old one kept": write_beside(folder / "beside", num_bytes),
-        "dengine": dengine_save(folder, saved),
+        COPY: memory_copy(sources),
         "dengine, asynchronous: stall": dengine_stall(folder, saved, whole),
+        WRITE: write_beside(folder / "beside", num_bytes),
+        "dengine": dengine_save(folder, saved),
+        "write + fsync, over the old file": bare_write(folder, num_bytes),
         "dengine, verify": dengine_verify(folder),
         "torch.save, no fsync": torch_save(folder, saved, is_synced=False),
         "torch.save + fsync": torch_save(folder, saved, is_synced=True),
         "torch.distributed.checkpoint": dcp_save(folder, saved),
     }
-    if find_spec("ignite"):
-        contestants["PyTorch-Ignite, no fsync"] = ignite_save(folder, saved)
-    medians = measured(contestants, rounds)
-    medians["dengine, asynchronous: whole"] = statistics.median(whole[1:])
-    print(f"{num_bytes / 1e6:.0f} MB in {len(sources)} tensors, medians of {rounds} rounds")
-    print(f"{'':30} {'ms':>7} {'GB/s':>6} {'x memcpy':>9} {'x write + fsync':>16}")
-    for name, value in sorted(medians.items(), key=lambda item: item[1]):
-        ratios = f"{value / medians['memcpy']:9.2f} {value / medians['write + fsync']:16.2f}"
-        print(f"{name:30} {value * 1e3:7.0f} {num_bytes / value / 1e9:6.2f} {ratios}")
+    for package, name, peer in (
+        ("ignite", "PyTorch-Ignite, no fsync", ignite_save),
+        ("lightning", "Lightning, no fsync", lightning_save),
+    ):
+        if find_spec(package):
+            contestants[name] = peer(folder, saved)
+        else:
+            print(f"{package} is not installed, and left out")
+    taken = measured(contestants, rounds)
+    taken["dengine, asynchronous: whole"] = whole[1:]
+    print(f"{num_bytes / 1e6:.0f} MB in {len(sources)} tensors, {rounds} rounds; in brackets: the best pair of a round")
+    print(f"{'':33} {'median ms':>9} {'least ms':>9} {'GB/s':>6} {'x copy':>14} {'x write + fsync':>16}")
+    for name, values in sorted(taken.items(), key=lambda item: statistics.median(item[1])):
+        median = statistics.median(values)
+        ratios = f"{ratio(values, taken[COPY]):>14} {ratio(values, taken[WRITE]):>16}"
+        print(f"{name:33} {median * 1e3:9.0f} {min(values) * 1e3:9.0f} {num_bytes / median / 1e9:6.2f} {ratios}")
+
+
+def ratio(values: list[float], floor: list[float]) -> str:
+    best = min(value / low for value, low in zip(values, floor, strict=True))
+    return f"{statistics.median(values) / statistics.median(floor):.2f} ({best:.2f})"
 
 
 def main() -> None:
