@@ -151,14 +151,10 @@ class Checkpoint:
         self._take(report)
         if due is None:
             return
-        collected = collect(self._objects)
-        if self._is_asynchronous:
-            self._begin(collected, due)
-        elif collected.is_sharded:
-            self._save_shards(collected.states, due)
-        else:
-            path = self._path(due, ".pt")
-            self._take(agree(lambda: self._save(collected.states, self._order(due, path)), path))
+        try:
+            self._save(due)
+        finally:
+            self._go()  # last, and with the states given up: from here on the thread takes turns of the interpreter
         if engine.firing in (Events.COMPLETED, Events.EXCEPTION_RAISED):
             self.wait()  # nobody will be told of the end any more
 
@@ -180,25 +176,31 @@ class Checkpoint:
         score = "" if due.score is None else f"_{self._score_name}={due.score:.4f}"
         return self._save_dir / f"{self._prefix}_{due.step}{score}{ending}"
 
-    def _save_shards(self, states: States, due: Due) -> None:
-        path = self._path(due, "")
-        order = agree(lambda: self._order(due, path), path)
-        entry = write_folder(path, states, self._objects, order.entry, order.dropped)
-        self._kept, self.last_path = [*order.kept, entry], path
-
-    def _begin(self, collected: Collected, due: Due) -> None:
-        """Copy, and leave the rest to a thread: rank 0's for a file, one of each rank for a folder."""
+    def _save(self, due: Due) -> None:
+        collected = collect(self._objects)
         states, path = collected.states, self._path(due, "" if collected.is_sharded else ".pt")
+        if self._is_asynchronous:
+            self._hold(collected, due, path)
+        elif collected.is_sharded:
+            order = agree(lambda: self._order(due, path), path)
+            entry = write_folder(path, states, self._objects, order.entry, order.dropped)
+            self._kept, self.last_path = [*order.kept, entry], path
+        else:
+            self._take(agree(lambda: self._save_file(states, self._order(due, path)), path))
+
+    def _hold(self, collected: Collected, due: Due, path: Path) -> None:
+        """Copy, and leave the rest to a thread: rank 0's for a file, one of each rank for a folder."""
         self._settle()  # this rank's part of the one before, which rank 0 has settled
-        try:
-            if collected.is_sharded:
-                order = agree(lambda: self._order(due, path), path)
-                self._hold(order, lambda: self._copied_folder(states, order))
-            else:
-                agree(lambda: self._hold_file(states, self._order(due, path)), path)
-        finally:
-            if self._writing is not None:
-                self._writing[0].go()  # last of all: from here on it takes turns of the interpreter
+        states = collected.states
+        if collected.is_sharded:
+            order = agree(lambda: self._order(due, path), path)
+            self._writing = Writing(lambda: self._copied_folder(states, order)), order
+        else:
+            agree(lambda: self._hold_file(states, self._order(due, path)), path)
+
+    def _go(self) -> None:
+        if self._writing is not None:
+            self._writing[0].go()
 
     def _copied_folder(self, states: States, order: Order) -> Callable[[], Entry | None]:
         self._is_leaving.clear()
@@ -250,7 +252,7 @@ class Checkpoint:
         kept = [each for each in self._kept or [] if each not in dropped and each.name != entry.name]
         return Order(path, entry, kept, dropped)
 
-    def _save(self, states: States, order: Order) -> Report:
+    def _save_file(self, states: States, order: Order) -> Report:
         return self._kept_now(order, write_file(states, order))
 
     def _hold_file(self, states: States, order: Order) -> None:
@@ -258,10 +260,7 @@ class Checkpoint:
             copies = self._copy.take(states)
             return lambda: write_file(copies, order)
 
-        self._hold(order, copied)
-
-    def _hold(self, order: Order, prepare: Callable[[], Callable[[], Entry | None]]) -> None:
-        self._writing = Writing(prepare), order
+        self._writing = Writing(copied), order
 
     def _settle(self) -> Report:
         """Wait for the writer, if it is at work, and say what became of it."""
