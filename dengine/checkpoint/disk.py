@@ -5,14 +5,12 @@ import errno
 import functools
 import os
 import threading
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["release", "reserve", "wait_for_room"]
+__all__ = ["free_aside", "reserve", "wait_for_room"]
 
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a reader never sees room that is not written yet
-_ASIDE_BYTES = 1 << 20  # less than this is freed faster than a thread starts
 
 _freeing: list[threading.Thread] = []
 _lock = threading.Lock()
@@ -35,31 +33,16 @@ def reserve(descriptor: int, num_bytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def release(path: Path) -> None:
-    """Remove the file `path`. Its name is gone at once; its blocks are freed aside, which takes long for a large one.
-
-    Whoever holds a file open keeps its blocks, so all that the thread does is to close it; where the process ends
-    before, the system does.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
-    descriptor = None
-    with suppress(OSError):  # it may be unreadable; then it is removed as any other
-        if path.stat().st_size >= _ASIDE_BYTES:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    try:
-        os.unlink(path)
-    finally:
-        if descriptor is not None:
-            freeing = threading.Thread(target=os.close, args=(descriptor,), name="dengine-checkpoint-free", daemon=True)
-            with _lock:
-                _freeing.append(freeing)
-                freeing.start()
+def free_aside(free: Callable[[], object]) -> None:
+    """Call `free`, which removes what nobody needs any more, in a thread: it takes long for large files."""
+    freeing = threading.Thread(target=free, name="dengine-checkpoint-free", daemon=False)
+    with _lock:
+        _freeing.append(freeing)
+        freeing.start()
 
 
 def wait_for_room() -> None:
-    """Until what was released is free: a disk with room for one more file has none before."""
+    """Until all that is aside is free: a disk with room for one more file has none before."""
     with _lock:
         while _freeing:
             _freeing.pop().join()

@@ -98,13 +98,13 @@ def commit(temporary: Path, path: Path, entry: Entry, dropped: Sequence[Entry]) 
             text = manifest.manifest_text(manifest.listing(folder, [entry], names))
             listed, _ = storage.write_beside(folder / manifest.FILE_NAME, lambda descriptor: _put(descriptor, text))
         except BaseException:
-            storage.remove(temporary)
+            storage.discard(temporary)
             raise
         is_new = not path.exists()
         try:
             storage.commit(temporary, path)
         except BaseException:
-            storage.remove(listed)
+            storage.discard(listed)
             raise
         try:
             storage.commit(listed, folder / manifest.FILE_NAME)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from dengine.checkpoint.disk import release
+from dengine.checkpoint.disk import free_aside
 
 __all__ = [
     "begin",
@@ -29,6 +29,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+_ASIDE_BYTES = 1 << 20  # less than this is freed faster than a thread starts
 _REPLACED = ".replaced"  # .{final name}.replaced: a folder that makes room for a new one of its name
 # .{final name}.{process}-{count}@{host}.tmp
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-\d+@(?P<host>[^/]*)\.tmp")
@@ -104,19 +105,25 @@ def commit(temporary: Path, path: Path) -> None:
 def remove(path: Path) -> None:
     """Drop a file or folder that a newer one has made superfluous; one that is gone already is no error.
 
-    A folder loses its name first, so that it is never seen half removed. The blocks of what is large are freed aside.
+    A folder loses its name first, so that it is never seen half removed. So does what is large, and a thread frees the
+    rest. Not by way of an open descriptor: a process forked meanwhile (a loader's worker) would hold the blocks for as
+    long as it lives.
     """
-    if path.is_dir():
-        doomed = temporary_path(path)
-        with suppress(FileNotFoundError):
-            os.rename(path, doomed)
-            for each in doomed.iterdir():
-                with suppress(OSError):
-                    release(each)
-            discard(doomed)
-        return
+    is_folder = path.is_dir()
     with suppress(FileNotFoundError):
-        release(path)
+        is_large = sum(each.stat().st_size for each in (path.iterdir() if is_folder else [path])) >= _ASIDE_BYTES
+        if is_folder or is_large:
+            doomed = temporary_path(path)
+            os.rename(path, doomed)
+            begin(doomed)
+            free_aside(lambda: _free(doomed)) if is_large else _free(doomed)
+        else:
+            os.unlink(path)
+
+
+def _free(doomed: Path) -> None:
+    discard(doomed)
+    end(doomed)
 
 
 def discard(path: Path) -> None:
