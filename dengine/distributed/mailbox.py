@@ -35,12 +35,13 @@ class Mailbox:
         self._is_leaving = is_leaving
         self._here = world()
         plane = control()
-        self._control = plane if isinstance(plane, Control) else None
+        self._standing = plane.standing if isinstance(plane, Control) else None
         self._prefix = f"mailbox/{name}"
         self._store: Any = None
         if self._here.size > 1:
             # In a group that somebody else made, its own store.
-            self._store = dist.distributed_c10d._get_default_store() if self._control is None else self._control.store
+            common = dist.distributed_c10d._get_default_store
+            self._store = plane.link.store if isinstance(plane, Control) else common()
         self._own: str | None = None
 
     @property
@@ -83,9 +84,9 @@ class Mailbox:
 
     def _patience_s(self) -> float:
         """How much longer a note may take, as things stand."""
-        failure = None if self._control is None else self._control.failure
+        failure = None if self._standing is None else self._standing.failure
         if failure is not None and failure.kind != "raised":
             return _GONE_S
         if failure is not None or self._is_leaving.is_set():
             return _RAISED_S
-        return _UNWATCHED_S if self._control is None else math.inf
+        return _UNWATCHED_S if self._standing is None else math.inf
