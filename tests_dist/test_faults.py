@@ -12,10 +12,13 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from faults import AT_ITERATION, FAULTS, PLACES, train
 from ranks import Completed, Outcome, run_ranks, torchrun
 
 from dengine import Engine, Events, distributed
+from dengine.checkpoint import verify
+from dengine.handlers import Checkpoint
 
 HERE = Path(__file__).parent
 RUNS = range(int(os.environ.get("DENGINE_FAULT_RUNS", "1")))
@@ -177,6 +180,29 @@ def evaluates_long(rank: int, size: int) -> int:
 
 def test_long_work_that_goes_on_is_no_stall() -> None:
     assert run_ranks(evaluates_long, 3, init=False) == [3, 3, 3]
+
+
+def saves_long(rank: int, size: int, folder: str, asynchronous: bool) -> int:
+    """The disk takes longer for one file than the stall timeout, but goes on."""
+    real = os.write
+
+    def slow(descriptor: int, data: bytes) -> int:
+        time.sleep(0.25 if len(data) > 1000 else 0)
+        return real(descriptor, data[:1_000_000])
+
+    os.write = slow
+    with distributed.process_group(timeout=60, stall_timeout=1.0):
+        model = distributed.prepare_model(torch.nn.Linear(1500, 1500))
+        trainer = Engine(lambda engine, batch: distributed.barrier("step"))
+        trainer.on(Events.EPOCH_COMPLETED, Checkpoint({"model": model}, folder, asynchronous=asynchronous))
+        trainer.run(range(2))
+        return distributed.all_reduce(1)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_that_goes_on_is_no_stall(tmp_path: Path, asynchronous: bool) -> None:
+    assert run_ranks(saves_long, 2, str(tmp_path), asynchronous, init=False) == [2, 2]
+    assert verify(tmp_path / "checkpoint_2.pt").num_bytes > 9_000_000
 
 
 def uneven(rank: int, size: int) -> list[int]:
