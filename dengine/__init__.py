@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         MetricStateError,
         NotComputableError,
         RankZeroCollectiveError,
+        RemoteInterrupt,
         RemoteRankError,
         StallError,
     )
@@ -34,6 +35,7 @@ _ERRORS = (
     "MetricStateError",
     "NotComputableError",
     "RankZeroCollectiveError",
+    "RemoteInterrupt",
     "RemoteRankError",
     "StallError",
 )
@@ -52,6 +54,7 @@ __all__ = [
     "MetricStateError",
     "NotComputableError",
     "RankZeroCollectiveError",
+    "RemoteInterrupt",
     "RemoteRankError",
     "StallError",
     "State",

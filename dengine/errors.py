@@ -14,6 +14,7 @@ __all__ = [
     "MetricStateError",
     "NotComputableError",
     "RankZeroCollectiveError",
+    "RemoteInterrupt",
     "RemoteRankError",
     "StallError",
 ]
@@ -56,6 +57,10 @@ class _AtRank(DengineError, RuntimeError):
 
 class RemoteRankError(_AtRank):
     """Another rank failed or vanished, so this one stops too."""
+
+
+class RemoteInterrupt(RemoteRankError, KeyboardInterrupt):
+    """Another rank was interrupted (Ctrl-C), so this one is too: a script's `except KeyboardInterrupt` holds on all."""
 
 
 class StallError(_AtRank):

@@ -6,6 +6,7 @@ DENGINE_FAULT_RUNS=50 repeats each fault so often.
 
 import os
 import re
+import signal
 import socket
 import time
 from itertools import product
@@ -239,3 +240,21 @@ def test_a_failure_that_the_script_catches_reaches_those_who_wait_in_a_collectiv
     first, culprit, third = run_ranks(catches, 3, init=False)
     assert culprit == ["ZeroDivisionError", "RemoteRankError 1"]
     assert first == third == ["RemoteRankError", "RemoteRankError 1"]
+
+
+def interrupted(rank: int, size: int) -> str:
+    def step(engine: Engine, batch: int) -> None:
+        if rank == 1 and batch == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        distributed.barrier("step")
+
+    try:
+        with distributed.process_group(timeout=60):
+            Engine(step).run(range(6))
+    except KeyboardInterrupt as error:
+        return f"{type(error).__name__} {getattr(error, 'rank', None)}"
+    return "done"
+
+
+def test_an_interrupt_on_one_rank_is_an_interrupt_on_all() -> None:
+    assert run_ranks(interrupted, 3, init=False) == ["RemoteInterrupt 1", "KeyboardInterrupt None", "RemoteInterrupt 1"]

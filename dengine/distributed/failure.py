@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, Literal, TypeAlias
 
-from dengine.errors import RemoteRankError, StallError
+from dengine.errors import RemoteInterrupt, RemoteRankError, StallError
 
 __all__ = [
     "Failure",
@@ -59,6 +59,7 @@ class Failure:
     run: int | None = None
     begun: int = -1  # how far that run was begun
     is_frozen: bool = False  # it does not even answer
+    is_interrupt: bool = False  # Ctrl-C
 
     def message(self) -> str:
         if self.kind == "raised":
@@ -75,7 +76,9 @@ class Failure:
 
     def as_error(self) -> RemoteRankError | StallError:
         at = self.where[0] if self.where else None
-        kind = StallError if self.kind == "stalled" else RemoteRankError
+        kind: type[RemoteRankError | StallError] = StallError if self.kind == "stalled" else RemoteRankError
+        if self.is_interrupt:
+            kind = RemoteInterrupt
         return kind(
             self.message(),
             rank=self.rank,

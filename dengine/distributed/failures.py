@@ -100,7 +100,8 @@ class Failures:
         write_error_file(f"{line} ({where_text(where)})", text, is_cause=True)
         with suppress(RuntimeError):  # the store is gone
             begun = next((each.begun for each in self._runs.under_way if each.number == run), -1)
-            self.report(Failure("raised", self._here.rank, line, where, text, run, begun))
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            self.report(Failure("raised", self._here.rank, line, where, text, run, begun, is_interrupt=is_interrupt))
 
     def _cause_of(self, error: BaseException) -> Failure | None:
         """The failure behind a broken connection. None where all ranks are there: then it is this rank's own."""
