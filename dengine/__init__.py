@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RemoteRankError,
         StallError,
     )
+    from dengine.supervised import SupervisedEvents, create_supervised_evaluator, create_supervised_trainer
 
 _ENGINE = ("Engine", "EventEnum", "Events", "State", "filtered")
 _ERRORS = (
@@ -39,6 +40,7 @@ _ERRORS = (
     "RemoteRankError",
     "StallError",
 )
+_SUPERVISED = ("SupervisedEvents", "create_supervised_evaluator", "create_supervised_trainer")
 _ROOMS = ("checkpoint", "config", "distributed", "errors", "handlers", "metrics")
 
 __all__ = [
@@ -58,8 +60,11 @@ __all__ = [
     "RemoteRankError",
     "StallError",
     "State",
+    "SupervisedEvents",
     "checkpoint",
     "config",
+    "create_supervised_evaluator",
+    "create_supervised_trainer",
     "distributed",
     "errors",
     "filtered",
@@ -73,6 +78,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module("dengine.engine"), name)
     if name in _ERRORS:
         return getattr(import_module("dengine.errors"), name)
+    if name in _SUPERVISED:
+        return getattr(import_module("dengine.supervised"), name)
     if name in _ROOMS:
         return import_module(f"dengine.{name}")
     raise AttributeError(f"module 'dengine' has no attribute {name!r}")

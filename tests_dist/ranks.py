@@ -61,7 +61,7 @@ __all__ = [
 
 T = TypeVar("T")
 # torch._dynamo: the first optimizer or DDP imports it, which takes a rank 5 s and more where several share a core.
-PRELOAD = ("pytest", "torch", "torch.distributed", "torch._dynamo", "ranks", "dengine.handlers")
+PRELOAD = ("pytest", "torch", "torch.distributed", "torch._dynamo", "accelerate", "ranks", "dengine.handlers")
 TAG = "DENGINE_TEST_PROCESS"  # an environment variable by which we know the processes that we started
 OUTPUT_LINES = 40  # of each rank, in a failure's message
 

@@ -1,13 +1,25 @@
 """The data of a run: how long an epoch of it is, and how an iteration over it is begun at any position."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
-from dengine.distributed import world
+from dengine.distributed import all_reduce, broadcast_object, world
 
-__all__ = ["Feed"]
+__all__ = ["Absent", "Feed"]
+
+
+@dataclass(frozen=True)
+class Absent:
+    """What a rank of a joined engine gets as a batch where its data has ended and another rank's goes on.
+
+    `spare` is a batch that was counted before, or another rank's: something to take part with, to be given no weight.
+    Metrics are not updated with what the step makes of it.
+    """
+
+    spare: Any
 
 
 @runtime_checkable
@@ -22,13 +34,18 @@ class Feed:
 
     Each epoch iterates over the data anew, as `for batch in data` would; a one-shot iterator (a generator, a file)
     goes on where it is. `length` is the number of iterations of an epoch, or None where only the data can tell.
+
+    Joined, a pass over the data is as long as the longest one of any rank: what a rank lacks are `Absent`s. Ranks agree
+    upon it when an epoch is entered; data of unknown length, on any rank, is not joined.
     """
 
-    def __init__(self, data: Iterable[Any], epoch_length: int | None) -> None:
+    def __init__(self, data: Iterable[Any], epoch_length: int | None, *, is_joined: bool = False) -> None:
         self.data = data
         self.is_one_shot = isinstance(data, Iterator)
         self.is_length_given = epoch_length is not None
         self.length = epoch_length if epoch_length is not None else _length(data)
+        self._is_joined = is_joined
+        self._pass = _Pass()
 
     def enter(self, epoch: int) -> None:
         """Tell the data which epoch it is, and learn how long that one is: data may grow from epoch to epoch."""
@@ -36,8 +53,10 @@ class Feed:
             set_epoch = getattr(part, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(epoch)
+        if self._is_joined and world().size > 1:
+            self._pass = _agreed_pass(_length(self.data))
         if not self.is_length_given:
-            self.length = _length(self.data)
+            self.length = _length(self.data) if self._pass.length is None else self._pass.length
 
     def start(self, *, skip: int = 0, consumed: int = 0) -> Iterator[Any]:
         """An iterator over the batches of the epoch that was entered, from its batch `skip` on.
@@ -48,12 +67,28 @@ class Feed:
         """
         if self.is_one_shot:
             return self._fast_forwarded(consumed)
-        size = _length(self.data)
+        own = _length(self.data)
+        size = own if self._pass.length is None else self._pass.length
         if size:
             skip %= size  # an epoch longer than the data passes over it again and again
+        if self._pass.is_even or own is None or size is None:
+            return self._from(skip)
+        batches = self._from(min(skip, own))
+        num_absent = size - max(own, skip)
+        if self._pass.is_empty_somewhere:
+            return self._with_sent_spare(batches, own, num_absent)
+        return _with_own_spare(batches, num_absent, lambda: next(self._anew()))
+
+    def _from(self, skip: int) -> Iterator[Any]:
         if skip and self._skip_by_sampler(skip):
             return _drawn(iter(self.data))
         return self._fast_forwarded(skip)
+
+    def _with_sent_spare(self, batches: Iterator[Any], own: int, num_absent: int) -> Iterator[Any]:
+        """Some rank has no batch at all: the first rank that has one sends it. Collective: one object broadcast."""
+        first = list(islice(batches, 1))
+        spare = broadcast_object((first or [next(self._anew())])[0] if own else None, self._pass.source)
+        return chain(first, batches, (Absent(spare) for _ in range(num_absent)))
 
     def _anew(self) -> Iterator[Any]:
         # The loop may enter an iterator twice, and iter() of it would begin a self-resetting one anew; an iterator
@@ -90,6 +125,42 @@ class Feed:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over the data, as all ranks agree about it. `length` is None where it is not joined."""
+
+    length: int | None = None
+    is_even: bool = True
+    is_empty_somewhere: bool = False
+    source: int = 0  # the first rank that has a batch
+
+
+def _agreed_pass(own: int | None) -> _Pass:
+    """Collective: one small all-reduce."""
+    here = world()
+    told = {
+        "longest": -1 if own is None else own,
+        "shortest": 1 if own is None else -own,
+        "source": -here.rank if own else -here.size,
+    }
+    found = all_reduce(told, "max", name="the length of a pass over the data")
+    longest, shortest = found["longest"], -found["shortest"]
+    if shortest < 0 or longest <= 0:
+        return _Pass()
+    return _Pass(longest, longest == shortest, shortest == 0, -found["source"])
+
+
+def _with_own_spare(batches: Iterator[Any], num_absent: int, any_batch: Callable[[], Any]) -> Iterator[Any]:
+    last = None
+    for last in batches:
+        yield last
+    if num_absent:
+        # A run resumed behind the end of its own data has drawn none of it.
+        spare = any_batch() if last is None else last
+        for _ in range(num_absent):
+            yield Absent(spare)
 
 
 def _drawn(iterator: Iterator[Any]) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from dengine.distributed import world
 from dengine.distributed.loader import data_state
 from dengine.distributed.runs import END, Run, begin_run, place
 from dengine.distributed.sampler import check_same
-from dengine.engine.data import Feed
+from dengine.engine.data import Absent, Feed
 from dengine.engine.dispatch import (
     NEVER,
     Channel,
@@ -55,9 +55,14 @@ class Engine:
         process_function: one step. What it returns is `state.output`.
         distributed: False makes the engine this rank's own (an evaluation on rank 0 only): its metrics are not
             reduced, its stops are its own, and it takes part in no collective.
+        joined: ranks whose data ends before that of others take part in the iterations that they lack, with an
+            `Absent` as `state.batch`, so that a step may hold collectives (DDP, FSDP). Metrics are not updated in them.
+            Of data that has a length. Cost: one small all-reduce an epoch.
+        stop_every: iterations of an epoch that belong together (an accumulation of gradients): `terminate()`,
+            `terminate_epoch()` and `preempt()` leave behind a multiple of so many, or at the epoch's end.
 
     Raises:
-        TypeError: `process_function` is not callable.
+        TypeError, ValueError: `process_function` is not callable; `stop_every` is no whole number of at least 1.
 
     Example:
         >>> trainer = Engine(lambda engine, batch: 2 * batch)
@@ -69,13 +74,22 @@ class Engine:
         4 8
     """
 
-    def __init__(self, process_function: ProcessFunction, *, distributed: bool = True) -> None:
+    def __init__(
+        self,
+        process_function: ProcessFunction,
+        *,
+        distributed: bool = True,
+        joined: bool = False,
+        stop_every: int = 1,
+    ) -> None:
         if not callable(process_function):
             raise TypeError(f"Engine() takes a function (engine, batch) -> output, but got {process_function!r}.")
         self.state = State()
         self.distributed = distributed
         self.firing: AnyEvent | None = None  # the event whose handlers are running
         self._step = process_function
+        self._is_joined = joined and distributed
+        self._stop_every = whole_number("stop_every", stop_every, least=1)
         self._metrics = MetricSet()
         self._dispatcher = Dispatcher()
         self.register_events(Events)
@@ -422,7 +436,7 @@ class Engine:
                 started.fire(self, iteration)
             state.output = step(self, state.batch)
             self._iterations_done = iteration
-            if self._metrics.updates:
+            if self._metrics.updates and type(state.batch) is not Absent:
                 self._metrics.update(state.output)
             if iteration >= completed.due:
                 completed.fire(self, iteration)
@@ -452,7 +466,9 @@ class Engine:
             epoch_start = state.iteration - state.epoch_iteration
             for bound in run.bounds(state.epoch):
                 if bound is not None:
-                    stop_at = min(stop_at, epoch_start + max(bound - place(state.epoch, 0), 0))
+                    num_iterations = max(bound - place(state.epoch, 0), 0)
+                    num_iterations += -num_iterations % self._stop_every
+                    stop_at = min(stop_at, epoch_start + num_iterations)
             # The thread may set it to 0 again right after: then the loop only comes here once more.
             self._stop_at = stop_at
         return state.iteration < stop_at
@@ -549,7 +565,7 @@ class Engine:
                 whole_number(name, value, least=1)
         if epoch_length is not None:
             epoch_length = whole_number("epoch_length", epoch_length, least=1)
-        feed = Feed(data, epoch_length)
+        feed = Feed(data, epoch_length, is_joined=self._is_joined)
         if feed.length == 0:
             self._refuse_no_batch(data)
         return feed

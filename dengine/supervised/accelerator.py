@@ -1,0 +1,113 @@
+"""An `Accelerator` whose idea of the ranks is that of `distributed.world()`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from dengine.distributed import World, world
+from dengine.errors import LaunchError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["accelerator_for", "distributed_kind"]
+
+_PRECISIONS = (None, "no", "fp16", "bf16", "fp8")
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def accelerator_for(given: "Accelerator | None", mixed_precision: str | None) -> "Accelerator":
+    """`given`, or a new one for this rank, checked against the world.
+
+    Never communicates: inside a process group accelerate takes the group that there is.
+
+    Raises:
+        ImportError: accelerate is not installed. TypeError: `given` is no Accelerator.
+        ValueError: an unknown precision, or another one than `given`, or an earlier Accelerator of this process, has.
+        LaunchError: accelerate counts other ranks than there are.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ImportError(
+            'Supervised trainers and evaluators need accelerate: pip install "dengine[accelerate]".'
+        ) from error
+    if mixed_precision not in _PRECISIONS:
+        raise ValueError(f"mixed_precision={mixed_precision!r} must be one of {', '.join(map(repr, _PRECISIONS))}.")
+    here = world()
+    if given is None:
+        accelerator = _made(Accelerator, here, mixed_precision)
+    elif not isinstance(given, Accelerator):
+        raise TypeError(f"accelerator= takes an accelerate.Accelerator, but got {given!r}.")
+    else:
+        accelerator = given
+    has = accelerator.mixed_precision
+    if mixed_precision not in (None, has) and distributed_kind(accelerator) != "DEEPSPEED":
+        raise ValueError(f"mixed_precision={mixed_precision!r}, but the Accelerator has {has!r}: give it there only.")
+    _check_ranks(accelerator, here)
+    return accelerator
+
+
+def distributed_kind(accelerator: "Accelerator") -> str:
+    """accelerate's name for how models are spread: "NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED", ..."""
+    return str(accelerator.distributed_type.name)
+
+
+def _made(kind: "type[Accelerator]", here: World, mixed_precision: str | None) -> "Accelerator":
+    with _launch_variables(here):
+        try:
+            # Without cpu=True accelerate takes a machine without a GPU for one process, whatever the launcher says.
+            return kind(
+                mixed_precision=mixed_precision,
+                cpu=here.device.type == "cpu",
+                step_scheduler_with_optimizer=False,
+            )
+        except ValueError as error:
+            if "already been initialized" not in str(error):
+                raise
+            raise ValueError(
+                f"mixed_precision={mixed_precision!r} differs from that of an Accelerator that this process made "
+                "before, and accelerate knows one precision a process. Make trainers of other precisions in processes "
+                f"of their own. accelerate says: {error}"
+            ) from error
+
+
+@contextmanager
+def _launch_variables(here: World) -> Iterator[None]:
+    """The launch as torchrun would tell it: accelerate reads no SLURM variables, and writes these for itself."""
+    before = {name: os.environ.get(name) for name in _VARIABLES}
+    if here.size > 1:
+        told = {
+            "RANK": here.rank,
+            "WORLD_SIZE": here.size,
+            "LOCAL_RANK": here.local_rank,
+            "LOCAL_WORLD_SIZE": here.local_size,
+        }
+        os.environ.update({name: str(value) for name, value in told.items()})
+        # Read by a check only: the group is there.
+        os.environ.setdefault("MASTER_ADDR", "localhost")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _check_ranks(accelerator: "Accelerator", here: World) -> None:
+    theirs = (accelerator.process_index, accelerator.num_processes)
+    if theirs != (here.rank, here.size):
+        raise LaunchError(
+            f"accelerate takes this process for rank {theirs[0]} of {theirs[1]}, but it is rank {here.rank} of "
+            f"{here.size}. Open distributed.process_group() before any Accelerator is made, and leave accelerator= out; "
+            "an Accelerator of your own on a machine without a GPU takes cpu=True, and under srun it must come after "
+            "process_group()."
+        )
+    if accelerator.device.type != here.device.type:
+        raise LaunchError(
+            f"accelerate computes on {accelerator.device}, but this rank's device is {here.device}: make the "
+            f"Accelerator with cpu={here.device.type == 'cpu'}."
+        )

@@ -1,0 +1,94 @@
+"""From a batch to inputs and targets, and from those to a step's output, where the user says nothing."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from dengine.distributed.gradients import Count
+
+__all__ = [
+    "LossFunction",
+    "ModelFunction",
+    "OutputFunction",
+    "PrepareBatch",
+    "WeightFunction",
+    "check_callables",
+    "detached",
+    "num_samples",
+    "pair_on_device",
+]
+
+LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
+PrepareBatch: TypeAlias = Callable[[Any, torch.device], tuple[Any, Any]]
+ModelFunction: TypeAlias = Callable[[nn.Module, Any], Any]
+WeightFunction: TypeAlias = Callable[[Any, Any], Count]
+OutputFunction: TypeAlias = Callable[..., Any]
+
+
+def pair_on_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
+    """`(inputs, targets)` of a batch that is a pair, on `device`.
+
+    Raises: TypeError: it is no pair; it says what to pass.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        what = f"{type(batch).__qualname__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__qualname__
+        raise TypeError(
+            f"A batch must be an (inputs, targets) pair, but is a {what}: pass prepare_batch=, a function (batch, "
+            "device) -> (inputs, targets)."
+        )
+    return on_device(batch[0], device), on_device(batch[1], device)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """Tensors in dicts, lists and tuples on `device`; from pinned memory without a wait."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: on_device(part, device) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        parts = [on_device(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value.to(device) if callable(getattr(value, "to", None)) else value
+
+
+def detached(value: Any) -> Any:
+    """`value` without the graph behind it, so that a step's output keeps no activations."""
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad else value
+    if isinstance(value, dict):
+        new = value.copy()  # an ordered dict, a model's output class
+        for key, part in value.items():
+            new[key] = detached(part)
+        return new
+    if isinstance(value, (tuple, list)):
+        parts = [detached(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def num_samples(inputs: Any, targets: Any) -> int:
+    """The first dimension of the targets, else of the inputs.
+
+    Raises: TypeError: neither has one; it says what to pass.
+    """
+    for value in (targets, inputs):
+        first = next(iter(value.values()), None) if isinstance(value, Mapping) else value
+        if isinstance(first, (tuple, list)) and first and isinstance(first[0], Tensor):
+            first = first[0]
+        if isinstance(first, Tensor) and first.ndim:
+            return first.shape[0]
+        if isinstance(first, (tuple, list)):
+            return len(first)
+    raise TypeError(
+        f"The number of samples cannot be told from inputs of {type(inputs).__qualname__} and targets of "
+        f"{type(targets).__qualname__}: pass weight=, a function (inputs, targets) -> number."
+    )
+
+
+def check_callables(**functions: Any) -> None:
+    """Raises: TypeError: one that is neither None nor callable."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}={function!r} must be a function.")

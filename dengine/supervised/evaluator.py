@@ -1,0 +1,113 @@
+"""An evaluator from a model and metrics."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dengine.distributed import evaluating, unwrap_model, world
+from dengine.distributed.gradients import find_fsdp
+from dengine.engine import Absent, Engine, Events
+from dengine.metrics.metric_set import AnyMetric
+from dengine.supervised.accelerator import accelerator_for, distributed_kind
+from dengine.supervised.batches import ModelFunction, OutputFunction, PrepareBatch, check_callables, pair_on_device
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["create_supervised_evaluator"]
+
+_FIRST = 1_000_000  # as a priority
+
+
+def create_supervised_evaluator(
+    model: nn.Module,
+    metrics: Mapping[str, AnyMetric] | None = None,
+    *,
+    accelerator: "Accelerator | None" = None,
+    mixed_precision: str | None = None,
+    output_transform: OutputFunction | None = None,
+    prepare_batch: PrepareBatch | None = None,
+    model_fn: ModelFunction | None = None,
+) -> Engine:
+    """An engine that computes `metrics` of `model` over a loader: `evaluator.run(val_loader).metrics`.
+
+    Exact over shards: give it `prepare_data_loader(val_loader, exact=True)`, and every sample counts once on any number
+    of ranks. A run is in eval mode, without gradients, with rank 0's buffers on every rank (`evaluating`), and leaves
+    the model as it was. With DDP the bare module is called, so that no forward talks to other ranks. Where forward must
+    (FSDP, DeepSpeed), a rank whose shard ends first takes part with a batch that no metric counts.
+
+    The step's output is `{"pred": ..., "label": ...}`, which metrics read as a (prediction, target) pair.
+
+    Args:
+        model: as it is trained, wrapped or bare.
+        metrics: by name; more may be added by `add_metric`.
+        accelerator, mixed_precision, prepare_batch, model_fn: as of `create_supervised_trainer`.
+        output_transform: `(inputs, targets, pred) -> output`, instead of the output above.
+
+    Raises:
+        TypeError, ValueError, ImportError, LaunchError: as of `create_supervised_trainer`.
+
+    Cost: collective: one broadcast of the buffers a run, one all-reduce of all metrics.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"create_supervised_evaluator() takes a torch.nn.Module, but got {type(model).__qualname__}.")
+    check_callables(output_transform=output_transform, prepare_batch=prepare_batch, model_fn=model_fn)
+    accelerator = accelerator_for(accelerator, mixed_precision)
+    if world().size == 1 and not getattr(model, "_is_accelerate_prepared", False):
+        model = model.to(accelerator.device)
+    step = _EvaluationStep(model, accelerator, prepare_batch or pair_on_device, model_fn, output_transform)
+    evaluator = Engine(step, joined=step.is_collective and world().size > 1)
+    evaluator.add_metrics(metrics or {})
+    evaluator.on(Events.STARTED, step.enter, priority=_FIRST)
+    # Whichever comes first; a preempted run fires no COMPLETED.
+    evaluator.on(Events.TERMINATED | Events.COMPLETED | Events.EXCEPTION_RAISED, step.leave, priority=_FIRST)
+    return evaluator
+
+
+class _EvaluationStep:
+    """`step(engine, batch)` in eval mode, which a run enters and leaves."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: "Accelerator",
+        prepare_batch: PrepareBatch,
+        model_fn: ModelFunction | None,
+        output: OutputFunction | None,
+    ) -> None:
+        kind = distributed_kind(accelerator)
+        self.is_collective = find_fsdp(model) is not None or kind in ("FSDP", "DEEPSPEED")
+        self._wrapped = model
+        self._called = model if self.is_collective else unwrap_model(model)
+        self._device = accelerator.device
+        self._autocast: Any = accelerator.autocast if accelerator.native_amp else None
+        self._prepare_batch = prepare_batch
+        self._model_fn = model_fn
+        self._output = output
+        self._mode = ExitStack()
+
+    def __call__(self, engine: Engine, batch: Any) -> Any:
+        if type(batch) is Absent:
+            batch = batch.spare
+        inputs, targets = self._prepare_batch(batch, self._device)
+        with torch.no_grad():
+            if self._autocast is None:
+                pred = self._predicted(inputs)
+            else:
+                with self._autocast():
+                    pred = self._predicted(inputs)
+        if self._output is not None:
+            return self._output(inputs, targets, pred)
+        return {"pred": pred, "label": targets}
+
+    def _predicted(self, inputs: Any) -> Any:
+        return self._called(inputs) if self._model_fn is None else self._model_fn(self._called, inputs)
+
+    def enter(self, engine: Engine) -> None:
+        self._mode.enter_context(evaluating(self._wrapped))
+
+    def leave(self, engine: Engine) -> None:
+        self._mode.close()

@@ -1,0 +1,48 @@
+"""Model and optimizer as they are trained: wrapped, where the user has not done so."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dengine.distributed import prepare_model, world
+from dengine.distributed.gradients import find_ddp, find_fsdp
+from dengine.supervised.accelerator import distributed_kind
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["is_wrapped", "prepared", "prepared_model"]
+
+_PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_MLU", "MULTI_NPU", "MULTI_HPU", "MULTI_MUSA")
+
+
+def prepared(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: "Accelerator"
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """By `prepare_model`; by accelerate itself where its configuration says FSDP or DeepSpeed.
+
+    Collective: call on all ranks.
+
+    Raises: ValueError: a way of spreading models that is not supported.
+    """
+    kind = distributed_kind(accelerator)
+    if kind in ("FSDP", "DEEPSPEED"):
+        return accelerator.prepare(model, optimizer)  # type: ignore[no-any-return]
+    if kind not in _PLAIN:
+        raise ValueError(f"Accelerate's distributed type {kind} is not supported: use DDP, FSDP or DeepSpeed.")
+    return prepared_model(model, accelerator), optimizer
+
+
+def prepared_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:
+    """`model` on its device, in DDP where there are several ranks and it is not wrapped yet. Collective then."""
+    if is_wrapped(model):
+        return model
+    if world().size == 1:
+        return model.to(accelerator.device)
+    return prepare_model(model)
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    is_accelerates = getattr(model, "_is_accelerate_prepared", False)
+    return bool(is_accelerates) or find_ddp(model) is not None or find_fsdp(model) is not None

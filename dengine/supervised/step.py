@@ -1,0 +1,163 @@
+"""One iteration of supervised training: forward, weighted backward and, at the end of an accumulation, a step."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from dengine.distributed import world
+from dengine.engine import Absent, Engine, EventEnum, Events
+from dengine.supervised.batches import LossFunction, ModelFunction, PrepareBatch, WeightFunction, detached
+from dengine.supervised.updates import Update
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Functions", "SupervisedEvents", "TrainStep"]
+
+_FIRST = 1_000_000  # as a priority
+
+
+class SupervisedEvents(EventEnum):
+    """Events of a supervised trainer's own."""
+
+    OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What the user says about batches, models and losses."""
+
+    loss: LossFunction
+    prepare_batch: PrepareBatch
+    model: ModelFunction | None
+    weight: WeightFunction
+    output: Callable[..., Any] | None
+
+
+class TrainStep:
+    """`step(engine, batch)`, and the handlers that begin and end what spans several iterations."""
+
+    def __init__(
+        self, model: nn.Module, update: Update, accelerator: "Accelerator", functions: Functions, num_batches: int
+    ) -> None:
+        self._model = model
+        self._update = update
+        self._autocast: Any = accelerator.autocast if accelerator.native_amp else None
+        self._device = accelerator.device
+        self._functions = functions
+        self._num_batches = num_batches
+        self._num_pending = 0  # batches whose gradients no step has used yet
+        self._spare: Any = None  # the last one of these
+
+    def attach(self, engine: Engine) -> None:
+        engine.register_events(SupervisedEvents)
+        engine.on(Events.STARTED, self._begin, priority=_FIRST)
+        engine.on(Events.EPOCH_STARTED, self._train_mode, priority=_FIRST)
+        # Before whatever looks at the model then: an accumulation that was cut short is stepped with what it has.
+        engine.on(Events.EPOCH_COMPLETED | Events.TERMINATED | Events.COMPLETED, self._finish, priority=_FIRST)
+        if self._update.scaler is not None:
+            engine.state.grad_scaler = self._update.scaler.state_dict()  # type: ignore[attr-defined]
+            engine.state.persist("grad_scaler")
+
+    def __call__(self, engine: Engine, batch: Any) -> Any:
+        number = engine.state.epoch_iteration
+        is_last = number % self._num_batches == 0 or number == engine.state.epoch_length
+        if self._num_pending == 0:
+            self._update.zero_grad()
+        self._num_pending += 1
+        is_absent = type(batch) is Absent
+        batch = batch.spare if is_absent else batch
+        inputs, targets = self._functions.prepare_batch(batch, self._device)
+        if is_last:
+            pred, loss = self._pass(inputs, targets, is_absent=is_absent, is_last=True)
+            self._step(engine)
+        else:
+            with self._update.no_sync():
+                pred, loss = self._pass(inputs, targets, is_absent=is_absent, is_last=False)
+            self._spare = batch
+        pred, loss = detached(pred), loss.detach()
+        if self._functions.output is not None:
+            return self._functions.output(inputs, targets, pred, loss)
+        return {"loss": loss, "pred": pred, "label": targets}
+
+    # -- parts of an iteration -------------------------------------------------------------------------------------
+
+    def _pass(self, inputs: Any, targets: Any, *, is_absent: bool, is_last: bool) -> tuple[Any, Tensor]:
+        """Forward and backward; a batch that is only there to take part with leaves no trace in the model."""
+        if is_absent:
+            with _in_eval_mode(self._model):
+                pred, loss = self._forward(inputs, targets)
+            count: Any = 0
+        else:
+            pred, loss = self._forward(inputs, targets)
+            count = self._functions.weight(inputs, targets) if self._update.takes_counts else 1
+        self._update.backward(loss, count, is_last=is_last)
+        return pred, loss
+
+    def _forward(self, inputs: Any, targets: Any) -> tuple[Any, Tensor]:
+        if self._autocast is None:
+            return self._predicted(inputs, targets)
+        with self._autocast():
+            return self._predicted(inputs, targets)
+
+    def _predicted(self, inputs: Any, targets: Any) -> tuple[Any, Tensor]:
+        call = self._functions.model
+        pred = self._model(inputs) if call is None else call(self._model, inputs)
+        return pred, self._functions.loss(pred, targets)
+
+    def _step(self, engine: Engine) -> None:
+        self._update.step()
+        self._num_pending, self._spare = 0, None
+        if self._update.scaler is not None:
+            engine.state.grad_scaler = self._update.scaler.state_dict()  # type: ignore[attr-defined]
+        engine.fire_event(SupervisedEvents.OPTIMIZER_STEP_COMPLETED)
+
+    # -- handlers --------------------------------------------------------------------------------------------------
+
+    def _begin(self, engine: Engine) -> None:
+        state = engine.state
+        self._num_pending, self._spare = 0, None  # of a run that failed
+        self._update.forget()
+        self._train_mode(engine)
+        if state.iteration and self._update.scaler is not None:
+            self._update.scaler.load_state_dict(state.grad_scaler)  # type: ignore[attr-defined]
+        is_within = state.epochs_completed == state.epoch and state.epoch_iteration != state.epoch_length
+        if (lost := state.epoch_iteration % self._num_batches) and is_within and world().rank == 0:
+            warnings.warn(
+                f"This run goes on from the middle of an accumulation: the gradients of {lost} of its "
+                f"{self._num_batches} batches are not in a checkpoint, so its step is that of the others. Save at "
+                f"SupervisedEvents.OPTIMIZER_STEP_COMPLETED, or every multiple of {self._num_batches} iterations.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _train_mode(self, engine: Engine) -> None:
+        # Looked at first: parts that the user keeps in eval mode stay so.
+        if not self._model.training:
+            self._model.train()
+
+    def _finish(self, engine: Engine) -> None:
+        """Step with what an accumulation has where nobody knew that its last batch was the last one."""
+        if not self._num_pending:
+            return
+        if not self._update.is_alone:
+            # What was added up inside no_sync() is sent by a backward pass of no weight.
+            inputs, targets = self._functions.prepare_batch(self._spare, self._device)
+            self._pass(inputs, targets, is_absent=True, is_last=True)
+        self._step(engine)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """No statistics are updated, and no random number is drawn."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,120 @@
+"""A trainer from a model, an optimizer and a loss."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dengine.checks import whole_number
+from dengine.distributed import world
+from dengine.engine import Engine
+from dengine.supervised.accelerator import accelerator_for, distributed_kind
+from dengine.supervised.batches import (
+    LossFunction,
+    ModelFunction,
+    OutputFunction,
+    PrepareBatch,
+    WeightFunction,
+    check_callables,
+    num_samples,
+    pair_on_device,
+)
+from dengine.supervised.prepared import prepared
+from dengine.supervised.step import Functions, SupervisedEvents, TrainStep
+from dengine.supervised.updates import update_for
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["SupervisedEvents", "create_supervised_trainer"]
+
+
+def create_supervised_trainer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: LossFunction,
+    *,
+    accelerator: "Accelerator | None" = None,
+    mixed_precision: str | None = None,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    output_transform: OutputFunction | None = None,
+    prepare_batch: PrepareBatch | None = None,
+    model_fn: ModelFunction | None = None,
+    weight: WeightFunction | None = None,
+) -> Engine:
+    """An engine that trains `model`: `create_supervised_trainer(model, optimizer, loss_fn).run(loader, max_epochs=9)`.
+
+    The gradient of each step is that of the mean over the global batch: over all ranks and all batches of an
+    accumulation, each weighted by what it counts, whatever their sizes. A rank whose shard ends before that of others
+    (`prepare_data_loader(..., exact=True)`) takes part in the steps that it lacks with a weight of 0. An accumulation
+    that the end of the epoch or the run cuts short is stepped with what it has.
+
+    The step's output is `{"loss": tensor, "pred": ..., "label": ...}`, of this rank's batch and without a graph.
+    `SupervisedEvents.OPTIMIZER_STEP_COMPLETED` fires after each step of the optimizer.
+
+    Args:
+        model: wrapped by `prepare_model` already, by `accelerator.prepare`, or bare: then it is moved to its device
+            and, over several ranks, wrapped, by accelerate where `accelerate config` says FSDP or DeepSpeed.
+        loss_fn: `loss_fn(pred, targets)`, the mean over what `weight` counts.
+        accelerator: one of your own; by default one is made that agrees with `distributed.world()`.
+        mixed_precision: "no", "fp16" (loss scaling, whose state is part of the engine's), "bf16", "fp8"; by default
+            what `accelerate launch` or the accelerator says. Forward and loss run under autocast.
+        gradient_accumulation_steps: batches that make one step; those of an epoch's beginning first. Only the last of
+            them sends gradients. `terminate()` and preemption leave behind a whole accumulation.
+        max_grad_norm: the norm to which gradients are clipped, over all parameters of the optimizer.
+        output_transform: `(inputs, targets, pred, loss) -> output`, instead of the output above.
+        prepare_batch: `(batch, device) -> (inputs, targets)`; by default the batch is that pair.
+        model_fn: `(model, inputs) -> pred`; by default `model(inputs)`.
+        weight: `(inputs, targets) -> number or 0-d tensor`, what a batch counts: for a loss per token,
+            `lambda inputs, targets: (targets != -100).sum()`. By default its samples. It is only called where it
+            matters: with several ranks, or an accumulation.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or contradicts `accelerator`. ImportError: no accelerate.
+        LaunchError: accelerate counts other ranks than there are.
+
+    Cost: collective where a model is wrapped, over several ranks. Over the loop by hand: with one rank nothing on the
+        device; with several one pass over the gradients, and what is said at `GradientMean`. One small all-reduce an
+        epoch.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"create_supervised_trainer() takes a torch.nn.Module, but got {type(model).__qualname__}.")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__qualname__}.")
+    check_callables(
+        loss_fn=loss_fn,
+        output_transform=output_transform,
+        prepare_batch=prepare_batch,
+        model_fn=model_fn,
+        weight=weight,
+    )
+    num_batches = whole_number("gradient_accumulation_steps", gradient_accumulation_steps, least=1)
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm={max_grad_norm} must be a number above 0; leave it out to clip nothing.")
+    accelerator = accelerator_for(accelerator, mixed_precision)
+    num_batches = _num_batches(num_batches, accelerator)
+    if distributed_kind(accelerator) == "DEEPSPEED" and (weight is not None or max_grad_norm is not None):
+        raise ValueError("DeepSpeed weighs and clips by its own configuration: leave weight= and max_grad_norm= out.")
+    model, optimizer = prepared(model, optimizer, accelerator)
+    functions = Functions(
+        loss=loss_fn,
+        prepare_batch=prepare_batch or pair_on_device,
+        model=model_fn,
+        weight=weight or num_samples,
+        output=output_transform,
+    )
+    update = update_for(model, optimizer, accelerator, num_batches, max_grad_norm)
+    step = TrainStep(model, update, accelerator, functions, num_batches)
+    trainer = Engine(step, joined=world().size > 1, stop_every=num_batches)
+    step.attach(trainer)
+    return trainer
+
+
+def _num_batches(given: int, accelerator: "Accelerator") -> int:
+    theirs = int(accelerator.gradient_accumulation_steps)
+    if given > 1 and theirs not in (1, given):
+        raise ValueError(
+            f"gradient_accumulation_steps={given}, but the Accelerator has {theirs}: give it in one place only."
+        )
+    return max(given, theirs)

@@ -1,0 +1,126 @@
+"""How gradients come about and become a step of the optimizer: by weighted means, or by DeepSpeed's engine."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dengine.distributed.gradients import Count, GradientMean
+from dengine.supervised.accelerator import distributed_kind
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Update", "update_for"]
+
+
+class Update(Protocol):
+    """One step of the optimizer, from its first batch on: `zero_grad`, `backward` for each batch, `step`.
+
+    `takes_counts`: whether `backward` reads the count of a batch; else it need not be computed.
+    """
+
+    takes_counts: bool
+    is_alone: bool
+    scaler: Any
+
+    def zero_grad(self) -> None: ...
+    def no_sync(self) -> AbstractContextManager[None]: ...
+    def backward(self, loss: Tensor, count: Count, *, is_last: bool) -> None: ...
+    def step(self) -> None: ...
+    def forget(self) -> None: ...
+
+
+def update_for(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: "Accelerator",
+    num_batches: int,
+    max_grad_norm: float | None,
+) -> Update:
+    if distributed_kind(accelerator) == "DEEPSPEED":
+        return _DeepSpeed(accelerator)
+    return _Weighted(model, optimizer, accelerator, num_batches, max_grad_norm)
+
+
+class _Weighted:
+    """The gradient of the mean over the global batch, clipped, and the optimizer's step, by the loss scaler's rules."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: "Accelerator",
+        num_batches: int,
+        max_grad_norm: float | None,
+    ) -> None:
+        # accelerate's wrapper asks its own count of batches whether it may step.
+        self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)
+        self._model = model
+        self._accelerator = accelerator
+        self._max_grad_norm = max_grad_norm
+        self._is_accelerates_fsdp = distributed_kind(accelerator) == "FSDP"
+        self._mean = GradientMean(model, num_batches)
+        self.scaler = accelerator.scaler
+        self.is_alone = self._mean.is_alone
+        # Alone, one batch a step is its own mean: nothing to weigh, nothing to divide.
+        self.takes_counts = not self.is_alone or num_batches > 1
+        self.zero_grad = self._optimizer.zero_grad
+        self.no_sync = self._mean.no_sync
+        self.forget = self._mean.forget
+
+    def backward(self, loss: Tensor, count: Count, *, is_last: bool) -> None:
+        if self.takes_counts:
+            self._mean.backward(loss, count, is_last=is_last, scaler=self.scaler)
+        else:
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        if self.takes_counts:
+            self._mean.finish(self._parameters())
+        if self._max_grad_norm is not None:
+            self._clip(self._max_grad_norm)
+        if self.scaler is None:
+            self._optimizer.step()
+        else:
+            self.scaler.step(self._optimizer)
+            self.scaler.update()
+
+    def _clip(self, max_norm: float) -> None:
+        if self._is_accelerates_fsdp:
+            self._accelerator.clip_grad_norm_(self._model.parameters(), max_norm)
+            return
+        if self.scaler is not None:
+            self.scaler.unscale_(self._optimizer)
+        torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+
+class _DeepSpeed:
+    """DeepSpeed scales, averages, accumulates, clips and steps by itself, as its configuration says."""
+
+    takes_counts = False
+    scaler = None
+
+    def __init__(self, accelerator: "Accelerator") -> None:
+        self._accelerator = accelerator
+        self.is_alone = accelerator.num_processes == 1
+
+    def zero_grad(self) -> None:
+        pass
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor, count: Count, *, is_last: bool) -> None:
+        self._accelerator.sync_gradients = is_last
+        self._accelerator.backward(loss)
+
+    def step(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
