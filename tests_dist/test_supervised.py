@@ -1,17 +1,18 @@
 """Supervised training over real ranks, against the gradient of the mean over the global batch, computed here."""
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankFailed, run_ranks
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
 
-from dengine import Engine, Events, SupervisedEvents, create_supervised_trainer, distributed
+from dengine import Events, SupervisedEvents, create_supervised_trainer, distributed
+from dengine.distributed.ledger import num_joined
 
 Batch = tuple[Tensor, Tensor]
 Shards = list[list[int]]  # for each rank the sizes of its batches
@@ -117,3 +118,151 @@ def test_the_norm_that_is_clipped_is_that_of_the_whole_gradient(strategy: str) -
     for weights, _, _ in run_ranks(trained, 3, SHORTER, True, 2, strategy, options):
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
+
+
+# -- what is sent ------------------------------------------------------------------------------------------------
+
+
+def bare_steps(model: nn.Module, batches: list[Batch]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
+def num_collectives(rank: int, size: int) -> dict[str, int]:
+    """Joined in the default group by DDP and by this package: 6 steps of the optimizer each, after some to warm up."""
+    counts = {}
+    for name, accumulation, kwargs in [
+        ("bare", 1, {}),
+        ("1 batch a step", 1, {}),
+        ("4 batches a step", 4, {}),
+        ("several buckets", 1, {"bucket_cap_mb": 1e-5}),
+        ("several buckets, bare", 1, {"bucket_cap_mb": 1e-5}),
+    ]:
+        model = distributed.prepare_model(net(), "ddp", **kwargs)
+        batches = batches_of(rank, [3] * 6 * accumulation, is_masked=False)
+        if "bare" in name:
+            bare_steps(model, batches)
+            before = num_joined(size)
+            bare_steps(model, batches)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+            options: Any = {"gradient_accumulation_steps": accumulation}
+            trainer = create_supervised_trainer(model, optimizer, cross_entropy, **options)
+            trainer.run(batches)
+            before = num_joined(size)
+            trainer.run(batches)
+        counts[name] = num_joined(size) - before
+    return counts
+
+
+def test_the_count_is_sent_with_the_gradients_and_accumulated_ones_are_sent_once() -> None:
+    for counts in run_ranks(num_collectives, 2):
+        assert counts["bare"] == 6
+        # The ranks compare their metrics at the start of a run, and agree how long the epoch is.
+        assert counts["1 batch a step"] == counts["4 batches a step"] == counts["bare"] + 2
+        assert counts["several buckets"] == counts["several buckets, bare"] + 2 > 6 + 2
+
+
+def halved(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A hook of the user's own, which averages as DDP does."""
+    work: Any = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda future: future.value()[0])
+    return future
+
+
+def with_another_carrier(rank: int, size: int, kind: str) -> tuple[dict[str, Tensor], int]:
+    model = distributed.prepare_model(net())
+    assert isinstance(model, nn.parallel.DistributedDataParallel)
+    if kind == "hook":
+        model.register_comm_hook(None, halved)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    if kind == "second trainer":
+        create_supervised_trainer(model, optimizer, cross_entropy)
+    trainer = create_supervised_trainer(model, optimizer, cross_entropy, gradient_accumulation_steps=2)
+    batches = batches_of(rank, SHORTER[rank], is_masked=False)
+    trainer.run(batches)
+    before = num_joined(size)
+    trainer.run(batches)
+    return {name: value.detach() for name, value in model.module.named_parameters()}, num_joined(size) - before
+
+
+@pytest.mark.parametrize(("kind", "collectives"), [("hook", 2 * 3 + 2), ("second trainer", 3 + 2)])
+def test_where_the_bucket_is_taken_the_count_goes_beside_it(kind: str, collectives: int) -> None:
+    expected = weights_by_hand(SHORTER, 2, 2, is_masked=False)
+    for weights, joined in run_ranks(with_another_carrier, 3, kind):
+        assert joined == collectives
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-12)
+
+
+def averaged_outside(rank: int, size: int) -> tuple[Tensor, Tensor]:
+    model = distributed.prepare_model(net())
+    create_supervised_trainer(model, torch.optim.SGD(model.parameters(), lr=LR), cross_entropy)
+    inputs, targets = batches_of(rank, [3], is_masked=False)[0]
+    cross_entropy(model(inputs), targets).backward()
+    alone = net()
+    cross_entropy(alone(inputs), targets).backward()
+    mine = next(alone.parameters()).grad
+    assert mine is not None
+    dist.all_reduce(mine)
+    found = next(model.parameters()).grad
+    assert found is not None
+    return found, mine / size
+
+
+def test_a_backward_pass_of_the_users_own_is_averaged_as_ddp_does() -> None:
+    for found, expected in run_ranks(averaged_outside, 2):
+        torch.testing.assert_close(found, expected)
+
+
+# -- an accumulation that is cut short -----------------------------------------------------------------------------
+
+
+class Stream:
+    """Tells no length, so nobody knows which batch is the last one."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def cut_short(rank: int, size: int, how: str, strategy: str) -> tuple[dict[str, Tensor], list[int], int]:
+    model = distributed.prepare_model(net(), strategy)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    trainer = create_supervised_trainer(model, optimizer, cross_entropy, gradient_accumulation_steps=3)
+    steps: list[int] = []
+    trainer.on(SupervisedEvents.OPTIMIZER_STEP_COMPLETED, lambda engine: steps.append(engine.state.iteration))
+    batches = batches_of(rank, UNEVEN[rank], is_masked=False)
+    if how == "stream":
+        trainer.run(Stream(batches))
+    elif how == "max_iterations":
+        trainer.run([*batches, *batches], max_iterations=5)
+    elif how == "terminate":
+        if rank == 1:
+            trainer.on(Events.ITERATION_COMPLETED(once=1), lambda engine: engine.terminate())
+        with distributed.process_group():
+            trainer.run([*batches, *batches])
+    found: Any = dict(distributed.unwrap_model(model).named_parameters())
+    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in found.items()}
+    return {name: value.detach() for name, value in whole.items()}, steps, trainer.state.iteration
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["stream", "max_iterations"])
+def test_an_accumulation_that_is_cut_short_is_stepped_with_what_it_has(how: str, strategy: str) -> None:
+    expected = weights_by_hand(UNEVEN, 3, 1, is_masked=False)
+    for weights, steps, _ in run_ranks(cut_short, 3, how, strategy):
+        assert steps == [3, 5]
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-12)
+
+
+def test_terminate_leaves_behind_a_whole_accumulation() -> None:
+    for _, steps, iteration in run_ranks(cut_short, 3, "terminate", "ddp"):
+        assert iteration % 3 == 0
+        assert steps == list(range(3, iteration + 1, 3))

@@ -106,6 +106,7 @@ class GradientMean:
 
     def forget(self) -> None:
         """Begin anew without a step."""
+        self._carrier.forget()
         self._total = 0.0
         if self.is_alone:
             self._unit = None
@@ -154,16 +155,18 @@ class _Bucket:
         self._group = ddp.process_group
         self._size = size
         self._mine: Count | None = None  # None: a backward pass that is not ours, to be averaged as DDP does
-        self._summed: Tensor | None = None
+        self._summed: list[Tensor] = []
         ddp.register_comm_hook(None, self._hook)
 
     def send(self, count: Count, device: torch.device) -> None:
         self._mine = count
 
     def total(self) -> Tensor:
-        summed, self._summed, self._mine = self._summed, None, None
-        assert summed is not None
-        return summed
+        return self._summed[0]
+
+    def forget(self) -> None:
+        self._mine = None
+        self._summed.clear()
 
     def _hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
@@ -178,9 +181,13 @@ class _Bucket:
         sent[:-1] = buffer
         sent[-1] = mine
 
+        # Runs in a thread of the group's, and is let go there: were it the last to hold the group, by way of `self`,
+        # that thread would wait for itself.
+        found = self._summed
+
         def unpack(future: Any) -> Tensor:
             (summed,) = future.value()
-            self._summed = summed[-1]
+            found.append(summed[-1])
             return buffer.copy_(summed[:-1])
 
         return _sent(sent, self._group).then(unpack)
@@ -201,10 +208,12 @@ class _Beside:
         self._work = dist.all_reduce(self._count, group=self._group, async_op=True)
 
     def total(self) -> Tensor:
-        count, self._count = self._count, None
-        assert count is not None
+        assert self._count is not None
         self._work.wait()
-        return count[0]
+        return self._count[0]
+
+    def forget(self) -> None:
+        self._count = self._work = None
 
 
 def _carrier(ddp: DistributedDataParallel, size: int) -> "_Bucket | _Beside":

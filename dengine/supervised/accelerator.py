@@ -36,6 +36,8 @@ def accelerator_for(given: "Accelerator | None", mixed_precision: str | None) ->
     if mixed_precision not in _PRECISIONS:
         raise ValueError(f"mixed_precision={mixed_precision!r} must be one of {', '.join(map(repr, _PRECISIONS))}.")
     here = world()
+    if mixed_precision == "fp16" and here.device.type == "cpu":
+        raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' on the CPU.")
     if given is None:
         accelerator = _made(Accelerator, here, mixed_precision)
     elif not isinstance(given, Accelerator):

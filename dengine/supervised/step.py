@@ -22,7 +22,10 @@ _FIRST = 1_000_000  # as a priority
 
 
 class SupervisedEvents(EventEnum):
-    """Events of a supervised trainer's own."""
+    """Events of a supervised trainer's own.
+
+    `OPTIMIZER_STEP_COMPLETED` fires when the iteration that ended in a step is completed, before `ITERATION_COMPLETED`.
+    """
 
     OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
 
@@ -52,11 +55,14 @@ class TrainStep:
         self._num_batches = num_batches
         self._num_pending = 0  # batches whose gradients no step has used yet
         self._spare: Any = None  # the last one of these
+        self._has_stepped = False
 
     def attach(self, engine: Engine) -> None:
         engine.register_events(SupervisedEvents)
         engine.on(Events.STARTED, self._begin, priority=_FIRST)
         engine.on(Events.EPOCH_STARTED, self._train_mode, priority=_FIRST)
+        # Not within the step: an iteration under way is one that a resumed run does again.
+        engine.on(Events.ITERATION_COMPLETED, self._tell, priority=_FIRST)
         # Before whatever looks at the model then: an accumulation that was cut short is stepped with what it has.
         engine.on(Events.EPOCH_COMPLETED | Events.TERMINATED | Events.COMPLETED, self._finish, priority=_FIRST)
         if self._update.scaler is not None:
@@ -114,7 +120,7 @@ class TrainStep:
         self._num_pending, self._spare = 0, None
         if self._update.scaler is not None:
             engine.state.grad_scaler = self._update.scaler.state_dict()  # type: ignore[attr-defined]
-        engine.fire_event(SupervisedEvents.OPTIMIZER_STEP_COMPLETED)
+        self._has_stepped = True
 
     # -- handlers --------------------------------------------------------------------------------------------------
 
@@ -140,6 +146,11 @@ class TrainStep:
         if not self._model.training:
             self._model.train()
 
+    def _tell(self, engine: Engine) -> None:
+        if self._has_stepped:
+            self._has_stepped = False
+            engine.fire_event(SupervisedEvents.OPTIMIZER_STEP_COMPLETED)
+
     def _finish(self, engine: Engine) -> None:
         """Step with what an accumulation has where nobody knew that its last batch was the last one."""
         if not self._num_pending:
@@ -149,6 +160,7 @@ class TrainStep:
             inputs, targets = self._functions.prepare_batch(self._spare, self._device)
             self._pass(inputs, targets, is_absent=True, is_last=True)
         self._step(engine)
+        self._tell(engine)
 
 
 @contextmanager
