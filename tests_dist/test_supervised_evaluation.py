@@ -80,7 +80,9 @@ def test_an_evaluation_in_ddp_talks_at_its_beginning_and_its_end_only() -> None:
 
 
 def validated_while_training(rank: int, size: int) -> tuple[float, list[bool], Tensor]:
-    model = distributed.prepare_model(net())
+    bare = net()
+    bare[1].eval()  # type: ignore[index]  # batches of a single sample have no statistics
+    model = distributed.prepare_model(bare)
     trainer = create_supervised_trainer(model, torch.optim.SGD(model.parameters(), lr=0.0), cross_entropy)
     evaluator = create_supervised_evaluator(model, {"acc": Accuracy()})
     loader = distributed.prepare_data_loader(DataLoader(data_set(7), batch_size=2), exact=True)
