@@ -11,6 +11,7 @@ from dengine.handlers.preemption import Preemption
 from dengine.handlers.profiler import Profiler
 from dengine.handlers.progress_bar import ProgressBar
 from dengine.handlers.terminate_on_nan import TerminateOnNan
+from dengine.handlers.throughput_monitor import ThroughputMonitor
 from dengine.handlers.time_limit import TimeLimit
 from dengine.handlers.timer import Timer
 from dengine.handlers.tracking_handler import TrackingHandler
@@ -27,6 +28,7 @@ __all__ = [
     "Profiler",
     "ProgressBar",
     "TerminateOnNan",
+    "ThroughputMonitor",
     "TimeLimit",
     "Timer",
     "TrackingHandler",

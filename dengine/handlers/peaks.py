@@ -1,0 +1,42 @@
+"""What devices can do at most. Pure but for the name of the device, which is asked for."""
+
+import torch
+
+__all__ = ["PEAKS", "peak_flops_per_s"]
+
+# Dense 16-bit matrix products with float32 accumulation, in 10^12 operations a second, from the vendors' data sheets.
+# The first name that is contained in the device's name counts, so longer ones stand before shorter ones.
+PEAKS = {
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "V100": 125.0,
+    "T4": 65.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "MI300X": 1307.4,
+    "MI250X": 383.0,
+    "MI250": 362.1,
+}
+
+
+def peak_flops_per_s(device: torch.device) -> float | None:
+    """The peak of `device` in floating-point operations a second; None where it is not known, as of a CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for part, peak in PEAKS.items() if part.lower() in name.lower()), None)

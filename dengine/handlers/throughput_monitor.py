@@ -1,0 +1,194 @@
+"""How fast a run goes, and where its time goes."""
+
+import sys
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from dengine.distributed import all_reduce, world
+from dengine.engine import Absent, Engine, Events
+from dengine.handlers.peaks import peak_flops_per_s
+
+__all__ = ["ThroughputMonitor"]
+
+_FIRST, _LAST = 1_500_000, -1_500_000  # as priorities
+_BEFORE_OTHERS = 2000  # so that trackers and the user's own handlers of EPOCH_COMPLETED see the values
+_COUNTED_STEP = 2  # the first one of a run may compile, or build what is built once
+
+
+class ThroughputMonitor:
+    """After each epoch, in `state.metrics`, and as one line on rank 0:
+
+    - `samples_per_s`, and `tokens_per_s` where `num_tokens` is given: of all ranks together;
+    - `data_ms`, `step_ms`, `handlers_ms`: the mean time of an iteration that went into waiting for the batch, into the
+      step, and into everything else, metrics included; of the rank for which an iteration takes longest;
+    - `mfu`, the model FLOPs utilisation: the floating-point operations of the steps, as `torch.utils.flop_counter`
+      counts those of one step of this rank (its second one, forward and backward), over what its device could have
+      done in the epoch's time.
+
+    Times are the loop's. On a GPU, whose work goes on behind the loop, the loop waits where its queue is full or a
+    value is read, so only their sum and the throughput are the device's; no time is taken by waiting for it.
+
+    Attach it on every rank. Collective where the engine is. Cost: two all-reduces of a few numbers an epoch, five
+    readings of a clock an iteration, and one step under the counter.
+
+    Args:
+        num_samples: `(engine) -> int`, samples of an iteration; by default the first dimension of the batch's target,
+            or its first tensor.
+        num_tokens: `(engine) -> int or 0-d tensor`; a tensor is not read before the epoch's end.
+        count_flops: False leaves `mfu` out, and counts nothing.
+        peak_flops_per_s: of one device, dense, in the precision that is trained in; by default from a table of GPUs in
+            16 bits. Where neither is known, as on a CPU, there is no `mfu`.
+        print_line: False leaves the line out.
+
+    Example:
+        >>> from dengine import Engine
+        >>> trainer = Engine(lambda engine, batch: None)
+        >>> ThroughputMonitor(print_line=False).attach(trainer)
+        >>> metrics = trainer.run([torch.zeros(8, 2)] * 3).metrics
+        >>> sorted(metrics)
+        ['data_ms', 'handlers_ms', 'samples_per_s', 'step_ms']
+    """
+
+    def __init__(
+        self,
+        num_samples: Callable[[Engine], int] | None = None,
+        num_tokens: Callable[[Engine], Any] | None = None,
+        *,
+        count_flops: bool = True,
+        peak_flops_per_s: float | None = None,
+        print_line: bool = True,
+    ) -> None:
+        for name, function in (("num_samples", num_samples), ("num_tokens", num_tokens)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}={function!r} must be a function of the engine.")
+        if peak_flops_per_s is not None and not peak_flops_per_s > 0:
+            raise ValueError(f"peak_flops_per_s={peak_flops_per_s} must be a number above 0.")
+        self._num_samples = num_samples or _samples_of_batch
+        self._num_tokens = num_tokens
+        self._counts_flops = count_flops
+        self._peak = peak_flops_per_s
+        self._prints = print_line
+        self._counter: Any = None
+        self._flops_a_step: int | None = None
+        self._start_epoch()
+
+    def attach(self, engine: Engine) -> None:
+        """Measure the runs of `engine`: from behind the handlers of an event to before those of the next one."""
+        engine.on(Events.EPOCH_STARTED, self._begin, priority=_LAST)
+        engine.on(Events.GET_BATCH_STARTED, self._fetch, priority=_LAST)
+        engine.on(Events.GET_BATCH_COMPLETED, self._fetched, priority=_FIRST)
+        engine.on(Events.ITERATION_STARTED, self._step_begins, priority=_LAST)
+        engine.on(Events.ITERATION_COMPLETED, self._step_ended, priority=_FIRST)
+        engine.on(Events.EPOCH_COMPLETED, self._report, priority=_BEFORE_OTHERS)
+        engine.on(Events.EXCEPTION_RAISED, self._stop_counting, priority=_FIRST)
+
+    # -- handlers ------------------------------------------------------------------------------------------------
+
+    def _begin(self, engine: Engine) -> None:
+        self._start_epoch()
+
+    def _fetch(self, engine: Engine) -> None:
+        self._fetch_s = perf_counter()
+
+    def _fetched(self, engine: Engine) -> None:
+        self._data_s += perf_counter() - self._fetch_s
+
+    def _step_begins(self, engine: Engine) -> None:
+        is_wanted = self._counts_flops and self._flops_a_step is None and engine.state.iteration >= _COUNTED_STEP
+        if is_wanted and type(engine.state.batch) is not Absent and self._peak_of(engine) is not None:
+            from torch.utils.flop_counter import FlopCounterMode  # costs 0.3 s to import
+
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()
+        self._step_s = perf_counter()
+
+    def _step_ended(self, engine: Engine) -> None:
+        self._in_step_s += perf_counter() - self._step_s
+        if self._counter is not None:
+            self._flops_a_step = int(self._counter.get_total_flops())
+            self._stop_counting(engine)
+        if type(engine.state.batch) is Absent:
+            return
+        self._num_steps += 1
+        self._samples += self._num_samples(engine)
+        if self._num_tokens is not None:
+            tokens = self._num_tokens(engine)
+            self._tokens = self._tokens + (tokens.detach() if isinstance(tokens, torch.Tensor) else tokens)
+
+    def _stop_counting(self, engine: Engine) -> None:
+        counter, self._counter = self._counter, None
+        if counter is not None:
+            counter.__exit__(None, None, None)
+
+    def _report(self, engine: Engine) -> None:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # work still queued counts
+        elapsed_s = max(perf_counter() - self._started_s, 1e-9)
+        metrics = self._values(engine, elapsed_s)
+        engine.state.metrics.update(metrics)
+        if self._prints and world().rank == 0:
+            print(_line(engine, metrics), file=sys.stderr, flush=True)
+
+    # -- numbers -------------------------------------------------------------------------------------------------
+
+    def _start_epoch(self) -> None:
+        self._started_s = self._fetch_s = self._step_s = perf_counter()
+        self._data_s = self._in_step_s = 0.0
+        self._num_steps = self._samples = 0
+        self._tokens: Any = 0
+
+    def _peak_of(self, engine: Engine) -> float | None:
+        return self._peak if self._peak is not None else peak_flops_per_s(world().device)
+
+    def _values(self, engine: Engine, elapsed_s: float) -> dict[str, float]:
+        peak = self._peak_of(engine)
+        sums = {
+            "samples": float(self._samples),
+            "tokens": float(self._tokens),
+            "flops": float((self._flops_a_step or 0) * self._num_steps),
+            "peaks": peak or 0.0,
+        }
+        num = max(engine.state.epoch_iteration, 1)
+        times = {
+            "elapsed_s": elapsed_s,
+            "data_ms": 1e3 * self._data_s / num,
+            "step_ms": 1e3 * self._in_step_s / num,
+            "handlers_ms": 1e3 * max(elapsed_s - self._data_s - self._in_step_s, 0.0) / num,
+        }
+        if engine.distributed:
+            sums = all_reduce(sums, "sum", name="the throughput of an epoch")
+            times = all_reduce(times, "max", name="the times of an epoch")
+        elapsed_s = times.pop("elapsed_s")
+        values = {"samples_per_s": sums["samples"] / elapsed_s}
+        if self._num_tokens is not None:
+            values["tokens_per_s"] = sums["tokens"] / elapsed_s
+        values.update(times)
+        if sums["flops"] and sums["peaks"]:
+            values["mfu"] = sums["flops"] / (elapsed_s * sums["peaks"])
+        return values
+
+
+def _samples_of_batch(engine: Engine) -> int:
+    """The first dimension of the last tensor of a batch that is a pair or a tensor, of the first one of a mapping."""
+    batch = engine.state.batch
+    if isinstance(batch, dict):
+        batch = list(batch.values())[:1]
+    parts = list(batch)[::-1] if isinstance(batch, (tuple, list)) else [batch]
+    for part in parts:
+        if isinstance(part, torch.Tensor) and part.ndim:
+            return part.shape[0]
+    return 1
+
+
+def _line(engine: Engine, metrics: dict[str, float]) -> str:
+    parts = [f"epoch {engine.state.epoch + 1}: {metrics['samples_per_s']:.4g} samples/s"]
+    if "tokens_per_s" in metrics:
+        parts.append(f"{metrics['tokens_per_s']:.4g} tokens/s")
+    times = (f"{name} {metrics[f'{name}_ms']:.3g}" for name in ("data", "step", "handlers"))
+    parts.append(f"ms an iteration: {', '.join(times)}")
+    if "mfu" in metrics:
+        parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
+    return ", ".join(parts)
