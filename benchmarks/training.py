@@ -346,7 +346,10 @@ def report(taken: dict[str, dict[str, list[dict[str, float]]]], options: argpars
             line: list[Any] = [work_name, name]
             for what in ("cpu", "wall"):
                 ratios = [one[what] / base[what] for one, base in zip(rows, of_work["bare"], strict=True)]
-                line += [f"{1e3 * statistics.median(row[what] for row in rows):.2f}", f"{statistics.median(ratios):.3f}"]
+                line += [
+                    f"{1e3 * statistics.median(row[what] for row in rows):.2f}",
+                    f"{statistics.median(ratios):.3f}",
+                ]
                 if what == "cpu" and len(ratios) > 1:
                     low, _, high = statistics.quantiles(ratios, n=4)
                     line.append(f"{low:.3f} to {high:.3f}")

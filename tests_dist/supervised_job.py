@@ -1,6 +1,6 @@
 """A script for any launcher: trains on uneven shards, and rank 0 prints the sum of the weights.
 
-    python supervised_job.py [dengine first | accelerate first | accelerate only]
+python supervised_job.py [dengine first | accelerate first | accelerate only]
 """
 
 import sys

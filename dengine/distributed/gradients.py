@@ -114,7 +114,9 @@ class GradientMean:
     def _first_unit(self, count: Count, *, is_scaled: bool) -> Count:
         if not self.is_alone:
             # A power of two, by which nothing is rounded: a resumed run may find another one.
-            return 2.0 ** math.ceil(math.log2(max(all_reduce(float(count), "max", name="unit"), 1))) if is_scaled else 1.0
+            return (
+                2.0 ** math.ceil(math.log2(max(all_reduce(float(count), "max", name="unit"), 1))) if is_scaled else 1.0
+            )
         if isinstance(count, Tensor):
             return torch.where(count > 0, count, 1.0) * self._num_batches
         return (count or 1) * self._num_batches

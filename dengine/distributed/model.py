@@ -160,7 +160,9 @@ def _checkpoint_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) ->
     found = [module for module in model.modules() if isinstance(module, blocks)]
     if not found:
         names = ", ".join(block.__name__ for block in blocks)
-        raise ValueError(f"There is no {names} in this {type(model).__qualname__}: blocks= names the classes of layers.")
+        raise ValueError(
+            f"There is no {names} in this {type(model).__qualname__}: blocks= names the classes of layers."
+        )
     for module in found:
         if not isinstance(module.forward, partial):
             # Through the instance: assigned to the class, it would hold for other models too.

@@ -104,9 +104,9 @@ def _check_ranks(accelerator: "Accelerator", here: World) -> None:
     if theirs != (here.rank, here.size):
         raise LaunchError(
             f"accelerate takes this process for rank {theirs[0]} of {theirs[1]}, but it is rank {here.rank} of "
-            f"{here.size}. Open distributed.process_group() before any Accelerator is made, and leave accelerator= out; "
-            "an Accelerator of your own on a machine without a GPU takes cpu=True, and under srun it must come after "
-            "process_group()."
+            f"{here.size}. Open distributed.process_group() before any Accelerator is made, and leave accelerator= "
+            "out; an Accelerator of your own on a machine without a GPU takes cpu=True, and under srun none can be "
+            "made before process_group()."
         )
     if accelerator.device.type != here.device.type:
         raise LaunchError(

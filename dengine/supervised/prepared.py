@@ -1,6 +1,6 @@
 """Model and optimizer as they are trained: wrapped, where the user has not done so."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn

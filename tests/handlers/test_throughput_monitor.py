@@ -72,7 +72,9 @@ def test_times_and_rates_are_those_of_the_clock_in_each_epoch(clock: Clock, caps
     }
     assert seen == [pytest.approx(expected)] * 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "epoch 1: 0.4444 samples/s, 2.222 tokens/s, ms an iteration: data 2e+03, step 3e+03, handlers 1e+03"
+    assert (
+        lines[0] == "epoch 1: 0.4444 samples/s, 2.222 tokens/s, ms an iteration: data 2e+03, step 3e+03, handlers 1e+03"
+    )
     assert len(lines) == 2
 
 

@@ -20,16 +20,13 @@ Batch = tuple[Tensor, Tensor]
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)
-    )
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
 
 
 def batches_of(*sizes: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator))
-        for size in sizes
+        (torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator)) for size in sizes
     ]
 
 
