@@ -76,7 +76,9 @@ class TrainStep:
             self._update.zero_grad()
         self._num_pending += 1
         is_absent = type(batch) is Absent
-        batch = batch.spare if is_absent else batch
+        if is_absent:
+            batch = batch.spare
+            self._refuse_talking_norm()
         inputs, targets = self._functions.prepare_batch(batch, self._device)
         if is_last:
             pred, loss = self._pass(inputs, targets, is_absent=is_absent, is_last=True)
@@ -103,6 +105,13 @@ class TrainStep:
             count = self._functions.weight(inputs, targets) if self._update.takes_counts else 1
         self._update.backward(loss, count, is_last=is_last)
         return pred, loss
+
+    def _refuse_talking_norm(self) -> None:
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self._model.modules()):
+            raise ValueError(
+                "SyncBatchNorm needs a batch on every rank, but this rank's data has ended before another one's: give "
+                "all ranks the same number of batches, as prepare_data_loader() does without exact=True."
+            )
 
     def _forward(self, inputs: Any, targets: Any) -> tuple[Any, Tensor]:
         if self._autocast is None:
