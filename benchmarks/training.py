@@ -54,15 +54,15 @@ class Work:
         return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
-def mlp() -> Work:
+def mlp(iterations: int) -> Work:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
     batches = [(torch.randn(64, 784), torch.randint(0, 10, (64,))) for _ in range(20)]
-    return Work(make, [batches[number % 20] for number in range(938)])  # as many as MNIST has
+    return Work(make, [batches[number % 20] for number in range(iterations)])
 
 
-def conv() -> Work:
+def conv(iterations: int) -> Work:
     def block(width_in: int, width: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(width_in, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
@@ -71,7 +71,9 @@ def conv() -> Work:
             block(3, 32), block(32, 64), block(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)
         )
 
-    return Work(make, [(torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))) for _ in range(100)])
+    return Work(
+        make, [(torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))) for _ in range(max(iterations // 9, 1))]
+    )
 
 
 WORKS = {"mlp": mlp, "conv": conv}
@@ -273,11 +275,13 @@ NEEDED = {"ignite": "ignite", "fabric": "lightning", "lightning": "lightning", "
 # -- measuring ---------------------------------------------------------------------------------------------------
 
 
-def measure(works: list[str], names: list[str], rounds: int) -> dict[str, dict[str, list[dict[str, float]]]]:
+def measure(
+    works: list[str], names: list[str], rounds: int, iterations: int
+) -> dict[str, dict[str, list[dict[str, float]]]]:
     """For each work and contestant the seconds an iteration of each round, of CPU and of wall-clock time."""
     taken: dict[str, dict[str, list[dict[str, float]]]] = {}
     for work_name in works:
-        work = WORKS[work_name]()
+        work = WORKS[work_name](iterations)
         folders = {name: Path(tempfile.mkdtemp(prefix=f"dengine-{name}-")) for name in names}
         epochs = {name: CONTESTANTS[name](work, folders[name]) for name in names}
         of_work: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -309,7 +313,7 @@ def one_rank(rank: int, size: int, port: int, log: str, options: Any, answers: A
     os.dup2(output, 1)  # bars and the peers' announcements
     os.dup2(output, 2)
     with distributed.process_group():
-        taken = measure(options.work, options.only, options.rounds)
+        taken = measure(options.work, options.only, options.rounds, options.iterations)
     if rank == 0:
         answers.put(taken)
 
@@ -318,6 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=938, help="of an epoch of the MLP; of the conv net a ninth")
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     options = parser.parse_args()

@@ -170,15 +170,20 @@ class _Bucket:
         self._mine = None
         self._summed.clear()
 
-    def _hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _hook(
+        self,
+        _: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
         if self._mine is None:
             buffer.div_(self._size)
         elif bucket.index() == 0:
             return self._with_count(buffer, self._mine)
-        return _sent(buffer, self._group).then(_first)
+        sent: torch.futures.Future[Tensor] = _sent(buffer, self._group).then(_first)
+        return sent
 
-    def _with_count(self, buffer: Tensor, mine: Count) -> Any:
+    def _with_count(self, buffer: Tensor, mine: Count) -> torch.futures.Future[Tensor]:
         sent = buffer.new_empty(buffer.numel() + 1)
         sent[:-1] = buffer
         sent[-1] = mine
@@ -192,7 +197,8 @@ class _Bucket:
             found.append(summed[-1])
             return buffer.copy_(summed[:-1])
 
-        return _sent(sent, self._group).then(unpack)
+        unpacked: torch.futures.Future[Tensor] = _sent(sent, self._group).then(unpack)
+        return unpacked
 
 
 class _Beside:

@@ -73,6 +73,7 @@ class ThroughputMonitor:
         self._prints = print_line
         self._counter: Any = None
         self._flops_a_step: int | None = None
+        self._tokens: Any = 0
         self._start_epoch()
 
     def attach(self, engine: Engine) -> None:
@@ -138,7 +139,7 @@ class ThroughputMonitor:
         self._started_s = self._fetch_s = self._step_s = perf_counter()
         self._data_s = self._in_step_s = 0.0
         self._num_steps = self._samples = 0
-        self._tokens: Any = 0
+        self._tokens = 0
 
     def _peak_of(self, engine: Engine) -> float | None:
         return self._peak if self._peak is not None else peak_flops_per_s(world().device)

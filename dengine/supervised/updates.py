@@ -74,7 +74,7 @@ class _Weighted:
         if self.takes_counts:
             self._mean.backward(loss, count, is_last=is_last, scaler=self.scaler)
         else:
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self) -> None:
         if self.takes_counts:
