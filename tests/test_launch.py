@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,9 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
-STARTED_BY_USERS = ["quickstart", "test", "benchmark"]
-TOOLS = ["bash", "basename", "cat", "cksum", "dirname", "grep", "ls", "mkdir", "mktemp", "rm", "tail", "tee"]
+SCRIPTS = [
+    *sorted((ROOT / "launch").glob("*.sh")),
+    *sorted((ROOT / "slurm").glob("*.sbatch")),
+    *sorted((ROOT / "tests_dist").rglob("*.sh")),
+    ROOT / ".ci" / "run",
+]
+SOURCED = ["common.sh", "torchrun.sh"]
+INSTALLING = ["quickstart", "test", "benchmark", "single"]
+STARTED_BY_USERS = [*INSTALLING, "multinode", "elastic"]
+TOOLS = ["bash", "basename", "cat", "cksum", "dirname", "grep", "ls", "mkdir", "mktemp", "rm", "sleep", "tail", "tee"]
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 
 # Notes each call in $FAKE/calls. The first word of a call that has a file $FAKE/<word>.out gets it as the output,
@@ -102,8 +110,8 @@ def test_script_parses(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_that_are_started_are_executable_and_the_sourced_one_is_not(script: Path) -> None:
-    assert os.access(script, os.X_OK) == (script.name != "common.sh")
+def test_scripts_that_are_started_are_executable_and_those_sourced_are_not(script: Path) -> None:
+    assert os.access(script, os.X_OK) == (script.name not in SOURCED)
 
 
 def test_shellcheck_finds_nothing() -> None:
@@ -123,10 +131,11 @@ def test_help_needs_no_python_and_makes_nothing(bare: Sandbox, name: str) -> Non
     assert not bare.venv.exists()
 
 
-@pytest.mark.parametrize("name", STARTED_BY_USERS)
+@pytest.mark.parametrize("name", INSTALLING)
 def test_missing_python_is_one_line_that_says_what_to_install(bare: Sandbox, name: str) -> None:
     (bare.root / "benchmarks" / "loop.py").touch()
-    outcome = bare.launch(name)
+    (bare.elsewhere / "train.py").touch()
+    outcome = bare.launch(name, *(["train.py"] if name == "single" else []))
     assert outcome.returncode != 0
     assert len(outcome.stderr.splitlines()) == 1
     assert "no Python 3.10 or newer found: install one (Debian, Ubuntu: apt install python3 " in outcome.stderr
@@ -228,8 +237,7 @@ def test_quickstart_runs_the_command_it_prints(
     ready.answer(COUNT_GPUS, f"{num_gpus}\n")
     outcome = ready.launch("quickstart", "--epochs", "2", **environment)
     assert outcome.returncode == 0
-    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --shutdown-timeout=120"
-    arguments = f"--standalone --nproc-per-node={num_processes} {signals} {ready.root}/examples/digits.py --epochs 2"
+    arguments = f"--standalone --nproc-per-node={num_processes} {SIGNALS} {ready.root}/examples/digits.py --epochs 2"
     assert ready.calls("torchrun") == [f"{ready.venv}/bin/torchrun {arguments}"]
     printed = f"{ready.venv}/bin/python {ready.venv}/bin/torchrun {arguments}"
     assert outcome.stdout == prefix + printed.replace("the root", r"the\ root").replace(",", r"\,") + "\n"
@@ -249,6 +257,119 @@ def test_impossible_number_of_processes_is_named_before_anything_is_installed(
     assert outcome.returncode != 0
     assert f"NPROC={num_processes} is no number of processes" in outcome.stderr
     assert ready.calls("") == []
+
+
+SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --shutdown-timeout=120"
+
+
+@pytest.fixture
+def node(ready: Sandbox) -> Sandbox:
+    """A machine with a script in another folder, without GPUs, that finds itself to be the head `node1`."""
+    (ready.elsewhere / "my train.py").touch()
+    ready.answer(COUNT_GPUS, "0\n")
+    ready.answer("node1", "true\n")
+    return ready
+
+
+def test_single_runs_the_script_with_its_arguments_and_those_that_look_like_torchruns(node: Sandbox) -> None:
+    outcome = node.launch("single", "my train.py", "--nnodes", "a b", "--help", NPROC="3")
+    assert outcome.returncode == 0
+    arguments = f"--standalone --nproc-per-node=3 {SIGNALS} my train.py --nnodes a b --help"
+    assert node.calls("torchrun") == [f"{node.venv}/bin/torchrun {arguments}"]
+    assert outcome.stdout.endswith(r"my\ train.py --nnodes a\ b --help" + "\n")
+    assert outcome.stdout.startswith("OMP_NUM_THREADS=1 ")
+
+
+def test_single_installs_for_the_scripts_that_do_not(bare: Sandbox, ready: Sandbox) -> None:
+    assert ready.launch("single", "--install").returncode == 0
+    assert len(ready.calls("pip install")) == 1
+    assert ready.calls("torchrun") == []
+
+
+@pytest.mark.parametrize("is_head", ["true", "false"])
+def test_multinode_meets_on_the_head_and_says_who_that_is(node: Sandbox, is_head: str) -> None:
+    node.answer("node1", f"{is_head}\n")
+    outcome = node.launch("multinode", "my train.py", "--lr", "1", NNODES="2", HEAD="node1", PORT="5000", RUN_ID="a")
+    assert outcome.returncode == 0
+    meeting = f"--rdzv-backend=c10d --rdzv-endpoint=node1:5000 --rdzv-id=a --rdzv-conf=is_host={is_head}"
+    arguments = f"--nnodes=2 {meeting} --nproc-per-node=2 {SIGNALS} my train.py --lr 1"
+    assert node.calls("torchrun") == [f"{node.venv}/bin/torchrun {arguments}"]
+    assert node.calls("pip install") == []  # machines that share the folder would do it at the same time
+
+
+def test_elastic_joins_again_after_an_error_but_only_so_often(node: Sandbox) -> None:
+    node.answer("--max-restarts=1", "", code=7)
+    outcome = node.launch("elastic", "my train.py", NNODES="1:3", HEAD="node1", RESTARTS="1", LAST_CALL="9")
+    assert outcome.returncode == 7
+    meeting = "--rdzv-endpoint=node1:29400 --rdzv-id=dengine --rdzv-conf=is_host=true,last_call_timeout=9"
+    arguments = f"--nnodes=1:3 --rdzv-backend=c10d {meeting} --max-restarts=1 --nproc-per-node=2 {SIGNALS}"
+    assert node.calls("torchrun") == [f"{node.venv}/bin/torchrun {arguments} my train.py"] * 2
+    assert "torchrun ended with 7; it joins again" in outcome.stderr
+
+
+def test_elastic_ends_where_training_ends(node: Sandbox) -> None:
+    assert node.launch("elastic", "my train.py", NNODES="1:3", HEAD="node1").returncode == 0
+    assert len(node.calls("torchrun")) == 1
+
+
+def test_elastic_passes_a_signal_on_and_does_not_join_again(node: Sandbox) -> None:
+    """torchrun ends with 1 also where all its ranks have saved."""
+    (node.venv / "bin" / "python").write_text(
+        FAKE_PYTHON + "[[ $* != *torchrun* ]] || { trap 'echo saved; exit 1' USR1; echo begun; sleep 30 & wait; }\n"
+    )
+    process = subprocess.Popen(
+        [str(node.tools / "bash"), str(node.root / "launch" / "elastic.sh"), "my train.py"],
+        cwd=node.elsewhere,
+        env={"PATH": str(node.tools), "FAKE": str(node.fake), "NNODES": "1:2", "HEAD": "node1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        while "begun" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout.readline() == "saved\n"
+        assert process.wait(30) == 1
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert len(node.calls("torchrun")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "environment", "said"),
+    [
+        ("single", [], {}, "no script to run: see --help"),
+        ("single", ["none.py"], {}, "there is no script none.py in "),
+        ("single", ["my train.py"], {"NPROC": "0"}, "NPROC=0 is no number of processes"),
+        ("multinode", ["my train.py"], {"HEAD": "node1"}, "NNODES= is no number of machines"),
+        ("multinode", ["my train.py"], {"NNODES": "1:2", "HEAD": "node1"}, "NNODES=1:2 is no number of machines"),
+        ("multinode", ["my train.py"], {"NNODES": "2"}, "HEAD is not set"),
+        ("multinode", ["my train.py"], {"NNODES": "2", "HEAD": "no"}, "HEAD=no stands for no machine here"),
+        ("multinode", ["my train.py"], {"NNODES": "2", "HEAD": "node1", "PORT": "x"}, "PORT=x is no whole number"),
+        ("elastic", ["my train.py"], {"NNODES": "2", "HEAD": "node1"}, "NNODES=2 must be two numbers of machines"),
+    ],
+)
+def test_what_cannot_be_started_is_said_in_one_line(
+    node: Sandbox, name: str, words: list[str], environment: dict[str, str], said: str
+) -> None:
+    node.answer("no", "", code=1)
+    outcome = node.launch(name, *words, **environment)
+    assert outcome.returncode != 0
+    assert len(outcome.stderr.splitlines()) == 1
+    assert said in outcome.stderr
+    assert node.calls("torchrun") == []
+
+
+@pytest.mark.parametrize("name", ["multinode", "elastic"])
+def test_several_machines_need_an_environment_that_is_there(bare: Sandbox, name: str) -> None:
+    (bare.elsewhere / "train.py").touch()
+    outcome = bare.launch(name, "train.py", NNODES="1:2" if name == "elastic" else "2", HEAD="node1")
+    assert outcome.returncode != 0
+    assert "make it once with bash launch/single.sh --install" in outcome.stderr
+    assert not bare.venv.exists()
 
 
 NOTHING_SELECTED = 5

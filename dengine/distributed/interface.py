@@ -1,0 +1,60 @@
+"""Which network interface leads to the other hosts, where the name of this one does not say it."""
+
+import socket
+import struct
+import sys
+from contextlib import suppress
+
+__all__ = ["interface_to"]
+
+_SIOCGIFADDR = 0x8915  # of <linux/sockios.h>
+# An address for documentation, of no host: to find the route that leads out. Nothing is sent to it.
+_OUTSIDE = "192.0.2.1"
+
+
+def interface_to(master_addr: str) -> str | None:
+    """The name of the interface by which this host and the others reach each other, or None where Gloo finds it itself.
+
+    Gloo takes the address that the host's own name stands for. Debian gives it 127.0.1.1, some images none at all:
+    then each host tells the others to look for it on themselves. Here it is the interface that leads to the master;
+    on the master, the one that leads out, or the only one there is. Meant for `GLOO_SOCKET_IFNAME` where that is not
+    set. Linux; None elsewhere.
+    """
+    if sys.platform != "linux" or not _is_loopback(socket.gethostname()):
+        return None
+    found = _interfaces()
+    for target in (master_addr, _OUTSIDE):
+        name = found.get(_source_address(target))
+        if name is not None:
+            return name
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether the name stands for no other address. Not for all of 127/8: some is in use as hosts on one machine."""
+    try:
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except socket.gaierror:
+        return True
+    return all(address.startswith("127.0.") or address == "::1" for address in addresses)
+
+
+def _source_address(target: str) -> str:
+    """The address of this host from which packets to `target` would leave; "" where none can."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((target, 9))
+        return str(probe.getsockname()[0])
+    return ""
+
+
+def _interfaces() -> dict[str, str]:
+    """`{address: name}` of all that have an IPv4 address, the loopback excepted."""
+    import fcntl  # not on every system
+
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                found[socket.inet_ntoa(answer[20:24])] = name
+    return {address: name for address, name in found.items() if not address.startswith("127.")}

@@ -1,0 +1,28 @@
+"""A rank does not outlive the torchrun that started it."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+__all__ = ["end_with_agent"]
+
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+def end_with_agent(env: Mapping[str, str]) -> None:
+    """Have Linux send this process SIGTERM when the agent of torchrun, which is its parent, is no more.
+
+    torchrun starts its ranks in sessions of their own. Killed by SIGKILL, as for lack of memory, it tells them nothing,
+    and they would train on unwatched, out of reach of whoever started the job. SIGTERM rather than SIGKILL, so that
+    `Preemption` saves. Children of this process do not inherit it.
+
+    Does nothing in a process that torchrun did not start, nor on other systems. Cost: one system call.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in env:
+        return
+    agent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != agent:  # it was killed just before
+        os.kill(os.getpid(), signal.SIGTERM)

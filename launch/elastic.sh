@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source-path=SCRIPTDIR source=torchrun.sh
+source "$ROOT/launch/torchrun.sh"
+
+usage() {
+    cat <<'TEXT'
+Run a script under torchrun on as many machines as there are, between two bounds: the same line on each of them.
+
+  NNODES=1:4 HEAD=node1 bash launch/elastic.sh SCRIPT [arguments of the script]
+
+Where a machine goes or comes, or a rank fails, all ranks are begun again on those that are there; the script goes on
+from its newest checkpoint (Checkpoint.resume), in a folder that all machines share. A machine whose torchrun ends by an
+error joins again. HEAD must stay: the ranks meet there. SIGUSR1, SIGUSR2 and SIGTERM end it, and its ranks have two
+minutes to save.
+
+  NNODES            least and largest number of machines, as 1:4
+  HEAD              name or address of the first, by which the others reach it
+  RESTARTS          how often the ranks, and each torchrun, are begun again after a failure (default: 10)
+  LAST_CALL         seconds for which those that are enough wait for more (default: 30)
+  PORT              the port on HEAD (default: 29400)
+  RUN_ID            what tells this run from another on the same machines (default: dengine)
+  NPROC=n           number of processes on this machine instead
+  OMP_NUM_THREADS   CPU threads per process (default without a GPU: 1)
+  DENGINE_VENV      the environment's folder (default: .venv of this repository); it is to be there already
+TEXT
+}
+
+case "${1:-}" in -h | --help) usage; exit ;; esac
+check_script "$@"
+check_processes
+[[ "${NNODES:-}" =~ ^[1-9][0-9]*:[1-9][0-9]*$ ]] || fail "NNODES=${NNODES:-} must be two numbers of machines, as 1:4"
+for name in PORT RESTARTS LAST_CALL; do check_number "$name"; done
+restarts=${RESTARTS:-10}
+need_environment
+find_head
+torchrun_command "--nnodes=$NNODES" --rdzv-backend=c10d "--rdzv-endpoint=$HEAD:${PORT:-29400}" \
+    "--rdzv-id=${RUN_ID:-dengine}" "--rdzv-conf=is_host=$is_head,last_call_timeout=${LAST_CALL:-30}" \
+    "--max-restarts=$restarts"
+command+=("$@")
+show_command
+
+agent="" told=""
+for name in TERM INT HUP USR1 USR2; do
+    # shellcheck disable=SC2064 # which signal it is, is known now
+    trap "told=$name; [[ -z \"\$agent\" ]] || kill -s $name \"\$agent\" 2>/dev/null || true" "$name"
+done
+for ((attempt = 1; ; attempt++)); do
+    "${command[@]}" &
+    agent=$!
+    code=0
+    wait "$agent" || code=$?
+    while kill -0 "$agent" 2>/dev/null; do # `wait` returns at a signal, too
+        code=0
+        wait "$agent" || code=$?
+    done
+    agent=""
+    if ((code == 0)) || [[ -n "$told" ]] || ((attempt > restarts)); then
+        exit "$code"
+    fi
+    say "torchrun ended with $code; it joins again, for the ${attempt}. time of $restarts"
+    sleep 3
+done

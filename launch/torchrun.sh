@@ -1,0 +1,78 @@
+# shellcheck shell=bash
+# Sourced, after common.sh, by the scripts that train: torchrun as they all call it.
+#
+#   check_script "$@"           there is a script to run
+#   check_number NAME           the variable of that name is empty, or a whole number
+#   torchrun_command OPTION...  sets $command to torchrun with these, NPROC processes, and what signals need
+#   show_command                prints it so that it can be typed
+#
+# Environment: NPROC (processes on this machine; default: one per GPU, or two without any).
+
+check_script() {
+    (($# > 0)) || fail "no script to run: see --help"
+    [[ -f "$1" ]] || fail "there is no script $1 in $PWD"
+}
+
+check_number() {
+    [[ -z "${!1:-}" || "${!1}" =~ ^[0-9]+$ ]] || fail "$1=${!1} is no whole number"
+}
+
+check_processes() {
+    [[ -z "${NPROC:-}" || "$NPROC" =~ ^[1-9][0-9]*$ ]] ||
+        fail "NPROC=$NPROC is no number of processes: give 1 or more, or unset it for one per GPU"
+}
+
+# Machines that share a folder would install into it at the same time, so the scripts for several install nothing.
+need_environment() {
+    "$VENV_PYTHON" -c 'import torch' 2>/dev/null ||
+        fail "no environment with PyTorch in $VENV: make it once with bash launch/single.sh --install" \
+            "or set DENGINE_VENV to one"
+}
+
+torchrun_command() {
+    local num_processes=${NPROC:-} num_gpus
+    num_gpus="$("$VENV_PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+    if ((num_gpus == 0)); then
+        # PyTorch would start one thread per core in every process, and they would fight for the cores.
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+        : "${num_processes:=2}"
+    fi
+    : "${num_processes:=$num_gpus}"
+    # Through the environment's python: torchrun's own first line breaks when the repository is moved.
+    # A scheduler's warning is to reach the ranks, and they are to have the time to save: SIGUSR1 would else kill
+    # torchrun and leave its workers behind.
+    # shellcheck disable=SC2034 # for who sources this
+    command=("$VENV_PYTHON" "$VENV/bin/torchrun" "$@" "--nproc-per-node=$num_processes"
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2" --shutdown-timeout=120)
+}
+
+show_command() {
+    # Short where it can be: seen from this folder, the printed line does the same.
+    local printed
+    printed="$(printf ' %q' "${command[@]#"$PWD/"}")"
+    printf '%s\n' "${OMP_NUM_THREADS:+OMP_NUM_THREADS=$OMP_NUM_THREADS }${printed# }"
+}
+
+# Whether the machine HEAD is this one: whether its name, or address, stands for an address that is ours. Asked here
+# because torchrun compares names, and a machine whose own name leads to 127.0.1.1 (Debian) finds that nobody is.
+# shellcheck disable=SC2034 # for who sources this
+find_head() {
+    [[ -n "${HEAD:-}" ]] || fail "HEAD is not set: give the name or address of the first machine; see --help"
+    is_head="$("$VENV_PYTHON" -c '
+import socket, sys
+try:
+    found = socket.getaddrinfo(sys.argv[1], 0, type=socket.SOCK_STREAM)
+except OSError as error:
+    sys.exit(str(error))
+for family, kind, _, _, address in found:
+    with socket.socket(family, kind) as probe:
+        try:
+            probe.bind(address)
+        except OSError:
+            continue
+        print("true")
+        break
+else:
+    print("false")
+' "$HEAD")" || fail "HEAD=$HEAD stands for no machine here: give a name that every machine knows, or an address"
+}

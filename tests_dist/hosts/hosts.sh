@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Hosts with addresses of their own on one Linux machine, for the tests of launches over several. Needs root, iproute2.
+#
+# Each host is three kernel namespaces: net (eth0 with 10.77.0.K, a loopback and ports of its own), uts (its name, hK)
+# and mount (an /etc/hosts of its own that knows all hosts). Cables lead from them to one switch, a bridge in a net
+# namespace of its own. The machine's own network is not touched, and no host reaches anything but the others. All hosts
+# see the same files.
+#
+#   hosts.sh up FOLDER N            N hosts
+#   hosts.sh exec FOLDER HOST CMD   CMD on HOST, without a fork: its process is the caller's child
+#   hosts.sh cut FOLDER HOST        unplug the cable at the switch: the others just hear nothing any more
+#   hosts.sh heal FOLDER HOST       plug it in again
+#   hosts.sh crash FOLDER HOST      SIGKILL to all on it
+#   hosts.sh down FOLDER            kill what is left, delete the folder; the kernel then frees the namespaces
+#
+# Exit code 77: this machine cannot do it, and what is missing is said.
+set -euo pipefail
+
+die() { echo "hosts.sh: $*" >&2; exit 1; }
+cannot() {
+    echo "$*" >&2
+    rmdir -- "$DIR" 2>/dev/null || true # where nothing was begun yet
+    exit 77
+}
+usage() { sed -n '2,/^set -euo/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
+
+(($# >= 2)) || usage
+command=$1
+mkdir -p -- "$2"
+DIR=$(cd -- "$2" && pwd)
+shift 2
+
+holder() { cat "$DIR/$1.pid"; }
+on_switch() { nsenter --target "$(holder switch)" --net "$@"; }
+
+# shellcheck disable=SC2016 # what is in it is for the host's shell
+make_host() { # each is held open by one sleep
+    local pid
+    # Not with our output, or who reads it through a pipe would wait for ever.
+    setsid unshare --net --uts --mount --propagation private bash -c '
+        set -e
+        hostname "$1"
+        ip link set lo up
+        cp "$2/etc.hosts" "$2/$1.hosts"
+        mount --bind "$2/$1.hosts" /etc/hosts
+        touch "$2/$1.ready"
+        exec sleep infinity' _ "$1" "$DIR" </dev/null >"$DIR/$1.log" 2>&1 &
+    pid=$!
+    disown "$pid"
+    until [[ -e "$DIR/$1.ready" ]]; do
+        kill -0 "$pid" 2>/dev/null || die "no namespaces: $(cat "$DIR/$1.log")"
+        sleep 0.02
+    done
+    echo "$pid" >"$DIR/$1.pid"
+}
+
+plug() { # HOST: a cable from its eth0 to the switch
+    on_switch ip link add "v$1" type veth peer name eth0 netns "$(holder "$1")"
+    on_switch ip link set "v$1" master br0 up
+    nsenter --target "$(holder "$1")" --net ip addr add "10.77.0.${1#h}/24" dev eth0
+    nsenter --target "$(holder "$1")" --net ip link set eth0 up
+}
+
+up() {
+    local k tool
+    [[ "$(id -u)" == 0 ]] || cannot "hosts of their own for the tests need root"
+    for tool in ip unshare nsenter setsid; do
+        command -v "$tool" >/dev/null || cannot "no $tool: apt-get install -y --no-install-recommends iproute2 util-linux"
+    done
+    unshare --net --uts --mount ip link add br0 type bridge 2>/dev/null || cannot "no namespaces, or no bridges, here"
+    trap 'down >&2' EXIT
+    trap 'exit 143' TERM INT HUP
+    {
+        echo "127.0.0.1 localhost"
+        for k in $(seq "$1"); do echo "10.77.0.$k h$k"; done
+    } >"$DIR/etc.hosts"
+    make_host switch
+    # A new port forwards at once instead of after 2 x 15 s.
+    on_switch ip link add br0 type bridge forward_delay 0
+    on_switch ip link set br0 up
+    for k in $(seq "$1"); do
+        make_host "h$k"
+        plug "h$k"
+    done
+    trap - EXIT TERM INT HUP
+}
+
+inside() { # the processes of a host, its holder excepted
+    local pid
+    pid=$(holder "$1")
+    find /proc/[0-9]*/ns/net -maxdepth 0 -printf '%l %p\n' 2>/dev/null |
+        awk -F '[ /]' -v ns="$(readlink "/proc/$pid/ns/net")" -v holder="$pid" \
+            'ns != "" && $1 == ns && $4 != holder { print $4 }' || true
+}
+
+crash() {
+    local left pid
+    for _ in $(seq 50); do # again: one may have started another between the look and the kill
+        left=$(inside "$1")
+        [[ -n "$left" ]] || return 0
+        for pid in $left; do kill -9 "$pid" 2>/dev/null || true; done
+        sleep 0.05
+    done
+    echo "hosts.sh: still on $1 after SIGKILL: $left" >&2
+}
+
+down() {
+    local file host
+    for file in "$DIR"/*.pid; do
+        [[ -e "$file" ]] || continue
+        host=$(basename -- "$file" .pid)
+        crash "$host"
+        kill -9 "$(holder "$host")" 2>/dev/null || true
+    done
+    [[ ! -e "$DIR/etc.hosts" ]] || rm -rf -- "$DIR"
+}
+
+case $command in
+    up) (($# == 1)) && up "$1" ;;
+    exec)
+        (($# >= 2)) || usage
+        host=$1
+        shift
+        # --wd, since entering a mount namespace leads to / otherwise.
+        exec nsenter --target "$(holder "$host")" --net --uts --mount --wd="$PWD" -- "$@"
+        ;;
+    cut) on_switch ip link set "v$1" down ;;
+    heal) on_switch ip link set "v$1" up ;;
+    crash) crash "$1" ;;
+    down) down ;;
+    *) usage ;;
+esac
