@@ -34,7 +34,7 @@ holder() { cat "$DIR/$1.pid"; }
 on_switch() { nsenter --target "$(holder switch)" --net "$@"; }
 
 # shellcheck disable=SC2016 # what is in it is for the host's shell
-make_host() { # each is held open by one sleep
+make_host() { # each is held open by one sleep, which ends where a test run was killed
     local pid
     # Not with our output, or who reads it through a pipe would wait for ever.
     setsid unshare --net --uts --mount --propagation private bash -c '
@@ -43,8 +43,9 @@ make_host() { # each is held open by one sleep
         ip link set lo up
         cp "$2/etc.hosts" "$2/$1.hosts"
         mount --bind "$2/$1.hosts" /etc/hosts
+        mount --bind "$2/resolv.conf" /etc/resolv.conf
         touch "$2/$1.ready"
-        exec sleep infinity' _ "$1" "$DIR" </dev/null >"$DIR/$1.log" 2>&1 &
+        exec sleep 3600' _ "$1" "$DIR" </dev/null >"$DIR/$1.log" 2>&1 &
     pid=$!
     disown "$pid"
     until [[ -e "$DIR/$1.ready" ]]; do
@@ -74,6 +75,8 @@ up() {
         echo "127.0.0.1 localhost"
         for k in $(seq "$1"); do echo "10.77.0.$k h$k"; done
     } >"$DIR/etc.hosts"
+    # No name server is reached: ask on the host itself, where none answers at once, and do not wait for one.
+    echo "nameserver 127.0.0.1" >"$DIR/resolv.conf"
     make_host switch
     # A new port forwards at once instead of after 2 x 15 s.
     on_switch ip link add br0 type bridge forward_delay 0

@@ -37,10 +37,10 @@ class Command:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
-    def says(self, text: str, deadline_s: float = 90) -> float:
+    def says(self, text: str, deadline_s: float = 150) -> float:
         return until(lambda: text in self.log, deadline_s, lambda: f"{text!r} missing in\n{self.log}")
 
-    def wait(self, deadline_s: float = 90) -> int:
+    def wait(self, deadline_s: float = 150) -> int:
         try:
             return self.process.wait(deadline_s)
         except subprocess.TimeoutExpired:

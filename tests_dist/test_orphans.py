@@ -1,0 +1,76 @@
+"""A rank ends with the torchrun that started it, where that is killed and can tell nobody."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dengine.distributed.orphan import end_with_agent
+
+AGENT = """
+import subprocess, sys, time
+rank = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)
+print(rank.pid, flush=True)
+time.sleep(60)
+"""
+RANK = """
+import os, signal, sys, time
+from dengine.distributed.orphan import end_with_agent
+end_with_agent({} if sys.argv[1] == "other" else {"TORCHELASTIC_RUN_ID": "none"})
+def save(*_):
+    open(sys.argv[2], "a").write("saved")
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+open(sys.argv[2], "w").close()
+time.sleep(60)
+"""
+
+
+def kill_the_agent(launcher: str, place: Path) -> int:
+    """Start a rank below an agent, kill the agent, and give the rank's pid."""
+    agent = subprocess.Popen(
+        [sys.executable, "-c", AGENT, "-c", RANK, launcher, str(place)], stdout=subprocess.PIPE, text=True
+    )
+    assert agent.stdout is not None
+    pid = int(agent.stdout.readline())
+    while not place.exists():
+        assert agent.poll() is None
+        time.sleep(0.02)
+    agent.kill()
+    agent.wait()
+    agent.stdout.close()  # not read to its end: the rank has it, too
+    return pid
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's kernel")
+def test_a_rank_whose_agent_is_killed_is_told_to_leave(tmp_path: Path) -> None:
+    pid = kill_the_agent("torchrun", tmp_path / "place")
+    end = time.monotonic() + 20
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not is_running(pid)
+    assert (tmp_path / "place").read_text() == "saved"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's kernel")
+def test_a_process_that_torchrun_did_not_start_outlives_its_parent_as_always(tmp_path: Path) -> None:
+    pid = kill_the_agent("other", tmp_path / "place")
+    time.sleep(0.5)
+    assert is_running(pid)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_it_does_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    end_with_agent({"TORCHELASTIC_RUN_ID": "none"})
