@@ -86,14 +86,15 @@ class Hosts:
         self.running.append(Command(host, process, log))
         return self.running[-1]
 
-    def processes(self, host: str, word: str) -> list[int]:
-        """The processes of a host that have the word in their command lines."""
+    def ranks(self, host: str, script: str) -> list[int]:
+        """The processes on a host that run the script, torchrun and its shell excepted."""
         here = os.stat(f"/proc/{(self.folder / f'{host}.pid').read_text().strip()}/ns/net").st_ino
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if (folder / "ns" / "net").stat().st_ino == here and word.encode() in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
+                line = (folder / "cmdline").read_bytes()
+                if script.encode() in line and b"torchrun" not in line and b"launch/" not in line:
+                    found += [int(folder.name)] if (folder / "ns" / "net").stat().st_ino == here else []
         return found
 
     def down(self) -> None:

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -19,45 +18,53 @@ def everywhere(hosts: Hosts, script: str, *arguments: str, **environment: str) -
     return hosts.launch("h1", script, JOB, *arguments, env=environment), second
 
 
-def digests(*commands: Command) -> set[str]:
-    return {digest for command in commands for digest in re.findall(r"has (\w+) after", command.log)}
+def digests(text: str) -> set[str]:
+    return set(re.findall(r"has (\w+) after", text))
 
 
 def reach(folder: Path, iteration: int, *commands: Command) -> None:
     place = folder / "iteration"
     until(
         lambda: place.exists() and int(place.read_text()) >= iteration,
-        120,
+        150,
         lambda: "\n".join(command.log for command in commands),
     )
 
 
+@pytest.fixture(scope="module")
+def on_one_host(tag: str, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The bits at the end of two ranks on this machine."""
+    here = torchrun(JOB, 2, str(tmp_path_factory.mktemp("one")))
+    assert here.returncode == 0, here.output
+    return digests(here.output)
+
+
 @pytest.mark.parametrize("is_debian", [False, True])
-def test_two_hosts_train_to_the_bits_of_two_ranks_on_one(hosts: Hosts, tmp_path: Path, is_debian: bool) -> None:
+def test_two_hosts_train_to_the_bits_of_two_ranks_on_one(
+    hosts: Hosts, tmp_path: Path, on_one_host: set[str], is_debian: bool
+) -> None:
+    """Debian gives a host's own name 127.0.1.1: torchrun then finds no host for the meeting, and Gloo no way out."""
     if is_debian:
         hosts.name_as_debian_does()
     first, second = everywhere(hosts, "multinode.sh", str(tmp_path / "two"), NNODES="2", HEAD="h1")
     assert (first.wait(), second.wait()) == (0, 0), first.log + second.log
     assert "of 2 on h1" in first.log
     assert "of 2 on h2" in second.log
-    here = torchrun(JOB, str(tmp_path / "one"), nproc=2)
-    assert here.returncode == 0, here.output
-    assert digests(first, second) == set(re.findall(r"has (\w+) after", here.output))
+    assert digests(first.log + second.log) == on_one_host
 
 
-def test_a_cut_cable_is_noticed_after_the_stall_timeout_and_who_is_silent_is_named(
-    hosts: Hosts, tmp_path: Path
-) -> None:
+def test_where_a_cable_is_cut_the_silent_rank_is_named_and_nobody_trains_on(hosts: Hosts, tmp_path: Path) -> None:
+    """Without dengine the kernel says so after 15 minutes, and the agent of the host that is cut off stays as long."""
     arguments = (str(tmp_path / "job"), "--pause=0.2", "--iterations=1000", "--stall-timeout=8")
     first, second = everywhere(hosts, "multinode.sh", *arguments, NNODES="2", HEAD="h1")
     reach(tmp_path / "job", 10, first, second)
     hosts.control("cut", "h2")
-    cut = time.monotonic()
-    assert first.wait() == 1, first.log
-    print(f"the rank of h1 ended {time.monotonic() - cut:.1f} s after the cut\n{first.log}")
-    first.says("StallError")
-    until(lambda: not hosts.processes("h2", "small_job.py --"), 60, lambda: second.log)
-    print(f"the rank of h2 ended {time.monotonic() - cut:.1f} s after the cut\n{second.log}")
+    seconds = first.says("StallError", 60)
+    print(f"named {seconds:.1f} s after the cut")
+    assert "StallError: Rank 1 has made no progress for 8 s" in first.log
+    assert first.wait(60) == 1
+    seconds += until(lambda: not hosts.ranks("h2", JOB), 60, lambda: second.log)
+    print(f"no rank is left on the host that is cut off {seconds:.1f} s after the cut, or later")
 
 
 def test_ranks_whose_agent_is_killed_save_and_leave_with_all_others(hosts: Hosts, tmp_path: Path) -> None:
@@ -65,24 +72,27 @@ def test_ranks_whose_agent_is_killed_save_and_leave_with_all_others(hosts: Hosts
     first, second = everywhere(hosts, "multinode.sh", *arguments, NNODES="2", HEAD="h1")
     reach(tmp_path / "job", 10, first, second)
     os.kill(second.process.pid, signal.SIGKILL)
-    killed = time.monotonic()
-    assert first.wait() == 1, first.log
-    print(f"h1 ended {time.monotonic() - killed:.1f} s after the kill")
-    until(lambda: not hosts.processes("h2", "small_job.py"), 20, lambda: second.log)
-    assert "saved after" in first.log
-    assert "saved after" in second.log
+    until(lambda: not hosts.ranks("h2", JOB), 30, lambda: second.log)
+    assert first.wait(60) == 1, first.log
+    assert "rank 0 saved after" in first.log + second.log
+    assert "rank 1 saved after" in first.log + second.log
 
 
+@pytest.mark.timeout(500)
 def test_a_host_whose_cable_is_healed_joins_again_and_training_goes_on_meanwhile(hosts: Hosts, tmp_path: Path) -> None:
-    arguments = (str(tmp_path / "job"), "--pause=0.3", "--iterations=1000", "--stall-timeout=8")
+    arguments = (str(tmp_path / "job"), "--pause=0.2", "--iterations=100000", "--stall-timeout=8")
     environment = {"NNODES": "1:2", "HEAD": "h1", "LAST_CALL": "3"}
     first, second = everywhere(hosts, "elastic.sh", *arguments, **environment)
     reach(tmp_path / "job", 10, first, second)
     hosts.control("cut", "h2")
-    cut = time.monotonic()
-    first.says("rank 0 of 1 on h1 begins after")
-    print(f"h1 trains alone {time.monotonic() - cut:.1f} s after the cut")
+    print(f"alone {first.says('of 1 on h1 begins after'):.1f} s after the cut")
+    alone = int(re.findall(r"of 1 on h1 begins after (\d+)", first.log)[0])
+    assert alone >= 10
     hosts.control("heal", "h2")
-    healed = time.monotonic()
-    until(lambda: first.log.count("of 2 on h1 begins after") == 2, 120, lambda: first.log + second.log)
-    print(f"both train again {time.monotonic() - healed:.1f} s after the heal\n{first.log}\n---------\n{second.log}")
+    together = r"of 2 on h1 begins after (\d+)"
+    seconds = until(lambda: len(re.findall(together, first.log)) == 2, 240, lambda: first.log + second.log)
+    print(f"together {seconds:.1f} s after the heal")
+    assert int(re.findall(together, first.log)[1]) >= alone
+    for command in (first, second):
+        command.process.send_signal(signal.SIGUSR1)
+    assert (first.wait(), second.wait()) == (1, 1)
