@@ -26,7 +26,8 @@ done
 
 check_processes
 set_up examples
-torchrun_command --standalone
+# By address: a machine's own name may lead nowhere, as in some containers.
+torchrun_command --standalone --local-addr=127.0.0.1
 command+=("$ROOT/examples/digits.py" "$@")
 show_command
 exec "${command[@]}"

@@ -29,7 +29,8 @@ esac
 check_script "$@"
 check_processes
 set_up examples
-torchrun_command --standalone
+# By address: a machine's own name may lead nowhere, as in some containers.
+torchrun_command --standalone --local-addr=127.0.0.1
 command+=("$@")
 show_command
 exec "${command[@]}"

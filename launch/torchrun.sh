@@ -53,15 +53,15 @@ show_command() {
     printf '%s\n' "${OMP_NUM_THREADS:+OMP_NUM_THREADS=$OMP_NUM_THREADS }${printed# }"
 }
 
-# Whether the machine HEAD is this one: whether its name, or address, stands for an address that is ours. Asked here
-# because torchrun compares names, and a machine whose own name leads to 127.0.1.1 (Debian) finds that nobody is.
+# Sets $is_head: HEAD is this machine where its name, or address, stands for an address that is ours. Asked here because
+# torchrun goes by this machine's own name: Debian gives it 127.0.1.1, and no machine then takes itself for the host.
 # shellcheck disable=SC2034 # for who sources this
 find_head() {
     [[ -n "${HEAD:-}" ]] || fail "HEAD is not set: give the name or address of the first machine; see --help"
     is_head="$("$VENV_PYTHON" -c '
 import socket, sys
 try:
-    found = socket.getaddrinfo(sys.argv[1], 0, type=socket.SOCK_STREAM)
+    found = socket.getaddrinfo(sys.argv[1], 0, type=socket.SOCK_DGRAM)
 except OSError as error:
     sys.exit(str(error))
 for family, kind, _, _, address in found:
@@ -70,9 +70,7 @@ for family, kind, _, _, address in found:
             probe.bind(address)
         except OSError:
             continue
-        print("true")
-        break
-else:
-    print("false")
-' "$HEAD")" || fail "HEAD=$HEAD stands for no machine here: give a name that every machine knows, or an address"
+        sys.exit(print("true"))
+print("false")
+' "$HEAD")" || fail "HEAD=$HEAD is not known here: give a name that every machine knows, or an address"
 }
