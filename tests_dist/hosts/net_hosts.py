@@ -93,7 +93,8 @@ class Hosts:
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 line = (folder / "cmdline").read_bytes()
-                if script.encode() in line and b"torchrun" not in line and b"launch/" not in line:
+                is_rank = line.startswith(sys.executable.encode()) and b"torchrun" not in line
+                if is_rank and script.encode() in line:
                     found += [int(folder.name)] if (folder / "ns" / "net").stat().st_ino == here else []
         return found
 
