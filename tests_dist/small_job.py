@@ -5,7 +5,6 @@ python small_job.py FOLDER [--iterations 40] [--pause 0.05] [--fail-at 10] [--ex
 
 import argparse
 import hashlib
-import os
 import socket
 import sys
 import time
@@ -16,8 +15,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dengine import Engine, Events, distributed
-from dengine.distributed.interface import interface_to
-from dengine.distributed.orphan import end_with_agent
 from dengine.handlers import Checkpoint, Preemption
 
 
@@ -87,9 +84,6 @@ def main() -> None:
     parser.add_argument("--stall-timeout", type=float, default=60)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    end_with_agent(os.environ)
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1"))):
-        os.environ["GLOO_SOCKET_IFNAME"] = name
     with distributed.process_group(timeout=600, stall_timeout=options.stall_timeout) as world:
         code = train(options, world)
     sys.exit(code)

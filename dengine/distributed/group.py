@@ -19,8 +19,10 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from dengine.distributed.connections import Connections, abort_group, recorded
 from dengine.distributed.control import Control
 from dengine.distributed.failure import line_of, traceback_of, write_error_file
+from dengine.distributed.interface import chosen_interface
 from dengine.distributed.launch import Launch, find_launch
 from dengine.distributed.messages import Link, Meeting
+from dengine.distributed.orphan import end_with_agent
 from dengine.distributed.watch import Watch
 from dengine.distributed.world import World, default_device, enter, external_world, leave
 from dengine.distributed.world import control as current_control
@@ -39,6 +41,8 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     Finds a process group that is initialised already, else torchrun's variables, else SLURM's; without any of them
     this process is a world of one, and no group is made. Leaving it destroys what it created: once all ranks are
     there where all went well, and without waiting for anybody where this rank is failing.
+
+    A rank that torchrun started gets SIGTERM where that torchrun is killed: it does not train on unwatched.
 
     Inside it ranks leave together: where one raises, vanishes or hangs, all others raise what happened and where. Who
     waits in a group that somebody else made (one that was there before, or `new_group()`) is told when the failed
@@ -66,6 +70,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     launch = None if is_external else find_launch(os.environ)
     control: Control | None = None
     if launch is not None:
+        end_with_agent(os.environ)
         opened, connections = _join(launch, backend, timeout)
         if launch.size > 1:
             control = _control(launch, opened, connections, timeout)
@@ -117,6 +122,8 @@ def _join(launch: Launch, backend: str, timeout_s: float) -> tuple[World, list[s
     device = _own_device(launch)
     if backend == "auto":
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if (interface := chosen_interface(os.environ, launch)) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface  # which Gloo reads for each group that is made
     store = _store(launch, timeout_s)
     with recorded(launch.master_port) as connections:
         dist.init_process_group(

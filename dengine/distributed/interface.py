@@ -3,13 +3,24 @@
 import socket
 import struct
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 
-__all__ = ["interface_to"]
+from dengine.distributed.launch import Launch
+
+__all__ = ["address_towards", "chosen_interface", "interface_to", "interfaces"]
 
 _SIOCGIFADDR = 0x8915  # of <linux/sockios.h>
 # An address for documentation, of no host: to find the route that leads out. Nothing is sent to it.
 _OUTSIDE = "192.0.2.1"
+
+
+def chosen_interface(env: Mapping[str, str], launch: Launch | None) -> str | None:
+    """The interface for Gloo: `GLOO_SOCKET_IFNAME` or, with several hosts, one that is found; None: Gloo's own choice."""
+    named = env.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if named or launch is None or launch.local_size == launch.size:
+        return named or None
+    return interface_to(launch.master_addr)
 
 
 def interface_to(master_addr: str) -> str | None:
@@ -22,12 +33,35 @@ def interface_to(master_addr: str) -> str | None:
     """
     if sys.platform != "linux" or not _is_loopback(socket.gethostname()):
         return None
-    found = _interfaces()
+    found = {address: name for name, address in interfaces().items() if not address.startswith("127.")}
     for target in (master_addr, _OUTSIDE):
-        name = found.get(_source_address(target))
+        name = found.get(address_towards(target))
         if name is not None:
             return name
     return next(iter(found.values())) if len(found) == 1 else None
+
+
+def address_towards(target: str) -> str:
+    """The address of this host from which packets to `target` would leave; "" where none can. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((target, 9))
+        return str(probe.getsockname()[0])
+    return ""
+
+
+def interfaces() -> dict[str, str]:
+    """IPv4 addresses by the name of the interface. Linux; else none."""
+    if sys.platform != "linux":
+        return {}
+    import fcntl  # not on every system
+
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                found[name] = socket.inet_ntoa(answer[20:24])
+    return found
 
 
 def _is_loopback(host: str) -> bool:
@@ -37,24 +71,3 @@ def _is_loopback(host: str) -> bool:
     except socket.gaierror:
         return True
     return all(address.startswith("127.0.") or address == "::1" for address in addresses)
-
-
-def _source_address(target: str) -> str:
-    """The address of this host from which packets to `target` would leave; "" where none can."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-        probe.connect((target, 9))
-        return str(probe.getsockname()[0])
-    return ""
-
-
-def _interfaces() -> dict[str, str]:
-    """`{address: name}` of all that have an IPv4 address, the loopback excepted."""
-    import fcntl  # not on every system
-
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # one without an address
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
-                found[socket.inet_ntoa(answer[20:24])] = name
-    return {address: name for address, name in found.items() if not address.startswith("127.")}

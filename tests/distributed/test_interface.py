@@ -20,8 +20,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Any:
             return [(None, None, None, "", (address, 0)) for address in own]
 
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-        monkeypatch.setattr(interface, "_interfaces", lambda: found)
-        monkeypatch.setattr(interface, "_source_address", lambda target: routes.get(target, ""))
+        monkeypatch.setattr(interface, "interfaces", lambda: {name: address for address, name in found.items()})
+        monkeypatch.setattr(interface, "address_towards", lambda target: routes.get(target, ""))
 
     return make
 
@@ -58,5 +58,5 @@ def test_where_the_own_name_leads_here_gloo_finds_it(host: Any, own: list[str]) 
 
 def test_on_this_machine_an_address_leads_to_an_interface_that_is_there() -> None:
     names = {name for _, name in socket.if_nameindex()}
-    assert set(interface._interfaces().values()) <= names
-    assert interface._source_address("127.0.0.1") == "127.0.0.1"
+    assert set(interface.interfaces()) <= names
+    assert interface.address_towards("127.0.0.1") == "127.0.0.1"

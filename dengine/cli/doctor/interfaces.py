@@ -1,34 +1,31 @@
 """Which network interfaces Gloo and NCCL would take, and whether other hosts reach them."""
 
-import fcntl
 import os
 import socket
-import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dengine.cli.doctor.report import Finding, Verdict, ranks_text
+from dengine.distributed.interface import address_towards, chosen_interface, interfaces
 from dengine.distributed.launch import Launch
 
 __all__ = ["interface_facts", "judge_interfaces"]
 
-_SIOCGIFADDR = 0x8915
-
 
 def interface_facts(launch: Launch | None) -> dict[str, Any]:
     """`gloo`: the address that Gloo would offer the others; `route`: that from which this host reaches the master."""
-    interfaces = _interfaces()
+    found = interfaces()
     named = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    own = _own_address()
+    chosen = chosen_interface(os.environ, launch)
     return {
-        "interfaces": interfaces,
+        "interfaces": found,
         "gloo_named": named,
         "nccl_named": os.environ.get("NCCL_SOCKET_IFNAME", ""),
-        "gloo": interfaces.get(named.split(",")[0]) if named else own,
+        "gloo": _own_address() if chosen is None else found.get(chosen),
         "own_name": socket.gethostname(),
         "infiniband": sorted(path.name for path in Path("/sys/class/infiniband").glob("*")),
-        "route": None if launch is None else _route_to(launch),
+        "route": None if launch is None else address_towards(launch.master_addr) or None,
     }
 
 
@@ -90,17 +87,6 @@ def _chosen(told: dict[int, dict[str, Any]]) -> str:
     return ", ".join(f"{name} ({', '.join(list(of)[:3])}{', ...' * (len(of) > 3)})" for name, of in addresses.items())
 
 
-def _interfaces() -> dict[str, str]:
-    """IPv4 addresses by interface. Linux; else none."""
-    found = {}
-    with suppress(OSError, AttributeError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):
-                request = struct.pack("256s", name.encode()[:15])
-                found[name] = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
-    return found
-
-
 def _own_address() -> str | None:
     """Gloo takes the address of the host's own name, if it can listen there, and else the loopback's."""
     with suppress(OSError):
@@ -109,10 +95,3 @@ def _own_address() -> str | None:
             probe.bind((address, 0))
         return address
     return "127.0.0.1"
-
-
-def _route_to(launch: Launch) -> str | None:
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((launch.master_addr, launch.master_port))  # sends nothing
-        return str(probe.getsockname()[0])
-    return None
