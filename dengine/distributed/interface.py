@@ -16,7 +16,7 @@ _OUTSIDE = "192.0.2.1"
 
 
 def chosen_interface(env: Mapping[str, str], launch: Launch | None) -> str | None:
-    """The interface for Gloo: `GLOO_SOCKET_IFNAME` or, with several hosts, one that is found; None: Gloo's own choice."""
+    """The interface for Gloo: `GLOO_SOCKET_IFNAME` or, with several hosts, one that is found. None: its own choice."""
     named = env.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if named or launch is None or launch.local_size == launch.size:
         return named or None
