@@ -31,7 +31,7 @@ STOREYS = {
     "cli": 4,
 }
 # Rooms of one storey that may look into each other.
-DOORS = {("engine", "metrics")}
+DOORS = {("engine", "metrics"), ("__init__", "supervised")}
 
 HEAVY = {
     "accelerate",
