@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from dengine.checkpoint import disk
-from dengine.distributed import progress
+from dengine.checkpoint.writer import at_work
 
 __all__ = ["DigestedFile"]
 
@@ -91,7 +91,7 @@ class DigestedFile:
             view = view[count:]
             self.num_bytes += count
             self._num_unflushed += count
-            progress()  # a disk may take longer than the ranks wait for one that stands still
+            at_work()  # a disk may take longer than the ranks wait for one that stands still
             if self._num_unflushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.is_done):
                 self._end_flushing()
                 self._flushing, self._num_unflushed = _Aside(partial(os.fdatasync, self._descriptor)), 0

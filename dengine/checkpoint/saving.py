@@ -98,13 +98,13 @@ def commit(temporary: Path, path: Path, entry: Entry, dropped: Sequence[Entry]) 
             text = manifest.manifest_text(manifest.listing(folder, [entry], names))
             listed, _ = storage.write_beside(folder / manifest.FILE_NAME, lambda descriptor: _put(descriptor, text))
         except BaseException:
-            storage.discard(temporary)
+            _give_up(temporary)
             raise
         is_new = not path.exists()
         try:
             storage.commit(temporary, path)
         except BaseException:
-            storage.discard(listed)
+            _give_up(listed)
             raise
         try:
             storage.commit(listed, folder / manifest.FILE_NAME)
@@ -115,8 +115,13 @@ def commit(temporary: Path, path: Path, entry: Entry, dropped: Sequence[Entry]) 
     return entry
 
 
+def _give_up(temporary: Path) -> None:
+    storage.discard(temporary)
+    storage.end(temporary)
+
+
 def prune(folder: Path, dropped: Sequence[Entry]) -> None:
-    """Remove what the new file has made superfluous. What cannot be removed is warned of, and tried again later."""
+    """Remove what the new file has made superfluous. What cannot be is warned of, and tried again after a restart."""
     for one in dropped:
         try:
             storage.remove(folder / one.name)

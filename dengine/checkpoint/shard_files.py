@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dengine.checkpoint.digested import DigestedFile
 from dengine.checkpoint.shard_tree import Node, dtype_name
 from dengine.checkpoint.storage import sync_folder
 from dengine.errors import CorruptCheckpointError
@@ -140,22 +140,21 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], boxes: Mappin
     if not tensors:
         return None
     chunks: dict[str, Chunk] = {}
-    whole, start = hashlib.sha256(), 0
-    # Two digests of each byte: of the part, which a reader checks alone, and of the file. One at a time would take
-    # half of the whole time.
-    with open(path, "xb") as file, ThreadPoolExecutor(1) as beside:
-        for name, tensor in tensors.items():
-            content = _bytes_of(local_part(tensor))
-            hashed = beside.submit(whole.update, content)
-            file.write(content)
-            digest = hashlib.sha256(content).hexdigest()
-            hashed.result()
-            offsets, sizes = boxes[name].offsets, boxes[name].sizes or ()
-            chunks[name] = Chunk(path.name, start, len(content), offsets, sizes, digest)
-            start += len(content)
-        file.flush()
+    start = 0
+    num_bytes = sum(local_part(tensor).nbytes for tensor in tensors.values())
+    with open(path, "xb", buffering=0) as file:
+        with DigestedFile(file.fileno(), num_bytes) as written:
+            for name, tensor in tensors.items():
+                content = _bytes_of(local_part(tensor))
+                written.write(content)
+                # A second digest of each byte, of the part alone: a reader checks no more than it reads.
+                digest = hashlib.sha256(content).hexdigest()
+                offsets, sizes = boxes[name].offsets, boxes[name].sizes or ()
+                chunks[name] = Chunk(path.name, start, len(content), offsets, sizes, digest)
+                start += len(content)
+            whole = written.digest()
         os.fsync(file.fileno())
-    return Written(path.name, start, whole.hexdigest(), chunks)
+    return Written(path.name, start, whole, chunks)
 
 
 def write_metadata(

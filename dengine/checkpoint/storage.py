@@ -34,7 +34,7 @@ _REPLACED = ".replaced"  # .{final name}.replaced: a folder that makes room for 
 # .{final name}.{process}-{count}@{host}.tmp
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-\d+@(?P<host>[^/]*)\.tmp")
 _count = itertools.count()
-_under_way: set[str] = set()  # paths that this process writes, or is yet to commit, in whatever thread
+_under_way: set[str] = set()  # names, each used once, that this process writes or is yet to commit, in any thread
 _lock = threading.Lock()
 
 
@@ -200,20 +200,20 @@ def _aside(path: Path) -> Path:
 def begin(temporary: Path) -> None:
     """From now on, `temporary` is none of the leftovers that another thread of this process removes."""
     with _lock:
-        _under_way.add(str(temporary))
+        _under_way.add(temporary.name)
 
 
 def end(temporary: Path) -> None:
     """What is there still is a leftover."""
     with _lock:
-        _under_way.discard(str(temporary))
+        _under_way.discard(temporary.name)
 
 
 def _is_written(path: Path, pid: int) -> bool:
     if pid == os.getpid():
         # In a container, a requeued process often gets the number of the one that was killed.
         with _lock:
-            return str(path) in _under_way
+            return path.name in _under_way
     try:
         os.kill(pid, 0)  # sends nothing
     except ProcessLookupError:

@@ -4,9 +4,22 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-__all__ = ["Writing"]
+from dengine.distributed import progress
+
+__all__ = ["Writing", "at_work"]
 
 T = TypeVar("T")
+
+
+def at_work() -> None:
+    """Tell that the disk goes on, which is progress of the loop where it is the loop that writes, or that waits."""
+    thread = threading.current_thread()
+    if not isinstance(thread, _Thread) or thread.is_awaited:
+        progress()
+
+
+class _Thread(threading.Thread):
+    is_awaited = False  # by the loop
 
 
 class Writing(Generic[T]):
@@ -22,7 +35,7 @@ class Writing(Generic[T]):
         self._result: T | None = None
         self._error: BaseException | None = None
         self._may_go = threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, name="dengine-checkpoint", daemon=False)
+        self._thread = _Thread(target=self._run, name="dengine-checkpoint", daemon=False)
         # To start it costs a turn too: better now than beside the call.
         self._thread.start()
         try:
@@ -41,6 +54,7 @@ class Writing(Generic[T]):
 
     def result(self) -> T:
         """Wait for the end, and give the result or raise the error."""
+        self._thread.is_awaited = True
         self._thread.join()
         if self._error is not None:
             raise self._error

@@ -19,8 +19,9 @@ def settle_buckets(model: DistributedDataParallel) -> None:
     the sums overlap a little less with the backward pass. Gradients that are there stay as they are.
 
     Left alone are models whose buckets DDP never lays out anew (`find_unused_parameters`), and those that a pass of
-    dense zeros is no example for: `static_graph`, DDP's own `mixed_precision`, sparse gradients. A resumed run of these
-    last three, on three ranks or more, may round the first step's sums differently.
+    dense zeros is no example for: `static_graph`, DDP's own `mixed_precision`, sparse gradients, parameters with hooks
+    (an optimizer in the backward pass would step). A resumed run of these last four, on three ranks or more, may round
+    the first step's sums differently.
 
     Collective: call on all ranks. Cost: one all-reduce of the gradients; memory for them, as in a step.
     """
@@ -44,7 +45,8 @@ def settle_buckets(model: DistributedDataParallel) -> None:
 def _can_settle(model: DistributedDataParallel) -> bool:
     is_sparse = any(getattr(each, "sparse", False) for each in model.modules() if isinstance(each, _EMBEDDINGS))
     is_other = model.find_unused_parameters or model.static_graph or model.mixed_precision
-    return not (is_other or is_sparse or model._delay_all_reduce_all_params)
+    has_hooks = any(each._backward_hooks or each._post_accumulate_grad_hooks for each in model.module.parameters())
+    return not (is_other or is_sparse or has_hooks or model._delay_all_reduce_all_params)
 
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)

@@ -6,6 +6,7 @@ unless within a moment all ranks have left the run by an exception: one that all
 ends nothing but the run.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -60,6 +61,7 @@ class Failures:
         self._runs = runs
         self._heard_at_s = 0.0
         self._later: list[Failure] = []  # heard while another one was not settled yet
+        self._hearing = threading.Lock()
         self._left_by_error: set[int] = set()  # runs that this rank has left so
         self._forgiven: set[int] = set()
         self._num_inquiries = 0
@@ -83,8 +85,9 @@ class Failures:
                 self._tell(error, run, here)
             else:
                 raised = cause.as_error()
-        failure = self._standing.failure
-        failed_run = failure.run if failure is not None else None if is_known else run
+        failed_run = told_of if is_known else run
+        if (failure := self._standing.failure) is not None:
+            failed_run = failure.run
         with suppress(AttributeError):
             setattr(raised, _MARK, _OUTSIDE if failed_run is None else failed_run)
         if run is not None:
@@ -140,13 +143,14 @@ class Failures:
             self._messages.publish(kind="failed", failure=failure.to_dict())
 
     def hear(self, failure: Failure) -> None:
-        if failure.run in self._forgiven:
-            return
-        if self._standing.failure is not None:
-            self._later.append(failure)
-            return
-        self._heard_at_s = time.monotonic()
-        self._standing.note(failure=failure)
+        with self._hearing:
+            if failure.run in self._forgiven:
+                return
+            if self._standing.failure is not None:
+                self._later.append(failure)
+                return
+            self._heard_at_s = time.monotonic()
+            self._standing.note(failure=failure)
         for run in self._runs.under_way:
             run.interrupt()
         self._link.connections.wake()
@@ -206,9 +210,10 @@ class Failures:
         self._ledger.begin_anew(failure.run)
         if failure.rank == self._here.rank:
             remove_error_file()
-        self._forgiven.add(failure.run)  # before it is forgotten: who looks in between must not raise it
-        self._standing.forget_failure()
-        later, self._later = self._later, []
+        with self._hearing:
+            self._forgiven.add(failure.run)  # before it is forgotten: who looks in between must not raise it
+            self._standing.forget_failure()
+            later, self._later = self._later, []
         for each in later:
             self.hear(each)
 
@@ -219,6 +224,8 @@ class Failures:
         if failure.rank != self._here.rank:
             write_error_file(failure.message(), failure.traceback, is_cause=False)
         self._standing.note(is_broken=True)
+        for run in self._runs.under_way:  # who went on, to fail alike, goes no further
+            run.interrupt()
         self._link.connections.shut()
         if "nccl" in self._here.backend:
             abort_group()

@@ -20,7 +20,7 @@ from dengine.distributed.connections import Connections, abort_group, recorded
 from dengine.distributed.control import Control
 from dengine.distributed.failure import line_of, traceback_of, write_error_file
 from dengine.distributed.interface import chosen_interface
-from dengine.distributed.launch import Launch, find_launch
+from dengine.distributed.launch import Launch, find_launch, is_agents_store
 from dengine.distributed.messages import Link, Meeting
 from dengine.distributed.orphan import end_with_agent
 from dengine.distributed.watch import Watch
@@ -61,7 +61,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
         ValueError: a timeout is not above 0.
         RemoteRankError, StallError: on leaving, where another rank failed.
 
-    Cost: collective on entry; two threads that sleep; one process pays nothing.
+    Cost: collective on entry; two threads that sleep (three where rank 0 hosts the store); one process pays nothing.
     """
     for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
         if not value > 0:
@@ -73,7 +73,11 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
         end_with_agent(os.environ)
         opened, connections = _join(launch, backend, timeout)
         if launch.size > 1:
-            control = _control(launch, opened, connections, timeout)
+            try:
+                control = _control(launch, opened, connections, timeout)
+            except BaseException:  # else the next try would take the group for somebody else's
+                _destroy(opened, is_failing=True)
+                raise
     elif is_external:
         opened = external_world()
         control = _control_beside(opened, timeout) if current_control() is None else None
@@ -169,8 +173,8 @@ def _control(launch: Launch, here: World, connections: list[socket.socket], time
     # A name of its own for each group: an agent's store outlives it, and keeps what an earlier one has said.
     holder = [uuid.uuid4().hex]
     dist.broadcast_object_list(holder, src=0)
-    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    meeting = Meeting(launch.master_addr, launch.master_port, f"dengine/{holder[0]}", not is_agents)
+    is_hosted = not is_agents_store(os.environ)
+    meeting = Meeting(launch.master_addr, launch.master_port, f"dengine/{holder[0]}", is_hosted)
     with recorded(launch.master_port) as more:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     return Control(Link(here, meeting, meeting.connect(), Connections([*connections, *more]), group))

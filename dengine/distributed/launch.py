@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dengine.distributed.slurm import has_own_gpus, host_names, is_shell, shell_of, step_port, tasks_per_node
 from dengine.errors import LaunchError
 
-__all__ = ["Choice", "Launch", "choose_launch", "find_launch"]
+__all__ = ["Choice", "Launch", "choose_launch", "find_launch", "is_agents_store"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ def choose_launch(env: Mapping[str, str]) -> Choice:
     if "LOCAL_RANK" in env:
         _text(env, "RANK", ["LOCAL_RANK"])
     return Choice(None, "neither torchrun nor srun set any variables")
+
+
+def is_agents_store(env: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent hosts the store, and not rank 0."""
+    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _choose_in_slurm(env: Mapping[str, str]) -> Choice:

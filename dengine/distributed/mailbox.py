@@ -67,7 +67,7 @@ class Mailbox:
         """
         assert self._own is not None
         notes = {0: self._own}
-        end = time.monotonic() + self._patience_s()
+        end = math.inf
         while len(notes) < self._here.size:
             for rank in range(1, self._here.size):
                 key = f"{self._prefix}/{rank}"
@@ -75,7 +75,9 @@ class Mailbox:
                     notes[rank] = self._store.get(key).decode()
                     self._store.delete_key(key)
             if len(notes) < self._here.size:
-                end = min(end, time.monotonic() + self._patience_s())
+                patience_s = self._patience_s()
+                # A failure that is forgiven meanwhile limits nothing.
+                end = math.inf if math.isinf(patience_s) else min(end, time.monotonic() + patience_s)
                 if time.monotonic() >= end:
                     missing = next(rank for rank in range(self._here.size) if rank not in notes)
                     raise RemoteRankError(f"Rank {missing} has not told that its part is written.", rank=missing)

@@ -64,8 +64,13 @@ class Messages:
         self._is_janitor = link.here.rank == 0  # removes what all have read
 
     def publish(self, **message: Any) -> None:
+        text = json.dumps(message)
         number = self._store.add("messages", 1) - 1
-        self._store.set(f"message/{number}", json.dumps(message))
+        try:
+            self._store.set(f"message/{number}", text)
+        except BaseException:  # an interrupt: all would wait for this number, and hear of nothing any more
+            self._store.set(f"message/{number}", json.dumps({"kind": "none"}))
+            raise
 
     def next(self, *, may_sleep: bool) -> dict[str, Any] | None:
         """The next message. Waits for it or, unless it `may_sleep`, for a moment only: None, where there is none."""

@@ -62,11 +62,15 @@ class Presence:
             self._progress = progress
             self.progressed_at_s = time.monotonic()
 
-    def tell_now_and_then(self, period_s: float) -> None:
-        """Tell the store once a period and, so that a run is known soon after it began, between two runs."""
+    def tell_now_and_then(self, period_s: float) -> bool:
+        """Tell the store once a period and, so that a run is known soon after it began, between two runs; whether it
+        was time to.
+        """
         is_new_turn = self._control.runs.num_turns != self._told_turn
-        if time.monotonic() >= self._told_at_s + (period_s / 10 if is_new_turn else period_s):
+        is_time = time.monotonic() >= self._told_at_s + (period_s / 10 if is_new_turn else period_s)
+        if is_time:
             self.tell()
+        return is_time
 
     def tell(self) -> None:
         """Tell the store. Cost: one small request; two where rank 0 hosts the store."""

@@ -94,6 +94,7 @@ class RollCall:
             key = f"here/{number}/{rank}"
             if self._store.check([key]):
                 answers[rank] = json.loads(self._store.get(key))
+                self._store.delete_key(key)
         return answers
 
     def _vanished(self, gone: list[int]) -> Failure:

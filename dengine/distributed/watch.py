@@ -80,13 +80,14 @@ class Watch:
                 if standing.is_broken or standing.is_lost or standing.is_over:
                     self._end_what_hangs()
                 else:
-                    self._look(has_hung_up)
+                    self._look(has_hung_up, is_starting)
             except Exception as error:  # the store is gone
                 self._control.failures.lose(error)
 
-    def _look(self, has_hung_up: bool) -> None:
-        self._presence.tell_now_and_then(self._period_s)
-        self._knows_neighbours = self._knows_neighbours or self._presence.watch_neighbours()
+    def _look(self, has_hung_up: bool, is_starting: bool) -> None:
+        has_told = self._presence.tell_now_and_then(self._period_s)
+        if not self._knows_neighbours and (is_starting or has_told):
+            self._knows_neighbours = self._presence.watch_neighbours()
         if has_hung_up or self._is_asked_to_inquire:
             self._is_asked_to_inquire = False
             self._roll_call.find_the_vanished()

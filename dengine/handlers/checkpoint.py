@@ -217,7 +217,13 @@ class Checkpoint:
         if self._is_asynchronous and engine not in self._watched:
             self._watched.add(engine)
             engine.on(Events.COMPLETED, lambda engine: self.wait(), priority=-sys.maxsize)
+            engine.on(Events.TERMINATED, self._wait_if_preempted, priority=-sys.maxsize)
             engine.on(Events.EXCEPTION_RAISED, lambda engine: self._wait_alone(), priority=-sys.maxsize)
+
+    def _wait_if_preempted(self, engine: Engine) -> None:
+        """Then `COMPLETED` does not come."""
+        if engine.state.preempted:
+            self.wait()
 
     def _wait_alone(self) -> None:
         """After an exception the other ranks may not come: no collective. What is raised here becomes a warning."""

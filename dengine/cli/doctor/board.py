@@ -12,9 +12,9 @@ from typing import Any
 
 from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from dengine.distributed.launch import Launch
+from dengine.distributed.launch import Launch, is_agents_store
 
-__all__ = ["Board", "BoardLostError", "is_agents_store", "open_board"]
+__all__ = ["Board", "BoardLostError", "open_board"]
 
 _POLL_S = 0.02
 _OPERATION_S = 30.0  # of the store: it answers at once, or is gone
@@ -99,7 +99,7 @@ def open_board(launch: Launch | None, timeout_s: float) -> Board:
     """
     if launch is None:
         return Board(HashStore(), 0, 1)
-    is_host = launch.rank == 0 and not is_agents_store()
+    is_host = launch.rank == 0 and not is_agents_store(os.environ)
     store = TCPStore(
         launch.master_addr,
         launch.master_port,
@@ -113,8 +113,3 @@ def open_board(launch: Launch | None, timeout_s: float) -> Board:
     # An agent's store outlives its workers, and keeps what those before a restart have said.
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return Board(PrefixStore(f"dengine/doctor/{attempt}", store), launch.rank, launch.size)
-
-
-def is_agents_store() -> bool:
-    """Whether torchrun's agent hosts the store, and not rank 0."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

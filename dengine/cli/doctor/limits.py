@@ -18,7 +18,11 @@ _LITTLE_MEMORY = _LITTLE_SHM = 1 << 30
 _NO_SHM = 16 << 20
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # those that handlers.Preemption takes
 _SIGNAL_S = 1.0
-_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# A container's limit, and what it has used of it.
+_CGROUPS = {
+    "/sys/fs/cgroup/memory.max": "/sys/fs/cgroup/memory.current",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes": "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+}
 
 
 def limit_facts() -> dict[str, Any]:
@@ -172,9 +176,9 @@ def _memory_free() -> int:
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    for path in _CGROUPS:
+    for limit, used in _CGROUPS.items():
         with suppress(OSError, ValueError):
-            free = min(free, int(Path(path).read_text()))
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
     return free
 
 

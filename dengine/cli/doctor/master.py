@@ -8,9 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dengine.cli.doctor.board import is_agents_store
 from dengine.cli.doctor.report import Finding, Verdict, ranks_text
-from dengine.distributed.launch import Launch
+from dengine.distributed.launch import Launch, is_agents_store
 
 __all__ = ["MasterError", "judge_master", "reach_master", "unmet"]
 
@@ -35,7 +34,7 @@ def reach_master(launch: Launch | None, timeout_s: float) -> dict[str, Any]:
         return {}
     address = _resolved(launch)
     told = {"name": launch.master_addr, "address": address, "port": launch.master_port}
-    if launch.rank == 0 and not is_agents_store():
+    if launch.rank == 0 and not is_agents_store(os.environ):
         _check_port(launch, address)
         return {**told, "is_host": True}
     return {**told, "is_host": False, "connect_s": _connect(launch, address, timeout_s)}
@@ -123,7 +122,7 @@ def _connect(launch: Launch, address: str, timeout_s: float) -> float:
 
 def _unreachable(error: OSError, where: str, timeout_s: float) -> MasterError:
     if isinstance(error, ConnectionRefusedError):
-        owner = "torchrun's agent" if is_agents_store() else "rank 0"
+        owner = "torchrun's agent" if is_agents_store(os.environ) else "rank 0"
         return MasterError(
             f"nobody listens at the master's {where} after {timeout_s:g} s (connection refused)",
             f"see that {owner} is running on that host, and that all ranks have the same MASTER_ADDR and MASTER_PORT; "

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return _ended(_visit(_Visitor(options, board, facts), report))
     except (BoardLostError, TimeoutError) as error:
-        return _whisper(rank, f"the others stopped answering: {error}")
+        return _ended(_whisper(rank, f"the others stopped answering: {error}"))
 
 
 def _ended(code: int) -> int:
