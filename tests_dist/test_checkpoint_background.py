@@ -179,3 +179,24 @@ def test_a_kill_between_write_and_commit_leaves_the_one_before_and_frees_the_oth
     verify(tmp_path / "checkpoint_1")
     assert run_ranks(resumed, 2, tmp_path, deadline_s=90) == [("checkpoint_1", 1, [])] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_3", "manifest.json"]
+
+
+def written_slowly(rank: int, size: int, folder: Path) -> int:
+    real = os.write
+
+    def slow(descriptor: int, data: Any) -> int:
+        time.sleep(0.3 if len(data) > 1000 else 0)
+        return real(descriptor, data[:1_000_000])
+
+    os.write = slow
+    with distributed.process_group(timeout=60, stall_timeout=1.0):
+        model = distributed.prepare_model(nn.Linear(2000, 1500), "fsdp")
+        trainer = Engine(lambda engine, batch: None)
+        trainer.on(Events.EPOCH_COMPLETED, Checkpoint({"model": model}, folder))
+        trainer.run(range(2))
+        return distributed.all_reduce(1)
+
+
+def test_a_sharded_save_that_goes_on_is_no_stall(tmp_path: Path) -> None:
+    assert run_ranks(written_slowly, 2, tmp_path, init=False) == [2, 2]
+    assert verify(tmp_path / "checkpoint_2").num_bytes > 12_000_000

@@ -218,6 +218,31 @@ def test_ranks_with_uneven_work_are_no_stall() -> None:
     assert run_ranks(uneven, 3, init=False) == [[0, 0, 3], [40, 40, 3], [80, 80, 3]]
 
 
+def lags(rank: int, size: int) -> None:
+    """No collective holds rank 0, and rank 1 takes its time to leave."""
+
+    def step(engine: Engine, batch: int) -> None:
+        time.sleep(0.05)
+        if rank == 1 and batch == 3:
+            raise ZeroDivisionError("planted")
+
+    trainer = Engine(step)
+    trainer.on(Events.EXCEPTION_RAISED, lambda engine: time.sleep(4.0 * rank))
+    with distributed.process_group(timeout=60):
+        try:
+            trainer.run(range(600))
+        finally:
+            print(f"left in iteration {trainer.state.iteration}")
+
+
+def test_a_rank_that_lags_behind_a_failed_one_stops_before_the_end_of_its_epoch() -> None:
+    first, second = run_ranks(lags, 2, init=False, expect_failures=True)
+    assert (first.error_type, second.error_type) == ("RemoteRankError", "ZeroDivisionError")
+    found = re.search("left in iteration ([0-9]+)", first.output)
+    assert found is not None
+    assert int(found[1]) < 300
+
+
 def catches(rank: int, size: int) -> list[str]:
     """The script catches the failure and sleeps on: the others must not have to wait for its process to end."""
     told = []

@@ -3,12 +3,15 @@
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dengine import Engine, Events
-from dengine.handlers import Preemption
+from dengine.checkpoint import verify
+from dengine.handlers import Checkpoint, Preemption
 
 
 def preempted(at: int, event: str = "step", number: int = signal.SIGUSR1, **options: Any) -> tuple[Engine, list[str]]:
@@ -39,6 +42,24 @@ def test_a_signal_in_a_step_saves_after_that_iteration_and_completes_nothing(num
     assert trainer.state.preempted
     assert trainer.state.iteration == 3
     assert signal.getsignal(number) is before
+
+
+def test_a_preempted_run_waits_for_every_asynchronous_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.2)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    trainer = Engine(lambda engine, batch: os.kill(os.getpid(), signal.SIGUSR1) if batch == 2 else None)
+    other = Checkpoint({"trainer": trainer}, tmp_path, "other", asynchronous=True)
+    trainer.on(Events.ITERATION_COMPLETED(once=3), other)
+    Preemption(lambda engine: None).attach(trainer)
+    state = trainer.run(range(5))
+    assert state.preempted
+    assert verify(tmp_path / "other_3.pt").step == 3
+    assert other.last_path == tmp_path / "other_3.pt"
 
 
 def test_a_signal_at_the_end_of_an_epoch_saves_before_the_next() -> None:
