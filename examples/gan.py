@@ -51,7 +51,7 @@ class PixelDistance(Metric):
         self.add_state("count", 0)
 
     def update(self, images: torch.Tensor) -> None:
-        pixels = images.detach().flatten(1).double().cpu()
+        pixels = images.detach().flatten(1).double().cpu()  # once an epoch: waiting for the device costs little here
         self.total, self.products = self.total + pixels.sum(0), self.products + pixels.T @ pixels
         self.count += len(pixels)
 

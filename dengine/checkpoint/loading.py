@@ -25,7 +25,7 @@ __all__ = ["latest", "load", "newest_first", "resume", "verify"]
 def verify(path: str | Path) -> Entry:
     """What the file or folder `path` is: step, score, versions, ..., once every byte of it has been checked.
 
-    This rank's own. Cost: it is read once (SHA-256, about 1.5 GB/s); nothing in it is executed.
+    This rank's own. Cost: it is read once (SHA-256, about 1 GB/s); nothing in it is executed.
 
     Raises:
         CorruptCheckpointError: it is truncated or was changed. CheckpointError: it is not there, or cannot be read.

@@ -117,7 +117,7 @@ def read_seal(file: BinaryIO, path: Path) -> Seal:
 
 
 def check_seal(file: BinaryIO, path: Path) -> Seal:
-    """Read all of the file, and hold it against its digest. Cost: one read, one SHA-256 (about 1.5 GB/s).
+    """Read all of the file, and hold it against its digest. Cost: one read, one SHA-256 (about 1 GB/s).
 
     Raises:
         CorruptCheckpointError: a byte is missing or not what it was. OSError: it cannot be read.
