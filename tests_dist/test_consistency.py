@@ -1,5 +1,6 @@
 """What must be the same on all ranks, and is not: the rank and the first thing that differs are named on every rank."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -194,3 +195,31 @@ def test_what_one_rank_finds_ends_the_run_of_all_at_one_iteration(by: str) -> No
     assert found[0] < 100_000
     if by == "nan":
         assert 6 <= found[0] <= 9
+
+
+def builds_many(rank: int, size: int) -> str:
+    """Models that hold themselves die when a rank's garbage collector comes to them: here on rank 0 alone."""
+    gc.disable()
+    with distributed.process_group(timeout=30):
+        for width in (3, 4, 5):
+            net: Any = nn.Linear(2, width)
+            net.itself = [net]
+            distributed.prepare_model(net, strategy="none")
+            if rank == 0:
+                net = None
+                gc.collect()
+            Engine(lambda engine, batch: None).run(range(2))
+            net = None
+        other = distributed.prepare_model(nn.Linear(2, 2), strategy="none")
+        if rank == 1:
+            other.more = nn.Linear(1, 1)
+        try:
+            Engine(lambda engine, batch: None).run(range(2))
+        except ConsistencyError as error:
+            return str(error)
+    return "same"
+
+
+def test_models_that_only_some_ranks_have_collected_are_no_difference() -> None:
+    for told in run_ranks(builds_many, 2, init=False, deadline_s=60):
+        assert "rank 1 has 4 of them, rank 0 has 2" in told

@@ -14,7 +14,14 @@ from dengine.distributed.control import Control
 from dengine.distributed.world import control, world
 from dengine.errors import ConsistencyError
 
-__all__ = ["compare_tensors", "parameters_of", "prepared_parameters", "refuse_difference", "same_on_all_ranks"]
+__all__ = [
+    "compare_tensors",
+    "parameters_of",
+    "prepared_parameters",
+    "refuse_difference",
+    "refuse_different_models",
+    "same_on_all_ranks",
+]
 
 _CHUNK = 1 << 20  # elements that are mixed at a time: what a digest takes of memory
 _MIXERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # odd, as in splitmix64
@@ -34,7 +41,22 @@ def refuse_difference(entries: Sequence[str], subject: str) -> None:
     Raises:
         ConsistencyError: on every rank, naming a rank that is not with the majority, and the first entry that differs.
     """
-    told = all_gather_object(list(entries))
+    _refuse(all_gather_object(list(entries)), subject)
+
+
+def refuse_different_models(parameters: Mapping[int, Sequence[str]]) -> None:
+    """Raise where the `parameters` of a prepared model, by its number, differ between ranks. One that is gone on some
+    rank is passed over: when a garbage collector has come to it says nothing. Collective. Cost: one object gather.
+
+    Raises:
+        ConsistencyError: as `refuse_difference`.
+    """
+    told = all_gather_object(dict(parameters))
+    common = sorted(set.intersection(*map(set, told)))
+    _refuse([[entry for number in common for entry in each[number]] for each in told], "The parameters of the models")
+
+
+def _refuse(told: Sequence[Sequence[str]], subject: str) -> None:
     rank, model = _odd_one(["\n".join(each) for each in told])
     if rank is None:
         return
@@ -50,12 +72,12 @@ def refuse_difference(entries: Sequence[str], subject: str) -> None:
     )
 
 
-def prepared_parameters() -> list[str]:
-    """Names, shapes and types of the parameters of all models that were prepared and still live."""
+def prepared_parameters() -> dict[int, list[str]]:
+    """Names, shapes and types of the parameters of all models that were prepared and still live, by their number."""
     plane = control()
     if not isinstance(plane, Control):
-        return []
-    return [entry for model in plane.living_models() for entry in parameters_of(model)]
+        return {}
+    return {number: parameters_of(model) for number, model in plane.living_models().items()}
 
 
 def parameters_of(model: nn.Module) -> list[str]:

@@ -44,7 +44,8 @@ class Control:
         self.failures = Failures(link, self.messages, self.ledger, self.standing, self.runs)
         self.num_ticks = 0
         self.answer: Callable[[int], None] = lambda number: None
-        self._models: list[weakref.ref[nn.Module]] = []
+        self._models: dict[int, weakref.ref[nn.Module]] = {}  # by their number in the order of being prepared
+        self._num_models = 0
         self._wishes: dict[int, dict[str, Any]] = {}  # rank 0: those whose answers are not all there
         self._thread = threading.Thread(target=self._read_all, name="dengine-control", daemon=True)
 
@@ -53,10 +54,14 @@ class Control:
 
     def add_model(self, model: nn.Module) -> None:
         """Have the parameters of `model` compared at the start of each run."""
-        self._models.append(weakref.ref(model))
+        self._models[self._num_models] = weakref.ref(model)
+        self._num_models += 1
 
-    def living_models(self) -> list[nn.Module]:
-        return [model for each in self._models if (model := each()) is not None]
+    def living_models(self) -> dict[int, nn.Module]:
+        """By number. Which ones still live depends on this rank's garbage collector."""
+        living = {number: model for number, each in self._models.items() if (model := each()) is not None}
+        self._models = {number: self._models[number] for number in living}
+        return living
 
     # -- reading -------------------------------------------------------------------------------------------------
 

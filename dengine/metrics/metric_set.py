@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dengine.distributed.consistency import prepared_parameters, refuse_difference, same_on_all_ranks
+from dengine.distributed.consistency import prepared_parameters, refuse_different_models, same_on_all_ranks
 from dengine.distributed.rank_zero import refuse_on_rank_zero_alone
 from dengine.distributed.world import World, world
 from dengine.errors import NotComputableError
@@ -87,10 +87,10 @@ class MetricSet:
             return
         parameters = prepared_parameters()
         items: list[Item] = [] if self._reduction.is_agreed else self._collect(is_alone=False)[1]
-        if same_on_all_ranks([*parameters, *self._metrics, *map(repr, map(entry_of, items))]):
+        if same_on_all_ranks([*map(str, parameters.items()), *self._metrics, *map(repr, map(entry_of, items))]):
             self._reduction.take(items)
             return
-        refuse_difference(parameters, "The parameters of the models")
+        refuse_different_models(parameters)
         self._reduction.agree(items or self._collect(is_alone=False)[1])
 
     def compute(self, *, distributed: bool) -> dict[str, MetricValue]:
