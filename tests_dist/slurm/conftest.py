@@ -26,7 +26,7 @@ def cluster(tag: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clus
     # Not in pytest's own folder: the path of a socket is limited to about 100 letters.
     folder = Path(f"/tmp/dengine-slurm-{os.getpid()}")
     found = Cluster(folder, tmp_path_factory.mktemp("slurm"))
-    before = find_processes(tag=tag).keys()
+    before = find_processes(tag=found.tag).keys()
     begun = found.control("up", "--nodes", "5", "--cpus", "8", "--owner", str(os.getpid()))
     if begun.returncode == CANNOT and "DENGINE_REQUIRE_SLURM" not in os.environ:
         pytest.skip(begun.stdout.strip())
@@ -36,7 +36,7 @@ def cluster(tag: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clus
     finally:
         ended = found.control("down")
     assert ended.returncode == 0, ended.stdout
-    assert find_processes(tag=tag).keys() - before == set()
+    assert find_processes(tag=found.tag).keys() - before == set()
 
 
 @pytest.fixture(scope="session")

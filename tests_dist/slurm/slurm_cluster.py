@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ranks import TAG
+
 __all__ = ["JOB", "Cluster", "Job", "on", "until"]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +79,11 @@ class Cluster:
     folder: Path
     work: Path
 
+    @property
+    def tag(self) -> str:
+        """Of all its processes, which outlive a test: no other test of the session is to take them for its own."""
+        return f"slurm-{os.environ[TAG]}"
+
     def control(self, action: str, *words: str) -> subprocess.CompletedProcess[str]:
         with (self.work / "cluster.out").open("w+") as output:  # no pipe: the daemons would hold it open
             done = subprocess.run(
@@ -85,6 +92,7 @@ class Cluster:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 timeout=120,
+                env={**os.environ, TAG: self.tag},
             )
             output.seek(0)
             return subprocess.CompletedProcess(done.args, done.returncode, output.read())
@@ -92,6 +100,7 @@ class Cluster:
     def client(self, *command: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> str:
         """The output of sbatch, scontrol and so on. Raises: CalledProcessError, with what it said."""
         surrounding = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        surrounding[TAG] = self.tag
         done = subprocess.run(
             command,
             cwd=cwd,
