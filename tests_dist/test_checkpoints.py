@@ -321,3 +321,17 @@ def test_nothing_yet_is_none_on_every_rank_and_nothing_intact_an_error(tmp_path:
     for first, message in run_ranks(nothing_there, 2, str(tmp_path)):
         assert first == "None"
         assert "is intact" in message
+
+
+def the_file_itself(rank: int, size: int, folder: str) -> str:
+    save(Path(folder) / "checkpoint_1.pt", {"model": nn.Linear(1, 1)})
+    try:
+        return str(Checkpoint.resume(Path(folder) / "checkpoint_1.pt", {"model": nn.Linear(1, 1)}))
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_a_file_where_its_folder_is_wanted_is_the_same_error_on_every_rank(tmp_path: Path) -> None:
+    first, second = run_ranks(the_file_itself, 2, str(tmp_path))
+    assert first == second
+    assert "checkpoint_1.pt is a checkpoint, not a folder of them" in first

@@ -12,6 +12,7 @@ import torch
 from dengine.checkpoint import manifest, storage
 from dengine.checkpoint.folders import numbered, read_folder
 from dengine.checkpoint.manifest import Entry
+from dengine.checkpoint.paths import no_folder_of_checkpoints, path_of
 from dengine.checkpoint.restore import Restoring, give_random_states
 from dengine.checkpoint.seal import check_seal, read_seal
 from dengine.checkpoint.snapshot import States, check_objects
@@ -43,9 +44,15 @@ def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
     """The intact checkpoint of `prefix` in `save_dir` that was saved last; None where there is none.
 
     This rank's own. Cost: as `verify`, for each file until one is intact.
+
+    Raises:
+        CheckpointError: `save_dir` is a checkpoint itself, or another file.
     """
-    for entry in newest_first(Path(save_dir), prefix):
-        path = Path(save_dir) / entry.name
+    folder = path_of("save_dir", save_dir)
+    if (reason := no_folder_of_checkpoints(folder, "latest")) is not None:
+        raise CheckpointError(reason)
+    for entry in newest_first(folder, prefix):
+        path = folder / entry.name
         try:
             verify(path)
         except CheckpointError:
@@ -117,17 +124,28 @@ def resume(save_dir: str | Path, to_load: Mapping[str, Any], prefix: str = "chec
     """Load the newest intact checkpoint of `prefix` in `save_dir`; its path, or None where there is nothing yet.
 
     One that is damaged or lost is passed over for the one before it, with a warning on rank 0. So is, silently, one
-    that does not hold all the names of `to_load` (the best model beside the last full state). Nothing is changed in
-    the folder, but for a sharded one that a kill has left aside while it was replaced: it gets its name again.
+    that does not hold all the names of `to_load` (the best model beside the last full state). Where there are only
+    those of other prefixes, a warning on rank 0 names them. Nothing is changed in the folder, but for a sharded one
+    that a kill has left aside while it was replaced: it gets its name again.
 
     Collective, as `load`, once more for each file that is passed over.
 
     Raises:
         CorruptCheckpointError: there are checkpoints, but none is intact: to begin anew would be a surprise.
-        CheckpointError: none holds all the names, or see `load`.
+        CheckpointError: on every rank, where `save_dir` is a checkpoint itself, or none holds all the names; or see
+            `load`.
     """
-    folder, names = Path(save_dir), check_objects(to_load).keys()
-    candidates = from_rank_zero(lambda: _found(folder, prefix), f"look for checkpoints in {folder}")
+    folder, names = path_of("save_dir", save_dir), check_objects(to_load).keys()
+    found = from_rank_zero(lambda: _found(folder, prefix), f"look for checkpoints in {folder}")
+    if isinstance(found, str):
+        raise CheckpointError(found)
+    candidates, others = found
+    if not candidates and others and world().rank == 0:
+        warnings.warn(
+            f"{folder} holds no checkpoint {prefix!r}, so the run begins anew; there are some of "
+            f"{', '.join(map(repr, others))}, which filename_prefix= would name.",
+            stacklevel=3,
+        )
     # What a file without a readable end holds is not known: it is tried, and told of.
     fitting = [entry for entry in candidates if not entry.objects or names <= set(entry.objects)]
     if candidates and not fitting:
@@ -150,9 +168,15 @@ def resume(save_dir: str | Path, to_load: Mapping[str, Any], prefix: str = "chec
     return None
 
 
-def _found(folder: Path, prefix: str) -> list[Entry]:
+def _found(folder: Path, prefix: str) -> tuple[list[Entry], list[str]] | str:
+    """Those of `prefix`, newest first, and which other prefixes there are; or why that is no folder to look into."""
+    if (reason := no_folder_of_checkpoints(folder, "resume")) is not None:
+        return reason
     storage.put_back(folder)
-    return newest_first(folder, prefix)
+    if entries := newest_first(folder, prefix):
+        return entries, []
+    found = manifest.survey(folder)
+    return [], sorted({each.prefix for each in (*found.entries, *found.damaged)})
 
 
 def _read_file(file: BinaryIO) -> States:

@@ -9,7 +9,7 @@ from dengine.checkpoint.seal import Seal
 from dengine.checkpoint.shard_files import FILE_NAME, METADATA, as_corrupt, read_metadata
 from dengine.errors import CorruptCheckpointError
 
-__all__ = ["check_file", "check_length", "is_shard_folder", "read_outline", "verify_shards"]
+__all__ = ["check_file", "check_length", "holds_shards", "is_shard_folder", "read_outline", "verify_shards"]
 
 # As write_metadata() begins: keys are sorted, and this is the first.
 _ABOUT = b'{"body":{"about":'
@@ -23,6 +23,19 @@ def is_shard_folder(path: Path, *, alone: bool = False) -> bool:
         return False
     fitting = [name == METADATA or FILE_NAME.fullmatch(name) is not None for name in os.listdir(path)]
     return any(fitting) and (all(fitting) or not alone)
+
+
+def holds_shards(path: Path) -> bool:
+    """Whether the folder `path` is, or was, a checkpoint: a `metadata.json` of something else makes it none."""
+    if not path.is_dir():
+        return False
+    if any(FILE_NAME.fullmatch(name) for name in os.listdir(path)):
+        return True
+    try:
+        read_outline(path)
+    except (CorruptCheckpointError, OSError):
+        return False
+    return True
 
 
 def read_outline(folder: Path) -> Seal:

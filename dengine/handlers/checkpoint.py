@@ -135,8 +135,8 @@ class Checkpoint:
 
         Raises:
             CorruptCheckpointError: there are checkpoints, but none is intact.
-            CheckpointError: on every rank, where one does not find the file, or an object refuses its state; every
-                object is then as it was.
+            CheckpointError: on every rank, where `save_dir` is a checkpoint rather than its folder, one does not find
+                the file, or an object refuses its state; every object is then as it was.
         """
         return loading.resume(save_dir, to_load, filename_prefix)
 

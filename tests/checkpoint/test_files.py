@@ -187,7 +187,24 @@ def test_a_file_of_one_prefix_is_not_taken_for_another_s(tmp_path: Path) -> None
     saved(tmp_path, "best_9.pt")
     assert latest(tmp_path) is None
     assert latest(tmp_path / "not there") is None
+    with pytest.warns(UserWarning, match="no checkpoint 'checkpoint', so .* anew; there are some of 'best'"):
+        assert Checkpoint.resume(tmp_path, {"model": nn.Linear(16, 16)}) is None
+
+
+@pytest.mark.parametrize("name", ["checkpoint_1.pt", "checkpoint_1", "not_there.pt"])
+def test_a_checkpoint_where_its_folder_is_wanted_does_not_begin_anew(tmp_path: Path, name: str) -> None:
+    if name != "not_there.pt":
+        saved(tmp_path, name)
+    for use in (latest, lambda path: Checkpoint.resume(path, {"model": nn.Linear(16, 16)})):
+        with pytest.raises(CheckpointError, match=rf"{name} is a checkpoint, not a folder of them: .* its folder"):
+            use(tmp_path / name)
+
+
+def test_a_metadata_json_of_something_else_makes_a_folder_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text('{"run": 3}')
     assert Checkpoint.resume(tmp_path, {"model": nn.Linear(16, 16)}) is None
+    newest = saved(tmp_path, "checkpoint_1.pt")
+    assert Checkpoint.resume(tmp_path, {"model": nn.Linear(16, 16)}) == latest(tmp_path) == newest
 
 
 def test_resume_passes_over_files_that_hold_too_little_and_says_what_there_is_where_all_do(tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""Which is meant: a checkpoint, or a folder of checkpoints. What takes the one says so where it is given the other."""
+
+import os
+from pathlib import Path
+
+from dengine.checkpoint.shard_verify import holds_shards
+
+__all__ = ["no_folder_of_checkpoints", "path_of"]
+
+
+def path_of(name: str, value: str | Path) -> Path:
+    """
+    Raises:
+        TypeError: `value` is no path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}={value!r} must be a path (str or Path), but is a {type(value).__qualname__}.")
+    return Path(value)
+
+
+def no_folder_of_checkpoints(path: Path, name: str) -> str | None:
+    """Why `path` cannot be what `name` looks into; None where it can, which one that is not there yet can too."""
+    if path.is_dir():
+        is_checkpoint = holds_shards(path)
+    elif path.suffix != ".pt" and path.exists():
+        return f"{path} is a file, not a folder of checkpoints: {name} takes the folder that they are saved in."
+    else:
+        is_checkpoint = path.suffix == ".pt"  # also one that is not there: beginning anew would be a surprise
+    if not is_checkpoint:
+        return None
+    return (
+        f"{path} is a checkpoint, not a folder of them: {name} takes its folder ({path.parent}); "
+        "dengine.checkpoint.load takes the checkpoint itself."
+    )
