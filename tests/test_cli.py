@@ -66,6 +66,19 @@ def test_what_is_corrupt_is_named_with_exit_code_one(
     assert shown.count("CORRUPT") == 1
 
 
+def test_damaged_files_whose_names_tell_nothing_are_told_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_of(tmp_path)
+    (tmp_path / "trunc.pt").write_bytes((tmp_path / "checkpoint_4.pt").read_bytes()[:-300])
+    (tmp_path / "garbage.pt").write_bytes(b"?")
+    assert main(["inspect", str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"\ntrunc\.pt .*CORRUPT: .*does not end with dengine's digest", shown)
+    assert re.search(r"\ngarbage\.pt .*CORRUPT: is truncated", shown)
+    assert shown.count("CORRUPT") == 2
+
+
 def test_a_lost_file_and_a_damaged_manifest_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder_of(tmp_path)
     (tmp_path / "checkpoint_2.pt").unlink()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dengine.checkpoint.seal import Seal, check_seal, read_seal
-from dengine.checkpoint.shard_verify import is_shard_folder, read_outline, verify_shards
+from dengine.checkpoint.shard_verify import holds_shards, is_shard_folder, read_outline, verify_shards
 from dengine.errors import CorruptCheckpointError
 
 __all__ = [
@@ -72,11 +72,13 @@ class Entry:
 class Survey:
     """What a folder holds. `entries`: those with a readable end, oldest first, their bytes not proven yet.
     `damaged`: files with a checkpoint's name and an unreadable end; `lost`: listed, but not there.
+    `unknown`: names of `*.pt` files and folders of shards with an unreadable end, of which nothing tells the prefix.
     `listed`: name -> entry, of the manifest. `problem`: what is wrong with the manifest, or None."""
 
     entries: tuple[Entry, ...]
     damaged: tuple[Entry, ...]
     lost: tuple[Entry, ...]
+    unknown: tuple[str, ...]
     listed: dict[str, Entry]
     problem: str | None
 
@@ -130,7 +132,9 @@ def survey(folder: Path) -> Survey:
         OSError: the folder cannot be read; one that is not there holds nothing.
     """
     listed, problem = _listed(folder)
-    entries, damaged = [], []
+    entries: list[Entry] = []
+    damaged: list[Entry] = []
+    unknown: list[str] = []
     paths = sorted(path for path in folder.iterdir() if _is_candidate(path)) if folder.is_dir() else []
     for path in paths:
         try:
@@ -141,11 +145,15 @@ def survey(folder: Path) -> Survey:
             known = listed.get(path.name) or from_name(path)
             if known is not None:
                 damaged.append(known)
+            elif path.suffix == ".pt" or holds_shards(path):
+                unknown.append(path.name)
     there = {path.name for path in paths}
     lost = tuple(entry for name, entry in listed.items() if name not in there)
     if problem is None and not listed and entries:
         problem = "is missing"
-    return Survey(tuple(sorted(entries, key=_order)), tuple(sorted(damaged, key=_order)), lost, listed, problem)
+    entries.sort(key=_order)
+    damaged.sort(key=_order)
+    return Survey(tuple(entries), tuple(damaged), lost, tuple(unknown), listed, problem)
 
 
 def _is_candidate(path: Path) -> bool:

@@ -48,12 +48,13 @@ def _folder(folder: Path) -> int:
     found = survey(folder)
     rows, is_whole = [], not found.lost and (found.problem is None)
     for entry in sorted((*found.entries, *found.damaged), key=lambda each: (each.prefix, each.step or 0, each.name)):
-        verdict = "intact"
-        try:
-            verify(folder / entry.name)
-        except CheckpointError as error:
-            verdict, is_whole = _reason(error, folder / entry.name), False
-        rows.append([*_described(entry), verdict])
+        reason = _damage(folder / entry.name)
+        is_whole = is_whole and reason is None
+        rows.append([*_described(entry), reason or "intact"])
+    for name in found.unknown:
+        if (reason := _damage(folder / name)) is not None:  # whole, where it was replaced at this moment
+            rows.append([name, "", "", "?", "?", "?", "?", reason])
+            is_whole = False
     rows += [[*_described(entry), "LOST: listed in the manifest, but not there"] for entry in found.lost]
     if not rows:
         return _refused(f"{folder} holds no checkpoint.")
@@ -70,8 +71,12 @@ def _described(entry: Entry) -> list[str]:
     return [entry.name, step, score, _size(entry.num_bytes) if entry.num_bytes else "?", ranks or "?", *versions]
 
 
-def _reason(error: CheckpointError, path: Path) -> str:
-    return "CORRUPT: " + str(error).replace(f"{path} ", "").replace(str(path), path.name)
+def _damage(path: Path) -> str | None:
+    try:
+        verify(path)
+    except CheckpointError as error:
+        return "CORRUPT: " + str(error).replace(f"{path} ", "").replace(str(path), path.name)
+    return None
 
 
 # -- one file ----------------------------------------------------------------------------------------------------
