@@ -12,6 +12,7 @@ from typing import Any
 from dengine.checkpoint import loading, manifest
 from dengine.checkpoint.folders import copy_folder, write_folder
 from dengine.checkpoint.manifest import Entry
+from dengine.checkpoint.paths import path_of
 from dengine.checkpoint.plans import Due, Order, Report, write_file
 from dengine.checkpoint.retention import is_kept, own, to_drop
 from dengine.checkpoint.saving import agree, failure_text, planned
@@ -22,7 +23,8 @@ from dengine.distributed import world
 from dengine.distributed.collectives import from_rank_zero
 from dengine.engine import Engine, Events
 from dengine.errors import CheckpointError
-from dengine.handlers.step import StepTransform, step_of
+from dengine.handlers.score import check_score_function, score_of
+from dengine.handlers.step import StepTransform, check_step_transform, step_of
 
 __all__ = ["Checkpoint", "Saved"]
 
@@ -71,6 +73,7 @@ class Checkpoint:
         saved: what is kept, in the order of saving, on every rank; with `asynchronous`, as of the last call.
 
     Raises (when called):
+        TypeError: `score_function` gave no number, or `global_step_transform` no whole one.
         CheckpointError: on every rank, where it cannot be written; what was there before is untouched.
 
     Example:
@@ -98,15 +101,14 @@ class Checkpoint:
         global_step_transform: StepTransform | None = None,
         asynchronous: bool = False,
     ) -> None:
-        if score_name is not None and score_function is None:
+        if score_function is not None:
+            check_score_function(score_function)
+        elif score_name is not None:
             raise ValueError(f"score_name={score_name!r} names a score, but there is no score_function=.")
-        for part in (filename_prefix, score_name or ""):
-            if "/" in part or "\0" in part:
-                raise ValueError(f"{part!r} becomes part of a file's name, so it cannot hold a slash.")
-        if not filename_prefix or filename_prefix.startswith("."):
-            raise ValueError(f"filename_prefix={filename_prefix!r} must be a name that is not hidden.")
+        check_step_transform("global_step_transform", global_step_transform)
+        _check_names(filename_prefix, score_name)
         self._objects = check_objects(to_save)
-        self._save_dir = Path(save_dir)
+        self._save_dir = path_of("save_dir", save_dir)
         self._prefix = filename_prefix
         self._n_saved = whole_number("n_saved", n_saved, least=1)
         self._score_function = score_function
@@ -238,7 +240,7 @@ class Checkpoint:
         if self._writing is not None and self._writing[0].is_done and (report := self._settle()).failure:
             return report, None
         found = None if self._kept is not None else self._survey()
-        score = None if self._score_function is None else float(self._score_function(engine))
+        score = None if self._score_function is None else score_of(engine, self._score_function, "a Checkpoint")
         # One that is still being written counts as saved: where it fails, the run ends.
         if not is_kept(score, self._expected(), self._n_saved):
             return self._report(), None
@@ -316,3 +318,14 @@ class Checkpoint:
             "slower than the saves come. Save less often. This is said once.",
             stacklevel=2,
         )
+
+
+def _check_names(filename_prefix: str, score_name: str | None) -> None:
+    parts = {"filename_prefix": filename_prefix, "score_name": "" if score_name is None else score_name}
+    for argument, part in parts.items():
+        if not isinstance(part, str):
+            raise TypeError(f"{argument}={part!r} becomes part of a file's name, so it must be a string.")
+        if "/" in part or "\0" in part:
+            raise ValueError(f"{part!r} becomes part of a file's name, so it cannot hold a slash.")
+    if not filename_prefix or filename_prefix.startswith("."):
+        raise ValueError(f"filename_prefix={filename_prefix!r} must be a name that is not hidden.")

@@ -7,6 +7,7 @@ from typing import Any
 from dengine.checks import whole_number
 from dengine.distributed.collectives import from_rank_zero
 from dengine.engine import Engine
+from dengine.handlers.score import check_score_function, score_of
 
 __all__ = ["EarlyStopping"]
 
@@ -44,8 +45,7 @@ class EarlyStopping:
         cumulative_delta: bool = False,
     ) -> None:
         self._patience = whole_number("patience", patience, least=1)
-        if not callable(score_function):
-            raise TypeError(f"score_function={score_function!r} must be callable, as score_function(engine) -> float.")
+        check_score_function(score_function)
         if not isinstance(trainer, Engine):
             raise TypeError(f"trainer={trainer!r} must be the Engine to stop.")
         if not min_delta >= 0:
@@ -100,11 +100,7 @@ class EarlyStopping:
         self._num_calls_without_improvement = num_calls
 
     def _score(self, engine: Engine) -> float:
-        score = self._score_function(engine)
-        try:
-            return float(score)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"score_function gave {score!r}, but early stopping compares one number a call.") from error
+        return score_of(engine, self._score_function, "early stopping")
 
     def _has_improved(self, score: float) -> bool:
         """Compare with the best, and take the score over where it is to be measured from now on."""

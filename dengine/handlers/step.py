@@ -6,9 +6,18 @@ from typing import Any, TypeAlias
 from dengine.checks import whole_number
 from dengine.engine import Engine
 
-__all__ = ["StepTransform", "step_of"]
+__all__ = ["StepTransform", "check_step_transform", "step_of"]
 
 StepTransform: TypeAlias = Callable[[Engine, Any], int]
+
+
+def check_step_transform(name: str, value: object) -> None:
+    """
+    Raises:
+        TypeError: it is neither None nor can be called.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}={value!r} must be callable, as {name}(engine, event) -> int.")
 
 
 def step_of(engine: Engine, transform: StepTransform | None) -> int:

@@ -374,3 +374,21 @@ def test_a_failed_write_is_raised_once_and_the_next_run_saves_again(
     assert names(tmp_path) == []
     trainer.run(range(4))
     assert names(tmp_path) == ["checkpoint_2.pt"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("score_function", 3), ("global_step_transform", 3), ("filename_prefix", 3), ("score_name", 3), ("save_dir", 3)],
+)
+def test_an_argument_of_a_wrong_type_is_named_at_once(tmp_path: Path, argument: str, value: Any) -> None:
+    options: dict[str, Any] = {"save_dir": tmp_path, "score_function": lambda engine: 1.0, argument: value}
+    with pytest.raises(TypeError, match=f"{argument}=3 "):
+        Checkpoint({"model": nn.Linear(1, 1)}, **options)
+
+
+@pytest.mark.parametrize("score", [None, torch.ones(2), "0.5", "high"])
+def test_a_score_that_is_no_number_saves_nothing(tmp_path: Path, score: Any) -> None:
+    checkpoint = Checkpoint({"model": nn.Linear(1, 1)}, tmp_path, score_function=lambda engine: score)
+    with pytest.raises(TypeError, match="score_function gave .* but a Checkpoint compares one number a call"):
+        saved_by(checkpoint, 1)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,31 @@
+"""The score by which a handler tells better from worse."""
+
+from collections.abc import Callable
+
+from dengine.engine import Engine
+
+__all__ = ["check_score_function", "score_of"]
+
+
+def check_score_function(value: object) -> None:
+    """
+    Raises:
+        TypeError: it cannot be called.
+    """
+    if not callable(value):
+        raise TypeError(f"score_function={value!r} must be callable, as score_function(engine) -> float.")
+
+
+def score_of(engine: Engine, score_function: Callable[[Engine], float], purpose: str) -> float:
+    """What `score_function(engine)` gives; a tensor of one element is waited for.
+
+    Raises:
+        TypeError: that is no number: "but {purpose} compares one number a call".
+    """
+    score = score_function(engine)
+    try:
+        if isinstance(score, str | bytes):  # float() would read it
+            raise TypeError("text is no number")
+        return float(score)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"score_function gave {score!r}, but {purpose} compares one number a call.") from error
