@@ -66,6 +66,26 @@ def test_an_object_without_a_state_on_one_rank_fails_the_save_on_every_rank(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def other_names(rank: int, size: int, folder: str, suffix: str) -> list[str]:
+    messages = []
+    model, trainer = nn.Linear(1, 1), Engine(lambda engine, batch: None)
+    for objects in ({"m": model} if rank else {"t": trainer, "m": model}, {"m": model if rank else trainer}):
+        try:
+            save(Path(folder) / f"c_1{suffix}", objects)
+        except CheckpointError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize("suffix", [".pt", ""])
+def test_ranks_that_save_other_names_are_told_which_and_nothing_is_saved(tmp_path: Path, suffix: str) -> None:
+    first, second = run_ranks(other_names, 2, str(tmp_path), suffix, deadline_s=30)
+    assert first == second
+    assert "rank 1 saves m, rank 0 m and t:" in first[0]
+    assert "rank 1 saves random number generators of nothing, rank 0 random number generators of m:" in first[1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def full_disk(*arguments: object) -> None:
     raise OSError(28, "No space left on device")
 

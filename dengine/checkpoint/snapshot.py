@@ -1,7 +1,7 @@
 """What goes into a checkpoint: the states of the objects a user lists, and one entry of dengine's own."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -84,7 +84,7 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
     (FSDP2) have this rank's part. Collective: one gather of small objects.
 
     Raises:
-        CheckpointError: on every rank, where an object has no state to give on one of them.
+        CheckpointError: on every rank, where an object has no state to give on one of them, or they save other names.
     """
     states: States = {}
     mine: dict[str, Any] = {}
@@ -99,13 +99,30 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
         except Exception as error:
             failure, cause = f"{name!r} gave no state: {type(error).__qualname__}: {error}", error
             break
-    gathered = all_gather_object((failure, mine, has_shards))
+    everyone = all_gather_object((sorted(objects), (failure, mine, has_shards)))
+    gathered = [theirs for _, theirs in everyone]
+    _agree_on_names([names for names, _ in everyone])
     for rank, (reason, _, _) in enumerate(gathered):
         if reason is not None:
             raise CheckpointError(f"Nothing was saved or changed, since on rank {rank} {reason}") from cause
+    _agree_on_names([sorted(theirs) for _, theirs, _ in gathered], "random number generators of ")
     random = {name: [theirs[name] for _, theirs, _ in gathered] for name in mine}
     reserved = {"format": FORMAT_VERSION, "world_size": world().size, RANDOM: random}
     return Collected({**states, RESERVED: reserved}, any(theirs for _, _, theirs in gathered))
+
+
+def _agree_on_names(names: Sequence[list[str]], what: str = "") -> None:
+    """
+    Raises:
+        CheckpointError: a rank saves other names than rank 0.
+    """
+    for rank, theirs in enumerate(names):
+        if theirs != names[0]:
+            here, on_zero = (" and ".join(each) or "nothing" for each in (theirs, names[0]))
+            raise CheckpointError(
+                f"Nothing was saved, since rank {rank} saves {what}{here}, rank 0 {what}{on_zero}: give the same "
+                "names on all ranks."
+            )
 
 
 def put_together(states: States) -> States:
