@@ -15,6 +15,7 @@ from dengine.checkpoint.manifest import Entry
 from dengine.checkpoint.paths import no_folder_of_checkpoints, path_of
 from dengine.checkpoint.restore import Restoring, give_random_states
 from dengine.checkpoint.seal import check_seal, read_seal
+from dengine.checkpoint.shard_verify import holds_shards
 from dengine.checkpoint.snapshot import States, check_objects
 from dengine.distributed import all_gather_object, world
 from dengine.distributed.collectives import from_rank_zero
@@ -29,9 +30,10 @@ def verify(path: str | Path) -> Entry:
     This rank's own. Cost: it is read once (SHA-256, about 1 GB/s); nothing in it is executed.
 
     Raises:
-        CorruptCheckpointError: it is truncated or was changed. CheckpointError: it is not there, or cannot be read.
+        CorruptCheckpointError: it is truncated or was changed. CheckpointError: it is not there, cannot be read, or is
+            a folder of checkpoints.
     """
-    path = Path(path)
+    path = path_of("path", path)
     try:
         return manifest.entry_of(path, proven=True)
     except CorruptCheckpointError as error:
@@ -92,12 +94,12 @@ def load(path: str | Path, into: Mapping[str, Any]) -> None:
     a folder, each rank reads its part; four small gathers; memory for that part twice.
 
     Raises:
-        TypeError, ValueError: `into` is no dict of objects with a `state_dict`.
+        TypeError, ValueError: `into` is no dict of objects with a `state_dict`, or `path` no path.
         CorruptCheckpointError: on every rank, where it is damaged for one.
-        CheckpointError: on every rank, where one does not find it or sees another one, or an object refuses its
-            state (missing and extra names are listed); every object is then as it was.
+        CheckpointError: on every rank, where one does not find it or sees another one, it is a folder of checkpoints,
+            or an object refuses its state (missing and extra names are listed); every object is then as it was.
     """
-    targets, path = check_objects(into), Path(path)
+    targets, path = check_objects(into), path_of("path", path)
     with ExitStack() as stack:
         file, seen = _open(path, stack)
         _agree_on_file(path, all_gather_object(seen))
@@ -198,7 +200,7 @@ class _Seen:
 
     sha256: str = ""
     missing: str | None = None
-    corrupt: str | None = None
+    corrupt: CheckpointError | None = None
 
 
 def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO | None, _Seen]:
@@ -214,7 +216,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO | None, _Seen]:
         seal = check_seal(file, path) if world().local_rank == 0 else read_seal(file, path)
         manifest.from_seal(seal, path)
     except CorruptCheckpointError as error:
-        return None, _Seen(corrupt=str(_explained(error, path)))
+        return None, _Seen(corrupt=_explained(error, path))
     except OSError as error:
         return None, _Seen(missing=str(error))
     return file, _Seen(sha256=seal.sha256)
@@ -230,7 +232,7 @@ def _agree_on_file(path: Path, seen: Sequence[_Seen]) -> None:
             )
     for rank, each in enumerate(seen):
         if each.corrupt is not None:
-            raise CorruptCheckpointError(each.corrupt + (f" (seen by rank {rank})" if len(seen) > 1 else ""))
+            raise type(each.corrupt)(f"{each.corrupt}" + (f" (seen by rank {rank})" if len(seen) > 1 else ""))
     for rank, each in enumerate(seen):
         if each.sha256 != seen[0].sha256:
             raise CheckpointError(
@@ -238,9 +240,14 @@ def _agree_on_file(path: Path, seen: Sequence[_Seen]) -> None:
             )
 
 
-def _explained(error: CorruptCheckpointError, path: Path) -> CorruptCheckpointError:
-    """The error, with what the manifest beside the file remembers of it."""
+def _explained(error: CorruptCheckpointError, path: Path) -> CheckpointError:
+    """The error, with what the manifest beside the file remembers of it; or that no checkpoint is meant by `path`."""
     with suppress(OSError):
+        if path.is_dir() and not holds_shards(path) and manifest.survey(path).has_any:
+            return CheckpointError(
+                f"{path} is a folder of checkpoints, not a checkpoint: Checkpoint.resume({str(path)!r}, ...) loads the "
+                "newest intact one, and dengine.checkpoint.latest() gives its path."
+            )
         listed = manifest.survey(path.parent).listed.get(path.name)
         size = path.stat().st_size
         if listed is not None and path.is_file() and listed.num_bytes != size:

@@ -83,6 +83,10 @@ class Survey:
     problem: str | None
 
     @property
+    def has_any(self) -> bool:
+        return bool(self.entries or self.damaged or self.lost or self.unknown)
+
+    @property
     def next_sequence(self) -> int:
         return 1 + max((entry.sequence for entry in (*self.entries, *self.listed.values())), default=0)
 

@@ -200,6 +200,15 @@ def test_a_checkpoint_where_its_folder_is_wanted_does_not_begin_anew(tmp_path: P
             use(tmp_path / name)
 
 
+def test_a_folder_of_checkpoints_where_one_is_wanted_says_what_takes_it(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for use in (verify, lambda path: load(path, {"model": nn.Linear(16, 16)})):
+        with pytest.raises(CheckpointError, match=r"is a folder of checkpoints, not a checkpoint: Checkpoint\.resume"):
+            use(tmp_path)
+        with pytest.raises(TypeError, match="path=3 must be a path"):
+            use(3)  # type: ignore[arg-type]
+
+
 def test_a_metadata_json_of_something_else_makes_a_folder_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").write_text('{"run": 3}')
     assert Checkpoint.resume(tmp_path, {"model": nn.Linear(16, 16)}) is None
