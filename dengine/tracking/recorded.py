@@ -11,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -164,16 +165,17 @@ class RecordedRun(Run):
                 return
             self._is_finished = True
         atexit.unregister(self._leave_at_exit)
-        summary = plain(self.summary)
-        try:
+        with ExitStack() as last:  # from the bottom up, each whatever the others do: a run that ended must say so
+            last.callback(self._restore_sigterm)
+            last.callback(self._write_status, status, error)
+            last.callback(self._rows.close)
+            summary, config, problems = _recordable(self.summary, self.config)
+            last.callback(write_json, self.dir / "summary.json", summary)
+            last.callback(write_json, self.dir / "config.json", config)
             for name in self._backends:
                 self._tell(name, lambda backend: backend.finish(status == "failed", summary))
-            self._rows.close()
-        finally:
-            write_json(self.dir / "config.json", plain(self.config))
-            write_json(self.dir / "summary.json", summary)
-            self._write_status(status, error)
-            self._restore_sigterm()
+        if problems:
+            raise ValueError(f"The run {self.id} has ended, and its record lacks something: {' '.join(problems)}")
 
     def _leave_at_exit(self) -> None:
         """The script ended without `finish()`: by an exception, which the interpreter has reported, or well."""
@@ -219,6 +221,20 @@ class RecordedRun(Run):
             raise RuntimeError(
                 f"{call}: the run {self.id} is finished; Track.run(..., resume={self.id!r}) goes on with it."
             )
+
+
+def _recordable(*settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Each of `settings` as far as it can be recorded, and behind them the list of what is wrong with the rest."""
+    recordable: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for values in settings:
+        recordable.append({})
+        for key, value in values.items():
+            try:
+                recordable[-1][str(key)] = plain(value, (key,))
+            except Exception as error:  # a `repr` of the user's may raise anything
+                problems.append(str(error) if isinstance(error, ValueError) else f"{key!r}: {error!r}")
+    return *recordable, problems
 
 
 def _whole(step: Any) -> int:

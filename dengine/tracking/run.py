@@ -38,8 +38,8 @@ class Run(ABC):
             step: any whole number, smaller ones than before too; by default one more than the last, from 0.
 
         Raises:
-            TypeError, ValueError: a value is no scalar, or named "step" or "time", as two entries of each row are;
-                nothing is recorded then.
+            TypeError, ValueError: a value is no scalar, or named "step" or "time", as two entries of each row are, or a
+                dict contains itself; nothing is recorded then.
             RuntimeError: the run is finished.
         """
 
@@ -67,7 +67,8 @@ class Run(ABC):
     def finish(self) -> None:
         """End the record as a finished run; a second call does nothing.
 
-        Raises: TrackingError, where rows could not be written.
+        Raises: TrackingError, where rows could not be written. ValueError, where something in `summary` or `config`
+            contains itself; the rest of them is recorded, and that the run has ended.
         """
 
     @abstractmethod

@@ -3,7 +3,7 @@
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ __all__ = ["Scalar", "encode", "flat", "plain", "scalar", "to_json"]
 Scalar: TypeAlias = float | int | bool | str
 
 _AS_IT_IS = (float, int, bool, str)
+_MAX_DEPTH = 100  # what contains itself is deeper than any
 
 
 def scalar(name: str, value: Any) -> Scalar:
@@ -48,12 +49,12 @@ def flat(values: Mapping[str, Any]) -> dict[str, Scalar]:
 
     Raises:
         TypeError: no mapping, or something in it is no scalar.
-        ValueError: two values have one name.
+        ValueError: two values have one name, or a mapping contains itself.
     """
     if not isinstance(values, Mapping):
         raise TypeError(f"log() takes a dict of names to values, but got {_short(values)}.")
     row: dict[str, Scalar] = {}
-    _flatten("", values, row)
+    _flatten((), values, row)
     return row
 
 
@@ -66,8 +67,12 @@ def encode(row: Mapping[str, Scalar]) -> bytes:
     return line.encode() + b"\n"
 
 
-def plain(value: Any) -> Any:
-    """A configuration as dicts, lists and scalars; what is none of them becomes its `repr`."""
+def plain(value: Any, keys: Sequence[object] = ()) -> Any:
+    """A configuration as dicts, lists and scalars; what is none of them becomes its `repr`. `keys`: where it stands.
+
+    Raises: ValueError: something in it contains itself; it names the key.
+    """
+    _refuse_depth(keys)
     if value is None or type(value) in _AS_IT_IS:
         return value
     if isinstance(value, Namespace):
@@ -75,11 +80,11 @@ def plain(value: Any) -> Any:
     elif is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(each, (*keys, key)) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [plain(each, (*keys, index)) for index, each in enumerate(value)]
     if isinstance(value, (set, frozenset)):
-        return [plain(each) for each in sorted(value, key=repr)]
+        return [plain(each, (*keys, index)) for index, each in enumerate(sorted(value, key=repr))]
     if isinstance(value, PurePath):
         return str(value)
     try:
@@ -99,15 +104,24 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def _flatten(prefix: str, values: Mapping[Any, Any], row: dict[str, Scalar]) -> None:
+def _flatten(keys: Sequence[object], values: Mapping[Any, Any], row: dict[str, Scalar]) -> None:
+    _refuse_depth(keys)
+    prefix = "".join(f"{key}/" for key in keys)
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            _flatten(f"{name}/", value, row)
+            _flatten((*keys, key), value, row)
         elif name in row:
             raise ValueError(f"There are two values named {name!r} in one row: nested names are joined by '/'.")
         else:
             row[name] = scalar(name, value)
+
+
+def _refuse_depth(keys: Sequence[object]) -> None:
+    if len(keys) > _MAX_DEPTH:
+        raise ValueError(
+            f"{str(keys[0])!r} cannot be recorded: it contains itself, or is nested more than {_MAX_DEPTH} deep."
+        )
 
 
 def _short(value: object) -> str:

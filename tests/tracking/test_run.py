@@ -342,6 +342,33 @@ def test_a_run_that_another_process_records_cannot_be_resumed_until_that_has_end
     Track.run("p", dir=tmp_path, resume=run_dir.name).finish()
 
 
+def test_what_contains_itself_is_refused_by_name_and_the_run_still_ends(tmp_path: Path) -> None:
+    loop: dict[str, Any] = {}
+    loop["inner"] = [loop]
+    knot: dict[str, Any] = {}
+    knot["again"] = knot
+    with pytest.raises(ValueError, match="'model' cannot be recorded: it contains itself"):
+        Track.run("p", config={"model": loop}, dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    run = Track.run("p", dir=tmp_path)
+    with pytest.raises(ValueError, match="'val' cannot be recorded: it contains itself"):
+        run.log({"val": knot})
+    run.summary |= {"before": 1, "tree": loop, "after": 2}
+    with pytest.raises(ValueError, match="has ended, and its record lacks something: 'tree' cannot be recorded"):
+        run.finish()
+    assert read(run.dir, "status")["status"] == "finished"
+    assert read(run.dir, "summary") == {"before": 1, "after": 2}
+    assert rows_of(run) == []
+
+
+def test_a_run_says_that_it_ended_where_its_summary_is_none(tmp_path: Path) -> None:
+    run = Track.run("p", dir=tmp_path)
+    run.summary = None  # type: ignore[assignment]
+    with pytest.raises(AttributeError):
+        run.finish()
+    assert read(run.dir, "status")["status"] == "finished"
+
+
 # -- where nothing is recorded, and where it cannot be -------------------------------------------------------------
 
 
