@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dengine.tracking.files import TrackingError
 from dengine.tracking.values import Scalar, encode
@@ -24,16 +24,22 @@ class RowFile:
     full disk), the rows are kept and tried again with the next one, with a warning; `close` raises where some are left.
 
     Raises:
-        TrackingError: (at once) another process is writing to it. OSError: it cannot be opened.
+        TrackingError: (at once) it is being written, by this process or another. OSError: it cannot be opened.
     """
+
+    # A lock of `lockf` never conflicts within its process, and one of `flock` would be inherited by forked workers.
+    _open_here: ClassVar[dict[str, "RowFile"]] = {}
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._waiting = b""
-        # A file of its own: this kind of lock is gone once its process has closed the file anywhere.
-        self._lock = os.open(path.with_name(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-        self._descriptor = -1
+        self._real = os.path.realpath(path)
+        if self._open_here.setdefault(self._real, self) is not self:
+            raise TrackingError(f"{path} is being written by this process: finish() that run before resuming it.")
+        self._lock = self._descriptor = -1
         try:
+            # The lock has a file of its own: this kind of lock is gone once its process has closed the file anywhere.
+            self._lock = os.open(path.with_name(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
             self._take_lock()
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             mend(self._descriptor)
@@ -85,6 +91,7 @@ class RowFile:
         for descriptor in (self._descriptor, self._lock):
             if descriptor >= 0:
                 os.close(descriptor)
+        self._open_here.pop(self._real, None)
 
     def _take_lock(self) -> None:
         """Held until the process ends, however it ends. Not inherited by workers, which would hold it longer."""

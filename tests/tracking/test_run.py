@@ -369,6 +369,20 @@ def test_a_run_says_that_it_ended_where_its_summary_is_none(tmp_path: Path) -> N
     assert read(run.dir, "status")["status"] == "finished"
 
 
+def test_a_run_that_is_open_here_cannot_be_resumed_until_it_is_finished(tmp_path: Path) -> None:
+    first = Track.run("p", dir=tmp_path / "runs")
+    (tmp_path / "link").symlink_to("runs")
+    for folder in ("runs", "link"):
+        with pytest.raises(TrackingError, match=r"is being written by this process: finish\(\)"):
+            Track.run("p", config={"new": 1}, dir=tmp_path / folder, resume=first.id)
+    other = f"from dengine.tracking import Track\nTrack.run('p', dir={str(tmp_path / 'runs')!r}, resume={first.id!r})"
+    tried = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=60)
+    assert "is being written by another process" in tried.stderr  # the lock has outlived what was refused
+    assert read(first.dir, "config") == {}
+    first.finish()
+    Track.run("p", dir=tmp_path / "runs", resume=first.id).finish()
+
+
 # -- where nothing is recorded, and where it cannot be -------------------------------------------------------------
 
 
