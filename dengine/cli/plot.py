@@ -50,6 +50,11 @@ def run(options: argparse.Namespace) -> int:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return _refused('matplotlib is missing: pip install "dengine[examples]"')
+    output: Path = options.output
+    if output.is_dir():
+        return _refused(f"{output} is a folder: pass the name of the picture, -o {output / 'curves.png'}")
+    if not output.suffix:
+        output = output.with_name(f"{output.name}.png")
     try:
         runs = _told_apart([_read(path) for path in options.run_dirs], options.run_dirs)
     except (TrackingError, OSError) as error:
@@ -64,12 +69,12 @@ def run(options: argparse.Namespace) -> int:
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     if len(runs) == 1:  # of several, the legends tell the names
-        figure.suptitle(runs[0].label, fontsize=11)
+        figure.suptitle(runs[0].label, fontsize=11, parse_math=False)
     try:
-        figure.savefig(options.output, dpi=150)
+        figure.savefig(output, dpi=150)
     except (OSError, ValueError) as error:  # no such folder, no such format
-        return _refused(f"{options.output} cannot be written: {error}")
-    print(options.output)
+        return _refused(f"{output} cannot be written: {error}")
+    print(output)
     return 0
 
 
@@ -141,12 +146,13 @@ def _draw_panel(axes: "Axes", panel: str, runs: Sequence[Drawn]) -> None:
         if each_run.best is not None:
             _mark_best(axes, panel, each_run.best, _BEST if len(runs) == 1 else run_color, is_alone=len(runs) == 1)
     _set_scale(axes, panel, shown)
-    axes.set_title(panel, loc="left", fontsize=11, fontweight="bold")
+    axes.set_title(panel, loc="left", fontsize=11, fontweight="bold", parse_math=False)
     axes.set_xlabel(shown[0].over)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        for text in axes.legend(frameon=False, fontsize=8).get_texts():
+            text.set_parse_math(False)  # a dollar in a name is no formula
 
 
 def _draw_curve(axes: "Axes", curve: Curve, color: str, label: str, is_overlay: bool) -> None:

@@ -122,5 +122,7 @@ def _iteration_at(rows: Sequence[Mapping[str, Any]]) -> Any:
 def _number(value: Any) -> float:
     try:
         return float(value)
+    except OverflowError:  # a whole number beyond the floats
+        return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
         return math.nan

@@ -95,6 +95,29 @@ def test_a_picture_that_cannot_be_written_is_a_sentence(tmp_path: Path, capsys: 
         assert "cannot be written" in capsys.readouterr().err
 
 
+def test_names_that_look_like_formulas_and_numbers_beyond_the_floats_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib.figure")
+    with Track.run("p", r"$x_$ \frac", dir=tmp_path) as run:
+        for step in range(3):
+            run.log({r"$a_$ \frac": step, r"lr/$b_$ \frac": 0.1, "huge": 10**400 if step else 1})
+    assert plotted(run.dir, run.dir, "-o", tmp_path / "two.png") == 0
+    assert plotted(run.dir, "-o", tmp_path / "one.png") == 0
+
+
+def test_a_picture_without_a_suffix_gets_one_and_a_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib.figure")
+    run_dir = recorded(tmp_path)
+    assert plotted(run_dir, "-o", tmp_path / "curves") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'curves.png'}\n"
+    assert (tmp_path / "curves.png").is_file()
+    (tmp_path / "empty").mkdir()
+    assert plotted(run_dir, "-o", tmp_path / "empty") == 2
+    assert f"empty is a folder: pass the name of the picture, -o {tmp_path}/empty/curves.png" in capsys.readouterr().err
+    assert not (tmp_path / "empty.png").exists()
+
+
 def test_without_matplotlib_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
