@@ -63,6 +63,17 @@ def test_half_set_variables_are_a_failure_and_the_rest_is_looked_at_all_the_same
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("below", ["", "/runs"])
+def test_a_file_where_the_folder_should_be_is_a_failure(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    found = folder.judge_folder({0: folder.probe_folder(Path(f"{tmp_path}/file{below}"), "m", 0)}, {0: "node1"})
+    assert found.verdict is Verdict.FAIL
+    assert found.figure.startswith(f"{tmp_path}/file cannot be written by")
+    assert "it is not a folder" in found.figure
+    assert "pass a folder" in found.advice
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("options", [["--code", "no/such/folder"], ["--wait", "0"]])
 def test_arguments_that_make_no_sense(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *options]) == 2

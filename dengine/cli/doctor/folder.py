@@ -21,6 +21,7 @@ _ADVICE = {
     "(docker run -v without :ro).",
     errno.EACCES: "this user may not write there: pass another folder by --folder, or change its owner or mode.",
     errno.ENOSPC: "it is full: remove what is not needed, or pass a folder on another disk by --folder.",
+    errno.ENOTDIR: "pass a folder, or one that does not exist yet, by --folder, or move away what is there.",
     errno.EDQUOT: "this user's quota is used up: remove what is not needed, or pass another folder by --folder.",
 }
 _ADVICE[errno.EPERM] = _ADVICE[errno.EACCES]
@@ -31,9 +32,12 @@ def probe_folder(folder: Path, meeting: str, rank: int) -> dict[str, Any]:
 
     A folder that does not exist yet is asked for in the nearest one above it that does; nothing but the part is made.
     """
-    base = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
+    around = (folder.absolute(), *folder.absolute().parents)
+    base = next(each for each in around if each.is_dir())
     part = base / f".dengine-doctor-{meeting}"
     told: dict[str, Any] = {"folder": str(folder.absolute()), "base": str(base), "part": str(part)}
+    if (in_the_way := next((each for each in around if os.path.lexists(each)), base)) != base:
+        return told | {"base": str(in_the_way), "error": "it is not a folder", "errno": errno.ENOTDIR}
     try:
         found = os.statvfs(base)
         told["free"] = found.f_bavail * found.f_frsize
