@@ -63,6 +63,7 @@ class Conf:
         """A configuration of arguments such as `train.lr=1e-3`, later ones over earlier ones.
 
         A value is read as in a YAML file: `true`, `null`, `[1, 2]`, `{a: 1}`, `"quoted text"`; nothing is null.
+        A `#` that would begin a comment there is an error: it takes quotes.
 
         Args:
             known: what the arguments will be merged into, where a key that it lacks is a typo.
@@ -75,9 +76,10 @@ class Conf:
             raise TypeError(f"from_cli_dotlist() takes a list such as ['train.lr=1e-3'], but got {arguments!r}.")
         merged = Document({}, ("command line",))
         for argument in arguments:
-            merged = _merged(merged, _from_argument(argument))
+            given = _from_argument(argument)
+            merged = _merged(merged, given)
             if known is not None:
-                _check_known(argument, known)
+                _check_known(argument, given, known)
         return new_config(Document(merged.data, ("command line",), merged.places))
 
     @staticmethod
@@ -175,15 +177,15 @@ def _from_argument(argument: str) -> Document:
     return document
 
 
-def _check_known(argument: str, known: Config) -> None:
-    data, config = _document(known).data, known
-    for key in argument.partition("=")[0].strip().split("."):
-        if key not in data:
-            raise MissingKeyError(f"The argument {argument!r}: {config._missing(key, below(config._key, key))}")
-        data = data[key]
-        if not isinstance(data, dict):  # a value; merge() refuses a mapping in its place
-            return
-        config = config[key]
+def _check_known(argument: str, given: Document, known: Config) -> None:
+    open_pairs = [(given.data, _document(known).data, known)]
+    while open_pairs:
+        new, data, config = open_pairs.pop()
+        for key, value in new.items():
+            if key not in data:
+                raise MissingKeyError(f"The argument {argument!r}: {config._missing(key, below(config._key, key))}")
+            if isinstance(value, dict) and isinstance(data[key], dict):  # merge() refuses a mapping and a value
+                open_pairs.append((value, data[key], config[key]))
 
 
 def _merged(base: Document, over: Document) -> Document:

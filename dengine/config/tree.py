@@ -113,6 +113,9 @@ class Config(Mapping[Any, Any]):
             f"{below(self._key, name)!r} cannot be deleted: keys of a configuration stay; set it to None."
         )
 
+    def __delitem__(self, key: Any) -> None:
+        self.__delattr__(str(key))
+
     # -- copies --------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> tuple[Any, ...]:

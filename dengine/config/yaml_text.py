@@ -25,8 +25,16 @@ def read_yaml(text: str, source: str) -> tuple[Any, Document]:
 
 
 def parse_value(text: str, source: str) -> Any:
-    """One value, as it could stand behind a key in a file; nothing at all is null."""
-    return read_yaml(text, source)[0]
+    """One value, as it could stand behind a key in a file; nothing at all is null.
+
+    Raises:
+        ConfigError: as `read_yaml`, or there is a comment, which nobody means here.
+    """
+    root = _compose(text, source)
+    around = text if root is None else text[: root.start_mark.index] + text[root.end_mark.index :]
+    if "#" in around:
+        raise ConfigError(f"{source}: a # at the front or after a blank begins a comment.")
+    return None if root is None else _Builder(Document({}, (source,))).build(root, "")
 
 
 def _compose(text: str, source: str) -> Any:
@@ -85,6 +93,11 @@ class _Builder:
             if key_node.id != "scalar":
                 raise ConfigError(f"{place}: a key must be text or a whole number, not a list or a mapping.")
             key = self._scalar(key_node, full)
+            if isinstance(key, bool) or not isinstance(key, str | int):  # a dict takes 1 and true for one key
+                where = f" in {full!r}" if full else ""
+                raise ConfigError(
+                    f"{place}: the key {key_node.value!r}{where} must be text or a whole number: quote it."
+                )
             inner = below(full, key)
             if key in mapping:
                 raise ConfigError(f"{place}: {inner!r} is there twice: first in line {lines[key]}.")

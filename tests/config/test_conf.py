@@ -74,13 +74,14 @@ def test_a_missing_key_names_itself_the_file_and_the_closest(tmp_path: Path, nam
     ("name", "text", "message"),
     [
         ("a.yaml", "a: 1\nb: [1\n", "a.yaml, line 3"),
+        ("a.yaml", "a:\n  1: x\n  true: y\n", "a.yaml, line 3: the key 'true' in 'a' must be text or a whole number"),
         ("a.yaml", "a:\n  b: 1\n  b: 2\n", "a.yaml, line 3: 'a.b' is there twice: first in line 2"),
         ("a.yaml", "a: *x\n", "a.yaml, line 1"),
         ("a.yaml", "a: &x\n  - *x\n", "nested too deep, or contains itself"),
         ("a.yaml", "a: !!python/object:os.x 1\n", "python/object:os.x' at 'a' is not allowed"),
         ("a.yaml", "- 1\n", "is a mapping of keys to values, but this is a list"),
         ("a.yaml", "just text", "this is a single value ('just text')"),
-        ("a.yaml", "a:\n  true: 1\n", "line 1: the key True in 'a' must be text or a whole number"),
+        ("a.yaml", "a:\n  true: 1\n", "line 2: the key 'true' in 'a' must be text or a whole number"),
         ("a.yaml", "a: {<<: 3}\n", "<< takes a mapping"),
         ("a.yaml", "a: \0", "this is no YAML"),
         ("a.yaml", "a: ${b", "line 1: 'a' cannot be used"),
@@ -132,6 +133,7 @@ def test_yaml_words_anchors_and_merge_keys(tmp_path: Path) -> None:
         (["a.b.c=true", "a.b.d=null", "a.e="], {"a": {"b": {"c": True, "d": None}, "e": None}}),
         (["a=[1, x]", "b={c: 1}", 'd="[1]"', "e=k=v"], {"a": [1, "x"], "b": {"c": 1}, "d": "[1]", "e": "k=v"}),
         (["url=http://h:1/x"], {"url": "http://h:1/x"}),
+        (["a=x#y", 'b="#x #y"', "c='a #b'", "d=[x#y]"], {"a": "x#y", "b": "#x #y", "c": "a #b", "d": ["x#y"]}),
     ],
 )  # fmt: skip
 def test_arguments_of_a_command_line(arguments: list[str], data: dict[str, Any]) -> None:
@@ -146,6 +148,8 @@ def test_arguments_of_a_command_line(arguments: list[str], data: dict[str, Any])
         (["=1"], "is not of the form key=value"),
         (["a=[1"], "the argument 'a=[1', line 1"),
         (["a=*.jpg"], "takes quotes"),
+        (["color=#x"], "begins a comment. Text with such characters takes quotes: color="),
+        (["a=it's 1 #isn't"], "begins a comment"),
         (["a=1", "a.b=2"], "'a' is the value 1 in the argument 'a=1', but a mapping in the argument 'a.b=2'"),
     ],
 )
@@ -163,6 +167,7 @@ def test_an_argument_with_a_key_that_is_not_known_is_named_with_the_closest(tmp_
     for argument, message in {
         "train.ephocs=4": f"There is no 'train.ephocs' in {path}, line 1. Did you mean 'train.epochs'?",
         "nam=y": f"There is no 'nam' in {path}. Did you mean 'name'?",
+        "train={epochs: 4, ephocs: 1}": f"There is no 'train.ephocs' in {path}, line 1. Did you mean 'train.epochs'?",
     }.items():
         with pytest.raises(MissingKeyError, match=re.escape(f"The argument {argument!r}: {message}")):
             Conf.from_cli_dotlist(["name=y", argument], known=known)
@@ -290,6 +295,8 @@ def test_the_config_is_a_mapping_that_cannot_be_deleted_from() -> None:
     assert isinstance(cfg, Config)
     with pytest.raises(ConfigError, match="'a' cannot be deleted"):
         del cfg.a
+    with pytest.raises(ConfigError, match="'a' cannot be deleted"):
+        del cfg["a"]
     with pytest.raises(ConfigError, match="cannot be set as an attribute"):
         cfg._a = 1
 
