@@ -46,7 +46,7 @@ class Track:
         project: str,
         name: str | None = None,
         config: Any = None,
-        tags: Sequence[str] = (),
+        tags: Sequence[str] | None = (),
         dir: str | Path | None = None,
         resume: str | None = None,
         backend: str | Sequence[str] = (),
@@ -59,7 +59,7 @@ class Track:
         Args:
             project: what the run belongs to; a folder in `dir`. Artifacts are shared within a project.
             config: a mapping, a dataclass or an `argparse.Namespace`; what JSON cannot hold is kept as its `repr`.
-            tags: words to find the run by.
+            tags: words to find the run by; None is none.
             dir: where the projects lie; "runs" in the current folder by default. The run's own folder is
                 `dir/project/id`.
             resume: the id of a run to go on with: rows are added to it, `config` is laid over its own. Half a line that
@@ -68,7 +68,7 @@ class Track:
 
         Raises:
             TypeError, ValueError: an argument is wrong, or there is no run of that id; it lists those there are.
-            TrackingError: the folder cannot be written, or another process is recording that run.
+            TrackingError: the folder cannot be written, or that run is being recorded already.
             ModuleNotFoundError: the package of a backend is missing; it names the extra to install.
         """
         root = Path(os.path.abspath("runs" if dir is None else dir))
@@ -79,6 +79,7 @@ class Track:
             raise TypeError(f"config={config!r} must be a dict of settings: Conf.to_dict(cfg) gives one.")
         if isinstance(tags, str):
             raise TypeError(f"tags={tags!r} must be a list of words: [{tags!r}].")
+        tags = () if tags is None else tags
         if Track._mode == "disabled" or _rank() != 0:
             return UnrecordedRun(name, project, root, settings)
         identity = _identity(project, name, tags) if resume is None else _resumed(root / project, resume, name, tags)

@@ -324,6 +324,13 @@ def test_a_resumed_run_keeps_its_name_and_lays_the_new_config_over_the_old(tmp_p
     assert read(run.dir, "run")["tags"] == ["x", "y"]
 
 
+def test_no_tags_may_be_none(tmp_path: Path) -> None:
+    with Track.run("p", tags=None, dir=tmp_path) as first:
+        pass
+    with Track.run("p", tags=None, dir=tmp_path, resume=first.id) as run:
+        assert read(run.dir, "run")["tags"] == []
+
+
 def test_an_unknown_run_lists_those_there_are(tmp_path: Path) -> None:
     first = Track.run("p", dir=tmp_path)
     first.finish()
