@@ -4,13 +4,14 @@
     torchrun --standalone --nproc-per-node=3 examples/digits.py
     srun --ntasks=8 python examples/digits.py
 
-digits.yaml has the configuration, and _data.py reads the images.
+digits.yaml has the configuration, _config.py checks it, and _data.py reads the images.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+from _config import refuse, settings, start
 from _data import load_images
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
@@ -126,24 +127,12 @@ def read_config():
     for name, value in cfg.items():
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=f"default: {value}")
     given = [f"{name}={value}" for name, value in vars(parser.parse_args()).items() if value is not None]
-    cfg = Conf.freeze(Conf.merge(cfg, Conf.from_cli_dotlist(given)))
-    for name, kind in {"epochs": int, "batch_size": int, "patience": int, "lr": int | float}.items():
-        if not isinstance(cfg[name], kind) or not cfg[name] > 0:
-            parser.error(f"{name}={cfg[name]} must be a number above 0, and a whole one but for lr")
+    cfg = settings(cfg, given)
     if cfg.evaluate_only and not Path(cfg.evaluate_only).is_file():
-        parser.error(f"evaluate_only={cfg.evaluate_only}: there is no such file")
+        refuse(f"evaluate_only={cfg.evaluate_only}: there is no such file")
     return cfg
 
 
-def main():
-    cfg = read_config()
-    with distributed.process_group() as world:
-        try:
-            run(cfg, world, *load_images(cfg.data, cfg.data_dir))
-        except KeyboardInterrupt:
-            say("Interrupted.")
-            raise SystemExit(130) from None
-
-
 if __name__ == "__main__":
-    main()
+    cfg = read_config()
+    start(lambda world: run(cfg, world, *load_images(cfg.data, cfg.data_dir)))

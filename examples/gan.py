@@ -3,13 +3,13 @@
     python examples/gan.py epochs=20 critic_lr=1e-4
     torchrun --standalone --nproc-per-node=2 examples/gan.py
 
-gan.toml has the configuration, and _data.py reads scikit-learn's digits.
+gan.toml has the configuration, _config.py checks it, and _data.py reads scikit-learn's digits.
 """
 
-import sys
 from pathlib import Path
 
 import torch
+from _config import read_arguments, start
 from _data import load_digits
 from matplotlib.image import imsave
 from torch import nn
@@ -140,7 +140,5 @@ def save_picture(images: torch.Tensor, path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    cfg = Conf.load(Path(__file__).with_suffix(".toml"))
-    cfg = Conf.freeze(Conf.merge(cfg, Conf.from_cli_dotlist(sys.argv[1:], known=cfg)))
-    with distributed.process_group() as world:
-        run(cfg, world)
+    cfg = read_arguments(Path(__file__).with_suffix(".toml"), __doc__, fractions=["ema_decay"])
+    start(lambda world: run(cfg, world))

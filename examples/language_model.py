@@ -3,15 +3,16 @@
     python examples/language_model.py epochs=2 model.width=64
     torchrun --standalone --nproc-per-node=2 examples/language_model.py
 
-language_model.sdn has the configuration. Interrupted or preempted, it goes on where it was when it is run again.
+language_model.sdn has the configuration, and _config.py checks it. Interrupted or preempted, it goes on where
+it was when it is run again; with more epochs than before, at the lowest of the learning rates that it had come to.
 """
 
 import ast
-import sys
 import sysconfig
 from pathlib import Path
 
 import torch
+from _config import read_arguments, refuse, start
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -106,14 +107,15 @@ def run(cfg, world):
     schedule = LRScheduler(rates.SequentialLR(optimizer, [warm_up, cosine], milestones=[cfg.warm_up]))
     trainer.on(Events.ITERATION_COMPLETED, schedule)
 
-    folder = Path(cfg.output) / "language_model"
+    output, folder = str(cfg.output), Path(str(cfg.output), "language_model")
     objects = {"model": model, "optimizer": optimizer, "schedule": schedule, "trainer": trainer}
     checkpoint = Checkpoint(objects, folder, asynchronous=True)
     trainer.state.run_id = None
     trainer.state.persist("run_id")
     if path := Checkpoint.resume(folder, objects):
         say(f"Going on from {path}")
-    with Track.run("language_model", config=Conf.to_dict(cfg), dir=cfg.output, resume=trainer.state.run_id) as record:
+        cosine.T_max = max(1, num_steps - warm_up.total_iters)  # the saved one would let the rate rise again
+    with Track.run("language_model", config=Conf.to_dict(cfg), dir=output, resume=trainer.state.run_id) as record:
         trainer.state.run_id = distributed.broadcast_object(record.id)
         every_ten, every_epoch = Events.ITERATION_COMPLETED(every=10), Events.EPOCH_COMPLETED
         trainer.on(every_ten, TrackingHandler(record, output_transform=lambda output: {"train/loss": output[0]}))
@@ -127,7 +129,8 @@ def run(cfg, world):
                 evaluator.run(val_loader)
             say(f"perplexity {evaluator.state.metrics['val/perplexity']:.4g}", flush=True)
 
-        trainer.on(Events.ITERATION_COMPLETED(every=cfg.save_every) | Events.COMPLETED, checkpoint)
+        # The last step is saved once, with the end of its epoch.
+        trainer.on(Events.ITERATION_COMPLETED(every=cfg.save_every, before=num_steps) | Events.COMPLETED, checkpoint)
         Preemption(checkpoint).attach(trainer)
         trainer.run(loader, max_epochs=cfg.epochs)
         if not (evaluator.state.metrics or trainer.state.preempted):
@@ -140,7 +143,7 @@ def run(cfg, world):
 
 
 if __name__ == "__main__":
-    cfg = Conf.load(Path(__file__).with_suffix(".sdn"))
-    cfg = Conf.freeze(Conf.merge(cfg, Conf.from_cli_dotlist(sys.argv[1:], known=cfg)))
-    with distributed.process_group() as world:
-        run(cfg, world)
+    cfg = read_arguments(Path(__file__).with_suffix(".sdn"), __doc__, fractions=["model.dropout"])
+    if cfg.model.width % cfg.model.num_heads:
+        refuse(f"model.width={cfg.model.width} does not divide into model.num_heads={cfg.model.num_heads}")
+    start(lambda world: run(cfg, world))

@@ -32,6 +32,11 @@ def data(digits: ModuleType) -> ModuleType:
     return sys.modules["_data"]
 
 
+@pytest.fixture(scope="module")
+def config() -> ModuleType:
+    return load_example("_config")
+
+
 def run_digits(*options: object) -> subprocess.CompletedProcess[str]:
     return run_example("digits", *options)
 
@@ -112,12 +117,15 @@ def test_evaluate_only_finds_the_accuracy_again_and_writes_nothing(trained: tupl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--epochs", "0"], "epochs=0 must be a number above 0, and a whole one but for lr"),
-        (["--epochs", "x"], "epochs=x must be a number above 0"),
-        (["--batch-size", "-96"], "batch_size=-96 must be a number above 0"),
-        (["--patience", "1.5"], "patience=1.5 must be a number above 0"),
+        (["--epochs", "0"], "error: epochs=0 must be a whole number above 0"),
+        (["--epochs", "x"], "epochs=x must be a whole number above 0"),
+        (["--epochs", "true"], "epochs=True must be a whole number above 0"),
+        (["--batch-size", "-96"], "batch_size=-96 must be a whole number above 0"),
+        (["--patience", "1.5"], "patience=1.5 must be a whole number above 0"),
         (["--lr", "0"], "lr=0 must be a number above 0"),
         (["--lr", ".nan"], "lr=nan must be a number above 0"),
+        (["--seed", "x"], "seed=x must be a whole number of at least 0"),
+        (["--output", ""], "output=None must be a text"),
         (["--evaluate-only", "none.pt"], "evaluate_only=none.pt: there is no such file"),
         (["--epoch-s", "1"], "unrecognized arguments: --epoch-s 1"),
     ],
@@ -169,14 +177,16 @@ def test_the_gan_records_the_distance_of_what_its_checkpoint_draws(tmp_path: Pat
 
 def test_the_language_model_goes_on_where_it_was_and_its_perplexity_is_that_of_its_checkpoint(tmp_path: Path) -> None:
     options = ("max_texts=200", "warm_up=2", "save_every=2", "model.num_layers=1", f"output={tmp_path}")
-    first = run_example("language_model", "epochs=1", *options)
+    first = run_example("language_model", "epochs=2", *options)
     assert first.returncode == 0, first.stderr
-    second = run_example("language_model", "epochs=2", *options)
+    second = run_example("language_model", "epochs=4", *options)
     assert second.returncode == 0, second.stderr
     assert "Going on from" in second.stdout
     (numbers,) = tmp_path.glob("language_model/*/metrics.jsonl")  # one run
     rows = [json.loads(line) for line in numbers.read_text().splitlines()]
-    assert [row["step"] for row in rows if "val/perplexity" in row] == [5, 10]
+    assert [row["step"] for row in rows if "val/perplexity" in row] == [5, 10, 15, 20]
+    # The first run's wave had come to its end, a twentieth; the second one does not take it up again.
+    assert [row["lr"] for row in rows if "lr" in row] == pytest.approx([1e-4, 1e-4])
 
     module = load_example("language_model")
     net = module.GPT(128, width=128, num_heads=4, num_layers=1, dropout=0.1)
@@ -189,11 +199,57 @@ def test_the_language_model_goes_on_where_it_was_and_its_perplexity_is_that_of_i
     )
 
 
-@pytest.mark.parametrize("name", ["gan", "language_model"])
-def test_a_typo_on_the_command_line_is_named(name: str) -> None:
-    done = run_example(name, "ephocs=1")
-    assert done.returncode != 0
-    assert "Did you mean 'epochs'?" in done.stderr
+@pytest.mark.parametrize(
+    ("name", "argument", "message"),
+    [
+        ("gan", "ephocs=1", "Did you mean 'epochs'?"),
+        ("gan", "epochs", "is not of the form key=value"),
+        ("gan", "epochs=0", "epochs=0 must be a whole number above 0"),
+        ("gan", "ema_decay=1", "ema_decay=1 must be a number from 0 to below 1"),
+        ("language_model", "model.with=1", "Did you mean 'model.width'?"),
+        ("language_model", "epochs=x", "epochs=x must be a whole number above 0"),
+    ],
+)
+def test_a_wrong_argument_ends_the_script_with_one_line(
+    name: str,
+    argument: str,
+    message: str,
+    config: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", argument])
+    (path,) = (path for path in EXAMPLES.glob(f"{name}.*") if path.suffix in (".toml", ".sdn"))
+    with pytest.raises(SystemExit) as ended:
+        config.read_arguments(path, None, fractions=["ema_decay", "model.dropout"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_width_that_the_heads_cannot_share_ends_the_script_before_a_model_is_built() -> None:
+    done = run_example("language_model", "model.width=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: model.width=3 does not divide into model.num_heads=4\n"
+
+
+@pytest.mark.parametrize(("name", "entry"), [("gan", "measure_every = 10"), ("language_model", "    num_heads: 4")])
+def test_help_shows_what_can_be_given(name: str, entry: str) -> None:
+    done = run_example(name, "epochs=1", "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python examples/{name}.py" in done.stdout
+    assert entry in done.stdout
+
+
+def test_ctrl_c_ends_a_run_with_one_line(config: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(world: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        config.start(interrupted)
+    assert ended.value.code == 130
+    assert capsys.readouterr().out == "Interrupted.\n"
 
 
 def load_example(name: str) -> ModuleType:

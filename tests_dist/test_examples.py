@@ -44,7 +44,9 @@ def test_the_gan_takes_the_steps_of_both_its_engines(tmp_path: Path) -> None:
     assert Path(picture).is_file()
 
 
-def test_the_language_model_finds_the_perplexity_of_one_process_and_goes_on(tmp_path: Path) -> None:
+def test_the_language_model_finds_the_perplexity_of_one_process_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # 21 texts are held out: one rank has one more of them, and each has other numbers of tokens
     options = ("max_texts=210", "warm_up=2", "save_every=2", "model.num_layers=1", f"output={tmp_path}")
     printed_by_rank_zero("language_model", "epochs=1", *options)
@@ -52,6 +54,7 @@ def test_the_language_model_finds_the_perplexity_of_one_process_and_goes_on(tmp_
     assert "Going on from" in printed
     (perplexity,) = re.findall("texts held out: (.*)$", printed, re.MULTILINE)
 
+    monkeypatch.syspath_prepend(EXAMPLES)
     module = runpy.run_path(str(EXAMPLES / "language_model.py"))
     net = module["GPT"](128, width=128, num_heads=4, num_layers=1, dropout=0.1).eval()
     net.load_state_dict(checkpoint_in(printed)["model"])

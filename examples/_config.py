@@ -1,0 +1,80 @@
+"""What the examples share around their work: a configuration that is checked before anything is built, and the end."""
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dengine import ConfigError, distributed
+from dengine.config import Conf, Config
+from dengine.distributed import World
+
+__all__ = ["read_arguments", "refuse", "settings", "start"]
+
+
+def read_arguments(path: Path, about: str | None, *, fractions: Collection[str] = ()) -> Config:
+    """The configuration in `path`, and over it the command line's `key=value`; `--help` shows it and ends."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{about}\n{path.read_text()}", end="")
+        raise SystemExit(0)
+    return settings(Conf.load(path), sys.argv[1:], fractions=fractions)
+
+
+def settings(base: Config, arguments: Sequence[str], *, fractions: Collection[str] = ()) -> Config:
+    """`base` with `arguments` over it, frozen; the script is ended where one of them is no value for its entry.
+
+    A number takes the place of a number, and a whole one that of a whole one: above 0, but for `seed` and those of
+    `fractions`, which are from 0 to below 1. What is null in `base` takes anything.
+    """
+    try:
+        cfg = Conf.freeze(Conf.merge(base, Conf.from_cli_dotlist(arguments, known=base)))
+    except ConfigError as error:
+        refuse(str(error))
+    given = dict(_entries(Conf.to_dict(cfg)))
+    for name, default in _entries(Conf.to_dict(base)):
+        wanted = _wanted(default, may_be_zero=name == "seed", is_fraction=name in fractions)
+        if wanted is not None and not wanted[1](given[name]):
+            refuse(f"{name}={given[name]} must be {wanted[0]}")
+    return cfg
+
+
+def refuse(message: str) -> NoReturn:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def start(run: Callable[[World], object]) -> None:
+    """`run(world)` in the group of processes that this one is of; Ctrl-C ends all of them with one line."""
+    with distributed.process_group() as world:
+        try:
+            run(world)
+        except KeyboardInterrupt:
+            distributed.rank_zero_only(print)("Interrupted.", flush=True)
+            raise SystemExit(130) from None
+
+
+def _entries(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in `tree`, and in the mappings in it, by full name."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _wanted(default: Any, *, may_be_zero: bool, is_fraction: bool) -> tuple[str, Callable[[Any], bool]] | None:
+    """What must stand in the place of `default`, in words and as a check."""
+    if isinstance(default, str):
+        return "a text", lambda value: isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+    if is_fraction:
+        return "a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1
+    if isinstance(default, int):
+        least, words = (0, "of at least 0") if may_be_zero else (1, "above 0")
+        return f"a whole number {words}", lambda value: _is_number(value) and isinstance(value, int) and value >= least
+    if isinstance(default, float):
+        return "a number above 0", lambda value: _is_number(value) and 0 < value < float("inf")
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
