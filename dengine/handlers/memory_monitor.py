@@ -33,7 +33,15 @@ class MemoryMonitor:
     """
 
     def attach(self, engine: Engine) -> None:
-        """Add the values to `engine.state.metrics` at the end of each epoch, before the other handlers."""
+        """Add the values to `engine.state.metrics` at the end of each epoch, before the other handlers.
+
+        Raises: TypeError: `engine` is no Engine. ValueError: it has a metric of one of these names.
+        """
+        if not isinstance(engine, Engine):
+            raise TypeError(f"MemoryMonitor.attach() takes an Engine, but got {engine!r}.")
+        for name in ("peak_host_mib", "peak_device_mib"):
+            if name in engine.metric_names:
+                raise ValueError(f"The engine has a metric {name!r}, as MemoryMonitor calls what it finds: rename it.")
         engine.on(Events.EPOCH_COMPLETED, self._measure, priority=_BEFORE_OTHERS)
 
     def _measure(self, engine: Engine) -> None:
