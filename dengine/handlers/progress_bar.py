@@ -10,6 +10,7 @@ import torch
 
 from dengine.distributed import world
 from dengine.engine import Engine, Events
+from dengine.handlers.tracking_handler import metrics_and_outputs
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -59,6 +60,7 @@ class ProgressBar:
 
         Raises:
             TypeError: `metric_names` is a string rather than a list of them; `output_transform` is not callable.
+            ValueError: (when shown) a name in `metric_names` is both a metric's and an output's.
             KeyError: (at the end of the first epoch) there is no value of such a name; it lists those there are.
         """
         if isinstance(metric_names, str):
@@ -118,7 +120,7 @@ class _Display:
             self._print(engine)
 
     def _finish(self, engine: Engine) -> None:
-        have = {**engine.state.metrics, **self._output_values(engine)}
+        have = metrics_and_outputs(engine, self._output_values(engine), self._metric_names)
         if missing := [name for name in self._metric_names if name not in have]:
             raise KeyError(
                 f"The progress bar was asked to show {', '.join(map(repr, missing))}, but there is "
@@ -197,7 +199,7 @@ class _Display:
             return ""
         values = self._output_values(engine)
         if self._metric_names:
-            have = {**engine.state.metrics, **values}
+            have = metrics_and_outputs(engine, values, self._metric_names)
             values = {name: have[name] for name in self._metric_names if name in have}
         return ", ".join(f"{name}={float(value):.4g}" for name, value in values.items() if _is_number(value))
 

@@ -10,7 +10,7 @@ from dengine.engine import Engine
 from dengine.handlers.step import StepTransform, step_of
 from dengine.tracking.values import flat
 
-__all__ = ["Sink", "TrackingHandler", "sink_of"]
+__all__ = ["Sink", "TrackingHandler", "metrics_and_outputs", "sink_of"]
 
 Sink: TypeAlias = Callable[[dict[str, Any], int], object]
 
@@ -31,8 +31,9 @@ class TrackingHandler:
             evaluator: `lambda engine, event: trainer.state.iteration`.
 
     Raises:
-        TypeError: `run` cannot be logged to, or `metric_names` is a string other than "all".
-        ValueError: neither `metric_names` nor `output_transform` is given, so that there is nothing to log.
+        TypeError: `run` cannot be logged to, `metric_names` is a string other than "all", or a transform not callable.
+        ValueError: neither `metric_names` nor `output_transform` is given, so that there is nothing to log; or (when
+            called) a name that is asked for is both a metric's and an output's, of which one would be lost.
         KeyError: (when called) there is no value of such a name; it lists those there are. A metric of this engine
             that has not been computed yet, in the first epoch, is left out.
 
@@ -58,6 +59,12 @@ class TrackingHandler:
     ) -> None:
         if isinstance(metric_names, str) and metric_names != "all":
             raise TypeError(f'metric_names={metric_names!r} must be a list of names, [{metric_names!r}], or "all".')
+        for name, function in (
+            ("output_transform", output_transform),
+            ("global_step_transform", global_step_transform),
+        ):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}={function!r} must be callable.")
         if metric_names is None and output_transform is None:
             raise ValueError('There is nothing to log: pass metric_names= (a list, or "all") or output_transform=.')
         self._is_all = metric_names == "all"
@@ -77,10 +84,10 @@ class TrackingHandler:
         outputs = self._outputs(engine)
         if self._names is None:
             # A whole output may hold predictions as well: of what nobody named, only what a row can hold is taken.
-            found = {**engine.state.metrics, **outputs} if self._is_all else outputs
+            found = metrics_and_outputs(engine, outputs) if self._is_all else outputs
             spread = (_spread(name, value) for name, value in found.items())
             return {name: value for part in spread for name, value in part.items() if _fits(value)}
-        have = {**engine.state.metrics, **outputs}
+        have = metrics_and_outputs(engine, outputs, self._names)
         values: dict[str, Any] = {}
         for name in self._names:
             if name in have:
@@ -104,6 +111,22 @@ class TrackingHandler:
                 'to values: output_transform=lambda output: {"loss": output}.'
             )
         return {"output": output}
+
+
+def metrics_and_outputs(
+    engine: Engine, outputs: Mapping[str, Any], names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The metrics of `engine`, and `outputs` of its step.
+
+    Raises: ValueError: one of `names`, by default any, is in both, also where the metric has no value yet.
+    """
+    metrics = {*engine.state.metrics, *engine.metric_names}
+    if both := [name for name in (outputs if names is None else names) if name in outputs and name in metrics]:
+        raise ValueError(
+            f"{both[0]!r} is a metric of the engine and in what output_transform gives, and one would hide the other: "
+            f"rename the output, as in {{'batch_{both[0]}': ...}}."
+        )
+    return {**engine.state.metrics, **outputs}
 
 
 def sink_of(run: Any) -> Sink:

@@ -9,7 +9,7 @@ import torch
 
 from dengine import Engine, Events
 from dengine.handlers import TrackingHandler
-from dengine.metrics import Accuracy, ConfusionMatrix, F1Score
+from dengine.metrics import Accuracy, Average, ConfusionMatrix, F1Score
 from dengine.tracking import Track
 
 
@@ -164,3 +164,19 @@ def test_no_value_is_read_in_an_iteration_in_which_nothing_is_logged() -> None:
 def test_wrong_arguments_are_refused_at_once(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         TrackingHandler(**{"run": Log(), **arguments})
+
+
+@pytest.mark.parametrize("names", ["all", ["loss"]])
+def test_a_metric_and_an_output_of_one_name_are_refused_before_either_is_lost(names: Any) -> None:
+    trainer = Engine(lambda engine, batch: 1.0)
+    trainer.add_metric(Average(), "loss")
+    log = TrackingHandler(Log(), names, output_transform=lambda output: {"loss": output})
+    trainer.on(Events.ITERATION_COMPLETED, log)
+    with pytest.raises(ValueError, match="'loss' is a metric of the engine and in what output_transform gives"):
+        trainer.run([0])
+
+
+@pytest.mark.parametrize("name", ["output_transform", "global_step_transform"])
+def test_a_transform_that_cannot_be_called_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}=3 must be callable"):
+        TrackingHandler(Log(), "all", **{name: 3})  # type: ignore[arg-type]
