@@ -1,5 +1,6 @@
 """Ends a run whose numbers have gone wrong."""
 
+import dataclasses
 import numbers
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ _READ_EVERY = 16  # iterations: reading a flag on a GPU waits for all that was q
 class TerminateOnNan:
     """Stops the run, on all ranks at the same iteration, where the step's output holds a NaN or an infinite number.
 
-    Numbers and tensors count, nested in dicts, lists and tuples or not; whole numbers cannot be wrong. The flag of a
+    Numbers, tensors and NumPy arrays count, by themselves or in dicts, lists, tuples and dataclasses, at any depth; what
+    is in other objects is not seen, and whole numbers and fractions of them cannot be wrong. The flag of a
     tensor stays on its device and is read every 16 iterations and at the end of an epoch of known length, so that on a
     GPU the run goes on for up to 15 iterations; on the CPU it is read at once.
 
@@ -65,11 +67,15 @@ class TerminateOnNan:
             return any(self._note(part) for part in value.values())
         if isinstance(value, list | tuple):
             return any(self._note(part) for part in value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return any(self._note(getattr(value, field.name, None)) for field in dataclasses.fields(value))
         if isinstance(value, torch.Tensor):
             self._note_tensor(value.detach())
             return False
         if isinstance(value, np.ndarray):
             return value.dtype.kind in "fc" and not bool(np.isfinite(value).all())
+        if isinstance(value, numbers.Rational):  # of any size, also one that no float can hold
+            return False
         return isinstance(value, numbers.Number) and not bool(np.isfinite(complex(value)))  # type: ignore[call-overload]
 
     def _note_tensor(self, tensor: torch.Tensor) -> None:

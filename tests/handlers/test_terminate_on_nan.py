@@ -1,6 +1,8 @@
 """A run whose output goes wrong ends, and nothing waits for a device to find out."""
 
 import math
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -93,3 +95,14 @@ def test_a_flag_on_a_device_is_read_every_16_iterations_and_at_the_end_of_an_epo
     trainer.on(Events.ITERATION_COMPLETED, handler)
     trainer.run(range(20), max_epochs=2)
     assert reads == [16, 20, 32, 40]
+
+
+@dataclass
+class Output:
+    loss: Any
+    parts: Any = None
+
+
+def test_a_dataclass_is_looked_into_and_a_whole_number_of_any_size_is_right() -> None:
+    assert stopped_at([Output(1.0), Output(torch.ones(1), [Output(NAN)]), Output(1.0)]) == 2
+    assert stopped_at([10**400, Fraction(10**400), Output(10**400), Output]) == 4
