@@ -48,6 +48,8 @@ class EarlyStopping:
         check_score_function(score_function)
         if not isinstance(trainer, Engine):
             raise TypeError(f"trainer={trainer!r} must be the Engine to stop.")
+        if isinstance(min_delta, bool) or not isinstance(min_delta, int | float):
+            raise TypeError(f"min_delta={min_delta!r} must be a number.")
         if not min_delta >= 0:
             raise ValueError(f"min_delta={min_delta} must be at least 0: an improvement is a higher score.")
         self._score_function = score_function

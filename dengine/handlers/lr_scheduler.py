@@ -25,7 +25,7 @@ class LRScheduler:
 
     Raises:
         TypeError: `scheduler` is none. ValueError: a plateau without `metric_name`, or another schedule with one.
-        KeyError: (when called) there is no such metric; it lists those there are.
+        KeyError, TypeError: (when called) there is no such metric (it lists those there are), or it is no number.
 
     Example:
         >>> import torch
@@ -81,7 +81,14 @@ class LRScheduler:
                 f"{', '.join(map(repr, metrics)) or 'none'}: add it, or pass the engine that has it as metric_engine=."
             )
         assert isinstance(self._scheduler, ReduceLROnPlateau)
-        self._scheduler.step(float(metrics[self._metric_name]))
+        value = metrics[self._metric_name]
+        try:
+            score = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"ReduceLROnPlateau compares one number, but the metric {self._metric_name!r} is {value!r}."
+            ) from error
+        self._scheduler.step(score)
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's own. The learning rates themselves are in the optimizer's."""

@@ -3,7 +3,7 @@
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -32,7 +32,8 @@ class Preemption:
         signals: which ones; by default those by which SLURM and Kubernetes announce the end.
 
     Raises:
-        TypeError: `checkpoint` is not callable. ValueError: no signal, or one that cannot be handled.
+        TypeError: `checkpoint` is not callable, or `signals` no list of signals.
+        ValueError: no signal, or one that cannot be handled.
 
     Example:
         >>> import os
@@ -50,6 +51,8 @@ class Preemption:
     ) -> None:
         if not callable(checkpoint):
             raise TypeError(f"Preemption() takes a Checkpoint, or another handler, but got {checkpoint!r}.")
+        if isinstance(signals, str) or not isinstance(signals, Iterable):
+            raise TypeError(f"signals={signals!r} must be a list of signals, such as [signal.SIGTERM].")
         self._checkpoint = checkpoint
         self._signals = tuple(signal.Signals(number) for number in signals)
         if not self._signals:

@@ -114,3 +114,8 @@ def test_wrong_arguments_are_named(options: dict[str, Any], error: type[Exceptio
     right = {"patience": 1, "score_function": lambda engine: 0.0, "trainer": Engine(lambda engine, batch: batch)}
     with pytest.raises(error, match=message):
         EarlyStopping(**{**right, **options})  # type: ignore[arg-type]
+
+
+def test_a_min_delta_that_is_no_number_is_refused() -> None:
+    with pytest.raises(TypeError, match="min_delta='a' must be a number"):
+        EarlyStopping(1, lambda engine: 0.0, Engine(lambda engine, batch: None), min_delta="a")  # type: ignore[arg-type]

@@ -151,3 +151,12 @@ def test_the_state_of_another_schedule_is_refused_and_nothing_changes(make: str,
     with pytest.raises(ValueError, match=message):
         schedule.load_state_dict(state)
     assert schedule.state_dict() == before
+
+
+def test_a_plateau_on_a_matrix_names_the_metric() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = LRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), metric_name="confusion")
+    trainer = Engine(lambda engine, batch: None)
+    trainer.state.metrics["confusion"] = torch.zeros(2, 2)
+    with pytest.raises(TypeError, match="the metric 'confusion' is tensor"):
+        schedule(trainer)

@@ -213,3 +213,9 @@ def test_signals_that_cannot_be_heard_are_refused(signals: Any, words: str) -> N
 def test_what_cannot_be_called_is_refused() -> None:
     with pytest.raises(TypeError, match="takes a Checkpoint"):
         Preemption("checkpoint")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("signals", ["SIGTERM", 15])
+def test_signals_that_are_no_list_are_refused(signals: Any) -> None:
+    with pytest.raises(TypeError, match="must be a list of signals"):
+        Preemption(print, signals=signals)
