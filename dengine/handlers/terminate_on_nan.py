@@ -19,8 +19,8 @@ _READ_EVERY = 16  # iterations: reading a flag on a GPU waits for all that was q
 class TerminateOnNan:
     """Stops the run, on all ranks at the same iteration, where the step's output holds a NaN or an infinite number.
 
-    Numbers, tensors and NumPy arrays count, by themselves or in dicts, lists, tuples and dataclasses, at any depth; what
-    is in other objects is not seen, and whole numbers and fractions of them cannot be wrong. The flag of a
+    Numbers, tensors and NumPy arrays count, by themselves or in dicts, lists, tuples and dataclasses, at any depth;
+    what is in other objects is not seen, and whole numbers and fractions of them cannot be wrong. The flag of a
     tensor stays on its device and is read every 16 iterations and at the end of an epoch of known length, so that on a
     GPU the run goes on for up to 15 iterations; on the CPU it is read at once.
 
