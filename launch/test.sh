@@ -51,7 +51,7 @@ tests_code=0
 run_pytest tests -n logical --maxprocesses=4 --dist=loadfile "$@" || tests_code=$?
 dist_code=0
 # Ranks mostly wait for each other, so two tests fit on two cores; more would only add noise to the deadlines.
-run_pytest tests_dist -n 2 --dist=loadgroup "$@" || dist_code=$?
+run_pytest tests_dist -n 2 --dist=loadfile "$@" || dist_code=$?
 
 printf '\ntests:      %s\ntests_dist: %s\n' "$(closing_line tests)" "$(closing_line tests_dist)"
 

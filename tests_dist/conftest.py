@@ -17,16 +17,6 @@ from ranks import TAG, find_processes, kill_processes, new_tag, start_server
 SETTLE_S = 2.0  # a process that was told to stop just before the test's end may need a moment
 
 
-ALONE = ("hosts", "slurm")  # folders: a machine has one SLURM, and one set of hosts of its own
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist, the tests of a file stay together, and those of the folders that can be there once only."""
-    for item in items:
-        group = "alone" if item.path.parent.name in ALONE else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def tag() -> Iterator[str]:
     """Marks all that this pytest process starts, directly or not; lets them import what tests can."""
