@@ -7,7 +7,7 @@ usage() {
     cat <<'TEXT'
 Install what is needed, then run the tests.
 
-  bash launch/test.sh [arguments of pytest]        tests/ in parallel, then tests_dist/ two at a time
+  bash launch/test.sh [arguments of pytest]        tests/ in parallel, then tests_dist/ one by one
   bash launch/test.sh tests/engine [arguments]     one pytest over the paths named
 
 PYTHON and DENGINE_VENV: as in launch/quickstart.sh --help.
@@ -50,8 +50,7 @@ closing_line() {
 tests_code=0
 run_pytest tests -n logical --maxprocesses=4 --dist=loadfile "$@" || tests_code=$?
 dist_code=0
-# Ranks mostly wait for each other, so two tests fit on two cores; more would only add noise to the deadlines.
-run_pytest tests_dist -n 2 --dist=loadfile "$@" || dist_code=$?
+run_pytest tests_dist "$@" || dist_code=$?
 
 printf '\ntests:      %s\ntests_dist: %s\n' "$(closing_line tests)" "$(closing_line tests_dist)"
 

@@ -406,7 +406,7 @@ def test_test_script_runs_both_halves_and_fails_with_either(
     tail = "".join(f" {argument}" for argument in arguments)
     assert ready.calls("-m pytest") == [
         f"-m pytest --color=no tests -n logical --maxprocesses=4 --dist=loadfile{tail}",
-        f"-m pytest --color=no tests_dist -n 2 --dist=loadfile{tail}",
+        f"-m pytest --color=no tests_dist{tail}",
     ]
 
 

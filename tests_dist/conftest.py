@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 # pytest's importlib mode adds nothing. Not in a fixture: test modules import `ranks` while they are collected.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = PATHS
 
 from ranks import TAG, find_processes, kill_processes, new_tag, start_server
 
@@ -23,7 +23,7 @@ def tag() -> Iterator[str]:
     tag = new_tag()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(TAG, tag)
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path[:2]), prepend=os.pathsep)
+        patch.setenv("PYTHONPATH", os.pathsep.join(PATHS), prepend=os.pathsep)
         start_server()  # here, so that it belongs to the session and not to the first test that uses it
         yield tag
 
