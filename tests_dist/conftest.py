@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 # pytest's importlib mode adds nothing. Not in a fixture: test modules import `ranks` while they are collected.
-PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-sys.path[:0] = PATHS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ranks import TAG, find_processes, kill_processes, new_tag, start_server
 
+PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 SETTLE_S = 2.0  # a process that was told to stop just before the test's end may need a moment
 
 

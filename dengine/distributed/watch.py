@@ -4,7 +4,6 @@ One thread that sleeps on the group's connections: it wakes up where a peer hang
 """
 
 import faulthandler
-import math
 import os
 import signal
 import tempfile
@@ -43,7 +42,7 @@ class Watch:
         self._period_s = min(max(_PERIOD_S, self._here.size / _MAX_REPORTS_PER_S), max(stall_timeout_s / 4, 0.05))
         self._presence = Presence(control)
         self._roll_call = RollCall(control, self._presence)
-        self._ask_at_s = math.inf  # whether all stand still
+        self._ask_at_s = 0.0  # whether all stand still; no sooner than this rank has for long enough
         self._knows_neighbours = False
         self._num_asked = 0
         self._is_asked_to_inquire = False
