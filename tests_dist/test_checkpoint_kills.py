@@ -118,6 +118,8 @@ def resume_problem(folder: Path, prefix: str, done: int) -> str | None:
     model, trainer = nn.Linear(2, 2), Engine(lambda engine, batch: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is damaged, so nothing may be passed over
+        if not done:  # nor need there be one of each prefix before the first step is done
+            warnings.filterwarnings("ignore", f".* holds no checkpoint {prefix!r}, so the run begins anew")
         path = Checkpoint.resume(folder, {"model": model, "trainer": trainer}, prefix)
     if path is None:
         return f"{prefix}: nothing to resume from" if done else None
