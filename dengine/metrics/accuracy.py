@@ -95,6 +95,7 @@ class _Share(LabelMetric):
         self.add_state("num_labels", 0, reduce="gather")
 
     def compute(self) -> float:
+        self.settle()
         total = int(self.total)
         if not total:
             raise NotComputableError("no sample was seen on any rank")
@@ -125,7 +126,7 @@ class _PlainAccuracy(_Share):
         if settings.task is None:
             self.add_state("num_unclear", 0)
 
-    def update(self, output: Any) -> None:
+    def take_in(self, output: Any) -> None:
         settings = self._settings
         if settings.task is None and _is_number_pair(output):
             self.correct = self.correct + int(output[0] == output[1])
@@ -142,6 +143,7 @@ class _PlainAccuracy(_Share):
         self.count(right.all(1) if settings.task == "multilabel" else right)
 
     def compute(self) -> float:
+        self.settle()
         if self._settings.task is None and int(self.num_unclear):
             raise ValueError(
                 f"{self.name} got {int(self.num_unclear)} predictions that are neither labels nor probabilities: pass "
@@ -174,7 +176,7 @@ class TopKAccuracy(_Share):
         super().__init__(output_transform)
         self._k = whole_number("k", k, least=1)
 
-    def update(self, output: Any) -> None:
+    def take_in(self, output: Any) -> None:
         scores, target = as_pair(output, self.name)
         labels, num_classes = check_scores(scores, target, self.name)
         self.expect(num_classes)

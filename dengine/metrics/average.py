@@ -124,7 +124,12 @@ class Average(_WeightedMean):
         return loss_value(output)
 
     def update(self, output: Any) -> None:
-        self.add(*_sum_and_count(output, "Average"))
+        is_loss = type(output) is torch.Tensor and output.dtype is torch.float32 and not output.ndim
+        if is_loss and type(self.value_sum) is torch.Tensor:
+            # The commonest case, a loss, in one operation: the sum's own dtype is the wider one.
+            self.add(output.detach() if output.requires_grad else output, 1)
+        else:
+            self.add(*_sum_and_count(output, "Average"))
 
     def compute(self) -> float:
         return self.mean()

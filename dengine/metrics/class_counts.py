@@ -47,7 +47,7 @@ class ClassCounts(LabelMetric):
             and (self.has_matrix or not other.has_matrix)
         )
 
-    def update(self, output: Any) -> None:
+    def take_in(self, output: Any) -> None:
         answers = self.settings.read(output, self._name)
         if not answers.num_classes:
             raise ValueError(f"{self._name} got predicted labels, which do not tell the classes: pass num_classes=.")
@@ -72,6 +72,7 @@ class ClassCounts(LabelMetric):
         Raises:
             NotComputableError: no sample was seen. ValueError: a label outside the classes.
         """
+        self.settle()
         if not int(self.total):
             raise NotComputableError("no sample was seen on any rank")
         self.check_labels(self.settings.num_labels or self.counts.shape[-1], metric)

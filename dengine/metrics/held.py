@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from dengine.metrics.leaf import MetricLike
+from dengine.metrics.metric import Metric
 
 __all__ = ["give_back", "held"]
 
@@ -13,6 +14,8 @@ def held(metric: Any) -> dict[str, Any]:
     """What the attributes of `metric`, and of metrics inside it, hold: numbers, strings, tensors (copied to the CPU),
     and lists and dicts of them. Anything else is what the metric was built with, and stays.
     """
+    if isinstance(metric, Metric):
+        metric.settle()
     return {
         name: {"metric": held(value)} if _is_inner(value) else {"value": _copied(value)}
         for name, value in _attributes(metric).items()
@@ -22,6 +25,8 @@ def held(metric: Any) -> dict[str, Any]:
 
 def give_back(metric: Any, state: dict[str, Any]) -> None:
     """Set the attributes of `metric` to what `held` gave, tensors on the devices where they are now."""
+    if isinstance(metric, Metric):
+        metric.settle()  # what waits there belongs to what is replaced
     now = _attributes(metric)
     for name, entry in state.items():
         if "metric" in entry:

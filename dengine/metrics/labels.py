@@ -3,12 +3,15 @@
 Shapes: N samples, C classes or labels, ... any further dimensions, whose positions count as samples.
 """
 
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
 from dengine.checks import whole_number
+from dengine.metrics.batch_queue import BatchQueue
 from dengine.metrics.inputs import as_pair, shape_error
 from dengine.metrics.metric import Metric, OutputTransform
 
@@ -136,9 +139,10 @@ class ClassSettings:
 
 
 class LabelMetric(Metric):
-    """Base of metrics that keep the lowest and the highest label on the device, to be judged in `compute`.
+    """Base of metrics that count samples one by one, small batches together (`BatchQueue`).
 
-    The two ride in the all-reduce of the counts, so that a label outside the classes is an error on every rank.
+    They keep the lowest and the highest label on the device, to be judged in `compute`. The two ride in the all-reduce
+    of the counts, so that a label outside the classes is an error on every rank.
     """
 
     lowest: torch.Tensor | int
@@ -149,6 +153,34 @@ class LabelMetric(Metric):
         # 0 is in every range, so a rank that saw nothing has no say.
         self.add_state("lowest", 0, reduce="gather")
         self.add_state("highest", 0, reduce="gather")
+        self._queue = BatchQueue()
+
+    @abstractmethod
+    def take_in(self, output: Any) -> None:
+        """Check and count a batch. Must not wait for the device."""
+
+    def update(self, output: Any) -> None:
+        if self._queue.add(output):
+            if self._queue.is_full:
+                self.settle()
+            return
+        self.settle()
+        self.take_in(output)
+        self._queue.expect(output)
+
+    def settle(self) -> None:
+        if (waiting := self._queue.take()) is not None:
+            self.take_in(waiting)
+
+    def reset(self) -> None:
+        super().reset()
+        self._queue.clear()
+
+    def with_states(self, values: Mapping[str, Any]) -> Metric:
+        other = super().with_states(values)
+        assert isinstance(other, LabelMetric)
+        other._queue = BatchQueue()
+        return other
 
     def watch(self, labels: torch.Tensor) -> None:
         """Remember how low and high `labels` reach. No wait for the device."""
@@ -162,7 +194,7 @@ class LabelMetric(Metric):
             self.lowest, self.highest = low.long().clamp(max=0), high.long().clamp(min=0)
 
     def check_labels(self, num_labels: int, metric: str) -> None:
-        """Judge the labels watched. Waits for the device, unless the states are reduced already.
+        """Judge the labels watched, all batches being counted. Waits for the device, unless the states are reduced.
 
         Raises:
             ValueError: a label outside 0 ... num_labels - 1; it says how far they reach.

@@ -135,7 +135,8 @@ class Metric(ABC):
         return reduced
 
     def settle(self) -> None:  # noqa: B027 - most have nothing to do
-        """Called before the states are read for a reduction: to put in what is known only now, as a clock's time."""
+        """Called before the states are read, for a reduction or a checkpoint: to put in what is known only now, as a
+        clock's time."""
 
     # -- composition ---------------------------------------------------------------------------------------------
 

@@ -52,7 +52,8 @@ class Throughput(Metric):
     def settle(self) -> None:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
-        self.elapsed_s = self._clock.elapsed_s()
+        # On top of what a checkpoint has brought: an epoch that is resumed in its middle took both times.
+        self.elapsed_s = self.elapsed_s + self._clock.lap_s()
 
     def compute(self) -> float:
         num_samples = int(self.num_samples)
@@ -69,8 +70,10 @@ class _Clock:
     def __init__(self) -> None:
         self._started_s = perf_counter()
 
-    def elapsed_s(self) -> float:
-        return perf_counter() - self._started_s
+    def lap_s(self) -> float:
+        """The time since this was called last."""
+        started_s, self._started_s = self._started_s, perf_counter()
+        return self._started_s - started_s
 
 
 def _num_samples(output: Any) -> torch.Tensor | int:

@@ -1,0 +1,90 @@
+"""Small batches, kept until they are worth counting: on a few numbers, an operation's beginning is what takes time."""
+
+from typing import Any, TypeAlias
+
+import torch
+
+__all__ = ["BatchQueue"]
+
+_NUM_BATCHES = 16
+_MAX_BYTES = 64 * 1024  # of one batch: from there on a copy costs about as much as it saves
+
+_Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+
+class BatchQueue:
+    """Copies of up to 16 `(prediction, target)` pairs of one kind, taken out as one pair.
+
+    Copies, as the tensors that a step gives may be written again by the next one. They stay on their device: two small
+    copies for each batch, and up to 2 MiB.
+    """
+
+    def __init__(self) -> None:
+        self._kind: tuple[Any, ...] | None = None  # of the pairs taken: shapes, dtypes, devices
+        self._joined: _Pair | None = None
+        self._rows: list[_Pair] = []
+        self._num_waiting = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._num_waiting == _NUM_BATCHES
+
+    def expect(self, output: Any) -> None:
+        """Take pairs of the kind of `output` from now on, which is known to be right; none where they are large."""
+        self.clear()
+        self._joined, self._rows = None, []
+        self._kind = _kind(output) if _is_small(output) else None
+
+    def add(self, output: Any) -> bool:
+        """Copy the pair; False, where it is of another kind than what is expected. No wait for the device."""
+        if self._kind is None or _kind(output) != self._kind:
+            return False
+        prediction, target = output
+        if not self._rows:  # not before the second of a kind: the last batch of an epoch is often the only one of its
+            self._make_room(prediction, target)
+        for row, part in zip(self._rows[self._num_waiting], (prediction, target), strict=True):
+            row.copy_(part.detach() if part.requires_grad else part)
+        self._num_waiting += 1
+        return True
+
+    def take(self) -> _Pair | None:
+        """All pairs as one, of the samples of each in turn; None where there are none. Valid until the next `add`."""
+        if not self._num_waiting:
+            return None
+        assert self._joined is not None
+        predictions, targets = (part[: self._num_waiting].flatten(0, 1) for part in self._joined)
+        self._num_waiting = 0
+        return predictions, targets
+
+    def clear(self) -> None:
+        self._num_waiting = 0
+
+    def _make_room(self, prediction: torch.Tensor, target: torch.Tensor) -> None:
+        # A tensor made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self._joined = (
+                prediction.new_empty((_NUM_BATCHES, *prediction.shape)),
+                target.new_empty((_NUM_BATCHES, *target.shape)),
+            )
+        self._rows = list(zip(*(part.unbind(0) for part in self._joined), strict=True))
+
+
+def _kind(output: Any) -> tuple[Any, ...] | None:
+    if type(output) is not tuple or len(output) != 2:
+        return None
+    prediction, target = output
+    if type(prediction) is not torch.Tensor or type(target) is not torch.Tensor:
+        return None
+    return prediction.shape, target.shape, prediction.dtype, target.dtype, prediction.device, target.device
+
+
+def _is_small(output: Any) -> bool:
+    """A pair of tensors, with a first dimension by which batches can be joined, that is quick to copy."""
+    if _kind(output) is None:
+        return False
+    prediction, target = output
+    if not (prediction.ndim and target.ndim and 0 < prediction.shape[0] == target.shape[0]):
+        return False
+    if prediction.device != target.device or not prediction.layout == target.layout == torch.strided:
+        return False
+    return bool(max(prediction.nbytes, target.nbytes) <= _MAX_BYTES)
