@@ -161,12 +161,28 @@ def num_collectives(rank: int, size: int) -> dict[str, int]:
     return counts
 
 
-def test_the_count_is_sent_with_the_gradients_and_accumulated_ones_are_sent_once() -> None:
+def test_one_number_more_is_sent_a_step_and_accumulated_gradients_are_sent_once() -> None:
     for counts in run_ranks(num_collectives, 2):
         assert counts["bare"] == 6
         # The ranks compare their metrics at the start of a run, and agree how long the epoch is.
-        assert counts["1 batch a step"] == counts["4 batches a step"] == counts["bare"] + 2
-        assert counts["several buckets"] == counts["several buckets, bare"] + 2 > 6 + 2
+        assert counts["1 batch a step"] == counts["4 batches a step"] == 6 + 6 + 2
+        assert counts["several buckets"] == counts["several buckets, bare"] + 6 + 2 > 6 + 6 + 2
+
+
+def equal_batches(rank: int, size: int) -> list[bool]:
+    """Whether each weight is that of DDP's loop by hand, where all batches are of one size."""
+    batches = batches_of(rank, [3] * 6, is_masked=False)
+    by_hand, model = (distributed.prepare_model(net().float()) for _ in range(2))
+    batches = [(inputs.float(), targets) for inputs, targets in batches]
+    bare_steps(by_hand, batches)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    create_supervised_trainer(model, optimizer, cross_entropy).run(batches)
+    return [torch.equal(*pair) for pair in zip(model.parameters(), by_hand.parameters(), strict=True)]
+
+
+def test_where_all_batches_count_alike_the_steps_are_those_of_ddp_bit_for_bit() -> None:
+    for are_equal in run_ranks(equal_batches, 3):
+        assert all(are_equal)
 
 
 def halved(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -176,7 +192,7 @@ def halved(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tenso
     return future
 
 
-def with_another_carrier(rank: int, size: int, kind: str) -> tuple[dict[str, Tensor], int]:
+def with_another_hook(rank: int, size: int, kind: str) -> tuple[dict[str, Tensor], int]:
     model = distributed.prepare_model(net())
     assert isinstance(model, nn.parallel.DistributedDataParallel)
     if kind == "hook":
@@ -192,11 +208,11 @@ def with_another_carrier(rank: int, size: int, kind: str) -> tuple[dict[str, Ten
     return {name: value.detach() for name, value in model.module.named_parameters()}, num_joined(size) - before
 
 
-@pytest.mark.parametrize(("kind", "collectives"), [("hook", 2 * 3 + 2), ("second trainer", 3 + 2)])
-def test_where_the_bucket_is_taken_the_count_goes_beside_it(kind: str, collectives: int) -> None:
+@pytest.mark.parametrize("kind", ["hook", "second trainer"])
+def test_a_hook_of_the_users_own_or_another_trainer_is_not_in_the_way(kind: str) -> None:
     expected = weights_by_hand(SHORTER, 2, 2, is_masked=False)
-    for weights, joined in run_ranks(with_another_carrier, 3, kind):
-        assert joined == collectives
+    for weights, joined in run_ranks(with_another_hook, 3, kind):
+        assert joined == 3 + 3 + 2
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-12)
 

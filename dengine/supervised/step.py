@@ -97,13 +97,14 @@ class TrainStep:
     def _pass(self, inputs: Any, targets: Any, *, is_absent: bool, is_last: bool) -> tuple[Any, Tensor]:
         """Forward and backward; a batch that is only there to take part with leaves no trace in the model."""
         if is_absent:
+            self._update.begin(0, is_last=is_last)
             with _in_eval_mode(self._model):
                 pred, loss = self._forward(inputs, targets)
-            count: Any = 0
         else:
-            pred, loss = self._forward(inputs, targets)
             count = self._functions.weight(inputs, targets) if self._update.takes_counts else 1
-        self._update.backward(loss, count, is_last=is_last)
+            self._update.begin(count, is_last=is_last)
+            pred, loss = self._forward(inputs, targets)
+        self._update.backward(loss)
         return pred, loss
 
     def _refuse_talking_norm(self) -> None:

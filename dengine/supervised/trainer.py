@@ -75,8 +75,7 @@ def create_supervised_trainer(
         LaunchError: accelerate counts other ranks than there are.
 
     Cost: collective where a model is wrapped, over several ranks. Over the loop by hand: with one rank nothing on the
-        device; with several one pass over the gradients, and what is said at `GradientMean`. One small all-reduce an
-        epoch.
+        device; with several what is said at `GradientMean`, and one small all-reduce an epoch.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_supervised_trainer() takes a torch.nn.Module, but got {type(model).__qualname__}.")

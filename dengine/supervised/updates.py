@@ -16,9 +16,9 @@ __all__ = ["Update", "update_for"]
 
 
 class Update(Protocol):
-    """One step of the optimizer, from its first batch on: `zero_grad`, `backward` for each batch, `step`.
+    """One step of the optimizer: `zero_grad`, for each batch `begin`, the forward pass and `backward`, then `step`.
 
-    `takes_counts`: whether `backward` reads the count of a batch; else it need not be computed.
+    `takes_counts`: whether the count of a batch matters; else it need not be computed.
     """
 
     takes_counts: bool
@@ -27,7 +27,8 @@ class Update(Protocol):
 
     def zero_grad(self) -> None: ...
     def no_sync(self) -> AbstractContextManager[None]: ...
-    def backward(self, loss: Tensor, count: Count, *, is_last: bool) -> None: ...
+    def begin(self, count: Count, *, is_last: bool) -> None: ...
+    def backward(self, loss: Tensor) -> None: ...
     def step(self) -> None: ...
     def forget(self) -> None: ...
 
@@ -70,9 +71,13 @@ class _Weighted:
         self.no_sync = self._mean.no_sync
         self.forget = self._mean.forget
 
-    def backward(self, loss: Tensor, count: Count, *, is_last: bool) -> None:
+    def begin(self, count: Count, *, is_last: bool) -> None:
         if self.takes_counts:
-            self._mean.backward(loss, count, is_last=is_last, scaler=self.scaler)
+            self._mean.begin(count, self._accelerator.device, is_last=is_last)
+
+    def backward(self, loss: Tensor) -> None:
+        if self.takes_counts:
+            self._mean.backward(loss, scaler=self.scaler)
         else:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
@@ -115,8 +120,10 @@ class _DeepSpeed:
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def backward(self, loss: Tensor, count: Count, *, is_last: bool) -> None:
+    def begin(self, count: Count, *, is_last: bool) -> None:
         self._accelerator.sync_gradients = is_last
+
+    def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
     def step(self) -> None:
