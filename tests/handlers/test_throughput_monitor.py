@@ -112,10 +112,34 @@ def test_without_a_known_peak_there_is_no_utilisation_and_nothing_is_counted(clo
     assert peak_flops_per_s(torch.device("cpu")) is None
 
 
-def test_of_two_names_the_longer_one_is_found_first() -> None:
-    names = list(PEAKS)
-    hidden = [(one, other) for place, one in enumerate(names) for other in names[place + 1 :] if one in other]
-    assert hidden == []
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Tesla V100-PCIE-16GB", 112e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("AMD Instinct MI250X", 383e12),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA T400", None),
+    ],
+)
+def test_a_device_is_known_by_the_words_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops_per_s(torch.device("cuda", 0)) == peak
+
+
+def test_every_entry_of_the_table_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, peak in PEAKS.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops_per_s(torch.device("cuda", 0)) == 1e12 * peak
 
 
 @pytest.mark.parametrize(
