@@ -27,7 +27,7 @@ END, PADDING = 0, 256  # the byte that ends a text, and what fills it up to its 
 say = distributed.rank_zero_only(print)
 
 
-def docstrings(length: int, max_texts: int | None) -> Tensor:
+def docstrings(length: int, max_texts: int) -> Tensor:
     """What the standard library says of itself, (N, length + 1): bytes, END, PADDING; the same on all ranks."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_bytes()))]

@@ -208,6 +208,7 @@ def test_the_language_model_goes_on_where_it_was_and_its_perplexity_is_that_of_i
         ("gan", "ema_decay=1", "ema_decay=1 must be a number from 0 to below 1"),
         ("language_model", "model.with=1", "Did you mean 'model.width'?"),
         ("language_model", "epochs=x", "epochs=x must be a whole number above 0"),
+        ("language_model", "max_texts=x", "max_texts=x must be a whole number above 0"),
     ],
 )
 def test_a_wrong_argument_ends_the_script_with_one_line(
