@@ -50,6 +50,7 @@ done
 for ((attempt = 1; ; attempt++)); do
     "${command[@]}" &
     agent=$!
+    [[ -z "$told" ]] || kill -s "$told" "$agent" 2>/dev/null || true # it came before there was anybody to pass it on to
     code=0
     wait "$agent" || code=$?
     while kill -0 "$agent" 2>/dev/null; do # `wait` returns at a signal, too

@@ -38,6 +38,9 @@ torchrun_command() {
         : "${num_processes:=2}"
     fi
     : "${num_processes:=$num_gpus}"
+    # Rank 0 is to host the store, and not the agent, which keeps it over a restart, and its address with it: an agent that
+    # joins again would wait in vain for the others to say it. And where an agent is killed, its ranks still save.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     # Through the environment's python: torchrun's own first line breaks when the repository is moved.
     # A scheduler's warning is to reach the ranks, and they are to have the time to save: SIGUSR1 would else kill
     # torchrun and leave its workers behind.
@@ -50,7 +53,7 @@ show_command() {
     # Short where it can be: seen from this folder, the printed line does the same.
     local printed
     printed="$(printf ' %q' "${command[@]#"$PWD/"}")"
-    printf '%s\n' "${OMP_NUM_THREADS:+OMP_NUM_THREADS=$OMP_NUM_THREADS }${printed# }"
+    printf '%s\n' "${OMP_NUM_THREADS:+OMP_NUM_THREADS=$OMP_NUM_THREADS }TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1${printed}"
 }
 
 # Sets $is_head: HEAD is this machine where its name, or address, stands for an address that is ours. Asked here because

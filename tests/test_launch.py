@@ -240,7 +240,7 @@ def test_quickstart_runs_the_command_it_prints(
     job = f"{ready.root}/examples/digits.py --epochs 2"
     arguments = f"--standalone --local-addr=127.0.0.1 --nproc-per-node={num_processes} {SIGNALS} {job}"
     assert ready.calls("torchrun") == [f"{ready.venv}/bin/torchrun {arguments}"]
-    printed = f"{ready.venv}/bin/python {ready.venv}/bin/torchrun {arguments}"
+    printed = f"TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 {ready.venv}/bin/python {ready.venv}/bin/torchrun {arguments}"
     assert outcome.stdout == prefix + printed.replace("the root", r"the\ root").replace(",", r"\,") + "\n"
 
 
