@@ -233,6 +233,34 @@ def test_what_one_rank_cannot_use_none_uses(tmp_path: Path, what: str, kind: str
         assert is_unchanged
 
 
+def other_names_wanted(rank: int, size: int, folder: str, extra: str, who: int) -> tuple[str, bool]:
+    """One rank wants one name more, which both files have, or only the older one, or none."""
+    model = model_of(0)
+    for number, names in ((1, ("model", "older", "both")), (2, ("model", "both"))):
+        save(Path(folder) / f"checkpoint_{number}.pt", {name: model_of(1) for name in names})
+    before = model.weight.detach().clone()
+    wanted = {"model": model, extra: model_of(2)} if rank == who else {"model": model}
+    try:
+        if extra == "both":
+            load(Path(folder) / "checkpoint_2.pt", wanted)
+        else:
+            Checkpoint.resume(folder, wanted)
+    except CheckpointError as error:
+        return str(error), torch.equal(before, model.weight)
+    return "loaded", torch.equal(before, model.weight)
+
+
+@pytest.mark.parametrize("extra", ["both", "older", "none"])
+@pytest.mark.parametrize(("size", "who"), [(2, 0), (2, 1), (3, 1)])
+def test_ranks_that_want_other_names_are_told_which_instead_of_a_hang(
+    tmp_path: Path, size: int, who: int, extra: str
+) -> None:
+    for text, is_unchanged in run_ranks(other_names_wanted, size, str(tmp_path), extra, who, deadline_s=30):
+        told = [" and ".join(sorted(("model", extra))) if rank == who else "model" for rank in (1, 0)]
+        assert f"rank 1 asks for {told[0]}, rank 0 for {told[1]}: give the same names on all ranks" in text
+        assert is_unchanged
+
+
 def corrupt_newest(rank: int, size: int, folder: str) -> tuple[str, list[str], int]:
     model, trainer = model_of(rank), Engine(lambda engine, batch: None)
     trainer.on(Events.ITERATION_COMPLETED, Checkpoint({"model": model, "trainer": trainer}, folder, n_saved=3))

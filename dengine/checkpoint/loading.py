@@ -97,12 +97,15 @@ def load(path: str | Path, into: Mapping[str, Any]) -> None:
         TypeError, ValueError: `into` is no dict of objects with a `state_dict`, or `path` no path.
         CorruptCheckpointError: on every rank, where it is damaged for one.
         CheckpointError: on every rank, where one does not find it or sees another one, it is a folder of checkpoints,
-            or an object refuses its state (missing and extra names are listed); every object is then as it was.
+            one asks for other names than rank 0, or an object refuses its state (missing and extra names are listed);
+            every object is then as it was.
     """
     targets, path = check_objects(into), path_of("path", path)
     with ExitStack() as stack:
         file, seen = _open(path, stack)
-        _agree_on_file(path, all_gather_object(seen))
+        everyone = all_gather_object((sorted(targets), seen))
+        _agree_on_names([names for names, _ in everyone])
+        _agree_on_file(path, [theirs for _, theirs in everyone])
         states = read_folder(path, targets) if file is None else {}
         restoring = Restoring(targets)
         failure, cause = None, None
@@ -137,8 +140,9 @@ def resume(save_dir: str | Path, to_load: Mapping[str, Any], prefix: str = "chec
         CheckpointError: on every rank, where `save_dir` is a checkpoint itself, or none holds all the names; or see
             `load`.
     """
-    folder, names = path_of("save_dir", save_dir), check_objects(to_load).keys()
-    found = from_rank_zero(lambda: _found(folder, prefix), f"look for checkpoints in {folder}")
+    folder, mine = path_of("save_dir", save_dir), sorted(check_objects(to_load))
+    # By rank 0's names, so that all ranks try the same ones; load() compares them with those of the others.
+    found, names = from_rank_zero(lambda: (_found(folder, prefix), mine), f"look for checkpoints in {folder}")
     if isinstance(found, str):
         raise CheckpointError(found)
     candidates, others = found
@@ -149,8 +153,9 @@ def resume(save_dir: str | Path, to_load: Mapping[str, Any], prefix: str = "chec
             stacklevel=3,
         )
     # What a file without a readable end holds is not known: it is tried, and told of.
-    fitting = [entry for entry in candidates if not entry.objects or names <= set(entry.objects)]
+    fitting = [entry for entry in candidates if not entry.objects or set(names) <= set(entry.objects)]
     if candidates and not fitting:
+        _agree_on_names(all_gather_object(mine))
         held = "; ".join(f"{entry.name} holds {', '.join(entry.objects)}" for entry in candidates)
         raise CheckpointError(f"No checkpoint {prefix!r} in {folder} holds all of {', '.join(names)}: {held}.")
     reasons: list[str] = []
@@ -220,6 +225,16 @@ def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO | None, _Seen]:
     except OSError as error:
         return None, _Seen(missing=str(error))
     return file, _Seen(sha256=seal.sha256)
+
+
+def _agree_on_names(names: Sequence[list[str]]) -> None:
+    for rank, theirs in enumerate(names):
+        if theirs != names[0]:
+            here, on_zero = (" and ".join(each) for each in (theirs, names[0]))
+            raise CheckpointError(
+                f"Nothing was loaded, since rank {rank} asks for {here}, rank 0 for {on_zero}: give the same names on "
+                "all ranks."
+            )
 
 
 def _agree_on_file(path: Path, seen: Sequence[_Seen]) -> None:
