@@ -25,7 +25,9 @@ class DengineError(Exception):
 
 
 class LaunchError(DengineError, RuntimeError):
-    """The launcher's variables (torchrun's, SLURM's) are half set, contradictory, or do not fit the machine."""
+    """The launcher's variables (torchrun's, SLURM's) are half set, contradictory, or do not fit the machine; or what
+    the launcher started did not meet, or has lost its way to meet.
+    """
 
 
 class _AtRank(DengineError, RuntimeError):

@@ -1,6 +1,7 @@
 """Joining, talking and leaving, on real ranks; expected values are computed here, in the parent."""
 
 import os
+import time
 from typing import Any
 
 import pytest
@@ -77,6 +78,33 @@ def twice(rank: int, size: int) -> list[float]:
 
 def test_it_can_be_entered_again() -> None:
     assert run_ranks(twice, 2, init=False) == [[1.0] * 3] * 2
+
+
+def twice_after(rank: int, size: int, late: int) -> list[float]:
+    if rank == late:
+        time.sleep(1.0)  # the others find what was left behind, and not yet what is new
+    return twice(rank, size)
+
+
+def test_ranks_that_an_agent_starts_again_do_not_take_those_before_for_their_peers() -> None:
+    """torchrun's agent keeps its store, with all that earlier ranks have written into it."""
+    agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for size, late in ((2, 0), (2, 0), (2, 1), (1, 0), (3, 0), (2, 1)):
+        sums = run_ranks(twice_after, size, late, init=False, env={"MASTER_PORT": str(agents.port)}, deadline_s=40)
+        assert sums == [[sum(range(size))] * 3] * size
+
+
+def comes_or_not(rank: int, size: int) -> None:
+    if rank != 1:
+        with distributed.process_group(timeout=3):
+            pass
+
+
+def test_a_rank_that_never_comes_is_named_by_the_others() -> None:
+    first, _, third = run_ranks(comes_or_not, 3, init=False, expect_failures=True, deadline_s=30)
+    assert [first.error_type, third.error_type] == ["LaunchError"] * 2
+    assert "rank 1 of 3 has not come" in first.error_message
+    assert "rank 1 of 3 has not come" in third.error_message
 
 
 def leaves_by_an_error(rank: int, size: int) -> None:

@@ -9,8 +9,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from itertools import count
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +19,7 @@ from dengine.distributed.control import Control
 from dengine.distributed.failure import line_of, traceback_of, write_error_file
 from dengine.distributed.interface import chosen_interface
 from dengine.distributed.launch import Launch, find_launch, is_agents_store
+from dengine.distributed.meeting import meet
 from dengine.distributed.messages import Link, Meeting
 from dengine.distributed.orphan import end_with_agent
 from dengine.distributed.watch import Watch
@@ -29,9 +28,6 @@ from dengine.distributed.world import control as current_control
 from dengine.errors import LaunchError
 
 __all__ = ["process_group"]
-
-# By address: the store of a job, which outlives its groups, and how many of them this process has joined.
-_stores: dict[str, tuple[Any, "count[int]"]] = {}
 
 
 @contextmanager
@@ -128,11 +124,11 @@ def _join(launch: Launch, backend: str, timeout_s: float) -> tuple[World, list[s
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if (interface := chosen_interface(os.environ, launch)) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # which Gloo reads for each group that is made
-    store = _store(launch, timeout_s)
+    store, name = meet(launch, timeout_s)
     with recorded(launch.master_port) as connections:
         dist.init_process_group(
             backend,
-            store=store,
+            store=PrefixStore(f"dengine/group/{name}", store),
             timeout=timedelta(seconds=timeout_s),
             rank=launch.rank,
             world_size=launch.size,
@@ -150,23 +146,6 @@ def _join(launch: Launch, backend: str, timeout_s: float) -> tuple[World, list[s
         launcher=launch.launcher,
     )
     return opened, connections
-
-
-def _store(launch: Launch, timeout_s: float) -> Any:
-    """Where the ranks of the next group find each other.
-
-    Each group has a part of its own: in a common one, a rank would read the addresses that its peers had in the last.
-    Under torchrun the store is the agent's; else rank 0 hosts it, once for all groups, as a second one on the same port
-    could be taken for the first by a rank that comes early.
-    """
-    address = f"tcp://{launch.master_addr}:{launch.master_port}"
-    if address not in _stores:
-        timeout = timedelta(seconds=timeout_s)
-        met = dist.rendezvous(address, launch.rank, launch.size, timeout=timeout)  # type: ignore[attr-defined]
-        store, _, _ = next(iter(met))
-        _stores[address] = (store, count())
-    store, numbers = _stores[address]
-    return PrefixStore(f"dengine/group/{next(numbers)}", store)
 
 
 def _control(launch: Launch, here: World, connections: list[socket.socket], timeout_s: float) -> Control:

@@ -1,14 +1,23 @@
 """Which network interface leads to the other hosts, where the name of this one does not say it."""
 
+import os
 import socket
 import struct
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from dengine.distributed.launch import Launch
 
-__all__ = ["address_towards", "chosen_interface", "interface_to", "interfaces"]
+__all__ = [
+    "address_towards",
+    "chosen_interface",
+    "interface_to",
+    "interfaces",
+    "is_reached_by_name",
+    "network_of_this_host",
+]
 
 _SIOCGIFADDR = 0x8915  # of <linux/sockios.h>
 # An address for documentation, of no host: to find the route that leads out. Nothing is sent to it.
@@ -39,6 +48,20 @@ def interface_to(master_addr: str) -> str | None:
         if name is not None:
             return name
     return next(iter(found.values())) if len(found) == 1 else None
+
+
+def is_reached_by_name(env: Mapping[str, str]) -> bool:
+    """Whether Gloo, left to itself or told by `GLOO_SOCKET_IFNAME`, tells other hosts an address that is not theirs."""
+    return bool(env.get("GLOO_SOCKET_IFNAME")) or sys.platform != "linux" or not _is_loopback(socket.gethostname())
+
+
+def network_of_this_host() -> str:
+    """The same for two processes where one's loopback is the other's. By its name, where the system is not Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return boot + os.readlink("/proc/self/ns/net")  # containers of one machine may have networks of their own
+    except OSError:
+        return socket.gethostname()
 
 
 def address_towards(target: str) -> str:

@@ -88,13 +88,19 @@ class Hosts:
 
     def ranks(self, host: str, script: str) -> list[int]:
         """The processes on a host that run the script, torchrun and its shell excepted."""
+        return self._pythons(host, lambda line: script.encode() in line and b"torchrun" not in line)
+
+    def agent(self, host: str) -> int:
+        (agent,) = self._pythons(host, lambda line: b"torchrun" in line)
+        return agent
+
+    def _pythons(self, host: str, is_meant: Callable[[bytes], bool]) -> list[int]:
         here = os.stat(f"/proc/{(self.folder / f'{host}.pid').read_text().strip()}/ns/net").st_ino
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 line = (folder / "cmdline").read_bytes()
-                is_rank = line.startswith(sys.executable.encode()) and b"torchrun" not in line
-                if is_rank and script.encode() in line:
+                if line.startswith(sys.executable.encode()) and is_meant(line):
                     found += [int(folder.name)] if (folder / "ns" / "net").stat().st_ino == here else []
         return found
 

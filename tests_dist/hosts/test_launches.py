@@ -100,3 +100,25 @@ def test_a_host_whose_cable_is_healed_joins_again_and_training_goes_on_meanwhile
     for command in (first, second):
         command.process.send_signal(signal.SIGUSR1)
     assert (first.wait(), second.wait()) == (1, 1)
+
+
+@pytest.mark.parametrize("lost", ["h2", "h1"])  # h1 has rank 0, wherever the meeting is
+def test_the_first_attempt_with_a_host_that_joins_again_trains(hosts: Hosts, tmp_path: Path, lost: str) -> None:
+    """torchrun's agents keep what they know of the last meeting, its store what the ranks before have said."""
+    arguments = (str(tmp_path / "job"), "--pause=0.1", "--iterations=100000")
+    kept = "h1" if lost == "h2" else "h2"
+    environment = {"NNODES": "1:2", "HEAD": kept, "LAST_CALL": "2"}
+    first, second = everywhere(hosts, "elastic.sh", *arguments, **environment)
+    stays, comes = (first, second) if kept == "h1" else (second, first)
+    reach(tmp_path / "job", 5, first, second)
+    os.kill(hosts.agent(lost), signal.SIGKILL)
+    begun = r"of (\d) on h\d begins after (\d+)"
+    until(lambda: len(re.findall(begun, comes.log)) == 2, 100, lambda: first.log + second.log)
+    until(lambda: re.findall(begun, stays.log)[-1][0] == "2", 100, lambda: first.log + second.log)
+    together = int(re.findall(begun, stays.log)[-1][1])
+    reach(tmp_path / "job", together + 10, first, second)
+    for command in (first, second):
+        command.process.send_signal(signal.SIGUSR1)
+    assert (first.wait(), second.wait()) == (1, 1)
+    assert [size for size, _ in re.findall(begun, comes.log)] == ["2", "2"], comes.log
+    assert [size for size, _ in re.findall(begun, stays.log)] in (["2", "1", "2"], ["2", "2"]), stays.log

@@ -1,0 +1,184 @@
+"""How the ranks of one start find each other, in a store that may hold what those before them have left there.
+
+torchrun's agent keeps its store when it starts its ranks again, and a rank that reads there where its peer listens may
+read of one that has ended. Nothing that a launcher sets tells one start from another: an agent that joins anew counts
+its restarts from 0. So each rank comes with a number of its own that nobody has had before, and rank 0 answers that:
+
+    every rank                                    rank 0
+    leaves its number, over an older one
+                                                  reads what lies there, and answers each number with a name
+    reads the answer to its own number,
+    and says under that name that it has come
+                                                  says under that name that all have, or who has not
+"""
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from dengine.distributed.interface import is_reached_by_name, network_of_this_host
+from dengine.distributed.launch import Launch, is_agents_store
+from dengine.errors import LaunchError
+
+__all__ = ["meet"]
+
+_LOOK_S = 0.01  # how often rank 0 looks who has come
+_LATER_S = 5.0  # how much longer than rank 0 the others wait for it to say who has not
+_READ_S = 2.0  # how long they take to hear it
+_NUM_SHOWN = 64
+
+# By address: the store of a job, which outlives its groups.
+_stores: dict[tuple[str, int], Any] = {}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What rank 0 is told of a rank, to see whether the others can reach it."""
+
+    rank: int
+    host: str
+    network: str
+    is_reached: bool
+
+
+def meet(launch: Launch, timeout_s: float) -> tuple[Any, str]:
+    """The store of this launch, and a name in it that its ranks share and none ever had before.
+
+    Collective. Cost: at most a hundredth of a second after the last rank has come; two requests a rank in that time to
+    the store, by rank 0.
+
+    Raises:
+        LaunchError: on every rank that has come, where not all have after `timeout_s`, or where they are on several
+            hosts and Gloo would give the others an address that leads nowhere.
+    """
+    end_s = time.monotonic() + timeout_s
+    try:
+        store = _store(launch, timeout_s)
+        if launch.size == 1:
+            return store, uuid.uuid4().hex
+        return store, (_receive if launch.rank == 0 else _arrive)(PrefixStore("dengine/meet", store), launch, end_s)
+    except DistError as error:
+        who = "torchrun's agent" if is_agents_store(os.environ) else "rank 0"
+        raise LaunchError(
+            f"Rank {launch.rank} of {launch.size} did not meet the others within timeout={timeout_s:g} s in the store "
+            f"at {launch.master_addr}:{launch.master_port}, which {who} hosts: {error}. See that MASTER_ADDR is the "
+            "address of that host on every rank, that its port is free, and that rank 0 has started; "
+            "`python -m dengine doctor`, started like this, tells more."
+        ) from error
+
+
+def _store(launch: Launch, timeout_s: float) -> Any:
+    """Under torchrun the agent's, else rank 0 hosts it, once for all groups: a second one on the same port could be
+    taken for the first by a rank that comes early.
+    """
+    address = (launch.master_addr, launch.master_port)
+    if address not in _stores:
+        is_host = launch.rank == 0 and not is_agents_store(os.environ)
+        timeout = timedelta(seconds=timeout_s)
+        # Not waiting for the others: who has not come is to be named.
+        _stores[address] = TCPStore(
+            *address, launch.size, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
+    store = _stores[address]
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
+
+
+def _arrive(store: Any, launch: Launch, end_s: float) -> str:
+    number = uuid.uuid4().hex
+    store.set(f"number/{launch.rank}", number)
+    name = _read(store, f"answer/{number}", end_s)
+    store.set(f"{name}/{launch.rank}", json.dumps(asdict(_place(launch))))
+    store.add(f"{name}/come", 1)
+    refusal = _read(store, f"{name}/refusal", end_s + _LATER_S)
+    store.add(f"{name}/heard", 1)
+    if refusal:
+        raise LaunchError(refusal)
+    return name
+
+
+def _receive(store: Any, launch: Launch, end_s: float) -> str:
+    name = uuid.uuid4().hex
+    others = range(1, launch.size)
+    missing = set(_answer(store, name, others, end_s))
+    places = [_place(launch)]
+    places += [_Place(**json.loads(store.get(f"{name}/{rank}"))) for rank in others if rank not in missing]
+    refusal = _absence(sorted(missing), launch) if missing else _unreached(places)
+    store.set(f"{name}/refusal", refusal)
+    # This process may take the store with it: the others are to have read that it ends, and why.
+    _wait_until(lambda: store.add(f"{name}/heard", 0) >= len(places) - 1, time.monotonic() + _READ_S)
+    for rank in others:
+        store.delete_key(f"{name}/{rank}")
+    if refusal:
+        raise LaunchError(refusal)
+    return name
+
+
+def _answer(store: Any, name: str, others: Sequence[int], end_s: float) -> list[int]:
+    """Answer every number with `name` until all of the others have come under it; who has not, when the time is up."""
+    answered: dict[int, str] = {}
+
+    def have_all_come() -> bool:
+        for rank in others:
+            key = f"number/{rank}"
+            number = store.get(key).decode() if store.check([key]) else ""
+            # One that has come and failed meanwhile is there again for the next group, not for this one.
+            if number and answered.get(rank) != number and not store.check([f"{name}/{rank}"]):
+                answered[rank] = number
+                store.set(f"answer/{number}", name)
+        return bool(store.add(f"{name}/come", 0) == len(others))
+
+    is_complete = _wait_until(have_all_come, end_s)
+    for number in answered.values():
+        if is_complete:
+            store.delete_key(f"answer/{number}")
+    return [] if is_complete else [rank for rank in others if not store.check([f"{name}/{rank}"])]
+
+
+def _wait_until(is_so: Callable[[], bool], end_s: float) -> bool:
+    while not is_so():
+        if time.monotonic() >= end_s:
+            return False
+        time.sleep(_LOOK_S)
+    return True
+
+
+def _read(store: Any, key: str, end_s: float) -> str:
+    store.wait([key], timedelta(seconds=max(end_s - time.monotonic(), 0.001)))
+    return str(store.get(key).decode())
+
+
+def _place(launch: Launch) -> _Place:
+    return _Place(launch.rank, socket.gethostname(), network_of_this_host(), is_reached_by_name(os.environ))
+
+
+def _absence(missing: Sequence[int], launch: Launch) -> str:
+    shown = ", ".join(map(str, missing[:_NUM_SHOWN])) + (", ..." if len(missing) > _NUM_SHOWN else "")
+    who = f"ranks {shown} of {launch.size} have" if len(missing) > 1 else f"rank {shown} of {launch.size} has"
+    return (
+        f"The process group was not made, as {who} not come within the timeout= of process_group(): not started, ended "
+        f"before, or without a way to the store at {launch.master_addr}:{launch.master_port}. See what it printed."
+    )
+
+
+def _unreached(places: Sequence[_Place]) -> str:
+    """Why Gloo would connect hosts in vain, if so; "" else. Its own attempt may outlast the group's timeout."""
+    if len({place.network for place in places}) == 1:
+        return ""
+    alone = {place.network: f"{place.host} (rank {place.rank})" for place in reversed(places) if not place.is_reached}
+    if not alone:
+        return ""
+    return (
+        f"Gloo would not connect the hosts, since on {' and '.join(reversed(alone.values()))} the host's own name stands "
+        "for no address by which others reach it, as with the line 127.0.1.1 of Debian's /etc/hosts, and it was not to "
+        "be found which interface leads to them. Set GLOO_SOCKET_IFNAME there to that interface (`ip -br addr` lists "
+        "them), or give the name its real address."
+    )
