@@ -8,8 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
 
+from dengine import Engine, distributed
 from dengine.distributed.orphan import end_with_agent
+from dengine.handlers import Preemption
 
 AGENT = """
 import subprocess, sys, time
@@ -74,3 +79,54 @@ def test_a_process_that_torchrun_did_not_start_outlives_its_parent_as_always(tmp
 def test_it_does_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     end_with_agent({"TORCHELASTIC_RUN_ID": "none"})
+
+
+STORE = """
+import time
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(60)
+"""
+
+
+def without_store(rank: int, size: int, host: int, what: str) -> list[int]:
+    """Steps that wait for each other; in the fifth the store's host is killed, and then one rank wants to stop."""
+    saved: list[int] = []
+
+    def step(engine: Engine, batch: int) -> None:
+        dist.all_reduce(torch.ones(1))
+        if rank == 0 and batch == 5:
+            os.kill(host, signal.SIGKILL)
+            while is_running(host):
+                time.sleep(0.01)
+            if what == "preempted":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if what == "terminated":
+                engine.terminate()
+
+    trainer = Engine(step)
+    Preemption(lambda engine: saved.append(engine.state.iteration)).attach(trainer)
+    with distributed.process_group(timeout=60, stall_timeout=60):
+        trainer.run(range(20 if what == "over" else 10**9))
+    return saved
+
+
+@pytest.mark.parametrize("what", ["preempted", "terminated", "over"])
+def test_where_the_agent_that_hosts_the_store_is_gone_the_ranks_end_by_an_error_that_says_so(what: str) -> None:
+    agent = subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True)
+    assert agent.stdout is not None
+    port = agent.stdout.readline().strip()
+    try:
+        environment = {"MASTER_PORT": port}
+        outcomes = run_ranks(
+            *(without_store, 3, agent.pid, what), init=False, env=environment, expect_failures=True, deadline_s=40
+        )
+    finally:
+        agent.kill()
+        agent.communicate()
+    for outcome in outcomes:
+        assert outcome.error_type == "LaunchError", (outcome.error_message, outcome.traceback)
+        assert f"The store of the ranks at 127.0.0.1:{port} is gone" in outcome.error_message
+        assert "torchrun's agent on that host" in outcome.error_message
+        assert outcome.seconds - outcomes[0].seconds < 5

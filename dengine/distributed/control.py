@@ -114,16 +114,19 @@ class Control:
         """Wait until all ranks are here. Not over the group: a rank that left its loop early would join in a collective
         that the others are still in.
 
-        Collective. Raises: RemoteRankError, StallError where a rank fails meanwhile.
+        Collective. Raises: RemoteRankError, StallError where a rank fails meanwhile; LaunchError: the store is gone.
         """
         store, standing = self.link.store, self.standing
-        if store.add("left", 1) == self.link.here.size:
-            store.set("all_left", "yes")  # before anybody hears of it, and closes
-            self.messages.publish(kind="left")
+        try:
+            if store.add("left", 1) == self.link.here.size:
+                store.set("all_left", "yes")  # before anybody hears of it, and closes
+                self.messages.publish(kind="left")
+        except RuntimeError as error:
+            raise self.failures.without_store("they cannot leave together", error) from None
         while not standing.all_left:
             self.failures.check()
             if standing.is_lost:
-                raise RuntimeError("The ranks could not leave together: their store is gone.")
+                raise self.failures.without_store("they cannot leave together")
             if standing.is_over and not standing.all_left:
                 raise RuntimeError("The ranks could not leave together: another one has left by an error.")
             standing.wait_for(lambda: standing.all_left or standing.failure is not None or standing.is_over, 1.0)

@@ -29,7 +29,7 @@ from dengine.distributed.ledger import Ledger, num_joined
 from dengine.distributed.messages import Link, Messages
 from dengine.distributed.runs import Runs
 from dengine.distributed.standing import Standing
-from dengine.errors import RemoteRankError, StallError
+from dengine.errors import LaunchError, RemoteRankError, StallError
 
 __all__ = ["Failures"]
 
@@ -80,11 +80,14 @@ class Failures:
         is_known = told_of is not None and told_of not in self._forgiven
         is_others = told_of is None and isinstance(error, RemoteRankError | StallError)
         if not is_known and not is_others:
-            cause = self._cause_of(error) if is_of_backend(error) else None
-            if cause is None:
-                self._tell(error, run, here)
-            else:
+            is_broken = is_of_backend(error)
+            cause = self._cause_of() if is_broken else None
+            if cause is not None:
                 raised = cause.as_error()
+            elif is_broken and self._standing.is_lost:
+                raised = self.without_store(f"nobody can tell why a connection broke: {line_of(error)}")
+            else:
+                self._tell(error, run, here)
         failed_run = told_of if is_known else run
         if (failure := self._standing.failure) is not None:
             failed_run = failure.run
@@ -106,15 +109,17 @@ class Failures:
             is_interrupt = isinstance(error, KeyboardInterrupt)
             self.report(Failure("raised", self._here.rank, line, where, text, run, begun, is_interrupt=is_interrupt))
 
-    def _cause_of(self, error: BaseException) -> Failure | None:
-        """The failure behind a broken connection. None where all ranks are there: then it is this rank's own."""
+    def _cause_of(self) -> Failure | None:
+        """The failure behind a broken connection. None where all ranks are there: then it is this rank's own; and where
+        nobody can be asked.
+        """
         standing = self._standing
-        if not standing.wait_for(lambda: standing.failure is not None, _HEAR_S):
+        if not standing.wait_for(lambda: standing.failure or standing.is_lost, _HEAR_S):
             number = self._num_inquiries
             self.inquire()
-            standing.wait_for(lambda: standing.failure or self._num_inquiries > number, _INQUIRE_S)
+            standing.wait_for(lambda: standing.failure or standing.is_lost or self._num_inquiries > number, _INQUIRE_S)
             if standing.failure is None:  # what was found out is on its way, through the store
-                standing.wait_for(lambda: standing.failure is not None, _HEAR_S)
+                standing.wait_for(lambda: standing.failure or standing.is_lost, _HEAR_S)
         failure = standing.failure
         is_mine = failure is not None and failure.rank == self._here.rank and failure.kind == "raised"
         return None if is_mine else failure
@@ -234,22 +239,37 @@ class Failures:
 
     def lose(self, error: Exception) -> None:
         """The store is gone: nobody can be told or asked any more."""
-        standing = self._standing
+        standing, meeting = self._standing, self._link.meeting
         if standing.is_closed or standing.is_over or standing.is_lost:
             return
-        host = f"{self._link.meeting.host}:{self._link.meeting.port}"
-        if self._link.meeting.is_hosted_by_rank_zero and self._here.rank != 0:
-            why = f"the store at {host}, which its process hosted, is gone ({error})"
+        at = f"{meeting.host}:{meeting.port}"
+        if meeting.is_hosted_by_rank_zero and self._here.rank != 0:
+            why = f"the store at {at}, which its process hosted, is gone ({error})"
             self.hear(Failure("vanished", 0, why, self.last_seen_of_rank_zero))
         else:
-            say(f"dengine: rank {self._here.rank} lost the store at {host} ({error}): it runs on by itself.\n")
+            say(f"dengine: rank {self._here.rank} lost the store at {at} ({error}): it runs on by itself.\n")
         standing.note(is_lost=True)
         if standing.failure is not None:
             self.break_group()
 
-    def lose_host(self, timeout_s: float) -> None:
-        """Rank 0's process, which hosts the store, is there but does not answer: nobody can be asked who hangs."""
-        text = f"Rank 0, which hosts the store, has not answered for {timeout_s:g} s: its process is stopped or hangs."
+    def without_store(self, consequence: str, error: Exception | None = None) -> BaseException:
+        """What is to be raised where the ranks have to agree and cannot. `error`: how it was noticed, if not before."""
+        if error is not None:
+            self.lose(error)
+        if self._standing.failure is not None:
+            return self._standing.failure.as_error()
+        meeting = self._link.meeting
+        host = "rank 0" if meeting.is_hosted_by_rank_zero else "torchrun's agent on that host"
+        return LaunchError(
+            f"The store of the ranks at {meeting.host}:{meeting.port} is gone, so {consequence}. It was hosted by "
+            f"{host}, which was killed or lost. Nothing more can be saved together: start the job again, and it goes "
+            "on from its newest checkpoint."
+        )
+
+    def lose_host(self, timeout_s: float, *, may_be_unreached: bool) -> None:
+        """Rank 0's process, which hosts the store, does not answer: nobody can be asked who hangs."""
+        text = f"Rank 0, which hosts the store, has not answered for {timeout_s:g} s: its process is stopped or hangs"
+        text += ", or its host is not reached." if may_be_unreached else "."
         self.hear(Failure("stalled", 0, text, self.last_seen_of_rank_zero, is_frozen=True))
         self._standing.note(is_lost=True)
         self.break_group()

@@ -42,6 +42,7 @@ class _Standing(Protocol):
 class _Failures(Protocol):
     def check(self) -> None: ...
     def failed(self, error: BaseException, run: int | None, here: FrameType) -> BaseException: ...
+    def without_store(self, consequence: str, error: Exception | None = None) -> BaseException: ...
 
 
 class _Messages(Protocol):
@@ -99,13 +100,21 @@ class Run:
         self._changed = threading.Condition()
 
     def ask(self, scope: Scope, epoch: int, reason: str = "") -> None:
-        """Ask all ranks to leave the run or the epoch. The loop hears by `interrupt`."""
+        """Ask all ranks to leave the run or the epoch. The loop hears by `interrupt`.
+
+        Raises: LaunchError: the store is gone, by which they would hear.
+        """
         key = (scope, epoch if scope == "epoch" else 0)
         if self._control is None:
             self.decide(key, self.begun, reason)
-        # All ranks may ask at once: the first one's wish is told.
-        elif self._hold(key) and self._control.link.store.add(f"asked/{self.number}/{scope}/{key[1]}", 1) == 1:
-            self._control.messages.publish(kind="stop", run=self.number, scope=scope, epoch=key[1], reason=reason)
+        elif self._hold(key):
+            try:
+                # All ranks may ask at once: the first one's wish is told.
+                if self._control.link.store.add(f"asked/{self.number}/{scope}/{key[1]}", 1) == 1:
+                    message = {"run": self.number, "scope": scope, "epoch": key[1], "reason": reason}
+                    self._control.messages.publish(kind="stop", **message)
+            except RuntimeError as error:
+                raise self._control.failures.without_store("they cannot agree where to stop", error) from None
         self.interrupt()
 
     def bounds(self, epoch: int) -> tuple[int, int | None]:
@@ -114,7 +123,7 @@ class Run:
         Waits while a wish to stop is being decided.
 
         Raises:
-            RemoteRankError, StallError: a rank has failed. RuntimeError: the other ranks cannot be reached.
+            RemoteRankError, StallError: a rank has failed. LaunchError: the other ranks cannot be reached.
         """
         while True:
             if self._control is not None:
@@ -123,7 +132,7 @@ class Run:
                 if not self._asked:
                     return self._decided.get(("run", 0), sys.maxsize), self._decided.get(("epoch", epoch))
                 if self._control is not None and self._control.standing.is_lost:
-                    raise RuntimeError("The ranks could not agree where to stop: their store is gone.")
+                    raise self._control.failures.without_store("they cannot agree where to stop")
                 self._changed.wait(_LOOK_S)
 
     def failed(self, error: BaseException) -> BaseException:
