@@ -176,9 +176,10 @@ def _unreached(places: Sequence[_Place]) -> str:
     alone = {place.network: f"{place.host} (rank {place.rank})" for place in reversed(places) if not place.is_reached}
     if not alone:
         return ""
+    hosts = " and ".join(reversed(alone.values()))
     return (
-        f"Gloo would not connect the hosts, since on {' and '.join(reversed(alone.values()))} the host's own name stands "
-        "for no address by which others reach it, as with the line 127.0.1.1 of Debian's /etc/hosts, and it was not to "
-        "be found which interface leads to them. Set GLOO_SOCKET_IFNAME there to that interface (`ip -br addr` lists "
-        "them), or give the name its real address."
+        f"Gloo would not connect the hosts, since on {hosts} the host's own name stands for no address by which others "
+        "reach it, as with the line 127.0.1.1 of Debian's /etc/hosts, and it was not to be found which interface leads "
+        "to them. Set GLOO_SOCKET_IFNAME there to that interface (`ip -br addr` lists them), or give the name its real "
+        "address."
     )

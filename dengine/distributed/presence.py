@@ -11,6 +11,7 @@ from typing import Any
 
 from dengine.distributed.control import Control
 from dengine.distributed.failure import Level
+from dengine.distributed.interface import network_of_this_host
 
 __all__ = ["Presence", "levels_of"]
 
@@ -109,6 +110,10 @@ class Presence:
     def is_seen_alive(self, told: dict[str, Any]) -> bool:
         return self._is_of_this_host(told) and _is_alive(told)
 
+    def may_be_unreached(self, told: dict[str, Any]) -> bool:
+        """Whether a network lies between this process and the one that told this: then that may be what is broken."""
+        return bool(told) and told["host"] != self._identity["host"]
+
     def _is_of_this_host(self, told: dict[str, Any]) -> bool:
         return bool(told) and bool(told["host"]) and told["host"] == self._identity["host"]
 
@@ -132,7 +137,7 @@ def _identity() -> dict[str, Any]:
     host = ""
     with suppress(OSError):
         # The namespace too: two containers of one host see each other's numbers as other processes.
-        host = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        host = network_of_this_host() + os.readlink("/proc/self/ns/pid")
     return {"host": host, "pid": os.getpid(), "start": _start_of(os.getpid())}
 
 

@@ -108,15 +108,16 @@ class RollCall:
 
     def _culprit(self, answers: dict[int, dict[str, Any]], missing: list[int], timeout_s: float) -> Failure:
         rank = missing[0] if missing else min(answers, key=lambda each: answers[each]["progress"])
-        where = levels_of(self._presence.told(rank) if missing else answers[rank])
+        told = self._presence.told(rank) if missing else answers[rank]
+        unreached = ", or its host is not reached" if missing and self._presence.may_be_unreached(told) else ""
         error = (
             f"Rank {rank} has made no progress for {timeout_s:g} s, and the others wait for it."
-            + (" Its process is stopped, or holds the interpreter: it does not answer." if missing else "")
+            + (f" It does not answer: its process is stopped or holds the interpreter{unreached}." if missing else "")
             + "".join(f"\n  rank {each}: {_shown(answers[each])}" for each in sorted(answers)[:_NUM_SHOWN])
             + "\n  If a step or a handler may take so long, raise stall_timeout= of process_group(), or call "
             "distributed.progress() in it."
         )
-        return Failure("stalled", rank, error, where, is_frozen=bool(missing))
+        return Failure("stalled", rank, error, levels_of(told), is_frozen=bool(missing))
 
 
 def _shown(answer: dict[str, Any]) -> str:

@@ -106,7 +106,8 @@ class Watch:
             if self._standing.is_broken:
                 self._end_what_hangs()
             elif not self._standing.is_lost and silent_s > self._stall_timeout_s + self._period_s:
-                self._control.failures.lose_host(self._stall_timeout_s)
+                is_far = self._presence.may_be_unreached(self._presence.told_by_host)
+                self._control.failures.lose_host(self._stall_timeout_s, may_be_unreached=is_far)
 
     def _sleep(self, timeout_s: float) -> bool:
         started_s = time.monotonic()

@@ -53,6 +53,22 @@ def test_two_hosts_train_to_the_bits_of_two_ranks_on_one(
     assert digests(first.log + second.log) == on_one_host
 
 
+def test_hosts_that_gloo_cannot_connect_are_named_at_once(hosts: Hosts, tmp_path: Path) -> None:
+    """h1 has two networks, and neither its name nor a route tells by which of them the other one comes."""
+    hosts.name_as_debian_does()
+    for words in ("link add eth1 type veth peer name eth2", "addr add 10.78.0.1/24 dev eth1", "link set eth1 up"):
+        added = hosts.control("exec", "h1", "ip", *words.split())
+        assert added.returncode == 0, added.stdout
+    environment = {"NNODES": "2", "HEAD": "h1"}
+    first, second = everywhere(hosts, "multinode.sh", str(tmp_path / "job"), **environment)
+    assert (first.wait(60), second.wait(60)) == (1, 1)
+    for command in (first, second):
+        assert "LaunchError: Gloo would not connect the hosts, since on h1 (rank 0) the host's own name" in command.log
+    environment["GLOO_SOCKET_IFNAME"] = "eth0"
+    first, second = everywhere(hosts, "multinode.sh", str(tmp_path / "job"), **environment)
+    assert (first.wait(), second.wait()) == (0, 0), first.log + second.log
+
+
 def test_where_a_cable_is_cut_the_silent_rank_is_named_and_nobody_trains_on(hosts: Hosts, tmp_path: Path) -> None:
     """Without dengine the kernel says so after 15 minutes, and the agent of the host that is cut off stays as long."""
     arguments = (str(tmp_path / "job"), "--pause=0.2", "--iterations=1000", "--stall-timeout=8")
@@ -63,10 +79,12 @@ def test_where_a_cable_is_cut_the_silent_rank_is_named_and_nobody_trains_on(host
     seconds = first.says("StallError", 60)
     print(f"named {seconds:.1f} s after the cut")
     assert "StallError: Rank 1 has made no progress for 8 s" in first.log
+    assert "its process is stopped or holds the interpreter, or its host is not reached" in first.log
     assert first.wait(60) == 1
     # From where it is, it cannot say to anybody that it ends: the store is on the other side.
     waited = until(lambda: not hosts.ranks("h2", JOB), 100, lambda: second.log)
     print(f"no rank is left on the host that is cut off {waited:.1f} s after the first one ended")
+    assert "its process is stopped or hangs, or its host is not reached" in second.log
 
 
 def test_ranks_whose_agent_is_killed_save_and_leave_with_all_others(hosts: Hosts, tmp_path: Path) -> None:
