@@ -67,6 +67,32 @@ def test_a_group_that_was_there_is_used_and_left_alone() -> None:
     assert run_ranks(external_world, 2, init=True) == [(True, "external", 2)] * 2
 
 
+def fails_in_a_group_that_was_there(rank: int, size: int) -> str:
+    """The others wait in the user's own group for a rank that has failed, handles it, and takes its time to leave."""
+
+    def step(engine: Engine, batch: int) -> None:
+        if rank == 1 and batch == 3:
+            raise ValueError("bad sample 4711")
+        dist.all_reduce(torch.ones(1))
+
+    with distributed.process_group(stall_timeout=60):
+        started_s = time.monotonic()
+        try:
+            Engine(step).run(range(10))
+        except (ValueError, RemoteRankError) as error:
+            seconds = time.monotonic() - started_s
+            if rank == 1:
+                time.sleep(12)
+            raise RuntimeError(f"{type(error).__name__} within 10 s: {seconds < 10}") from error
+    return "left"
+
+
+def test_ranks_that_wait_in_a_group_that_was_there_are_freed_too() -> None:
+    outcomes = run_ranks(fails_in_a_group_that_was_there, 3, init=True, expect_failures=True, deadline_s=40)
+    kinds = ["RemoteRankError", "ValueError", "RemoteRankError"]
+    assert [outcome.error_message for outcome in outcomes] == [f"{kind} within 10 s: True" for kind in kinds]
+
+
 def twice(rank: int, size: int) -> list[float]:
     sums = []
     for _ in range(3):

@@ -8,12 +8,16 @@ both of their ends.
 import os
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 
-__all__ = ["Connections", "abort_group", "recorded"]
+__all__ = ["Connections", "abort_group", "found", "recorded"]
+
+_Address: TypeAlias = tuple[str, int]
+_Ends: TypeAlias = tuple[_Address, _Address]  # here, there
 
 _FOLDER = "/proc/self/fd"
 
@@ -30,6 +34,25 @@ def recorded(store_port: int) -> Iterator[list[socket.socket]]:
     for number in _socket_numbers() - before:
         with suppress(OSError):
             made.extend(_connection(number, store_port))
+
+
+def found(exchange: Callable[[list[_Ends]], list[list[_Ends]]], store_port: int) -> list[socket.socket]:
+    """The connections between ranks that were made before, but for those to the store: those of whose two ends this
+    process has one, and another rank the other. Duplicates, as in `recorded`.
+
+    Collective: `exchange` gives the ends of all ranks, in their order, for those of this one.
+    """
+    mine: dict[_Ends, socket.socket] = {}
+    for number in _socket_numbers():
+        for each in _connection(number, store_port):
+            mine[_address(each.getsockname()), _address(each.getpeername())] = each
+    # From the others' side. One that a process has with itself has both ends here, and is none of them.
+    theirs = {(there, here) for ends in exchange(list(mine)) for here, there in ends} - {
+        (there, here) for here, there in mine
+    }
+    for ends in mine.keys() - theirs:
+        mine[ends].close()
+    return [each for ends, each in mine.items() if ends in theirs]
 
 
 class Connections:
@@ -87,6 +110,10 @@ def abort_group() -> None:
     """End what is under way on the device, without waiting for it: NCCL's connections are none of these."""
     with suppress(Exception):  # nothing more can be done for a rank that waits on the device
         dist.distributed_c10d._abort_process_group()
+
+
+def _address(name: tuple[Any, ...]) -> _Address:
+    return name[0].removeprefix("::ffff:"), name[1]  # as IPv4, where it is that within IPv6
 
 
 def _socket_numbers() -> set[int]:

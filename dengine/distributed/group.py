@@ -9,12 +9,13 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from dengine.distributed.connections import Connections, abort_group, recorded
+from dengine.distributed.connections import Connections, abort_group, found, recorded
 from dengine.distributed.control import Control
 from dengine.distributed.failure import line_of, traceback_of, write_error_file
 from dengine.distributed.interface import chosen_interface
@@ -29,6 +30,8 @@ from dengine.errors import LaunchError
 
 __all__ = ["process_group"]
 
+T = TypeVar("T")
+
 
 @contextmanager
 def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout: float = 600.0) -> Iterator[World]:
@@ -41,8 +44,8 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     A rank that torchrun started gets SIGTERM where that torchrun is killed: it does not train on unwatched.
 
     Inside it ranks leave together: where one raises, vanishes or hangs, all others raise what happened and where. Who
-    waits in a group that somebody else made (one that was there before, or `new_group()`) is told when the failed
-    rank's process ends or leaves this block, and no sooner.
+    waits in a group that the script makes inside the block (`new_group()`) is told when the failed rank's process ends,
+    and no sooner.
 
     Args:
         backend: "auto" is NCCL for CUDA tensors with Gloo beside it for CPU tensors, and Gloo alone without CUDA;
@@ -162,13 +165,21 @@ def _control(launch: Launch, here: World, connections: list[socket.socket], time
 def _control_beside(here: World, timeout_s: float) -> Control | None:
     """The control plane for a group that somebody else made: where all ranks reach the store of their launcher."""
     launch = find_launch(os.environ)
+    is_launched = launch is not None and (launch.rank, launch.size) == (here.rank, here.size) and here.size > 1
+    if not all(_exchanged(is_launched)):
+        return None
+    assert launch is not None
+    connections = found(_exchanged, launch.master_port)
     control = None
-    if launch is not None and (launch.rank, launch.size) == (here.rank, here.size) and here.size > 1:
-        with suppress(RuntimeError):
-            control = _control(launch, here, [], timeout_s)
-    reached = [False] * here.size
-    dist.all_gather_object(reached, control is not None)
-    return control if all(reached) else None
+    with suppress(RuntimeError):
+        control = _control(launch, here, connections, timeout_s)
+    return control if all(_exchanged(control is not None)) else None
+
+
+def _exchanged(value: T) -> list[T]:
+    told = [value] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    return told
 
 
 def _start(control: Control, stall_timeout_s: float) -> Watch:
