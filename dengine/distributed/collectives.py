@@ -5,13 +5,14 @@ A lone process runs the same code; what would be sent is handed back.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dengine.distributed.control import Control
 from dengine.distributed.ledger import call_site
+from dengine.distributed.nested import ReduceOp, grouped, shown, split, take_apart
 from dengine.distributed.rank_zero import refuse_on_rank_zero_alone
 from dengine.distributed.world import World, control, world
 from dengine.errors import RemoteRankError
@@ -31,7 +32,6 @@ __all__ = [
     "sum_tensor",
 ]
 
-ReduceOp: TypeAlias = Literal["sum", "mean", "min", "max"]
 T = TypeVar("T")
 
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
@@ -140,8 +140,8 @@ def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
     if op not in _OPS:
         raise ValueError(f"op={op!r} must be one of {', '.join(_OPS)}.")
     leaves: list[torch.Tensor] = []
-    rebuild = _take_apart(value, leaves, op)
-    with _joined(f"all_reduce({name or _shown(value)}, {op!r})", site=name or _line()) as group:
+    rebuild = take_apart(value, leaves, op)
+    with _joined(f"all_reduce({name or shown(value)}, {op!r})", site=name or _line()) as group:
         return rebuild(_reduced(leaves, op, group))  # type: ignore[no-any-return]
 
 
@@ -182,12 +182,12 @@ def broadcast_tensors(tensors: list[torch.Tensor], source: int = 0) -> None:
     with _joined(f"broadcast_tensors({len(tensors)} tensors) from rank {source}") as group:
         if world().size == 1:
             return
-        for indices in _alike(tensors).values():
+        for indices in grouped(tensors).values():
             alike = [tensors[index].detach() for index in indices]
             flat = torch.cat([tensor.reshape(-1) for tensor in alike])
             sent = flat.to(_transport(flat.device))
             dist.broadcast(sent, src=source, group=_group_of(sent, group))
-            for tensor, part in zip(alike, _split(sent.to(flat.device), alike), strict=True):
+            for tensor, part in zip(alike, split(sent.to(flat.device), alike), strict=True):
                 tensor.copy_(part)
 
 
@@ -236,53 +236,11 @@ def _line() -> str:
     return call_site() if isinstance(control(), Control) else ""
 
 
-def _shown(value: Any) -> str:
-    """What is reduced, in a form that all ranks share: names, types and shapes, not values."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {_shown(value[key])}" for key in sorted(value, key=repr)) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_shown, value)) + "]"
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return type(value).__name__
-
-
 def _transport(device: torch.device) -> torch.device:
     """Where a tensor of `device` must lie to be sent: a group of NCCL alone takes no CPU tensors."""
     here = world()
     has_gloo = "gloo" in here.backend or isinstance(control(), Control)
     return here.device if device.type == "cpu" and not has_gloo and here.size > 1 else device
-
-
-def _take_apart(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable[[list[torch.Tensor]], Any]:
-    """Append the tensors in `value` to `leaves`; the function that comes back puts reduced ones in their places."""
-    if isinstance(value, dict):
-        # By key, so that two ranks that filled theirs in another order still reduce like with like.
-        parts = {key: _take_apart(value[key], leaves, op) for key in sorted(value, key=repr)}
-        return lambda reduced: {key: parts[key](reduced) for key in value}
-    if isinstance(value, list | tuple):
-        rebuilds = [_take_apart(part, leaves, op) for part in value]
-        return lambda reduced: type(value)([rebuild(reduced) for rebuild in rebuilds])
-    if not isinstance(value, torch.Tensor | int | float):
-        raise TypeError(f"all_reduce() takes numbers and tensors, nested or not, but got {value!r}.")
-    tensor = value.detach() if isinstance(value, torch.Tensor) else _number_tensor(value)
-    if op == "mean" and not (tensor.is_floating_point() or tensor.is_complex()):
-        raise ValueError(
-            f"The mean of whole numbers ({value!r}) is not one, and the dtype that went in comes back: "
-            "pass floats, or op='sum'."
-        )
-    if tensor.dtype == torch.bool and op == "sum":
-        raise ValueError("The sum of booleans is not one: convert them to int first, or use op='max' for 'any'.")
-    place = len(leaves)
-    leaves.append(tensor)
-    if isinstance(value, torch.Tensor):
-        return lambda reduced: reduced[place]
-    return lambda reduced: type(value)(reduced[place].item())
-
-
-def _number_tensor(value: int | float) -> torch.Tensor:
-    dtype = torch.bool if isinstance(value, bool) else torch.int64 if isinstance(value, int) else torch.float64
-    return torch.tensor(value, dtype=dtype)
 
 
 def _sum(tensor: torch.Tensor, cpu_group: Any) -> None:
@@ -291,7 +249,7 @@ def _sum(tensor: torch.Tensor, cpu_group: Any) -> None:
 
 def _reduced(leaves: list[torch.Tensor], op: ReduceOp, cpu_group: Any) -> list[torch.Tensor]:
     reduced = list(leaves)
-    for indices in _alike(leaves).values():
+    for indices in grouped(leaves).values():
         alike = [leaves[index] for index in indices]
         flat = torch.cat([tensor.reshape(-1) for tensor in alike])
         sent = flat.to(_transport(flat.device), torch.uint8 if flat.dtype == torch.bool else flat.dtype)
@@ -299,19 +257,6 @@ def _reduced(leaves: list[torch.Tensor], op: ReduceOp, cpu_group: Any) -> list[t
             dist.all_reduce(sent, op=_OPS[op], group=_group_of(sent, cpu_group))
         if op == "mean":
             sent = sent / world().size
-        for index, part in zip(indices, _split(sent.to(flat.device, flat.dtype), alike), strict=True):
+        for index, part in zip(indices, split(sent.to(flat.device, flat.dtype), alike), strict=True):
             reduced[index] = part
     return reduced
-
-
-def _alike(tensors: list[torch.Tensor]) -> dict[tuple[torch.dtype, torch.device], list[int]]:
-    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        groups.setdefault((tensor.dtype, tensor.device), []).append(index)
-    return groups
-
-
-def _split(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
-    """`flat` cut into pieces of the shapes of `like`, each with memory of its own."""
-    pieces = torch.split(flat, [tensor.numel() for tensor in like])
-    return [piece.reshape(tensor.shape).clone() for piece, tensor in zip(pieces, like, strict=True)]

@@ -1,0 +1,70 @@
+"""Numbers and tensors in nested dicts, lists and tuples: taken apart for a collective, and put together again. Pure."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+__all__ = ["ReduceOp", "grouped", "shown", "split", "take_apart"]
+
+ReduceOp: TypeAlias = Literal["sum", "mean", "min", "max"]
+
+
+def shown(value: Any) -> str:
+    """What is reduced, in a form that all ranks share: names, types and shapes, not values."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {shown(value[key])}" for key in sorted(value, key=repr)) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(shown, value)) + "]"
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__
+
+
+def take_apart(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable[[list[torch.Tensor]], Any]:
+    """Append the tensors in `value` to `leaves`; the function that comes back puts reduced ones in their places.
+
+    Raises:
+        TypeError, ValueError: a leaf that is neither a number nor a tensor, or that `op` cannot reduce.
+    """
+    if isinstance(value, dict):
+        # By key, so that two ranks that filled theirs in another order still reduce like with like.
+        parts = {key: take_apart(value[key], leaves, op) for key in sorted(value, key=repr)}
+        return lambda reduced: {key: parts[key](reduced) for key in value}
+    if isinstance(value, list | tuple):
+        rebuilds = [take_apart(part, leaves, op) for part in value]
+        return lambda reduced: type(value)([rebuild(reduced) for rebuild in rebuilds])
+    if not isinstance(value, torch.Tensor | int | float):
+        raise TypeError(f"all_reduce() takes numbers and tensors, nested or not, but got {value!r}.")
+    tensor = value.detach() if isinstance(value, torch.Tensor) else _number_tensor(value)
+    if op == "mean" and not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(
+            f"The mean of whole numbers ({value!r}) is not one, and the dtype that went in comes back: "
+            "pass floats, or op='sum'."
+        )
+    if tensor.dtype == torch.bool and op == "sum":
+        raise ValueError("The sum of booleans is not one: convert them to int first, or use op='max' for 'any'.")
+    place = len(leaves)
+    leaves.append(tensor)
+    if isinstance(value, torch.Tensor):
+        return lambda reduced: reduced[place]
+    return lambda reduced: type(value)(reduced[place].item())
+
+
+def grouped(tensors: list[torch.Tensor]) -> dict[tuple[torch.dtype, torch.device], list[int]]:
+    """The places of those that can be sent as one: of one dtype, on one device."""
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.dtype, tensor.device), []).append(index)
+    return groups
+
+
+def split(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`flat` cut into pieces of the shapes of `like`, each with memory of its own."""
+    pieces = torch.split(flat, [tensor.numel() for tensor in like])
+    return [piece.reshape(tensor.shape).clone() for piece, tensor in zip(pieces, like, strict=True)]
+
+
+def _number_tensor(value: int | float) -> torch.Tensor:
+    dtype = torch.bool if isinstance(value, bool) else torch.int64 if isinstance(value, int) else torch.float64
+    return torch.tensor(value, dtype=dtype)
