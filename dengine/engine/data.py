@@ -8,7 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from dengine.distributed import all_reduce, broadcast_object, world
 
-__all__ = ["Absent", "Feed"]
+__all__ = ["Absent", "Feed", "check_data"]
+
+
+def check_data(data: object) -> None:
+    """Raises: TypeError: it cannot be iterated over."""
+    if isinstance(data, type) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise TypeError(f"run() takes data that can be iterated over (a DataLoader, a list), but got {data!r}.")
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,19 @@ class Feed:
 
     Joined, a pass over the data is as long as the longest one of any rank: what a rank lacks are `Absent`s. Ranks agree
     upon it when an epoch is entered; data of unknown length, on any rank, is not joined.
+
+    Data without a batch are an error, unless they are one shard of several (`may_be_empty`).
     """
 
-    def __init__(self, data: Iterable[Any], epoch_length: int | None, *, is_joined: bool = False) -> None:
+    def __init__(
+        self, data: Iterable[Any], epoch_length: int | None, *, is_joined: bool = False, may_be_empty: bool = False
+    ) -> None:
         self.data = data
         self.is_one_shot = isinstance(data, Iterator)
         self.is_length_given = epoch_length is not None
         self.length = epoch_length if epoch_length is not None else _length(data)
         self._is_joined = is_joined
+        self._may_be_empty = may_be_empty
         self._pass = _Pass()
 
     def enter(self, epoch: int) -> None:
@@ -78,6 +89,40 @@ class Feed:
         if self._pass.is_empty_somewhere:
             return self._with_sent_spare(batches, own, num_absent)
         return _with_own_spare(batches, num_absent, lambda: next(self._anew()))
+
+    def is_over(self, epoch: int, iterations: int, *, is_empty: bool) -> bool:
+        """The data ended before the epoch did: whether that ends the epoch, or it is to be iterated again.
+
+        Args:
+            epoch, iterations: where the run is, and how many it has done over all.
+            is_empty: this pass over the data gave nothing.
+
+        Raises:
+            ValueError: there never was a batch. RuntimeError: there are none any more.
+        """
+        if is_empty and iterations == 0:
+            self.refuse_no_batch()
+            return True
+        if self.is_one_shot and is_empty:
+            raise RuntimeError(
+                f"The data ran dry in epoch {epoch} after {iterations} iterations: a one-shot iterator "
+                f"({type(self.data).__qualname__}) cannot begin again. Pass something that can be iterated over more "
+                "than once (a list, a DataLoader), or epoch_length= and max_epochs= that it suffices for."
+            )
+        if is_empty and not self._may_be_empty:
+            raise RuntimeError(
+                f"The data gave no batch in epoch {epoch} after {iterations} iterations: "
+                f"iterating over this {type(self.data).__qualname__} again must begin anew."
+            )
+        return is_empty or not self.is_length_given
+
+    def refuse_no_batch(self) -> None:
+        """Raises: ValueError: there is no batch, and there has to be one."""
+        if not self._may_be_empty:
+            raise ValueError(
+                f"The data ({type(self.data).__qualname__}) gave no batch: there is nothing to run over. "
+                "Check the data set's size, and drop_last with a batch size above it."
+            )
 
     def _from(self, skip: int) -> Iterator[Any]:
         if skip and self._skip_by_sampler(skip):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -104,6 +106,15 @@ class Channel:
                     subscription.call(engine, count)
         finally:
             engine.firing = outer
+
+    def fire_despite(self, engine: Engine, error: BaseException) -> None:
+        """Call everybody for `error`. What one of them raises must not hide it, nor keep others from being called."""
+        engine.firing = self.event
+        try:
+            for subscription in self.ready(1):
+                _call_despite(subscription, engine, error)
+        finally:
+            engine.firing = None
 
     def ready(self, count: int) -> list[Subscription]:
         """Those who are due at `count`, but for their `filter`, which is asked when their turn has come."""
@@ -208,3 +219,21 @@ def describe(handler: object) -> str:
 def _key(event: AnyEvent) -> int | str:
     # By identity: an enum that is a str as well would equal another one's member, or a registered string.
     return id(event) if isinstance(event, Enum) else event
+
+
+def _call_despite(subscription: Subscription, engine: Engine, error: BaseException) -> None:
+    try:
+        subscription.call(engine, 1)
+    except Exception as failure:
+        if failure is not error:
+            _warn_of(failure, subscription.handler, error)
+
+
+def _warn_of(failure: Exception, handler: Handler, error: BaseException) -> None:
+    with suppress(RuntimeWarning):  # where warnings are errors, it must still be `error` that is raised
+        warnings.warn(
+            f"Handler {describe(handler)} of EXCEPTION_RAISED failed itself with {failure!r}, "
+            f"while handling {error!r}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

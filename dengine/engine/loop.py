@@ -6,7 +6,6 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from enum import Enum
 from functools import partial
 from typing import Any, TypeAlias, TypeVar, overload
@@ -17,7 +16,7 @@ from dengine.distributed import world
 from dengine.distributed.loader import data_state
 from dengine.distributed.runs import END, Run, begin_run, place
 from dengine.distributed.sampler import check_same
-from dengine.engine.data import Absent, Feed
+from dengine.engine.data import Absent, Feed, check_data
 from dengine.engine.dispatch import (
     NEVER,
     Channel,
@@ -26,7 +25,6 @@ from dengine.engine.dispatch import (
     HandlerHandle,
     Subscription,
     check_handler,
-    describe,
 )
 from dengine.engine.events import AnyEvent, Events, Subscribable, event_parts
 from dengine.engine.position import levels
@@ -371,7 +369,7 @@ class Engine:
         if feed.length is not None:
             state.epoch_length = feed.length
         if feed.length == 0:
-            self._refuse_no_batch(feed.data)
+            feed.refuse_no_batch()
         end = NEVER if feed.length is None else epoch_start + feed.length
         run.begun = place(state.epoch, state.epoch_iteration + 1)
         if not self._goes_on(end):
@@ -384,7 +382,7 @@ class Engine:
                 if not self._goes_on(end):
                     return self._has_ended(end)
                 self._announce_fetch()
-            elif self._is_data_over(feed, is_empty=state.iteration == pass_start):
+            elif feed.is_over(state.epoch, state.iteration, is_empty=state.iteration == pass_start):
                 self._fetch_started_offset -= 1  # the last fetch was announced, but there was nothing to get
                 if not feed.is_length_given:
                     state.epoch_length = state.epoch_iteration
@@ -556,8 +554,7 @@ class Engine:
     def _checked(self, data: Any, max_epochs: Any, max_iterations: Any, epoch_length: Any) -> Feed:
         """The arguments of `run`, checked before anything is changed."""
         self._refuse_while_running("run()")
-        if isinstance(data, type) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-            raise TypeError(f"run() takes data that can be iterated over (a DataLoader, a list), but got {data!r}.")
+        check_data(data)
         if max_epochs is None and max_iterations is None:
             raise ValueError("max_epochs=None runs without an end: pass max_iterations= as well.")
         for name, value in (("max_epochs", max_epochs), ("max_iterations", max_iterations)):
@@ -565,9 +562,10 @@ class Engine:
                 whole_number(name, value, least=1)
         if epoch_length is not None:
             epoch_length = whole_number("epoch_length", epoch_length, least=1)
-        feed = Feed(data, epoch_length, is_joined=self._is_joined)
+        may_be_empty = self.distributed and world().size > 1
+        feed = Feed(data, epoch_length, is_joined=self._is_joined, may_be_empty=may_be_empty)
         if feed.length == 0:
-            self._refuse_no_batch(data)
+            feed.refuse_no_batch()
         return feed
 
     def _check_data(self, feed: Feed, allow_changed_data: bool) -> None:
@@ -600,65 +598,16 @@ class Engine:
         self._dispatcher.rewind()
         self._run.interrupt = self._interrupt
 
-    def _is_data_over(self, feed: Feed, *, is_empty: bool) -> bool:
-        """The data ended before the epoch did: whether that ends the epoch, or it is to be iterated again.
-
-        Raises:
-            ValueError: there never was a batch. RuntimeError: there are none any more.
-        """
-        state = self.state
-        if is_empty and state.iteration == 0:
-            self._refuse_no_batch(feed.data)
-            return True
-        if feed.is_one_shot and is_empty:
-            raise RuntimeError(
-                f"The data ran dry in epoch {state.epoch} after {state.iteration} iterations: a one-shot iterator "
-                f"({type(feed.data).__qualname__}) cannot begin again. Pass something that can be iterated over more "
-                "than once (a list, a DataLoader), or epoch_length= and max_epochs= that it suffices for."
-            )
-        if is_empty and not self._may_be_empty():
-            raise RuntimeError(
-                f"The data gave no batch in epoch {state.epoch} after {state.iteration} iterations: "
-                f"iterating over this {type(feed.data).__qualname__} again must begin anew."
-            )
-        return is_empty or not feed.is_length_given
-
-    def _refuse_no_batch(self, data: object) -> None:
-        if not self._may_be_empty():
-            raise ValueError(
-                f"The data ({type(data).__qualname__}) gave no batch: there is nothing to run over. "
-                "Check the data set's size, and drop_last with a batch size above it."
-            )
-
-    def _may_be_empty(self) -> bool:
-        return self.distributed and world().size > 1
-
     def _leave_by(self, error: BaseException) -> None:
         """Tell the other ranks of `error`, before anything else, since they wait; then fire `EXCEPTION_RAISED`.
 
         Raises: the failure of another rank, where `error` is only what it looks like from here.
         """
         raised = self._current_run().failed(error)
-        self._report(raised)
+        self.state.exception = raised
+        self._dispatcher.channel(Events.EXCEPTION_RAISED).fire_despite(self, raised)
         if raised is not error:
             raise raised from None
-
-    def _report(self, error: BaseException) -> None:
-        """Fire `EXCEPTION_RAISED`. What a handler of it raises must not hide `error`, nor keep others from running."""
-        self.state.exception = error
-        self.firing = Events.EXCEPTION_RAISED
-        try:
-            for subscription in self._dispatcher.channel(Events.EXCEPTION_RAISED).ready(1):
-                self._call_on_error(subscription, error)
-        finally:
-            self.firing = None
-
-    def _call_on_error(self, subscription: Subscription, error: BaseException) -> None:
-        try:
-            subscription.call(self, 1)
-        except Exception as failure:
-            if failure is not error:
-                _warn_of(failure, subscription.handler, error)
 
     def _fire_event(self, event: Events) -> None:
         self._fire(self._dispatcher.channel(event))
@@ -676,13 +625,3 @@ class Engine:
     def _refuse_while_running(self, call: str) -> None:
         if self._run is not None:
             raise RuntimeError(f"{call} was called while this engine is running: use a second Engine inside a handler.")
-
-
-def _warn_of(failure: Exception, handler: Handler, error: BaseException) -> None:
-    with suppress(RuntimeWarning):  # where warnings are errors, it must still be `error` that is raised
-        warnings.warn(
-            f"Handler {describe(handler)} of EXCEPTION_RAISED failed itself with {failure!r}, "
-            f"while handling {error!r}.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
