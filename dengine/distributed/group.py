@@ -50,13 +50,14 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     Args:
         backend: "auto" is NCCL for CUDA tensors with Gloo beside it for CPU tensors, and Gloo alone without CUDA;
             else one of torch's names.
-        timeout: seconds after which a collective that others do not join fails.
+        timeout: seconds after which a collective that others do not join fails, and entering, where not all come.
         stall_timeout: seconds without progress on any rank, while a run is under way, after which the rank that the
             others wait for is named and all end. Iterations of any engine, handlers, collectives of this package and
             `distributed.progress()` are progress. `math.inf`: never.
 
     Raises:
-        LaunchError: the launcher's variables are half set, or do not fit this machine.
+        LaunchError: the launcher's variables are half set, or do not fit this machine; not all ranks have come within
+            `timeout` (they are named), or Gloo could not connect their hosts; on leaving, the store is gone.
         ValueError: a timeout is not above 0.
         RemoteRankError, StallError: on leaving, where another rank failed.
 
