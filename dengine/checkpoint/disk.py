@@ -1,4 +1,4 @@
-"""Room on a disk for large files: taken at once, and given back aside."""
+"""Room on a disk for large files, taken at once and given back aside, and what a disk can begin with early."""
 
 import ctypes
 import errno
@@ -8,9 +8,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["free_aside", "reserve", "wait_for_room"]
+__all__ = ["free_aside", "reserve", "start_flush", "wait_for_room"]
 
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a reader never sees room that is not written yet
+_BEGIN_WRITING = 2  # SYNC_FILE_RANGE_WRITE
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _freeing: list[threading.Thread] = []
 _lock = threading.Lock()
@@ -18,18 +20,36 @@ _lock = threading.Lock()
 
 def reserve(descriptor: int, num_bytes: int) -> None:
     """Take the blocks for `num_bytes` at once, where the file system can, so that a full disk is met before any write.
+    Where room is scarce, what is being freed aside is waited for.
 
     Not `os.posix_fallocate`, which writes into each block where the file system cannot reserve.
 
     Raises:
         OSError: there is no room, or not within the quota.
     """
-    fallocate = _fallocate()
-    if fallocate is None or num_bytes == 0:
+    if num_bytes == 0:
         return
-    if fallocate(descriptor, _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(num_bytes)) != 0:
+    left = os.fstatvfs(descriptor)
+    if left.f_bavail * left.f_frsize < 2 * num_bytes:  # twice: a file is larger than its tensors
+        wait_for_room()
+    code = _reserved(descriptor, num_bytes)
+    if code != 0:  # a quota, which only this call knows of; or the file system cannot tell
+        wait_for_room()
+        code = _reserved(descriptor, num_bytes)
+    if code in _NO_ROOM:
+        raise OSError(code, os.strerror(code))
+
+
+def start_flush(descriptor: int) -> None:
+    """Have the disk begin with what the file has so far, where the system can. Nothing is promised: fsync does that.
+
+    Raises:
+        OSError: the disk is full or fails. What it meets with later, fsync raises.
+    """
+    call = _of_c_library("sync_file_range")
+    if call is not None and call(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_BEGIN_WRITING)) != 0:
         code = ctypes.get_errno()
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if code in (*_NO_ROOM, errno.EIO):
             raise OSError(code, os.strerror(code))
 
 
@@ -37,6 +57,7 @@ def free_aside(free: Callable[[], object]) -> None:
     """Call `free`, which removes what nobody needs any more, in a thread: it takes long for large files."""
     freeing = threading.Thread(target=free, name="dengine-checkpoint-free", daemon=False)
     with _lock:
+        _freeing[:] = [each for each in _freeing if each.is_alive()]
         _freeing.append(freeing)
         freeing.start()
 
@@ -48,10 +69,19 @@ def wait_for_room() -> None:
             _freeing.pop().join()
 
 
+def _reserved(descriptor: int, num_bytes: int) -> int:
+    """The error's number; 0 where there is none."""
+    call = _of_c_library("fallocate")
+    if call is None:
+        return errno.ENOSYS
+    failed = call(descriptor, _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(num_bytes)) != 0
+    return ctypes.get_errno() if failed else 0
+
+
 @functools.cache
-def _fallocate() -> Any:
-    """The C library's function, or None. A call leaves the interpreter to the other threads."""
+def _of_c_library(name: str) -> Any:
+    """A function, or None. A call leaves the interpreter to the other threads."""
     try:
-        return ctypes.CDLL(None, use_errno=True).fallocate
+        return getattr(ctypes.CDLL(None, use_errno=True), name)
     except (OSError, AttributeError, TypeError):
         return None

@@ -9,6 +9,7 @@ import io
 import os
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from dengine.checkpoint import manifest, storage
 from dengine.checkpoint.digested import DigestedFile
-from dengine.checkpoint.disk import wait_for_room
 from dengine.checkpoint.manifest import Entry
 from dengine.checkpoint.seal import SealedFile
 from dengine.checkpoint.shard_tree import tensors_in
@@ -37,6 +38,9 @@ T = TypeVar("T")
 _writing = threading.Lock()
 # The manifest is read, changed and replaced: two threads at once would lose what one of them adds.
 _listing = threading.Lock()
+
+
+_PLAIN_LEAVES = (torch.Tensor, nn.Parameter, str, bool, float, type(None))
 
 
 def planned(
@@ -66,7 +70,6 @@ def write(states: States, path: Path, entry: Entry) -> tuple[Path, Path, Entry]:
         _check_loadable(name, state)
     if path.parent.is_dir():
         storage.remove_leftovers(path.parent)
-    wait_for_room()
 
     def fill(descriptor: int) -> Entry:
         with DigestedFile(descriptor, _num_bytes(states)) as digested:
@@ -156,6 +159,8 @@ def failure_text(path: Path, error: BaseException) -> str:
 
 def _check_loadable(name: str, state: Any) -> None:
     """Refuse what `torch.load(weights_only=True)` would refuse: a checkpoint that nobody can load is none."""
+    if _is_plain(state):  # a trial costs more than a small model's bytes
+        return
     skeleton = io.BytesIO()
     torch.save(mapped(state, lambda value: None if isinstance(value, torch.Tensor) else value), skeleton)
     skeleton.seek(0)
@@ -168,6 +173,23 @@ def _check_loadable(name: str, state: Any) -> None:
             f"the state of {name!r} holds something that only a pickle could bring back, which is never executed; make "
             f"it of tensors, numbers, strings, lists and dicts. torch.load(weights_only=True) says: {named.strip()}"
         ) from None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether there is nothing in `value` but what can be loaded for certain; of anything else, a trial tells."""
+    kind = type(value)
+    if kind in _PLAIN_LEAVES:
+        return True
+    if kind is dict or kind is OrderedDict:
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values())) and all(map(_is_plain, _more(value)))
+    if kind is list or kind is tuple:
+        return all(map(_is_plain, value))
+    return kind is int and value.bit_length() < 64
+
+
+def _more(value: Any) -> list[Any]:
+    """What a dict has besides its items: of a module's state, the versions (`_metadata`)."""
+    return list(getattr(value, "__dict__", {}).values())
 
 
 def _num_bytes(states: States) -> int:

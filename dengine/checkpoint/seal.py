@@ -43,18 +43,19 @@ class SealedFile:
 
     def __init__(self, file: DigestedFile) -> None:
         self._file = file
-        self._end = b""  # the last bytes so far: the zip's end record is changed before it is written
         self.error: OSError | None = None  # torch.save raises one of its own instead
 
     def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
         try:
-            return self._take(memoryview(data).cast("B"))
+            self._file.write(view)
         except OSError as error:
             self.error = self.error or error
             raise
+        return len(view)
 
     def flush(self) -> None:
-        """Nothing is held back but the end record. `torch.save` asks for the method."""
+        """Nothing is held back here. `torch.save` asks for the method."""
 
     def seal(self, about: dict[str, Any]) -> Seal:
         """Write the archive's end with `about` and the digest; the file is complete then, but not flushed.
@@ -66,24 +67,14 @@ class SealedFile:
         length = len(text) + _FOOTER_BYTES
         if length > 0xFFFF:
             raise ValueError(f"The description of a checkpoint takes {length} bytes, of which 65535 can be kept.")
-        assert self._end.startswith(b"PK\x05\x06"), "torch.save wrote something else than a zip archive"
-        assert self._end.endswith(b"\0\0"), "the zip archive has a comment already"
-        self._file.write(self._end[:-2] + length.to_bytes(2, "little") + text + _MAGIC + b"%08x" % len(text))
+        end = self._file.take_back(_ZIP_END_BYTES)  # torch.save writes it as a part of its own
+        assert end.startswith(b"PK\x05\x06"), "torch.save wrote something else than a zip archive"
+        assert end.endswith(b"\0\0"), "the zip archive has a comment already"
+        self._file.write(end[:-2] + length.to_bytes(2, "little") + text + _MAGIC + b"%08x" % len(text))
         digest = self._file.digest()
         self._file.write(digest.encode())
         self._file.flush()
         return Seal(about, digest, self._file.num_bytes)
-
-    def _take(self, view: memoryview) -> int:
-        if len(view) <= _ZIP_END_BYTES:
-            joined = self._end + bytes(view)
-            self._file.write(joined[:-_ZIP_END_BYTES])
-            self._end = joined[-_ZIP_END_BYTES:]
-        else:
-            self._file.write(self._end)
-            self._file.write(view[:-_ZIP_END_BYTES])
-            self._end = bytes(view[-_ZIP_END_BYTES:])
-        return len(view)
 
 
 def read_seal(file: BinaryIO, path: Path) -> Seal:

@@ -1,16 +1,16 @@
 """Disks that are full, read-only or fail, and what a large file costs on them."""
 
+import ctypes
+import errno
 import hashlib
 import os
 import subprocess
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from dengine import Engine, Events
 from dengine.checkpoint import disk, latest, load, save, storage, verify
@@ -128,22 +128,42 @@ def test_a_file_has_all_that_was_written_in_order_and_its_digest(tmp_path: Path,
     assert file.num_bytes == sum(sizes)
 
 
-def test_an_error_that_a_flush_on_the_way_meets_with_is_not_lost(
+@pytest.mark.parametrize("sizes", [[22], [MB - 1, 22], [MB, 1, 22], [9000] * 120 + [22]])
+def test_the_end_of_a_file_can_be_taken_back_and_is_neither_written_nor_digested(
+    tmp_path: Path, sizes: list[int]
+) -> None:
+    parts = [os.urandom(size) for size in sizes]
+    descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    with DigestedFile(descriptor) as file:
+        for part in parts:
+            file.write(part)
+        assert file.take_back(22) == parts[-1]
+        file.write(b"other")
+        digest = file.digest()
+        with pytest.raises(ValueError, match="22 bytes cannot be taken back: 22 of them are written"):
+            file.take_back(22)
+    os.close(descriptor)
+    expected = b"".join(parts[:-1]) + b"other"
+    assert (tmp_path / "file").read_bytes() == expected
+    assert digest == hashlib.sha256(expected).hexdigest()
+
+
+def test_what_the_disk_meets_with_when_it_begins_early_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(descriptor: int) -> None:
-        raise OSError(5, "Input/output error")  # a disk tells only once: fsync at the end would be silent
+    def failing(*arguments: object) -> int:
+        ctypes.set_errno(errno.EIO)
+        return -1
 
-    monkeypatch.setattr(os, "fdatasync", failing)
+    monkeypatch.setattr(disk, "_of_c_library", lambda name: failing if name == "sync_file_range" else None)
     with pytest.raises(CheckpointError, match="Input/output error"):
         save(tmp_path / "c_1.pt", {"it": Plain(9 * MB)})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_the_system_cannot_reserve_room_a_save_does_without(
+def test_where_the_system_can_neither_reserve_room_nor_begin_early_a_save_does_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing: Callable[[], None] = lambda: None  # noqa: E731
-    monkeypatch.setattr(disk, "_fallocate", missing)
-    save(tmp_path / "c_1.pt", {"model": nn.Linear(3, 3)})
+    monkeypatch.setattr(disk, "_of_c_library", lambda name: None)
+    save(tmp_path / "c_1.pt", {"it": Plain(9 * MB)})
     assert verify(tmp_path / "c_1.pt").step == 1
