@@ -3,17 +3,19 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from ranks import run_ranks
 from torch import nn
+from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from dengine import Engine, distributed
+from dengine import Engine, create_supervised_trainer, distributed
 from dengine.metrics import Accuracy
 
 
@@ -151,33 +153,58 @@ def test_ddp_takes_its_options_and_nothing_is_wrapped_that_cannot_train() -> Non
     assert run_ranks(wrapped, 2) == [(True, True, True)] * 2
 
 
-def gradients(rank: int, size: int, options: dict[str, Any]) -> tuple[list[bool], bool, bool]:
+def supervised(model: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """As a trainer leaves a model that it got wrapped."""
+    wrapped = wrap(model)
+    create_supervised_trainer(wrapped, torch.optim.SGD(wrapped.parameters(), 0.1), mse_loss)
+    return wrapped
+
+
+def wrapped_by(kind: str, options: dict[str, Any]) -> Callable[[nn.Module], nn.Module]:
+    if kind == "prepare_model":
+        return lambda model: distributed.prepare_model(model, **options)
+    if kind == "torch":
+        return lambda model: supervised(model, DistributedDataParallel)
+    return lambda model: supervised(model, Accelerator(cpu=True).prepare_model)
+
+
+def gradients(rank: int, size: int, kind: str, options: dict[str, Any]) -> tuple[list[bool], bool, bool]:
     """Of a wrapper that has stepped before and of a new one, as after a restart, from one input."""
+    wrap = wrapped_by(kind, options)
     old, new, kept = (nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 5)) for _ in range(3))
     new.load_state_dict(old.state_dict())
     inputs = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(rank))
-    stepped = distributed.prepare_model(old, **options)
+    stepped = wrap(old)
     for each in inputs[:2]:
         stepped(each).square().sum().backward()
     old.zero_grad()
-    fresh = distributed.prepare_model(new, **options)
+    fresh = wrap(new)
     has_none = all(each.grad is None for each in new.parameters())
     new.load_state_dict(old.state_dict())  # both begin with rank 0's, that of the first one
     for model in (stepped, fresh):
         model(inputs[2]).square().sum().backward()
     pairs = zip(old.parameters(), new.parameters(), strict=True)
     kept[0].weight.grad = torch.ones(32, 16)
-    distributed.prepare_model(kept, **options)
+    wrap(kept)
     has_kept = bool((kept[0].weight.grad == 1).all()) and kept[2].weight.grad is None
     return [torch.equal(one.grad, other.grad) for one, other in pairs], has_none, has_kept  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("prepare_model", {}),
+        ("prepare_model", {"gradient_as_bucket_view": True}),
+        ("prepare_model", {"find_unused_parameters": True}),
+        ("torch", {}),
+        ("accelerate", {}),
+    ],
+)
 def test_the_first_step_after_a_restart_adds_gradients_up_in_the_order_of_any_later_one(
-    options: dict[str, Any],
+    kind: str, options: dict[str, Any]
 ) -> None:
     # Of three numbers the sum depends on the order, which depends on the place in DDP's buckets.
-    for equal, has_none, has_kept in run_ranks(gradients, 3, options):
+    for equal, has_none, has_kept in run_ranks(gradients, 3, kind, options):
         assert equal == [True] * 4
         assert has_none
         assert has_kept

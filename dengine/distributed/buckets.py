@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["settle_buckets"]
 
+_IS_SETTLED = "_dengine_is_settled"
+
 
 def settle_buckets(model: DistributedDataParallel) -> None:
     """Have DDP take its final layout now, by a backward pass of zeros in the reverse order of the parameters.
@@ -18,15 +20,17 @@ def settle_buckets(model: DistributedDataParallel) -> None:
     That is the order in which gradients come where layers are used in the order in which they were made; elsewhere
     the sums overlap a little less with the backward pass. Gradients that are there stay as they are.
 
-    Left alone are models whose buckets DDP never lays out anew (`find_unused_parameters`), and those that a pass of
-    dense zeros is no example for: `static_graph`, DDP's own `mixed_precision`, sparse gradients, parameters with hooks
-    (an optimizer in the backward pass would step). A resumed run of these last four, on three ranks or more, may round
+    Left alone are models that are settled already, those whose buckets DDP never lays out anew
+    (`find_unused_parameters`), and those that a pass of dense zeros is no example for: `static_graph`, DDP's own
+    `mixed_precision`, sparse gradients, parameters with hooks (an optimizer in the backward pass would step), a
+    communication hook (PowerSGD counts its calls). A resumed run of these last five, on three ranks or more, may round
     the first step's sums differently.
 
     Collective: call on all ranks. Cost: one all-reduce of the gradients; memory for them, as in a step.
     """
     if not _can_settle(model):
         return
+    setattr(model, _IS_SETTLED, True)
     names = model.parameters_to_ignore
     parameters = [each for name, each in model.module.named_parameters() if each.requires_grad and name not in names]
     # Copies: with gradient_as_bucket_view, DDP has put them into its buckets by now.
@@ -43,6 +47,8 @@ def settle_buckets(model: DistributedDataParallel) -> None:
 
 
 def _can_settle(model: DistributedDataParallel) -> bool:
+    if getattr(model, _IS_SETTLED, False) or getattr(model, "_has_rebuilt_buckets", False) or model._comm_hooks:
+        return False
     is_sparse = any(getattr(each, "sparse", False) for each in model.modules() if isinstance(each, _EMBEDDINGS))
     is_other = model.find_unused_parameters or model.static_graph or model.mixed_precision
     has_hooks = any(each._backward_hooks or each._post_accumulate_grad_hooks for each in model.module.parameters())

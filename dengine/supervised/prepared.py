@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dengine.distributed import prepare_model, world
+from dengine.distributed.buckets import settle_buckets
 from dengine.distributed.gradients import find_ddp, find_fsdp
 from dengine.supervised.accelerator import distributed_kind
 
@@ -35,8 +36,13 @@ def prepared(
 
 
 def prepared_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:
-    """`model` on its device, in DDP where there are several ranks and it is not wrapped yet. Collective then."""
+    """`model` on its device, in DDP where there are several ranks and it is not wrapped yet.
+
+    Collective, where there are several ranks: also DDP that somebody else wrapped it in has its buckets settled.
+    """
     if is_wrapped(model):
+        if (ddp := find_ddp(model)) is not None:
+            settle_buckets(ddp)
         return model
     if world().size == 1:
         return model.to(accelerator.device)

@@ -74,7 +74,8 @@ def create_supervised_trainer(
         TypeError, ValueError: an argument is wrong, or contradicts `accelerator`. ImportError: no accelerate.
         LaunchError: accelerate counts other ranks than there are.
 
-    Cost: collective where a model is wrapped, over several ranks. Over the loop by hand: with one rank nothing on the
+    Cost: collective over several ranks, where the model gets wrapped, or is in DDP that `prepare_model` did not make
+        (whose buckets are settled, for a bit-identical resume). Over the loop by hand: with one rank nothing on the
         device; with several what is said at `GradientMean`, and one small all-reduce an epoch.
     """
     if not isinstance(model, nn.Module):
