@@ -35,6 +35,7 @@ class Writing(Generic[T]):
         self._result: T | None = None
         self._error: BaseException | None = None
         self._may_go = threading.Semaphore(0)
+        self._is_over = threading.Event()
         self._thread = _Thread(target=self._run, name="dengine-checkpoint", daemon=False)
         # To start it costs a turn too: better now than beside the call.
         self._thread.start()
@@ -50,12 +51,18 @@ class Writing(Generic[T]):
 
     @property
     def is_done(self) -> bool:
-        return not self._thread.is_alive()
+        return self._is_over.is_set()
+
+    def is_done_within(self, timeout_s: float) -> bool:
+        self._thread.is_awaited = True
+        return self._is_over.wait(timeout_s)
 
     def result(self) -> T:
-        """Wait for the end, and give the result or raise the error."""
+        """Wait for the end, and give the result or raise the error. An interrupt (Ctrl-C) ends the waiting alone."""
         self._thread.is_awaited = True
-        self._thread.join()
+        # Not join(): interrupted, that takes the thread for ended (CPython before 3.13), and the interpreter would not
+        # wait for it any more.
+        self._is_over.wait()
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]
@@ -63,9 +70,11 @@ class Writing(Generic[T]):
     def _run(self) -> None:
         self._may_go.acquire()
         call, self._call = self._call, None
-        if call is None:
-            return
         try:
-            self._result = call()
+            if call is not None:
+                self._result = call()
         except BaseException as error:
             self._error = error
+        finally:
+            del call  # what it holds is given up before anybody goes on
+            self._is_over.set()

@@ -28,6 +28,8 @@ from dengine.handlers.step import StepTransform, check_step_transform, step_of
 
 __all__ = ["Checkpoint", "Saved"]
 
+_PATIENCE_S = 1.0  # so long nobody needs to be told why a run that was interrupted does not end
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -220,16 +222,19 @@ class Checkpoint:
             self._watched.add(engine)
             engine.on(Events.COMPLETED, lambda engine: self.wait(), priority=-sys.maxsize)
             engine.on(Events.TERMINATED, self._wait_if_preempted, priority=-sys.maxsize)
-            engine.on(Events.EXCEPTION_RAISED, lambda engine: self._wait_alone(), priority=-sys.maxsize)
+            engine.on(Events.EXCEPTION_RAISED, self._wait_alone, priority=-sys.maxsize)
 
     def _wait_if_preempted(self, engine: Engine) -> None:
         """Then `COMPLETED` does not come."""
         if engine.state.preempted:
             self.wait()
 
-    def _wait_alone(self) -> None:
+    def _wait_alone(self, engine: Engine) -> None:
         """After an exception the other ranks may not come: no collective. What is raised here becomes a warning."""
         self._is_leaving.set()
+        if self._writing is not None and not self._writing[0].is_done_within(_PATIENCE_S):
+            path = self._writing[1].path
+            warnings.warn(f"{path} is still being written: the run ends once it is safe.", stacklevel=2)
         if (failure := self._settle().failure) is not None:
             raise CheckpointError(failure)
 
@@ -274,11 +279,14 @@ class Checkpoint:
         """Wait for the writer, if it is at work, and say what became of it."""
         if self._writing is None:
             return self._report()
-        (writing, order), self._writing = self._writing, None
+        writing, order = self._writing
         try:
             entry = writing.result()
         except Exception as error:
             return replace(self._report(), failure=failure_text(order.path, error))
+        finally:
+            if writing.is_done:  # else the waiting was interrupted, and it goes on
+                self._writing = None
         return self._report() if entry is None else self._kept_now(order, entry)  # None: rank 0 tells what became of it
 
     def _kept_now(self, order: Order, entry: Entry) -> Report:

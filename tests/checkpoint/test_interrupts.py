@@ -1,0 +1,96 @@
+"""Ctrl-C while a thread writes: once, and again while the run waits for that thread."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dengine import Engine, Events
+from dengine.checkpoint import load, verify
+from dengine.checkpoint.writer import Writing
+from dengine.handlers import Checkpoint
+
+# The disk waits for two interrupts, and then for a moment more.
+TWICE_INTERRUPTED = """
+import os, signal, sys, time
+import torch
+from dengine import Engine, Events
+from dengine.handlers import Checkpoint
+
+fsync = os.fsync
+
+def slow(descriptor):
+    os.fsync = fsync
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1.0)
+    fsync(descriptor)
+
+os.fsync = slow
+trainer = Engine(lambda engine, batch: time.sleep(5) if batch == 1 else None)
+checkpoint = Checkpoint({"model": torch.nn.Linear(2, 2)}, sys.argv[1], asynchronous=True)
+trainer.on(Events.ITERATION_COMPLETED, checkpoint)
+trainer.run(range(9))
+"""
+
+
+def test_two_interrupts_end_the_run_and_the_process_once_the_file_is_safe(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TWICE_INTERRUPTED, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGINT, ended.stderr
+    assert ended.stderr.rstrip().endswith("KeyboardInterrupt")
+    assert verify(tmp_path / "checkpoint_1.pt").step == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1.pt", "manifest.json"]
+
+
+def test_a_save_after_an_interrupted_wait_waits_for_the_write_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, run_waits, gate = nn.Linear(4, 4, bias=False), threading.Event(), threading.Event()
+    write, within, result = os.write, Writing.is_done_within, Writing.result
+
+    def held(descriptor: int, data: bytes) -> int:
+        if threading.current_thread() is not threading.main_thread() and not gate.is_set():
+            assert run_waits.wait(30)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert gate.wait(30)
+        return write(descriptor, data)
+
+    def waiting(writing: Writing[Any], timeout_s: float) -> bool:
+        run_waits.set()
+        return within(writing, 30.0)
+
+    def awaited(writing: Writing[Any]) -> Any:
+        gate.set()
+        return result(writing)
+
+    def step(engine: Engine, batch: float) -> None:
+        if batch == 0.0:
+            raise KeyboardInterrupt
+        nn.init.constant_(model.weight, batch)
+
+    trainer = Engine(step)
+    value: Any = lambda engine, event: int(model.weight[0, 0])  # noqa: E731
+    checkpoint = Checkpoint({"model": model}, tmp_path, n_saved=3, global_step_transform=value, asynchronous=True)
+    trainer.on(Events.ITERATION_COMPLETED, checkpoint)
+    monkeypatch.setattr(os, "write", held)
+    monkeypatch.setattr(Writing, "is_done_within", waiting)
+    monkeypatch.setattr(Writing, "result", awaited)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run([1.0, 0.0])
+    assert not gate.is_set()
+    # As in a notebook, where an interrupt ends a cell: another run, whose first save comes at once.
+    with pytest.warns(UserWarning, match=r"checkpoint_1\.pt is still being written"):
+        trainer.run([2.0, 3.0])
+    assert [saved.step for saved in checkpoint.saved] == [1, 2, 3]
+    for saved in checkpoint.saved:
+        load(saved.path, {"model": model})
+        assert torch.equal(model.weight, torch.full((4, 4), float(saved.step)))
