@@ -4,15 +4,17 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
 
-from dengine.checkpoint import Entry, verify
-from dengine.checkpoint.manifest import entry_of, survey
+from dengine.checkpoint import Entry, manifest, verify
+from dengine.checkpoint.manifest import entry_of
 from dengine.checkpoint.shard_files import METADATA, Chunk, read_metadata
 from dengine.checkpoint.shard_tree import decoded, path_text
 from dengine.checkpoint.shard_verify import check_file, is_shard_folder
+from dengine.checkpoint.snapshot import RANDOM, RESERVED
 from dengine.errors import CheckpointError, CorruptCheckpointError
 
 __all__ = ["configure", "run"]
@@ -33,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
         return _folder(path)
     if not path.exists():
         return _refused(f"{path} does not exist.")
+    if path.name == manifest.FILE_NAME or is_shard_folder(path.parent):
+        return _refused(f"{path} is a part of {path.parent}, which can be inspected.")
     return _file(path)
 
 
@@ -45,23 +49,32 @@ def _refused(reason: str) -> int:
 
 
 def _folder(folder: Path) -> int:
-    found = survey(folder)
-    rows, is_whole = [], not found.lost and (found.problem is None)
+    found = manifest.survey(folder)
+    rows, problems = [], []
     for entry in sorted((*found.entries, *found.damaged), key=lambda each: (each.prefix, each.step or 0, each.name)):
         reason = _damage(folder / entry.name)
-        is_whole = is_whole and reason is None
-        rows.append([*_described(entry), reason or "intact"])
+        rows.append([*_described(entry), "CORRUPT" if reason else "intact"])
+        problems += [reason] if reason else []
     for name in found.unknown:
         if (reason := _damage(folder / name)) is not None:  # whole, where it was replaced at this moment
-            rows.append([name, "", "", "?", "?", "?", "?", reason])
-            is_whole = False
-    rows += [[*_described(entry), "LOST: listed in the manifest, but not there"] for entry in found.lost]
+            rows.append([name, "", "", "?", "?", "?", "?", "CORRUPT"])
+            problems.append(reason)
+    for entry in found.lost:
+        rows.append([*_described(entry), "LOST"])
+        problems.append(f"{entry.name} is listed in the manifest, but not there.")
     if not rows:
         return _refused(f"{folder} holds no checkpoint.")
     print(_table(["file", "step", "score", "size", "ranks", "dengine", "torch", "verified"], rows))
     if found.problem is not None:
-        print(f"\nmanifest.json {found.problem}; the next save rebuilds it.")
-    return 0 if is_whole else 1
+        problems.append(f"{manifest.FILE_NAME} {found.problem}; the next save rebuilds it.")
+    _print_below(problems)
+    return 1 if problems else 0
+
+
+def _print_below(problems: list[str]) -> None:
+    """Sentences are too long for a column."""
+    for number, each in enumerate(problems):
+        print(f"{'' if number else chr(10)}{each}")
 
 
 def _described(entry: Entry) -> list[str]:
@@ -75,7 +88,7 @@ def _damage(path: Path) -> str | None:
     try:
         verify(path)
     except CheckpointError as error:
-        return "CORRUPT: " + str(error).replace(f"{path} ", "").replace(str(path), path.name)
+        return str(error).replace(str(path), path.name)
     return None
 
 
@@ -99,8 +112,9 @@ def _file(path: Path) -> int:
     print(f"{path}: intact, SHA-256 {entry.sha256}")
     print(_headline(entry))
     for name, state in states.items():
-        rows = list(_leaves(state, ""))
-        _print_state(name, rows, ["name", "shape", "dtype", "size"], [[key, *_shown(value)] for key, value in rows])
+        leaves = [] if name == RESERVED else list(_leaves(state, ""))
+        rows = [[key, *_shown(value)] for key, value in leaves]
+        _print_state(name, state, leaves, ["name", "shape", "dtype", "size"], rows)
     return 0
 
 
@@ -108,13 +122,22 @@ def _headline(entry: Entry) -> str:
     score = "" if entry.score is None else f", {entry.score_name}={entry.score:g}"
     step = "no step" if entry.step is None else f"step {entry.step}"
     versions = ", ".join(f"{name} {number}" for name, number in sorted(entry.versions.items()))
-    return f"{step}{score}; {_size(entry.num_bytes)}; saved by {entry.world_size} rank(s); {versions}\n"
+    return f"{step}{score}; {_size(entry.num_bytes)}; saved by {_ranks(entry.world_size)}; {versions}"
 
 
-def _print_state(name: str, leaves: list[tuple[str, Any]], head: list[str], rows: list[list[str]]) -> None:
+def _print_state(name: str, state: Any, leaves: list[tuple[str, Any]], head: list[str], rows: list[list[str]]) -> None:
+    if name == RESERVED:  # the states of generators, by rank, are long and say nothing
+        drawn = ", ".join(f"of {owner} on {_ranks(len(each))}" for owner, each in state[RANDOM].items()) or "none"
+        print(f"\n{name}: format {state['format']}; random number generators: {drawn}")
+        return
     total = sum(value.nbytes for _, value in leaves if isinstance(value, torch.Tensor))
-    print(f"{name} ({len(leaves)} values, {_size(total)} in tensors)")
-    print(_table([f"  {head[0]}", *head[1:]], [[f"  {row[0]}", *row[1:]] for row in rows]) + "\n")
+    values = "1 value" if len(leaves) == 1 else f"{len(leaves)} values"
+    print(f"\n{name} ({values}, {_size(total)} in tensors)")
+    print(indent(_table(head, rows), "  "))
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 # -- one folder of shards ----------------------------------------------------------------------------------------
@@ -128,13 +151,15 @@ def _shards(path: Path) -> int:
         return 1
     except (OSError, ValueError) as error:
         return _refused(str(error))
-    verdicts = {name: _verdict(path, name, *expected) for name, expected in metadata.files.items()}
-    damaged = [name for name, verdict in verdicts.items() if verdict != "intact"]
-    state = f"CORRUPT: {', '.join(damaged)}" if damaged else "intact"
+    damages = {name: _shard_damage(path, name, *expected) for name, expected in metadata.files.items()}
+    verdicts = {name: "CORRUPT" if damage else "intact" for name, damage in damages.items()}
+    damaged = [name for name, damage in damages.items() if damage]
+    state = f"CORRUPT ({', '.join(damaged)})" if damaged else "intact"
     print(f"{path}: {state}, SHA-256 of {METADATA} {entry.sha256}")
-    print(_headline(entry))
+    print(f"{_headline(entry)}\n")
     sizes = [[name, _size(num_bytes), verdicts[name]] for name, (num_bytes, _) in metadata.files.items()]
-    print(_table(["file", "size", "verified"], sizes) + "\n")
+    print(_table(["file", "size", "verified"], sizes))
+    _print_below([damage for damage in damages.values() if damage])
 
     def placeholder(where: tuple[Any, ...], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=dtype, device="meta")  # has a shape, and takes no memory
@@ -145,18 +170,18 @@ def _shards(path: Path) -> int:
     holders: dict[int, list[Chunk]] = {}
     alive: list[torch.Tensor] = []
     for name, state_of in decoded(metadata.states, placeholder).items():
-        leaves = list(_leaves(state_of, ""))
+        leaves = [] if name == RESERVED else list(_leaves(state_of, ""))
         rows = [[key, *_shown(value), *_held(holders.get(id(value), []), verdicts)] for key, value in leaves]
-        _print_state(name, leaves, ["name", "shape", "dtype", "size", "ranks", "verified"], rows)
+        _print_state(name, state_of, leaves, ["name", "shape", "dtype", "size", "ranks", "verified"], rows)
     return 1 if damaged else 0
 
 
-def _verdict(folder: Path, name: str, num_bytes: int, sha256: str) -> str:
+def _shard_damage(folder: Path, name: str, num_bytes: int, sha256: str) -> str | None:
     try:
         check_file(folder / name, num_bytes, sha256)
     except (CorruptCheckpointError, OSError) as error:
-        return "CORRUPT: " + str(error).replace(str(folder / name), name)
-    return "intact"
+        return str(error).replace(str(folder / name), name)
+    return None
 
 
 def _held(chunks: list[Chunk], verdicts: dict[str, str]) -> list[str]:

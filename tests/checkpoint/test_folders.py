@@ -148,7 +148,7 @@ def test_inspect_shows_names_shapes_ranks_and_which_file_is_damaged(tmp_path: Pa
     code, text = inspected(path)
     assert code == 0
     assert f"{path}: intact, SHA-256 of metadata.json {verify(path).sha256}" in text
-    assert re.search(r"step 5; .* saved by 1 rank\(s\); dengine", text)
+    assert re.search(r"step 5; .* saved by 1 rank; dengine", text)
     assert re.search(r"rank_00000\.bin +60 B +intact", text)
     assert re.search(r"  weight +3x4 +float32 +48 B +0 +intact", text)
     shard = path / "rank_00000.bin"
@@ -157,8 +157,8 @@ def test_inspect_shows_names_shapes_ranks_and_which_file_is_damaged(tmp_path: Pa
     shard.write_bytes(content)
     code, text = inspected(path)
     assert code == 1
-    assert re.search(r"rank_00000\.bin +60 B +CORRUPT: rank_00000\.bin was changed", text)
+    assert re.search(r"rank_00000\.bin +60 B +CORRUPT\n\nrank_00000\.bin was changed", text)
     assert re.search(r"  weight +3x4 +float32 +48 B +0 +CORRUPT", text)
     code, text = inspected(tmp_path)
     assert code == 1
-    assert re.search(r"c_5 +5 .*CORRUPT", text)
+    assert re.search(r"c_5 +5 .*CORRUPT\n\nc_5/rank_00000\.bin was changed", text)
