@@ -123,6 +123,16 @@ def test_a_part_of_a_checkpoint_or_of_its_folder_is_no_corrupt_checkpoint(
         assert f"{path} is a part of {path.parent}, which can be inspected." in capsys.readouterr().err
 
 
+def test_a_metadata_json_of_something_else_does_not_hide_what_is_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_of(tmp_path)
+    (tmp_path / "metadata.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "checkpoint_4.pt"):
+        assert main(["inspect", str(path)]) == 0
+        assert re.search(r"checkpoint_4\.pt.* intact", capsys.readouterr().out)
+
+
 def test_help_lists_every_command_and_a_command_has_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])

@@ -13,7 +13,7 @@ from dengine.checkpoint import Entry, manifest, verify
 from dengine.checkpoint.manifest import entry_of
 from dengine.checkpoint.shard_files import METADATA, Chunk, read_metadata
 from dengine.checkpoint.shard_tree import decoded, path_text
-from dengine.checkpoint.shard_verify import check_file, is_shard_folder
+from dengine.checkpoint.shard_verify import check_file, holds_shards, is_shard_folder
 from dengine.checkpoint.snapshot import RANDOM, RESERVED
 from dengine.errors import CheckpointError, CorruptCheckpointError
 
@@ -29,13 +29,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """0: intact; 1: something is corrupt; 2: there is nothing to inspect."""
     path: Path = options.path
-    if is_shard_folder(path):
+    if is_shard_folder(path, alone=True) or holds_shards(path):
         return _shards(path)
     if path.is_dir():
         return _folder(path)
     if not path.exists():
         return _refused(f"{path} does not exist.")
-    if path.name == manifest.FILE_NAME or is_shard_folder(path.parent):
+    if path.name == manifest.FILE_NAME or (path.suffix != ".pt" and holds_shards(path.parent)):
         return _refused(f"{path} is a part of {path.parent}, which can be inspected.")
     return _file(path)
 
