@@ -24,7 +24,7 @@ from dengine.checkpoint import manifest, storage
 from dengine.checkpoint.digested import DigestedFile
 from dengine.checkpoint.manifest import Entry
 from dengine.checkpoint.seal import SealedFile
-from dengine.checkpoint.shard_tree import tensors_in
+from dengine.checkpoint.shard_tree import all_tensors
 from dengine.checkpoint.snapshot import States, mapped
 from dengine.distributed import world
 from dengine.distributed.collectives import from_rank_zero
@@ -195,7 +195,7 @@ def _more(value: Any) -> list[Any]:
 def _num_bytes(states: States) -> int:
     """Of all tensors: at least so long is the file."""
     storages = {}
-    for _, tensor in tensors_in(states):
+    for tensor in all_tensors(states):
         if tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
             storages[tensor.device, storage.data_ptr()] = storage.nbytes()

@@ -15,6 +15,7 @@ __all__ = [
     "Node",
     "Path",
     "TensorMaker",
+    "all_tensors",
     "decoded",
     "dtype_name",
     "dtype_named",
@@ -82,6 +83,19 @@ def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor
     elif isinstance(value, (list, tuple)):
         for index, part in enumerate(value):
             yield from tensors_in(part, (*path, index))
+
+
+def all_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in `value`, in no particular order: what a save asks of each costs less than their paths would."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, (dict, Mapping)):
+            left.extend(each.values())
+        elif isinstance(each, (list, tuple)):
+            left.extend(each)
 
 
 def path_text(path: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dengine.checkpoint.shard_files import local_part
-from dengine.checkpoint.shard_tree import tensors_in
+from dengine.checkpoint.shard_tree import all_tensors
 from dengine.distributed import all_gather_object, unwrap_model, world
 from dengine.errors import CheckpointError
 from dengine.types import Stateful
@@ -92,7 +92,7 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
     for name, value in objects.items():
         try:
             states[name] = bare(value).state_dict()
-            in_state = (hasattr(tensor, "full_tensor") for _, tensor in tensors_in(states[name]))
+            in_state = (hasattr(tensor, "full_tensor") for tensor in all_tensors(states[name]))
             has_shards = has_shards or is_sharded(value) or any(in_state)
             if hasattr(value, "load_random_state"):
                 mine[name] = value.random_state()  # type: ignore[attr-defined]
