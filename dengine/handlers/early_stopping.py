@@ -6,7 +6,7 @@ from typing import Any
 
 from dengine.checks import whole_number
 from dengine.distributed.collectives import from_rank_zero
-from dengine.engine import Engine
+from dengine.engine import Engine, Events
 from dengine.handlers.score import check_score_function, score_of
 
 __all__ = ["EarlyStopping"]
@@ -17,6 +17,7 @@ class EarlyStopping:
 
     Attach it on every rank, to the engine whose metrics the score reads: `evaluator.on(Events.EPOCH_COMPLETED, stop)`.
     Rank 0 decides, and all ranks stop. Collective where the engine is. Cost: one small object broadcast a call.
+    A run that is resumed from a state in which patience had run out is left before its next iteration.
 
     Args:
         patience: calls without an improvement after which the training ends.
@@ -58,6 +59,8 @@ class EarlyStopping:
         self._is_cumulative = cumulative_delta
         self._best: float | None = None
         self._num_calls_without_improvement = 0
+        self._has_ended = False  # the run that is resumed
+        trainer.on(Events.STARTED, self._end_again)
 
     def __call__(self, engine: Engine) -> None:
         if engine.distributed:
@@ -100,6 +103,13 @@ class EarlyStopping:
             )
         self._best = None if best is None else float(best)
         self._num_calls_without_improvement = num_calls
+        self._has_ended = num_calls >= self._patience
+
+    def _end_again(self, engine: Engine) -> None:
+        """Else a run that was saved behind its last epoch, and killed or preempted there, would get one more."""
+        if self._has_ended:
+            self._has_ended = False
+            engine.terminate()
 
     def _score(self, engine: Engine) -> float:
         return score_of(engine, self._score_function, "early stopping")

@@ -66,6 +66,26 @@ def test_its_state_goes_on_counting() -> None:
     assert second_trainer.run([0], max_epochs=5).epoch == 0
 
 
+@pytest.mark.parametrize(("patience", "epochs"), [(2, 3), (3, 4)])  # as before, and raised for the resumed run
+def test_a_run_that_was_stopped_and_is_resumed_from_that_very_moment_gets_no_further_epoch(
+    patience: int, epochs: int
+) -> None:
+    scores = [3, 2, 1, 0, 0]
+
+    def stopping(patience: int) -> tuple[Engine, EarlyStopping]:
+        trainer = Engine(lambda engine, batch: batch)
+        stop = EarlyStopping(patience, lambda engine: scores[engine.state.epoch], trainer)
+        trainer.on(Events.EPOCH_COMPLETED, stop)
+        return trainer, stop
+
+    (first, stopped), (second, resumed) = stopping(2), stopping(patience)
+    first.run([0], max_epochs=5)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(stopped.state_dict())
+    assert second.run([0], max_epochs=5).epochs_completed == epochs
+    assert second.run([0], max_epochs=1).epochs_completed == 1  # a new run is one
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
