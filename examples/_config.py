@@ -1,5 +1,7 @@
-"""What the examples share around their work: a configuration that is checked before anything is built, and the end."""
+"""What the examples share around their work: a configuration that is checked before anything is built, and which run it
+is that goes on; and the end."""
 
+import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +11,7 @@ from dengine import ConfigError, distributed
 from dengine.config import Conf, Config
 from dengine.distributed import World
 
-__all__ = ["read_arguments", "refuse", "settings", "start"]
+__all__ = ["read_arguments", "refuse", "settings", "start", "unfinished_run"]
 
 
 def read_arguments(path: Path, about: str | None, *, fractions: Collection[str] = ()) -> Config:
@@ -41,6 +43,15 @@ def settings(base: Config, arguments: Sequence[str], *, fractions: Collection[st
 def refuse(message: str) -> NoReturn:
     print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)
+
+
+def unfinished_run(project: str, cfg: Config) -> str | None:
+    """What `Track.run(resume=)` takes: the newest run in `cfg.output` with these very settings, if it was cut short."""
+    for status in sorted(Path(str(cfg.output), project).glob("*/status.json"), reverse=True):  # ids sort by time
+        if json.loads(status.with_name("config.json").read_text()) == Conf.to_dict(cfg):
+            is_over = json.loads(status.read_text())["status"] == "finished"
+            return None if is_over else status.parent.name
+    return None
 
 
 def start(run: Callable[[World], object]) -> None:

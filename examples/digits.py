@@ -4,14 +4,15 @@
     torchrun --standalone --nproc-per-node=3 examples/digits.py
     srun --ntasks=8 python examples/digits.py
 
-digits.yaml has the configuration, _config.py checks it, and _data.py reads the images.
+digits.yaml has the configuration, _config.py checks it, and _data.py reads the images. Cut short (interrupted,
+preempted, killed, by a lost node), it goes on where it was when the same line is run again.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from _config import refuse, settings, start
+from _config import refuse, settings, start, unfinished_run
 from _data import load_images
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
@@ -19,8 +20,9 @@ from torch.utils.data import DataLoader
 
 from dengine import Engine, Events, distributed
 from dengine.__main__ import main as run_command
+from dengine.checkpoint import latest
 from dengine.config import Conf
-from dengine.handlers import Checkpoint, EarlyStopping, LRScheduler, ProgressBar
+from dengine.handlers import Checkpoint, EarlyStopping, LRScheduler, Preemption, ProgressBar
 from dengine.metrics import Accuracy, Average, Loss, Throughput
 from dengine.tracking import Track
 
@@ -43,9 +45,7 @@ class Block(nn.Module):
 
 def residual_net(num_channels: int) -> nn.Module:
     """From images (N, num_channels, height, width) of any size and range to scores (N, 10)."""
-    normal = nn.BatchNorm2d(
-        num_channels, affine=False
-    )  # brings the pixels, whatever their range, to mean 0, variance 1
+    normal = nn.BatchNorm2d(num_channels, affine=False)  # brings pixels of any range to mean 0, variance 1
     blocks = [Block(num_channels, 32, stride=1), Block(32, 64, stride=2), Block(64, 128, stride=2)]
     return nn.Sequential(normal, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
@@ -94,7 +94,8 @@ def run(cfg, world, train_set, val_set):
     trainer.add_metrics({"loss": Average(), "samples_per_s": Throughput(lambda output: output["label"])})
     ProgressBar().attach(trainer, output_transform=lambda output: {"loss": output["loss"]})
 
-    with Track.run("digits", config=Conf.to_dict(cfg), dir=str(cfg.output), backend=cfg.backend or ()) as record:
+    options = {"config": Conf.to_dict(cfg), "dir": str(cfg.output), "backend": cfg.backend or ()}
+    with Track.run("digits", resume=unfinished_run("digits", cfg), **options) as record:
         folder = distributed.broadcast_object(record.dir)  # rank 0 records, and all ranks save into its folder
         trainer.on(Events.EPOCH_COMPLETED, validate)  # after an epoch, what is attached first runs first
 
@@ -107,17 +108,26 @@ def run(cfg, world, train_set, val_set):
             say("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
 
         accuracy = {"score_function": lambda engine: evaluator.state.metrics["acc"]}
-        best = Checkpoint({"model": model, "optimizer": optimizer}, folder, "best", score_name="acc", **accuracy)
-        trainer.on(Events.EPOCH_COMPLETED, best)
-        trainer.on(Events.EPOCH_COMPLETED, EarlyStopping(cfg.patience, trainer=trainer, **accuracy))
-        trainer.on(Events.TERMINATED, lambda engine: say(f"Stopped: no better in {cfg.patience} epochs."))
+        best = Checkpoint({"model": model}, folder, "best", score_name="acc", **accuracy)
+        stop = EarlyStopping(cfg.patience, trainer=trainer, **accuracy)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.3, patience=2)
-        trainer.on(Events.EPOCH_COMPLETED, LRScheduler(plateau, metric_name="acc", metric_engine=evaluator))
-
-        trainer.run(train_loader, max_epochs=cfg.epochs)
-    judge(best.last_path)
-    say(f"Checkpoint: {best.last_path}\nNumbers:    {folder / 'metrics.jsonl'}\nCurves:     ", end="", flush=True)
-    draw(["plot", str(folder), "-o", str(folder / "curves.png")])  # says where the picture is
+        schedule = LRScheduler(plateau, metric_name="acc", metric_engine=evaluator)
+        objects = {"model": model, "optimizer": optimizer, "stop": stop, "schedule": schedule, "trainer": trainer}
+        checkpoint = Checkpoint(objects, folder)
+        for handler in (best, stop, schedule, checkpoint):  # what is saved has taken note of the epoch
+            trainer.on(Events.EPOCH_COMPLETED, handler)
+        Preemption(checkpoint).attach(trainer)
+        if Checkpoint.resume(folder, objects):
+            say(f"Going on after iteration {trainer.state.iteration} of {folder} (remove it to begin anew)")
+        state = trainer.run(train_loader, max_epochs=cfg.epochs)
+        if state.preempted:
+            raise SystemExit(75)  # run me again
+        if state.epochs_completed < cfg.epochs:
+            say(f"Stopped: no better in {cfg.patience} epochs.")
+        path = distributed.broadcast_object(latest(folder, "best"))  # of this start, or of one before it
+        judge(path)
+        say(f"Checkpoint: {path}\nNumbers:    {folder / 'metrics.jsonl'}\nCurves:     ", end="", flush=True)
+        draw(["plot", str(folder), "-o", str(folder / "curves.png")])  # says where the picture is
 
 
 def read_config():

@@ -5,9 +5,11 @@ import json
 import os
 import pickle
 import re
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+
+from dengine.config import Conf
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
@@ -105,6 +109,74 @@ def test_the_record_has_an_epoch_a_line_and_the_best_of_them_is_what_was_saved(t
     assert max(row["val/acc"] for row in rows) == pytest.approx(accuracy_in(printed)[2], abs=1e-6)
     assert json.loads(numbers.with_name("config.json").read_text())["epochs"] == 2
     assert path_in(printed, "Curves").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_came_to_its_end_is_not_gone_on_with(trained: tuple[str, Path]) -> None:
+    _, folder = trained
+    again = run_digits("--epochs", 2, "--output", folder)
+    assert again.returncode == 0, again.stderr
+    assert "Going on" not in again.stdout
+    first, second = (each.read_text().splitlines() for each in folder.glob("digits/*/metrics.jsonl"))
+    assert [len(first), len(second)] == [2, 2]
+
+
+def cut_short(folder: Path, *options: str) -> subprocess.Popen[bytes]:
+    """The script's process, once the first of its epochs is recorded."""
+    command = [sys.executable, str(EXAMPLES / "digits.py"), "--output", str(folder), *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 100
+    while not any(path.stat().st_size for path in folder.glob("digits/*/metrics.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_run_that_was_cut_short_goes_on_and_ends_with_the_weights_of_one_that_was_not(
+    number: signal.Signals, code: int, trained: tuple[str, Path], tmp_path: Path
+) -> None:
+    process = cut_short(tmp_path, "--epochs", "2")
+    process.send_signal(number)
+    assert process.wait(60) == code
+    done = run_digits("--epochs", 2, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (numbers,) = tmp_path.glob("digits/*/metrics.jsonl")  # one run
+    rows, uninterrupted = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (numbers, path_in(trained[0], "Numbers"))
+    )
+    # Killed right behind a row, before the epoch is saved, it does that epoch again.
+    assert [row["step"] for row in rows] in ([15, 30], [15, 15, 30])
+    for name in ("train/loss", "val/loss", "val/acc", "lr"):
+        assert [rows[0][name], rows[-1][name]] == [row[name] for row in uninterrupted], name
+    assert accuracy_in(done.stdout) == accuracy_in(trained[0])
+    weights, same = (
+        torch.load(path_in(printed, "Checkpoint"), weights_only=True)["model"] for printed in (done.stdout, trained[0])
+    )
+    assert all(torch.equal(weights[name], same[name]) for name in same)
+
+
+def test_which_run_goes_on(config: ModuleType, tmp_path: Path) -> None:
+    """The newest with the same settings, unless it came to its end; whatever others have done since."""
+
+    def record(run: str, lr: float, status: str) -> None:
+        folder = tmp_path / "digits" / run
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"output": str(tmp_path), "lr": lr, "data": None}))
+        (folder / "status.json").write_text(json.dumps({"status": status}))
+
+    def found(lr: float) -> object:
+        return config.unfinished_run("digits", Conf.from_dict({"output": str(tmp_path), "lr": lr, "data": None}))
+
+    assert found(0.1) is None
+    record("20260101-000000-aaaaaa", 0.1, "running")  # killed: a run that ends by itself says so
+    record("20260102-000000-aaaaaa", 0.2, "failed")
+    assert (found(0.1), found(0.2), found(0.3)) == ("20260101-000000-aaaaaa", "20260102-000000-aaaaaa", None)
+    record("20260103-000000-aaaaaa", 0.1, "finished")
+    assert (found(0.1), found(0.2)) == (None, "20260102-000000-aaaaaa")
 
 
 def test_evaluate_only_finds_the_accuracy_again_and_writes_nothing(trained: tuple[str, Path], tmp_path: Path) -> None:
