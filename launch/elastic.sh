@@ -32,13 +32,9 @@ case "${1:-}" in -h | --help) usage; exit ;; esac
 check_script "$@"
 check_processes
 [[ "${NNODES:-}" =~ ^[1-9][0-9]*:[1-9][0-9]*$ ]] || fail "NNODES=${NNODES:-} must be two numbers of machines, as 1:4"
-for name in PORT RESTARTS LAST_CALL; do check_number "$name"; done
+for name in RESTARTS LAST_CALL; do check_number "$name"; done
 restarts=${RESTARTS:-10}
-need_environment
-find_head
-torchrun_command "--nnodes=$NNODES" --rdzv-backend=c10d "--rdzv-endpoint=$HEAD:${PORT:-29400}" \
-    "--rdzv-id=${RUN_ID:-dengine}" "--rdzv-conf=is_host=$is_head,last_call_timeout=${LAST_CALL:-30}" \
-    "--max-restarts=$restarts"
+meeting_command ",last_call_timeout=${LAST_CALL:-30}" "--max-restarts=$restarts"
 command+=("$@")
 show_command
 

@@ -28,11 +28,7 @@ case "${1:-}" in -h | --help) usage; exit ;; esac
 check_script "$@"
 check_processes
 [[ "${NNODES:-}" =~ ^[1-9][0-9]*$ ]] || fail "NNODES=${NNODES:-} is no number of machines: see --help"
-check_number PORT
-need_environment
-find_head
-torchrun_command "--nnodes=$NNODES" --rdzv-backend=c10d "--rdzv-endpoint=$HEAD:${PORT:-29400}" \
-    "--rdzv-id=${RUN_ID:-dengine}" "--rdzv-conf=is_host=$is_head"
+meeting_command ""
 command+=("$@")
 show_command
 exec "${command[@]}"

@@ -4,9 +4,10 @@
 #   check_script "$@"           there is a script to run
 #   check_number NAME           the variable of that name is empty, or a whole number
 #   torchrun_command OPTION...  sets $command to torchrun with these, NPROC processes, and what signals need
+#   meeting_command CONF OPTION...   the same for NNODES machines that meet at HEAD:PORT; CONF goes on --rdzv-conf
 #   show_command                prints it so that it can be typed
 #
-# Environment: NPROC (processes on this machine; default: one per GPU, or two without any).
+# Environment: NPROC (processes on this machine; default: one per GPU, or two without any); see multinode.sh for others.
 
 check_script() {
     (($# > 0)) || fail "no script to run: see --help"
@@ -49,6 +50,16 @@ torchrun_command() {
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2" --shutdown-timeout=120)
 }
 
+meeting_command() {
+    local conf=$1
+    shift
+    check_number PORT
+    need_environment
+    find_head
+    torchrun_command "--nnodes=$NNODES" --rdzv-backend=c10d "--rdzv-endpoint=$HEAD:${PORT:-29400}" \
+        "--rdzv-id=${RUN_ID:-dengine}" "--rdzv-conf=is_host=$is_head$conf" "$@"
+}
+
 show_command() {
     # Short where it can be: seen from this folder, the printed line does the same.
     local printed
@@ -58,7 +69,6 @@ show_command() {
 
 # Sets $is_head: HEAD is this machine where its name, or address, stands for an address that is ours. Asked here because
 # torchrun goes by this machine's own name: Debian gives it 127.0.1.1, and no machine then takes itself for the host.
-# shellcheck disable=SC2034 # for who sources this
 find_head() {
     [[ -n "${HEAD:-}" ]] || fail "HEAD is not set: give the name or address of the first machine; see --help"
     is_head="$("$VENV_PYTHON" -c '

@@ -17,7 +17,7 @@ SCRIPTS = [
     *sorted((ROOT / "tests_dist").rglob("*.sh")),
     ROOT / ".ci" / "run",
 ]
-SOURCED = ["common.sh", "torchrun.sh"]
+SOURCED = ["common.sh", "torchrun.sh", "machines.sh"]
 INSTALLING = ["quickstart", "test", "benchmark", "single"]
 STARTED_BY_USERS = [*INSTALLING, "multinode", "elastic"]
 TOOLS = ["bash", "basename", "cat", "cksum", "dirname", "grep", "ls", "mkdir", "mktemp", "rm", "sleep", "tail", "tee"]

@@ -16,13 +16,8 @@
 # Exit code 77: this machine cannot do it, and what is missing is said.
 set -euo pipefail
 
-die() { echo "hosts.sh: $*" >&2; exit 1; }
-cannot() {
-    echo "$*" >&2
-    rmdir -- "$DIR" 2>/dev/null || true # where nothing was begun yet
-    exit 77
-}
-usage() { sed -n '2,/^set -euo/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
+# shellcheck source-path=SCRIPTDIR source=../machines.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../machines.sh"
 
 (($# >= 2)) || usage
 command=$1
@@ -30,29 +25,15 @@ mkdir -p -- "$2"
 DIR=$(cd -- "$2" && pwd)
 shift 2
 
-holder() { cat "$DIR/$1.pid"; }
 on_switch() { nsenter --target "$(holder switch)" --net "$@"; }
 
 # shellcheck disable=SC2016 # what is in it is for the host's shell
-make_host() { # each is held open by one sleep, which ends where a test run was killed
-    local pid
-    # Not with our output, or who reads it through a pipe would wait for ever.
-    setsid unshare --net --uts --mount --propagation private bash -c '
-        set -e
-        hostname "$1"
+make_host() {
+    make_machine "$1" '
         ip link set lo up
-        cp "$2/etc.hosts" "$2/$1.hosts"
-        mount --bind "$2/$1.hosts" /etc/hosts
-        mount --bind "$2/resolv.conf" /etc/resolv.conf
-        touch "$2/$1.ready"
-        exec sleep 3600' _ "$1" "$DIR" </dev/null >"$DIR/$1.log" 2>&1 &
-    pid=$!
-    disown "$pid"
-    until [[ -e "$DIR/$1.ready" ]]; do
-        kill -0 "$pid" 2>/dev/null || die "no namespaces: $(cat "$DIR/$1.log")"
-        sleep 0.02
-    done
-    echo "$pid" >"$DIR/$1.pid"
+        cp "$DIR/etc.hosts" "$DIR/$name.hosts"
+        mount --bind "$DIR/$name.hosts" /etc/hosts
+        mount --bind "$DIR/resolv.conf" /etc/resolv.conf' --net
 }
 
 plug() { # HOST: a cable from its eth0 to the switch
@@ -63,11 +44,9 @@ plug() { # HOST: a cable from its eth0 to the switch
 }
 
 up() {
-    local k tool
+    local k
     [[ "$(id -u)" == 0 ]] || cannot "hosts of their own for the tests need root"
-    for tool in ip unshare nsenter setsid; do
-        command -v "$tool" >/dev/null || cannot "no $tool: apt-get install -y --no-install-recommends iproute2 util-linux"
-    done
+    need_tools "iproute2 util-linux" ip unshare nsenter setsid
     unshare --net --uts --mount ip link add br0 type bridge 2>/dev/null || cannot "no namespaces, or no bridges, here"
     trap 'down >&2' EXIT
     trap 'exit 143' TERM INT HUP
@@ -88,32 +67,10 @@ up() {
     trap - EXIT TERM INT HUP
 }
 
-inside() { # the processes of a host, its holder excepted
-    local pid
-    pid=$(holder "$1")
-    find /proc/[0-9]*/ns/net -maxdepth 0 -printf '%l %p\n' 2>/dev/null |
-        awk -F '[ /]' -v ns="$(readlink "/proc/$pid/ns/net")" -v holder="$pid" \
-            'ns != "" && $1 == ns && $4 != holder { print $4 }' || true
-}
-
-crash() {
-    local left pid
-    for _ in $(seq 50); do # again: one may have started another between the look and the kill
-        left=$(inside "$1")
-        [[ -n "$left" ]] || return 0
-        for pid in $left; do kill -9 "$pid" 2>/dev/null || true; done
-        sleep 0.05
-    done
-    echo "hosts.sh: still on $1 after SIGKILL: $left" >&2
-}
-
 down() {
-    local file host
-    for file in "$DIR"/*.pid; do
-        [[ -e "$file" ]] || continue
-        host=$(basename -- "$file" .pid)
-        crash "$host"
-        kill -9 "$(holder "$host")" 2>/dev/null || true
+    local file
+    for file in "$DIR"/ns/*.pid; do
+        [[ ! -e "$file" ]] || remove_machine "$(basename -- "$file" .pid)"
     done
     [[ ! -e "$DIR/etc.hosts" ]] || rm -rf -- "$DIR"
 }

@@ -95,7 +95,7 @@ class Hosts:
         return agent
 
     def _pythons(self, host: str, is_meant: Callable[[bytes], bool]) -> list[int]:
-        here = os.stat(f"/proc/{(self.folder / f'{host}.pid').read_text().strip()}/ns/net").st_ino
+        here = os.stat(f"/proc/{(self.folder / 'ns' / f'{host}.pid').read_text().strip()}/ns/net").st_ino
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):

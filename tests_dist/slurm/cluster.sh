@@ -20,15 +20,8 @@
 # killed after 15 s (30), and a requeued job may begin again after 5 s (120).
 set -euo pipefail
 
-INSTALL="apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
-
-die() { echo "cluster.sh: $*" >&2; exit 1; }
-cannot() {
-    echo "$*" >&2
-    rmdir -- "$DIR" 2>/dev/null || true # where nothing was begun yet
-    exit 77
-}
-usage() { sed -n '2,/^set -euo/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
+# shellcheck source-path=SCRIPTDIR source=../machines.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../machines.sh"
 
 (($# >= 2)) || usage
 command=$1
@@ -39,48 +32,14 @@ shift 2
 unset "${!SLURM_@}" "${!SBATCH_@}" "${!SRUN_@}"
 export SLURM_CONF=$DIR/slurm.conf
 
-# ---- nodes: namespaces, each held open by one sleep ----
+# ---- nodes ----
 
 nodes() { [[ ! -f "$DIR/nodes" ]] || cat "$DIR/nodes"; }
-holder() { cat "$DIR/ns/$1.pid"; }
 
 # shellcheck disable=SC2016 # what is in it is for the node's shell
 make_node() {
-    local node=$1 pid
-    # Not with our output, or who reads it through a pipe would wait for ever.
-    setsid unshare --uts --mount --propagation private bash -c '
-        set -e
-        hostname "$1"
-        mount --bind "$2" /etc/hosts
-        touch "$3"
-        exec sleep infinity' _ "$node" "$DIR/hosts" "$DIR/ns/$node.ready" </dev/null >"$DIR/ns/$node.log" 2>&1 &
-    pid=$!
-    disown "$pid"
-    until [[ -e "$DIR/ns/$node.ready" ]]; do
-        kill -0 "$pid" 2>/dev/null || cannot "no namespaces for this user: $(cat "$DIR/ns/$node.log")"
-        sleep 0.02
-    done
-    echo "$pid" >"$DIR/ns/$node.pid"
-    echo "$node" >>"$DIR/nodes"
-}
-
-inside() { # the processes of a node, its holder excepted
-    local pid
-    pid=$(holder "$1")
-    find /proc/[0-9]*/ns/uts -maxdepth 0 -printf '%l %p\n' 2>/dev/null |
-        awk -F '[ /]' -v ns="$(readlink "/proc/$pid/ns/uts")" -v holder="$pid" \
-            'ns != "" && $1 == ns && $4 != holder { print $4 }' || true
-}
-
-crash() {
-    local left pid
-    for _ in $(seq 50); do # again: one may have started another between the look and the kill
-        left=$(inside "$1")
-        [[ -n "$left" ]] || return 0
-        for pid in $left; do kill -9 "$pid" 2>/dev/null || true; done
-        sleep 0.05
-    done
-    echo "cluster.sh: still on $1 after SIGKILL: $left" >&2
+    make_machine "$1" 'mount --bind "$DIR/hosts" /etc/hosts'
+    echo "$1" >>"$DIR/nodes"
 }
 
 boot() {
@@ -102,14 +61,9 @@ watch_over() { # what a test run that is killed leaves would stay for ever
 # ---- daemons ----
 
 check_tools() {
-    local tool
     [[ "$(id -u)" == 0 ]] || cannot "a SLURM cluster for the tests needs root"
-    for tool in munged slurmctld slurmd sinfo scontrol sbatch srun; do
-        command -v "$tool" >/dev/null || cannot "no $tool: apt-get update && $INSTALL"
-    done
-    for tool in unshare nsenter setsid; do
-        command -v "$tool" >/dev/null || cannot "no $tool: apt-get install -y util-linux"
-    done
+    need_tools "slurmctld slurmd slurm-client munge" munged slurmctld slurmd sinfo scontrol sbatch srun
+    need_tools util-linux unshare nsenter setsid
 }
 
 free_ports() { # the first of $1 ports in a row on which nobody listens
@@ -237,10 +191,7 @@ down() {
         done
         ! grep -qs slurmctld "/proc/$pid/comm" || kill -9 "$pid" 2>/dev/null || true
     fi
-    for node in $(nodes); do
-        crash "$node"
-        kill -9 "$(holder "$node")" 2>/dev/null || true
-    done
+    for node in $(nodes); do remove_machine "$node"; done
     [[ ! -S "$DIR/munge/socket" ]] || munged --stop --socket="$DIR/munge/socket" >/dev/null 2>&1 || true
     [[ ! -d "$DIR/munge" ]] || rm -rf -- "$DIR"
 }
