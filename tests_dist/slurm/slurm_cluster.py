@@ -97,22 +97,28 @@ class Cluster:
             output.seek(0)
             return subprocess.CompletedProcess(done.args, done.returncode, output.read())
 
-    def client(self, *command: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> str:
-        """The output of sbatch, scontrol and so on. Raises: CalledProcessError, with what it said."""
-        surrounding = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        surrounding[TAG] = self.tag
-        done = subprocess.run(
-            command,
-            cwd=cwd,
-            env={**surrounding, "SLURM_CONF": str(self.folder / "slurm.conf"), **(env or {})},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+    def client(self, *command: str, env: Mapping[str, str] | None = None) -> str:
+        """The output of sbatch, scontrol and so on. Raises: RuntimeError, with what it said."""
+        done = self.run(*command, env=env)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} gave {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout
+
+    def run(
+        self, *command: str, env: Mapping[str, str] | None = None, deadline_s: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """What a user types in the repository's folder."""
+        surrounding = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        surrounding |= {TAG: self.tag, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**surrounding, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=deadline_s,
+        )
 
     def submit(
         self, form: str, *arguments: str, options: tuple[str, ...] = (), env: Mapping[str, str] | None = None

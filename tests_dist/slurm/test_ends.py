@@ -11,10 +11,10 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 FORMS = ["train", "torchrun"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_main_job_trains_on_two_nodes(cluster: Cluster, tmp_path: Path, form: str) -> None:
+def test_the_main_job_trains_under_torchrun_on_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    """With one task per rank: test_requeue.py."""
     arguments = ("examples/digits.py", "--epochs", "1", "--output", str(tmp_path))
-    job = cluster.submit(form, *arguments, options=TWO_NODES)
+    job = cluster.submit("torchrun", *arguments, options=TWO_NODES)
     assert job.wait(200) == "COMPLETED 0:0", job.log
     assert "Validation accuracy" in job.log
     assert "on node[1-2]" in job.log

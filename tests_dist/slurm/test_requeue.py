@@ -3,12 +3,17 @@
 Each job is a real one, on nodes of its own, submitted by the script of slurm/ that users submit.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from slurm_cluster import JOB, Cluster, Job, on, until
+import torch
+from slurm_cluster import JOB, Cluster, Job, on
+
+DIGITS = "examples/digits.py"
 
 
 def digests(job: Job) -> set[str]:
@@ -30,12 +35,6 @@ def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
     return found
 
 
-def lose_a_node(cluster: Cluster, job: Job) -> None:
-    """Its power fails; SLURM notices, and begins the job again by itself, with another node."""
-    assert cluster.control("crash", "node4").returncode == 0
-    until(lambda: job.fields["Restarts"] == "1", 60, lambda: job.fields)
-
-
 def tell_the_shell(cluster: Cluster, job: Job) -> None:
     """What the warning before the time limit does, without waiting for it."""
     job.signal_shell()
@@ -50,7 +49,6 @@ def make_room_for_an_urgent_job(cluster: Cluster, job: Job) -> None:
 @pytest.mark.parametrize(
     ("form", "disturb", "code", "said"),
     [
-        ("train", lose_a_node, 75, None),
         ("torchrun", tell_the_shell, 0, "requeued after SIGUSR1 (exit code 0)"),
         ("train", make_room_for_an_urgent_job, 0, "requeued after preemption (exit code 0)"),
         ("torchrun", make_room_for_an_urgent_job, 75, "requeued after preemption (exit code 1"),
@@ -63,23 +61,18 @@ def test_a_job_that_is_begun_again_ends_with_the_bits_of_one_that_ran_on(
     form: str,
     disturb: Callable[[Cluster, Job], None],
     code: int,
-    said: str | None,
+    said: str,
 ) -> None:
-    nodes = on(3, 4) if disturb is not lose_a_node else ("--nodes=2", "--ntasks-per-node=1", "--exclude=node[1-2]")
-    job = cluster.submit(form, JOB, str(tmp_path), "--pause=0.2", f"--exit-code={code}", options=nodes)
+    job = cluster.submit(form, JOB, str(tmp_path), "--pause=0.2", f"--exit-code={code}", options=on(3, 4))
     job.reaches(tmp_path, 12)
     disturb(cluster, job)
     assert job.wait() == "COMPLETED 0:0", job.log
-    if disturb is lose_a_node:
-        assert "on node[3,5]" in job.log
-        assert cluster.control("boot", "node4").returncode == 0
     assert job.fields["Restarts"] == "1"
     first, second = begun_after(job)
     assert (first, second >= 10) == (0, True)
     assert digests(job) == uninterrupted
-    assert said is None or said in job.log
-    # A lost node takes its ranks along; whoever is told saves where it is.
-    assert (disturb is lose_a_node) == ("rank 1 saved" not in job.log)
+    assert said in job.log
+    assert "rank 1 saved" in job.log  # whoever is told saves where it is
 
 
 def test_a_job_is_warned_of_its_time_limit_and_goes_on_in_the_next(out_of_time: Job, uninterrupted: set[str]) -> None:
@@ -87,3 +80,49 @@ def test_a_job_is_warned_of_its_time_limit_and_goes_on_in_the_next(out_of_time: 
     assert "requeued after SIGUSR1" in out_of_time.log
     assert len(begun_after(out_of_time)) >= 2
     assert digests(out_of_time) == uninterrupted
+
+
+# -- the main job, as a new user submits it ----------------------------------------------------------------------
+
+
+def digits(cluster: Cluster, folder: Path, *options: str) -> Job:
+    return cluster.submit("train", DIGITS, "--epochs", "4", "--output", str(folder), options=options)
+
+
+def weights(job: Job) -> str:
+    """The SHA-256 of what the job gives as its checkpoint."""
+    (path,) = re.findall("^Checkpoint: (.*)$", job.log, re.MULTILINE)
+    model = torch.load(path, weights_only=True)["model"]
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in model.values())).hexdigest()
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    """What the one run in `folder` has recorded, but for what a clock has its part in."""
+    (path,) = folder.glob("digits/*/metrics.jsonl")
+    recorded = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in ("time", "samples_per_s")} for row in recorded]
+
+
+def test_the_main_job_loses_a_node_or_is_told_to_leave_and_gives_the_same_model(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """All three at once: each on nodes of its own, but for the one that loses one."""
+    whole = digits(cluster, tmp_path / "whole", *on(1, 2))
+    told = digits(cluster, tmp_path / "told", *on(1, 2))
+    lost = digits(cluster, tmp_path / "lost", "--nodes=2", "--ntasks-per-node=1", "--exclude=node[1-2]")
+    told.says("epoch 1 ")
+    told.signal_shell()
+    lost.says("epoch 1 ")
+    assert cluster.control("crash", "node4").returncode == 0  # its power fails
+    for job, restarts in ((whole, "0"), (told, "1"), (lost, "1")):
+        assert job.wait(240) == "COMPLETED 0:0", job.log
+        assert job.fields["Restarts"] == restarts
+        assert job.log.count("Going on after iteration") == int(restarts), job.log
+    assert cluster.control("boot", "node4").returncode == 0
+    assert "requeued after SIGUSR1" in told.log
+    assert "on node[3,5]" in lost.log  # SLURM itself noticed, and took another node
+    assert weights(whole) == weights(told) == weights(lost)
+    assert rows(tmp_path / "told") == rows(tmp_path / "whole")
+    # An epoch of which the row was written, but that was not saved, comes twice.
+    once = {json.dumps(row): row for row in rows(tmp_path / "lost")}
+    assert list(once.values()) == rows(tmp_path / "whole")
