@@ -100,6 +100,20 @@ def test_ranks_whose_agent_is_killed_save_and_leave_with_all_others(hosts: Hosts
     assert "rank 1 saved after" in first.log + second.log
 
 
+def test_a_rank_that_is_killed_is_begun_again_with_all_others_and_the_end_is_the_same(
+    hosts: Hosts, tmp_path: Path, on_one_host: set[str]
+) -> None:
+    """By the same two agents, whose store still has the addresses of the ranks before."""
+    arguments = (str(tmp_path / "job"), "--pause=0.2")
+    first, second = everywhere(hosts, "elastic.sh", *arguments, NNODES="2:2", HEAD="h1", LAST_CALL="3")
+    reach(tmp_path / "job", 12, first, second)
+    (rank,) = hosts.ranks("h2", JOB)
+    os.kill(rank, signal.SIGKILL)
+    assert (first.wait(), second.wait()) == (0, 0), first.log + second.log
+    assert len(re.findall("of 2 on h1 begins after", first.log)) == 2
+    assert digests(first.log + second.log) == on_one_host
+
+
 @pytest.mark.timeout(500)
 def test_a_host_whose_cable_is_healed_joins_again_and_training_goes_on_meanwhile(hosts: Hosts, tmp_path: Path) -> None:
     arguments = (str(tmp_path / "job"), "--pause=0.2", "--iterations=100000", "--stall-timeout=8")
