@@ -136,7 +136,8 @@ class _Digest:
     def end(self) -> None:
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join()
+            if self._thread.is_alive():  # an interrupt may have come while it was started
+                self._thread.join()
             self._thread = None
 
     def _run(self) -> None:

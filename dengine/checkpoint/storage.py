@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -50,6 +51,7 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
     """
+    handled = sys.exc_info()[1]
     make_folder(path.parent)
     temporary = temporary_path(path)
     begin(temporary)
@@ -60,12 +62,27 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             os.unlink(temporary)
         end(temporary)
+        if (interrupt := _interrupt_behind(error, handled)) is not None:
+            raise interrupt from None
         raise
     return temporary, result
+
+
+def _interrupt_behind(error: BaseException, handled: BaseException | None) -> BaseException | None:
+    """The Ctrl-C that `error` came of: a file that is closed in its midst, as torch's, complains about that.
+
+    `handled`: what was being handled before, which is not where it came from.
+    """
+    behind = error.__context__
+    while behind is not None and behind is not handled:
+        if isinstance(behind, KeyboardInterrupt):
+            return behind
+        behind = behind.__context__
+    return None
 
 
 def temporary_path(path: Path) -> Path:

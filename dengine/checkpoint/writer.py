@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from dengine.distributed import progress
@@ -9,6 +10,8 @@ from dengine.distributed import progress
 __all__ = ["Writing", "at_work"]
 
 T = TypeVar("T")
+
+_PATIENCE_S = 1.0
 
 
 def at_work() -> None:
@@ -27,19 +30,22 @@ class Writing(Generic[T]):
     kept until somebody asks.
 
     Two steps, since the thread takes turns of the interpreter from the loop as soon as it runs. It is no daemon: an
-    interpreter that ends waits for it, so that what was begun is written; so call `go` in any case.
+    interpreter that ends waits for it, so that what was begun is written. An interrupt may come before `go`: then it
+    begins when somebody waits for it, or a second after `prepare`.
     """
 
     def __init__(self, prepare: Callable[[], Callable[[], T]]) -> None:
         self._call: Callable[[], T] | None = None
         self._result: T | None = None
         self._error: BaseException | None = None
-        self._may_go = threading.Semaphore(0)
-        self._is_over = threading.Event()
+        # Plain locks, taken here and let go once: an interrupt within an Event or a Semaphore leaves it shut for ever.
+        self._may_go, self._end = threading.Lock(), threading.Lock()
+        self._may_go.acquire()
+        self._end.acquire()
+        self.is_done = False
         self._thread = _Thread(target=self._run, name="dengine-checkpoint", daemon=False)
-        # To start it costs a turn too: better now than beside the call.
-        self._thread.start()
         try:
+            self._thread.start()  # which costs a turn too: better now than beside the call
             self._call = prepare()
         except BaseException:
             self.go()
@@ -47,28 +53,30 @@ class Writing(Generic[T]):
 
     def go(self) -> None:
         """Begin; this returns at once."""
-        self._may_go.release()
-
-    @property
-    def is_done(self) -> bool:
-        return self._is_over.is_set()
+        with suppress(RuntimeError):  # it was told before
+            self._may_go.release()
 
     def is_done_within(self, timeout_s: float) -> bool:
+        self.go()
         self._thread.is_awaited = True
-        return self._is_over.wait(timeout_s)
+        return self.is_done or self._end.acquire(timeout=timeout_s)
 
     def result(self) -> T:
         """Wait for the end, and give the result or raise the error. An interrupt (Ctrl-C) ends the waiting alone."""
+        self.go()
         self._thread.is_awaited = True
         # Not join(): interrupted, that takes the thread for ended (CPython before 3.13), and the interpreter would not
         # wait for it any more.
-        self._is_over.wait()
+        while not self.is_done:
+            self._end.acquire(timeout=_PATIENCE_S)
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]
 
     def _run(self) -> None:
-        self._may_go.acquire()
+        while not self._may_go.acquire(timeout=_PATIENCE_S):
+            if self._call is not None or not threading.main_thread().is_alive():
+                break
         call, self._call = self._call, None
         try:
             if call is not None:
@@ -77,4 +85,5 @@ class Writing(Generic[T]):
             self._error = error
         finally:
             del call  # what it holds is given up before anybody goes on
-            self._is_over.set()
+            self.is_done = True
+            self._end.release()

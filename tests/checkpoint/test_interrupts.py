@@ -14,6 +14,8 @@ from torch import nn
 
 from dengine import Engine, Events
 from dengine.checkpoint import load, verify
+from dengine.checkpoint.digested import DigestedFile
+from dengine.checkpoint.storage import write_beside
 from dengine.checkpoint.writer import Writing
 from dengine.handlers import Checkpoint
 
@@ -94,3 +96,43 @@ def test_a_save_after_an_interrupted_wait_waits_for_the_write_that_goes_on(
     for saved in checkpoint.saved:
         load(saved.path, {"model": model})
         assert torch.equal(model.weight, torch.full((4, 4), float(saved.step)))
+
+
+@pytest.mark.parametrize("where", ["as the digest's thread starts", "within torch's writer"])
+def test_an_interrupt_within_a_save_is_no_failure_of_it(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    trainer, model = Engine(lambda engine, batch: None), nn.Linear(400, 400)  # large enough for a thread
+    trainer.on(Events.ITERATION_COMPLETED, Checkpoint({"model": model}, tmp_path))
+    trainer.run([1])
+    with monkeypatch.context() as patched:
+        if "digest" in where:
+            patched.setattr(threading.Thread, "start", interrupted)
+        else:
+            patched.setattr(DigestedFile, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run([1, 1], max_epochs=2)
+    assert verify(tmp_path / "checkpoint_1.pt").step == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1.pt", "manifest.json"]
+
+
+def test_a_full_disk_met_while_an_interrupt_is_handled_is_told(tmp_path: Path) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError("No space left")
+
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(OSError, match="No space left"):
+            write_beside(tmp_path / "model.pt", full)
+
+
+def test_a_write_that_an_interrupt_kept_from_being_told_to_go_goes_all_the_same() -> None:
+    ran = threading.Event()
+    Writing(lambda: ran.set)  # forgotten before go()
+    assert ran.wait(30)
+    assert Writing(lambda: lambda: 7).result() == 7
+    assert Writing(lambda: lambda: None).is_done_within(30)
