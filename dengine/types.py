@@ -1,10 +1,10 @@
-"""Protocols and aliases that more than one room uses."""
+"""Protocols and types that more than one room uses."""
 
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
-__all__ = ["MetricValue", "Stateful"]
+__all__ = ["MetricValue", "Stateful", "accumulator_dtype"]
 
 MetricValue: TypeAlias = float | torch.Tensor
 
@@ -16,3 +16,8 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+def accumulator_dtype(device: torch.device) -> torch.dtype:
+    """What floats are summed in: float64, except on Apple's GPU, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dengine.distributed.collectives import all_reduce
 from dengine.distributed.world import world
+from dengine.types import accumulator_dtype
 
 __all__ = ["Count", "GradientMean", "Scaler", "find_ddp", "find_fsdp"]
 
@@ -110,7 +111,8 @@ class GradientMean:
     def finish(self, parameters: list[nn.Parameter]) -> None:
         """See that the gradients of `parameters` are those of the mean, and begin anew."""
         if self._num_batches > 1:
-            factor = _ratio(self._size * (self._unit or 0.0), self._total_of_all())
+            assert self._unit is not None  # of the first backward pass
+            factor = _ratio(self._size * self._unit, self._total_of_all())
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients and not (isinstance(factor, float) and factor == 1.0):
                 _multiply(gradients, factor)
@@ -148,11 +150,6 @@ class GradientMean:
         if self._seed is None or self._seed[0] != weight or not _are_alike(self._seed[1], loss):
             self._seed = (weight, torch.full_like(loss.detach(), weight))
         return self._seed[1]
-
-
-def accumulator_dtype(device: torch.device) -> torch.dtype:
-    """Of sums: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:

@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 import torch
 
 from dengine.errors import NotComputableError
-from dengine.metrics.inputs import accumulator_dtype, as_tensor, is_number, what_it_got
+from dengine.metrics.inputs import as_tensor, is_number, what_it_got
 from dengine.metrics.metric import Metric, OutputTransform
 from dengine.metrics.transform import loss_value
+from dengine.types import accumulator_dtype
 
 __all__ = ["Average", "Loss", "Perplexity", "RunningAverage"]
 

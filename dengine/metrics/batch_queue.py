@@ -33,7 +33,8 @@ class BatchQueue:
         """Take pairs of the kind of `output` from now on, which is known to be right; none where they are large."""
         self.clear()
         self._joined, self._rows = None, []
-        self._kind = _kind(output) if _is_small(output) else None
+        kind = _kind(output)
+        self._kind = kind if kind is not None and _is_small(*output) else None
 
     def add(self, output: Any) -> bool:
         """Copy the pair; False, where it is of another kind than what is expected. No wait for the device."""
@@ -78,11 +79,8 @@ def _kind(output: Any) -> tuple[Any, ...] | None:
     return prediction.shape, target.shape, prediction.dtype, target.dtype, prediction.device, target.device
 
 
-def _is_small(output: Any) -> bool:
-    """A pair of tensors, with a first dimension by which batches can be joined, that is quick to copy."""
-    if _kind(output) is None:
-        return False
-    prediction, target = output
+def _is_small(prediction: torch.Tensor, target: torch.Tensor) -> bool:
+    """Quick to copy, with a first dimension by which batches can be joined."""
     if not (prediction.ndim and target.ndim and 0 < prediction.shape[0] == target.shape[0]):
         return False
     if prediction.device != target.device or not prediction.layout == target.layout == torch.strided:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["accumulator_dtype", "as_pair", "as_tensor", "is_number", "shape_error", "what_it_got"]
+__all__ = ["as_pair", "as_tensor", "is_number", "shape_error", "what_it_got"]
 
 
 def as_pair(output: Any, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,11 +45,6 @@ def as_tensor(part: Any, metric: str) -> torch.Tensor:
         return torch.as_tensor(part, dtype=torch.float64) if is_rounded else tensor
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{metric} takes numbers or tensors, but got {part!r}.") from None
-
-
-def accumulator_dtype(device: torch.device) -> torch.dtype:
-    """What floats are summed in: float64, except on Apple's GPU, which has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def is_number(value: object) -> bool:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from dengine.errors import NotComputableError
-from dengine.metrics.inputs import accumulator_dtype, as_pair, shape_error
+from dengine.metrics.inputs import as_pair, shape_error
 from dengine.metrics.metric import Metric, OutputTransform
+from dengine.types import accumulator_dtype
 
 __all__ = ["MAE", "MSE", "RMSE", "R2Score"]
 
