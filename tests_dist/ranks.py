@@ -29,7 +29,9 @@ import multiprocessing
 import operator
 import os
 import pickle
+import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,8 @@ __all__ = [
     "DeadlineExceeded",
     "Outcome",
     "RankFailed",
+    "free_port",
+    "own_store",
     "run_command",
     "run_python",
     "run_ranks",
@@ -148,8 +152,7 @@ def run_ranks(
     Raises: RankFailed; DeadlineExceeded with the stacks of those who had not finished. No process outlives the call.
     """
     __tracebackhide__ = True
-    # This process hosts the store: a port that is really bound is one that nobody else can take.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = own_store()
     tag = new_tag()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         orders = [
@@ -179,6 +182,27 @@ def run_ranks(
 class Completed:
     returncode: int
     output: str  # stdout and stderr of all its processes
+
+
+def own_store() -> dist.TCPStore:
+    """A store that this process hosts, at a port that is really bound: one that nobody else can take.
+
+    It listens by IPv4 only: else it asks a name server for the name of 127.0.0.1, and stands still until it answers.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.fileno()
+        )
+        listener.detach()
+    return store
+
+
+def free_port() -> int:
+    """A port that nobody listens at; no connection is given it by chance either, as it is below those for that."""
+    while True:
+        with suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(15_000, 32_000))) as server:
+            return int(server.getsockname()[1])
 
 
 def torchrun(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_command, run_ranks, torchrun
+from ranks import free_port, run_command, run_ranks, torchrun
 
 from dengine import distributed
 from dengine.__main__ import main
@@ -360,8 +360,3 @@ def test_two_processes_that_are_one_rank(tmp_path: Path) -> None:
     assert [code for code, _, _ in visits] == [1, 1]
     assert checks(printed)["ranks"]["verdict"] == "fail"
     assert "another process is this rank too" in whispered[2]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

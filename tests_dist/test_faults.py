@@ -7,17 +7,17 @@ DENGINE_FAULT_RUNS=50 repeats each fault so often.
 import os
 import re
 import signal
-import socket
+import threading
 import time
-import warnings
-from dataclasses import replace
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from faults import AT_ITERATION, FAULTS, PLACES, train
-from ranks import Completed, Outcome, run_ranks, torchrun
+from faults import AT_ITERATION, FAULTS, PLACES, happen, train
+from ranks import Completed, Outcome, free_port, run_ranks, torchrun
 
 from dengine import Engine, Events, distributed
 from dengine.checkpoint import verify
@@ -45,40 +45,30 @@ def job(rank: int, size: int, fault: str, place: str, culprit: int, folder: str)
     return "done"
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def happened(tmp_path: Path, fault: str, place: str, culprit: int, size: int, *, hosts: bool) -> list[Outcome[str]]:
-    """The outcomes of all ranks, `seconds` counted from the fault. `hosts`: rank 0 hosts the store, not a launcher."""
+def happened(
+    tmp_path: Path, job: Callable[..., Any], size: int, *arguments: object, limit_s: float, hosts: bool = False
+) -> list[Outcome[str]]:
+    """The outcomes of all ranks of `job`, all gone within `limit_s` of the fault. `hosts`: rank 0 hosts the store, not
+    a launcher.
+    """
     marker = tmp_path / "happened"
     environment = {"FAULT_FILE": str(marker)}
     if hosts:
-        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": free_port()}
+        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
     started_s = time.time()
-    outcomes: list[Outcome[str]] = run_ranks(
-        job, size, fault, place, culprit, str(tmp_path / "saved"), init=False, env=environment, expect_failures=True
-    )
+    outcomes: list[Outcome[str]] = run_ranks(job, size, *arguments, init=False, env=environment, expect_failures=True)
     assert marker.exists(), outcomes
     delay_s = float(marker.read_text()) - started_s
-    limit_s = GONE_S + (STALL_TIMEOUT_S if fault in HANGS else 0)
     for outcome in outcomes:
         assert outcome.error_type != "DeadlineExceeded", outcome
         assert outcome.seconds - delay_s < limit_s, outcome
     return outcomes
 
 
-def told_by_its_watch(outcome: Outcome[str], expected: str) -> Outcome[str]:
-    """A rank that is stuck after a failure, as in native code, is ended by its watch within the time that all have, and
-    says the same as the exception would: as good for those who wait for it, and rare enough to be worth a look.
-    """
-    if outcome.error_type != "ProcessDied" or "cannot leave by itself" not in outcome.output:
-        return outcome
-    warnings.warn(outcome.output, stacklevel=2)
-    _, found, message = outcome.output.rpartition("dengine: Rank ")
-    return replace(outcome, error_type=expected, error_message=f"Rank {message}" if found else "")
+def trained(tmp_path: Path, fault: str, place: str, culprit: int, size: int, *, hosts: bool) -> list[Outcome[str]]:
+    limit_s = GONE_S + (STALL_TIMEOUT_S if fault in HANGS else 0)
+    arguments = (fault, place, culprit, str(tmp_path / "saved"))
+    return happened(tmp_path, job, size, *arguments, limit_s=limit_s, hosts=hosts)
 
 
 def check_names(outcomes: list[Outcome[str]], fault: str, place: str, culprit: int) -> None:
@@ -91,7 +81,6 @@ def check_names(outcomes: list[Outcome[str]], fault: str, place: str, culprit: i
             continue
         if outcome.rank == culprit:
             continue
-        outcome = told_by_its_watch(outcome, expected)
         assert outcome.error_type == expected, outcome
         words = {"raise": "failed", "exit": "failed", "kill": "vanished", "_exit": "vanished"}
         found = re.match(rf"Rank (\d+),? {words.get(fault, '(has|which)')}", outcome.error_message)
@@ -131,15 +120,42 @@ CASES = [
 def test_the_rank_that_goes_wrong_is_named_by_all_others(
     tmp_path: Path, fault: str, place: str, culprit: int, size: int, hosts: bool, run: int
 ) -> None:
-    outcomes = happened(tmp_path, fault, place, culprit, size, hosts=hosts)
+    outcomes = trained(tmp_path, fault, place, culprit, size, hosts=hosts)
     check_names(outcomes, fault, place, culprit)
 
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("fault", ["kill", "stop"])
 def test_rank_zero_takes_the_store_with_it_and_is_named_all_the_same(tmp_path: Path, fault: str, run: int) -> None:
-    outcomes = happened(tmp_path, fault, "step", 0, 3, hosts=True)
+    outcomes = trained(tmp_path, fault, "step", 0, 3, hosts=True)
     check_names(outcomes, fault, "step", 0)
+
+
+def killed_midway(rank: int, size: int, culprit: int, delay_s: float) -> None:
+    """A rank is killed while 64 MB of gradients are on their way."""
+    with distributed.process_group(timeout=120):
+        model = distributed.prepare_model(torch.nn.Linear(4000, 4000))
+
+        def step(engine: Engine, batch: int) -> None:
+            loss = model(torch.ones(2, 4000)).sum()
+            if batch == 2 and rank == culprit:
+                threading.Timer(delay_s, happen, ("kill",)).start()
+            loss.backward()
+
+        Engine(step).run(range(100))
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("size", "delay_s"), [(2, 0.01), (3, 0.03), (3, 0.08)])
+def test_a_rank_killed_while_gradients_are_on_their_way_is_named(
+    tmp_path: Path, size: int, delay_s: float, run: int
+) -> None:
+    outcomes = happened(tmp_path, killed_midway, size, 1, delay_s, limit_s=GONE_S)
+    for outcome in outcomes[::2]:
+        # Where Gloo had begun to send what it could not, it never returns, and the rank is ended by its watch.
+        is_stuck = outcome.error_type == "ProcessDied" and "cannot leave by itself" in outcome.output
+        assert outcome.error_type == "RemoteRankError" or is_stuck, outcome
+        assert "Rank 1 vanished" in (outcome.output if is_stuck else outcome.error_message), outcome
 
 
 def summary_of(done: Completed) -> str:

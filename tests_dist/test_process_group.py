@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_python, run_ranks, torchrun
+from ranks import free_port, own_store, run_python, run_ranks, torchrun
 
 from dengine import Engine, Events, distributed
 from dengine.errors import RankZeroCollectiveError, RemoteRankError
@@ -50,11 +50,6 @@ def slurm_world(rank: int, size: int, port: int) -> tuple[int, int, str, float]:
 def test_slurms_variables_are_enough() -> None:
     found = run_ranks(slurm_world, 3, free_port(), init=False)
     assert found == [(rank, 3, "slurm", 3.0) for rank in range(3)]
-
-
-def free_port() -> int:
-    """A port that nobody listens on. The store that held it is closed when this returns."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
 
 
 def external_world(rank: int, size: int) -> tuple[bool, str, int]:
@@ -114,7 +109,7 @@ def twice_after(rank: int, size: int, late: int) -> list[float]:
 
 def test_ranks_that_an_agent_starts_again_do_not_take_those_before_for_their_peers() -> None:
     """torchrun's agent keeps its store, with all that earlier ranks have written into it."""
-    agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agents = own_store()
     for size, late in ((2, 0), (2, 0), (2, 1), (1, 0), (3, 0), (2, 1)):
         sums = run_ranks(twice_after, size, late, init=False, env={"MASTER_PORT": str(agents.port)}, deadline_s=40)
         assert sums == [[sum(range(size))] * 3] * size

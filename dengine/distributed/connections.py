@@ -1,8 +1,12 @@
 """The connections of a process group: who notices that a peer is gone, and how a rank that waits in one is freed.
 
 Gloo's wait is in C++ and ends only when a connection closes or the group's timeout passes: neither a signal nor
-`abort()` on the group frees it, nor does destroying the group once DDP holds it. Shutting the sockets does, at once, on
-both of their ends.
+`abort()` on the group frees it, nor does destroying the group once DDP holds it. Shutting the sockets does, at once.
+
+Only for reading, though: where a write fails, Gloo keeps what it was about to send until the socket can be written
+again, closes the connection at the next read, and leaves whoever waits for that send waiting (pair.cc, where
+`signalException` passes over what is queued in `tx_`). So nothing is done by which a rank that comes late to a
+collective could meet a connection that can no longer be written to.
 """
 
 import os
@@ -21,6 +25,9 @@ _Ends: TypeAlias = tuple[_Address, _Address]  # here, there
 
 _FOLDER = "/proc/self/fd"
 
+# The sockets of groups that were left by a failure: closed, they would refuse what a late rank has still to send.
+_left_open: list[socket.socket] = []
+
 
 @contextmanager
 def recorded(store_port: int) -> Iterator[list[socket.socket]]:
@@ -29,11 +36,12 @@ def recorded(store_port: int) -> Iterator[list[socket.socket]]:
     They are duplicates: a number of our own cannot come to mean another file when the group closes its one.
     """
     made: list[socket.socket] = []
-    before = _socket_numbers()
+    before = set(_socket_numbers().values())
     yield made
-    for number in _socket_numbers() - before:
-        with suppress(OSError):
-            made.extend(_connection(number, store_port))
+    for number, name in _socket_numbers().items():
+        if name not in before:  # by name: the number of one that is closed meanwhile is given to the next
+            with suppress(OSError):
+                made.extend(_connection(number, store_port))
 
 
 def found(exchange: Callable[[list[_Ends]], list[list[_Ends]]], store_port: int) -> list[socket.socket]:
@@ -59,6 +67,8 @@ class Connections:
     """The connections of one group, and a way to sleep until one of them hangs up."""
 
     def __init__(self, sockets: list[socket.socket]) -> None:
+        while _left_open:  # all ranks are here, so none is left in a group before this one
+            _left_open.pop().close()
         self._sockets = sockets
         self._processes: list[int] = []
         self._waker, self._woken = socket.socketpair()
@@ -91,16 +101,30 @@ class Connections:
         with suppress(OSError):
             self._waker.send(b"!")
 
-    def shut(self) -> None:
-        """Free whoever waits in a collective of the group, on this rank and on its peers. They see an error there."""
+    def break_off(self) -> None:
+        """Free whoever waits in a collective of the group on this rank, now and later. He sees an error there."""
+        self._shut(socket.SHUT_RD)
+
+    def hang_up(self) -> None:
+        """Have the peers notice that this rank, which is in no collective any more, takes no further part."""
+        self._shut(socket.SHUT_WR)
+
+    def _shut(self, way: int) -> None:
         for each in self._sockets:
             with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+                each.shutdown(way)
 
-    def close(self) -> None:
-        """Forget the connections. What the group itself still holds stays open."""
-        for each in (*self._sockets, self._waker, self._woken):
+    def close(self, *, is_failing: bool) -> None:
+        """Forget the connections. What the group itself still holds stays open; where this rank is failing, all of
+        them, until this process ends or is in another group.
+        """
+        for each in (self._waker, self._woken):
             each.close()
+        if is_failing:
+            _left_open.extend(self._sockets)
+        else:
+            for each in self._sockets:
+                each.close()
         for number in self._processes:
             os.close(number)
         self._sockets, self._processes = [], []
@@ -116,13 +140,15 @@ def _address(name: tuple[Any, ...]) -> _Address:
     return name[0].removeprefix("::ffff:"), name[1]  # as IPv4, where it is that within IPv6
 
 
-def _socket_numbers() -> set[int]:
-    numbers = set()
+def _socket_numbers() -> dict[int, str]:
+    """The descriptors of this process that are sockets, and the kernel's name of each."""
+    numbers = {}
     with suppress(FileNotFoundError):
-        for name in os.listdir(_FOLDER):
+        for number in os.listdir(_FOLDER):
             with suppress(OSError):
-                if os.readlink(f"{_FOLDER}/{name}").startswith("socket:"):
-                    numbers.add(int(name))
+                name = os.readlink(f"{_FOLDER}/{number}")
+                if name.startswith("socket:"):
+                    numbers[int(number)] = name
     return numbers
 
 

@@ -140,7 +140,8 @@ class Control:
         self.link.connections.wake()
         with suppress(RuntimeError):  # the store is gone
             if is_failing:
-                self.link.connections.shut()
+                if self.standing.is_lost or not self.standing.is_broken:  # else all others break off too
+                    self.link.connections.hang_up()
                 if not self.standing.is_lost and self.link.store.add("ended", 1) == 1:
                     self.messages.publish(kind="end")
             self._thread.join(timeout=_LEAVE_S)  # else it would be cut down at the process's end, and take it along

@@ -231,7 +231,7 @@ class Failures:
         self._standing.note(is_broken=True)
         for run in self._runs.under_way:  # who went on, to fail alike, goes no further
             run.interrupt()
-        self._link.connections.shut()
+        self._link.connections.break_off()
         if "nccl" in self._here.backend:
             abort_group()
 

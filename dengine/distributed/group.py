@@ -101,7 +101,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
         if control is not None and watch is not None:
             control.close(is_failing=is_failing)
             watch.stop()
-            control.link.connections.close()
+            control.link.connections.close(is_failing=is_failing)
         if launch is not None:
             _destroy(opened, is_failing)
         elif control is not None:

@@ -34,6 +34,7 @@ _LOOK_S = 0.01  # how often rank 0 looks who has come
 _LATER_S = 5.0  # how much longer than rank 0 the others wait for it to say who has not
 _READ_S = 2.0  # how long they take to hear it
 _NUM_SHOWN = 64
+_BACKLOG = 4096  # ranks may all come at once; the kernel's own limit is the lower one
 
 # By address: the store of a job, which outlives its groups.
 _stores: dict[tuple[str, int], Any] = {}
@@ -65,7 +66,7 @@ def meet(launch: Launch, timeout_s: float) -> tuple[Any, str]:
         if launch.size == 1:
             return store, uuid.uuid4().hex
         return store, (_receive if launch.rank == 0 else _arrive)(PrefixStore("dengine/meet", store), launch, end_s)
-    except DistError as error:
+    except (DistError, OSError) as error:
         who = "torchrun's agent" if is_agents_store(os.environ) else "rank 0"
         raise LaunchError(
             f"Rank {launch.rank} of {launch.size} did not meet the others within timeout={timeout_s:g} s in the store "
@@ -82,14 +83,40 @@ def _store(launch: Launch, timeout_s: float) -> Any:
     address = (launch.master_addr, launch.master_port)
     if address not in _stores:
         is_host = launch.rank == 0 and not is_agents_store(os.environ)
-        timeout = timedelta(seconds=timeout_s)
         # Not waiting for the others: who has not come is to be named.
-        _stores[address] = TCPStore(
-            *address, launch.size, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
+        options: dict[str, Any] = {
+            "timeout": timedelta(seconds=timeout_s),
+            "wait_for_workers": False,
+            "multi_tenant": True,
+        }
+        if is_host:
+            with _listening(address) as listener:
+                options |= {"is_master": True, "master_listen_fd": listener.fileno()}
+                _stores[address] = TCPStore(*address, launch.size, **options)
+                listener.detach()  # the store's, now
+        else:
+            _stores[address] = TCPStore(*address, launch.size, is_master=False, **options)
     store = _stores[address]
     store.set_timeout(timedelta(seconds=timeout_s))
     return store
+
+
+def _listening(address: tuple[str, int]) -> socket.socket:
+    """A socket for the store to listen at, on all interfaces.
+
+    Of IPv4, where the master has an address of that. The store's own socket is of both kinds and shows clients of IPv4
+    as `::ffff:127.0.0.1`, which no /etc/hosts lists; the store looks up the name of each client, by the thread that
+    answers all requests, so that a name server which does not answer stops it for 5 s and more.
+    """
+    host, port = address
+    try:
+        families = {info[0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError:
+        families = set()
+    is_ipv6 = families == {socket.AF_INET6}
+    return socket.create_server(
+        ("", port), family=socket.AF_INET6 if is_ipv6 else socket.AF_INET, backlog=_BACKLOG, dualstack_ipv6=is_ipv6
+    )
 
 
 def _arrive(store: Any, launch: Launch, end_s: float) -> str:

@@ -15,16 +15,21 @@ from dengine.distributed.control import Control
 from dengine.distributed.failure import Failure, say, where_text
 from dengine.distributed.presence import Presence
 from dengine.distributed.roll_call import RollCall
+from dengine.distributed.waiting import Waiting
 
 __all__ = ["Watch"]
 
 _PERIOD_S = 1.0
 _MAX_REPORTS_PER_S = 500  # of all ranks together: what the store can take without noticing it
 _SETTLING_PERIOD_S = 0.02
+_BROKEN_PERIOD_S = 0.25
 _START_S = 5.0
 _JOIN_S = 2.0
 _PAUSE_S = 1.0  # later than that, a sleep was no sleep but a pause of the process
 _EXIT_S = 3.0  # after a stall was named: then a rank that still hangs is ended
+# How long a rank may take to come out of a collective whose connections are shut. Gloo has some wait for ever, where a
+# connection breaks while they are about to send.
+_FREED_S = 1.5
 
 
 class Watch:
@@ -47,6 +52,7 @@ class Watch:
         self._num_asked = 0
         self._is_asked_to_inquire = False
         self._broken_at_s: float | None = None
+        self._waiting: Waiting | None = None  # since then
         control.failures.inquire = self._inquire
         self._presence.tell()
         self._beat_s = time.monotonic()
@@ -71,7 +77,8 @@ class Watch:
             # At the start the others are about to tell who they are.
             is_starting = not self._knows_neighbours and time.monotonic() < end_of_start_s
             is_settling = is_starting or (standing.failure is not None and not standing.is_broken)
-            has_hung_up = self._sleep(_SETTLING_PERIOD_S if is_settling else self._period_s)
+            period_s = min(self._period_s, _BROKEN_PERIOD_S) if standing.is_broken else self._period_s
+            has_hung_up = self._sleep(_SETTLING_PERIOD_S if is_settling else period_s)
             if standing.is_closed:
                 return
             self._beat_s = time.monotonic()
@@ -151,15 +158,18 @@ class Watch:
         if failure is None or not self._standing.is_broken:
             return
         self._presence.note_progress(self._presence.place())
-        if self._broken_at_s is None:
+        if self._broken_at_s is None or self._waiting is None:
             self._broken_at_s = time.monotonic()
+            self._waiting = Waiting(self._control.runs)
             if failure.kind == "stalled":
                 self._show_stall(failure)
         # Handlers of EXCEPTION_RAISED may save what they can.
-        is_stuck = failure.kind == "stalled" and not self._standing.is_leaving
+        is_leaving = self._standing.is_leaving
+        is_stuck = failure.kind == "stalled" and not is_leaving
         since_s = self._broken_at_s if is_stuck else max(self._broken_at_s, self._presence.progressed_at_s)
         patience_s = _EXIT_S if is_stuck else max(self._stall_timeout_s, _EXIT_S)
-        if self._control.runs.under_way and time.monotonic() > since_s + patience_s:
+        is_left_waiting = self._waiting.seconds() > _FREED_S and not is_leaving
+        if self._control.runs.under_way and (is_left_waiting or time.monotonic() > since_s + patience_s):
             say(f"dengine: rank {self._here.rank} cannot leave by itself, so its process is ended.\n{_stacks()}")
             say(f"dengine: {failure.message()}\n")
             os._exit(1)
