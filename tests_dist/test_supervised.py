@@ -10,8 +10,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from dengine import Events, SupervisedEvents, create_supervised_trainer, distributed
+from dengine import Engine, Events, SupervisedEvents, create_supervised_trainer, distributed
 from dengine.distributed.ledger import num_joined
 
 Batch = tuple[Tensor, Tensor]
@@ -89,6 +90,7 @@ def trained(
 UNEVEN: Shards = [[5, 3, 4, 2, 6], [1, 7, 2, 2, 1], [4, 4, 1, 3, 2]]
 SHORTER: Shards = [[5, 3, 4, 2, 6], [1, 7, 2, 2], [4, 4, 1]]
 EMPTY: Shards = [[5, 3, 1], [], [2, 2]]
+ALIKE: Shards = [[3, 3, 3, 3, 2], [3, 3, 3, 3, 1], [3, 3, 3, 3]]  # but at the end
 
 
 CASES = list(product(["bare", "ddp", "fsdp"], [False, True], [1, 2, 3]))
@@ -101,7 +103,7 @@ def trained_in_each_case(rank: int, size: int, shards: Shards) -> list[tuple[dic
     ]
 
 
-@pytest.mark.parametrize("shards", [UNEVEN[:1], SHORTER[:2], UNEVEN, SHORTER, EMPTY], ids=str)
+@pytest.mark.parametrize("shards", [UNEVEN[:1], SHORTER[:2], UNEVEN, SHORTER, EMPTY, ALIKE], ids=str)
 def test_a_step_is_that_of_the_mean_over_the_global_batch(shards: Shards) -> None:
     length = max(map(len, shards))
     for found in run_ranks(trained_in_each_case, len(shards), shards, deadline_s=120.0):
@@ -143,9 +145,18 @@ def num_collectives(rank: int, size: int) -> dict[str, int]:
         ("4 batches a step", 4, {}),
         ("several buckets", 1, {"bucket_cap_mb": 1e-5}),
         ("several buckets, bare", 1, {"bucket_cap_mb": 1e-5}),
+        ("weighted", 1, {}),
+        ("weighted, 4 batches a step", 4, {}),
+        ("loader", 1, {}),
+        ("loader, collated by hand", 1, {}),
     ]:
         model = distributed.prepare_model(net(), "ddp", **kwargs)
-        batches = batches_of(rank, [3] * 6 * accumulation, is_masked=False)
+        batches: Any = batches_of(rank, [3] * 6 * accumulation, is_masked=False)
+        if "loader" in name:  # 17 samples a rank
+            inputs, targets = batches_of(0, [17 * size], is_masked=False)[0]
+            collate = default_collate if name == "loader" else lambda samples: default_collate(samples)
+            loader = DataLoader(TensorDataset(inputs, targets), batch_size=3, collate_fn=collate)
+            batches = distributed.prepare_data_loader(loader)
         if "bare" in name:
             bare_steps(model, batches)
             before = num_joined(size)
@@ -153,6 +164,8 @@ def num_collectives(rank: int, size: int) -> dict[str, int]:
         else:
             optimizer = torch.optim.SGD(model.parameters(), lr=LR)
             options: Any = {"gradient_accumulation_steps": accumulation}
+            if "weighted" in name:
+                options["weight"] = num_tokens
             trainer = create_supervised_trainer(model, optimizer, cross_entropy, **options)
             trainer.run(batches)
             before = num_joined(size)
@@ -161,12 +174,37 @@ def num_collectives(rank: int, size: int) -> dict[str, int]:
     return counts
 
 
-def test_one_number_more_is_sent_a_step_and_accumulated_gradients_are_sent_once() -> None:
+def test_a_step_sends_its_gradients_once_and_one_number_more_where_a_count_is_not_known_before() -> None:
     for counts in run_ranks(num_collectives, 2):
         assert counts["bare"] == 6
-        # The ranks compare their metrics at the start of a run, and agree how long the epoch is.
-        assert counts["1 batch a step"] == counts["4 batches a step"] == 6 + 6 + 2
-        assert counts["several buckets"] == counts["several buckets, bare"] + 6 + 2 > 6 + 6 + 2
+        # The ranks compare their metrics at the start of a run, and agree how long an epoch is, and its batches.
+        assert counts["1 batch a step"] == counts["4 batches a step"] == 6 + 3
+        assert counts["several buckets"] == counts["several buckets, bare"] + 3 > 6 + 3
+        assert counts["weighted"] == counts["weighted, 4 batches a step"] == 6 + 6 + 2
+        assert counts["loader"] == 6 + 1 + 3  # its last batch has 2 samples
+        assert counts["loader, collated by hand"] == 6 + 6 + 3
+
+
+def changed_midway(rank: int, size: int) -> None:
+    batches = batches_of(rank, [3] * 6, is_masked=False)
+    model = distributed.prepare_model(net())
+    trainer = create_supervised_trainer(model, torch.optim.SGD(model.parameters(), lr=LR), cross_entropy)
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=2))
+    def cut(engine: Engine) -> None:
+        if rank == 1:
+            batches[3] = tuple(part[:2] for part in batches[3])  # type: ignore[assignment]
+
+    with distributed.process_group():
+        trainer.run(batches)
+
+
+def test_a_batch_that_is_not_what_its_data_said_is_refused() -> None:
+    first, second = run_ranks(changed_midway, 2, expect_failures=True)
+    assert first.error_type == "RemoteRankError"
+    assert second.error_type == "RuntimeError"
+    assert "Batch 4 of the epoch has 2 samples" in second.error_message
+    assert "weight=" in second.error_message
 
 
 def equal_batches(rank: int, size: int) -> list[bool]:
@@ -212,7 +250,7 @@ def with_another_hook(rank: int, size: int, kind: str) -> tuple[dict[str, Tensor
 def test_a_hook_of_the_users_own_or_another_trainer_is_not_in_the_way(kind: str) -> None:
     expected = weights_by_hand(SHORTER, 2, 2, is_masked=False)
     for weights, joined in run_ranks(with_another_hook, 3, kind):
-        assert joined == 3 + 3 + 2
+        assert joined == 3 + 3 + 3
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-12)
 

@@ -48,8 +48,9 @@ class GradientMean:
             equal ones give the bits of `(loss / num_batches).backward()`.
 
     Cost: over several ranks one all-reduce of one number a step, begun before the last forward pass and needed after it
-    (on a GPU the host does not wait for it). With several batches a step, one pass over the gradients. With several and
-    a `scaler` over several ranks, one small all-reduce at the first batch.
+    (on a GPU the host does not wait for it); none where batches are known to count alike. With several batches a step,
+    one pass over the gradients. With several and a `scaler` over several ranks, one small all-reduce at the first
+    batch.
     """
 
     def __init__(self, model: nn.Module, num_batches: int = 1) -> None:
@@ -64,6 +65,7 @@ class GradientMean:
             self._no_sync = partial(_fsdp_no_sync, fsdp)
         self._count: Count = 0.0  # of the batch under way
         self._total: Count = 0.0  # of this rank's batches since the last step
+        self._is_alike = self.is_alone  # whether the other ranks' counts are known to be this one's
         self._sent: tuple[Tensor, Any] | None = None  # the total of all ranks, and the work that sums it
         # What counts are divided by. Alone: so that equal ones give the usual bits. Over ranks, which must agree upon
         # it: so that scaled losses do not overflow 16 bits.
@@ -74,8 +76,12 @@ class GradientMean:
         """Inside it, backward passes add to the gradients and send nothing."""
         return nullcontext() if self.is_alone else self._no_sync()
 
-    def begin(self, count: Count, device: torch.device, *, is_last: bool) -> None:
-        """Count a batch, before its forward pass on `device`. `is_last`: of this step, so that the gradients are sent.
+    def begin(self, count: Count, device: torch.device, *, is_last: bool, is_alike: bool = False) -> None:
+        """Count a batch, before its forward pass on `device`.
+
+        Args:
+            is_last: of this step, so that the gradients are sent.
+            is_alike: the batches of this step are known to count as much on every rank as here. Alike on all ranks.
 
         Raises: ValueError: a negative count.
         """
@@ -87,7 +93,8 @@ class GradientMean:
             raise ValueError(f"A batch cannot count {count!r}: its weight must be a number of at least 0.")
         self._count = count
         self._total = self._total + count
-        if is_last and not self.is_alone:
+        self._is_alike = is_alike or self.is_alone
+        if is_last and not self._is_alike:
             total = torch.empty(1, dtype=accumulator_dtype(device), device=device)
             total[0] = self._total
             self._sent = total, dist.all_reduce(total, group=self._group, async_op=True)
@@ -127,8 +134,8 @@ class GradientMean:
 
     def _total_of_all(self) -> Count:
         """A number where it is on the host, else on its way."""
-        if self.is_alone:
-            return self._total
+        if self._is_alike:
+            return self._size * self._total
         assert self._sent is not None
         total, work = self._sent
         work.wait()

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from dengine.distributed.launch import Launch, find_launch, is_agents_store
 from dengine.distributed.meeting import meet
 from dengine.distributed.messages import Link, Meeting
 from dengine.distributed.orphan import end_with_agent
+from dengine.distributed.process import identity
 from dengine.distributed.watch import Watch
 from dengine.distributed.world import World, default_device, enter, external_world, leave
 from dengine.distributed.world import control as current_control
@@ -154,13 +155,14 @@ def _join(launch: Launch, backend: str, timeout_s: float) -> tuple[World, list[s
 
 def _control(launch: Launch, here: World, connections: list[socket.socket], timeout_s: float) -> Control:
     # A name of its own for each group: an agent's store outlives it, and keeps what an earlier one has said.
-    holder = [uuid.uuid4().hex]
+    holder: list[Any] = [uuid.uuid4().hex, identity()]
     dist.broadcast_object_list(holder, src=0)
+    name, host_process = holder
     is_hosted = not is_agents_store(os.environ)
-    meeting = Meeting(launch.master_addr, launch.master_port, f"dengine/{holder[0]}", is_hosted)
+    meeting = Meeting(launch.master_addr, launch.master_port, f"dengine/{name}", is_hosted)
     with recorded(launch.master_port) as more:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return Control(Link(here, meeting, meeting.connect(), Connections([*connections, *more]), group))
+    return Control(Link(here, meeting, meeting.connect(), Connections([*connections, *more]), group, host_process))
 
 
 def _control_beside(here: World, timeout_s: float) -> Control | None:

@@ -39,7 +39,7 @@ class Link:
     """What joins this rank to the others: `store` to tell them something, `connections` of the group to wait for them.
 
     `group` is the process group of this package's own collectives, for tensors on the CPU. In a common one a rank that
-    is a collective ahead would join in one of DDP's, and both would get wrong numbers.
+    is a collective ahead would join in one of DDP's, and both would get wrong numbers. `host_process` is rank 0's.
     """
 
     here: World
@@ -47,6 +47,7 @@ class Link:
     store: Any
     connections: Connections
     group: Any
+    host_process: dict[str, Any]
 
 
 class Messages:

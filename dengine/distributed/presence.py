@@ -1,17 +1,14 @@
 """Where each rank is, as it tells the store now and then, and whether its process lives."""
 
 import json
-import os
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from dengine.distributed.control import Control
 from dengine.distributed.failure import Level
-from dengine.distributed.interface import network_of_this_host
+from dengine.distributed.process import identity, is_alive
 
 __all__ = ["Presence", "levels_of"]
 
@@ -28,11 +25,11 @@ class Presence:
 
     def __init__(self, control: Control) -> None:
         self.progressed_at_s = time.monotonic()
-        self.told_by_host: dict[str, Any] = {}
+        self.told_by_host: dict[str, Any] = control.link.host_process
         self._control = control
         self._here = control.link.here
         self._store = control.link.store
-        self._identity = _identity()
+        self._identity = identity()
         self._progress: object = None
         self._told_at_s, self._told_turn = 0.0, 0
         self._watched: set[int] = set()
@@ -86,7 +83,7 @@ class Presence:
         }
         self._store.set(f"at/{self._here.rank}", json.dumps(told))
         if self._control.link.meeting.is_hosted_by_rank_zero and self._here.rank != 0:
-            self.told_by_host = self.told(0)
+            self.told_by_host = self.told(0) or self.told_by_host
             self._control.failures.last_seen_of_rank_zero = levels_of(self.told_by_host)
         self.note_progress(place)
 
@@ -105,10 +102,10 @@ class Presence:
 
     def is_seen_dead(self, told: dict[str, Any]) -> bool:
         """Whether the process that told this was one of this host, and has ended."""
-        return self._is_of_this_host(told) and not _is_alive(told)
+        return self._is_of_this_host(told) and not is_alive(told)
 
     def is_seen_alive(self, told: dict[str, Any]) -> bool:
-        return self._is_of_this_host(told) and _is_alive(told)
+        return self._is_of_this_host(told) and is_alive(told)
 
     def may_be_unreached(self, told: dict[str, Any]) -> bool:
         """Whether a network lies between this process and the one that told this: then that may be what is broken."""
@@ -130,26 +127,3 @@ class Presence:
 
 def levels_of(told: dict[str, Any]) -> tuple[Level, ...]:
     return tuple(Level(**level) for level in told.get("where", ()))
-
-
-def _identity() -> dict[str, Any]:
-    """This process, so that a process of the same host can find out whether it lives. Linux only; else no host."""
-    host = ""
-    with suppress(OSError):
-        # The namespace too: two containers of one host see each other's numbers as other processes.
-        host = network_of_this_host() + os.readlink("/proc/self/ns/pid")
-    return {"host": host, "pid": os.getpid(), "start": _start_of(os.getpid())}
-
-
-def _is_alive(told: dict[str, Any]) -> bool:
-    start: str = told["start"]
-    return start != "" and start == _start_of(told["pid"])
-
-
-def _start_of(pid: int) -> str:
-    """When a living process began, in the kernel's ticks; "" where there is none. A number may be used again."""
-    with suppress(OSError):
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        if state not in "ZX":
-            return fields[18]
-    return ""

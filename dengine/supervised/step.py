@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from dengine.distributed import world
+from dengine.distributed.gradients import Count
 from dengine.engine import Absent, Engine, EventEnum, Events
-from dengine.supervised.batches import LossFunction, ModelFunction, PrepareBatch, WeightFunction, detached
+from dengine.supervised.batches import (
+    LossFunction,
+    ModelFunction,
+    PrepareBatch,
+    WeightFunction,
+    detached,
+    num_samples,
+    pair_on_device,
+)
+from dengine.supervised.known import num_alike
 from dengine.supervised.updates import Update
 
 if TYPE_CHECKING:
@@ -56,6 +66,10 @@ class TrainStep:
         self._num_pending = 0  # batches whose gradients no step has used yet
         self._spare: Any = None  # the last one of these
         self._has_stepped = False
+        # Where nobody but the data decides how many samples a batch has, it may be known of many at once.
+        is_told_by_data = functions.weight is num_samples and functions.prepare_batch is pair_on_device
+        self._looks_ahead = is_told_by_data and update.takes_counts and not update.is_alone
+        self._num_alike = self._count_alike = 0  # the first batches of the epoch that count alike on all ranks
 
     def attach(self, engine: Engine) -> None:
         engine.register_events(SupervisedEvents)
@@ -80,12 +94,18 @@ class TrainStep:
             batch = batch.spare
             self._refuse_talking_norm()
         inputs, targets = self._functions.prepare_batch(batch, self._device)
+        count = 0 if is_absent else self._counted(inputs, targets)
+        if number == 1 and self._looks_ahead:
+            self._num_alike, self._count_alike = num_alike(engine.state.dataloader, int(count)), int(count)
+        is_known = number <= self._num_alike
+        if is_known and count != self._count_alike:
+            self._refuse_other_count(number, count)
         if is_last:
-            pred, loss = self._pass(inputs, targets, is_absent=is_absent, is_last=True)
+            pred, loss = self._pass(inputs, targets, count, is_absent=is_absent, is_last=True, is_known=is_known)
             self._step(engine)
         else:
             with self._update.no_sync():
-                pred, loss = self._pass(inputs, targets, is_absent=is_absent, is_last=False)
+                pred, loss = self._pass(inputs, targets, count, is_absent=is_absent, is_last=False)
             self._spare = batch
         pred, loss = detached(pred), loss.detach()
         if self._functions.output is not None:
@@ -94,18 +114,28 @@ class TrainStep:
 
     # -- parts of an iteration -------------------------------------------------------------------------------------
 
-    def _pass(self, inputs: Any, targets: Any, *, is_absent: bool, is_last: bool) -> tuple[Any, Tensor]:
+    def _counted(self, inputs: Any, targets: Any) -> Count:
+        return self._functions.weight(inputs, targets) if self._update.takes_counts else 1
+
+    def _pass(
+        self, inputs: Any, targets: Any, count: Count, *, is_absent: bool, is_last: bool, is_known: bool = False
+    ) -> tuple[Any, Tensor]:
         """Forward and backward; a batch that is only there to take part with leaves no trace in the model."""
+        self._update.begin(count, is_last=is_last, is_alike=is_known)
         if is_absent:
-            self._update.begin(0, is_last=is_last)
             with _in_eval_mode(self._model):
                 pred, loss = self._forward(inputs, targets)
         else:
-            count = self._functions.weight(inputs, targets) if self._update.takes_counts else 1
-            self._update.begin(count, is_last=is_last)
             pred, loss = self._forward(inputs, targets)
         self._update.backward(loss)
         return pred, loss
+
+    def _refuse_other_count(self, number: int, count: Count) -> None:
+        raise RuntimeError(
+            f"Batch {number} of the epoch has {count} samples, but its data said at the beginning of the epoch that it "
+            f"would have {self._count_alike}, and the other ranks rely on that. Data that change meanwhile need "
+            "weight=, for example weight=lambda inputs, targets: len(targets): then ranks tell each other every count."
+        )
 
     def _refuse_talking_norm(self) -> None:
         if any(isinstance(module, nn.SyncBatchNorm) for module in self._model.modules()):
@@ -137,6 +167,7 @@ class TrainStep:
     def _begin(self, engine: Engine) -> None:
         state = engine.state
         self._num_pending, self._spare = 0, None  # of a run that failed
+        self._num_alike = 0  # an epoch that is gone on with may do so in other batches
         self._update.forget()
         self._train_mode(engine)
         if state.iteration and self._update.scaler is not None:
@@ -168,7 +199,7 @@ class TrainStep:
         if not self._update.is_alone:
             # What was added up inside no_sync() is sent by a backward pass of no weight.
             inputs, targets = self._functions.prepare_batch(self._spare, self._device)
-            self._pass(inputs, targets, is_absent=True, is_last=True)
+            self._pass(inputs, targets, 0, is_absent=True, is_last=True)
         self._step(engine)
         self._tell(engine)
 

@@ -27,7 +27,7 @@ class Update(Protocol):
 
     def zero_grad(self) -> None: ...
     def no_sync(self) -> AbstractContextManager[None]: ...
-    def begin(self, count: Count, *, is_last: bool) -> None: ...
+    def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self) -> None: ...
     def forget(self) -> None: ...
@@ -71,9 +71,9 @@ class _Weighted:
         self.no_sync = self._mean.no_sync
         self.forget = self._mean.forget
 
-    def begin(self, count: Count, *, is_last: bool) -> None:
+    def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None:
         if self.takes_counts:
-            self._mean.begin(count, self._accelerator.device, is_last=is_last)
+            self._mean.begin(count, self._accelerator.device, is_last=is_last, is_alike=is_alike)
 
     def backward(self, loss: Tensor) -> None:
         if self.takes_counts:
@@ -120,7 +120,7 @@ class _DeepSpeed:
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def begin(self, count: Count, *, is_last: bool) -> None:
+    def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None:
         self._accelerator.sync_gradients = is_last
 
     def backward(self, loss: Tensor) -> None:

@@ -1,0 +1,51 @@
+"""How many of an epoch's batches are known, before they are there, to count alike on all ranks."""
+
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, default_collate
+
+from dengine.distributed import all_reduce
+from dengine.supervised.batches import num_samples
+
+__all__ = ["num_alike"]
+
+
+def num_alike(data: Any, first_count: int) -> int:
+    """How many of the first batches of a pass over `data` have `first_count` samples, as the first one has, on all
+    ranks. 0 where ranks differ, or where one of them cannot tell.
+
+    Collective. Cost: one small all-reduce, and for a list one look at each batch.
+    """
+    count, num_batches = _leading(data)
+    if count != first_count:
+        num_batches = 0
+    told = {"largest": first_count, "smallest": -first_count, "num_batches": -num_batches}
+    found = all_reduce(told, "max", name="the number of samples of a batch")
+    return -found["num_batches"] if found["largest"] == -found["smallest"] else 0
+
+
+def _leading(data: Any) -> tuple[int, int]:
+    """The number of samples of the first batch, and how many batches from it on have as many."""
+    if type(data) in (list, tuple):
+        return _leading_of_list(data)
+    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
+        return 0, 0
+    # Any other collate_fn may leave samples out, or make several of one.
+    is_plain = type(data.batch_sampler) is BatchSampler and data.collate_fn is default_collate
+    if not is_plain or not isinstance(data.batch_size, int):
+        return 0, 0
+    return data.batch_size, len(data.sampler) // data.batch_size  # type: ignore[arg-type]
+
+
+def _leading_of_list(batches: Any) -> tuple[int, int]:
+    first = 0
+    for number, batch in enumerate(batches):
+        try:
+            count = num_samples(*batch)
+        except TypeError:  # no pair, or one without samples: told where it is that batch's turn
+            return first, number
+        if number == 0:
+            first = count
+        elif count != first:
+            return first, number
+    return first, len(batches)
