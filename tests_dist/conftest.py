@@ -29,6 +29,9 @@ def tag() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(TAG, tag)
         patch.setenv("PYTHONPATH", os.pathsep.join(PATHS), prepend=os.pathsep)
+        # torch's store asks for the name of every address that it connects to, and waits 5 s and more where a machine's
+        # name server drops a question: glibc's own setting, for times that depend on the code alone.
+        patch.setenv("RES_OPTIONS", "timeout:1 attempts:1")
         start_server()  # here, so that it belongs to the session and not to the first test that uses it
         yield tag
 

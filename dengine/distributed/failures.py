@@ -131,7 +131,7 @@ class Failures:
 
     def _note_out(self, run: int) -> None:
         """Count this rank among those that left `run` by an exception, and note whether all left it at one place."""
-        if self._standing.is_broken or self._standing.is_over:
+        if self._standing.is_broken or self._standing.is_over or self._standing.is_lost:
             return
         joined = f"{num_joined(self._here.size)} {self._ledger.num_calls}"
         with suppress(RuntimeError):  # the store is gone
@@ -147,15 +147,17 @@ class Failures:
         if self._store.add(f"failures/{failure.run}", 1) <= _TOLD_PER_RUN:
             self._messages.publish(kind="failed", failure=failure.to_dict())
 
-    def hear(self, failure: Failure) -> None:
+    def hear(self, failure: Failure, *, is_lost: bool = False) -> None:
+        """Of a failure; `is_lost`: with it the store, which nobody is to ask then, as a request to it may take long."""
         with self._hearing:
             if failure.run in self._forgiven:
                 return
             if self._standing.failure is not None:
                 self._later.append(failure)
+                self._standing.note(is_lost=is_lost)
                 return
             self._heard_at_s = time.monotonic()
-            self._standing.note(failure=failure)
+            self._standing.note(failure=failure, is_lost=is_lost)
         for run in self._runs.under_way:
             run.interrupt()
         self._link.connections.wake()
@@ -245,10 +247,10 @@ class Failures:
         at = f"{meeting.host}:{meeting.port}"
         if meeting.is_hosted_by_rank_zero and self._here.rank != 0:
             why = f"the store at {at}, which its process hosted, is gone ({error})"
-            self.hear(Failure("vanished", 0, why, self.last_seen_of_rank_zero))
+            self.hear(Failure("vanished", 0, why, self.last_seen_of_rank_zero), is_lost=True)
         else:
             say(f"dengine: rank {self._here.rank} lost the store at {at} ({error}): it runs on by itself.\n")
-        standing.note(is_lost=True)
+            standing.note(is_lost=True)
         if standing.failure is not None:
             self.break_group()
 
@@ -270,6 +272,5 @@ class Failures:
         """Rank 0's process, which hosts the store, does not answer: nobody can be asked who hangs."""
         text = f"Rank 0, which hosts the store, has not answered for {timeout_s:g} s: its process is stopped or hangs"
         text += ", or its host is not reached." if may_be_unreached else "."
-        self.hear(Failure("stalled", 0, text, self.last_seen_of_rank_zero, is_frozen=True))
-        self._standing.note(is_lost=True)
+        self.hear(Failure("stalled", 0, text, self.last_seen_of_rank_zero, is_frozen=True), is_lost=True)
         self.break_group()
