@@ -18,6 +18,14 @@ from dengine.cli.doctor.report import Finding, Header, Report, Verdict, ranks_te
 from dengine.distributed.launch import choose_launch
 
 HOSTS = {0: "node1", 1: "node1", 2: "node2", 3: "node2"}
+AT_MASTER = {
+    "name": "localhost",
+    "address": "127.0.0.1",
+    "port": 1,
+    "is_host": False,
+    "connect_s": 0.001,
+    "lookup_s": 0.001,
+}
 LAUNCHER = re.compile(r"(RANK|WORLD_SIZE|LOCAL_|GROUP_|MASTER_|TORCHELASTIC|SLURM|OMPI_|PMI_|GLOO_|NCCL_).*")
 
 
@@ -168,10 +176,17 @@ def test_a_variable_of_nccl_that_differs_on_one_rank_is_named() -> None:
 
 
 def test_a_master_that_is_a_loopback_address_is_doubtful_with_several_hosts() -> None:
-    told = {"name": "localhost", "address": "127.0.0.1", "port": 1, "is_host": False, "connect_s": 0.001}
-    facts = of_each("master", told, told, told)
+    facts = of_each("master", AT_MASTER, AT_MASTER, AT_MASTER)
     assert master.judge_master(facts, HOSTS).verdict is Verdict.WARN
     assert master.judge_master(facts, dict.fromkeys(HOSTS, "node1")).verdict is Verdict.OK
+
+
+def test_a_name_server_that_does_not_answer_is_told_with_the_rank_that_waits_for_it() -> None:
+    facts = of_each("master", AT_MASTER, AT_MASTER, {**AT_MASTER, "lookup_s": 5.004})
+    found = master.judge_master(facts, dict.fromkeys(HOSTS, "node1"))
+    assert found.verdict is Verdict.WARN
+    assert "what 127.0.0.1 is called takes 5.0 s (rank 2)" in found.figure
+    assert "RES_OPTIONS" in found.advice
 
 
 # -- software ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from dengine.distributed.standing import Standing
 __all__ = ["Control"]
 
 _LEAVE_S = 2.0
+_LATE_S = 0.3
 
 
 class Control:
@@ -135,13 +136,15 @@ class Control:
         return self.standing.all_left or self.link.store.check(["all_left"])
 
     def close(self, *, is_failing: bool) -> None:
-        """End the threads; where this rank fails, free those who wait for it. Cost: 2 s at most."""
+        """End the threads; where this rank fails, free those who wait for it. Cost: 2.3 s at most."""
         self.standing.is_closed = True
         self.link.connections.wake()
         with suppress(RuntimeError):  # the store is gone
             if is_failing:
-                if self.standing.is_lost or not self.standing.is_broken:  # else all others break off too
+                if not self.standing.is_broken:  # else all others break off by themselves
                     self.link.connections.hang_up()
+                elif self.standing.is_lost:  # at once, and they may be late
+                    time.sleep(_LATE_S)
                 if not self.standing.is_lost and self.link.store.add("ended", 1) == 1:
                     self.messages.publish(kind="end")
             self._thread.join(timeout=_LEAVE_S)  # else it would be cut down at the process's end, and take it along

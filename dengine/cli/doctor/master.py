@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,8 @@ __all__ = ["MasterError", "judge_master", "reach_master", "unmet"]
 
 _ATTEMPT_S = 3.0
 _PAUSE_S = 0.1
+_SLOW_LOOKUP_S = 1.0
+_LONGEST_LOOKUP_S = 7.0  # a name server that does not answer is asked again after 5 s
 
 
 class MasterError(Exception):
@@ -33,7 +36,7 @@ def reach_master(launch: Launch | None, timeout_s: float) -> dict[str, Any]:
     if launch is None:
         return {}
     address = _resolved(launch)
-    told = {"name": launch.master_addr, "address": address, "port": launch.master_port}
+    told = {"name": launch.master_addr, "address": address, "port": launch.master_port, "lookup_s": _lookup_s(address)}
     if launch.rank == 0 and not is_agents_store(os.environ):
         _check_port(launch, address)
         return {**told, "is_host": True}
@@ -64,7 +67,19 @@ def judge_master(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fin
             f"{addresses[0]} is a loopback address, and there are {len(set(hosts.values()))} hosts",
             "it works only where they share a network: set MASTER_ADDR to a name of the first host that all resolve.",
         )
-    return Finding("master", Verdict.OK, figure, data={"connect_s": times})
+    lookups = {rank: each["lookup_s"] for rank, each in named.items()}
+    asks_longest = max(lookups, key=lambda rank: lookups[rank])
+    if lookups[asks_longest] > _SLOW_LOOKUP_S:
+        return Finding(
+            "master",
+            Verdict.WARN,
+            f"{figure}; to ask a name server what {named[asks_longest]['address']} is called takes "
+            f"{lookups[asks_longest]:.1f} s ({ranks_text([asks_longest], hosts)})",
+            "torch's store asks that for every connection, and where one fails, and all wait meanwhile: see that the "
+            "servers in /etc/resolv.conf answer, or export RES_OPTIONS='timeout:1 attempts:1' on all ranks.",
+            data={"connect_s": times, "lookup_s": lookups},
+        )
+    return Finding("master", Verdict.OK, figure, data={"connect_s": times, "lookup_s": lookups})
 
 
 def _resolved(launch: Launch) -> str:
@@ -78,6 +93,21 @@ def _resolved(launch: Launch) -> str:
         ) from error
     # As torch does, IPv4 where there is one.
     return str(min(found, key=lambda each: each[0] != socket.AF_INET)[4][0])
+
+
+def _lookup_s(address: str) -> float:
+    """How long this host takes to find a name for an address, or to learn that it has none: at most about 7 s."""
+    as_torch_does = address if ":" in address else f"::ffff:{address}"
+    began = time.monotonic()
+
+    def look_up() -> None:
+        with suppress(OSError):
+            socket.getnameinfo((as_torch_does, 0), 0)
+
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(_LONGEST_LOOKUP_S)
+    return time.monotonic() - began
 
 
 def _check_port(launch: Launch, address: str) -> None:
