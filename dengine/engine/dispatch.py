@@ -72,14 +72,15 @@ class Channel:
     of a channel in an iteration in which nobody is due.
     """
 
-    __slots__ = ("count", "due", "event", "handlers", "subscriptions")
+    __slots__ = ("count", "due", "due_with_options", "event", "plain_handlers", "subscriptions")
 
     def __init__(self, event: AnyEvent) -> None:
         self.event = event
         self.count = 0  # times fired in this run; the loop keeps the counts of iterations and epochs itself
         self.due = NEVER
+        self.due_with_options = NEVER  # the same of those that have options, to which nobody has to look before
         self.subscriptions: tuple[Subscription, ...] = ()
-        self.handlers: tuple[Handler, ...] | None = ()  # the same, where no subscription has options
+        self.plain_handlers: tuple[Handler, ...] = ()  # of those without options
 
     def add(self, subscription: Subscription) -> None:
         # sorted() is stable: registration order within one priority.
@@ -92,14 +93,14 @@ class Channel:
         """Counts begin anew, or may jump: have everybody looked at on the next firing."""
         for subscription in self.subscriptions:
             subscription.due = 0
-        self.due = 0 if self.subscriptions else NEVER
+        self._look_for_due()
 
     def fire(self, engine: Engine, count: int) -> None:
         """Call everybody who is due at `count`. Who is called is settled before the first call."""
         outer, engine.firing = engine.firing, self.event
         try:
-            if self.handlers is not None:
-                for handler in self.handlers:
+            if count < self.due_with_options:
+                for handler in self.plain_handlers:
                     handler(engine)
             else:
                 for subscription in self.ready(count):
@@ -119,22 +120,23 @@ class Channel:
     def ready(self, count: int) -> list[Subscription]:
         """Those who are due at `count`, but for their `filter`, which is asked when their turn has come."""
         ready = []
-        soonest = NEVER
         for subscription in self.subscriptions:
             if subscription.due <= count:
                 if subscription.admits(count):
                     ready.append(subscription)
                 subscription.due = subscription.due_after(count)
-            soonest = min(soonest, subscription.due)
-        self.due = soonest
+        self._look_for_due()
         return ready
 
     def _set(self, subscriptions: tuple[Subscription, ...]) -> None:
         # New tuples, never a changed one: a firing under way goes on with the tuple it began with.
         self.subscriptions = subscriptions
-        is_plain = all(each.is_plain for each in subscriptions)
-        self.handlers = tuple(each.handler for each in subscriptions) if is_plain else None
-        self.due = min((each.due for each in subscriptions), default=NEVER)
+        self.plain_handlers = tuple(each.handler for each in subscriptions if each.is_plain)
+        self._look_for_due()
+
+    def _look_for_due(self) -> None:
+        self.due_with_options = min((each.due for each in self.subscriptions if not each.is_plain), default=NEVER)
+        self.due = 0 if self.plain_handlers else self.due_with_options
 
 
 class Dispatcher:

@@ -613,7 +613,9 @@ class Engine:
         self._fire(self._dispatcher.channel(event))
 
     def _fire(self, channel: Channel) -> None:
-        if channel.event in _PER_ITERATION or channel.event in _PER_EPOCH:
+        if not channel.subscriptions:
+            channel.count += 1
+        elif channel.event in _PER_ITERATION or channel.event in _PER_EPOCH:
             # Fired by hand, a count may come twice: neither call takes another one's place.
             channel.rewind()
             channel.fire(self, self.state.iteration if channel.event in _PER_ITERATION else self.state.epoch + 1)

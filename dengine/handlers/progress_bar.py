@@ -83,6 +83,7 @@ class _Display:
         self._output_transform = output_transform
         self._bar: tqdm[Any] | None = None
         self._drawn_s = 0.0
+        self._pause_s = 0.0  # from one drawing, or line, to the next
         self._started_s = 0.0
         self._first_iteration = 0
         self._num_done = 0  # state.epoch_iteration counts one that failed
@@ -104,19 +105,19 @@ class _Display:
         self._num_done = self._first_iteration = (
             engine.state.epoch_iteration
         )  # not 0 where a run was resumed within an epoch
-        self._drawn_s = 0.0 if _is_interactive() else time.monotonic()
+        # To ask costs a system call, so it is done once an epoch, and where something is shown.
+        self._drawn_s, self._pause_s = (0.0, _REDRAW_S) if _is_interactive() else (time.monotonic(), _LINE_S)
 
     def _advance(self, engine: Engine) -> None:
         self._is_open = True
         self._num_done = engine.state.epoch_iteration
         now_s = time.monotonic()
-        if now_s - self._drawn_s < _REDRAW_S:
+        if now_s - self._drawn_s < self._pause_s:
             return
+        self._drawn_s = now_s
         if _is_interactive():
-            self._drawn_s = now_s
             self._draw(engine)
-        elif now_s - self._drawn_s >= _LINE_S:
-            self._drawn_s = now_s
+        else:
             self._print(engine)
 
     def _finish(self, engine: Engine) -> None:

@@ -43,8 +43,9 @@ class BatchQueue:
         prediction, target = output
         if not self._rows:  # not before the second of a kind: the last batch of an epoch is often the only one of its
             self._make_room(prediction, target)
-        for row, part in zip(self._rows[self._num_waiting], (prediction, target), strict=True):
-            row.copy_(part.detach() if part.requires_grad else part)
+        prediction_row, target_row = self._rows[self._num_waiting]
+        prediction_row.copy_(prediction.detach() if prediction.requires_grad else prediction)
+        target_row.copy_(target.detach() if target.requires_grad else target)
         self._num_waiting += 1
         return True
 

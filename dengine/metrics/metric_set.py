@@ -35,6 +35,7 @@ class MetricSet:
         self._transforms: dict[int, OutputTransform | None] = {}
         self._given_transforms: dict[int, OutputTransform | None] = {}  # None: the metric's default
         self._reduction = Reduction()
+        self._no_grad = torch.no_grad()  # to make one takes as long as to enter it
         # What an iteration runs, one call a leaf: compiled when a metric is added.
         self.updates: tuple[Callable[[Any], None], ...] = ()
 
@@ -69,7 +70,7 @@ class MetricSet:
         return True
 
     def update(self, output: Any) -> None:
-        with torch.no_grad():
+        with self._no_grad:
             for update in self.updates:
                 update(output)
 

@@ -12,6 +12,8 @@ _TARGET_KEYS = ("label", "labels", "y", "target", "targets")
 
 def prediction_and_target(output: Any) -> Any:
     """The `(prediction, target)` pair of a mapping that has both; anything else as it is."""
+    if type(output) is dict and "pred" in output and "label" in output:  # a supervised step's: once an iteration
+        return output["pred"], output["label"]
     if isinstance(output, Mapping):
         prediction = next((key for key in _PREDICTION_KEYS if key in output), None)
         target = next((key for key in _TARGET_KEYS if key in output), None)
