@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore  # type: ignore[attr-defined]
 
 from dengine.distributed.interface import is_reached_by_name, network_of_this_host
 from dengine.distributed.launch import Launch, is_agents_store
+from dengine.distributed.store import open_store
 from dengine.errors import LaunchError
 
 __all__ = ["meet"]
@@ -34,7 +35,6 @@ _LOOK_S = 0.01  # how often rank 0 looks who has come
 _LATER_S = 5.0  # how much longer than rank 0 the others wait for it to say who has not
 _READ_S = 2.0  # how long they take to hear it
 _NUM_SHOWN = 64
-_BACKLOG = 4096  # ranks may all come at once; the kernel's own limit is the lower one
 
 # By address: the store of a job, which outlives its groups.
 _stores: dict[tuple[str, int], Any] = {}
@@ -77,46 +77,15 @@ def meet(launch: Launch, timeout_s: float) -> tuple[Any, str]:
 
 
 def _store(launch: Launch, timeout_s: float) -> Any:
-    """Under torchrun the agent's, else rank 0 hosts it, once for all groups: a second one on the same port could be
-    taken for the first by a rank that comes early.
+    """One for all groups: a second one that rank 0 hosts on the same port could be taken for the first by a rank that
+    comes early.
     """
     address = (launch.master_addr, launch.master_port)
     if address not in _stores:
-        is_host = launch.rank == 0 and not is_agents_store(os.environ)
-        # Not waiting for the others: who has not come is to be named.
-        options: dict[str, Any] = {
-            "timeout": timedelta(seconds=timeout_s),
-            "wait_for_workers": False,
-            "multi_tenant": True,
-        }
-        if is_host:
-            with _listening(address) as listener:
-                options |= {"is_master": True, "master_listen_fd": listener.fileno()}
-                _stores[address] = TCPStore(*address, launch.size, **options)
-                listener.detach()  # the store's, now
-        else:
-            _stores[address] = TCPStore(*address, launch.size, is_master=False, **options)
+        _stores[address] = open_store(launch, timeout_s)
     store = _stores[address]
     store.set_timeout(timedelta(seconds=timeout_s))
     return store
-
-
-def _listening(address: tuple[str, int]) -> socket.socket:
-    """A socket for the store to listen at, on all interfaces.
-
-    Of IPv4, where the master has an address of that. The store's own socket is of both kinds and shows clients of IPv4
-    as `::ffff:127.0.0.1`, which no /etc/hosts lists; the store looks up the name of each client, by the thread that
-    answers all requests, so that a name server which does not answer stops it for 5 s and more.
-    """
-    host, port = address
-    try:
-        families = {info[0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    except OSError:
-        families = set()
-    is_ipv6 = families == {socket.AF_INET6}
-    return socket.create_server(
-        ("", port), family=socket.AF_INET6 if is_ipv6 else socket.AF_INET, backlog=_BACKLOG, dualstack_ipv6=is_ipv6
-    )
 
 
 def _arrive(store: Any, launch: Launch, end_s: float) -> str:

@@ -68,7 +68,8 @@ def test_a_save_after_an_interrupted_wait_waits_for_the_write_that_goes_on(
 
     def waiting(writing: Writing[Any], timeout_s: float) -> bool:
         run_waits.set()
-        return within(writing, 30.0)
+        # In short waits: Python sees a signal that comes just before one when that is over.
+        return any(within(writing, 0.1) for _ in range(300))
 
     def awaited(writing: Writing[Any]) -> Any:
         gate.set()

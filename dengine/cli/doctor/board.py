@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 
-from dengine.distributed.launch import Launch, is_agents_store
+from dengine.distributed.launch import Launch
+from dengine.distributed.store import open_store
 
 __all__ = ["Board", "BoardLostError", "open_board"]
 
@@ -99,16 +100,7 @@ def open_board(launch: Launch | None, timeout_s: float) -> Board:
     """
     if launch is None:
         return Board(HashStore(), 0, 1)
-    is_host = launch.rank == 0 and not is_agents_store(os.environ)
-    store = TCPStore(
-        launch.master_addr,
-        launch.master_port,
-        launch.size,
-        is_master=is_host,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        multi_tenant=is_host,  # the process group that is tried later is hosted by the same server
-    )
+    store = open_store(launch, timeout_s)  # the process group that is tried later is hosted by the same server
     store.set_timeout(timedelta(seconds=_OPERATION_S))
     # An agent's store outlives its workers, and keeps what those before a restart have said.
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"

@@ -1,0 +1,49 @@
+"""Where the store of the ranks listens."""
+
+import socket
+from datetime import timedelta
+
+import pytest
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+from dengine.distributed.launch import Launch
+from dengine.distributed.store import _listening, open_store
+
+
+def at(port: int) -> Launch:
+    return Launch(
+        "environment", 0, 1, local_rank=0, local_size=1, node_rank=0, master_addr="127.0.0.1", master_port=port
+    )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("host", "family"), [("127.0.0.1", socket.AF_INET), ("localhost", socket.AF_INET), ("::1", socket.AF_INET6)]
+)
+def test_the_store_listens_by_ipv4_where_the_master_has_such_an_address(host: str, family: int) -> None:
+    """Clients of IPv4 are shown as ::ffff:127.0.0.1 by a socket of both kinds, and no /etc/hosts names that."""
+    if family == socket.AF_INET6 and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    listener = _listening((host, 0))
+    assert listener is not None
+    with listener:
+        assert listener.family == family
+
+
+@pytest.mark.parametrize("is_torchs", [False, True])
+def test_a_process_that_hosts_a_store_there_already_shares_it(is_torchs: bool) -> None:
+    """As the doctor's board, or init_process_group() of the user's own, has left one."""
+    port = free_port()
+    options = {"is_master": True, "wait_for_workers": False, "multi_tenant": True, "timeout": timedelta(seconds=5)}
+    first = TCPStore("127.0.0.1", port, 1, **options) if is_torchs else open_store(at(port), 5.0)
+    first.set("said", "1")
+    assert open_store(at(port), 5.0).get("said") == b"1"
+
+
+def test_a_port_that_another_process_holds_is_an_error() -> None:
+    with socket.create_server(("", 0)) as taken, pytest.raises(DistError, match="EADDRINUSE|in use"):
+        open_store(at(taken.getsockname()[1]), 2.0)
