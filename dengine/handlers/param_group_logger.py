@@ -6,7 +6,6 @@ from dengine.distributed import world
 from dengine.engine import Engine
 from dengine.handlers.step import StepTransform, step_of
 from dengine.handlers.tracking_handler import sink_of
-from dengine.tracking.values import flat
 
 __all__ = ["ParamGroupLogger"]
 
@@ -57,4 +56,4 @@ class ParamGroupLogger:
                     values[name + suffix] = group[name]
             for number, beta in enumerate(group.get("betas", ()), start=1):
                 values[f"beta{number}{suffix}"] = beta
-        self._sink(flat(values), step_of(engine, self._step_transform))
+        self._sink(values, step_of(engine, self._step_transform))

@@ -8,6 +8,7 @@ import torch
 from dengine.distributed import world
 from dengine.engine import Engine
 from dengine.handlers.step import StepTransform, step_of
+from dengine.tracking.run import Run
 from dengine.tracking.values import flat
 
 __all__ = ["Sink", "TrackingHandler", "metrics_and_outputs", "sink_of"]
@@ -78,7 +79,7 @@ class TrackingHandler:
             return
         values = self._values(engine)
         if values:
-            self._sink(flat(values), step_of(engine, self._step_transform))
+            self._sink(values, step_of(engine, self._step_transform))
 
     def _values(self, engine: Engine) -> dict[str, Any]:
         outputs = self._outputs(engine)
@@ -130,10 +131,12 @@ def metrics_and_outputs(
 
 
 def sink_of(run: Any) -> Sink:
-    """How rows are written to `run`, whatever it is of what people log to.
+    """How values are written to `run`, whatever it is of what people log to.
 
     Raises: TypeError: it has no way that is known.
     """
+    if isinstance(run, Run):  # it reads and joins them itself
+        return run.log
     if callable(getattr(run, "add_scalar", None)):  # a SummaryWriter
 
         def add_scalars(values: dict[str, Any], step: int) -> None:
@@ -144,7 +147,7 @@ def sink_of(run: Any) -> Sink:
     if callable(getattr(run, "log_metrics", None)):  # the module mlflow
         return lambda values, step: run.log_metrics(_numbers(values), step=step)
     if callable(getattr(run, "log", None)):
-        return lambda values, step: run.log(values, step=step)
+        return lambda values, step: run.log(flat(values), step=step)
     if hasattr(getattr(run, "info", None), "run_id"):  # what mlflow.start_run() gives
         import mlflow
 
@@ -169,4 +172,4 @@ def _fits(value: Any) -> bool:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items() if not isinstance(value, str)}
+    return {name: float(value) for name, value in flat(values).items() if not isinstance(value, str)}

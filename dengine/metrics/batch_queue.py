@@ -6,17 +6,17 @@ import torch
 
 __all__ = ["BatchQueue"]
 
-_NUM_BATCHES = 16
+_NUM_BATCHES = 32
 _MAX_BYTES = 64 * 1024  # of one batch: from there on a copy costs about as much as it saves
 
 _Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 class BatchQueue:
-    """Copies of up to 16 `(prediction, target)` pairs of one kind, taken out as one pair.
+    """Copies of up to 32 `(prediction, target)` pairs of one kind, taken out as one pair.
 
     Copies, as the tensors that a step gives may be written again by the next one. They stay on their device: two small
-    copies for each batch, and up to 2 MiB.
+    copies for each batch, and up to 4 MiB.
     """
 
     def __init__(self) -> None:

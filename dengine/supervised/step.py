@@ -26,7 +26,7 @@ from dengine.supervised.updates import Update
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Functions", "SupervisedEvents", "TrainStep"]
+__all__ = ["Functions", "SupervisedEvents", "train_step"]
 
 _FIRST = 1_000_000  # as a priority
 
@@ -94,7 +94,9 @@ class TrainStep:
             batch = batch.spare
             self._refuse_talking_norm()
         inputs, targets = self._functions.prepare_batch(batch, self._device)
-        count = 0 if is_absent else self._counted(inputs, targets)
+        count: Count = 0 if is_absent else 1
+        if not is_absent and self._update.takes_counts:
+            count = self._functions.weight(inputs, targets)
         if number == 1 and self._looks_ahead:
             self._num_alike, self._count_alike = num_alike(engine.state.dataloader, int(count)), int(count)
         is_known = number <= self._num_alike
@@ -107,15 +109,9 @@ class TrainStep:
             with self._update.no_sync():
                 pred, loss = self._pass(inputs, targets, count, is_absent=is_absent, is_last=False)
             self._spare = batch
-        pred, loss = detached(pred), loss.detach()
-        if self._functions.output is not None:
-            return self._functions.output(inputs, targets, pred, loss)
-        return {"loss": loss, "pred": pred, "label": targets}
+        return self._output(inputs, targets, pred, loss)
 
     # -- parts of an iteration -------------------------------------------------------------------------------------
-
-    def _counted(self, inputs: Any, targets: Any) -> Count:
-        return self._functions.weight(inputs, targets) if self._update.takes_counts else 1
 
     def _pass(
         self, inputs: Any, targets: Any, count: Count, *, is_absent: bool, is_last: bool, is_known: bool = False
@@ -162,6 +158,12 @@ class TrainStep:
             engine.state.grad_scaler = self._update.scaler.state_dict()  # type: ignore[attr-defined]
         self._has_stepped = True
 
+    def _output(self, inputs: Any, targets: Any, pred: Any, loss: Tensor) -> Any:
+        pred, loss = detached(pred), loss.detach()
+        if self._functions.output is not None:
+            return self._functions.output(inputs, targets, pred, loss)
+        return {"loss": loss, "pred": pred, "label": targets}
+
     # -- handlers --------------------------------------------------------------------------------------------------
 
     def _begin(self, engine: Engine) -> None:
@@ -202,6 +204,27 @@ class TrainStep:
             self._pass(inputs, targets, 0, is_absent=True, is_last=True)
         self._step(engine)
         self._tell(engine)
+
+
+class _PlainTrainStep(TrainStep):
+    """Where each batch is a step of its own, of this rank alone: what one writes by hand, and as fast."""
+
+    def __call__(self, engine: Engine, batch: Any) -> Any:
+        update = self._update
+        update.zero_grad()
+        inputs, targets = self._functions.prepare_batch(batch, self._device)
+        update.begin(1, is_last=True)
+        pred, loss = self._forward(inputs, targets)
+        update.backward(loss)
+        self._step(engine)
+        return self._output(inputs, targets, pred, loss)
+
+
+def train_step(
+    model: nn.Module, update: Update, accelerator: "Accelerator", functions: Functions, num_batches: int
+) -> TrainStep:
+    is_plain = update.is_alone and num_batches == 1
+    return (_PlainTrainStep if is_plain else TrainStep)(model, update, accelerator, functions, num_batches)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from dengine.supervised.batches import (
     pair_on_device,
 )
 from dengine.supervised.prepared import prepared
-from dengine.supervised.step import Functions, SupervisedEvents, TrainStep
+from dengine.supervised.step import Functions, SupervisedEvents, train_step
 from dengine.supervised.updates import update_for
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def create_supervised_trainer(
         output=output_transform,
     )
     update = update_for(model, optimizer, accelerator, num_batches, max_grad_norm)
-    step = TrainStep(model, update, accelerator, functions, num_batches)
+    step = train_step(model, update, accelerator, functions, num_batches)
     trainer = Engine(step, joined=world().size > 1, stop_every=num_batches)
     step.attach(trainer)
     return trainer

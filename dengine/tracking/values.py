@@ -15,6 +15,7 @@ __all__ = ["Scalar", "encode", "flat", "plain", "scalar", "to_json"]
 
 Scalar: TypeAlias = float | int | bool | str
 
+_ENCODE = json.JSONEncoder(allow_nan=False).encode
 _AS_IT_IS = (float, int, bool, str)
 _MAX_DEPTH = 100  # what contains itself is deeper than any
 
@@ -61,9 +62,9 @@ def flat(values: Mapping[str, Any]) -> dict[str, Scalar]:
 def encode(row: Mapping[str, Scalar]) -> bytes:
     """One line of JSON, strictly: a number that is not finite becomes "NaN", "Infinity" or "-Infinity"."""
     try:
-        line = json.dumps(row, allow_nan=False)
+        line = _ENCODE(row)
     except ValueError:
-        line = json.dumps(to_json(row), allow_nan=False)
+        line = _ENCODE(to_json(row))
     return line.encode() + b"\n"
 
 

@@ -14,7 +14,7 @@ from dengine.metrics.held import give_back, held
 from dengine.metrics.metric_set import MetricSet
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-NUM_BATCHES = 37  # two full queues and some
+NUM_BATCHES = 69  # two full queues and some
 
 
 def batches(sizes: list[int], num_classes: int = 5) -> list[Batch]:
@@ -30,7 +30,7 @@ def accuracy_of(seen: list[Batch]) -> float:
 
 
 @pytest.mark.parametrize(
-    "sizes", [[8] * NUM_BATCHES, [8] * 20 + [3] + [8] * 20, [8, 3] * 10, [8, 0, 8, 8, 0, 0, 8], [1] * 18, [5000] * 3]
+    "sizes", [[8] * NUM_BATCHES, [8] * 40 + [3] + [8] * 40, [8, 3] * 10, [8, 0, 8, 8, 0, 0, 8], [1] * 34, [5000] * 3]
 )
 def test_every_sample_counts_once_at_whatever_size_of_batches(sizes: list[int]) -> None:
     accuracy, recall, seen = Accuracy(), Recall(average="macro"), batches(sizes)
@@ -123,7 +123,7 @@ def test_a_value_read_from_a_copy_takes_nothing_from_the_metric() -> None:
 
 
 def test_inference_mode_comes_and_goes() -> None:
-    metric, seen = Accuracy(), batches([8] * 20)
+    metric, seen = Accuracy(), batches([8] * 40)
     for place, (scores, labels) in enumerate(seen):
         with torch.inference_mode(place % 3 != 0):
             metric.update((scores * 1, labels))
