@@ -92,7 +92,8 @@ def write(states: States, path: Path, entry: Entry) -> tuple[Path, Path, Entry]:
 def commit(temporary: Path, path: Path, entry: Entry, dropped: Sequence[Entry]) -> Entry:
     """Give the file or folder its name, then list it in the manifest, without those that are to go. Gives `entry`.
 
-    The manifest is written before either gets its name, so that a full disk is met before anything has changed.
+    The manifest is written before either gets its name, so that a full disk is met before anything has changed. What
+    fails is undone; an interrupt undoes nothing, and leaves what a kill would: a whole file, which is listed or found.
     """
     folder = path.parent
     with _listing:
@@ -111,9 +112,9 @@ def commit(temporary: Path, path: Path, entry: Entry, dropped: Sequence[Entry]) 
             raise
         try:
             storage.commit(listed, folder / manifest.FILE_NAME)
-        except BaseException:
+        except Exception:
             if is_new:
-                storage.remove(path)
+                _take_back(path)
             raise
     return entry
 
@@ -121,6 +122,13 @@ def commit(temporary: Path, path: Path, entry: Entry, dropped: Sequence[Entry]) 
 def _give_up(temporary: Path) -> None:
     storage.discard(temporary)
     storage.end(temporary)
+
+
+def _take_back(path: Path) -> None:
+    """Remove the file or folder, and the manifest where it lists that already: it is rebuilt from what there is."""
+    if path.name in manifest.survey(path.parent).listed:
+        storage.discard(path.parent / manifest.FILE_NAME)
+    storage.remove(path)
 
 
 def prune(folder: Path, dropped: Sequence[Entry]) -> None:

@@ -7,8 +7,8 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,38 +51,38 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
     """
-    handled = sys.exc_info()[1]
     make_folder(path.parent)
     temporary = temporary_path(path)
     begin(temporary)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
-        try:
-            result = write(descriptor)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except BaseException as error:
+        with _interrupts_told():
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+            try:
+                result = write(descriptor)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         end(temporary)
-        if (interrupt := _interrupt_behind(error, handled)) is not None:
-            raise interrupt from None
         raise
     return temporary, result
 
 
-def _interrupt_behind(error: BaseException, handled: BaseException | None) -> BaseException | None:
-    """The Ctrl-C that `error` came of: a file that is closed in its midst, as torch's, complains about that.
-
-    `handled`: what was being handled before, which is not where it came from.
-    """
-    behind = error.__context__
-    while behind is not None and behind is not handled:
-        if isinstance(behind, KeyboardInterrupt):
-            return behind
-        behind = behind.__context__
-    return None
+@contextmanager
+def _interrupts_told() -> Iterator[None]:
+    """Raise the Ctrl-C that an error came of: a file that is closed in its midst, as torch's, complains about that."""
+    handled = sys.exc_info()[1]  # before, which is not where an error of this block comes from
+    try:
+        yield
+    except Exception as error:
+        behind = error.__context__
+        while behind is not None and behind is not handled:
+            if isinstance(behind, KeyboardInterrupt):
+                raise behind from None
+            behind = behind.__context__
+        raise
 
 
 def temporary_path(path: Path) -> Path:
@@ -98,7 +98,8 @@ def commit(temporary: Path, path: Path) -> None:
 
     Raises:
         OSError: it cannot be renamed, or the folder not be flushed; the temporary file is gone then, and `path` is as
-            it was (but for what had that name before, and has been replaced by then).
+            it was (but for what had that name before, and has been replaced by then). Of what interrupts it (Ctrl-C),
+            `path` is as it was, or has what is new.
     """
     is_new, is_folder = not os.path.lexists(path), temporary.is_dir()
     try:
@@ -107,10 +108,10 @@ def commit(temporary: Path, path: Path) -> None:
         else:
             os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         if os.path.lexists(temporary):
             discard(temporary)
-        elif is_new:
+        elif is_new and isinstance(error, Exception):
             discard(path)
         raise
     finally:
@@ -146,7 +147,8 @@ def _free(doomed: Path) -> None:
 def discard(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, as far as it can be removed; no error where it cannot."""
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+        with _interrupts_told():
+            shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
             os.unlink(path)
@@ -206,7 +208,8 @@ def _swap_folders(temporary: Path, path: Path) -> None:
     try:
         os.rename(temporary, path)
     except BaseException:
-        os.rename(aside, path)
+        if not os.path.lexists(path):
+            os.rename(aside, path)
         raise
 
 

@@ -157,6 +157,9 @@ class Checkpoint:
             return
         try:
             self._save(due)
+        except KeyboardInterrupt:
+            self._kept = None  # only the folder knows whether it came before the file had its name, or after
+            raise
         finally:
             self._go()  # last, and with the states given up: from here on the thread takes turns of the interpreter
         if engine.firing in (Events.COMPLETED, Events.EXCEPTION_RAISED):
