@@ -54,15 +54,15 @@ class Work:
         return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
-def mlp(iterations: int) -> Work:
+def mlp(iterations: int, batch_size: int) -> Work:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
-    batches = [(torch.randn(64, 784), torch.randint(0, 10, (64,))) for _ in range(20)]
+    batches = [(torch.randn(batch_size, 784), torch.randint(0, 10, (batch_size,))) for _ in range(20)]
     return Work(make, [batches[number % 20] for number in range(iterations)])
 
 
-def conv(iterations: int) -> Work:
+def conv(iterations: int, batch_size: int) -> Work:
     def block(width_in: int, width: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(width_in, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
@@ -71,9 +71,9 @@ def conv(iterations: int) -> Work:
             block(3, 32), block(32, 64), block(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)
         )
 
-    return Work(
-        make, [(torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))) for _ in range(max(iterations // 9, 1))]
-    )
+    num_batches = max(iterations // 9, 1)
+    batches = [(torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,))) for _ in range(num_batches)]
+    return Work(make, batches)
 
 
 WORKS = {"mlp": mlp, "conv": conv}
@@ -276,12 +276,12 @@ NEEDED = {"ignite": "ignite", "fabric": "lightning", "lightning": "lightning", "
 
 
 def measure(
-    works: list[str], names: list[str], rounds: int, iterations: int
+    works: list[str], names: list[str], rounds: int, iterations: int, batch_size: int
 ) -> dict[str, dict[str, list[dict[str, float]]]]:
     """For each work and contestant the seconds an iteration of each round, of CPU and of wall-clock time."""
     taken: dict[str, dict[str, list[dict[str, float]]]] = {}
     for work_name in works:
-        work = WORKS[work_name](iterations)
+        work = WORKS[work_name](iterations, batch_size)
         folders = {name: Path(tempfile.mkdtemp(prefix=f"dengine-{name}-")) for name in names}
         epochs = {name: CONTESTANTS[name](work, folders[name]) for name in names}
         of_work: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -313,7 +313,7 @@ def one_rank(rank: int, size: int, port: int, log: str, options: Any, answers: A
     os.dup2(output, 1)  # bars and the peers' announcements
     os.dup2(output, 2)
     with distributed.process_group():
-        taken = measure(options.work, options.only, options.rounds, options.iterations)
+        taken = measure(options.work, options.only, options.rounds, options.iterations, options.batch_size)
     if rank == 0:
         answers.put(taken)
 
@@ -323,6 +323,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=938, help="of an epoch of the MLP; of the conv net a ninth")
+    parser.add_argument("--batch-size", type=int, default=64, help="of a rank")
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     options = parser.parse_args()

@@ -14,7 +14,7 @@ __all__ = ["Due", "Order", "Report", "write_file"]
 class Report:
     """What rank 0 tells all ranks: what is safe and kept, the last one, and what failed."""
 
-    kept: list[Entry] | None
+    kept: list[Entry]
     last: Path | None
     failure: str | None = None
 

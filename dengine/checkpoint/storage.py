@@ -72,14 +72,16 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
 
 @contextmanager
 def _interrupts_told() -> Iterator[None]:
-    """Raise the Ctrl-C that an error came of: a file that is closed in its midst, as torch's, complains about that."""
+    """Raise the interrupt (Ctrl-C, an exit by a signal's handler) that an error came of: a file that is closed in its
+    midst, as torch's, complains about that.
+    """
     handled = sys.exc_info()[1]  # before, which is not where an error of this block comes from
     try:
         yield
     except Exception as error:
         behind = error.__context__
         while behind is not None and behind is not handled:
-            if isinstance(behind, KeyboardInterrupt):
+            if not isinstance(behind, Exception):
                 raise behind from None
             behind = behind.__context__
         raise
@@ -204,8 +206,8 @@ def _swap_folders(temporary: Path, path: Path) -> None:
         os.rename(temporary, path)
         return
     discard(aside)
-    os.rename(path, aside)
     try:
+        os.rename(path, aside)
         os.rename(temporary, path)
     except BaseException:
         if not os.path.lexists(path):

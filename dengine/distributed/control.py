@@ -136,7 +136,7 @@ class Control:
         return self.standing.all_left or self.link.store.check(["all_left"])
 
     def close(self, *, is_failing: bool) -> None:
-        """End the threads; where this rank fails, free those who wait for it. Cost: 2.3 s at most."""
+        """End the threads; where this rank fails, free those who wait for it. Cost: 2.3 s at most, on rank 0 4.3 s."""
         self.standing.is_closed = True
         self.link.connections.wake()
         with suppress(RuntimeError):  # the store is gone

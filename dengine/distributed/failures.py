@@ -1,9 +1,9 @@
 """How one rank's failure becomes everybody's, and which one does not.
 
 The rank that raises tells the others first, then raises. Each rank hears of it, and its loops stop before their next
-iteration. Whoever is in a collective waits for the failed rank in C++: the connections are shut under it (`_break`),
-unless within a moment all ranks have left the run by an exception: one that all of them raise alike, and may handle,
-ends nothing but the run.
+iteration. Whoever is in a collective waits for the failed rank in C++: the connections are shut under it, unless within
+a moment all ranks have left the run by an exception: one that all of them raise alike, and may handle, ends nothing but
+the run.
 """
 
 import threading
@@ -225,7 +225,7 @@ class Failures:
             self.hear(each)
 
     def break_group(self) -> None:
-        """Free whoever waits in a collective, on this rank and on its peers, for the failure that there is."""
+        """Free whoever waits in a collective on this rank, for the failure that there is; the others do so as well."""
         failure = self._standing.failure
         assert failure is not None
         if failure.rank != self._here.rank:

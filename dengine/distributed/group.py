@@ -45,8 +45,8 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     A rank that torchrun started gets SIGTERM where that torchrun is killed: it does not train on unwatched.
 
     Inside it ranks leave together: where one raises, vanishes or hangs, all others raise what happened and where. Who
-    waits in a group that the script makes inside the block (`new_group()`) is told when the failed rank's process ends,
-    and no sooner.
+    waits in a group that the script makes inside the block (`new_group()`) cannot be freed: within a run its process is
+    ended, with the same message; outside of one it is told when the failed rank's process ends.
 
     Args:
         backend: "auto" is NCCL for CUDA tensors with Gloo beside it for CPU tensors, and Gloo alone without CUDA;

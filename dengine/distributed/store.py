@@ -31,17 +31,14 @@ def open_store(launch: Launch, timeout_s: float) -> TCPStore:
         "wait_for_workers": False,
         "multi_tenant": is_host,
     }
-    listener = _listening(address) if is_host else None
-    if listener is None:
-        return TCPStore(*address, launch.size, **options)
-    with listener:
-        store = TCPStore(*address, launch.size, master_listen_fd=listener.fileno(), **options)
-        listener.detach()  # the store's, now
-    return store
+    if is_host and (listener := _listening(address, is_one_host=launch.local_size == launch.size)) is not None:
+        options["master_listen_fd"] = listener.detach()  # the store's, even where it cannot be made
+    return TCPStore(*address, launch.size, **options)
 
 
-def _listening(address: tuple[str, int]) -> socket.socket | None:
-    """A socket for the store to listen at, on all interfaces; None where the port is taken, by this process maybe.
+def _listening(address: tuple[str, int], *, is_one_host: bool) -> socket.socket | None:
+    """A socket for the store to listen at, on all interfaces. None: torch is to open its own; the port is taken, by
+    this process maybe, or other hosts may know the master by an address of IPv6 that this one does not know.
 
     Of IPv4, where the master has an address of that. The store's own socket is of both kinds and shows clients of IPv4
     as `::ffff:127.0.0.1`, which no /etc/hosts lists; the store looks up the name of each client, by the thread that
@@ -49,10 +46,13 @@ def _listening(address: tuple[str, int]) -> socket.socket | None:
     """
     host, port = address
     try:
-        families = {info[0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
-        families = set()
-    is_ipv6 = families == {socket.AF_INET6}
+        return None  # torch's error says so
+    addresses = [str(place[0]) for family, *_, place in found if family == socket.AF_INET]
+    if addresses and not is_one_host and all(each.startswith("127.") for each in addresses):
+        return None
+    is_ipv6 = not addresses
     try:
         return socket.create_server(
             ("", port), family=socket.AF_INET6 if is_ipv6 else socket.AF_INET, backlog=_BACKLOG, dualstack_ipv6=is_ipv6

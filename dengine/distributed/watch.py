@@ -181,7 +181,12 @@ class Watch:
 
     def _end_frozen(self, rank: int) -> None:
         """A stopped process does not end by itself, and not by SIGTERM either."""
-        told = self._presence.told_by_host if self._standing.is_lost else self._presence.told(rank)
+        if not self._standing.is_lost:
+            told = self._presence.told(rank)
+        elif rank == 0:
+            told = self._presence.told_by_host
+        else:
+            return  # nobody can be asked any more which process that is
         if self._presence.is_seen_alive(told):
             with suppress(OSError):
                 os.kill(told["pid"], signal.SIGKILL)

@@ -118,7 +118,8 @@ class Checkpoint:
         self._step_transform = global_step_transform
         self._is_asynchronous = bool(asynchronous)
         self.last_path: Path | None = None
-        self._kept: list[Entry] | None = None  # None: the folder has not been looked at yet
+        self._kept: list[Entry] = []
+        self._has_looked = False  # into the folder, so that it holds what is kept
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._copy = HostCopy()
         self._is_leaving = threading.Event()
@@ -127,7 +128,7 @@ class Checkpoint:
 
     @property
     def saved(self) -> list[Saved]:
-        return [Saved(self._save_dir / each.name, each.step or 0, each.score) for each in self._kept or []]
+        return [Saved(self._save_dir / each.name, each.step or 0, each.score) for each in self._kept]
 
     @staticmethod
     def resume(save_dir: str | Path, to_load: Mapping[str, Any], filename_prefix: str = "checkpoint") -> Path | None:
@@ -157,8 +158,8 @@ class Checkpoint:
             return
         try:
             self._save(due)
-        except KeyboardInterrupt:
-            self._kept = None  # only the folder knows whether it came before the file had its name, or after
+        except BaseException:
+            self._has_looked = False  # an interrupt may have come before the file had its name, or after
             raise
         finally:
             self._go()  # last, and with the states given up: from here on the thread takes turns of the interpreter
@@ -247,7 +248,7 @@ class Checkpoint:
         """What to save now; None where the score is not among the best, or the last write has failed."""
         if self._writing is not None and self._writing[0].is_done and (report := self._settle()).failure:
             return report, None
-        found = None if self._kept is not None else self._survey()
+        found = None if self._has_looked else self._survey()
         score = None if self._score_function is None else score_of(engine, self._score_function, "a Checkpoint")
         # One that is still being written counts as saved: where it fails, the run ends.
         if not is_kept(score, self._expected(), self._n_saved):
@@ -264,8 +265,8 @@ class Checkpoint:
     def _order(self, due: Due, path: Path) -> Order:
         sequence = manifest.survey(self._save_dir).next_sequence
         entry = planned(path, self._prefix, due.step, due.score, self._score_name, tuple(self._objects), sequence)
-        dropped = to_drop(self._kept or [], entry, self._n_saved)
-        kept = [each for each in self._kept or [] if each not in dropped and each.name != entry.name]
+        dropped = to_drop(self._kept, entry, self._n_saved)
+        kept = [each for each in self._kept if each not in dropped and each.name != entry.name]
         return Order(path, entry, kept, dropped)
 
     def _save_file(self, states: States, order: Order) -> Report:
@@ -301,13 +302,14 @@ class Checkpoint:
 
     def _expected(self) -> list[Entry]:
         if self._writing is None:
-            return self._kept or []
+            return self._kept
         order = self._writing[1]
         return [*order.kept, order.entry]
 
     def _survey(self) -> list[Entry]:
         """What an earlier run has left of its own."""
         self._kept = own(manifest.survey(self._save_dir).entries, self._prefix, self._score_name)
+        self._has_looked = True
         return self._kept
 
     def _warn_of_later(self, found: list[Entry], step: int) -> None:

@@ -105,8 +105,9 @@ class _Display:
         self._num_done = self._first_iteration = (
             engine.state.epoch_iteration
         )  # not 0 where a run was resumed within an epoch
-        # To ask costs a system call, so it is done once an epoch, and where something is shown.
-        self._drawn_s, self._pause_s = (0.0, _REDRAW_S) if _is_interactive() else (time.monotonic(), _LINE_S)
+        self._drawn_s = time.monotonic()
+        if self._is_drawn():
+            self._drawn_s = 0.0  # the first iteration is shown
 
     def _advance(self, engine: Engine) -> None:
         self._is_open = True
@@ -115,10 +116,18 @@ class _Display:
         if now_s - self._drawn_s < self._pause_s:
             return
         self._drawn_s = now_s
-        if _is_interactive():
+        if self._is_drawn():
             self._draw(engine)
         else:
             self._print(engine)
+
+    def _is_drawn(self) -> bool:
+        """Whether it can be drawn over again; it may last till the next time. To ask costs a system call, so that is
+        done once an epoch, and where something is shown.
+        """
+        is_drawn = _is_interactive()
+        self._pause_s = _REDRAW_S if is_drawn else _LINE_S
+        return is_drawn
 
     def _finish(self, engine: Engine) -> None:
         have = metrics_and_outputs(engine, self._output_values(engine), self._metric_names)

@@ -1,6 +1,7 @@
 """One iteration of supervised training: forward, weighted backward and, at the end of an accumulation, a step."""
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Functions:
     output: Callable[..., Any] | None
 
 
-class TrainStep:
+class TrainStep(ABC):
     """`step(engine, batch)`, and the handlers that begin and end what spans several iterations."""
 
     def __init__(
@@ -83,33 +84,8 @@ class TrainStep:
             engine.state.grad_scaler = self._update.scaler.state_dict()  # type: ignore[attr-defined]
             engine.state.persist("grad_scaler")
 
-    def __call__(self, engine: Engine, batch: Any) -> Any:
-        number = engine.state.epoch_iteration
-        is_last = number % self._num_batches == 0 or number == engine.state.epoch_length
-        if self._num_pending == 0:
-            self._update.zero_grad()
-        self._num_pending += 1
-        is_absent = type(batch) is Absent
-        if is_absent:
-            batch = batch.spare
-            self._refuse_talking_norm()
-        inputs, targets = self._functions.prepare_batch(batch, self._device)
-        count: Count = 0 if is_absent else 1
-        if not is_absent and self._update.takes_counts:
-            count = self._functions.weight(inputs, targets)
-        if number == 1 and self._looks_ahead:
-            self._num_alike, self._count_alike = num_alike(engine.state.dataloader, int(count)), int(count)
-        is_known = number <= self._num_alike
-        if is_known and count != self._count_alike:
-            self._refuse_other_count(number, count)
-        if is_last:
-            pred, loss = self._pass(inputs, targets, count, is_absent=is_absent, is_last=True, is_known=is_known)
-            self._step(engine)
-        else:
-            with self._update.no_sync():
-                pred, loss = self._pass(inputs, targets, count, is_absent=is_absent, is_last=False)
-            self._spare = batch
-        return self._output(inputs, targets, pred, loss)
+    @abstractmethod
+    def __call__(self, engine: Engine, batch: Any) -> Any: ...
 
     # -- parts of an iteration -------------------------------------------------------------------------------------
 
@@ -125,20 +101,6 @@ class TrainStep:
             pred, loss = self._forward(inputs, targets)
         self._update.backward(loss)
         return pred, loss
-
-    def _refuse_other_count(self, number: int, count: Count) -> None:
-        raise RuntimeError(
-            f"Batch {number} of the epoch has {count} samples, but its data said at the beginning of the epoch that it "
-            f"would have {self._count_alike}, and the other ranks rely on that. Data that change meanwhile need "
-            "weight=, for example weight=lambda inputs, targets: len(targets): then ranks tell each other every count."
-        )
-
-    def _refuse_talking_norm(self) -> None:
-        if any(isinstance(module, nn.SyncBatchNorm) for module in self._model.modules()):
-            raise ValueError(
-                "SyncBatchNorm needs a batch on every rank, but this rank's data has ended before another one's: give "
-                "all ranks the same number of batches, as prepare_data_loader() does without exact=True."
-            )
 
     def _forward(self, inputs: Any, targets: Any) -> tuple[Any, Tensor]:
         if self._autocast is None:
@@ -206,8 +168,8 @@ class TrainStep:
         self._tell(engine)
 
 
-class _PlainTrainStep(TrainStep):
-    """Where each batch is a step of its own, of this rank alone: what one writes by hand, and as fast."""
+class _StepAlone(TrainStep):
+    """Where each batch is a step of its own, of the only rank: what one writes by hand, and as fast."""
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         update = self._update
@@ -220,11 +182,57 @@ class _PlainTrainStep(TrainStep):
         return self._output(inputs, targets, pred, loss)
 
 
+class _StepOfMany(TrainStep):
+    """Where a step is of several batches: of several ranks, or of an accumulation."""
+
+    def __call__(self, engine: Engine, batch: Any) -> Any:
+        number = engine.state.epoch_iteration
+        is_last = number % self._num_batches == 0 or number == engine.state.epoch_length
+        if self._num_pending == 0:
+            self._update.zero_grad()
+        self._num_pending += 1
+        is_absent = type(batch) is Absent
+        if is_absent:
+            batch = batch.spare
+            self._refuse_talking_norm()
+        inputs, targets = self._functions.prepare_batch(batch, self._device)
+        count: Count = 0 if is_absent else 1
+        if not is_absent and self._update.takes_counts:
+            count = self._functions.weight(inputs, targets)
+        if number == 1 and self._looks_ahead:
+            self._num_alike, self._count_alike = num_alike(engine.state.dataloader, int(count)), int(count)
+        is_known = number <= self._num_alike
+        if is_known and count != self._count_alike:
+            self._refuse_other_count(number, count)
+        if is_last:
+            pred, loss = self._pass(inputs, targets, count, is_absent=is_absent, is_last=True, is_known=is_known)
+            self._step(engine)
+        else:
+            with self._update.no_sync():
+                pred, loss = self._pass(inputs, targets, count, is_absent=is_absent, is_last=False)
+            self._spare = batch
+        return self._output(inputs, targets, pred, loss)
+
+    def _refuse_other_count(self, number: int, count: Count) -> None:
+        raise RuntimeError(
+            f"Batch {number} of the epoch has {count} samples, but its data said at the beginning of the epoch that it "
+            f"would have {self._count_alike}, and the other ranks rely on that. Data that change meanwhile need "
+            "weight=, for example weight=lambda inputs, targets: len(targets): then ranks tell each other every count."
+        )
+
+    def _refuse_talking_norm(self) -> None:
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self._model.modules()):
+            raise ValueError(
+                "SyncBatchNorm needs a batch on every rank, but this rank's data has ended before another one's: give "
+                "all ranks the same number of batches, as prepare_data_loader() does without exact=True."
+            )
+
+
 def train_step(
     model: nn.Module, update: Update, accelerator: "Accelerator", functions: Functions, num_batches: int
 ) -> TrainStep:
-    is_plain = update.is_alone and num_batches == 1
-    return (_PlainTrainStep if is_plain else TrainStep)(model, update, accelerator, functions, num_batches)
+    is_alone = world().size == 1 and update.is_alone and num_batches == 1
+    return (_StepAlone if is_alone else _StepOfMany)(model, update, accelerator, functions, num_batches)
 
 
 @contextmanager

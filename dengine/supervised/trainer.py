@@ -76,7 +76,7 @@ def create_supervised_trainer(
 
     Cost: collective over several ranks, where the model gets wrapped, or is in DDP that `prepare_model` did not make
         (whose buckets are settled, for a bit-identical resume). Over the loop by hand: with one rank nothing on the
-        device; with several what is said at `GradientMean`, and one small all-reduce an epoch.
+        device; with several what is said at `GradientMean`, and two small all-reduces an epoch.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_supervised_trainer() takes a torch.nn.Module, but got {type(model).__qualname__}.")

@@ -96,7 +96,7 @@ class Board:
 def open_board(launch: Launch | None, timeout_s: float) -> Board:
     """The board of the ranks that were launched together; one process has one of its own.
 
-    Raises: RuntimeError: the store cannot be hosted, or not be reached within `timeout_s`.
+    Raises: RuntimeError, OSError: the store cannot be hosted, or not be reached within `timeout_s`.
     """
     if launch is None:
         return Board(HashStore(), 0, 1)

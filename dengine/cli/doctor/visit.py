@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         facts["master"] = master.reach_master(choice.launch, options.wait)
         board = open_board(choice.launch, options.wait)
-    except (MasterError, RuntimeError) as error:
+    except (MasterError, RuntimeError, OSError) as error:
         return _alone(options, report, facts, master.unmet(error), rank)
     try:
         return _ended(_visit(_Visitor(options, board, facts), report))
