@@ -130,6 +130,7 @@ def test_a_checkpoint_goes_on_pruning_after_an_interrupt(
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             Blown(patch, at, when, KeyboardInterrupt())
             go_on(range(3, 4))
+        assert checkpoint.saved[-1].path == checkpoint.last_path
         go_on(range(4, 6))
         assert [one.step for one in checkpoint.saved] == [5]
         assert sorted(each.name for each in folder.iterdir()) == ["checkpoint_5.pt", "manifest.json"]

@@ -1,6 +1,7 @@
 """Where the store of the ranks listens."""
 
 import socket
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -28,7 +29,7 @@ def test_the_store_listens_by_ipv4_where_the_master_has_such_an_address(host: st
     """Clients of IPv4 are shown as ::ffff:127.0.0.1 by a socket of both kinds, and no /etc/hosts names that."""
     if family == socket.AF_INET6 and not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
-    listener = _listening((host, 0))
+    listener = _listening((host, 0), is_one_host=True)
     assert listener is not None
     with listener:
         assert listener.family == family
@@ -47,3 +48,20 @@ def test_a_process_that_hosts_a_store_there_already_shares_it(is_torchs: bool) -
 def test_a_port_that_another_process_holds_is_an_error() -> None:
     with socket.create_server(("", 0)) as taken, pytest.raises(DistError, match="EADDRINUSE|in use"):
         open_store(at(taken.getsockname()[1]), 2.0)
+
+
+def test_a_store_that_cannot_be_reached_leaves_descriptors_alone() -> None:
+    """torch closes the one it was given; another file may have its number by then."""
+    launch = replace(at(free_port()), master_addr="192.0.2.1")  # of documentation: nobody's
+    with pytest.raises(DistError):
+        open_store(launch, 0.5)
+
+
+def test_a_name_that_is_loopback_on_this_host_alone_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's 127.0.1.1: the other hosts may know the master by IPv6."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    assert _listening(("master", 0), is_one_host=False) is None
+    listener = _listening(("master", 0), is_one_host=True)
+    assert listener is not None
+    listener.close()

@@ -239,3 +239,10 @@ def test_a_run_resumed_within_an_epoch_begins_where_it_is(capsys: pytest.Capture
     second.load_state_dict(first.state_dict())
     second.run(range(5))
     assert "100%" in capsys.readouterr().err
+
+
+def test_a_bar_that_is_attached_within_an_epoch_shows_no_more_than_another(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Engine(lambda engine, batch: None)
+    trainer.on(Events.EPOCH_STARTED, lambda engine: ProgressBar().attach(engine))
+    trainer.run(range(50))
+    assert len(capsys.readouterr().err.splitlines()) <= 2
