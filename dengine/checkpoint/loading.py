@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import torch
 
 from dengine.checkpoint import manifest, storage
+from dengine.checkpoint.elsewhere import refuse_to_load
 from dengine.checkpoint.folders import numbered, read_folder
 from dengine.checkpoint.manifest import Entry
 from dengine.checkpoint.paths import no_folder_of_checkpoints, path_of
@@ -110,6 +111,8 @@ def load(path: str | Path, into: Mapping[str, Any]) -> None:
         restoring = Restoring(targets)
         failure, cause = None, None
         try:
+            for name, value in targets.items():
+                refuse_to_load(name, value)
             states = numbered(states, targets) if file is None else _read_file(file)
             restoring.load(states)
         except Exception as error:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from dengine.checkpoint.elsewhere import refuse_to_save
 from dengine.checkpoint.shard_files import local_part
 from dengine.checkpoint.shard_tree import all_tensors
 from dengine.distributed import all_gather_object, unwrap_model, world
@@ -91,6 +92,7 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
     failure, cause, has_shards = None, None, False
     for name, value in objects.items():
         try:
+            refuse_to_save(name, value)
             states[name] = bare(value).state_dict()
             in_state = (hasattr(tensor, "full_tensor") for tensor in all_tensors(states[name]))
             has_shards = has_shards or is_sharded(value) or any(in_state)

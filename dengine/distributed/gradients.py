@@ -59,8 +59,7 @@ class GradientMean:
         self._group = None if ddp is None else ddp.process_group
         self._size = world().size if ddp is None else dist.get_world_size(ddp.process_group)
         self.is_alone = self._size == 1
-        # FSDP1, as accelerate makes it, has a no_sync() of its own, as DDP has.
-        self._no_sync: Any = getattr(ddp or model, "no_sync", nullcontext)
+        self._no_sync: Any = nullcontext if ddp is None else ddp.no_sync
         if fsdp is not None:
             self._no_sync = partial(_fsdp_no_sync, fsdp)
         self._count: Count = 0.0  # of the batch under way
@@ -99,6 +98,11 @@ class GradientMean:
             total[0] = self._total
             self._sent = total, dist.all_reduce(total, group=self._group, async_op=True)
 
+    def share(self) -> Count:
+        """What the batch counts of its step, where that is one batch of each rank, times the number of ranks: the
+        weight of its loss, as ranks average."""
+        return _ratio(self._size * self._count, self._total_of_all())
+
     def backward(self, loss: Tensor, *, scaler: Scaler | None = None) -> None:
         """Add the gradient of the batch's share of the mean.
 
@@ -107,7 +111,7 @@ class GradientMean:
         if loss.numel() != 1:
             raise ValueError(f"The loss must be one number, the mean over its batch, but has shape {list(loss.shape)}.")
         if self._num_batches == 1:
-            weight = _ratio(self._size * self._count, self._total_of_all())
+            weight = self.share()
         else:
             if self._unit is None:
                 self._unit = self._first_unit(self._count, is_scaled=scaler is not None)

@@ -24,7 +24,8 @@ def accelerator_for(given: "Accelerator | None", mixed_precision: str | None) ->
 
     Raises:
         ImportError: accelerate is not installed. TypeError: `given` is no Accelerator.
-        ValueError: an unknown precision, or another one than `given`, or an earlier Accelerator of this process, has.
+        ValueError: an unknown precision, or another one than `given`, or an earlier Accelerator of this process, has;
+            DeepSpeed or FSDP is configured, and accelerate does not use it here.
         LaunchError: accelerate counts other ranks than there are.
     """
     try:
@@ -45,9 +46,10 @@ def accelerator_for(given: "Accelerator | None", mixed_precision: str | None) ->
     else:
         accelerator = given
     has = accelerator.mixed_precision
-    if mixed_precision not in (None, has) and distributed_kind(accelerator) != "DEEPSPEED":
+    if mixed_precision not in (None, has):
         raise ValueError(f"mixed_precision={mixed_precision!r}, but the Accelerator has {has!r}: give it there only.")
     _check_ranks(accelerator, here)
+    _check_kind(accelerator, here)
     return accelerator
 
 
@@ -57,14 +59,14 @@ def distributed_kind(accelerator: "Accelerator") -> str:
 
 
 def _made(kind: "type[Accelerator]", here: World, mixed_precision: str | None) -> "Accelerator":
+    from accelerate import PartialState
+
     with _launch_variables(here):
+        # Without cpu=True accelerate takes a machine without a GPU for one process, whatever the launcher says. Its
+        # Accelerator, told the same, would leave DeepSpeed out.
+        PartialState(cpu=here.device.type == "cpu")
         try:
-            # Without cpu=True accelerate takes a machine without a GPU for one process, whatever the launcher says.
-            return kind(
-                mixed_precision=mixed_precision,
-                cpu=here.device.type == "cpu",
-                step_scheduler_with_optimizer=False,
-            )
+            return kind(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
         except ValueError as error:
             if "already been initialized" not in str(error):
                 raise
@@ -113,3 +115,29 @@ def _check_ranks(accelerator: "Accelerator", here: World) -> None:
             f"accelerate computes on {accelerator.device}, but this rank's device is {here.device}: make the "
             f"Accelerator with cpu={here.device.type == 'cpu'}."
         )
+
+
+def _check_kind(accelerator: "Accelerator", here: World) -> None:
+    """accelerate leaves out in silence what it was configured for, and cannot do."""
+    kind = distributed_kind(accelerator)
+    if kind != "DEEPSPEED" and _is_told("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            f"accelerate is configured for DeepSpeed, but this Accelerator is of the kind {kind}: leave accelerator= "
+            "out, or make it without cpu=True, after process_group() and, where there is no GPU, after "
+            "accelerate.PartialState(cpu=True)."
+        )
+    if kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
+        raise ValueError(
+            "accelerate is configured for the first version of FSDP, whose models cannot be evaluated and saved as "
+            "they are: say fsdp_version: 2 in its configuration, or FSDP_VERSION=2 in the environment."
+        )
+    if kind != "FSDP" and here.size > 1 and _is_told("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            f"accelerate is configured for FSDP, which it uses on GPUs only; this Accelerator is of the kind {kind}. "
+            'Leave FSDP out of its configuration: distributed.prepare_model(model, strategy="fsdp") shards on any '
+            "device."
+        )
+
+
+def _is_told(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"

@@ -13,6 +13,7 @@ from dengine.engine import Absent, Engine, Events
 from dengine.metrics.metric_set import AnyMetric
 from dengine.supervised.accelerator import accelerator_for, distributed_kind
 from dengine.supervised.batches import ModelFunction, OutputFunction, PrepareBatch, check_callables, pair_on_device
+from dengine.supervised.deepspeed import cast_around
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,7 +86,7 @@ class _EvaluationStep:
         self._device = accelerator.device
         self._autocast: Any = accelerator.autocast if accelerator.native_amp else None
         self._prepare_batch = prepare_batch
-        self._model_fn = model_fn
+        self._model_fn = cast_around(model_fn, accelerator) if kind == "DEEPSPEED" else model_fn
         self._output = output
         self._mode = ExitStack()
 

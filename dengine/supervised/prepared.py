@@ -9,6 +9,7 @@ from dengine.distributed import prepare_model, world
 from dengine.distributed.buckets import settle_buckets
 from dengine.distributed.gradients import find_ddp, find_fsdp
 from dengine.supervised.accelerator import distributed_kind
+from dengine.supervised.deepspeed import check_clipping, configure
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,16 +20,28 @@ _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_MLU", "MULTI_NPU",
 
 
 def prepared(
-    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: "Accelerator"
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: "Accelerator",
+    num_batches: int,
+    max_grad_norm: float | None,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """By `prepare_model`; by accelerate itself where its configuration says FSDP or DeepSpeed.
 
+    DeepSpeed is told `num_batches` of an accumulation and `max_grad_norm`, as it accumulates and clips by itself.
+
     Collective: call on all ranks.
 
-    Raises: ValueError: a way of spreading models that is not supported.
+    Raises: ValueError: a way of spreading models that is not supported, or DeepSpeed clips to another norm.
     """
     kind = distributed_kind(accelerator)
     if kind in ("FSDP", "DEEPSPEED"):
+        if is_wrapped(model):
+            if kind == "DEEPSPEED":
+                check_clipping(max_grad_norm, model.gradient_clipping())  # type: ignore[operator]
+            return model, optimizer
+        if kind == "DEEPSPEED":
+            configure(accelerator, num_batches, max_grad_norm)
         return accelerator.prepare(model, optimizer)  # type: ignore[no-any-return]
     if kind not in _PLAIN:
         raise ValueError(f"Accelerate's distributed type {kind} is not supported: use DDP, FSDP or DeepSpeed.")

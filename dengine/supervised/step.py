@@ -173,7 +173,7 @@ class _StepAlone(TrainStep):
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         update = self._update
-        update.zero_grad()
+        update.start(1)
         inputs, targets = self._functions.prepare_batch(batch, self._device)
         update.begin(1, is_last=True)
         pred, loss = self._forward(inputs, targets)
@@ -189,7 +189,7 @@ class _StepOfMany(TrainStep):
         number = engine.state.epoch_iteration
         is_last = number % self._num_batches == 0 or number == engine.state.epoch_length
         if self._num_pending == 0:
-            self._update.zero_grad()
+            self._update.start(self._num_in_step(engine))
         self._num_pending += 1
         is_absent = type(batch) is Absent
         if is_absent:
@@ -212,6 +212,14 @@ class _StepOfMany(TrainStep):
                 pred, loss = self._pass(inputs, targets, count, is_absent=is_absent, is_last=False)
             self._spare = batch
         return self._output(inputs, targets, pred, loss)
+
+    def _num_in_step(self, engine: Engine) -> int | None:
+        """Of the batches of the step that this one is the first of, as far as is known."""
+        if self._num_batches == 1:
+            return 1
+        number, length = engine.state.epoch_iteration, engine.state.epoch_length
+        to_boundary = self._num_batches - (number - 1) % self._num_batches
+        return None if length is None else min(to_boundary, length - number + 1)
 
     def _refuse_other_count(self, number: int, count: Count) -> None:
         raise RuntimeError(

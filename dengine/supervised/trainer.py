@@ -19,6 +19,7 @@ from dengine.supervised.batches import (
     num_samples,
     pair_on_device,
 )
+from dengine.supervised.deepspeed import cast_around, configured_num_batches
 from dengine.supervised.prepared import prepared
 from dengine.supervised.step import Functions, SupervisedEvents, train_step
 from dengine.supervised.updates import update_for
@@ -94,13 +95,17 @@ def create_supervised_trainer(
         raise ValueError(f"max_grad_norm={max_grad_norm} must be a number above 0; leave it out to clip nothing.")
     accelerator = accelerator_for(accelerator, mixed_precision)
     num_batches = _num_batches(num_batches, accelerator)
-    if distributed_kind(accelerator) == "DEEPSPEED" and (weight is not None or max_grad_norm is not None):
-        raise ValueError("DeepSpeed weighs and clips by its own configuration: leave weight= and max_grad_norm= out.")
-    model, optimizer = prepared(model, optimizer, accelerator)
+    is_deepspeed = distributed_kind(accelerator) == "DEEPSPEED"
+    if is_deepspeed and weight is not None and num_batches > 1:
+        raise ValueError(
+            f"With DeepSpeed, the {num_batches} batches of an accumulation count alike: leave weight= out, or take one "
+            "batch a step."
+        )
+    model, optimizer = prepared(model, optimizer, accelerator, num_batches, max_grad_norm)
     functions = Functions(
         loss=loss_fn,
         prepare_batch=prepare_batch or pair_on_device,
-        model=model_fn,
+        model=cast_around(model_fn, accelerator) if is_deepspeed else model_fn,
         weight=weight or num_samples,
         output=output_transform,
     )
@@ -112,7 +117,8 @@ def create_supervised_trainer(
 
 
 def _num_batches(given: int, accelerator: "Accelerator") -> int:
-    theirs = int(accelerator.gradient_accumulation_steps)
+    is_deepspeed = distributed_kind(accelerator) == "DEEPSPEED"
+    theirs = configured_num_batches(accelerator) if is_deepspeed else int(accelerator.gradient_accumulation_steps)
     if given > 1 and theirs not in (1, given):
         raise ValueError(
             f"gradient_accumulation_steps={given}, but the Accelerator has {theirs}: give it in one place only."

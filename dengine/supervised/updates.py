@@ -1,6 +1,6 @@
 """How gradients come about and become a step of the optimizer: by weighted means, or by DeepSpeed's engine."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dengine.distributed.gradients import Count, GradientMean
 from dengine.supervised.accelerator import distributed_kind
+from dengine.supervised.deepspeed import DeepSpeedUpdate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -16,7 +17,7 @@ __all__ = ["Update", "update_for"]
 
 
 class Update(Protocol):
-    """One step of the optimizer: `zero_grad`, for each batch `begin`, the forward pass and `backward`, then `step`.
+    """One step of the optimizer: `start`, for each batch `begin`, the forward pass and `backward`, then `step`.
 
     `takes_counts`: whether the count of a batch matters; else it need not be computed.
     """
@@ -25,7 +26,7 @@ class Update(Protocol):
     is_alone: bool
     scaler: Any
 
-    def zero_grad(self) -> None: ...
+    def start(self, num_batches: int | None) -> None: ...  # of this step; None: not known
     def no_sync(self) -> AbstractContextManager[None]: ...
     def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None: ...
     def backward(self, loss: Tensor) -> None: ...
@@ -41,7 +42,7 @@ def update_for(
     max_grad_norm: float | None,
 ) -> Update:
     if distributed_kind(accelerator) == "DEEPSPEED":
-        return _DeepSpeed(accelerator)
+        return DeepSpeedUpdate(model, accelerator)
     return _Weighted(model, optimizer, accelerator, num_batches, max_grad_norm)
 
 
@@ -67,9 +68,11 @@ class _Weighted:
         self.is_alone = self._mean.is_alone
         # Alone, one batch a step is its own mean: nothing to weigh, nothing to divide.
         self.takes_counts = not self.is_alone or num_batches > 1
-        self.zero_grad = self._optimizer.zero_grad
         self.no_sync = self._mean.no_sync
         self.forget = self._mean.forget
+
+    def start(self, num_batches: int | None) -> None:
+        self._optimizer.zero_grad()
 
     def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None:
         if self.takes_counts:
@@ -102,32 +105,3 @@ class _Weighted:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-
-
-class _DeepSpeed:
-    """DeepSpeed scales, averages, accumulates, clips and steps by itself, as its configuration says."""
-
-    takes_counts = False
-    scaler = None
-
-    def __init__(self, accelerator: "Accelerator") -> None:
-        self._accelerator = accelerator
-        self.is_alone = accelerator.num_processes == 1
-
-    def zero_grad(self) -> None:
-        pass
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None:
-        self._accelerator.sync_gradients = is_last
-
-    def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss)
-
-    def step(self) -> None:
-        pass
-
-    def forget(self) -> None:
-        pass

@@ -1,0 +1,50 @@
+"""Objects whose state another library keeps, so that their own `state_dict()` does not have all of it."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dengine.errors import CheckpointError
+
+__all__ = ["keep_elsewhere", "refuse_to_load", "refuse_to_save"]
+
+# Of DeepSpeed's own, whoever made them.
+_NAMES = {"DeepSpeedEngine", "DeepSpeedOptimizer", "DeepSpeedOptimizerWrapper"}
+
+# Whether its state_dict() is whole, though nobody would read what is loaded into it.
+_kept: WeakKeyDictionary[nn.Module | Optimizer, bool] = WeakKeyDictionary()
+
+
+def keep_elsewhere(value: nn.Module | Optimizer, *, is_whole: bool) -> None:
+    """See that `value`, whose state DeepSpeed keeps, is not loaded and, unless `is_whole`, not saved."""
+    _kept[value] = is_whole
+
+
+def refuse_to_save(name: str, value: Any) -> None:
+    """Raises: CheckpointError: each rank's `state_dict()` has a part of the state only."""
+    if _is_of_deepspeed(value) or (_is_kept(value) and not _kept[value]):
+        raise CheckpointError(
+            f"DeepSpeed keeps a part of {name!r} on each rank, which state_dict() does not tell. Leave it out, and "
+            "save it by the DeepSpeed engine's own save_checkpoint(), which pickles; or shard by "
+            'distributed.prepare_model(model, strategy="fsdp"), of which checkpoints have everything.'
+        )
+
+
+def refuse_to_load(name: str, value: Any) -> None:
+    """Raises: CheckpointError: it is trained from a copy, which would not change."""
+    if _is_of_deepspeed(value) or _is_kept(value):
+        raise CheckpointError(
+            f"DeepSpeed trains {name!r} from a copy of its own, which would not change. Load it before a trainer is "
+            "made of it, or by the DeepSpeed engine's own load_checkpoint()."
+        )
+
+
+def _is_kept(value: Any) -> bool:
+    # Anything else may have no hash.
+    return isinstance(value, (nn.Module, Optimizer)) and value in _kept
+
+
+def _is_of_deepspeed(value: Any) -> bool:
+    return any(base.__name__ in _NAMES for base in type(value).__mro__)

@@ -1,0 +1,203 @@
+"""Supervised training by DeepSpeed's ZeRO over real ranks, against weighted means that are computed here."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from dengine import Engine, create_supervised_evaluator, create_supervised_trainer
+from dengine.checkpoint import load, save
+from dengine.metrics import Accuracy
+
+pytest.importorskip("deepspeed", reason='needs DeepSpeed: pip install --no-build-isolation "dengine[deepspeed]"')
+
+Batch = tuple[Tensor, Tensor]
+IGNORED = -100
+LR = 0.1
+STAGES = [0, 1, 2, 3]
+ENV = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+# For each rank the sizes of its batches.
+UNEVEN = [[5, 3, 4, 2, 6], [1, 7, 2, 2, 1]]
+SHORTER = [[5, 3, 4, 2, 6], [1, 7, 2, 2]]
+CASES: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
+    "one batch a step": (UNEVEN, {}),
+    "a shard that ends first": (SHORTER, {}),
+    "tokens": (UNEVEN, {"is_masked": True}),
+    "clipped": (UNEVEN, {"max_grad_norm": 0.05}),
+    "accumulated": (SHORTER, {"gradient_accumulation_steps": 2}),
+    "bf16": (UNEVEN, {"mixed_precision": "bf16"}),
+}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batches_of(rank: int, sizes: list[int], *, is_masked: bool) -> list[Batch]:
+    """Where masked, some targets are ignored: the first of each batch never, so that its mean is a number."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    batches = []
+    for size in sizes:
+        targets = torch.randint(0, 3, (size,), generator=generator)
+        if is_masked:
+            targets[1:][torch.rand(size - 1, generator=generator) < 0.6] = IGNORED
+        batches.append((torch.randn(size, 4, generator=generator), targets))
+    return batches
+
+
+def num_tokens(inputs: Tensor, targets: Tensor) -> Tensor:
+    return (targets != IGNORED).sum()
+
+
+def weights_by_hand(
+    shards: list[list[int]],
+    *,
+    is_masked: bool = False,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    **_: Any,
+) -> dict[str, Tensor]:
+    """Two epochs of one process that sees all ranks' batches: a mean over the ranks' samples for each batch of an
+    accumulation, and the mean of those."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    of_ranks = [batches_of(rank, sizes, is_masked=is_masked) for rank, sizes in enumerate(shards)]
+    length = max(map(len, of_ranks))
+    for first in [*range(0, length, gradient_accumulation_steps)] * 2:
+        step = range(first, min(first + gradient_accumulation_steps, length))
+        optimizer.zero_grad()
+        for number in step:
+            batches = [batches[number] for batches in of_ranks if number < len(batches)]
+            loss = torch.stack([cross_entropy(model(x), y, reduction="sum") for x, y in batches]).sum()
+            (loss / sum(num_tokens(*batch) for batch in batches) / len(step)).backward()
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def accuracy_by_hand(weights: dict[str, Tensor], shards: list[list[int]]) -> float:
+    model = net()
+    model.load_state_dict(weights)
+    batches = [batch for rank, sizes in enumerate(shards) for batch in batches_of(rank, sizes, is_masked=False)]
+    is_right = torch.cat([model(inputs).argmax(1) == targets for inputs, targets in batches])
+    return is_right.double().mean().item()
+
+
+def configured(stage: int) -> None:
+    """What `accelerate launch` says, for an Accelerator that is still to be made."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+
+
+def trained(rank: int, size: int) -> dict[tuple[int, str], tuple[dict[str, Tensor], int, float]]:
+    """For each stage and case the weights, the iterations, and the accuracy thereafter."""
+    import deepspeed
+
+    found = {}
+    for stage in STAGES:
+        for case, (shards, options) in CASES.items():
+            configured(stage)
+            options = dict(options)
+            is_masked = options.pop("is_masked", False)
+            model = net()
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+            trainer = create_supervised_trainer(
+                model, optimizer, cross_entropy, weight=num_tokens if is_masked else None, **options
+            )
+            trainer.run(batches_of(rank, shards[rank], is_masked=is_masked), max_epochs=2)
+            evaluator = create_supervised_evaluator(model, {"acc": Accuracy()})
+            accuracy = evaluator.run(batches_of(rank, shards[rank], is_masked=False)).metrics["acc"]
+            with deepspeed.zero.GatheredParameters(list(model.parameters())):
+                weights = {name: value.detach().float().clone() for name, value in model.named_parameters()}
+            found[stage, case] = weights, trainer.state.iteration, accuracy
+    return found
+
+
+def test_deepspeed_takes_the_mean_over_all_ranks() -> None:
+    ranks: Any = run_ranks(trained, 2, env=ENV, deadline_s=240.0)
+    for found in ranks:
+        assert len(found) == len(STAGES) * len(CASES)
+        for (stage, case), (weights, iterations, accuracy) in found.items():
+            shards, options = CASES[case]
+            assert iterations == 2 * 5
+            for name, value in weights_by_hand(shards, **options).items():
+                error = (weights[name] - value).abs().max().item()
+                assert error <= (5e-3 if case == "bf16" else 1e-6), f"stage {stage}, {case}: {name} is off by {error}"
+            if case != "bf16":
+                assert accuracy == pytest.approx(accuracy_by_hand(weights, shards), abs=1e-12), f"stage {stage}, {case}"
+
+
+def trainer_of(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Engine:
+    return create_supervised_trainer(model, optimizer, cross_entropy, **options)
+
+
+def complaint(action: Callable[[], Any]) -> str:
+    """ "" where there was none."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def complaints(rank: int, size: int, folder: str) -> dict[str, str]:
+    from accelerate import Accelerator
+
+    found = {}
+    batches = batches_of(rank, UNEVEN[rank], is_masked=False)
+    for stage in (0, 1, 3):
+        configured(stage)
+        model = net()
+        optimizer = torch.optim.Adam(model.parameters())
+        trainer = trainer_of(model, optimizer)
+        trainer.run(batches)
+        for name, value in {"model": model, "optimizer": optimizer, "trainer": trainer}.items():
+            path = f"{folder}/{stage}-{name}.pt"
+            found[f"{stage}: save {name}"] = complaint(lambda path=path, what={name: value}: save(path, what))
+            if os.path.exists(path):
+                found[f"{stage}: load {name}"] = complaint(lambda path=path, what={name: value}: load(path, what))
+
+    configured(2)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2}
+    found["tokens"] = complaint(lambda: trainer_of(model, optimizer, weight=num_tokens, **options))
+    trainer = trainer_of(model, optimizer, **options)
+    found["no length"] = complaint(lambda: trainer.run(iter(batches)))
+    found["length"] = complaint(lambda: trainer.run(iter(batches), epoch_length=5))
+
+    configured(2)
+    os.environ["ACCELERATE_GRADIENT_CLIPPING"] = "1.0"
+    found["another norm"] = complaint(lambda: trainer_of(net(), optimizer, max_grad_norm=0.5))
+    del os.environ["ACCELERATE_GRADIENT_CLIPPING"]
+    configured(2)
+    found["cpu=True"] = complaint(lambda: trainer_of(net(), optimizer, accelerator=Accelerator(cpu=True)))
+    return found
+
+
+def test_what_deepspeed_keeps_or_cannot_do_is_refused(tmp_path: Path) -> None:
+    for found in run_ranks(complaints, 2, str(tmp_path), env=ENV, deadline_s=120.0):
+        told = {name: text for name, text in found.items() if text}
+        for name, part in {
+            "1: save optimizer": "DeepSpeed keeps a part of 'optimizer' on each rank",
+            "1: load model": "DeepSpeed trains 'model' from a copy of its own",
+            "3: save model": "DeepSpeed keeps a part of 'model' on each rank",
+            "3: save optimizer": "DeepSpeed keeps a part of 'optimizer' on each rank",
+            "tokens": "ValueError: With DeepSpeed, the 2 batches of an accumulation count alike",
+            "no length": "ValueError: With DeepSpeed, an accumulation must know",
+            "another norm": "ValueError: max_grad_norm=0.5, but DeepSpeed's configuration says gradient_clipping=1.0",
+            "cpu=True": "ValueError: accelerate is configured for DeepSpeed, but",
+        }.items():
+            assert part in told.pop(name, ""), name
+        assert told == {}
