@@ -1,5 +1,6 @@
 """Supervised training over real ranks, against the gradient of the mean over the global batch, computed here."""
 
+import os
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -123,6 +127,119 @@ def test_the_norm_that_is_clipped_is_that_of_the_whole_gradient(strategy: str) -
     for weights, _, _ in run_ranks(trained, 3, SHORTER, True, 2, strategy, options):
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
+
+
+# -- scaled losses, as in 16 bits ---------------------------------------------------------------------------------
+
+
+SCALED_CASES = list(product(["ddp", "fsdp"], [1, 2], [None, 0.05]))
+
+
+def trained_with_a_scaler(rank: int, size: int, shards: Shards) -> Any:
+    """For each case the weights and the scale."""
+    found = {}
+    for strategy, accumulation, clip in SCALED_CASES:
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        options = {"accelerator": accelerator, "gradient_accumulation_steps": accumulation, "max_grad_norm": clip}
+        weights, _, _ = trained(rank, size, shards, True, 2, strategy, options)
+        found[strategy, accumulation, clip] = weights, accelerator.scaler.get_scale()
+    return found
+
+
+def test_scaled_losses_give_the_same_step() -> None:
+    for found in run_ranks(trained_with_a_scaler, 2, SHORTER[:2]):
+        for (strategy, accumulation, clip), (weights, scale) in found.items():
+            case = f"{strategy}, {accumulation=}, {clip=}"
+            assert scale == 2.0 ** (13 if accumulation == 1 else 12), case  # it grew every 3 steps, of 10 and 6
+            for name, value in weights_by_hand(SHORTER[:2], accumulation, 2, is_masked=True, clip=clip).items():
+                error = (weights[name] - value).abs().max().item()
+                assert error <= 1e-6, f"{case}: {name} is off by {error}"
+
+
+def overflowing(rank: int, size: int) -> list[tuple[list[bool], list[float]]]:
+    """Which of six steps changed this rank's weights, and the scale after each."""
+    found = []
+    for strategy in ("ddp", "fsdp"):
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        model = distributed.prepare_model(net(), strategy)  # type: ignore[arg-type]
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        trainer = create_supervised_trainer(model, optimizer, cross_entropy, accelerator=accelerator)
+        changes: list[bool] = []
+        scales: list[float] = []
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def look(engine: Engine, model: Any = model, before: Any = before, changes: Any = changes) -> None:
+            now = [parameter.detach().clone() for parameter in model.parameters()]
+            changes.append(any(not one.equal(other) for one, other in zip(now, before, strict=True)))
+            before[:] = now
+
+        trainer.on(
+            Events.ITERATION_COMPLETED, lambda engine, scales=scales: scales.append(engine.state.grad_scaler["scale"])
+        )
+        batches = batches_of(rank, [3] * 6, is_masked=False)
+        if rank == size - 1:
+            batches[2][0][0, 0] = float("inf")
+        trainer.run(batches)
+        found.append((changes, scales))
+    return found
+
+
+def test_an_overflow_on_one_rank_skips_the_step_of_all() -> None:
+    for found in run_ranks(overflowing, 3):
+        for changes, scales in found:
+            assert changes == [True, True, False, True, True, True]
+            assert scales == [2.0**10] * 2 + [2.0**9] * 4
+
+
+# -- by accelerate ------------------------------------------------------------------------------------------------
+
+
+def trained_by_accelerate(rank: int, size: int, shards: Shards) -> list[tuple[dict[str, Tensor], int, int]]:
+    """As `trained`, sharded by accelerate's FSDP, which it uses where it believes in GPUs."""
+    found = []
+    for is_masked, accumulation in product([False, True], [1, 2]):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        state = PartialState(cpu=True)
+        state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        state._shared_state["device"] = torch.device("cpu")
+        options = {"accelerator": Accelerator(), "gradient_accumulation_steps": accumulation, "max_grad_norm": 0.05}
+        found.append(trained(rank, size, shards, is_masked, 2, "bare", options))
+    return found
+
+
+def test_accelerates_fsdp_takes_the_same_step() -> None:
+    env = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    for found in run_ranks(trained_by_accelerate, 3, SHORTER, env=env):
+        for (is_masked, accumulation), (weights, _, _) in zip(product([False, True], [1, 2]), found, strict=True):
+            for name, value in weights_by_hand(SHORTER, accumulation, 2, is_masked=is_masked, clip=0.05).items():
+                torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
+
+
+def refused_by_kind(rank: int, size: int) -> list[str]:
+    found = []
+    for version, is_gpu in (("2", False), ("1", True)):
+        os.environ["FSDP_VERSION"] = version
+        AcceleratorState._reset_state(reset_partial_state=True)
+        state = PartialState(cpu=True)
+        if is_gpu:
+            state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            state._shared_state["device"] = torch.device("cpu")
+        model = net()
+        try:
+            create_supervised_trainer(model, torch.optim.SGD(model.parameters()), cross_entropy)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_what_accelerate_would_leave_out_in_silence_is_refused() -> None:
+    for without_gpu, version_1 in run_ranks(refused_by_kind, 2, env={"ACCELERATE_USE_FSDP": "true"}):
+        assert "FSDP, which it uses on GPUs only" in without_gpu
+        assert 'strategy="fsdp"' in without_gpu
+        assert "fsdp_version: 2" in version_1
 
 
 # -- what is sent ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from torch import nn
 
 from dengine.distributed import prepare_model, world
 from dengine.distributed.buckets import settle_buckets
+from dengine.distributed.collectives import broadcast_tensors
 from dengine.distributed.gradients import find_ddp, find_fsdp
 from dengine.supervised.accelerator import distributed_kind
 from dengine.supervised.deepspeed import check_clipping, configure
@@ -28,7 +29,7 @@ def prepared(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """By `prepare_model`; by accelerate itself where its configuration says FSDP or DeepSpeed.
 
-    DeepSpeed is told `num_batches` of an accumulation and `max_grad_norm`, as it accumulates and clips by itself.
+    Every rank gets rank 0's parameters. DeepSpeed is told `num_batches` of an accumulation and `max_grad_norm`, as it accumulates and clips by itself.
 
     Collective: call on all ranks.
 
@@ -41,7 +42,9 @@ def prepared(
                 check_clipping(max_grad_norm, model.gradient_clipping())  # type: ignore[operator]
             return model, optimizer
         if kind == "DEEPSPEED":
-            configure(accelerator, num_batches, max_grad_norm)
+            configure(accelerator, num_batches, max_grad_norm)  # it takes rank 0's parameters by itself
+        elif not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:  # which does so itself
+            broadcast_tensors([*model.parameters(), *model.buffers()])
         return accelerator.prepare(model, optimizer)  # type: ignore[no-any-return]
     if kind not in _PLAIN:
         raise ValueError(f"Accelerate's distributed type {kind} is not supported: use DDP, FSDP or DeepSpeed.")
