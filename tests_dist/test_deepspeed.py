@@ -1,5 +1,6 @@
 """Supervised training by DeepSpeed's ZeRO over real ranks, against weighted means that are computed here."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from dengine import Engine, create_supervised_evaluator, create_supervised_train
 from dengine.checkpoint import load, save
 from dengine.metrics import Accuracy
 
-pytest.importorskip("deepspeed", reason='needs DeepSpeed: pip install --no-build-isolation "dengine[deepspeed]"')
+pytest.importorskip("deepspeed", reason='needs DeepSpeed: pip install "dengine[deepspeed]"')
 
 Batch = tuple[Tensor, Tensor]
 IGNORED = -100
@@ -100,42 +101,60 @@ def configured(stage: int) -> None:
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
 
 
-def trained(rank: int, size: int) -> dict[tuple[int, str], tuple[dict[str, Tensor], int, float]]:
+def trained(rank: int, size: int, folder: str) -> dict[tuple[str, str], tuple[dict[str, Tensor], int, float]]:
     """For each stage and case the weights, the iterations, and the accuracy thereafter."""
-    import deepspeed
+    from accelerate.utils import DummyOptim
 
     found = {}
     for stage in STAGES:
-        for case, (shards, options) in CASES.items():
+        for case in CASES:
             configured(stage)
-            options = dict(options)
-            is_masked = options.pop("is_masked", False)
             model = net(rank)  # rank 0's must win
-            optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-            trainer = create_supervised_trainer(
-                model, optimizer, cross_entropy, weight=num_tokens if is_masked else None, **options
-            )
-            trainer.run(batches_of(rank, shards[rank], is_masked=is_masked), max_epochs=2)
-            evaluator = create_supervised_evaluator(model, {"acc": Accuracy()})
-            accuracy = evaluator.run(batches_of(rank, shards[rank], is_masked=False)).metrics["acc"]
-            with deepspeed.zero.GatheredParameters(list(model.parameters())):
-                weights = {name: value.detach().float().clone() for name, value in model.named_parameters()}
-            found[stage, case] = weights, trainer.state.iteration, accuracy
+            found[f"stage {stage}", case] = trained_in(case, rank, model, torch.optim.SGD(model.parameters(), lr=LR))
+    configured(2)
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = f"{folder}/deepspeed.json"
+    model = net(rank)
+    found["configured", "one batch a step"] = trained_in(
+        "one batch a step", rank, model, DummyOptim(model.parameters())
+    )
     return found
 
 
-def test_deepspeed_takes_the_mean_over_all_ranks() -> None:
-    ranks: Any = run_ranks(trained, 2, env=ENV, deadline_s=240.0)
-    for found in ranks:
-        assert len(found) == len(STAGES) * len(CASES)
+def trained_in(case: str, rank: int, model: nn.Module, optimizer: Any) -> tuple[dict[str, Tensor], int, float]:
+    import deepspeed
+
+    shards, options = CASES[case]
+    options = dict(options)
+    is_masked = options.pop("is_masked", False)
+    weight = num_tokens if is_masked else None
+    trainer = create_supervised_trainer(model, optimizer, cross_entropy, weight=weight, **options)
+    trainer.run(batches_of(rank, shards[rank], is_masked=is_masked), max_epochs=2)
+    evaluator = create_supervised_evaluator(model, {"acc": Accuracy()})
+    accuracy = evaluator.run(batches_of(rank, shards[rank], is_masked=False)).metrics["acc"]
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        weights = {name: value.detach().float().clone() for name, value in model.named_parameters()}
+    return weights, trainer.state.iteration, accuracy
+
+
+def test_deepspeed_takes_the_mean_over_all_ranks(tmp_path: Path) -> None:
+    config = {
+        "optimizer": {"type": "SGD", "params": {"lr": LR}},
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_clipping": "auto",
+    }
+    (tmp_path / "deepspeed.json").write_text(json.dumps(config))
+    for found in run_ranks(trained, 2, str(tmp_path), env=ENV, deadline_s=240.0):
+        assert len(found) == len(STAGES) * len(CASES) + 1
         for (stage, case), (weights, iterations, accuracy) in found.items():
             shards, options = CASES[case]
             assert iterations == 2 * 5
             for name, value in weights_by_hand(shards, **options).items():
                 error = (weights[name] - value).abs().max().item()
-                assert error <= (5e-3 if case == "bf16" else 1e-6), f"stage {stage}, {case}: {name} is off by {error}"
+                assert error <= (5e-3 if case == "bf16" else 1e-6), f"{stage}, {case}: {name} is off by {error}"
             if case != "bf16":
-                assert accuracy == pytest.approx(accuracy_by_hand(weights, shards), abs=1e-12), f"stage {stage}, {case}"
+                assert accuracy == pytest.approx(accuracy_by_hand(weights, shards), abs=1e-12), f"{stage}, {case}"
 
 
 def trainer_of(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Engine:

@@ -13,7 +13,7 @@ from dengine.supervised.batches import ModelFunction
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["DeepSpeedUpdate", "cast_around", "check_clipping", "configure", "configured_num_batches"]
+__all__ = ["DeepSpeedUpdate", "cast_around", "check_clipping", "configure", "configured_num_batches", "is_placeholder"]
 
 _TO_BE_FILLED_IN = (None, "auto")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +50,11 @@ def check_clipping(max_grad_norm: float | None, configured: float) -> None:
             f"max_grad_norm={max_grad_norm}, but DeepSpeed's configuration says gradient_clipping={configured}: give "
             "it in one place only."
         )
+
+
+def is_placeholder(optimizer: Any) -> bool:
+    """Whether it is accelerate's stand-in for the optimizer that DeepSpeed's configuration names."""
+    return type(optimizer).__name__ == "DummyOptim" and type(optimizer).__module__.startswith("accelerate.")
 
 
 def cast_around(call: ModelFunction | None, accelerator: "Accelerator") -> ModelFunction | None:

@@ -29,7 +29,8 @@ def prepared(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """By `prepare_model`; by accelerate itself where its configuration says FSDP or DeepSpeed.
 
-    Every rank gets rank 0's parameters. DeepSpeed is told `num_batches` of an accumulation and `max_grad_norm`, as it accumulates and clips by itself.
+    Every rank gets rank 0's parameters. DeepSpeed is told `num_batches` of an accumulation and `max_grad_norm`, as it
+    accumulates and clips by itself.
 
     Collective: call on all ranks.
 

@@ -19,7 +19,7 @@ from dengine.supervised.batches import (
     num_samples,
     pair_on_device,
 )
-from dengine.supervised.deepspeed import cast_around, configured_num_batches
+from dengine.supervised.deepspeed import cast_around, configured_num_batches, is_placeholder
 from dengine.supervised.prepared import prepared
 from dengine.supervised.step import Functions, SupervisedEvents, train_step
 from dengine.supervised.updates import update_for
@@ -57,6 +57,7 @@ def create_supervised_trainer(
     Args:
         model: wrapped by `prepare_model` already, by `accelerator.prepare`, or bare: then it is moved to its device
             and, over several ranks, wrapped, by accelerate where `accelerate config` says FSDP or DeepSpeed.
+        optimizer: over the parameters of `model`; accelerate's `DummyOptim` where DeepSpeed's configuration has one.
         loss_fn: `loss_fn(pred, targets)`, the mean over what `weight` counts.
         accelerator: one of your own; by default one is made that agrees with `distributed.world()`.
         mixed_precision: "no", "fp16" (loss scaling, whose state is part of the engine's), "bf16", "fp8"; by default
@@ -71,6 +72,9 @@ def create_supervised_trainer(
             `lambda inputs, targets: (targets != -100).sum()`. By default its samples. It is only called where it
             matters: with several ranks, or an accumulation.
 
+    With DeepSpeed the batches of one accumulation count alike, as it adds them up as they come: `weight` takes one
+    batch a step then, and data without a length need `epoch_length`.
+
     Raises:
         TypeError, ValueError: an argument is wrong, or contradicts `accelerator`. ImportError: no accelerate.
         LaunchError: accelerate counts other ranks than there are.
@@ -81,7 +85,7 @@ def create_supervised_trainer(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_supervised_trainer() takes a torch.nn.Module, but got {type(model).__qualname__}.")
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    if not isinstance(optimizer, torch.optim.Optimizer) and not is_placeholder(optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__qualname__}.")
     check_callables(
         loss_fn=loss_fn,
