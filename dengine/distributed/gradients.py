@@ -21,7 +21,7 @@ from dengine.distributed.collectives import all_reduce
 from dengine.distributed.world import world
 from dengine.types import accumulator_dtype
 
-__all__ = ["Count", "GradientMean", "Scaler", "find_ddp", "find_fsdp"]
+__all__ = ["Count", "GradientMean", "Scaler", "check_loss", "find_ddp", "find_fsdp"]
 
 Count: TypeAlias = "int | float | Tensor"
 
@@ -108,8 +108,7 @@ class GradientMean:
 
         Raises: ValueError: the loss is not one number.
         """
-        if loss.numel() != 1:
-            raise ValueError(f"The loss must be one number, the mean over its batch, but has shape {list(loss.shape)}.")
+        check_loss(loss)
         if self._num_batches == 1:
             weight = self.share()
         else:
@@ -163,6 +162,12 @@ class GradientMean:
         return self._seed[1]
 
 
+def check_loss(loss: Tensor) -> None:
+    """Raises: ValueError: it is not one number."""
+    if loss.numel() != 1:
+        raise ValueError(f"The loss must be one number, the mean over its batch, but has shape {list(loss.shape)}.")
+
+
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     """The DDP wrapper that `model` is, or has inside `torch.compile`'s."""
     inner = getattr(model, "_orig_mod", model)
@@ -205,6 +210,9 @@ def _multiply(gradients: list[Any], factor: Count) -> None:
         locals_ = [each.to_local() if hasattr(each, "to_local") else each for each in gradients]
         if isinstance(factor, Tensor) and any(each.dtype != factor.dtype for each in locals_):
             for each in locals_:
-                each.mul_(factor.to(each.dtype) if each.dtype.itemsize >= 4 else factor)
+                if each.dtype.itemsize >= 4:
+                    each.mul_(factor.to(each.dtype))
+                else:  # a tensor as the factor would be rounded to 16 bits before, on a GPU
+                    each.copy_(each.float().mul_(factor.float()))
         else:
             torch._foreach_mul_(locals_, factor)

@@ -145,6 +145,8 @@ class LabelMetric(Metric):
     of the counts, so that a label outside the classes is an error on every rank.
     """
 
+    adds_to_no_graph = True
+
     lowest: torch.Tensor | int
     highest: torch.Tensor | int
 
@@ -165,7 +167,8 @@ class LabelMetric(Metric):
                 self.settle()
             return
         self.settle()
-        self.take_in(output)
+        with torch.no_grad():
+            self.take_in(output)
         self._queue.expect(output)
 
     def settle(self) -> None:

@@ -60,6 +60,7 @@ class Metric(ABC):
     transform: OutputTransform | None = None
     num_updates: int = 0  # since the last reset
     num_sets: int = 0  # engines that update it
+    adds_to_no_graph: bool = False  # whether `update` sees to that; elsewhere an engine calls it without gradients
     _states: Mapping[str, StateSpec] = {}
 
     def __init__(self, output_transform: OutputTransform | None = None) -> None:

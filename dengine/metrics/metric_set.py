@@ -35,7 +35,8 @@ class MetricSet:
         self._transforms: dict[int, OutputTransform | None] = {}
         self._given_transforms: dict[int, OutputTransform | None] = {}  # None: the metric's default
         self._reduction = Reduction()
-        self._no_grad = torch.no_grad()  # to make one takes as long as to enter it
+        self._no_grad = torch.no_grad()  # to make one takes as long as to enter it, and that as long as some updates
+        self._adds_to_no_graph = True
         # What an iteration runs, one call a leaf: compiled when a metric is added.
         self.updates: tuple[Callable[[Any], None], ...] = ()
 
@@ -70,6 +71,10 @@ class MetricSet:
         return True
 
     def update(self, output: Any) -> None:
+        if self._adds_to_no_graph:
+            for update in self.updates:
+                update(output)
+            return
         with self._no_grad:
             for update in self.updates:
                 update(output)
@@ -128,6 +133,10 @@ class MetricSet:
             if id(leaf) not in self._leaves:
                 self._add_leaf(name, metric, leaf, output_transform)
         self._metrics[name] = metric
+        self._adds_to_no_graph = all(
+            getattr(leaf, "adds_to_no_graph", False) and self._given_transforms[key] is None
+            for key, (_, leaf) in self._leaves.items()
+        )
         self.updates = tuple(_update(leaf, self._transforms[key]) for key, (_, leaf) in self._leaves.items())
 
     def _add_leaf(self, name: str, metric: Any, leaf: Any, output_transform: OutputTransform | None) -> None:

@@ -24,6 +24,8 @@ def prediction_and_target(output: Any) -> Any:
 
 def loss_value(output: Any) -> Any:
     """The `"loss"` of a mapping that has one; anything else as it is."""
+    if type(output) is dict and "loss" in output:  # a supervised step's: once an iteration
+        return output["loss"]
     if isinstance(output, Mapping) and "loss" in output:
         return output["loss"]
     return output

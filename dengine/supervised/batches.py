@@ -73,6 +73,8 @@ def num_samples(inputs: Any, targets: Any) -> int:
 
     Raises: TypeError: neither has one; it says what to pass.
     """
+    if isinstance(targets, Tensor) and targets.ndim:  # nearly always
+        return targets.shape[0]
     for value in (targets, inputs):
         first = next(iter(value.values()), None) if isinstance(value, Mapping) else value
         if isinstance(first, (tuple, list)) and first and isinstance(first[0], Tensor):

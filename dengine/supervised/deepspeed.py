@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dengine.checkpoint.elsewhere import keep_elsewhere
-from dengine.distributed.gradients import Count, GradientMean
+from dengine.distributed.gradients import Count, GradientMean, check_loss
 from dengine.supervised.batches import ModelFunction
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ class DeepSpeedUpdate:
         self._mean.begin(count, self._device, is_last=True, is_alike=is_alike)
 
     def backward(self, loss: Tensor) -> None:
+        check_loss(loss)
         weight = self._mean.share() / self._num_in_step
         self._engine.backward(loss * weight, scale_wrt_gas=False)
         self._mean.forget()

@@ -17,7 +17,7 @@ def num_alike(data: Any, first_count: int) -> int:
     Collective. Cost: one small all-reduce, and for a list one look at each batch.
     """
     count, num_batches = _leading(data)
-    if count != first_count:
+    if count != first_count or not count:
         num_batches = 0
     told = {"largest": first_count, "smallest": -first_count, "num_batches": -num_batches}
     found = all_reduce(told, "max", name="the number of samples of a batch")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dengine.distributed.gradients import Count, GradientMean
+from dengine.distributed.gradients import Count, GradientMean, check_loss
 from dengine.supervised.accelerator import distributed_kind
 from dengine.supervised.deepspeed import DeepSpeedUpdate
 
@@ -68,6 +68,8 @@ class _Weighted:
         self.is_alone = self._mean.is_alone
         # Alone, one batch a step is its own mean: nothing to weigh, nothing to divide.
         self.takes_counts = not self.is_alone or num_batches > 1
+        self._is_one_batch = num_batches == 1
+        self._is_weighted = self.takes_counts
         self.no_sync = self._mean.no_sync
         self.forget = self._mean.forget
 
@@ -75,17 +77,20 @@ class _Weighted:
         self._optimizer.zero_grad()
 
     def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None:
-        if self.takes_counts:
+        # One batch of each rank, all of the same count: DDP's own mean is the one that is wanted.
+        self._is_weighted = self.takes_counts and not (is_alike and self._is_one_batch)
+        if self._is_weighted:
             self._mean.begin(count, self._accelerator.device, is_last=is_last, is_alike=is_alike)
 
     def backward(self, loss: Tensor) -> None:
-        if self.takes_counts:
+        if self._is_weighted:
             self._mean.backward(loss, scaler=self.scaler)
         else:
+            check_loss(loss)
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self) -> None:
-        if self.takes_counts:
+        if self._is_weighted:
             self._mean.finish(self._parameters())
         if self._max_grad_norm is not None:
             self._clip(self._max_grad_norm)

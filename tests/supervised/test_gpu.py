@@ -122,3 +122,21 @@ def test_an_evaluation_is_that_of_the_model_in_eval_mode() -> None:
     with torch.no_grad():
         expected = (model.eval()(inputs).argmax(1) == targets).double().mean().item()
     assert accuracy == expected
+
+
+def test_a_count_on_the_device_rounds_gradients_of_16_bits_as_one_on_the_host() -> None:
+    models = []
+    for weight in (lambda inputs, targets: len(targets), lambda inputs, targets: (targets >= 0).sum()):
+        model = net().to(torch.bfloat16)
+        trainer = create_supervised_trainer(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.5),
+            cross_entropy,
+            gradient_accumulation_steps=2,
+            weight=weight,
+            model_fn=lambda model, inputs: model(inputs.to(torch.bfloat16)),
+        )
+        torch.manual_seed(7)
+        trainer.run(batches_of(6, 5, 7, 4))
+        models.append(model)
+    assert_same_bits(*models)
