@@ -12,7 +12,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dengine import Engine, create_supervised_evaluator, create_supervised_trainer
+from dengine import Engine, create_supervised_evaluator, create_supervised_trainer, distributed
 from dengine.checkpoint import load, save
 from dengine.metrics import Accuracy
 
@@ -111,12 +111,26 @@ def trained(rank: int, size: int, folder: str) -> dict[tuple[str, str], tuple[di
             configured(stage)
             model = net(rank)  # rank 0's must win
             found[f"stage {stage}", case] = trained_in(case, rank, model, torch.optim.SGD(model.parameters(), lr=LR))
-    configured(2)
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = f"{folder}/deepspeed.json"
     model = net(rank)
+    found["second trainer", "one batch a step"] = second_trainer(rank)
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = f"{folder}/deepspeed.json"
+    configured(2)
     found["configured", "one batch a step"] = trained_in(
         "one batch a step", rank, model, DummyOptim(model.parameters())
     )
+    return found
+
+
+def second_trainer(rank: int) -> tuple[dict[str, Tensor], int, float]:
+    """What the first one of a process was told must not hold for it; and every rank gets rank 0's buffers."""
+    configured(2)
+    trainer_of(*model_and_optimizer(), gradient_accumulation_steps=2, max_grad_norm=0.05)
+    model = net(rank)
+    model.register_buffer("mine", torch.tensor(float(rank)))
+    model.eval()  # a trainer trains
+    found = trained_in("one batch a step", rank, model, torch.optim.SGD(model.parameters(), lr=LR))
+    assert model.training, "the model was left in eval mode"
+    assert float(model.mine) == 0.0, "rank 0's buffer must win"
     return found
 
 
@@ -146,10 +160,11 @@ def test_deepspeed_takes_the_mean_over_all_ranks(tmp_path: Path) -> None:
     }
     (tmp_path / "deepspeed.json").write_text(json.dumps(config))
     for found in run_ranks(trained, 2, str(tmp_path), env=ENV, deadline_s=240.0):
-        assert len(found) == len(STAGES) * len(CASES) + 1
+        assert len(found) == len(STAGES) * len(CASES) + 2
         for (stage, case), (weights, iterations, accuracy) in found.items():
             shards, options = CASES[case]
             assert iterations == 2 * 5
+            assert set(weights) == {"0.weight", "0.bias", "2.weight", "2.bias"}
             for name, value in weights_by_hand(shards, **options).items():
                 error = (weights[name] - value).abs().max().item()
                 assert error <= (5e-3 if case == "bf16" else 1e-6), f"{stage}, {case}: {name} is off by {error}"
@@ -170,6 +185,18 @@ def complaint(action: Callable[[], Any]) -> str:
     return ""
 
 
+class ShortData(list[Batch]):
+    """It tells one batch more than it has."""
+
+    def __len__(self) -> int:
+        return super().__len__() + 1
+
+
+def model_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = net()
+    return model, torch.optim.SGD(model.parameters(), lr=LR)
+
+
 def complaints(rank: int, size: int, folder: str) -> dict[str, str]:
     from accelerate import Accelerator
 
@@ -187,6 +214,12 @@ def complaints(rank: int, size: int, folder: str) -> dict[str, str]:
             if os.path.exists(path):
                 found[f"{stage}: load {name}"] = complaint(lambda path=path, what={name: value}: load(path, what))
 
+    found["3: save a part"] = complaint(lambda: save(f"{folder}/part.pt", {"model": model[0]}))  # of stage 3
+    for strategy in ("ddp", "fsdp"):
+        configured(2)
+        wrapped = distributed.prepare_model(net(), strategy)  # type: ignore[arg-type]
+        found[strategy] = complaint(lambda wrapped=wrapped: trainer_of(wrapped, optimizer))
+
     configured(2)
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -194,6 +227,10 @@ def complaints(rank: int, size: int, folder: str) -> dict[str, str]:
     found["tokens"] = complaint(lambda: trainer_of(model, optimizer, weight=num_tokens, **options))
     trainer = trainer_of(model, optimizer, **options)
     found["no length"] = complaint(lambda: trainer.run(iter(batches)))
+    short = ShortData(batches)
+    found["ended early"] = complaint(lambda: trainer.run(short))
+    found["after a failure"] = complaint(lambda: trainer.run(batches))
+    trainer = trainer_of(*model_and_optimizer(), **options)
     found["length"] = complaint(lambda: trainer.run(iter(batches), epoch_length=5))
 
     configured(2)
@@ -209,6 +246,11 @@ def test_what_deepspeed_keeps_or_cannot_do_is_refused(tmp_path: Path) -> None:
     for found in run_ranks(complaints, 2, str(tmp_path), env=ENV, deadline_s=120.0):
         told = {name: text for name, text in found.items() if text}
         for name, part in {
+            "3: save a part": "DeepSpeed keeps a part of 'model' on each rank",
+            "ddp": "is a DistributedDataParallel: pass the bare model",
+            "fsdp": "is a FSDPSequential: pass the bare model",
+            "ended early": "RuntimeError: The data ended after 1 of the 2 batches",
+            "after a failure": "RuntimeError: A run of this trainer failed within a step",
             "1: save optimizer": "DeepSpeed keeps a part of 'optimizer' on each rank",
             "1: load model": "DeepSpeed trains 'model' from a copy of its own",
             "3: save model": "DeepSpeed keeps a part of 'model' on each rank",

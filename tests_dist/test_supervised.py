@@ -129,6 +129,26 @@ def test_the_norm_that_is_clipped_is_that_of_the_whole_gradient(strategy: str) -
             torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
 
 
+def modes(rank: int, size: int, strategy: str) -> list[bool]:
+    """Whether the model trained in each epoch, though it was given, and left behind by a handler, in eval mode."""
+    model = net().eval()
+    trainer = create_supervised_trainer(
+        distributed.prepare_model(model, strategy),  # type: ignore[arg-type]
+        torch.optim.SGD(model.parameters(), lr=LR),
+        cross_entropy,
+    )
+    found: list[bool] = []
+    trainer.on(Events.ITERATION_STARTED, lambda engine: found.append(model.training))
+    trainer.on(Events.EPOCH_COMPLETED, lambda engine: model.eval() and None)
+    trainer.run(batches_of(rank, [2, 2], is_masked=False), max_epochs=2)
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_model_in_eval_mode_is_trained_in_train_mode(strategy: str) -> None:
+    assert run_ranks(modes, 2, strategy) == [[True] * 4] * 2
+
+
 # -- scaled losses, as in 16 bits ---------------------------------------------------------------------------------
 
 

@@ -18,13 +18,16 @@ _kept: WeakKeyDictionary[nn.Module | Optimizer, bool] = WeakKeyDictionary()
 
 
 def keep_elsewhere(value: nn.Module | Optimizer, *, is_whole: bool) -> None:
-    """See that `value`, whose state DeepSpeed keeps, is not loaded and, unless `is_whole`, not saved."""
-    _kept[value] = is_whole
+    """See that `value`, whose state DeepSpeed keeps, is not loaded and, unless `is_whole`, not saved; of a model, that
+    no part of it is."""
+    for each in value.modules() if isinstance(value, nn.Module) else [value]:
+        _kept[each] = is_whole
 
 
 def refuse_to_save(name: str, value: Any) -> None:
     """Raises: CheckpointError: each rank's `state_dict()` has a part of the state only."""
-    if _is_of_deepspeed(value) or (_is_kept(value) and not _kept[value]):
+    _refuse_wrapper(name, value)
+    if _is_kept(value) and not _kept[value]:
         raise CheckpointError(
             f"DeepSpeed keeps a part of {name!r} on each rank, which state_dict() does not tell. Leave it out, and "
             "save it by the DeepSpeed engine's own save_checkpoint(), which pickles; or shard by "
@@ -34,17 +37,22 @@ def refuse_to_save(name: str, value: Any) -> None:
 
 def refuse_to_load(name: str, value: Any) -> None:
     """Raises: CheckpointError: it is trained from a copy, which would not change."""
-    if _is_of_deepspeed(value) or _is_kept(value):
+    _refuse_wrapper(name, value)
+    if _is_kept(value):
         raise CheckpointError(
             f"DeepSpeed trains {name!r} from a copy of its own, which would not change. Load it before a trainer is "
             "made of it, or by the DeepSpeed engine's own load_checkpoint()."
         )
 
 
+def _refuse_wrapper(name: str, value: Any) -> None:
+    if any(base.__name__ in _NAMES for base in type(value).__mro__):
+        raise CheckpointError(
+            f"{name!r} is DeepSpeed's own {type(value).__qualname__}, which has another state: give the bare model or "
+            "optimizer, or use the DeepSpeed engine's own save_checkpoint() and load_checkpoint()."
+        )
+
+
 def _is_kept(value: Any) -> bool:
     # Anything else may have no hash.
     return isinstance(value, (nn.Module, Optimizer)) and value in _kept
-
-
-def _is_of_deepspeed(value: Any) -> bool:
-    return any(base.__name__ in _NAMES for base in type(value).__mro__)

@@ -17,7 +17,7 @@ from dengine.checkpoint.paths import no_folder_of_checkpoints, path_of
 from dengine.checkpoint.restore import Restoring, give_random_states
 from dengine.checkpoint.seal import check_seal, read_seal
 from dengine.checkpoint.shard_verify import holds_shards
-from dengine.checkpoint.snapshot import States, check_objects
+from dengine.checkpoint.snapshot import States, bare, check_objects
 from dengine.distributed import all_gather_object, world
 from dengine.distributed.collectives import from_rank_zero
 from dengine.errors import CheckpointError, CorruptCheckpointError
@@ -112,7 +112,7 @@ def load(path: str | Path, into: Mapping[str, Any]) -> None:
         failure, cause = None, None
         try:
             for name, value in targets.items():
-                refuse_to_load(name, value)
+                refuse_to_load(name, bare(value))
             states = numbered(states, targets) if file is None else _read_file(file)
             restoring.load(states)
         except Exception as error:

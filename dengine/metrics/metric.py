@@ -77,6 +77,8 @@ class Metric(ABC):
         # be asked to keep the number.
         if "update" in cls.__dict__:
             cls.update = _counting(cls.update)  # type: ignore[method-assign]
+        if {"update", "default_transform"} & cls.__dict__.keys() and "adds_to_no_graph" not in cls.__dict__:
+            cls.adds_to_no_graph = False  # what a base class says of its own
         if "reset" in cls.__dict__:
             cls.reset = _uncounting(cls.reset)  # type: ignore[method-assign]
 

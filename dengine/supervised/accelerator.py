@@ -47,7 +47,11 @@ def accelerator_for(given: "Accelerator | None", mixed_precision: str | None) ->
         accelerator = given
     has = accelerator.mixed_precision
     if mixed_precision not in (None, has):
-        raise ValueError(f"mixed_precision={mixed_precision!r}, but the Accelerator has {has!r}: give it there only.")
+        whose = "that this process made before" if given is None else "you gave"
+        raise ValueError(
+            f"mixed_precision={mixed_precision!r}, but the Accelerator {whose} has {has!r}, and accelerate knows one "
+            "precision a process: give it there only."
+        )
     _check_ranks(accelerator, here)
     _check_kind(accelerator, here)
     return accelerator

@@ -1,6 +1,9 @@
 """DeepSpeed through accelerate: what is to be said in its configuration, and a step of its engine."""
 
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +16,18 @@ from dengine.supervised.batches import ModelFunction
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["DeepSpeedUpdate", "cast_around", "check_clipping", "configure", "configured_num_batches", "is_placeholder"]
+__all__ = [
+    "DeepSpeedUpdate",
+    "cast_around",
+    "check_clipping",
+    "configured",
+    "configured_num_batches",
+    "is_engine",
+    "is_placeholder",
+    "keep_states_out",
+]
 
 _TO_BE_FILLED_IN = (None, "auto")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def configured_num_batches(accelerator: "Accelerator") -> int:
@@ -25,22 +36,31 @@ def configured_num_batches(accelerator: "Accelerator") -> int:
     return int(accelerator.gradient_accumulation_steps if configured in _TO_BE_FILLED_IN else configured)
 
 
-def configure(accelerator: "Accelerator", num_batches: int, max_grad_norm: float | None) -> None:
-    """Fill in what DeepSpeed's configuration leaves open, before a model is prepared.
+@contextmanager
+def configured(accelerator: "Accelerator", num_batches: int, max_grad_norm: float | None) -> Iterator[None]:
+    """Inside it, what DeepSpeed's configuration leaves open is filled in, for a model that is prepared there.
 
     Raises: ValueError: gradients are to be clipped to another norm.
     """
     config = _config(accelerator)
     clipping = config.get("gradient_clipping")
-    if clipping in _TO_BE_FILLED_IN:
-        # accelerate would clip to 1 where nobody asked for it.
-        config["gradient_clipping"] = max_grad_norm or 0.0
-    else:
+    if clipping not in _TO_BE_FILLED_IN:
         check_clipping(max_grad_norm, clipping)
-    config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps = num_batches
-    if config.get("train_micro_batch_size_per_gpu") in _TO_BE_FILLED_IN:
-        # For what DeepSpeed logs only; batches of any size are taken.
-        config["train_micro_batch_size_per_gpu"] = 1
+    before, num_before = deepcopy(config), accelerator.gradient_accumulation_steps
+    try:
+        if clipping in _TO_BE_FILLED_IN:
+            # accelerate would clip to 1 where nobody asked for it.
+            config["gradient_clipping"] = max_grad_norm or 0.0
+        config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps = num_batches
+        if config.get("train_micro_batch_size_per_gpu") in _TO_BE_FILLED_IN:
+            # For what DeepSpeed logs only; batches of any size are taken.
+            config |= {"train_micro_batch_size_per_gpu": 1, "train_batch_size": "auto"}
+        yield
+    finally:
+        # Else the next trainer would take it, and what accelerate fills in, for what its user has configured.
+        config.clear()
+        config.update(before)
+        accelerator.gradient_accumulation_steps = num_before
 
 
 def check_clipping(max_grad_norm: float | None, configured: float) -> None:
@@ -57,28 +77,44 @@ def is_placeholder(optimizer: Any) -> bool:
     return type(optimizer).__name__ == "DummyOptim" and type(optimizer).__module__.startswith("accelerate.")
 
 
-def cast_around(call: ModelFunction | None, accelerator: "Accelerator") -> ModelFunction | None:
-    """`call` with inputs in the precision of DeepSpeed's configuration, and predictions in 32 bits, as in a loss they
-    would be rounded: DeepSpeed casts the model and nothing else."""
-    dtype = _DTYPES.get(accelerator.mixed_precision)
-    if dtype is None:
-        return call
+def is_engine(model: nn.Module) -> bool:
+    return any(base.__name__ == "DeepSpeedEngine" for base in type(model).__mro__)
+
+
+def cast_around(call: ModelFunction | None) -> ModelFunction:
+    """`call` with inputs in the precision of the model, where that has 16 bits, and predictions in 32, as in a loss
+    they would be rounded: DeepSpeed casts the model and nothing else."""
 
     def called(model: nn.Module, inputs: Any) -> Any:
-        inputs = _floats_as(dtype, inputs)
-        return _floats_as(torch.float32, model(inputs) if call is None else call(model, inputs))
+        dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+        if dtype.itemsize > 2:
+            return model(inputs) if call is None else call(model, inputs)
+        inputs = recursively_apply(lambda tensor: tensor.to(dtype), inputs, test_type=_is_float)
+        outputs = model(inputs) if call is None else call(model, inputs)
+        return recursively_apply(Tensor.float, outputs, test_type=_is_short_float)
+
+    from accelerate.utils import recursively_apply
 
     return called
 
 
-def _floats_as(dtype: torch.dtype, value: Any) -> Any:
-    from accelerate.utils import recursively_apply
-
-    return recursively_apply(lambda tensor: tensor.to(dtype), value, test_type=_is_float)
-
-
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _is_short_float(value: Any) -> bool:
+    return _is_float(value) and value.dtype.itemsize == 2
+
+
+def keep_states_out(engine: Any, optimizer: Any, accelerator: "Accelerator") -> None:
+    """See that checkpoints refuse what DeepSpeed has parts or copies of: `optimizer` and the model in `engine`."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0 and accelerator.mixed_precision == "no":
+        return
+    keep_elsewhere(engine.module, is_whole=stage < 3)
+    for each in (engine.basic_optimizer, optimizer):  # another one where it is offloaded
+        if isinstance(each, torch.optim.Optimizer):
+            keep_elsewhere(each, is_whole=False)
 
 
 def _config(accelerator: "Accelerator") -> dict[str, Any]:
@@ -90,23 +126,23 @@ class DeepSpeedUpdate:
 
     Batches are weighted over the ranks, those of one accumulation alike: DeepSpeed adds them up as they come, before it
     is known what they count together.
+
+    Cost: what DeepSpeed sends, in stages 2 and 3 in each backward pass; one all-reduce of one number a batch, where its
+    count is not known.
     """
 
     scaler = None
 
     def __init__(self, model: nn.Module, accelerator: "Accelerator") -> None:
-        engine: Any = model
-        stage = engine.zero_optimization_stage()
-        if stage > 0 or accelerator.mixed_precision != "no":
-            keep_elsewhere(engine.module, is_whole=stage < 3)
-            keep_elsewhere(engine.basic_optimizer, is_whole=False)
-        self._engine = engine
+        self._engine: Any = model
         self._device = accelerator.device
         self._mean = GradientMean(model)
         self._num_in_step = 1
+        self._num_done = 0  # batches whose gradients DeepSpeed holds
+        self._first_count: Count | None = None  # of this step
+        self._has_warned = False
         self.is_alone = self._mean.is_alone
         self.takes_counts = not self.is_alone
-        self.forget = self._mean.forget
 
     def start(self, num_batches: int | None) -> None:
         """Gradients are zero already: DeepSpeed sees to that as it steps.
@@ -118,20 +154,57 @@ class DeepSpeedUpdate:
                 "With DeepSpeed, an accumulation must know from its first batch on how many there will be, but this "
                 "data tells no length: pass epoch_length= to run()."
             )
-        self._num_in_step = num_batches
+        self._num_in_step, self._first_count = num_batches, None
 
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None:
+        self._warn_of_other(count)
         self._engine.set_gradient_accumulation_boundary(is_boundary=is_last)
         self._mean.begin(count, self._device, is_last=True, is_alike=is_alike)
 
     def backward(self, loss: Tensor) -> None:
         check_loss(loss)
         weight = self._mean.share() / self._num_in_step
+        self._num_done += 1
         self._engine.backward(loss * weight, scale_wrt_gas=False)
         self._mean.forget()
 
     def step(self) -> None:
         self._engine.step()
+        self._num_done = 0
+
+    def cut_short(self, num_batches: int) -> None:
+        """Raises: RuntimeError: the batches were weighted as parts of a step of more."""
+        raise RuntimeError(
+            f"The data ended after {num_batches} of the {self._num_in_step} batches that an accumulation was to have "
+            "by the length it told, and DeepSpeed has weighted them by that: correct the data's __len__, or "
+            "epoch_length=."
+        )
+
+    def forget(self) -> None:
+        """Begin a run.
+
+        Raises: RuntimeError: DeepSpeed still holds gradients of one that failed.
+        """
+        if self._num_done:
+            raise RuntimeError(
+                "A run of this trainer failed within a step, and DeepSpeed keeps that step's gradients: make model, "
+                "optimizer and trainer anew."
+            )
+        self._mean.forget()
+
+    def _warn_of_other(self, count: Count) -> None:
+        if self._num_in_step == 1 or isinstance(count, Tensor) or not count:
+            return
+        if self._first_count is None:
+            self._first_count = count
+        elif count != self._first_count and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"With DeepSpeed, the batches of an accumulation count alike, but this one has batches of "
+                f"{self._first_count} and of {count}: its gradient is a mean of their means.",
+                RuntimeWarning,
+                stacklevel=2,
+            )

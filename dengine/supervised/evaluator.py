@@ -86,7 +86,7 @@ class _EvaluationStep:
         self._device = accelerator.device
         self._autocast: Any = accelerator.autocast if accelerator.native_amp else None
         self._prepare_batch = prepare_batch
-        self._model_fn = cast_around(model_fn, accelerator) if kind == "DEEPSPEED" else model_fn
+        self._model_fn = cast_around(model_fn) if kind == "DEEPSPEED" else model_fn
         self._output = output
         self._mode = ExitStack()
 

@@ -10,7 +10,7 @@ from dengine.distributed.buckets import settle_buckets
 from dengine.distributed.collectives import broadcast_tensors
 from dengine.distributed.gradients import find_ddp, find_fsdp
 from dengine.supervised.accelerator import distributed_kind
-from dengine.supervised.deepspeed import check_clipping, configure
+from dengine.supervised.deepspeed import check_clipping, configured, is_engine
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,8 +29,8 @@ def prepared(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """By `prepare_model`; by accelerate itself where its configuration says FSDP or DeepSpeed.
 
-    Every rank gets rank 0's parameters. DeepSpeed is told `num_batches` of an accumulation and `max_grad_norm`, as it
-    accumulates and clips by itself.
+    Every rank gets rank 0's parameters and buffers. DeepSpeed is told `num_batches` of an accumulation and
+    `max_grad_norm`, as it accumulates and clips by itself.
 
     Collective: call on all ranks.
 
@@ -38,18 +38,29 @@ def prepared(
     """
     kind = distributed_kind(accelerator)
     if kind in ("FSDP", "DEEPSPEED"):
-        if is_wrapped(model):
+        if is_wrapped(model) or is_engine(model):
+            _refuse_other_wrapper(model, kind)
             if kind == "DEEPSPEED":
                 check_clipping(max_grad_norm, model.gradient_clipping())  # type: ignore[operator]
             return model, optimizer
         if kind == "DEEPSPEED":
-            configure(accelerator, num_batches, max_grad_norm)  # it takes rank 0's parameters by itself
-        elif not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:  # which does so itself
+            broadcast_tensors(list(model.buffers()))  # parameters it sends itself
+            with configured(accelerator, num_batches, max_grad_norm):
+                return accelerator.prepare(model, optimizer)  # type: ignore[no-any-return]
+        if not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:  # which sends them itself
             broadcast_tensors([*model.parameters(), *model.buffers()])
         return accelerator.prepare(model, optimizer)  # type: ignore[no-any-return]
     if kind not in _PLAIN:
         raise ValueError(f"Accelerate's distributed type {kind} is not supported: use DDP, FSDP or DeepSpeed.")
     return prepared_model(model, accelerator), optimizer
+
+
+def _refuse_other_wrapper(model: nn.Module, kind: str) -> None:
+    if (kind == "DEEPSPEED") != is_engine(model) or find_ddp(model) is not None:
+        raise ValueError(
+            f"accelerate is configured for {kind}, but this model is a {type(model).__qualname__}: pass the bare "
+            "model, without prepare_model()."
+        )
 
 
 def prepared_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dengine.distributed import world
+from dengine.distributed import unwrap_model, world
 from dengine.distributed.gradients import Count
 from dengine.engine import Absent, Engine, EventEnum, Events
 from dengine.supervised.batches import (
@@ -21,6 +21,7 @@ from dengine.supervised.batches import (
     num_samples,
     pair_on_device,
 )
+from dengine.supervised.deepspeed import is_engine
 from dengine.supervised.known import num_alike
 from dengine.supervised.updates import Update
 
@@ -59,6 +60,8 @@ class TrainStep(ABC):
         self, model: nn.Module, update: Update, accelerator: "Accelerator", functions: Functions, num_batches: int
     ) -> None:
         self._model = model
+        bare: Any = unwrap_model(model)
+        self._bare: nn.Module = bare.module if is_engine(bare) else bare  # wrappers have a mode of their own
         self._update = update
         self._autocast: Any = accelerator.autocast if accelerator.native_amp else None
         self._device = accelerator.device
@@ -148,7 +151,7 @@ class TrainStep(ABC):
 
     def _train_mode(self, engine: Engine) -> None:
         # Looked at first: parts that the user keeps in eval mode stay so.
-        if not self._model.training:
+        if not self._bare.training:
             self._model.train()
 
     def _tell(self, engine: Engine) -> None:
@@ -160,6 +163,7 @@ class TrainStep(ABC):
         """Step with what an accumulation has where nobody knew that its last batch was the last one."""
         if not self._num_pending:
             return
+        self._update.cut_short(self._num_pending)
         if not self._update.is_alone:
             # What was added up inside no_sync() is sent by a backward pass of no weight.
             inputs, targets = self._functions.prepare_batch(self._spare, self._device)

@@ -19,7 +19,7 @@ from dengine.supervised.batches import (
     num_samples,
     pair_on_device,
 )
-from dengine.supervised.deepspeed import cast_around, configured_num_batches, is_placeholder
+from dengine.supervised.deepspeed import cast_around, configured_num_batches, is_placeholder, keep_states_out
 from dengine.supervised.prepared import prepared
 from dengine.supervised.step import Functions, SupervisedEvents, train_step
 from dengine.supervised.updates import update_for
@@ -85,8 +85,6 @@ def create_supervised_trainer(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_supervised_trainer() takes a torch.nn.Module, but got {type(model).__qualname__}.")
-    if not isinstance(optimizer, torch.optim.Optimizer) and not is_placeholder(optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__qualname__}.")
     check_callables(
         loss_fn=loss_fn,
         output_transform=output_transform,
@@ -100,16 +98,21 @@ def create_supervised_trainer(
     accelerator = accelerator_for(accelerator, mixed_precision)
     num_batches = _num_batches(num_batches, accelerator)
     is_deepspeed = distributed_kind(accelerator) == "DEEPSPEED"
+    if not isinstance(optimizer, torch.optim.Optimizer) and not (is_deepspeed and is_placeholder(optimizer)):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__qualname__}.")
     if is_deepspeed and weight is not None and num_batches > 1:
         raise ValueError(
             f"With DeepSpeed, the {num_batches} batches of an accumulation count alike: leave weight= out, or take one "
             "batch a step."
         )
+    given_optimizer = optimizer
     model, optimizer = prepared(model, optimizer, accelerator, num_batches, max_grad_norm)
+    if is_deepspeed:
+        keep_states_out(model, given_optimizer, accelerator)
     functions = Functions(
         loss=loss_fn,
         prepare_batch=prepare_batch or pair_on_device,
-        model=cast_around(model_fn, accelerator) if is_deepspeed else model_fn,
+        model=cast_around(model_fn) if is_deepspeed else model_fn,
         weight=weight or num_samples,
         output=output_transform,
     )

@@ -31,6 +31,7 @@ class Update(Protocol):
     def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self) -> None: ...
+    def cut_short(self, num_batches: int) -> None: ...  # fewer came than `start` was told
     def forget(self) -> None: ...
 
 
@@ -99,6 +100,9 @@ class _Weighted:
         else:
             self.scaler.step(self._optimizer)
             self.scaler.update()
+
+    def cut_short(self, num_batches: int) -> None:
+        """They are divided by what has come."""
 
     def _clip(self, max_norm: float) -> None:
         if self._is_accelerates_fsdp:
