@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from dengine import Engine, create_supervised_evaluator, create_supervised_trainer, distributed
 from dengine.checkpoint import load, save
+from dengine.handlers import EMA
 from dengine.metrics import Accuracy
 
 pytest.importorskip("deepspeed", reason='needs DeepSpeed: pip install "dengine[deepspeed]"')
@@ -214,6 +215,7 @@ def complaints(rank: int, size: int, folder: str) -> dict[str, str]:
             if os.path.exists(path):
                 found[f"{stage}: load {name}"] = complaint(lambda path=path, what={name: value}: load(path, what))
 
+    found["3: average"] = complaint(lambda: EMA(model))
     found["3: save a part"] = complaint(lambda: save(f"{folder}/part.pt", {"model": model[0]}))  # of stage 3
     for strategy in ("ddp", "fsdp"):
         configured(2)
@@ -246,6 +248,7 @@ def test_what_deepspeed_keeps_or_cannot_do_is_refused(tmp_path: Path) -> None:
     for found in run_ranks(complaints, 2, str(tmp_path), env=ENV, deadline_s=120.0):
         told = {name: text for name, text in found.items() if text}
         for name, part in {
+            "3: average": "ValueError: DeepSpeed's stage 3 has a part of each weight on each rank",
             "3: save a part": "DeepSpeed keeps a part of 'model' on each rank",
             "ddp": "is a DistributedDataParallel: pass the bare model",
             "fsdp": "is a FSDPSequential: pass the bare model",

@@ -41,7 +41,7 @@ class EMA:
         num_updates: calls so far.
 
     Raises:
-        TypeError: `model` is no module. ValueError: `decay` is outside of its range.
+        TypeError: `model` is no module. ValueError: `decay` is outside of its range; DeepSpeed has cut up the weights.
 
     Cost: memory for one more copy of the weights; a call reads and writes it once, with one operation per dtype and
     device, no wait for the device, and no collective.
@@ -63,6 +63,11 @@ class EMA:
             raise TypeError(f"EMA() takes a torch.nn.Module, but got {type(model).__qualname__}.")
         if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
             raise ValueError(f"decay={decay!r} must be a number from 0 to below 1, such as 0.999.")
+        if any(hasattr(each, "ds_id") for each in model.parameters()):
+            raise ValueError(
+                "DeepSpeed's stage 3 has a part of each weight on each rank, and shows none of it: average a model "
+                'that prepare_model(model, strategy="fsdp") has sharded, or take a lower stage.'
+            )
         self._decay = float(decay)
         self._source = unwrap_model(model)
         _reshard(self._source)
