@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from masked import Batch, batches_of, num_tokens
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,8 +20,6 @@ from dengine.metrics import Accuracy
 
 pytest.importorskip("deepspeed", reason='needs DeepSpeed: pip install "dengine[deepspeed]"')
 
-Batch = tuple[Tensor, Tensor]
-IGNORED = -100
 LR = 0.1
 STAGES = [0, 1, 2, 3]
 ENV = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
@@ -42,22 +41,6 @@ def net(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def batches_of(rank: int, sizes: list[int], *, is_masked: bool) -> list[Batch]:
-    """Where masked, some targets are ignored: the first of each batch never, so that its mean is a number."""
-    generator = torch.Generator().manual_seed(100 + rank)
-    batches = []
-    for size in sizes:
-        targets = torch.randint(0, 3, (size,), generator=generator)
-        if is_masked:
-            targets[1:][torch.rand(size - 1, generator=generator) < 0.6] = IGNORED
-        batches.append((torch.randn(size, 4, generator=generator), targets))
-    return batches
-
-
-def num_tokens(inputs: Tensor, targets: Tensor) -> Tensor:
-    return (targets != IGNORED).sum()
-
-
 def weights_by_hand(
     shards: list[list[int]],
     *,
@@ -70,7 +53,7 @@ def weights_by_hand(
     accumulation, and the mean of those."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    of_ranks = [batches_of(rank, sizes, is_masked=is_masked) for rank, sizes in enumerate(shards)]
+    of_ranks = [batches_of(rank, sizes, is_masked=is_masked, dtype=torch.float32) for rank, sizes in enumerate(shards)]
     length = max(map(len, of_ranks))
     for first in [*range(0, length, gradient_accumulation_steps)] * 2:
         step = range(first, min(first + gradient_accumulation_steps, length))
@@ -88,7 +71,11 @@ def weights_by_hand(
 def accuracy_by_hand(weights: dict[str, Tensor], shards: list[list[int]]) -> float:
     model = net()
     model.load_state_dict(weights)
-    batches = [batch for rank, sizes in enumerate(shards) for batch in batches_of(rank, sizes, is_masked=False)]
+    batches = [
+        batch
+        for rank, sizes in enumerate(shards)
+        for batch in batches_of(rank, sizes, is_masked=False, dtype=torch.float32)
+    ]
     is_right = torch.cat([model(inputs).argmax(1) == targets for inputs, targets in batches])
     return is_right.double().mean().item()
 
@@ -143,9 +130,9 @@ def trained_in(case: str, rank: int, model: nn.Module, optimizer: Any) -> tuple[
     is_masked = options.pop("is_masked", False)
     weight = num_tokens if is_masked else None
     trainer = create_supervised_trainer(model, optimizer, cross_entropy, weight=weight, **options)
-    trainer.run(batches_of(rank, shards[rank], is_masked=is_masked), max_epochs=2)
+    trainer.run(batches_of(rank, shards[rank], is_masked=is_masked, dtype=torch.float32), max_epochs=2)
     evaluator = create_supervised_evaluator(model, {"acc": Accuracy()})
-    accuracy = evaluator.run(batches_of(rank, shards[rank], is_masked=False)).metrics["acc"]
+    accuracy = evaluator.run(batches_of(rank, shards[rank], is_masked=False, dtype=torch.float32)).metrics["acc"]
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         weights = {name: value.detach().float().clone() for name, value in model.named_parameters()}
     return weights, trainer.state.iteration, accuracy
@@ -202,7 +189,7 @@ def complaints(rank: int, size: int, folder: str) -> dict[str, str]:
     from accelerate import Accelerator
 
     found = {}
-    batches = batches_of(rank, UNEVEN[rank], is_masked=False)
+    batches = batches_of(rank, UNEVEN[rank], is_masked=False, dtype=torch.float32)
     for stage in (0, 1, 3):
         configured(stage)
         model = net()

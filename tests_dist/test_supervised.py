@@ -11,6 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from masked import IGNORED, Batch, batches_of, num_tokens
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,29 +20,13 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from dengine import Engine, Events, SupervisedEvents, create_supervised_trainer, distributed
 from dengine.distributed.ledger import num_joined
 
-Batch = tuple[Tensor, Tensor]
 Shards = list[list[int]]  # for each rank the sizes of its batches
-IGNORED = -100
 LR = 0.1
 
 
 def net(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-
-
-def batches_of(rank: int, sizes: list[int], *, is_masked: bool) -> list[Batch]:
-    """Where masked, some targets are ignored: the first of each batch never, so that its mean is a number."""
-    generator = torch.Generator().manual_seed(100 + rank)
-    batches = []
-    for size in sizes:
-        targets = torch.randint(0, 3, (size,), generator=generator)
-        if is_masked:
-            is_left_out = torch.rand(size, generator=generator) < 0.6
-            is_left_out[0] = False
-            targets[is_left_out] = IGNORED
-        batches.append((torch.randn(size, 4, generator=generator, dtype=torch.float64), targets))
-    return batches
 
 
 def weights_by_hand(
@@ -64,10 +49,6 @@ def weights_by_hand(
                 for parameter in model.parameters():
                     parameter -= LR * parameter.grad
     return {name: value.detach() for name, value in model.named_parameters()}
-
-
-def num_tokens(inputs: Tensor, targets: Tensor) -> Tensor:
-    return (targets != IGNORED).sum()
 
 
 def trained(

@@ -92,8 +92,9 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
     failure, cause, has_shards = None, None, False
     for name, value in objects.items():
         try:
-            refuse_to_save(name, bare(value))
-            states[name] = bare(value).state_dict()
+            unwrapped = bare(value)
+            refuse_to_save(name, unwrapped)
+            states[name] = unwrapped.state_dict()
             in_state = (hasattr(tensor, "full_tensor") for tensor in all_tensors(states[name]))
             has_shards = has_shards or is_sharded(value) or any(in_state)
             if hasattr(value, "load_random_state"):

@@ -85,6 +85,8 @@ def cast_around(call: ModelFunction | None) -> ModelFunction:
     """`call` with inputs in the precision of the model, where that has 16 bits, and predictions in 32, as in a loss
     they would be rounded: DeepSpeed casts the model and nothing else."""
 
+    from accelerate.utils import recursively_apply
+
     def called(model: nn.Module, inputs: Any) -> Any:
         dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
         if dtype.itemsize > 2:
@@ -92,8 +94,6 @@ def cast_around(call: ModelFunction | None) -> ModelFunction:
         inputs = recursively_apply(lambda tensor: tensor.to(dtype), inputs, test_type=_is_float)
         outputs = model(inputs) if call is None else call(model, inputs)
         return recursively_apply(Tensor.float, outputs, test_type=_is_short_float)
-
-    from accelerate.utils import recursively_apply
 
     return called
 

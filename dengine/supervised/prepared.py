@@ -1,6 +1,6 @@
 """Model and optimizer as they are trained: wrapped, where the user has not done so."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from dengine.distributed.buckets import settle_buckets
 from dengine.distributed.collectives import broadcast_tensors
 from dengine.distributed.gradients import find_ddp, find_fsdp
 from dengine.supervised.accelerator import distributed_kind
-from dengine.supervised.deepspeed import check_clipping, configured, is_engine
+from dengine.supervised.deepspeed import check_clipping, configured, is_engine, keep_states_out
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,21 +38,40 @@ def prepared(
     """
     kind = distributed_kind(accelerator)
     if kind in ("FSDP", "DEEPSPEED"):
-        if is_wrapped(model) or is_engine(model):
+        is_ready = is_wrapped(model) or is_engine(model)
+        if is_ready:
             _refuse_other_wrapper(model, kind)
-            if kind == "DEEPSPEED":
-                check_clipping(max_grad_norm, model.gradient_clipping())  # type: ignore[operator]
-            return model, optimizer
         if kind == "DEEPSPEED":
-            broadcast_tensors(list(model.buffers()))  # parameters it sends itself
-            with configured(accelerator, num_batches, max_grad_norm):
-                return accelerator.prepare(model, optimizer)  # type: ignore[no-any-return]
+            return _by_deepspeed(model, optimizer, accelerator, num_batches, max_grad_norm, is_ready=is_ready)
+        if is_ready:
+            return model, optimizer
         if not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:  # which sends them itself
             broadcast_tensors([*model.parameters(), *model.buffers()])
         return accelerator.prepare(model, optimizer)  # type: ignore[no-any-return]
     if kind not in _PLAIN:
         raise ValueError(f"Accelerate's distributed type {kind} is not supported: use DDP, FSDP or DeepSpeed.")
     return prepared_model(model, accelerator), optimizer
+
+
+def _by_deepspeed(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: "Accelerator",
+    num_batches: int,
+    max_grad_norm: float | None,
+    *,
+    is_ready: bool,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    engine: Any = model
+    stepped = optimizer
+    if is_ready:
+        check_clipping(max_grad_norm, engine.gradient_clipping())
+    else:
+        broadcast_tensors(list(model.buffers()))  # parameters it sends itself
+        with configured(accelerator, num_batches, max_grad_norm):
+            engine, stepped = accelerator.prepare(model, optimizer)
+    keep_states_out(engine, optimizer, accelerator)
+    return engine, stepped
 
 
 def _refuse_other_wrapper(model: nn.Module, kind: str) -> None:

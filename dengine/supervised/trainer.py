@@ -19,7 +19,7 @@ from dengine.supervised.batches import (
     num_samples,
     pair_on_device,
 )
-from dengine.supervised.deepspeed import cast_around, configured_num_batches, is_placeholder, keep_states_out
+from dengine.supervised.deepspeed import cast_around, configured_num_batches, is_placeholder
 from dengine.supervised.prepared import prepared
 from dengine.supervised.step import Functions, SupervisedEvents, train_step
 from dengine.supervised.updates import update_for
@@ -105,10 +105,7 @@ def create_supervised_trainer(
             f"With DeepSpeed, the {num_batches} batches of an accumulation count alike: leave weight= out, or take one "
             "batch a step."
         )
-    given_optimizer = optimizer
     model, optimizer = prepared(model, optimizer, accelerator, num_batches, max_grad_norm)
-    if is_deepspeed:
-        keep_states_out(model, given_optimizer, accelerator)
     functions = Functions(
         loss=loss_fn,
         prepare_batch=prepare_batch or pair_on_device,
