@@ -2,10 +2,11 @@
 
 Everything: accuracy and mean loss of the epoch, a progress bar, a row of tracking every 10 iterations, a checkpoint of
 model and optimizer at the end of the epoch (asynchronous where there is such a thing). The bare loop has none of it.
-Compared is CPU time, of all threads of rank 0's process: what the machine spends. Printed are medians over rounds of
-the ratio to the bare loop of the same round.
+Compared is CPU time, of all threads of rank 0's process: what the machine spends; on a GPU, where the process waits
+for the device at the end of an epoch, wall-clock time. Printed are medians over rounds of the ratio to the bare loop of
+the same round.
 
-    python benchmarks/training.py [--ranks 2] [--rounds R] [--work mlp conv] [--only dengine ignite ...]
+    python benchmarks/training.py [--device cuda] [--ranks 2] [--rounds R] [--work mlp conv] [--only dengine ignite ...]
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +40,8 @@ from dengine.metrics import Accuracy, Average
 from dengine.tracking import Track
 
 LOG_EVERY = 10
+NUM_BATCHES = 20  # that differ
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,34 @@ class Work:
     """A model and the batches of one epoch, which are used again in each."""
 
     make_model: Callable[[], nn.Module]
-    batches: list[tuple[torch.Tensor, torch.Tensor]]
+    batches: list[Batch]
 
     def model_and_optimizer(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        model = self.make_model()
+        model = self.make_model().to(distributed.world().device)
         return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def on_device(self) -> Iterable[Batch]:
+        """The batches as the loop by hand takes them."""
+        device = distributed.world().device
+        if device.type == "cpu":
+            return self.batches
+        return ((x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in self.batches)
+
+
+def batches_of(shape: tuple[int, ...], number: int) -> list[Batch]:
+    """As a loader would give them: on the host, pinned where there is a device to copy to."""
+    made = [(torch.randn(shape), torch.randint(0, 10, shape[:1])) for _ in range(NUM_BATCHES)]
+    if distributed.world().device.type == "cuda":
+        made = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in made]
+    return [made[index % NUM_BATCHES] for index in range(number)]
 
 
 def mlp(iterations: int, batch_size: int) -> Work:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
-    batches = [(torch.randn(batch_size, 784), torch.randint(0, 10, (batch_size,))) for _ in range(20)]
-    return Work(make, [batches[number % 20] for number in range(iterations)])
+    return Work(make, batches_of((batch_size, 784), iterations))
 
 
 def conv(iterations: int, batch_size: int) -> Work:
@@ -71,9 +88,7 @@ def conv(iterations: int, batch_size: int) -> Work:
             block(3, 32), block(32, 64), block(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)
         )
 
-    num_batches = max(iterations // 9, 1)
-    batches = [(torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,))) for _ in range(num_batches)]
-    return Work(make, batches)
+    return Work(make, batches_of((batch_size, 3, 32, 32), max(iterations // 9, 1)))
 
 
 WORKS = {"mlp": mlp, "conv": conv}
@@ -89,7 +104,7 @@ def bare(work: Work, folder: Path) -> Callable[[], None]:
 
     def epoch() -> None:
         model.train()
-        for inputs, targets in work.batches:
+        for inputs, targets in work.on_device():
             optimizer.zero_grad()
             cross_entropy(model(inputs), targets).backward()
             optimizer.step()
@@ -140,9 +155,10 @@ def ignite(work: Work, folder: Path) -> Callable[[], None]:
     def output(x: Any, y: Any, pred: Any, loss: Any) -> Any:
         return {"loss": loss.item(), "pair": (pred.detach(), y)}
 
-    trainer = create(model, optimizer, cross_entropy, output_transform=output)
-    IgniteAccuracy(output_transform=lambda out: out["pair"]).attach(trainer, "acc")
-    IgniteLoss(cross_entropy, output_transform=lambda out: out["pair"]).attach(trainer, "loss")
+    device = distributed.world().device
+    trainer = create(model, optimizer, cross_entropy, device=device, non_blocking=True, output_transform=output)
+    IgniteAccuracy(output_transform=lambda out: out["pair"], device=device).attach(trainer, "acc")
+    IgniteLoss(cross_entropy, output_transform=lambda out: out["pair"], device=device).attach(trainer, "loss")
     if distributed.world().rank == 0:
         IgniteBar().attach(trainer, output_transform=lambda out: {"loss": out["loss"]})
     rows = Rows(folder)
@@ -164,14 +180,16 @@ def by_hand(work: Work, folder: Path, prepared: Callable[[nn.Module, Any], tuple
     from tqdm import tqdm
 
     model, optimizer, backward = prepared(*work.model_and_optimizer())
-    accuracy, mean_loss, rows = MulticlassAccuracy(10, average="micro"), MeanMetric(), Rows(folder)
+    device = distributed.world().device
+    accuracy, mean_loss = MulticlassAccuracy(10, average="micro").to(device), MeanMetric().to(device)
+    rows = Rows(folder)
     is_lead = distributed.world().rank == 0
 
     def epoch() -> None:
         model.train()
         accuracy.reset()
         mean_loss.reset()
-        bar = tqdm(work.batches, disable=not is_lead)
+        bar = tqdm(work.on_device(), total=len(work.batches), disable=not is_lead)
         for step, (inputs, targets) in enumerate(bar, start=1):
             optimizer.zero_grad()
             pred = model(inputs)
@@ -193,7 +211,7 @@ def by_hand(work: Work, folder: Path, prepared: Callable[[nn.Module, Any], tuple
 def accelerate(work: Work, folder: Path) -> Callable[[], None]:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=distributed.world().device.type == "cpu")
 
     def prepared(model: nn.Module, optimizer: Any) -> tuple[Any, Any, Any]:
         return *accelerator.prepare(model, optimizer), accelerator.backward
@@ -206,8 +224,9 @@ def fabric(work: Work, folder: Path) -> Callable[[], None]:
     from lightning.fabric.strategies import DDPStrategy
 
     size = distributed.world().size
-    strategy: Any = DDPStrategy(process_group_backend="gloo") if size > 1 else "auto"
-    made = Fabric(accelerator="cpu", devices=size, strategy=strategy)
+    backend = "gloo" if distributed.world().device.type == "cpu" else "nccl"
+    strategy: Any = DDPStrategy(process_group_backend=backend) if size > 1 else "auto"
+    made = Fabric(accelerator=distributed.world().device.type, devices=size, strategy=strategy)
     made.launch()
 
     def prepared(model: nn.Module, optimizer: Any) -> tuple[Any, Any, Any]:
@@ -246,7 +265,7 @@ def lightning(work: Work, folder: Path) -> Callable[[], None]:
 
     def epoch() -> None:
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator=distributed.world().device.type,
             devices=distributed.world().size,
             strategy="ddp" if distributed.world().size > 1 else "auto",
             max_epochs=1,
@@ -291,6 +310,8 @@ def measure(
                 distributed.barrier("a turn")
                 cpu_s, wall_s = time.process_time(), time.perf_counter()
                 epochs[name]()
+                if distributed.world().device.type == "cuda":
+                    torch.cuda.synchronize()
                 distributed.barrier("the end of a turn")
                 cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
                 if number >= 0:  # the first round warms up
@@ -305,6 +326,8 @@ def one_rank(rank: int, size: int, port: int, log: str, options: Any, answers: A
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if size > 1:
         values = (rank, size, rank, size, 0, "127.0.0.1", port, "benchmark")
         names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID"
@@ -322,6 +345,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--iterations", type=int, default=938, help="of an epoch of the MLP; of the conv net a ninth")
     parser.add_argument("--batch-size", type=int, default=64, help="of a rank")
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
@@ -344,21 +368,21 @@ def main() -> None:
 
 
 def report(taken: dict[str, dict[str, list[dict[str, float]]]], options: argparse.Namespace) -> None:
-    print(f"{platform.machine()}, torch {torch.__version__}, {options.ranks} ranks, {options.rounds} rounds")
+    device = platform.machine() if options.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}, {options.ranks} ranks, {options.rounds} rounds")
     table = csv.writer(sys.stdout, delimiter="\t")
-    table.writerow(["work", "contestant", "CPU ms", "x bare", "quartiles", "wall ms", "x bare"])
+    table.writerow(["work", "contestant", "CPU ms", "x bare", "quartiles", "wall ms", "x bare", "quartiles"])
     for work_name, of_work in taken.items():
         for name, rows in of_work.items():
             line: list[Any] = [work_name, name]
             for what in ("cpu", "wall"):
                 ratios = [one[what] / base[what] for one, base in zip(rows, of_work["bare"], strict=True)]
+                low, middle, high = statistics.quantiles(ratios * 2 if len(ratios) == 1 else ratios, n=4)
                 line += [
-                    f"{1e3 * statistics.median(row[what] for row in rows):.2f}",
-                    f"{statistics.median(ratios):.3f}",
+                    f"{1e3 * statistics.median(row[what] for row in rows):.3f}",
+                    f"{middle:.3f}",
+                    f"{low:.3f} to {high:.3f}",
                 ]
-                if what == "cpu" and len(ratios) > 1:
-                    low, _, high = statistics.quantiles(ratios, n=4)
-                    line.append(f"{low:.3f} to {high:.3f}")
             table.writerow(line)
 
 

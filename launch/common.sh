@@ -77,6 +77,8 @@ fingerprint() {
     { printf '%s\n' "$ROOT" "$VENV" && cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt"; } | cksum
 }
 
+count_gpus() { "$VENV_PYTHON" -c 'import torch; print(torch.cuda.device_count())'; }
+
 pip_install() {
     local extras=$1 log=$2
     # Other tools' environments come without pip, and so does one whose creation was interrupted.

@@ -7,7 +7,8 @@ usage() {
     cat <<'TEXT'
 Install what is needed, then run the tests.
 
-  bash launch/test.sh [arguments of pytest]        tests/ in parallel, then tests_dist/ one by one
+  bash launch/test.sh [arguments of pytest]        tests/ in parallel, then tests_dist/ one by one; then, where there
+                                                   is a GPU, the tests on GPUs, which all others do not see
   bash launch/test.sh tests/engine [arguments]     one pytest over the paths named
 
 PYTHON and DENGINE_VENV: as in launch/quickstart.sh --help.
@@ -36,11 +37,11 @@ trap 'exit 130' INT
 color=no
 [[ ! -t 1 ]] || color=yes
 
-# Its exit code is pytest's: pipefail carries it past tee.
+# run_pytest NAME ARGUMENT...: its exit code is pytest's, as pipefail carries it past tee.
 run_pytest() {
-    local folder=$1
+    local name=$1
     shift
-    "$VENV_PYTHON" -m pytest "--color=$color" "$folder" "$@" | tee "$logs/$folder"
+    "$VENV_PYTHON" -m pytest "--color=$color" "$@" | tee "$logs/$name"
 }
 
 closing_line() {
@@ -48,16 +49,24 @@ closing_line() {
 }
 
 tests_code=0
-run_pytest tests -n logical --maxprocesses=4 --dist=loadfile "$@" || tests_code=$?
+run_pytest tests tests -n logical --maxprocesses=4 --dist=loadfile "$@" || tests_code=$?
 dist_code=0
-run_pytest tests_dist "$@" || dist_code=$?
+run_pytest tests_dist tests_dist "$@" || dist_code=$?
+gpu_code=0
+gpu_line=""
+num_gpus="$(count_gpus)"
+if ((num_gpus > 0)); then
+    run_pytest gpu -m gpu tests tests_dist "$@" || gpu_code=$?
+    gpu_line="gpu:        $(closing_line gpu)"$'\n'
+fi
 
-printf '\ntests:      %s\ntests_dist: %s\n' "$(closing_line tests)" "$(closing_line tests_dist)"
+printf '\n%stests:      %s\ntests_dist: %s\n' "$gpu_line" "$(closing_line tests)" "$(closing_line tests_dist)"
 
 # 5: nothing selected. A selection such as -k may well fit one folder only, but not neither.
 nothing=5
 if (($# > 0)); then
     ((tests_code != nothing || dist_code != 0)) || tests_code=0
     ((dist_code != nothing || tests_code != 0)) || dist_code=0
+    ((gpu_code != nothing)) || gpu_code=0
 fi
-((tests_code == 0 && dist_code == 0)) || exit 1
+((tests_code == 0 && dist_code == 0 && gpu_code == 0)) || exit 1

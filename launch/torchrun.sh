@@ -32,7 +32,7 @@ need_environment() {
 
 torchrun_command() {
     local num_processes=${NPROC:-} num_gpus
-    num_gpus="$("$VENV_PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+    num_gpus="$(count_gpus)"
     if ((num_gpus == 0)); then
         # PyTorch would start one thread per core in every process, and they would fight for the cores.
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

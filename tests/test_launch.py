@@ -410,6 +410,16 @@ def test_test_script_runs_both_halves_and_fails_with_either(
     ]
 
 
+@pytest.mark.parametrize("gpu_code", [0, 1])
+def test_test_script_runs_the_tests_on_gpus_where_there_are_some(ready: Sandbox, gpu_code: int) -> None:
+    ready.answer(COUNT_GPUS, "1\n")
+    ready.answer("gpu", "=== 4 passed in 9.50s ===\n", code=gpu_code)
+    outcome = ready.launch("test", "-x")
+    assert outcome.returncode == gpu_code
+    assert outcome.stdout.splitlines()[-3] == "gpu:        === 4 passed in 9.50s ==="
+    assert ready.calls("-m pytest")[2:] == ["-m pytest --color=no -m gpu tests tests_dist -x"]
+
+
 @pytest.mark.parametrize("path", ["tests", "tests/engine", "tests_dist", "tests_dist/test_a.py::test_b"])
 def test_test_script_runs_one_pytest_over_the_paths_it_is_given(ready: Sandbox, path: str) -> None:
     assert ready.launch("test", "-x", path).returncode == 0

@@ -24,8 +24,6 @@ from dengine.handlers import Checkpoint, EarlyStopping, LRScheduler, ProgressBar
 from dengine.metrics import MAE, MSE, Accuracy, Average, DistributedMetric, F1Score, Metric, Precision, R2Score, Recall
 from dengine.tracking import Track
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 EXAMPLE = Path(__file__).resolve().parent / "seed" / "complete_example.py"
 
 # -- what the blocks take for granted ----------------------------------------------------------------------------
@@ -318,7 +316,7 @@ def test_custom_metrics() -> None:
     assert all(type(value) is float for value in values)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_distributed_metrics(device: str) -> None:
     trainer = Engine(lambda engine, batch: (torch.tensor([batch, 1]), torch.tensor([1, 1])))
 
@@ -481,7 +479,8 @@ checkpoint_dir: checkpoints
 """
 
 
-def test_complete_training_example(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_complete_training_example(tmp_path: Path, device: str) -> None:
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "train.sdn").write_text(CONFIG)
     done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=200, env=environment())

@@ -1,7 +1,6 @@
 """What every test with real processes gets: `ranks` importable, here and in the children, and no process left over."""
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -14,9 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ranks import TAG, find_processes, kill_processes, new_tag, start_server
-
-# A shell that runs the tests in its background has SIGINT ignored, which ranks would inherit.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 SETTLE_S = 2.0  # a process that was told to stop just before the test's end may need a moment

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
     "accumulated": (SHORTER, {"gradient_accumulation_steps": 2}),
     "bf16": (UNEVEN, {"mixed_precision": "bf16"}),
 }
+ON_GPU = [(UNEVEN[:1], {"max_grad_norm": 0.05, "mixed_precision": precision}) for precision in ("no", "bf16", "fp16")]
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -120,6 +121,45 @@ def second_trainer(rank: int) -> tuple[dict[str, Tensor], int, float]:
     assert model.training, "the model was left in eval mode"
     assert float(model.mine) == 0.0, "rank 0's buffer must win"
     return found
+
+
+def trained_on_gpu(rank: int, size: int, number: int, folder: str) -> dict[int, dict[str, Tensor]]:
+    """For each stage the weights."""
+    CASES["on a GPU"] = ON_GPU[number]
+    found = {}
+    with distributed.process_group() as here:
+        for stage in STAGES:
+            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = f"{folder}/{stage}.json"
+            configured(stage)
+            model = net()
+            weights, _, _ = trained_in("on a GPU", rank, model, torch.optim.SGD(model.parameters(), lr=LR))
+            assert all(weight.device == here.device for weight in weights.values()), f"they are not on {here.device}"
+            found[stage] = {name: weight.cpu() for name, weight in weights.items()}
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(len(ON_GPU)))
+def test_deepspeed_trains_on_a_gpu_what_one_does_by_hand(number: int, tmp_path: Path) -> None:
+    shards, options = ON_GPU[number]
+    precision = options["mixed_precision"]
+    for stage in STAGES:
+        config = {
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_clipping": "auto",
+            # From its usual scale on, the first steps are skipped until it is small enough.
+            "fp16": {"enabled": precision == "fp16", "initial_scale_power": 8},
+            "bf16": {"enabled": precision == "bf16"},
+        }
+        (tmp_path / f"{stage}.json").write_text(json.dumps(config))
+    env = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    (found,) = run_ranks(trained_on_gpu, 1, number, str(tmp_path), init=False, env=env, deadline_s=120.0)
+    for stage, weights in found.items():
+        for name, value in weights_by_hand(shards, **options).items():
+            error = (weights[name] - value).abs().max().item()
+            assert error <= (1e-6 if precision == "no" else 5e-3), f"{stage}: {name} is off by {error}"
 
 
 def trained_in(case: str, rank: int, model: nn.Module, optimizer: Any) -> tuple[dict[str, Tensor], int, float]:

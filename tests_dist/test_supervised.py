@@ -58,7 +58,9 @@ def trained(
     model = net(rank)  # rank 0's must win
     if rank == 0:
         model = net()
-    if strategy != "bare":
+    if strategy == "ddp, static graph":
+        model = distributed.prepare_model(model, static_graph=True, gradient_as_bucket_view=True)
+    elif strategy != "bare":
         model = distributed.prepare_model(model, strategy)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     trainer = create_supervised_trainer(
@@ -78,7 +80,7 @@ EMPTY: Shards = [[5, 3, 1], [], [2, 2]]
 ALIKE: Shards = [[3, 3, 3, 3, 2], [3, 3, 3, 3, 1], [3, 3, 3, 3]]  # but at the end
 
 
-CASES = list(product(["bare", "ddp", "fsdp"], [False, True], [1, 2, 3]))
+CASES = list(product(["bare", "ddp", "ddp, static graph", "fsdp"], [False, True], [1, 2, 3]))
 
 
 def trained_in_each_case(rank: int, size: int, shards: Shards) -> list[tuple[dict[str, Tensor], int, int]]:

@@ -1,21 +1,20 @@
-"""Supervised training over several GPUs by NCCL, against the gradient of the mean over the global batch."""
+"""Supervised training over ranks on GPUs, against the gradient of the mean over the global batch."""
 
 from typing import Any
 
 import pytest
 import torch
+from gpus import over_gpus
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dengine import create_supervised_trainer, distributed
+from dengine.metrics import Accuracy, Average
 
-NUM_GPUS = torch.cuda.device_count()
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs two CUDA devices, and there are {NUM_GPUS}"),
-]
+pytestmark = pytest.mark.gpu
 SHARDS = [[5, 3, 4, 2, 6], [1, 7, 2, 2]]
+Batch = tuple[Tensor, Tensor]
 
 
 def net() -> nn.Module:
@@ -23,7 +22,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-def batches_of(rank: int) -> list[tuple[Tensor, Tensor]]:
+def batches_of(rank: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(100 + rank)
     return [
         (torch.randn(n, 4, generator=generator, dtype=torch.float64), torch.randint(0, 3, (n,), generator=generator))
@@ -31,31 +30,91 @@ def batches_of(rank: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def trained(rank: int, size: int, strategy: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    with distributed.process_group():
-        model = distributed.prepare_model(net(), strategy)  # type: ignore[arg-type]
+def trained(rank: int, size: int, backend: str, prepared: dict[str, Any] | None, options: dict[str, Any]) -> Any:
+    """The weights, and the metrics of the last epoch."""
+    with distributed.process_group(backend) as here:
+        model = net() if prepared is None else distributed.prepare_model(net(), **prepared)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         trainer = create_supervised_trainer(model, optimizer, cross_entropy, gradient_accumulation_steps=2, **options)
-        trainer.run(batches_of(rank), max_epochs=2)
+        trainer.add_metrics({"acc": Accuracy(num_classes=3), "loss": Average()})
+        metrics = trainer.run(batches_of(rank), max_epochs=2).metrics
         found: Any = dict(distributed.unwrap_model(model).named_parameters())
         whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in found.items()}
-        return {name: value.detach().cpu() for name, value in whole.items()}
+        assert all(value.device == here.device for value in whole.values()), f"the model is not on {here.device}"
+        return {name: value.detach().cpu() for name, value in whole.items()}, dict(metrics)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "options", "atol"),
-    [("ddp", {}, 1e-6), ("fsdp", {}, 1e-6), ("ddp", {"mixed_precision": "bf16"}, 1e-2)],
-)
-def test_a_step_is_that_of_the_mean_over_the_global_batch(strategy: str, options: dict[str, Any], atol: float) -> None:
+def by_hand(size: int) -> tuple[nn.Module, float]:
+    """The model, and the accuracy over the last epoch."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
+        correct = 0
         for first in range(0, 5, 2):
-            batches = [batch for rank in range(2) for batch in batches_of(rank)[first : first + 2]]
+            batches = [batch for rank in range(size) for batch in batches_of(rank)[first : first + 2]]
             inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
             optimizer.zero_grad()
-            cross_entropy(model(inputs), targets).backward()
+            pred = model(inputs)
+            cross_entropy(pred, targets).backward()
             optimizer.step()
-    for found in run_ranks(trained, 2, strategy, options, init=False, deadline_s=180.0):
+            correct += int((pred.argmax(1) == targets).sum())
+    return model, correct / sum(map(sum, SHARDS[:size]))
+
+
+@pytest.mark.parametrize(
+    ("prepared", "options", "atol"),
+    [
+        pytest.param({}, {}, 1e-6, id="ddp"),
+        pytest.param({"strategy": "fsdp"}, {}, 1e-6, id="fsdp"),
+        pytest.param(None, {}, 1e-6, id="accelerate-fsdp"),
+        pytest.param({}, {"mixed_precision": "bf16"}, 1e-2, id="ddp-bf16"),
+        pytest.param({}, {"mixed_precision": "fp16"}, 1e-2, id="ddp-fp16"),
+        pytest.param({"gradient_compression": "bf16"}, {}, 1e-2, id="ddp-compressed"),
+        pytest.param({"static_graph": True, "gradient_as_bucket_view": True}, {}, 1e-6, id="ddp-options"),
+    ],
+)
+@over_gpus
+def test_a_step_is_that_of_the_mean_over_the_global_batch(
+    backend: str, size: int, prepared: dict[str, Any] | None, options: dict[str, Any], atol: float
+) -> None:
+    if backend == "gloo" and (prepared is None or "gradient_compression" in prepared or "strategy" in prepared):
+        pytest.skip("Gloo has not the collectives for it on GPUs")
+    env = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if prepared is None else {}
+    model, accuracy = by_hand(size)
+    for weights, metrics in run_ranks(trained, size, backend, prepared, options, init=False, env=env, deadline_s=120.0):
         for name, value in model.named_parameters():
-            torch.testing.assert_close(found[name], value.detach(), rtol=0, atol=atol)
+            torch.testing.assert_close(weights[name], value.detach(), rtol=0, atol=atol)
+        if atol < 1e-3:
+            assert metrics["acc"] == accuracy
+
+
+def waits(rank: int, size: int, accumulation: int) -> list[int]:
+    """The iterations that ran to their end while any wait of the host for the GPU was an error."""
+    from dengine import Events
+
+    with distributed.process_group():
+        model = distributed.prepare_model(net())
+        optimizer = torch.optim.AdamW(model.parameters())
+        trainer = create_supervised_trainer(
+            model, optimizer, cross_entropy, gradient_accumulation_steps=accumulation, max_grad_norm=1.0
+        )
+        trainer.add_metrics({"acc": Accuracy(num_classes=3), "loss": Average()})
+        batches = [(x.pin_memory(), y.pin_memory()) for x, y in batches_of(rank)[:4]]
+        trainer.run(batches)  # what is made once
+        done: list[int] = []
+        trainer.on(Events.GET_BATCH_COMPLETED(once=2), lambda engine: torch.cuda.set_sync_debug_mode("error"))
+        trainer.on(Events.ITERATION_COMPLETED, lambda engine: done.append(engine.state.iteration), priority=-1)
+        trainer.on(
+            Events.ITERATION_COMPLETED(once=4), lambda engine: torch.cuda.set_sync_debug_mode("default"), priority=-2
+        )
+        trainer.run(batches)
+        return done
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@over_gpus
+def test_no_iteration_over_ranks_waits_for_the_device(backend: str, size: int, accumulation: int) -> None:
+    if backend == "gloo":
+        pytest.skip("Gloo copies to the host")
+    for done in run_ranks(waits, size, accumulation, init=False, deadline_s=120.0):
+        assert done == [1, 2, 3, 4]

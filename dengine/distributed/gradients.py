@@ -59,6 +59,9 @@ class GradientMean:
         self._group = None if ddp is None else ddp.process_group
         self._size = world().size if ddp is None else dist.get_world_size(ddp.process_group)
         self.is_alone = self._size == 1
+        # torch learns the order of a static graph from its first backward pass, and fails where that sends nothing. To
+        # send twice changes nothing: the mean of what is a mean already is itself.
+        self._sends_next = ddp is not None and ddp.static_graph
         self._no_sync: Any = nullcontext if ddp is None else ddp.no_sync
         if fsdp is not None:
             self._no_sync = partial(_fsdp_no_sync, fsdp)
@@ -72,8 +75,8 @@ class GradientMean:
         self._seed: tuple[float, Tensor] | None = None  # of the last pass: batches are mostly of one size
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Inside it, backward passes add to the gradients and send nothing."""
-        return nullcontext() if self.is_alone else self._no_sync()
+        """Inside it, backward passes add to the gradients and send nothing, but for the first one of a static graph."""
+        return nullcontext() if self.is_alone or self._sends_next else self._no_sync()
 
     def begin(self, count: Count, device: torch.device, *, is_last: bool, is_alike: bool = False) -> None:
         """Count a batch, before its forward pass on `device`.
@@ -117,6 +120,7 @@ class GradientMean:
             weight = self._count / self._unit
         seed = self._seed_of(loss, weight)
         (loss if scaler is None else scaler.scale(loss)).backward(gradient=seed)  # type: ignore[no-untyped-call]
+        self._sends_next = False
 
     def finish(self, parameters: list[nn.Parameter]) -> None:
         """See that the gradients of `parameters` are those of the mean, and begin anew."""

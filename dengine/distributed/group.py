@@ -58,7 +58,8 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
 
     Raises:
         LaunchError: the launcher's variables are half set, or do not fit this machine; not all ranks have come within
-            `timeout` (they are named), or Gloo could not connect their hosts; on leaving, the store is gone.
+            `timeout` (they are named), or Gloo could not connect their hosts; two ranks have one GPU; on leaving, the
+            store is gone.
         ValueError: a timeout is not above 0.
         RemoteRankError, StallError: on leaving, where another rank failed.
 
@@ -79,6 +80,9 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
             except BaseException:  # else the next try would take the group for somebody else's
                 _destroy(opened, is_failing=True)
                 raise
+        else:
+            for each in connections:
+                each.close()
     elif is_external:
         opened = external_world()
         control = _control_beside(opened, timeout) if current_control() is None else None
@@ -130,7 +134,7 @@ def _join(launch: Launch, backend: str, timeout_s: float) -> tuple[World, list[s
     if (interface := chosen_interface(os.environ, launch)) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # which Gloo reads for each group that is made
     store, name = meet(launch, timeout_s)
-    with recorded(launch.master_port) as connections:
+    with recorded(launch.master_port) as connections, _told_of_shared_gpu(launch):
         dist.init_process_group(
             backend,
             store=PrefixStore(f"dengine/group/{name}", store),
@@ -199,6 +203,21 @@ def _leave_at_exit(control: "weakref.ref[Control]", watch: "weakref.ref[Watch]")
     if plane is not None and dog is not None and not plane.standing.is_closed:
         plane.close(is_failing=True)
         dog.stop()
+
+
+@contextmanager
+def _told_of_shared_gpu(launch: Launch) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistBackendError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise LaunchError(
+            f"Rank {launch.rank} and another rank of its host have one GPU, and NCCL gives each rank one of its own "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}; {torch.cuda.device_count()} "
+            f"shown, for {launch.local_size} ranks): start one process per GPU (torchrun --nproc-per-node=gpu; srun "
+            "--gpus-per-task=1). process_group(backend='gloo') lets ranks share a GPU, slowly."
+        ) from error
 
 
 def _own_device(launch: Launch) -> torch.device:

@@ -64,10 +64,10 @@ class Waits(TorchDispatchMode):
 
 
 def cases(device: str) -> list[tuple[str, Any, Any]]:
-    scores = torch.rand(6, 4, device=device)
+    scores = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)).to(device)
     labels = torch.ones(6, dtype=torch.int64, device=device)
     many = torch.ones(6, 4, dtype=torch.int64, device=device)
-    value, count = torch.rand((), device=device), torch.ones((), dtype=torch.int64, device=device)
+    value, count = torch.tensor(0.375, device=device), torch.ones((), dtype=torch.int64, device=device)
     pair, twins = (scores, labels), (labels, labels)
     every: list[tuple[Any, Any]] = [
         (Accuracy(), pair),
@@ -115,6 +115,34 @@ def test_an_update_needs_no_values_at_all(metric: Any, output: Any) -> None:
     # Tensors without storage: whatever reads one, or copies it to the host, raises.
     for _ in range(80):
         metric.update(output)
+
+
+@pytest.mark.gpu
+def test_no_update_waits_for_the_gpu_and_values_are_those_of_the_host() -> None:
+    for (name, metric, output), (_, on_host, same) in zip(cases("cuda"), cases("cpu"), strict=True):
+        metric.update(output)  # what is made once
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            for _ in range(79):
+                metric.update(output)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for _ in range(80):
+            on_host.update(same)
+        if not isinstance(metric, Throughput):
+            found, expected = value_of(metric), value_of(on_host)
+            if isinstance(expected, str):
+                assert found == expected, name
+            else:
+                torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True, msg=name)
+
+
+def value_of(metric: Any) -> Any:
+    """On the host; of labels that are refused when they are judged, what is said."""
+    try:
+        return torch.as_tensor(metric.compute()).cpu().double()
+    except ValueError as error:
+        return str(error)
 
 
 def test_the_watch_for_waits_sees_them() -> None:

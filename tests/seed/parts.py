@@ -1,4 +1,4 @@
-"""What the seed's complete example takes for granted: a model and data loaders, for any number of ranks."""
+"""What the seed's complete example takes for granted: a model and data loaders, for any ranks and device."""
 
 from typing import Any
 
@@ -21,7 +21,8 @@ def ResNet50(num_classes: int) -> nn.Module:
 
 
 def create_dataloader(cfg: Any, split: str) -> DataLoader:
-    data = TensorDataset(*images_and_labels(split))
+    device = distributed.world().device
+    data = TensorDataset(*(part.to(device) for part in images_and_labels(split)))
     loader = DataLoader(data, batch_size=cfg.batch_size, shuffle=split == "train")
     return distributed.prepare_data_loader(loader, exact=split == "val")
 

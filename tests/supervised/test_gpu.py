@@ -12,10 +12,7 @@ from dengine import Events, SupervisedEvents, create_supervised_evaluator, creat
 from dengine.handlers import Checkpoint
 from dengine.metrics import Accuracy, Average
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none"),
-]
+pytestmark = pytest.mark.gpu
 
 Batch = tuple[Tensor, Tensor]
 
