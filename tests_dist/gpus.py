@@ -1,9 +1,15 @@
 """The ways in which ranks of a test share the GPUs that there are: NCCL with one each, Gloo with one for all."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["over_gpus"]
+from dengine import distributed
+
+__all__ = ["over_gpus", "spread"]
 
 NUM_GPUS = torch.cuda.device_count()
 
@@ -21,3 +27,15 @@ over_gpus = pytest.mark.parametrize(
         ),
     ],
 )
+
+
+def spread(model: nn.Module, strategy: str = "ddp", **options: Any) -> nn.Module:
+    """By `prepare_model`; a lone rank's, which it leaves bare, by torch itself, so that NCCL has something to do."""
+    model = distributed.prepare_model(model, strategy, **options)  # type: ignore[arg-type]
+    if distributed.world().size > 1:
+        return model
+    if strategy == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        return fully_shard(model)
+    return DistributedDataParallel(model, **options)

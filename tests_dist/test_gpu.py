@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpus import over_gpus
+from gpus import over_gpus, spread
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -44,7 +44,7 @@ def test_an_evaluation_counts_every_sample_once(backend: str, size: int) -> None
 def parts_of(strategy: str) -> tuple[Engine, dict[str, Any]]:
     torch.manual_seed(0)
     bare = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
-    model = distributed.prepare_model(bare, strategy)  # type: ignore[arg-type]
+    model = spread(bare, strategy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 
     def step(engine: Engine, batch: Tensor) -> None:
@@ -87,8 +87,6 @@ def resumed(rank: int, size: int, backend: str, strategy: str, folder: str) -> t
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_cut(
     backend: str, size: int, strategy: str, tmp_path: Path
 ) -> None:
-    if (backend, strategy) == ("gloo", "fsdp"):
-        pytest.skip("Gloo has not the collectives for it on GPUs")
     found = run_ranks(resumed, size, backend, strategy, str(tmp_path), init=False, deadline_s=120.0)
     for whole, again in found:
         assert len(whole) == len(again)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpus import over_gpus
+from gpus import over_gpus, spread
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -33,7 +33,7 @@ def batches_of(rank: int) -> list[Batch]:
 def trained(rank: int, size: int, backend: str, prepared: dict[str, Any] | None, options: dict[str, Any]) -> Any:
     """The weights, and the metrics of the last epoch."""
     with distributed.process_group(backend) as here:
-        model = net() if prepared is None else distributed.prepare_model(net(), **prepared)
+        model = net() if prepared is None else spread(net(), **prepared)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         trainer = create_supervised_trainer(model, optimizer, cross_entropy, gradient_accumulation_steps=2, **options)
         trainer.add_metrics({"acc": Accuracy(num_classes=3), "loss": Average()})
@@ -77,8 +77,10 @@ def by_hand(size: int) -> tuple[nn.Module, float]:
 def test_a_step_is_that_of_the_mean_over_the_global_batch(
     backend: str, size: int, prepared: dict[str, Any] | None, options: dict[str, Any], atol: float
 ) -> None:
-    if backend == "gloo" and (prepared is None or "gradient_compression" in prepared or "strategy" in prepared):
-        pytest.skip("Gloo has not the collectives for it on GPUs")
+    if backend == "gloo" and prepared == {"gradient_compression": "bf16"}:
+        pytest.skip("Gloo cannot send bfloat16")
+    if size == 1 and prepared == {"gradient_compression": "bf16"}:
+        pytest.skip("prepare_model() has one rank send nothing")
     env = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if prepared is None else {}
     model, accuracy = by_hand(size)
     for weights, metrics in run_ranks(trained, size, backend, prepared, options, init=False, env=env, deadline_s=120.0):
@@ -93,7 +95,7 @@ def waits(rank: int, size: int, accumulation: int) -> list[int]:
     from dengine import Events
 
     with distributed.process_group():
-        model = distributed.prepare_model(net())
+        model = spread(net())
         optimizer = torch.optim.AdamW(model.parameters())
         trainer = create_supervised_trainer(
             model, optimizer, cross_entropy, gradient_accumulation_steps=accumulation, max_grad_norm=1.0
