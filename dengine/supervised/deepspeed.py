@@ -20,6 +20,7 @@ __all__ = [
     "DeepSpeedUpdate",
     "cast_around",
     "check_clipping",
+    "check_precision",
     "configured",
     "configured_num_batches",
     "is_engine",
@@ -69,6 +70,17 @@ def check_clipping(max_grad_norm: float | None, configured: float) -> None:
         raise ValueError(
             f"max_grad_norm={max_grad_norm}, but DeepSpeed's configuration says gradient_clipping={configured}: give "
             "it in one place only."
+        )
+
+
+def check_precision(accelerator: "Accelerator") -> None:
+    """Raises: ValueError: DeepSpeed would train in fp16 without scaling the loss, and divide gradients by the scale."""
+    stage = (_config(accelerator).get("zero_optimization") or {}).get("stage", 0)
+    if accelerator.mixed_precision == "fp16" and stage == 0:
+        raise ValueError(
+            "DeepSpeed's stage 0 does not scale the loss in fp16, but divides the gradients by the scale all the same, "
+            "so that the model hardly learns: say zero_stage: 1 in accelerate's configuration (stage 1 in "
+            "DeepSpeed's), or train in bf16."
         )
 
 

@@ -10,7 +10,7 @@ from dengine.distributed.buckets import settle_buckets
 from dengine.distributed.collectives import broadcast_tensors
 from dengine.distributed.gradients import find_ddp, find_fsdp
 from dengine.supervised.accelerator import distributed_kind
-from dengine.supervised.deepspeed import check_clipping, configured, is_engine, keep_states_out
+from dengine.supervised.deepspeed import check_clipping, check_precision, configured, is_engine, keep_states_out
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,7 +34,8 @@ def prepared(
 
     Collective: call on all ranks.
 
-    Raises: ValueError: a way of spreading models that is not supported, or DeepSpeed clips to another norm.
+    Raises: ValueError: a way of spreading models that is not supported; DeepSpeed clips to another norm, or would
+        train in fp16 without scaling the loss.
     """
     kind = distributed_kind(accelerator)
     if kind in ("FSDP", "DEEPSPEED"):
@@ -62,6 +63,7 @@ def _by_deepspeed(
     *,
     is_ready: bool,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
+    check_precision(accelerator)
     engine: Any = model
     stepped = optimizer
     if is_ready:
