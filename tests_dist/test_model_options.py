@@ -60,6 +60,8 @@ def by_hand(size: int) -> dict[str, Tensor]:
         ("ddp", {"activation_checkpointing": True}, 1e-6),
         ("fsdp", {"activation_checkpointing": True}, 1e-6),
         ("fsdp", {"mixed_precision": "bf16"}, 1e-2),
+        ("ddp", {"compile": {"backend": "aot_eager"}}, 1e-6),
+        ("fsdp", {"compile": {"backend": "aot_eager"}}, 1e-6),
     ],
     ids=str,
 )

@@ -82,7 +82,7 @@ def prepare_model(
         _checkpoint_blocks(model, blocks)
     model = model.to(here.device)
     if compile:
-        model.compile(**(compile if isinstance(compile, Mapping) else {}))
+        _compile(model, compile if isinstance(compile, Mapping) else {})
     if here.size > 1:
         # DDP would say that they differ, but neither which ones nor on which rank.
         entries = parameters_of(model)
@@ -104,6 +104,19 @@ def prepare_model(
     if gradient_compression is not None:
         wrapped.register_comm_hook(None, _hook(gradient_compression))
     return wrapped
+
+
+def _compile(model: nn.Module, options: Mapping[str, Any]) -> None:
+    model.compile(**options)
+    if type(model).forward.__module__.startswith("torch.nn."):
+        # torch looks into no frame of its own, so that it would leave an nn.Sequential as it is, in silence.
+        call: Any = model._call_impl
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs)
+
+        called.__code__ = called.__code__.replace()  # what is compiled is kept by code: each model has its own
+        model._compiled_call_impl = torch.compile(called, **options)
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:

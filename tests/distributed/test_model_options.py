@@ -1,6 +1,7 @@
 """Options of prepare_model in one process."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,16 +15,38 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
 
 
-def test_a_compiled_model_keeps_its_class_its_names_and_its_values() -> None:
-    model = net()
-    names = list(model.state_dict())
-    plain = copy.deepcopy(model)
-    compiled = distributed.prepare_model(model, compile={"backend": "eager"})
-    assert compiled is model
-    assert list(compiled.state_dict()) == names
-    assert compiled._compiled_call_impl is not None  # what a call goes to
-    inputs = torch.randn(3, 2)
-    assert torch.equal(compiled(inputs), plain(inputs))
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.inner(inputs)
+
+
+@pytest.mark.parametrize("kind", [net, Own])
+def test_a_compiled_model_keeps_its_class_its_names_and_its_values(kind: Callable[[], nn.Module]) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    for _ in range(2):  # each is compiled for itself
+        model = kind()
+        names = list(model.state_dict())
+        plain = copy.deepcopy(model)
+        compiled = distributed.prepare_model(model, compile={"backend": backend})
+        assert compiled is model
+        assert list(compiled.state_dict()) == names
+        inputs = torch.randn(3, 2)
+        assert torch.equal(compiled(inputs), plain(inputs))
+        assert graphs, "it was not compiled"
+        num_graphs = len(graphs)
+        copied = copy.deepcopy(compiled)
+        for again in (compiled, copied):
+            assert torch.equal(again(inputs), plain(inputs))
+        assert len(graphs) == num_graphs
 
 
 def test_checkpointed_blocks_compute_anew_and_can_be_copied() -> None:
