@@ -47,12 +47,9 @@ for ((attempt = 1; ; attempt++)); do
     "${command[@]}" &
     agent=$!
     [[ -z "$told" ]] || kill -s "$told" "$agent" 2>/dev/null || true # it came before there was anybody to pass it on to
+    while kill -0 "$agent" 2>/dev/null; do wait "$agent" || true; done # which returns at a signal, too
     code=0
-    wait "$agent" || code=$?
-    while kill -0 "$agent" 2>/dev/null; do # `wait` returns at a signal, too
-        code=0
-        wait "$agent" || code=$?
-    done
+    wait "$agent" || code=$? # only now: the one above may have given a signal's, though the agent was about to end
     agent=""
     if ((code == 0)) || [[ -n "$told" ]] || ((attempt > restarts)); then
         exit "$code"

@@ -107,16 +107,17 @@ def prepare_model(
 
 
 def _compile(model: nn.Module, options: Mapping[str, Any]) -> None:
-    model.compile(**options)
-    if type(model).forward.__module__.startswith("torch.nn."):
-        # torch looks into no frame of its own, so that it would leave an nn.Sequential as it is, in silence.
-        call: Any = model._call_impl
+    if not type(model).forward.__module__.startswith("torch.nn."):
+        model.compile(**options)
+        return
+    # torch looks into no frame of its own, so that it would leave an nn.Sequential as it is, in silence.
+    call: Any = model._call_impl
 
-        def called(*args: Any, **kwargs: Any) -> Any:
-            return call(*args, **kwargs)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
 
-        called.__code__ = called.__code__.replace()  # what is compiled is kept by code: each model has its own
-        model._compiled_call_impl = torch.compile(called, **options)
+    called.__code__ = called.__code__.replace()  # what is compiled is kept by code: each model has its own
+    model._compiled_call_impl = torch.compile(called, **options)
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
