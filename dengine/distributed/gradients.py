@@ -167,7 +167,9 @@ class GradientMean:
 
 
 def check_loss(loss: Tensor) -> None:
-    """Raises: ValueError: it is not one number."""
+    """Raises: ValueError: it is not one number. TypeError: it is no tensor."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must give a tensor, the mean over its batch, but gave {loss!r}.")
     if loss.numel() != 1:
         raise ValueError(f"The loss must be one number, the mean over its batch, but has shape {list(loss.shape)}.")
 

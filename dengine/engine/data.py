@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from dengine.distributed import all_reduce, broadcast_object, world
 
@@ -44,7 +44,7 @@ class Feed:
     Joined, a pass over the data is as long as the longest one of any rank: what a rank lacks are `Absent`s. Ranks agree
     upon it when an epoch is entered; data of unknown length, on any rank, is not joined.
 
-    Data without a batch are an error, unless they are one shard of several (`may_be_empty`).
+    Data without a batch are an error, unless they are one shard of several (`may_be_empty`); joined, where all are.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class Feed:
                 set_epoch(epoch)
         if self._is_joined and world().size > 1:
             self._pass = _agreed_pass(_length(self.data))
+            if self._pass.length == 0:
+                self._refuse("no batch on any rank")
         if not self.is_length_given:
             self.length = _length(self.data) if self._pass.length is None else self._pass.length
 
@@ -119,10 +121,13 @@ class Feed:
     def refuse_no_batch(self) -> None:
         """Raises: ValueError: there is no batch, and there has to be one."""
         if not self._may_be_empty:
-            raise ValueError(
-                f"The data ({type(self.data).__qualname__}) gave no batch: there is nothing to run over. "
-                "Check the data set's size, and drop_last with a batch size above it."
-            )
+            self._refuse("no batch")
+
+    def _refuse(self, nothing: str) -> NoReturn:
+        raise ValueError(
+            f"The data ({type(self.data).__qualname__}) gave {nothing}: there is nothing to run over. "
+            "Check the data set's size, and drop_last with a batch size above it."
+        )
 
     def _from(self, skip: int) -> Iterator[Any]:
         if skip and self._skip_by_sampler(skip):
@@ -192,7 +197,7 @@ def _agreed_pass(own: int | None) -> _Pass:
     }
     found = all_reduce(told, "max", name="the length of a pass over the data")
     longest, shortest = found["longest"], -found["shortest"]
-    if shortest < 0 or longest <= 0:
+    if shortest < 0 or longest < 0:
         return _Pass()
     return _Pass(longest, longest == shortest, shortest == 0, -found["source"])
 

@@ -28,11 +28,12 @@ NEVER = sys.maxsize
 class Subscription:
     """One handler on one event, its options turned into integers that are compared in place."""
 
-    __slots__ = ("due", "filter", "first", "handler", "is_plain", "last", "once", "priority", "step")
+    __slots__ = ("due", "filter", "first", "handler", "is_plain", "last", "once", "place", "step")
 
     def __init__(self, handler: Handler, options: FilteredEvent, priority: int) -> None:
         self.handler = handler
-        self.priority = priority
+        # What saves comes behind the others of its priority: else what they do then would be lost to a resumed run.
+        self.place = (-priority, bool(getattr(handler, "saves_state", False)))
         self.step = options.every or 1
         self.once = options.once
         self.first = 0 if options.after is None else options.after + 1
@@ -84,7 +85,7 @@ class Channel:
 
     def add(self, subscription: Subscription) -> None:
         # sorted() is stable: registration order within one priority.
-        self._set(tuple(sorted((*self.subscriptions, subscription), key=lambda each: -each.priority)))
+        self._set(tuple(sorted((*self.subscriptions, subscription), key=lambda each: each.place)))
 
     def remove(self, subscription: Subscription) -> None:
         self._set(tuple(each for each in self.subscriptions if each is not subscription))

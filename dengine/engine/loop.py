@@ -85,6 +85,8 @@ class Engine:
         self.state = State()
         self.distributed = distributed
         self.firing: AnyEvent | None = None  # the event whose handlers are running
+        # What is to be saved behind the handlers of the event that this one is fired in; None: at once.
+        self.saves_later: list[Callable[[], None]] | None = None
         self._step = process_function
         self._is_joined = joined and distributed
         self._stop_every = whole_number("stop_every", stop_every, least=1)
@@ -136,8 +138,9 @@ class Engine:
     ) -> HandlerHandle | Callable[[_H], _H]:
         """Have `handler(engine)` called at `event`; without a handler, a decorator that does so.
 
-        Higher `priority` first, registration order within one priority. Attached while its event is being fired,
-        a handler is called from the next firing on.
+        Higher `priority` first, registration order within one priority, but for a `Checkpoint`, which comes last in
+        its priority: it saves what the others have done. Attached while its event is being fired, a handler is called
+        from the next firing on.
 
         Args:
             event: an event, one with options (`Events.X(every=100)`), or several joined by `|`.
@@ -315,7 +318,7 @@ class Engine:
     def _run_epochs(self, feed: Feed, started_s: float) -> None:
         state = self.state
         if self.distributed:
-            self._metrics.agree()
+            self._metrics.agree([f"stop_every={self._stop_every} (a supervised trainer's gradient_accumulation_steps)"])
         self._fire_event(Events.STARTED)
         max_epochs = NEVER if state.max_epochs is None else state.max_epochs
         while state.epochs_completed < max_epochs and self._run_epoch(feed):

@@ -92,6 +92,8 @@ class Checkpoint:
         'checkpoint_9.pt'
     """
 
+    saves_state = True  # so that an engine calls it behind the other handlers of its priority
+
     def __init__(
         self,
         to_save: Mapping[str, Any],
@@ -151,6 +153,9 @@ class Checkpoint:
                 "This engine is one rank's own (distributed=False), but saving takes all ranks: attach the Checkpoint "
                 "to an engine that runs on all of them."
             )
+        if engine.saves_later is not None:
+            engine.saves_later.append(lambda: self(engine))
+            return
         self._watch(engine)
         report, due = from_rank_zero(lambda: self._plan(engine), "plan a checkpoint")
         self._take(report)

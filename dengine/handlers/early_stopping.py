@@ -17,7 +17,8 @@ class EarlyStopping:
 
     Attach it on every rank, to the engine whose metrics the score reads: `evaluator.on(Events.EPOCH_COMPLETED, stop)`.
     Rank 0 decides, and all ranks stop. Collective where the engine is. Cost: one small object broadcast a call.
-    A run that is resumed from a state in which patience had run out is left before its next iteration.
+    A run of `trainer` that is not resumed begins without a best score. One that is resumed from a state in which
+    patience had run out is left before its next iteration.
 
     Args:
         patience: calls without an improvement after which the training ends.
@@ -59,8 +60,8 @@ class EarlyStopping:
         self._is_cumulative = cumulative_delta
         self._best: float | None = None
         self._num_calls_without_improvement = 0
-        self._has_ended = False  # the run that is resumed
-        trainer.on(Events.STARTED, self._end_again)
+        self._is_loaded = False  # since the last run began
+        trainer.on(Events.STARTED, self._begin)
 
     def __call__(self, engine: Engine) -> None:
         if engine.distributed:
@@ -103,13 +104,15 @@ class EarlyStopping:
             )
         self._best = None if best is None else float(best)
         self._num_calls_without_improvement = num_calls
-        self._has_ended = num_calls >= self._patience
+        self._is_loaded = True
 
-    def _end_again(self, engine: Engine) -> None:
-        """Else a run that was saved behind its last epoch, and killed or preempted there, would get one more."""
-        if self._has_ended:
-            self._has_ended = False
+    def _begin(self, engine: Engine) -> None:
+        is_loaded, self._is_loaded = self._is_loaded, False
+        if is_loaded and self._num_calls_without_improvement >= self._patience:
+            # Else a run that was saved behind its last epoch, and killed or preempted there, would get one more.
             engine.terminate()
+        elif not is_loaded and engine.state.iteration == 0:
+            self._best, self._num_calls_without_improvement = None, 0
 
     def _score(self, engine: Engine) -> float:
         return score_of(engine, self._score_function, "early stopping")

@@ -19,7 +19,8 @@ _NOTES_OF_FSDP = ("__composable_api", "_is_fsdp", "_fsdp_")  # attributes that `
 class EMA:
     """`ema.model`, a copy of the bare model whose weights are the average of those the model has had.
 
-    Call it after each step of the optimizer, on every rank: `trainer.on(Events.ITERATION_COMPLETED, ema)`. The first
+    Call it after each step of the optimizer, on every rank: `trainer.on(Events.ITERATION_COMPLETED, ema)`; of a
+    supervised trainer that accumulates, on `SupervisedEvents.OPTIMIZER_STEP_COMPLETED`. The first
     call takes the model's weights as they are, each further one `average = decay * average + (1 - decay) * weights`:
     the shares of the calls add up to 1 from the first on, there is no bias towards zero, and the weights before the
     first call have no share. Before the first call the copy has the weights that the model had when it was made.

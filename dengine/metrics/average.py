@@ -91,6 +91,9 @@ class Loss(_WeightedMean):
         num_samples = self._batch_size(target)
         if not num_samples:
             return  # the mean over an empty batch is nan
+        is_tensor = isinstance(prediction, torch.Tensor)
+        if is_tensor and prediction.is_floating_point() and prediction.element_size() == 2:
+            prediction = prediction.float()  # as autocast computes losses: in 16 bits a mean is too coarse to compare
         with torch.no_grad():
             loss = self._loss_fn(prediction, target)
         if not is_number(loss):

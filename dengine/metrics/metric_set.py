@@ -1,11 +1,16 @@
 """The metrics of one engine: updated together, reduced together, each leaf once however often it is used."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from dengine.distributed.consistency import prepared_parameters, refuse_different_models, same_on_all_ranks
+from dengine.distributed.consistency import (
+    prepared_parameters,
+    refuse_difference,
+    refuse_different_models,
+    same_on_all_ranks,
+)
 from dengine.distributed.rank_zero import refuse_on_rank_zero_alone
 from dengine.distributed.world import World, world
 from dengine.errors import NotComputableError
@@ -79,8 +84,8 @@ class MetricSet:
             for update in self.updates:
                 update(output)
 
-    def agree(self) -> None:
-        """Have the ranks compare their metrics, and the parameters of their models, before a run.
+    def agree(self, settings: Sequence[str] = ()) -> None:
+        """Have the ranks compare their metrics, the parameters of their models, and `settings`, before a run.
 
         Collective. Cost: an all-reduce of 2 numbers; an object gather where something differs, as it may: the number of
         classes that each has inferred.
@@ -93,9 +98,11 @@ class MetricSet:
             return
         parameters = prepared_parameters()
         items: list[Item] = [] if self._reduction.is_agreed else self._collect(is_alone=False)[1]
-        if same_on_all_ranks([*map(str, parameters.items()), *self._metrics, *map(repr, map(entry_of, items))]):
+        entries = [*settings, *map(str, parameters.items()), *self._metrics, *map(repr, map(entry_of, items))]
+        if same_on_all_ranks(entries):
             self._reduction.take(items)
             return
+        refuse_difference(settings, "The settings of the engine")
         refuse_different_models(parameters)
         self._reduction.agree(items or self._collect(is_alone=False)[1])
 

@@ -76,8 +76,8 @@ def _made(kind: "type[Accelerator]", here: World, mixed_precision: str | None) -
                 raise
             raise ValueError(
                 f"mixed_precision={mixed_precision!r} differs from that of an Accelerator that this process made "
-                "before, and accelerate knows one precision a process. Make trainers of other precisions in processes "
-                f"of their own. accelerate says: {error}"
+                "before, and accelerate knows one precision a process: pass it to the first trainer or evaluator. "
+                f"accelerate says: {error}"
             ) from error
 
 

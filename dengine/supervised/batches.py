@@ -1,5 +1,8 @@
 """From a batch to inputs and targets, and from those to a step's output, where the user says nothing."""
 
+import copy
+import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -47,17 +50,19 @@ def on_device(value: Any, device: torch.device) -> Any:
         return value if value.device == device else value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
         return {key: on_device(part, device) for key, part in value.items()}
+    if callable(getattr(value, "to", None)):  # a tuple may know better: a PackedSequence leaves its sizes on the host
+        return value.to(device)
     if isinstance(value, (tuple, list)):
         parts = [on_device(part, device) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value.to(device) if callable(getattr(value, "to", None)) else value
+    return value
 
 
 def detached(value: Any) -> Any:
     """`value` without the graph behind it, so that a step's output keeps no activations."""
     if isinstance(value, Tensor):
         return value.detach() if value.requires_grad else value
-    if isinstance(value, dict):
+    if isinstance(value, (dict, UserDict)):
         new = value.copy()  # an ordered dict, a model's output class
         for key, part in value.items():
             new[key] = detached(part)
@@ -65,19 +70,26 @@ def detached(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         parts = [detached(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        copied = copy.copy(value)
+        for field in dataclasses.fields(value):
+            if hasattr(value, field.name):
+                object.__setattr__(copied, field.name, detached(getattr(value, field.name)))  # it may be frozen
+        return copied
     return value
 
 
 def num_samples(inputs: Any, targets: Any) -> int:
     """The first dimension of the targets, else of the inputs.
 
-    Raises: TypeError: neither has one; it says what to pass.
+    Raises: TypeError: neither has one, or lists of tensors differ in it: one tensor a sample; it says what to pass.
     """
     if isinstance(targets, Tensor) and targets.ndim:  # nearly always
         return targets.shape[0]
     for value in (targets, inputs):
         first = next(iter(value.values()), None) if isinstance(value, Mapping) else value
         if isinstance(first, (tuple, list)) and first and isinstance(first[0], Tensor):
+            _refuse_one_a_sample(inputs, targets)
             first = first[0]
         if isinstance(first, Tensor) and first.ndim:
             return first.shape[0]
@@ -89,8 +101,25 @@ def num_samples(inputs: Any, targets: Any) -> int:
     )
 
 
+def _refuse_one_a_sample(*lists: Any) -> None:
+    """Several inputs of a batch have its size in common, tensors of one sample each have not."""
+    sizes = set()
+    for value in lists:
+        parts = [value] if isinstance(value, Tensor) else value if isinstance(value, (tuple, list)) else ()
+        sizes |= {part.shape[0] for part in parts if isinstance(part, Tensor) and part.ndim}
+    if len(sizes) > 1:
+        raise TypeError(
+            f"The number of samples cannot be told from tensors whose first dimensions are {sorted(sizes)}: pass "
+            "weight=, for lists with one tensor a sample weight=lambda inputs, targets: len(targets)."
+        )
+
+
 def check_callables(**functions: Any) -> None:
-    """Raises: TypeError: one that is neither None nor callable."""
+    """Raises: TypeError: one that is neither None nor callable, or a class of modules in place of one."""
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise TypeError(f"{name}={function!r} must be a function.")
+        if isinstance(function, type) and issubclass(function, nn.Module):
+            raise TypeError(
+                f"{name} is the class {function.__qualname__}: pass an instance, {function.__qualname__}()."
+            )

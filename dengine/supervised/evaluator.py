@@ -56,6 +56,8 @@ def create_supervised_evaluator(
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_supervised_evaluator() takes a torch.nn.Module, but got {type(model).__qualname__}.")
     check_callables(output_transform=output_transform, prepare_batch=prepare_batch, model_fn=model_fn)
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics takes a dict such as {{'acc': Accuracy()}}, but got {metrics!r}.")
     accelerator = accelerator_for(accelerator, mixed_precision)
     if world().size == 1 and not getattr(model, "_is_accelerate_prepared", False):
         model = model.to(accelerator.device)

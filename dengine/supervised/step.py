@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Functions", "SupervisedEvents", "train_step"]
 
-_FIRST = 1_000_000  # as a priority
+_FIRST, _LAST = 1_000_000, -1_000_000  # as priorities
 
 
 class SupervisedEvents(EventEnum):
     """Events of a supervised trainer's own.
 
     `OPTIMIZER_STEP_COMPLETED` fires when the iteration that ended in a step is completed, before `ITERATION_COMPLETED`.
+    A `Checkpoint` on it saves behind the handlers of `ITERATION_COMPLETED`, so that it holds what they have done.
     """
 
     OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
@@ -70,6 +71,7 @@ class TrainStep(ABC):
         self._num_pending = 0  # batches whose gradients no step has used yet
         self._spare: Any = None  # the last one of these
         self._has_stepped = False
+        self._saves: list[Callable[[], None]] = []  # of the step, behind what other handlers do in its iteration
         # Where nobody but the data decides how many samples a batch has, it may be known of many at once.
         is_told_by_data = functions.weight is num_samples and functions.prepare_batch is pair_on_device
         self._looks_ahead = is_told_by_data and update.takes_counts and not update.is_alone
@@ -78,11 +80,12 @@ class TrainStep(ABC):
     def attach(self, engine: Engine) -> None:
         engine.register_events(SupervisedEvents)
         engine.on(Events.STARTED, self._begin, priority=_FIRST)
-        engine.on(Events.EPOCH_STARTED, self._train_mode, priority=_FIRST)
         # Not within the step: an iteration under way is one that a resumed run does again.
         engine.on(Events.ITERATION_COMPLETED, self._tell, priority=_FIRST)
         # Before whatever looks at the model then: an accumulation that was cut short is stepped with what it has.
-        engine.on(Events.EPOCH_COMPLETED | Events.TERMINATED | Events.COMPLETED, self._finish, priority=_FIRST)
+        ends = Events.EPOCH_COMPLETED | Events.TERMINATED | Events.COMPLETED
+        engine.on(ends, self._finish, priority=_FIRST)
+        engine.on(Events.ITERATION_COMPLETED | ends, self._save, priority=_LAST)
         if self._update.scaler is not None:
             engine.state.grad_scaler = self._update.scaler.state_dict()  # type: ignore[attr-defined]
             engine.state.persist("grad_scaler")
@@ -133,10 +136,9 @@ class TrainStep(ABC):
 
     def _begin(self, engine: Engine) -> None:
         state = engine.state
-        self._num_pending, self._spare = 0, None  # of a run that failed
+        self._num_pending, self._spare, self._saves = 0, None, []  # of a run that failed
         self._num_alike = 0  # an epoch that is gone on with may do so in other batches
         self._update.forget()
-        self._train_mode(engine)
         if state.iteration and self._update.scaler is not None:
             self._update.scaler.load_state_dict(state.grad_scaler)  # type: ignore[attr-defined]
         is_within = state.epochs_completed == state.epoch and state.epoch_iteration != state.epoch_length
@@ -149,7 +151,7 @@ class TrainStep(ABC):
                 stacklevel=2,
             )
 
-    def _train_mode(self, engine: Engine) -> None:
+    def _train_mode(self) -> None:
         # Looked at first: parts that the user keeps in eval mode stay so.
         if not self._bare.training:
             self._model.train()
@@ -157,7 +159,17 @@ class TrainStep(ABC):
     def _tell(self, engine: Engine) -> None:
         if self._has_stepped:
             self._has_stepped = False
-            engine.fire_event(SupervisedEvents.OPTIMIZER_STEP_COMPLETED)
+            engine.saves_later = self._saves
+            try:
+                engine.fire_event(SupervisedEvents.OPTIMIZER_STEP_COMPLETED)
+            finally:
+                engine.saves_later = None
+
+    def _save(self, engine: Engine) -> None:
+        if self._saves:
+            saves, self._saves = self._saves, []
+            for save in saves:
+                save()
 
     def _finish(self, engine: Engine) -> None:
         """Step with what an accumulation has where nobody knew that its last batch was the last one."""
@@ -177,6 +189,7 @@ class _StepAlone(TrainStep):
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         update = self._update
+        self._train_mode()
         update.start(1)
         inputs, targets = self._functions.prepare_batch(batch, self._device)
         update.begin(1, is_last=True)
@@ -192,6 +205,7 @@ class _StepOfMany(TrainStep):
     def __call__(self, engine: Engine, batch: Any) -> Any:
         number = engine.state.epoch_iteration
         is_last = number % self._num_batches == 0 or number == engine.state.epoch_length
+        self._train_mode()
         if self._num_pending == 0:
             self._update.start(self._num_in_step(engine))
         self._num_pending += 1

@@ -19,7 +19,7 @@ from dengine.supervised.batches import (
     num_samples,
     pair_on_device,
 )
-from dengine.supervised.deepspeed import cast_around, configured_num_batches, is_placeholder
+from dengine.supervised.deepspeed import cast_around, configured_num_batches, is_engine, is_placeholder
 from dengine.supervised.prepared import prepared
 from dengine.supervised.step import Functions, SupervisedEvents, train_step
 from dengine.supervised.updates import update_for
@@ -76,7 +76,8 @@ def create_supervised_trainer(
     batch a step then, and data without a length need `epoch_length`.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or contradicts `accelerator`. ImportError: no accelerate.
+        TypeError, ValueError: an argument is wrong, or contradicts `accelerator`; the optimizer has no parameter of the
+            model, or needs a closure (LBFGS). ImportError: no accelerate.
         LaunchError: accelerate counts other ranks than there are.
 
     Cost: collective over several ranks, where the model gets wrapped, or is in DDP that `prepare_model` did not make
@@ -93,13 +94,19 @@ def create_supervised_trainer(
         weight=weight,
     )
     num_batches = whole_number("gradient_accumulation_steps", gradient_accumulation_steps, least=1)
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm={max_grad_norm} must be a number above 0; leave it out to clip nothing.")
+    if max_grad_norm is not None:
+        if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, (int, float)):
+            raise TypeError(f"max_grad_norm={max_grad_norm!r} must be a number above 0, or None.")
+        if not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm} must be a number above 0; leave it out to clip nothing.")
     accelerator = accelerator_for(accelerator, mixed_precision)
     num_batches = _num_batches(num_batches, accelerator)
     is_deepspeed = distributed_kind(accelerator) == "DEEPSPEED"
     if not isinstance(optimizer, torch.optim.Optimizer) and not (is_deepspeed and is_placeholder(optimizer)):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__qualname__}.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("LBFGS evaluates the loss by a closure of its own: write the step by hand, for an Engine.")
+    _check_parameters(model, optimizer)
     if is_deepspeed and weight is not None and num_batches > 1:
         raise ValueError(
             f"With DeepSpeed, the {num_batches} batches of an accumulation count alike: leave weight= out, or take one "
@@ -118,6 +125,18 @@ def create_supervised_trainer(
     trainer = Engine(step, joined=world().size > 1, stop_every=num_batches)
     step.attach(trainer)
     return trainer
+
+
+def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if is_engine(model) or not isinstance(optimizer, torch.optim.Optimizer):
+        return  # DeepSpeed's own
+    stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    if not any(id(each) in stepped for each in model.parameters()):
+        raise ValueError(
+            f"None of the parameters of this {type(model).__qualname__} is in the optimizer, so that training would "
+            "leave it as it is: build the optimizer from this model's parameters(), and after "
+            'prepare_model(strategy="fsdp"), which puts sharded ones in their place.'
+        )
 
 
 def _num_batches(given: int, accelerator: "Accelerator") -> int:

@@ -139,3 +139,12 @@ def test_wrong_arguments_are_named(options: dict[str, Any], error: type[Exceptio
 def test_a_min_delta_that_is_no_number_is_refused() -> None:
     with pytest.raises(TypeError, match="min_delta='a' must be a number"):
         EarlyStopping(1, lambda engine: 0.0, Engine(lambda engine, batch: None), min_delta="a")  # type: ignore[arg-type]
+
+
+def test_another_run_begins_without_a_best_score() -> None:
+    trainer = Engine(lambda engine, batch: None)
+    scores = iter([0.9, 0.8, 0.7, 0.5, 0.6, 0.4, 0.3])
+    stop = EarlyStopping(2, lambda engine: next(scores), trainer)
+    trainer.on(Events.EPOCH_COMPLETED, stop)
+    assert trainer.run([0], max_epochs=9).epochs_completed == 3
+    assert trainer.run([0], max_epochs=9).epochs_completed == 4

@@ -214,3 +214,11 @@ def test_throughput_is_all_samples_over_the_longest_ranks_time(over_ranks: Any) 
 def test_nothing_seen_is_not_computable(metric: Any) -> None:
     with pytest.raises(NotComputableError, match="was seen on any rank"):
         metric.compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_loss_of_16_bit_predictions_is_taken_in_32(dtype: torch.dtype) -> None:
+    scores, labels = torch.randn(64, 10).to(dtype), torch.randint(0, 10, (64,))
+    metric = Loss(torch.nn.functional.cross_entropy)
+    metric.update((scores, labels))
+    assert metric.compute() == pytest.approx(torch.nn.functional.cross_entropy(scores.float(), labels).item(), abs=1e-6)

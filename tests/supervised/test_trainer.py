@@ -282,3 +282,42 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], error: type[Exce
 def test_a_batch_that_is_no_pair_is_refused_with_the_way_out(batch: Any, message: str) -> None:
     with pytest.raises(TypeError, match=f"{message}.*prepare_batch="):
         trainer_of(net()).run([batch])
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"None of the parameters of this Sequential is in the optimizer"):
+        create_supervised_trainer(net(), torch.optim.SGD(net().parameters(), lr=0.1), cross_entropy)
+    model = net()
+    trainer = create_supervised_trainer(model, torch.optim.SGD(model[4].parameters(), lr=0.1), cross_entropy)
+    trainer.run(batches_of(4))  # of a part of it
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    model = net()
+    with pytest.raises(TypeError, match="LBFGS"):
+        create_supervised_trainer(model, torch.optim.LBFGS(model.parameters()), cross_entropy)
+
+
+@pytest.mark.parametrize("loss", [1.5, None, (1, 2)])
+def test_a_loss_that_is_no_tensor_is_told(loss: Any) -> None:
+    model = net()
+    trainer = create_supervised_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda pred, y: loss)
+    with pytest.raises(TypeError, match="loss_fn must give a tensor"):
+        trainer.run(batches_of(4))
+
+
+@pytest.mark.parametrize("norm", ["1", True])
+def test_a_norm_that_is_no_number_is_refused(norm: Any) -> None:
+    with pytest.raises(TypeError, match="max_grad_norm=.* must be a number"):
+        trainer_of(net(), max_grad_norm=norm)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_validation_that_leaves_eval_mode_behind_does_not_last(accumulation: int) -> None:
+    model = net()
+    trainer = trainer_of(model, gradient_accumulation_steps=accumulation)
+    modes: list[bool] = []
+    model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    trainer.on(Events.ITERATION_COMPLETED, lambda engine: model.eval() and None)
+    trainer.run(batches_of(4, 4, 4), max_epochs=2)
+    assert modes == [True] * 6
