@@ -132,6 +132,34 @@ def test_a_model_in_eval_mode_is_trained_in_train_mode(strategy: str) -> None:
     assert run_ranks(modes, 2, strategy) == [[True] * 4] * 2
 
 
+def complaints(rank: int, size: int) -> dict[str, str]:
+    def told(data: Any, accumulation: int = 1) -> str:
+        model = distributed.prepare_model(net())
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        trainer = create_supervised_trainer(model, optimizer, cross_entropy, gradient_accumulation_steps=accumulation)
+        try:
+            trainer.run(data)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    batches = batches_of(rank, [2, 2, 2, 2, 2, 2], is_masked=False)
+    few = TensorDataset(torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.int64))
+    return {
+        "no batch": told([]),
+        "dropped": told(distributed.prepare_data_loader(DataLoader(few, 5, drop_last=True))),
+        "accumulation": told(batches, accumulation=2 + rank),
+    }
+
+
+def test_no_batch_on_any_rank_and_other_accumulations_are_refused() -> None:
+    for found in run_ranks(complaints, 2):
+        assert "ValueError: The data (list) gave no batch on any rank" in found["no batch"]
+        assert "ValueError: The data (DataLoader) gave no batch on any rank" in found["dropped"]
+        assert "ConsistencyError: The settings of the engine differ between ranks" in found["accumulation"]
+        assert "gradient_accumulation_steps" in found["accumulation"]
+
+
 # -- scaled losses, as in 16 bits ---------------------------------------------------------------------------------
 
 
