@@ -75,7 +75,7 @@ def held_back(rank: int, size: int, folder: Path) -> dict[str, Any]:
         gate.set()
 
     trainer.on(Events.ITERATION_COMPLETED(once=[1, 2]), checkpoint)
-    trainer.on(Events.ITERATION_COMPLETED(once=1), hold)
+    trainer.on(Events.ITERATION_COMPLETED(once=1), hold, priority=-1)  # behind the save
     trainer.on(Events.ITERATION_COMPLETED(once=2), lambda engine: seen.update(at_two=bits(model, optimizer)))
     trainer.on(Events.ITERATION_COMPLETED(once=4), look)
     trainer.run(range(4))
@@ -148,7 +148,7 @@ def killed(rank: int, size: int, folder: Path, victim: int, at: str) -> None:
                 setattr(Mailbox if at == "post" else os, at, die)
 
         trainer.on(Events.ITERATION_COMPLETED(once=[1, 2]), checkpoint)
-        trainer.on(Events.ITERATION_COMPLETED(once=1), arm)
+        trainer.on(Events.ITERATION_COMPLETED(once=1), arm, priority=-1)  # behind the save
         trainer.run(range(1000))
 
 

@@ -255,7 +255,7 @@ def complaints(rank: int, size: int, folder: str) -> dict[str, str]:
     for strategy in ("ddp", "fsdp"):
         configured(2)
         wrapped = distributed.prepare_model(net(), strategy)  # type: ignore[arg-type]
-        found[strategy] = complaint(lambda wrapped=wrapped: trainer_of(wrapped, optimizer))
+        found[strategy] = complaint(lambda wrapped=wrapped: trainer_of(wrapped, sgd_of(wrapped)))
 
     configured(2)
     model = net()
@@ -272,7 +272,7 @@ def complaints(rank: int, size: int, folder: str) -> dict[str, str]:
 
     configured(2)
     os.environ["ACCELERATE_GRADIENT_CLIPPING"] = "1.0"
-    found["another norm"] = complaint(lambda: trainer_of(net(), optimizer, max_grad_norm=0.5))
+    found["another norm"] = complaint(lambda: trainer_of(*model_and_optimizer(), max_grad_norm=0.5))
     del os.environ["ACCELERATE_GRADIENT_CLIPPING"]
     configured(2)
     found["cpu=True"] = complaint(lambda: trainer_of(net(), optimizer, accelerator=Accelerator(cpu=True)))
