@@ -205,9 +205,9 @@ def _save_and_resume(objects: dict[str, Any], trainer: Engine, folder: str, vari
     trainer.on(Events.EPOCH_COMPLETED, evaluate)
     trainer.on(Events.EPOCH_COMPLETED, best)
     trainer.on(Events.ITERATION_COMPLETED(every=SAVE_EVERY), checkpoint)
-    trainer.on(Events.ITERATION_COMPLETED, lambda engine: strike.at("saved", engine.state.iteration))
+    trainer.on(Events.ITERATION_COMPLETED, lambda engine: strike.at("saved", engine.state.iteration), priority=-1)
     trainer.on(Events.EPOCH_COMPLETED, checkpoint)
-    trainer.on(Events.EPOCH_COMPLETED, lambda engine: strike.at("epoch_completed", engine.state.epoch + 1))
+    trainer.on(Events.EPOCH_COMPLETED, lambda engine: strike.at("epoch_completed", engine.state.epoch + 1), priority=-1)
     Preemption(checkpoint).attach(trainer)
     Checkpoint.resume(folder, objects)
 

@@ -40,8 +40,8 @@ def training(folder: Path, steps: range, asynchronous: bool, told: Callable[[int
     best = Checkpoint(objects, folder, "best", 1, step_of, "s", step_of, asynchronous)  # type: ignore[arg-type]
     for checkpoint in (last, best):
         trainer.on(Events.ITERATION_COMPLETED, checkpoint)
-        trainer.on(Events.ITERATION_COMPLETED, lambda engine, checkpoint=checkpoint: checkpoint.wait())
-    trainer.on(Events.ITERATION_COMPLETED, lambda engine: told(step_of(engine)))
+        trainer.on(Events.ITERATION_COMPLETED, lambda engine, checkpoint=checkpoint: checkpoint.wait(), priority=-1)
+    trainer.on(Events.ITERATION_COMPLETED, lambda engine: told(step_of(engine)), priority=-1)
     trainer.run(steps)
 
 

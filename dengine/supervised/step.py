@@ -80,6 +80,7 @@ class TrainStep(ABC):
     def attach(self, engine: Engine) -> None:
         engine.register_events(SupervisedEvents)
         engine.on(Events.STARTED, self._begin, priority=_FIRST)
+        engine.on(Events.EPOCH_STARTED, lambda engine: self._train_mode(), priority=_FIRST)
         # Not within the step: an iteration under way is one that a resumed run does again.
         engine.on(Events.ITERATION_COMPLETED, self._tell, priority=_FIRST)
         # Before whatever looks at the model then: an accumulation that was cut short is stepped with what it has.
@@ -139,6 +140,7 @@ class TrainStep(ABC):
         self._num_pending, self._spare, self._saves = 0, None, []  # of a run that failed
         self._num_alike = 0  # an epoch that is gone on with may do so in other batches
         self._update.forget()
+        self._train_mode()
         if state.iteration and self._update.scaler is not None:
             self._update.scaler.load_state_dict(state.grad_scaler)  # type: ignore[attr-defined]
         is_within = state.epochs_completed == state.epoch and state.epoch_iteration != state.epoch_length
