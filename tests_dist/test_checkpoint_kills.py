@@ -38,10 +38,14 @@ def training(folder: Path, steps: range, asynchronous: bool, told: Callable[[int
     objects = {"model": model, "trainer": trainer}
     last = Checkpoint(objects, folder, n_saved=N_SAVED, asynchronous=asynchronous, global_step_transform=step_of)
     best = Checkpoint(objects, folder, "best", 1, step_of, "s", step_of, asynchronous)  # type: ignore[arg-type]
-    for checkpoint in (last, best):
-        trainer.on(Events.ITERATION_COMPLETED, checkpoint)
-        trainer.on(Events.ITERATION_COMPLETED, lambda engine, checkpoint=checkpoint: checkpoint.wait(), priority=-1)
-    trainer.on(Events.ITERATION_COMPLETED, lambda engine: told(step_of(engine)), priority=-1)
+    for number, checkpoint in enumerate((last, best)):
+        trainer.on(Events.ITERATION_COMPLETED, checkpoint, priority=-2 * number)
+        trainer.on(
+            Events.ITERATION_COMPLETED,
+            lambda engine, checkpoint=checkpoint: checkpoint.wait(),
+            priority=-2 * number - 1,
+        )
+    trainer.on(Events.ITERATION_COMPLETED, lambda engine: told(step_of(engine)), priority=-9)
     trainer.run(steps)
 
 
