@@ -47,9 +47,15 @@ for ((attempt = 1; ; attempt++)); do
     "${command[@]}" &
     agent=$!
     [[ -z "$told" ]] || kill -s "$told" "$agent" 2>/dev/null || true # it came before there was anybody to pass it on to
-    while kill -0 "$agent" 2>/dev/null; do wait "$agent" || true; done # which returns at a signal, too
-    code=0
-    wait "$agent" || code=$? # only now: the one above may have given a signal's, though the agent was about to end
+    code=0 own=0
+    while kill -0 "$agent" 2>/dev/null; do
+        code=0
+        wait "$agent" || code=$?
+    done
+    # `wait` returns at a signal, too, with that signal's code, also where the agent ends just then: so its own is asked
+    # for once it has ended. Where both came at once bash has lost it, and says -1: the signal's stands.
+    wait "$agent" || own=$?
+    ((own < 0)) || code=$own
     agent=""
     if ((code == 0)) || [[ -n "$told" ]] || ((attempt > restarts)); then
         exit "$code"
