@@ -9,7 +9,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dengine import create_supervised_trainer, distributed
+from dengine import Events, create_supervised_trainer, distributed
 from dengine.metrics import Accuracy, Average
 
 pytestmark = pytest.mark.gpu
@@ -96,8 +96,6 @@ def test_a_step_is_that_of_the_mean_over_the_global_batch(
 
 def waits(rank: int, size: int, accumulation: int) -> list[int]:
     """The iterations that ran to their end while any wait of the host for the GPU was an error."""
-    from dengine import Events
-
     with distributed.process_group():
         model = spread(net())
         optimizer = torch.optim.AdamW(model.parameters())

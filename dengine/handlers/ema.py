@@ -20,10 +20,10 @@ class EMA:
     """`ema.model`, a copy of the bare model whose weights are the average of those the model has had.
 
     Call it after each step of the optimizer, on every rank: `trainer.on(Events.ITERATION_COMPLETED, ema)`; of a
-    supervised trainer that accumulates, on `SupervisedEvents.OPTIMIZER_STEP_COMPLETED`. The first
-    call takes the model's weights as they are, each further one `average = decay * average + (1 - decay) * weights`:
-    the shares of the calls add up to 1 from the first on, there is no bias towards zero, and the weights before the
-    first call have no share. Before the first call the copy has the weights that the model had when it was made.
+    supervised trainer that accumulates, on `SupervisedEvents.OPTIMIZER_STEP_COMPLETED`. The first call takes the
+    model's weights as they are, each further one `average = decay * average + (1 - decay) * weights`: the shares of the
+    calls add up to 1 from the first on, there is no bias towards zero, and the weights before the first call have no
+    share. Before the first call the copy has the weights that the model had when it was made.
     With `Events.ITERATION_COMPLETED(after=1000)` the average begins there.
 
     Parameters and floating-point buffers are averaged, other buffers (counts) are copied. The copy is in eval mode and

@@ -10,7 +10,7 @@ from dengine.errors import NotComputableError
 from dengine.metrics.inputs import as_tensor, is_number, what_it_got
 from dengine.metrics.metric import Metric, OutputTransform
 from dengine.metrics.transform import loss_value
-from dengine.types import accumulator_dtype
+from dengine.types import accumulator_dtype, is_short_float
 
 __all__ = ["Average", "Loss", "Perplexity", "RunningAverage"]
 
@@ -91,9 +91,8 @@ class Loss(_WeightedMean):
         num_samples = self._batch_size(target)
         if not num_samples:
             return  # the mean over an empty batch is nan
-        is_tensor = isinstance(prediction, torch.Tensor)
-        if is_tensor and prediction.is_floating_point() and prediction.element_size() == 2:
-            prediction = prediction.float()  # as autocast computes losses: in 16 bits a mean is too coarse to compare
+        if is_short_float(prediction):
+            prediction = prediction.float()  # as autocast computes losses
         with torch.no_grad():
             loss = self._loss_fn(prediction, target)
         if not is_number(loss):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dengine.checkpoint.elsewhere import keep_elsewhere
 from dengine.distributed.gradients import Count, GradientMean, check_loss
 from dengine.supervised.batches import ModelFunction
+from dengine.types import is_short_float
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -105,17 +106,13 @@ def cast_around(call: ModelFunction | None) -> ModelFunction:
             return model(inputs) if call is None else call(model, inputs)
         inputs = recursively_apply(lambda tensor: tensor.to(dtype), inputs, test_type=_is_float)
         outputs = model(inputs) if call is None else call(model, inputs)
-        return recursively_apply(Tensor.float, outputs, test_type=_is_short_float)
+        return recursively_apply(Tensor.float, outputs, test_type=is_short_float)
 
     return called
 
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _is_short_float(value: Any) -> bool:
-    return _is_float(value) and value.dtype.itemsize == 2
 
 
 def keep_states_out(engine: Any, optimizer: Any, accelerator: "Accelerator") -> None:

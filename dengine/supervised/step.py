@@ -80,7 +80,7 @@ class TrainStep(ABC):
     def attach(self, engine: Engine) -> None:
         engine.register_events(SupervisedEvents)
         engine.on(Events.STARTED, self._begin, priority=_FIRST)
-        engine.on(Events.EPOCH_STARTED, lambda engine: self._train_mode(), priority=_FIRST)
+        engine.on(Events.EPOCH_STARTED, self._train_mode, priority=_FIRST)
         # Not within the step: an iteration under way is one that a resumed run does again.
         engine.on(Events.ITERATION_COMPLETED, self._tell, priority=_FIRST)
         # Before whatever looks at the model then: an accumulation that was cut short is stepped with what it has.
@@ -140,7 +140,7 @@ class TrainStep(ABC):
         self._num_pending, self._spare, self._saves = 0, None, []  # of a run that failed
         self._num_alike = 0  # an epoch that is gone on with may do so in other batches
         self._update.forget()
-        self._train_mode()
+        self._train_mode(engine)
         if state.iteration and self._update.scaler is not None:
             self._update.scaler.load_state_dict(state.grad_scaler)  # type: ignore[attr-defined]
         is_within = state.epochs_completed == state.epoch and state.epoch_iteration != state.epoch_length
@@ -153,7 +153,7 @@ class TrainStep(ABC):
                 stacklevel=2,
             )
 
-    def _train_mode(self) -> None:
+    def _train_mode(self, engine: Engine) -> None:
         # Looked at first: parts that the user keeps in eval mode stay so.
         if not self._bare.training:
             self._model.train()
@@ -191,7 +191,7 @@ class _StepAlone(TrainStep):
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         update = self._update
-        self._train_mode()
+        self._train_mode(engine)
         update.start(1)
         inputs, targets = self._functions.prepare_batch(batch, self._device)
         update.begin(1, is_last=True)
@@ -207,7 +207,7 @@ class _StepOfMany(TrainStep):
     def __call__(self, engine: Engine, batch: Any) -> Any:
         number = engine.state.epoch_iteration
         is_last = number % self._num_batches == 0 or number == engine.state.epoch_length
-        self._train_mode()
+        self._train_mode(engine)
         if self._num_pending == 0:
             self._update.start(self._num_in_step(engine))
         self._num_pending += 1
