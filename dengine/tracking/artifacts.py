@@ -10,14 +10,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dengine.tracking.files import TrackingError, read_json, write_json
+from dengine.tracking.files import (
+    TrackingError,
+    inner_path,
+    read_json,
+    refuse_outside,
+    refuse_special,
+    write_json,
+)
 
 __all__ = ["Artifact", "ArtifactStore"]
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")  # a file's name has room for 255 characters
 _VERSION = re.compile(r"v\d+")
 _CHUNK_BYTES = 1 << 20
 
@@ -39,7 +46,7 @@ class Artifact:
 
     Example:
         >>> import tempfile
-        >>> from pathlib import Path
+        >>> from pathlib import Path, PurePosixPath
         >>> from dengine.tracking import Track
         >>> folder = Path(tempfile.mkdtemp())
         >>> size = (folder / "weights.txt").write_text("0.5")
@@ -51,14 +58,13 @@ class Artifact:
     """
 
     def __init__(self, name: str, type: str = "artifact") -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(f"An artifact's name has letters, digits, '_', '-' and '.', unlike {name!r}.")
-        self.name = name
+        self.name = _checked_name(name)
         self.type = str(type)
         self.version: str | None = None
         self.digest: str | None = None
         self._sources: dict[str, Path] = {}
         self._folder: Path | None = None
+        self._project_dir = Path()
         self.digests: dict[str, str] = {}
 
     @property
@@ -74,24 +80,38 @@ class Artifact:
         if self.version is not None:
             raise RuntimeError(f"{self.name}:{self.version} is stored, and does not change: make a new Artifact.")
         path = Path(path)
-        name = path.name if name is None else str(name)
-        if name.startswith("/") or ".." in Path(name).parts or not Path(name).parts:
-            raise ValueError(f"name={name!r} must be a path inside the artifact.")
-        if name in self._sources:
-            raise ValueError(f"{self.name!r} has a file {name!r} already: pass name= to add this one under another.")
-        self._sources[name] = Path(os.path.abspath(path))  # wherever the process stands later
+        given = path.name if name is None else str(name)
+        inner = inner_path(given)
+        if inner is None:
+            raise ValueError(
+                f"name={given!r} must be a path inside the artifact: relative, without '..', backslashes and control "
+                "characters."
+            )
+        if inner in self._sources:
+            raise ValueError(f"{self.name!r} has a file {inner!r} already: pass name= to add this one under another.")
+        self._sources[inner] = Path(os.path.abspath(path))  # wherever the process stands later
         return self
 
-    def add_dir(self, path: str | Path, name: str = "") -> "Artifact":
+    def add_dir(self, path: str | Path, name: str = "", *, follow_links: bool = False) -> "Artifact":
         """`add_file` for each file below the folder `path`, under `name/` and its path in there.
 
-        Returns: the artifact itself. Raises: as `add_file`; NotADirectoryError.
+        Args:
+            follow_links: take the contents of links that lead out of `path`, and of links to folders. They are refused
+                otherwise, since a folder from elsewhere could have any file of this machine stored by a link.
+
+        Returns: the artifact itself; on an error it is as it was.
+        Raises: as `add_file`; NotADirectoryError; ValueError: a link, see `follow_links`, or a folder in itself.
         """
         path = Path(path)
         if not path.is_dir():
             raise NotADirectoryError(f"{path} is no folder that could be added to the artifact {self.name!r}.")
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            self.add_file(file, str(Path(name) / file.relative_to(path)))
+        before = dict(self._sources)
+        try:
+            for file in sorted(_files_below(path, follow_links)):
+                self.add_file(file, str(Path(name) / file.relative_to(path)))
+        except BaseException:
+            self._sources = before
+            raise
         return self
 
     def download(self, dir: str | Path | None = None) -> Path:
@@ -100,16 +120,19 @@ class Artifact:
         Cost: one read of the files. Without `dir` it is the stored folder itself: do not write to it.
 
         Raises:
-            RuntimeError: it is not stored yet. TrackingError: a file is missing or has changed; it is named.
+            RuntimeError: it is not stored yet. TrackingError: a file is missing, has changed, or is reached by a link
+                that leads out of the project or out of `dir`; it is named.
         """
         if self._folder is None:
             raise RuntimeError(f"The artifact {self.name!r} is not stored yet: run.log_artifact(artifact) comes first.")
         for name, digest in self.digests.items():
+            refuse_outside(self._folder / name, self._project_dir)
             self._check(self._folder / name, digest)
         if dir is None:
             return self._folder
         for name, digest in self.digests.items():
             target = Path(dir) / name
+            refuse_outside(target, Path(dir))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._folder / name, target)
             self._check(target, digest)
@@ -117,6 +140,7 @@ class Artifact:
 
     def _check(self, file: Path, digest: str) -> None:
         try:
+            refuse_special(file)
             found = _copy(file, None)
         except OSError as error:
             raise TrackingError(f"{file} of {self.name}:{self.version} cannot be read: {error}") from error
@@ -128,7 +152,7 @@ class Artifact:
     def _settle(self, version: str, entry: dict[str, Any], project_dir: Path) -> None:
         """It is stored as `entry` of the index says."""
         self.version, self.digest, self.type = version, entry["digest"], entry["type"]
-        self._folder = project_dir / entry["path"]
+        self._folder, self._project_dir = project_dir / entry["path"], project_dir
         self.digests = {name: file["sha256"] for name, file in entry["files"].items()}
         self._sources = {}
 
@@ -148,15 +172,18 @@ class ArtifactStore:
         """Store it, and move `aliases` and "latest" to it. Afterwards it is the stored version.
 
         Raises: TypeError, ValueError: an alias that is none, or no file. FileNotFoundError: a file is not there.
-        Nothing is changed then.
+        TrackingError: the index is damaged, or leads out of the project. Nothing is changed then.
         """
+        _checked_name(artifact.name)
         _check_aliases(aliases)
         if artifact.version is None and not artifact.files:
             raise ValueError(f"The artifact {artifact.name!r} has no file: add_file() puts one in.")
         for path in artifact._sources.values():
             if not path.is_file():
                 raise FileNotFoundError(f"{path}, a file of the artifact {artifact.name!r}, is not there.")
+        _refuse_file_as_folder(artifact)
         home = run_dir / "artifacts" / artifact.name
+        refuse_outside(home, self._project_dir)
         home.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
         try:
@@ -175,11 +202,12 @@ class ArtifactStore:
     def get(self, reference: str) -> Artifact:
         """The artifact that "name:alias", "name:v0" or "name" (the latest) means.
 
-        Raises: KeyError, listing what there is. Reads one small file.
+        Raises: KeyError, listing what there is. TrackingError: the index is damaged, or leads out of the project.
+        Reads one small file.
         """
         name, _, alias = str(reference).partition(":")
-        index = read_json(self._index_dir / f"{name}.json") if _NAME.fullmatch(name) else {}
-        if not index:
+        index = _read_index(self._index_dir / f"{name}.json") if _NAME.fullmatch(name) else None
+        if index is None:
             names = sorted(path.stem for path in self._index_dir.glob("*.json"))
             raise KeyError(f"There is no artifact {name!r}; there is {_listed(names, name)}.")
         version = index["aliases"].get(alias or "latest", alias)
@@ -218,14 +246,90 @@ class ArtifactStore:
     @contextmanager
     def _locked(self, name: str) -> Iterator[dict[str, Any]]:
         """The index of `name`, which is written where the body succeeds. Runs that log at once take turns."""
+        refuse_outside(self._index_dir, self._project_dir)
         self._index_dir.mkdir(exist_ok=True)
         path = self._index_dir / f"{name}.json"
-        with open(self._index_dir / ".lock", "w") as lock:
+        # Not through a link, which would have another file locked.
+        with open(os.open(self._index_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as lock:
             with suppress(OSError):  # a network file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            index = read_json(path) or {"versions": {}, "aliases": {}}
+            index = _read_index(path) or {"versions": {}, "aliases": {}}
             yield index
             write_json(path, index)
+
+
+def _read_index(path: Path) -> dict[str, Any] | None:
+    """The index in the file, None where there is no file.
+
+    It may have come with a folder from anywhere: what it names must lie inside the project.
+
+    Raises: TrackingError: it is damaged, or names a path that leads out of where it belongs; with the file.
+    """
+    index = read_json(path)
+    if not index:
+        return None
+    versions, aliases = index.get("versions"), index.get("aliases")
+    if not isinstance(versions, dict) or not isinstance(aliases, dict):
+        raise TrackingError(f"{path} is damaged: it needs an object of versions and one of aliases.")
+    for alias, version in aliases.items():
+        if not isinstance(version, str):
+            raise TrackingError(f"{path} is damaged: the alias {alias!r} must name a version, but is {version!r}.")
+    for version, entry in versions.items():
+        if problem := _problem_of(version, entry):
+            raise TrackingError(f"{path} is damaged: {version!r} {problem}.")
+    return index
+
+
+def _problem_of(version: str, entry: Any) -> str | None:
+    """What is wrong with the entry of a version, if anything is."""
+    if not _VERSION.fullmatch(version):
+        return "is no version, as 'v0' is"
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("digest", "type", "path")):
+        return "needs a digest, a type and a path, which are text"
+    if inner_path(entry["path"]) is None:
+        return f"lies at {entry['path']!r}, which is no path inside the project"
+    if not isinstance(entry.get("files"), dict):
+        return "needs an object of files"
+    for name, file in entry["files"].items():
+        if inner_path(name) is None:
+            return f"has a file {name!r}, which is no path inside the artifact"
+        if not isinstance(file, dict) or not isinstance(file.get("sha256"), str):
+            return f"lacks the SHA-256 of its file {name!r}"
+    return None
+
+
+def _checked_name(name: object) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"An artifact's name has letters, digits, '_', '-' and '.', at most 200 of them, unlike {name!r}."
+        )
+    return name
+
+
+def _refuse_file_as_folder(artifact: Artifact) -> None:
+    names = set(artifact.files)
+    for name in names:
+        if taken := names & {str(parent) for parent in PurePosixPath(name).parents}:
+            raise ValueError(f"{artifact.name!r} has a file {taken.pop()!r}, so none can be {name!r}: pass name=.")
+
+
+def _files_below(folder: Path, follow_links: bool) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder, followlinks=follow_links):
+        for each in (Path(parent, name) for name in (*folders, *files)):
+            if each.is_symlink():
+                _check_link(each, folder, follow_links)
+            if each.is_file() or not each.exists():  # a link to nothing is found missing when the artifact is logged
+                yield each
+
+
+def _check_link(link: Path, folder: Path, follow_links: bool) -> None:
+    target, parent = os.path.realpath(link), os.path.realpath(link.parent)
+    if os.path.join(parent, "").startswith(os.path.join(target, "")):
+        raise ValueError(f"{link} is a link to a folder around it, so what it holds has no end.")
+    is_outside = not target.startswith(os.path.join(os.path.realpath(folder), ""))
+    if not follow_links and (is_outside or os.path.isdir(target)):
+        where = f"out of {folder}" if is_outside else "to a folder"
+        raise ValueError(f"{link} is a link {where}, to {target}: pass follow_links=True to store what is there.")
 
 
 def _stored(source: Path, target: Path) -> dict[str, Any]:
@@ -249,7 +353,7 @@ def _copy(source: Path, target: Path | None) -> str:
 
 def _digest_of(files: dict[str, Any]) -> str:
     lines = sorted(f"{file['sha256']}  {name}\n" for name, file in files.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _check_aliases(aliases: Sequence[str]) -> None:

@@ -2,14 +2,15 @@
 
 import json
 import os
+import stat
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from dengine.errors import DengineError
 from dengine.tracking.values import to_json
 
-__all__ = ["TrackingError", "path_part", "read_json", "write_json"]
+__all__ = ["TrackingError", "inner_path", "path_part", "read_json", "refuse_outside", "refuse_special", "write_json"]
 
 
 class TrackingError(DengineError, RuntimeError):
@@ -20,7 +21,10 @@ def write_json(path: Path, value: Any) -> None:
     """Raises: OSError; the file is as it was then."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(to_json(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
+        temporary.unlink(missing_ok=True)  # left by a killed process, or a link to somewhere else
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -31,13 +35,14 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the file, {} where there is no file.
 
-    Raises: TrackingError, where it holds none.
+    Raises: TrackingError, where it holds none, or is no regular file (a pipe would be waited for).
     """
     try:
+        refuse_special(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise TrackingError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise TrackingError(f"{path} must hold a JSON object, but holds a {type(value).__name__}.")
@@ -47,10 +52,45 @@ def read_json(path: Path) -> dict[str, Any]:
 def path_part(what: str, name: object) -> str:
     """`name`, checked to be fit for the name of a folder.
 
-    Raises: TypeError: it is no string. ValueError: it is empty, begins with a dot, or has a slash in it.
+    Raises: TypeError: it is no string. ValueError: it is empty, begins with a dot, or has a slash or a control
+        character in it.
     """
     if not isinstance(name, str):
         raise TypeError(f"{what}={name!r} must be a string.")
-    if not name.strip() or name.startswith(".") or any(letter in name for letter in "/\\\0\n"):
+    if not name.strip() or name.startswith(".") or "/" in name or not _is_printable(name):
         raise ValueError(f"{what}={name!r} becomes a folder: it needs a letter, no slash, and no dot at its front.")
     return name
+
+
+def inner_path(name: object) -> str | None:
+    """`name` as a path with forward slashes that stays inside the folder it is joined to; None if it does not.
+
+    It stays inside on Windows, too. `a//b` and `./a/b` are `a/b`, so that one file has one name.
+    """
+    if not isinstance(name, str) or not _is_printable(name):
+        return None
+    path = PurePosixPath(name)
+    if path.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in path.parts or not path.parts:
+        return None
+    return path.as_posix()
+
+
+def refuse_outside(path: Path, folder: Path) -> None:
+    """Raises: TrackingError: a link on the way to `path` leads out of `folder`; where that is a link itself is fine."""
+    real, inside = os.path.realpath(path), os.path.realpath(folder)
+    if os.path.commonpath([real, inside]) != inside:
+        raise TrackingError(
+            f"{path} leads out of {folder}, to {real}: links out of a project are not followed. Put a copy there "
+            "instead of the link."
+        )
+
+
+def refuse_special(path: Path) -> None:
+    """Raises: TrackingError: a folder, a pipe or a device. OSError: there is nothing."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise TrackingError(f"{path} is no regular file, and is not read.")
+
+
+def _is_printable(name: str) -> bool:
+    """Whether it has neither a backslash, which is a slash elsewhere, nor control characters."""
+    return not any(letter == "\\" or ord(letter) < 32 or ord(letter) == 127 for letter in name)

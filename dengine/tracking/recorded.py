@@ -18,7 +18,7 @@ from typing import Any
 
 from dengine.tracking.artifacts import Artifact, ArtifactStore
 from dengine.tracking.backend import Backend, StoredFiles
-from dengine.tracking.files import read_json, write_json
+from dengine.tracking.files import TrackingError, read_json, write_json
 from dengine.tracking.rows import ROWS, RowFile, read_rows
 from dengine.tracking.run import Run
 from dengine.tracking.values import flat, plain
@@ -117,6 +117,8 @@ class RecordedRun(Run):
     def _note(self, artifact: Artifact, how: str, aliases: Sequence[str]) -> None:
         path = self.dir / "artifacts.json"
         noted = read_json(path)
+        if not isinstance(noted.get(how, []), list):
+            raise TrackingError(f"{path} is damaged: {how!r} must be a list of artifacts.")
         entry: dict[str, Any] = {
             "name": artifact.name,
             "version": artifact.version,
@@ -214,7 +216,8 @@ class RecordedRun(Run):
         self.summary.update(read_json(self.dir / "summary.json"))
         for row in rows:
             self.summary.update({name: value for name, value in row.items() if name not in _OWN})
-        self._next_step = int(rows[-1].get("step", len(rows) - 1)) + 1
+        step = rows[-1].get("step")
+        self._next_step = (step if type(step) is int else len(rows) - 1) + 1
 
     def _refuse_when_finished(self, call: str) -> None:
         if self._is_finished:

@@ -39,9 +39,9 @@ class RowFile:
         self._lock = self._descriptor = -1
         try:
             # The lock has a file of its own: this kind of lock is gone once its process has closed the file anywhere.
-            self._lock = os.open(path.with_name(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+            self._lock = os.open(path.with_name(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             self._take_lock()
-            self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             mend(self._descriptor)
         except BaseException:
             self._close()
@@ -147,6 +147,6 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

@@ -51,7 +51,7 @@ class Run(ABC):
         Cost: one copy and one SHA-256 of the files, for which the caller waits.
 
         Returns: `artifact`, whose `version` is set now; where nothing is recorded, as it was.
-        Raises: FileNotFoundError, ValueError, TypeError: nothing is changed then.
+        Raises: FileNotFoundError, ValueError, TypeError, TrackingError: nothing is changed then.
         """
 
     @abstractmethod
@@ -60,7 +60,8 @@ class Run(ABC):
 
         It is found on every rank that sees the folder; reading is not recording.
 
-        Raises: KeyError, listing what there is.
+        Raises: KeyError, listing what there is. TrackingError: what is recorded of it is damaged, or leads out of the
+            project.
         """
 
     @abstractmethod

@@ -13,7 +13,7 @@ from dengine.distributed import world
 from dengine.distributed.launch import find_launch
 from dengine.tracking.artifacts import Artifact
 from dengine.tracking.backend import BACKENDS, RunInfo, open_backend
-from dengine.tracking.files import TrackingError, path_part, read_json, write_json
+from dengine.tracking.files import TrackingError, path_part, read_json, refuse_outside, write_json
 from dengine.tracking.recorded import RecordedRun
 from dengine.tracking.rows import ROWS, RowFile
 from dengine.tracking.run import Run, UnrecordedRun
@@ -135,14 +135,25 @@ def _resumed(project_dir: Path, run_id: str, name: str | None, tags: Sequence[st
             f"{f' (closest: {close[0]!r})' if close else ''}."
         )
     identity = read_json(path)
-    all_tags = dict.fromkeys([*identity.get("tags", []), *map(str, tags)])
-    return {**identity, "name": name or identity["name"], "tags": list(all_tags)}
+    old_name, old_tags = identity.get("name", run_id), identity.get("tags", [])
+    if not isinstance(old_name, str) or not isinstance(old_tags, list):
+        raise TrackingError(f"{path} is damaged: it needs a name, which is text, and a list of tags.")
+    all_tags = dict.fromkeys(map(str, [*old_tags, *tags]))
+    # Its folder says which run it is: a file that came from elsewhere must not lead to another folder.
+    return {
+        **identity,
+        "id": run_id,
+        "project": project_dir.name,
+        "name": name or old_name,
+        "tags": list(all_tags),
+    }
 
 
 def _opened(
     root: Path, identity: dict[str, Any], config: dict[str, Any], backends: Sequence[str], *, is_resumed: bool
 ) -> RecordedRun:
     directory = root / identity["project"] / identity["id"]
+    refuse_outside(directory, root / identity["project"])
     try:
         directory.mkdir(parents=True, exist_ok=is_resumed)
         rows = RowFile(directory / ROWS)
