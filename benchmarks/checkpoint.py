@@ -26,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,10 @@ def write_beside(folder: Path, num_bytes: int) -> Contestant:
 
 def dengine_save(folder: Path, saved: dict[str, Any]) -> Contestant:
     engine = Engine(lambda engine, batch: None)
-    checkpoint = Checkpoint(saved, folder / "dengine")
+    steps = count(1)
+    checkpoint = Checkpoint(saved, folder / "dengine", global_step_transform=lambda engine, event: next(steps))
 
     def save() -> float:
-        engine.state.iteration += 1
         return seconds(lambda: checkpoint(engine))
 
     return save
@@ -119,10 +120,12 @@ def dengine_save(folder: Path, saved: dict[str, Any]) -> Contestant:
 
 def dengine_stall(folder: Path, saved: dict[str, Any], whole: list[float]) -> Contestant:
     engine = Engine(lambda engine, batch: None)
-    checkpoint = Checkpoint(saved, folder / "dengine-async", asynchronous=True)
+    steps = count(1)
+    checkpoint = Checkpoint(
+        saved, folder / "dengine-async", global_step_transform=lambda engine, event: next(steps), asynchronous=True
+    )
 
     def save() -> float:
-        engine.state.iteration += 1
         started = time.perf_counter()
         checkpoint(engine)
         held = time.perf_counter() - started

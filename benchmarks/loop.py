@@ -106,7 +106,8 @@ def main() -> None:
             started = time.perf_counter_ns()
             run(options.iterations)
             best_ns[name] = min(best_ns[name], (time.perf_counter_ns() - started) / options.iterations)
-    print(f"dengine {version()}, Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
+    print(f"dengine {dengine.__version__}, Python {platform.python_version()}, {platform.machine()}, ", end="")
+    print(f"torch {torch.__version__}")
     print(f"{'':40} {'ns/iteration':>12} {'above bare':>12} {'x dengine':>12}")
     reference = best_ns["dengine"] - best_ns["bare loop"]
     for name, ns in best_ns.items():
@@ -116,12 +117,6 @@ def main() -> None:
     print(f"one handler that does not fire: {per_handler:.2f} ns an iteration")
     if not find_spec("ignite"):
         print("PyTorch-Ignite is not installed, so it is not compared: pip install pytorch-ignite")
-
-
-def version() -> str:
-    from importlib.metadata import version as installed
-
-    return installed(dengine.__name__)
 
 
 if __name__ == "__main__":

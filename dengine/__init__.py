@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dengine import checkpoint, config, distributed, errors, handlers, metrics
+    from dengine import checkpoint, config, distributed, engine, errors, handlers, metrics, supervised, tracking
     from dengine.engine import Engine, EventEnum, Events, State, filtered
     from dengine.errors import (
         CheckpointError,
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
         DengineError,
         LaunchError,
         MetricStateError,
+        MissingKeyError,
         NotComputableError,
         RankZeroCollectiveError,
         RemoteInterrupt,
         RemoteRankError,
         StallError,
+        TrackingError,
     )
     from dengine.supervised import SupervisedEvents, create_supervised_evaluator, create_supervised_trainer
 
@@ -34,14 +36,28 @@ _ERRORS = (
     "DengineError",
     "LaunchError",
     "MetricStateError",
+    "MissingKeyError",
     "NotComputableError",
     "RankZeroCollectiveError",
     "RemoteInterrupt",
     "RemoteRankError",
     "StallError",
+    "TrackingError",
 )
 _SUPERVISED = ("SupervisedEvents", "create_supervised_evaluator", "create_supervised_trainer")
-_ROOMS = ("checkpoint", "config", "distributed", "errors", "handlers", "metrics")
+_ROOMS = (
+    "checkpoint",
+    "config",
+    "distributed",
+    "engine",
+    "errors",
+    "handlers",
+    "metrics",
+    "supervised",
+    "tracking",
+)
+
+__version__ = "0.1.0"  # the one place: the package's metadata are built from it
 
 __all__ = [
     "CheckpointError",
@@ -54,6 +70,7 @@ __all__ = [
     "Events",
     "LaunchError",
     "MetricStateError",
+    "MissingKeyError",
     "NotComputableError",
     "RankZeroCollectiveError",
     "RemoteInterrupt",
@@ -61,15 +78,20 @@ __all__ = [
     "StallError",
     "State",
     "SupervisedEvents",
+    "TrackingError",
+    "__version__",
     "checkpoint",
     "config",
     "create_supervised_evaluator",
     "create_supervised_trainer",
     "distributed",
+    "engine",
     "errors",
     "filtered",
     "handlers",
     "metrics",
+    "supervised",
+    "tracking",
 ]
 
 

@@ -12,11 +12,13 @@ __all__ = [
     "DengineError",
     "LaunchError",
     "MetricStateError",
+    "MissingKeyError",
     "NotComputableError",
     "RankZeroCollectiveError",
     "RemoteInterrupt",
     "RemoteRankError",
     "StallError",
+    "TrackingError",
 ]
 
 
@@ -95,3 +97,13 @@ class CorruptCheckpointError(CheckpointError):
 
 class ConfigError(DengineError, ValueError):
     """A configuration cannot be read, merged, or used as it is; the message names the key, the file and the line."""
+
+
+class MissingKeyError(ConfigError, AttributeError, KeyError):
+    """A configuration has no such key: an `AttributeError` and a `KeyError` too, so that `hasattr` and `get` work."""
+
+    __str__ = Exception.__str__  # a KeyError's is its repr
+
+
+class TrackingError(DengineError, RuntimeError):
+    """A run cannot be recorded, or what was recorded is damaged."""

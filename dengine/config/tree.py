@@ -5,17 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from dengine.config.places import Document, below, plain
-from dengine.errors import ConfigError
+from dengine.errors import ConfigError, MissingKeyError
 
 __all__ = ["Config", "ConfigList", "MissingKeyError", "new_config", "omegaconf", "translated"]
 
 T = TypeVar("T")
-
-
-class MissingKeyError(ConfigError, AttributeError, KeyError):
-    """There is no such key: an `AttributeError` and a `KeyError` too, so that `hasattr` and `get` work."""
-
-    __str__ = Exception.__str__  # a KeyError's is its repr
 
 
 class ConfigList(tuple[Any, ...]):

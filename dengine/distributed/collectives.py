@@ -165,7 +165,7 @@ def broadcast_object(value: T, source: int = 0) -> T:
         return holder[0]
 
 
-def barrier(name: str) -> None:
+def barrier(name: str = "barrier") -> None:
     """Wait until every rank is here. Collective. `name` says where, for whoever looks at a hang. Cost: one all-reduce.
 
     Raises:

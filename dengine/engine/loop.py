@@ -342,7 +342,7 @@ class Engine:
         if not self._may_begin(place(state.epochs_completed, 0 if is_new else state.epoch_iteration)):
             return False
         if is_new:
-            state.epoch, state.epoch_iteration = state.epochs_completed, 0
+            state._epoch, state._epoch_iteration = state.epochs_completed, 0
             if self._resumed_random is not None:  # taken between two epochs
                 restore(self._resumed_random["now"])
                 self._resumed_random = None
@@ -357,7 +357,7 @@ class Engine:
         if not has_ended or not may_end:
             return False
         state.metrics.update(self._values(is_whole=is_new))
-        state.epochs_completed = state.epoch + 1
+        state._epochs_completed = state.epoch + 1
         self._random_at_start = None
         state.times["epoch"] = time.perf_counter() - started_s
         self._fire_event(Events.EPOCH_COMPLETED)
@@ -370,7 +370,7 @@ class Engine:
         feed.enter(state.epoch)
         state.data_state = data_state(feed.data)
         if feed.length is not None:
-            state.epoch_length = feed.length
+            state._epoch_length = feed.length
         if feed.length == 0:
             feed.refuse_no_batch()
         end = NEVER if feed.length is None else epoch_start + feed.length
@@ -388,7 +388,7 @@ class Engine:
             elif feed.is_over(state.epoch, state.iteration, is_empty=state.iteration == pass_start):
                 self._fetch_started_offset -= 1  # the last fetch was announced, but there was nothing to get
                 if not feed.is_length_given:
-                    state.epoch_length = state.epoch_iteration
+                    state._epoch_length = state.epoch_iteration
                 return True
             else:
                 pass_start = state.iteration
@@ -431,8 +431,8 @@ class Engine:
             iteration += 1
             if iteration - fetch_completed_offset >= get_batch_completed.due:
                 get_batch_completed.fire(self, iteration - fetch_completed_offset)
-            state.iteration = iteration
-            state.epoch_iteration = iteration - epoch_offset
+            state._iteration = iteration
+            state._epoch_iteration = iteration - epoch_offset
             if iteration >= started.due:
                 started.fire(self, iteration)
             state.output = step(self, state.batch)
@@ -456,7 +456,7 @@ class Engine:
         run.begun = next_place
         if run.is_asked and next_place > run.bounds(self.state.epoch)[0]:
             self._is_terminated = True
-            self.state.preempted = run.reason == _PREEMPTED
+            self.state._preempted = run.reason == _PREEMPTED
         return not self._is_terminated
 
     def _goes_on(self, end: int) -> bool:
@@ -584,17 +584,17 @@ class Engine:
         state = self.state
         self._run = begin_run(is_shared=self.distributed, where=partial(levels, Engine._run_epochs.__code__))
         if not self._is_resumed:
-            state.epoch = state.iteration = state.epoch_iteration = state.epochs_completed = 0
+            state._epoch = state._iteration = state._epoch_iteration = state._epochs_completed = 0
             self._iterations_done = 0
-        state.max_epochs = max_epochs
+        state._max_epochs = max_epochs
         if feed.length is not None or not self._is_resumed:
-            state.epoch_length = feed.length
-        state.dataloader = feed.data
+            state._epoch_length = feed.length
+        state._dataloader = feed.data
         # New dicts: who kept those of an earlier run keeps its values.
         state.metrics, state.times = {}, {}
         state.output = state.batch = state.exception = None
         self._max_iterations = NEVER if max_iterations is None else max_iterations
-        self._is_terminated = state.preempted = False
+        self._is_terminated = state._preempted = False
         self._fetch_started_offset = self._fetch_completed_offset = state.iteration
         self._consumed_before = state.iteration
         self._is_resumed = False

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from typing import Any
+from operator import attrgetter
+from typing import Any, NoReturn
 
 from dengine.types import MetricValue
 
@@ -19,8 +20,22 @@ _POSITION = {
 }
 
 
+def _of_the_loop(name: str, instead: str) -> Any:
+    """An attribute that only the loop sets, as `_name`: whoever sets it by its own name is told what to do instead,
+    since the loop would overlook or overwrite that value.
+
+    Reading it is one call of a C function; what the loop writes costs no more than any attribute.
+    """
+
+    def refuse(state: "State", value: object) -> NoReturn:
+        raise AttributeError(f"state.{name} is kept by the engine and cannot be set to {value!r}: {instead}.")
+
+    return property(attrgetter(f"_{name}"), refuse)
+
+
 class State:
-    """The state of one engine, as `engine.state`. Attributes of your own may be set on it freely.
+    """The state of one engine, as `engine.state`. Attributes of your own may be set on it freely, and so may `batch`,
+    `output` and `metrics`; setting what else the engine keeps here is an AttributeError that says what to do instead.
 
     Attributes:
         epoch: the current epoch, 0-indexed; in `COMPLETED` handlers and after the run, the last epoch that ran.
@@ -38,22 +53,51 @@ class State:
         exception: what ended the run, from `EXCEPTION_RAISED` on until the next run; else None.
     """
 
+    epoch: int = _of_the_loop("epoch", "load_state_dict() has the next run() begin at another place")
+    iteration: int = _of_the_loop("iteration", "load_state_dict() has the next run() begin at another place")
+    epoch_iteration: int = _of_the_loop(
+        "epoch_iteration",
+        "terminate_epoch() leaves an epoch, and load_state_dict() has the next run() begin at another place",
+    )
+    epochs_completed: int = _of_the_loop(
+        "epochs_completed",
+        "terminate_epoch() completes an epoch, and load_state_dict() has the next run() begin at another place",
+    )
+    max_epochs: int | None = _of_the_loop(
+        "max_epochs", "pass run(data, max_epochs=...); within a run, terminate() ends it earlier"
+    )
+    epoch_length: int | None = _of_the_loop(
+        "epoch_length", "pass run(data, epoch_length=...); within an epoch, terminate_epoch() ends it earlier"
+    )
+    dataloader: Iterable[Any] | None = _of_the_loop(
+        "dataloader", "pass the data to run(data); data with set_epoch(epoch) may change from epoch to epoch"
+    )
+    preempted: bool = _of_the_loop("preempted", "call preempt() on the engine")
+
     def __init__(self) -> None:
-        self.epoch = 0
-        self.iteration = 0
-        self.epoch_iteration = 0
-        self.epochs_completed = 0
-        self.max_epochs: int | None = None
-        self.epoch_length: int | None = None
+        self._epoch = 0
+        self._iteration = 0
+        self._epoch_iteration = 0
+        self._epochs_completed = 0
+        self._max_epochs: int | None = None
+        self._epoch_length: int | None = None
         self.output: Any = None
         self.batch: Any = None
-        self.dataloader: Iterable[Any] | None = None
+        self._dataloader: Iterable[Any] | None = None
         self.data_state: dict[str, Any] | None = None
         self.metrics: dict[str, MetricValue] = {}
         self.times: dict[str, float] = {}
-        self.preempted = False
+        self._preempted = False
         self.exception: BaseException | None = None
         self._persisted: list[str] = []
+
+    def __repr__(self) -> str:
+        """Where the run stands. Values on a device are not read: of metrics it has the names."""
+        names = ("epoch", "iteration", "epoch_iteration", "max_epochs", "epoch_length")
+        mine = [name for name in vars(self) if name not in _OWN]
+        shown = [f"{name}={getattr(self, name)!r}" for name in names]
+        shown += [f"metrics={list(self.metrics)}"] + ([f"own={mine}"] if mine else [])
+        return f"State({', '.join(shown)})"
 
     def persist(self, *names: str) -> None:
         """Make attributes of your own part of the engine's `state_dict()`.
@@ -85,7 +129,7 @@ class State:
         """
         _check(state_dict)
         for name in _POSITION:
-            setattr(self, name, state_dict[name])
+            setattr(self, f"_{name}", state_dict[name])
         self.data_state = deepcopy(state_dict["data"])
         for name, value in state_dict["persisted"].items():
             setattr(self, name, deepcopy(value))  # the run goes on changing it

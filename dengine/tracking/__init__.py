@@ -1,7 +1,7 @@
 """Runs as plain files: configuration, metrics, artifacts; and, besides, in the dashboards that people use."""
 
+from dengine.errors import TrackingError
 from dengine.tracking.artifacts import Artifact
-from dengine.tracking.files import TrackingError
 from dengine.tracking.run import Run
 from dengine.tracking.track import Track
 

@@ -7,14 +7,10 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from dengine.errors import DengineError
+from dengine.errors import TrackingError
 from dengine.tracking.values import to_json
 
 __all__ = ["TrackingError", "inner_path", "path_part", "read_json", "refuse_outside", "refuse_special", "write_json"]
-
-
-class TrackingError(DengineError, RuntimeError):
-    """A run cannot be recorded, or what was recorded is damaged."""
 
 
 def write_json(path: Path, value: Any) -> None:

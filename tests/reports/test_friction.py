@@ -1,0 +1,54 @@
+"""Small things that a newcomer tries first, and that have to work or to say what does."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+import dengine
+from dengine import distributed
+
+
+def test_a_barrier_needs_no_name() -> None:
+    distributed.barrier()
+    distributed.barrier("with one")
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert dengine.__version__ == version("dengine")
+
+
+@pytest.mark.parametrize(
+    "room", ["checkpoint", "config", "distributed", "engine", "errors", "handlers", "metrics", "supervised", "tracking"]
+)
+def test_each_sub_package_is_there_after_import_dengine(room: str) -> None:
+    code = f"import dengine; assert dengine.{room}.__name__ == 'dengine.{room}'; assert '{room}' in dir(dengine)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_version_is_told_without_loading_torch() -> None:
+    code = "import sys, dengine; dengine.__version__; assert 'torch' not in sys.modules; dir(dengine)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(("name", "module"), [("TrackingError", "tracking"), ("MissingKeyError", "config")])
+def test_every_exception_is_in_errors_and_where_it_was(name: str, module: str) -> None:
+    error = getattr(dengine.errors, name)
+    assert error is getattr(dengine, name) is getattr(getattr(dengine, module), name)
+    assert error.__module__ == "dengine.errors"
+    assert name in dengine.errors.__all__
+
+
+def test_all_errors_of_the_package_are_importable_from_it() -> None:
+    for name in dengine.errors.__all__:
+        assert getattr(dengine, name) is getattr(dengine.errors, name)
+        assert name in dengine.__all__
+
+
+def test_a_missing_key_is_still_caught_as_it_was() -> None:
+    cfg = dengine.config.Conf.from_dict({"a": 1})
+    for kind in (AttributeError, KeyError, dengine.ConfigError, ValueError):
+        with pytest.raises(kind):
+            cfg.b  # noqa: B018
+    assert not hasattr(cfg, "b")
