@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 
@@ -14,21 +14,7 @@ from dengine.metrics.reduction import Item
 from dengine.metrics.transform import is_torchmetrics
 from dengine.types import MetricValue
 
-__all__ = ["AnyMetric", "Leaf", "MetricLike", "leaf_of"]
-
-
-@runtime_checkable
-class MetricLike(Protocol):
-    """Anything with the three methods of a metric."""
-
-    def reset(self) -> Any: ...
-
-    def update(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def compute(self) -> Any: ...
-
-
-AnyMetric: TypeAlias = Metric | MetricLike
+__all__ = ["Leaf", "leaf_of"]
 
 
 class Leaf(Protocol):

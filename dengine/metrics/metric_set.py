@@ -15,8 +15,9 @@ from dengine.distributed.rank_zero import refuse_on_rank_zero_alone
 from dengine.distributed.world import World, world
 from dengine.errors import NotComputableError
 from dengine.metrics.held import give_back, held
+from dengine.metrics.kinds import AnyMetric, MetricLike
 from dengine.metrics.layout import entry_of
-from dengine.metrics.leaf import AnyMetric, MetricLike, leaf_of
+from dengine.metrics.leaf import leaf_of
 from dengine.metrics.metric import Metric, OutputTransform
 from dengine.metrics.reduction import Item, Reduction
 from dengine.metrics.transform import is_torchmetrics, prediction_and_target
