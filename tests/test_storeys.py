@@ -17,6 +17,7 @@ STOREYS = {
     "errors": 0,
     "types": 0,
     "checks": 0,
+    "naming": 0,
     "random_state": 0,
     "distributed": 1,
     "engine": 2,

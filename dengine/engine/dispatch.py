@@ -7,17 +7,27 @@ import inspect
 import sys
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dengine.engine.events import AnyEvent, FilteredEvent
+from dengine.engine.events import AnyEvent, FilteredEvent, event_text
+from dengine.naming import describe
 
 if TYPE_CHECKING:
     from dengine.engine.loop import Engine
 
-__all__ = ["NEVER", "Channel", "Dispatcher", "Handler", "HandlerHandle", "Subscription", "check_handler", "describe"]
+__all__ = [
+    "NEVER",
+    "Channel",
+    "Dispatcher",
+    "Handler",
+    "HandlerHandle",
+    "Subscription",
+    "check_handler",
+    "check_process_function",
+]
 
 Handler: TypeAlias = "Callable[[Engine], Any]"
 
@@ -28,10 +38,24 @@ NEVER = sys.maxsize
 class Subscription:
     """One handler on one event, its options turned into integers that are compared in place."""
 
-    __slots__ = ("due", "filter", "first", "handler", "is_plain", "last", "once", "place", "step")
+    __slots__ = (
+        "due",
+        "filter",
+        "first",
+        "handler",
+        "has_warned",
+        "is_plain",
+        "last",
+        "once",
+        "options",
+        "place",
+        "step",
+    )
 
     def __init__(self, handler: Handler, options: FilteredEvent, priority: int) -> None:
         self.handler = handler
+        self.options = options
+        self.has_warned = False  # that the counts of a run do not reach it
         # What saves comes behind the others of its priority: else what they do then would be lost to a resumed run.
         self.place = (-priority, bool(getattr(handler, "saves_state", False)))
         self.step = options.every or 1
@@ -89,6 +113,13 @@ class Channel:
 
     def remove(self, subscription: Subscription) -> None:
         self._set(tuple(each for each in self.subscriptions if each is not subscription))
+
+    def warn_of_idle(self, count: int) -> None:
+        """Say once who could not be called in a run whose last count was `count`, since all their counts are higher."""
+        for subscription in self.subscriptions:
+            if subscription.due_after(0) > count > 0 and not subscription.has_warned:
+                subscription.has_warned = True
+                _warn_of_idle(subscription, count)
 
     def rewind(self) -> None:
         """Counts begin anew, or may jump: have everybody looked at on the next firing."""
@@ -160,6 +191,10 @@ class Dispatcher:
             raise ValueError(self._unknown(event))
         return channel
 
+    @property
+    def channels(self) -> Iterable[Channel]:
+        return self._channels.values()
+
     def rewind(self) -> None:
         for channel in self._channels.values():
             channel.count = 0
@@ -183,6 +218,12 @@ class HandlerHandle:
     def __init__(self, attached: list[tuple[Channel, Subscription]]) -> None:
         self._attached = attached
 
+    def __repr__(self) -> str:
+        if not self._attached:
+            return "HandlerHandle(removed)"
+        events = " | ".join(event_text(subscription.options) for _, subscription in self._attached)
+        return f"HandlerHandle({describe(self._attached[0][1].handler)} at {events})"
+
     def remove(self) -> None:
         for channel, subscription in self._attached:
             channel.remove(subscription)
@@ -196,27 +237,40 @@ def check_handler(handler: object) -> None:
         TypeError: naming the handler and its signature.
     """
     if not callable(handler):
-        raise TypeError(f"A handler is called as handler(engine), but {handler!r} is not callable.")
-    if inspect.iscoroutinefunction(handler):
-        raise TypeError(f"Handler {describe(handler)} is an async function: a call of it would run nothing.")
+        hint = ""
+        if hasattr(handler, "attach"):
+            hint = f": it needs several events, so attach it by {type(handler).__qualname__}(...).attach(engine)"
+        raise TypeError(f"A handler is called as handler(engine), but {handler!r} is not callable{hint}.")
+    _check_call("Handler", handler, ("engine",), "Bind what else it needs, e.g. with functools.partial or a lambda.")
+
+
+def check_process_function(function: object) -> None:
+    """Refuse what cannot be called as `process_function(engine, batch)`.
+
+    Raises:
+        TypeError: naming the function and its signature.
+    """
+    if not callable(function):
+        raise TypeError(f"Engine() takes a function (engine, batch) -> output, but got {function!r}.")
+    _check_call(
+        "The process function", function, ("engine", "batch"), "Its first argument is the engine, its second the batch."
+    )
+
+
+def _check_call(what: str, function: Callable[..., Any], arguments: tuple[str, ...], way_out: str) -> None:
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{what} {describe(function)} is an async function: a call of it would run nothing.")
     try:
-        signature = inspect.signature(handler)
+        signature = inspect.signature(function)
     except ValueError:  # some built-ins tell nothing about their arguments
         return
     try:
-        signature.bind(None)
+        signature.bind(*arguments)
     except TypeError as error:
+        called = f"{'handler' if len(arguments) == 1 else 'process_function'}({', '.join(arguments)})"
         raise TypeError(
-            f"Handler {describe(handler)}{signature} cannot be called as handler(engine): {error}. "
-            "Bind what else it needs, e.g. with functools.partial or a lambda."
+            f"{what} {describe(function)}{signature} cannot be called as {called}: {error}. {way_out}"
         ) from None
-
-
-def describe(handler: object) -> str:
-    """A name for `handler` that a user recognises."""
-    function = getattr(handler, "func", handler)  # functools.partial
-    name = getattr(function, "__qualname__", None)
-    return name if isinstance(name, str) else type(handler).__qualname__
 
 
 def _key(event: AnyEvent) -> int | str:
@@ -230,6 +284,19 @@ def _call_despite(subscription: Subscription, engine: Engine, error: BaseExcepti
     except Exception as failure:
         if failure is not error:
             _warn_of(failure, subscription.handler, error)
+
+
+def _warn_of_idle(subscription: Subscription, count: int) -> None:
+    event = event_text(subscription.options)
+    short = str(subscription.options.event).removeprefix("Events.")
+    warnings.warn(
+        f"{describe(subscription.handler)} at {event} could not be called in this run, in which {short} came "
+        f"{count} {'time' if count == 1 else 'times'}: counts begin anew with each run. On an evaluator, ask for the "
+        "trainer's count: filter=lambda engine, count: trainer.state.epoch >= 5; EarlyStopping has start_after=. "
+        "This is said once.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _warn_of(failure: Exception, handler: Handler, error: BaseException) -> None:

@@ -8,15 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import Enum
+from difflib import get_close_matches
+from enum import Enum, EnumMeta
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dengine.checks import takes, whole_number
+from dengine.naming import describe, other_keywords
 
 if TYPE_CHECKING:
     from dengine.engine.loop import Engine
 
-__all__ = ["AnyEvent", "EventEnum", "Events", "EventsList", "FilteredEvent", "Subscribable", "event_parts", "filtered"]
+__all__ = [
+    "AnyEvent",
+    "EventEnum",
+    "Events",
+    "EventsList",
+    "FilteredEvent",
+    "Subscribable",
+    "event_parts",
+    "event_text",
+    "filtered",
+]
 
 AnyEvent: TypeAlias = "Enum | str"
 CountFilter: TypeAlias = "Callable[[Engine, int], bool]"
@@ -33,7 +45,36 @@ class _Joins:
         return EventsList((*event_parts(other), *event_parts(self)))
 
 
-class EventEnum(_Joins, Enum):
+class _EventType(EnumMeta):
+    """Says which events there are where one is asked for that there is not."""
+
+    if not TYPE_CHECKING:  # a type checker is to go on telling of members that there are not
+
+        def __getattr__(cls, name: str) -> Any:
+            if name.startswith("_"):  # asked for while a class is made, too
+                raise AttributeError(name)
+            if name in cls.__members__:  # up to Python 3.11 this is how members are found
+                return cls.__members__[name]
+            known = list(cls.__members__)
+            close = _ELSEWHERE.get(name) or next(iter(get_close_matches(name.upper(), known, n=1, cutoff=0.4)), None)
+            hint = f" Did you mean {cls.__name__}.{close}?" if close in known else ""
+            raise AttributeError(f"There is no {cls.__name__}.{name}.{hint} There is {', '.join(known)}.")
+
+
+# Events of other libraries -> ours.
+_ELSEWHERE = {
+    "TERMINATE": "TERMINATED",
+    "TERMINATE_SINGLE_EPOCH": "EPOCH_COMPLETED",
+    "INTERRUPT": "TERMINATED",
+    "DATALOADER_STOP_ITERATION": "EPOCH_COMPLETED",
+}
+_OPTIONS = other_keywords(
+    event_filter="it is called filter=, as filter(engine, count) -> bool",
+    every_n="it is called every=",
+)
+
+
+class EventEnum(_Joins, Enum, metaclass=_EventType):
     """Base class of events: members are callable with count options, and join with `|`.
 
     Example:
@@ -46,6 +87,7 @@ class EventEnum(_Joins, Enum):
     # Enum's own hash is a Python function of the name; identity is what events mean, and is three times faster.
     __hash__ = object.__hash__
 
+    @_OPTIONS
     def __call__(
         self,
         *,
@@ -90,9 +132,14 @@ class FilteredEvent(_Joins):
     filter: CountFilter | None = None
 
     def __repr__(self) -> str:
-        options = {name: getattr(self, name) for name in ("every", "once", "after", "before", "filter")}
-        shown = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+        shown = [f"{name}={value!r}" for name, value in self.options.items()]
         return f"FilteredEvent({', '.join([f'event={self.event!r}', *shown])})"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those that were given, by name."""
+        options = {name: getattr(self, name) for name in ("every", "once", "after", "before", "filter")}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -102,6 +149,7 @@ class EventsList(_Joins):
     events: tuple[FilteredEvent, ...]
 
 
+@_OPTIONS
 def filtered(
     event: AnyEvent,
     *,
@@ -153,6 +201,14 @@ def event_parts(events: Any) -> tuple[FilteredEvent, ...]:
     raise TypeError(
         f"{events!r} is no event: pass an enum member, a registered string, event(every=...), or events joined by |."
     )
+
+
+def event_text(event: FilteredEvent) -> str:
+    """As a user would write it: `Events.EPOCH_COMPLETED(every=5)`."""
+    options = ", ".join(
+        f"{name}={describe(value) if callable(value) else value!r}" for name, value in event.options.items()
+    )
+    return f"{event.event}({options})" if options else str(event.event)
 
 
 def _count(name: str, value: object, least: int = 1) -> int:

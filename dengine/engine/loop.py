@@ -25,6 +25,7 @@ from dengine.engine.dispatch import (
     HandlerHandle,
     Subscription,
     check_handler,
+    check_process_function,
 )
 from dengine.engine.events import AnyEvent, Events, Subscribable, event_parts
 from dengine.engine.position import levels
@@ -32,6 +33,7 @@ from dengine.engine.state import State
 from dengine.errors import NotComputableError
 from dengine.metrics.metric import OutputTransform
 from dengine.metrics.metric_set import AnyMetric, MetricSet
+from dengine.naming import other_keywords, other_names, shown
 from dengine.random_state import RandomState, capture, restore
 from dengine.types import MetricValue
 
@@ -46,6 +48,29 @@ _PER_EPOCH = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED)
 _PREEMPTED = "preempted"  # as the reason why a run is left
 
 
+@other_names(
+    add_event_handler="write engine.on(event, handler); a handler is called as handler(engine)",
+    add_event_handlers="write engine.on(event, handler) for each",
+    remove_event_handler="engine.on(event, handler) gives a handle, whose remove() detaches the handler",
+    has_event_handler="keep the handle that engine.on(event, handler) gives",
+    attach=(
+        "a metric is added by engine.add_metric(metric, name); a handler with an attach() is attached by "
+        "handler.attach(engine), any other one by engine.on(event, handler)"
+    ),
+    add_callback="write engine.on(event, handler)",
+    event_filter="write engine.on(Events.X(filter=function), handler)",
+    max_iters="write engine.run(data, max_iterations=...)",
+    fit="write engine.run(data, max_epochs=...)",
+    train="write engine.run(data, max_epochs=...)",
+    validate="make a second Engine, an evaluator, and write evaluator.run(data)",
+    test="make a second Engine, an evaluator, and write evaluator.run(data)",
+    evaluate="make a second Engine, an evaluator, and write evaluator.run(data)",
+    predict="make a second Engine, whose step gives the predictions, and write it.run(data)",
+    set_data="pass the data to engine.run(data)",
+    interrupt="engine.terminate() leaves the run; a state_dict() goes on from there",
+    current_epoch="it is engine.state.epoch, from 0",
+    global_step="it is engine.state.iteration",
+)
 class Engine:
     """Runs `process_function(engine, batch)` over data and fires events; handlers attach to them.
 
@@ -60,7 +85,8 @@ class Engine:
             `terminate_epoch()` and `preempt()` leave behind a multiple of so many, or at the epoch's end.
 
     Raises:
-        TypeError, ValueError: `process_function` is not callable; `stop_every` is no whole number of at least 1.
+        TypeError: `process_function` cannot be called as `process_function(engine, batch)`; it names its signature.
+        TypeError, ValueError: `stop_every` is no whole number of at least 1.
 
     Example:
         >>> trainer = Engine(lambda engine, batch: 2 * batch)
@@ -80,8 +106,7 @@ class Engine:
         joined: bool = False,
         stop_every: int = 1,
     ) -> None:
-        if not callable(process_function):
-            raise TypeError(f"Engine() takes a function (engine, batch) -> output, but got {process_function!r}.")
+        check_process_function(process_function)
         self.state = State()
         self.distributed = distributed
         self.firing: AnyEvent | None = None  # the event whose handlers are running
@@ -115,6 +140,17 @@ class Engine:
         self._consumed_before = 0  # batches that the interrupted run had taken of a one-shot iterator
         self._random_at_start: RandomState | None = None  # of the epoch under way, before its iterator was made
         self._resumed_random: RandomState | None = None
+
+    def __repr__(self) -> str:
+        """What it is; where its run stands is in the repr of its state."""
+        return shown(
+            self,
+            self._step,
+            metrics=self.metric_names or None,
+            distributed=None if self.distributed else False,
+            joined=self._is_joined or None,
+            stop_every=self._stop_every if self._stop_every > 1 else None,
+        )
 
     # -- events --------------------------------------------------------------------------------------------------
 
@@ -230,6 +266,13 @@ class Engine:
 
     # -- running -------------------------------------------------------------------------------------------------
 
+    @other_keywords(
+        max_iters="it is called max_iterations=",
+        max_steps="it is called max_iterations=",
+        epochs="it is called max_epochs=",
+        num_epochs="it is called max_epochs=",
+        seed="seed the generators before, as by torch.manual_seed(seed)",
+    )
     def run(
         self,
         data: Iterable[Any],
@@ -319,6 +362,7 @@ class Engine:
         state = self.state
         if self.distributed:
             self._metrics.agree([f"stop_every={self._stop_every} (a supervised trainer's gradient_accumulation_steps)"])
+        is_fresh = state.iteration == 0
         self._fire_event(Events.STARTED)
         max_epochs = NEVER if state.max_epochs is None else state.max_epochs
         while state.epochs_completed < max_epochs and self._run_epoch(feed):
@@ -330,6 +374,8 @@ class Engine:
             self._fire_event(Events.TERMINATED)
         if not state.preempted:
             self._fire_event(Events.COMPLETED)
+        if not self._is_terminated and is_fresh and (world().rank == 0 or not self.distributed):
+            self._warn_of_idle()
 
     def _run_epoch(self, feed: Feed) -> bool:
         """Run one epoch, or what is left of it. False where it was cut short, so that the run is over."""
@@ -626,6 +672,16 @@ class Engine:
         else:
             channel.count += 1
             channel.fire(self, channel.count)
+
+    def _warn_of_idle(self) -> None:
+        """Say which handlers a whole run, from its beginning, could not call: no run like it ever will."""
+        for channel in self._dispatcher.channels:
+            if channel.event in _PER_EPOCH:
+                channel.warn_of_idle(self.state.epochs_completed)
+            elif channel in self._loop_channels:
+                channel.warn_of_idle(self.state.iteration)
+            else:
+                channel.warn_of_idle(channel.count)
 
     def _refuse_while_running(self, call: str) -> None:
         if self._run is not None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from dengine.distributed.failure import Level
 from dengine.distributed.runs import END
-from dengine.engine.dispatch import Channel, describe
+from dengine.engine.dispatch import Channel
+from dengine.naming import describe
 
 if TYPE_CHECKING:
     from dengine.engine.loop import Engine

@@ -1,0 +1,96 @@
+"""What things are called: short texts for a `repr`, and the names that other libraries have for what is here."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+__all__ = ["describe", "other_keywords", "other_names", "refuse_name", "shown"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+_LENGTH = 60  # of one value in a repr
+
+
+def describe(function: object) -> str:
+    """A name for something callable that a user recognises."""
+    inner = getattr(function, "func", function)  # functools.partial
+    name = getattr(inner, "__qualname__", None)
+    return name if isinstance(name, str) else type(function).__qualname__
+
+
+def shown(value: object, /, *first: object, **parts: object) -> str:
+    """`Kind(first, name=part, ...)`, for a `__repr__`: one line. A part that is None is left out.
+
+    Of functions, models, optimizers and other objects only the name is shown: nothing is read from a device.
+    """
+    texts = [_text(part) for part in first]
+    texts += [f"{name}={_text(part)}" for name, part in parts.items() if part is not None]
+    return f"{type(value).__qualname__}({', '.join(texts)})"
+
+
+def other_names(**instead: str) -> Callable[[C], C]:
+    """A class decorator: asking for one of these names, as another library has them, says what it is called here.
+
+    `hasattr` is False for them. They are looked up as any attribute of the class, so what the class has costs nothing
+    more: a `__getattr__` would make each look-up slower.
+    """
+
+    def decorate(cls: C) -> C:
+        for name, here in instead.items():
+            setattr(cls, name, _OtherName(f"{cls.__qualname__} has no {name!r}: {here}."))
+        return cls
+
+    return decorate
+
+
+def other_keywords(**instead: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A decorator: passing one of these keywords, as another library has them, says what it is called here."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            for name in kwargs:
+                if name in instead:
+                    raise TypeError(f"{_called(function)} takes no {name}=: {instead[name]}.")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def refuse_name(module: str, name: str, instead: Mapping[str, str]) -> NoReturn:
+    """Raises: AttributeError: `module` has no `name`; where another library has it, what it is called here."""
+    hint = f": {instead[name]}." if name in instead else ""
+    raise AttributeError(f"module {module!r} has no attribute {name!r}{hint}")
+
+
+class _OtherName:
+    """Only the lookup fails: a subclass, or an instance, may have an attribute of that name."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __get__(self, instance: object, owner: type | None = None) -> NoReturn:
+        raise AttributeError(self._message)
+
+
+def _called(function: Callable[..., Any]) -> str:
+    if function.__name__ == "__call__":
+        return f"A call of an {function.__qualname__.partition('.')[0]}"
+    return f"{function.__qualname__.removesuffix('.__init__')}()"
+
+
+def _text(value: object) -> str:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        text = repr(value)
+    elif isinstance(value, (list, tuple)):
+        text = f"[{', '.join(_text(part) for part in value)}]"
+    elif callable(value) and not hasattr(value, "state_dict"):
+        text = describe(value).rpartition("<locals>.")[2]
+    else:
+        plain = type(value).__repr__ is object.__repr__ or hasattr(value, "state_dict")
+        text = type(value).__qualname__ if plain else repr(value)
+    return text if len(text) <= _LENGTH else f"{text[: _LENGTH - 3]}..."
