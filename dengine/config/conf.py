@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dengine.config.files import SUFFIXES, read_file
+from dengine.config.limits import refuse_growth
 from dengine.config.places import Document, Place, below, plain
 from dengine.config.tree import Config, MissingKeyError, new_config, omegaconf, translated
 from dengine.config.yaml_text import parse_value
@@ -75,12 +76,15 @@ class Conf:
         if isinstance(arguments, str) or not all(isinstance(argument, str) for argument in arguments):
             raise TypeError(f"from_cli_dotlist() takes a list such as ['train.lr=1e-3'], but got {arguments!r}.")
         merged = Document({}, ("command line",))
+        known_data = None if known is None else _document(known).data
         for argument in arguments:
             given = _from_argument(argument)
-            merged = _merged(merged, given)
+            _refuse_clash(merged, given)
+            _lay_over(merged.data, given.data)
+            merged.places.update(given.places)
             if known is not None:
-                _check_known(argument, given, known)
-        return new_config(Document(merged.data, ("command line",), merged.places))
+                _check_known(argument, given, known_data, known)
+        return new_config(merged)
 
     @staticmethod
     def merge(*confs: Config | Mapping[Any, Any]) -> Config:
@@ -160,7 +164,7 @@ def _from_mapping(data: Any, function: str) -> Document:
 
 
 def _from_argument(argument: str) -> Document:
-    source = f"the argument {argument!r}"
+    source = f"the argument {argument if len(argument) <= 200 else f'{argument[:197]}...'!r}"
     name, sign, value = argument.partition("=")
     keys = name.strip().split(".")
     if not sign or not all(keys):
@@ -177,8 +181,18 @@ def _from_argument(argument: str) -> Document:
     return document
 
 
-def _check_known(argument: str, given: Document, known: Config) -> None:
-    open_pairs = [(given.data, _document(known).data, known)]
+def _lay_over(base: dict[Any, Any], over: dict[Any, Any]) -> None:
+    """In place, so that a thousand arguments are not a thousand copies of all that came before."""
+    for key, value in over.items():
+        below_base = base.get(key)
+        if isinstance(below_base, dict) and isinstance(value, dict):
+            _lay_over(below_base, value)
+        else:
+            base[key] = value
+
+
+def _check_known(argument: str, given: Document, known_data: Any, known: Config) -> None:
+    open_pairs: list[tuple[Any, Any, Any]] = [(given.data, known_data, known)]
     while open_pairs:
         new, data, config = open_pairs.pop()
         for key, value in new.items():
@@ -192,6 +206,8 @@ def _merged(base: Document, over: Document) -> Document:
     sources = (*base.sources, *(source for source in over.sources if source not in base.sources))
     both = Document({}, sources, {**base.places, **over.places})
     _refuse_clash(base, over)
+    refuse_growth(base)
+    refuse_growth(over)
     data = translated(
         lambda: omegaconf().to_container(omegaconf().merge(base.data, over.data), resolve=False), both, ""
     )

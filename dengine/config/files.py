@@ -2,18 +2,23 @@
 
 import json
 import re
+import stat
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dengine.config.places import Document, Place, below, plain
+from dengine.config.scalars import finite, whole
 from dengine.config.sdn import read_sdn
 from dengine.config.yaml_text import read_yaml
 from dengine.errors import ConfigError
 
 __all__ = ["SUFFIXES", "read_file", "refuse_all_but_mapping"]
 
+_MAX_BYTES = 64 << 20
+_MAX_DOTS = 1000
+_DOTTED = re.compile(rf"""(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{_MAX_DOTS}}}""")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|\n')
 
 
@@ -21,12 +26,13 @@ def read_file(path: Path, suffix: str) -> Document:
     """The mapping in the file, read as what `suffix` says.
 
     Raises:
-        ConfigError: the file holds something else than one mapping of that format; it names line and key.
+        ConfigError: the file holds something else than one mapping of that format; it names line and key. Or it is too
+            large, or no regular file.
         OSError: the file cannot be read.
     """
     source = str(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = _bytes_of(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: this is no UTF-8 text: {error.reason} at byte {error.start}.") from error
     try:
@@ -35,6 +41,22 @@ def read_file(path: Path, suffix: str) -> Document:
     except RecursionError as error:
         raise ConfigError(f"{source}: it is nested too deep, or contains itself.") from error
     return document
+
+
+def _bytes_of(path: Path) -> bytes:
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r} is no path of a file.")
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(f"{path} is a folder, and no configuration file.")
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{path}: this is a pipe or a device, and no file: it could be read without an end.")
+    if found.st_size > _MAX_BYTES:
+        raise ConfigError(
+            f"{path}: this has {found.st_size >> 20} MiB, and a configuration file has at most {_MAX_BYTES >> 20}: "
+            "keep data in a file of its own."
+        )
+    return path.read_bytes()
 
 
 def refuse_all_but_mapping(data: Any, source: str) -> Mapping[Any, Any]:
@@ -63,10 +85,17 @@ def _toml(text: str, source: str) -> tuple[Any, Document]:
             import tomli as tomllib
         except ImportError as error:
             raise ImportError('TOML needs tomli on Python 3.10: pip install "dengine[config]".') from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        # The reader's time grows with the square of the length of such a key.
+        if line.count(".") >= _MAX_DOTS and _DOTTED.search(line):
+            raise ConfigError(f"{Place(source, number)}: a key of more than {_MAX_DOTS} parts is nested too deep.")
     try:
-        return _without_dates(tomllib.loads(text)), Document({}, (source,))
+        return _without_dates(tomllib.loads(text, parse_float=finite)), Document({}, (source,))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: this is no TOML: {error}.") from error
+    except ValueError as error:
+        what = str(error).partition(";")[0]  # behind it Python tells how to have its limit raised
+        raise ConfigError(f"{source}: a number is too long or too large: {what}.") from error
 
 
 def _without_dates(value: Any) -> Any:
@@ -82,11 +111,13 @@ def _json(text: str, source: str) -> tuple[Any, Document]:
     if not text.strip():
         return None, Document({}, (source,))
     try:
-        data = json.loads(text)
+        data = json.loads(text, parse_int=whole, parse_float=finite)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{source}, line {error.lineno}, column {error.colno}: this is no JSON: {error.msg}."
         ) from error
+    except ValueError as error:  # a number that is too long or too large
+        raise ConfigError(f"{source}: {error}.") from error
     return data, Document({}, (source,), _json_places(text, source))
 
 
@@ -100,22 +131,27 @@ def _json_places(text: str, source: str) -> dict[str, Place]:
     line, last = 1, ""
     open_keys: list[str] = [""]  # the full key of each value that is open
     counts: list[int | None] = []  # for each of them the number of items before; None for a mapping
+    lines: list[dict[str, int]] = []  # the keys so far: not by their full ones, which "a.b" and b in a have in common
     for token in _TOKEN.findall(text):
         if token == "\n":
             line += 1
         elif token in ("{", "["):
             counts.append(0 if token == "[" else None)
+            lines.append({})
             open_keys.append(below(open_keys[-1], 0) if token == "[" else "")
         elif token in ("}", "]"):
             counts.pop()
+            lines.pop()
             open_keys.pop()
         elif token == "," and counts[-1] is not None:
             counts[-1] += 1
             open_keys[-1] = below(open_keys[-2], counts[-1])
         elif token == ":":
-            open_keys[-1] = full = below(open_keys[-2], json.loads(last))
-            if full in places:
-                raise ConfigError(f"{source}, line {line}: {full!r} is there twice: first in line {places[full].line}.")
+            key = json.loads(last)
+            open_keys[-1] = full = below(open_keys[-2], key)
+            if key in lines[-1]:
+                raise ConfigError(f"{source}, line {line}: {full!r} is there twice: first in line {lines[-1][key]}.")
+            lines[-1][key] = line
             places[full] = Place(source, line)
         last = token if token != "\n" else last
     return places

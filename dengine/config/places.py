@@ -8,7 +8,11 @@ from typing import Any
 
 from dengine.errors import ConfigError
 
-__all__ = ["Document", "Place", "below", "plain"]
+__all__ = ["MAX_DEPTH", "Document", "Place", "Repeats", "below", "plain"]
+
+MAX_DEPTH = 64
+_MAX_BITS = 13_000  # some 3 900 digits: Python does not write out an int of more than 4 300
+_ALLOWED_REPEATS = 10_000
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,53 @@ def below(key: str, part: object) -> str:
     return f"{key}.{part}" if key else str(part)
 
 
+class Repeats:
+    """Counts the values that are there again because something refers to them: an alias, an object that is shared.
+
+    A few lines of aliases to aliases would make billions of values; ten times what is there once is allowed.
+    """
+
+    def __init__(self, source: Place) -> None:
+        self._source = source
+        self._seen: dict[int, Any] = {}  # objects by id, which is theirs only while they are kept
+        self._num_once = 0
+        self._num_again = 0
+
+    def count(self, value: Any, num_inside: int) -> None:
+        """A list or a mapping of `num_inside` values is about to be copied.
+
+        Raises: ConfigError: there are too many copies.
+        """
+        if id(value) not in self._seen:
+            self._seen[id(value)] = value
+            self._num_once += 1 + num_inside
+            return
+        self._num_again += 1 + num_inside
+        if self._num_again > _ALLOWED_REPEATS + 10 * self._num_once:
+            raise ConfigError(
+                f"{self._source}: {self._num_once} values are written, but references to them (aliases) make more than "
+                f"{self._num_again} copies: write out what is needed."
+            )
+
+
 def plain(value: Any, key: str, document: Document) -> Any:
     """A copy of `value` made of what a configuration can hold: tuples become lists.
 
     Raises:
-        ConfigError: a value or a key of another type, named by its full key.
+        ConfigError: a value or a key of another type, named by its full key; lists and mappings that are nested more
+            than 64 deep, or are there again and again; a whole number of thousands of digits.
     """
+    return _plain(value, key, document, Repeats(document.place("")), 0)
+
+
+def _plain(value: Any, key: str, document: Document, repeats: Repeats, depth: int) -> Any:
+    if isinstance(value, Mapping | list | tuple):
+        repeats.count(value, len(value))
+        if depth > MAX_DEPTH:
+            place, short = document.place(key), key if len(key) <= 60 else f"{key[:57]}..."
+            raise ConfigError(
+                f"{place}: {short!r} is nested too deep (more than {MAX_DEPTH} levels), or contains itself."
+            )
     if isinstance(value, Mapping):
         for part in value:
             if not isinstance(part, str | int) or isinstance(part, bool):
@@ -65,9 +110,11 @@ def plain(value: Any, key: str, document: Document) -> Any:
                 raise ConfigError(
                     f"{document.place(key)}: the key {part!r}{where} must be text or a whole number: quote it."
                 )
-        return {part: plain(inner, below(key, part), document) for part, inner in value.items()}
+        return {part: _plain(inner, below(key, part), document, repeats, depth + 1) for part, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(inner, below(key, index), document) for index, inner in enumerate(value)]
+        return [_plain(each, below(key, index), document, repeats, depth + 1) for index, each in enumerate(value)]
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise ConfigError(f"{document.place(key)}: {key!r} is a whole number of thousands of digits: quote it as text.")
     if value is None or isinstance(value, bool | int | float | str | bytes | Path | Enum):
         return value
     raise ConfigError(

@@ -1,16 +1,16 @@
 """The values of SDN that stand in one line or in brackets, and the place in the text that is read."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
-from dengine.config.places import Document, Place, below
+from dengine.config.places import MAX_DEPTH, Document, Place, below
 from dengine.config.scalars import bare_value
 from dengine.errors import ConfigError
 
 __all__ = ["MAX_DEPTH", "Reader"]
 
-MAX_DEPTH = 64
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"'}
 _UNQUOTED_ONLY_INSIDE = "]}),'|"
@@ -23,6 +23,7 @@ class Reader:
         self.text = text
         self.offset = 0
         self._document = document
+        self._line_ends = [match.start() for match in re.finditer("\n", text)]
 
     # -- the place -----------------------------------------------------------------------------------------------
 
@@ -34,7 +35,7 @@ class Reader:
         )
 
     def line(self, offset: int | None = None) -> int:
-        return self.text.count("\n", 0, self.offset if offset is None else offset) + 1
+        return bisect_left(self._line_ends, self.offset if offset is None else offset) + 1
 
     def peek(self) -> str:
         """The next character; "" at the end of the text."""
@@ -156,7 +157,10 @@ class Reader:
             raise self.error(f'text that begins with {text[0]} must be in double quotes: "{text}".', start)
         if ": " in text or text.endswith(":"):
             raise self.error(f'text with a colon before a blank must be in double quotes: "{text}".', start)
-        return bare_value(text, nulls=("nil",))
+        try:
+            return bare_value(text, nulls=("nil",))
+        except ValueError as error:
+            raise self.error(f"{error}.", start) from error
 
     def _skip_bare(self, delimiters: str) -> None:
         """Up to a delimiter, a comment or the end of the line; braces inside, as in `${a:b}`, are kept together."""

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from dengine.config.limits import refuse_growth
 from dengine.config.places import Document, below, plain
 from dengine.errors import ConfigError, MissingKeyError
 
@@ -140,7 +141,8 @@ class Config(Mapping[Any, Any]):
 
 
 def new_config(document: Document) -> Config:
-    """The configuration of a document."""
+    """The configuration of a document. Raises: ConfigError: its `${...}` would make it grow without bound."""
+    refuse_growth(document)
     node = translated(lambda: omegaconf().create(document.data), document, "")
     return Config(node, document, "")
 

@@ -2,22 +2,23 @@
 
 from typing import Any
 
-from dengine.config.places import Document, Place, below
-from dengine.config.scalars import bare_value
+from dengine.config.places import Document, Place, Repeats, below
+from dengine.config.scalars import bare_value, finite, whole
 from dengine.errors import ConfigError
 
 __all__ = ["parse_value", "read_yaml"]
 
 _PLAIN = "!plain"
 _STR, _INT, _FLOAT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_TAGGED = {_STR: str, "!": str, _INT: int, _FLOAT: float}
+_TAGGED = {_STR: str, "!": str, _INT: whole, _FLOAT: finite}
 
 
 def read_yaml(text: str, source: str) -> tuple[Any, Document]:
     """What `text` holds, and a document with the line of each key. Anchors, aliases and `<<` work.
 
     Raises:
-        ConfigError: the text is no YAML, holds a key twice, or a tag that is not of plain data.
+        ConfigError: the text is no YAML, holds a key twice, or a tag that is not of plain data; or aliases make
+            thousands of values out of a few.
     """
     document = Document({}, (source,))
     root = _compose(text, source)
@@ -30,6 +31,13 @@ def parse_value(text: str, source: str) -> Any:
     Raises:
         ConfigError: as `read_yaml`, or there is a comment, which nobody means here.
     """
+    try:
+        return _parsed(text, source)
+    except RecursionError as error:
+        raise ConfigError(f"{source}: it is nested too deep, or contains itself.") from error
+
+
+def _parsed(text: str, source: str) -> Any:
     root = _compose(text, source)
     around = text if root is None else text[: root.start_mark.index] + text[root.end_mark.index :]
     if "#" in around:
@@ -69,10 +77,12 @@ class _Builder:
 
     def __init__(self, document: Document) -> None:
         self._document = document
+        self._repeats = Repeats(document.place(""))
 
     def build(self, node: Any, full: str) -> Any:
         if node.id == "scalar":
             return self._scalar(node, full)
+        self._repeats.count(node, len(node.value))
         if node.id == "sequence":
             self._refuse_tag(node, full, "seq")
             return [self.build(item, below(full, index)) for index, item in enumerate(node.value)]
@@ -122,13 +132,16 @@ class _Builder:
 
     def _scalar(self, node: Any, full: str) -> Any:
         if node.tag == _PLAIN:
-            return bare_value(node.value, nulls=("", "~"))
+            try:
+                return bare_value(node.value, nulls=("", "~"))
+            except ValueError as error:
+                raise self._error(node, f"{full!r}: {error}") from error
         if node.tag not in _TAGGED:
             raise self._error(node, f"the tag {node.tag!r} at {full!r} is not allowed: a configuration is plain data")
         try:
             return _TAGGED[node.tag](node.value)
         except ValueError as error:
-            raise self._error(node, f"{node.value!r} at {full!r} is not what its tag says: {error}") from error
+            raise self._error(node, f"what is at {full!r} is not what its tag says: {error}") from error
 
     def _refuse_tag(self, node: Any, full: str, kind: str) -> None:
         if node.tag != f"tag:yaml.org,2002:{kind}":

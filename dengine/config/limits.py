@@ -1,0 +1,168 @@
+"""How large a configuration may grow out of a small file. Pure: reads no file, and replaces nothing."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from dengine.config.places import Document, below
+from dengine.errors import ConfigError
+
+__all__ = ["refuse_growth"]
+
+_VALUE = 100  # what a value weighs besides its characters: OmegaConf needs microseconds for each
+_ALLOWANCE = 1_000_000
+_FACTOR = 10
+_MAX_NESTED = 64
+_PART = re.compile(r"[^.\[\]]+")
+_BY_KEY = ("oc.select", "oc.deprecated", "oc.dict.keys", "oc.dict.values")  # resolvers whose first argument is a key
+_Path = tuple[Any, ...]
+
+
+def refuse_growth(document: Document) -> None:
+    """Refuse values that refer to each other and would grow without bound: `b: ${a}${a}`, `c: ${b}${b}`, ...
+
+    What is allowed is ten times what is written, and a million characters more.
+
+    Raises: ConfigError: it is more; with the key and the file.
+    Cost: one pass over the values; a second one only if there is a `${`.
+    """
+    written, has_reference = _written(document.data)
+    if not has_reference:
+        return
+    try:
+        _Growth(document, _ALLOWANCE + _FACTOR * written).of(())
+    except RecursionError as error:
+        raise ConfigError(
+            f"{document.place('')}: its ${{...}} refer to each other through too many values, one after the other."
+        ) from error
+
+
+def _written(data: Any) -> tuple[int, bool]:
+    """What the values weigh as they are written, and whether a `${` is among them."""
+    total, has_reference, open_values = 0, False, [data]
+    while open_values:
+        value = open_values.pop()
+        total += _VALUE
+        if isinstance(value, str):
+            total += len(value)
+            has_reference = has_reference or "${" in value
+        elif isinstance(value, dict):
+            open_values += value.values()
+        elif isinstance(value, list):
+            open_values += value
+    return total, has_reference
+
+
+class _Growth:
+    """What each value weighs after its `${...}` are replaced. OmegaConf refuses one that refers to itself."""
+
+    def __init__(self, document: Document, limit: int) -> None:
+        self._document = document
+        self._limit = limit
+        self._known: dict[_Path, int] = {}  # 0 for those that are being weighed
+
+    def of(self, path: _Path) -> int:
+        if path in self._known:
+            return self._known[path]
+        self._known[path] = 0
+        value = self._at(path)
+        weight = _VALUE
+        if isinstance(value, str):
+            weight += len(value) + sum(self._of_reference(inner, path) for inner in _references(value))
+        else:
+            weight += sum(self.of((*path, key)) for key in _keys(value))
+        if weight > self._limit:
+            raise ConfigError(self._message(path))
+        self._known[path] = weight
+        return weight
+
+    def _message(self, path: _Path) -> str:
+        full = ""
+        for key in path:
+            full = below(full, key)
+        what = repr(full) if full else "the configuration"
+        return (
+            f"{self._document.place(full)}: {what} would hold more than {self._limit} characters after its ${{...}} "
+            "are replaced: it refers again and again to values that refer to others."
+        )
+
+    def _of_reference(self, inner: str, path: _Path, depth: int = 0) -> int:
+        """What the inside of a `${...}` in the value at `path` becomes."""
+        if depth > _MAX_NESTED:
+            return 0
+        nested = sum(self._of_reference(each, path, depth + 1) for each in _references(inner))
+        resolver, is_resolver, arguments = inner.partition(":")
+        if is_resolver and "${" not in resolver:
+            key = arguments.partition(",")[0].strip() if resolver.strip() in _BY_KEY else ""
+            return _VALUE + nested + (self._of_key(key, path) if key and "${" not in key else 0)
+        return _VALUE + nested + self._of_key(inner, path)
+
+    def _of_key(self, key: str, path: _Path) -> int:
+        start = key.find("${")
+        if start >= 0 and (exact := self._replaced(key, path)) is not None:
+            key, start = exact, -1
+        if start < 0:
+            return self.of(self._target(key, path))
+        # Which of them is meant is known only when it is read: no more than the largest.
+        around = self._target(key[: max(key.rfind(".", 0, start), key.rfind("[", 0, start), 0)], path)
+        return max((self.of((*around, each)) for each in _keys(self._at(around))), default=0)
+
+    def _replaced(self, key: str, path: _Path) -> str | None:
+        """`key` with the texts that its own `${...}` stand for; None if those are not plainly written somewhere."""
+        for inner in list(_references(key)):
+            if "${" in inner or ":" in inner:
+                return None
+            found = self._at(self._target(inner, path))
+            if not isinstance(found, str | int) or "${" in str(found):
+                return None
+            key = key.replace(f"${{{inner}}}", str(found), 1)
+        return key
+
+    def _target(self, key: str, path: _Path, depth: int = 0) -> _Path:
+        """Where the key of a reference in the value at `path` leads; a path to nothing, if it leads nowhere."""
+        key = key.strip()
+        num_dots = len(key) - len(key.lstrip("."))
+        target: _Path = path[:-num_dots] if num_dots else ()
+        for part in _PART.findall(key):
+            value = self._at(target)
+            if isinstance(value, str) and depth <= _MAX_NESTED:
+                inner = next(_references(value), "")
+                if value.strip() != f"${{{inner}}}" or "${" in inner or ":" in inner:
+                    return target  # what it becomes is not known; what is in it is no larger
+                target = self._target(inner, target, depth + 1)
+                value = self._at(target)
+            target = (*target, _key_of(value, part))
+        return target
+
+    def _at(self, path: _Path) -> Any:
+        value: Any = self._document.data
+        for key in path:
+            try:
+                value = value[key]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return value
+
+
+def _keys(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+
+
+def _key_of(value: Any, part: str) -> Any:
+    if (isinstance(value, list) or part not in (value or ())) and part.isdecimal() and len(part) < 10:
+        return int(part)
+    return part
+
+
+def _references(text: str) -> Iterator[str]:
+    """The insides of the outermost `${...}` of a text; one that is not closed is no reference."""
+    start = text.find("${")
+    while start >= 0:
+        end, depth = start + 2, 1
+        while end < len(text) and depth:
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+        if depth:
+            return
+        yield text[start + 2 : end - 1]
+        start = text.find("${", end)
