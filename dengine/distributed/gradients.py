@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dengine.distributed.collectives import all_reduce
 from dengine.distributed.world import world
-from dengine.types import accumulator_dtype
+from dengine.types import accumulator_dtype, summable
 
 __all__ = ["Count", "GradientMean", "Scaler", "check_loss", "find_ddp", "find_fsdp"]
 
@@ -91,6 +91,8 @@ class GradientMean:
             # A quotient of whole numbers would have 32 bits.
             on_host = count.device.type == "cpu"
             count = float(count) if on_host else count.detach().to(accumulator_dtype(count.device))
+        else:
+            count = summable(count)  # numpy adds its scalars in their own dtype
         if not isinstance(count, Tensor) and not count >= 0:
             raise ValueError(f"A batch cannot count {count!r}: its weight must be a number of at least 0.")
         self._count = count

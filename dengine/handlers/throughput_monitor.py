@@ -1,7 +1,7 @@
 """How fast a run goes, and where its time goes."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from dengine.distributed import all_reduce, world
 from dengine.engine import Absent, Engine, Events
 from dengine.handlers.peaks import peak_flops_per_s
+from dengine.metrics.inputs import num_samples
+from dengine.types import summable
 
 __all__ = ["ThroughputMonitor"]
 
@@ -73,6 +75,7 @@ class ThroughputMonitor:
         self._prints = print_line
         self._counter: Any = None
         self._flops_a_step: int | None = None
+        self._samples: Any = 0
         self._tokens: Any = 0
         self._start_epoch()
 
@@ -114,10 +117,9 @@ class ThroughputMonitor:
         if type(engine.state.batch) is Absent:
             return
         self._num_steps += 1
-        self._samples += self._num_samples(engine)
+        self._samples = self._samples + summable(self._num_samples(engine))
         if self._num_tokens is not None:
-            tokens = self._num_tokens(engine)
-            self._tokens = self._tokens + (tokens.detach() if isinstance(tokens, torch.Tensor) else tokens)
+            self._tokens = self._tokens + summable(self._num_tokens(engine))
 
     def _stop_counting(self, engine: Engine) -> None:
         counter, self._counter = self._counter, None
@@ -138,8 +140,8 @@ class ThroughputMonitor:
     def _start_epoch(self) -> None:
         self._started_s = self._fetch_s = self._step_s = perf_counter()
         self._data_s = self._in_step_s = 0.0
-        self._num_steps = self._samples = 0
-        self._tokens = 0
+        self._num_steps = 0
+        self._samples = self._tokens = 0
 
     def _peak_of(self, engine: Engine) -> float | None:
         return self._peak if self._peak is not None else peak_flops_per_s(world().device)
@@ -173,15 +175,17 @@ class ThroughputMonitor:
 
 
 def _samples_of_batch(engine: Engine) -> int:
-    """The first dimension of the last tensor of a batch that is a pair or a tensor, of the first one of a mapping."""
+    """The first dimension of the last tensor of a batch that is a pair or a tensor, of the first one of a mapping; of
+    what else a batch is made of what `num_samples` finds, else 1."""
     batch = engine.state.batch
-    if isinstance(batch, dict):
-        batch = list(batch.values())[:1]
     parts = list(batch)[::-1] if isinstance(batch, (tuple, list)) else [batch]
+    if isinstance(batch, Mapping):
+        parts = list(batch.values())
     for part in parts:
         if isinstance(part, torch.Tensor) and part.ndim:
             return part.shape[0]
-    return 1
+    inputs, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, batch)
+    return num_samples(targets, inputs) or 1
 
 
 def _line(engine: Engine, metrics: dict[str, float]) -> str:

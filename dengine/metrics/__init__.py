@@ -1,11 +1,13 @@
 """Metrics: exact over any number of ranks, all of an engine's in one collective."""
 
 from dengine.metrics.accuracy import Accuracy, TopKAccuracy
-from dengine.metrics.average import Average, Loss, Perplexity, RunningAverage
+from dengine.metrics.average import Average, RunningAverage
 from dengine.metrics.classification import ConfusionMatrix, F1Score, Precision, Recall
 from dengine.metrics.distributed import DistributedAccuracy, DistributedMetric
+from dengine.metrics.loss import Loss
 from dengine.metrics.metric import Metric
 from dengine.metrics.metric_set import compute_all
+from dengine.metrics.perplexity import Perplexity
 from dengine.metrics.regression import MAE, MSE, RMSE, R2Score
 from dengine.metrics.throughput import Throughput
 

@@ -1,28 +1,23 @@
-"""Means of values that a step gives: of a loss function, of numbers, over the last iterations."""
+"""Means of values that a step gives: over all of them, or over the last iterations."""
 
-from collections.abc import Callable, Mapping
-from math import exp
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
 
 from dengine.errors import NotComputableError
-from dengine.metrics.inputs import as_tensor, is_number, what_it_got
+from dengine.metrics.inputs import as_real, as_tensor, is_number, what_it_got
 from dengine.metrics.metric import Metric, OutputTransform
 from dengine.metrics.transform import loss_value
-from dengine.types import accumulator_dtype, is_short_float
+from dengine.types import accumulator_dtype, summable
 
-__all__ = ["Average", "Loss", "Perplexity", "RunningAverage"]
+__all__ = ["Average", "RunningAverage", "WeightedMean", "accumulable", "sum_and_count"]
 
 Amount: TypeAlias = torch.Tensor | float  # a number that may still be on its way through the device
 
 
-def _first_dimension(target: Any) -> int:
-    return int(target.shape[0]) if isinstance(target, torch.Tensor) and target.ndim else 1
-
-
-class _WeightedMean(Metric):
-    """Base of means: a sum of values and how many there are."""
+class WeightedMean(Metric):
+    """Base of means: a sum of values and how many there are, both kept in 64 bits whatever dtype a step gives."""
 
     value_sum: Amount
     count: Amount
@@ -43,67 +38,7 @@ class _WeightedMean(Metric):
         return float(self.value_sum) / count
 
 
-class Loss(_WeightedMean):
-    """The mean of `loss_fn(prediction, target)` over the samples of all ranks.
-
-    Shapes: whatever `loss_fn` takes. It gives the mean over the batch, or with reduction="none" one loss for each
-        sample or element. One that sums, or leaves samples out (`ignore_index`), has another count: use `Average` on
-        (mean, count).
-    Cost: that of `loss_fn`, without gradients; no wait for the device; two numbers.
-
-    Args:
-        batch_size: of a target, the number of samples that the batch's mean counts for; by default its first
-            dimension, 1 for a number.
-
-    Raises:
-        TypeError: `loss_fn` cannot be called, or `update` got no (prediction, target) pair.
-        NotComputableError: no sample was seen.
-
-    Example:
-        >>> metric = Loss(torch.nn.functional.mse_loss)
-        >>> metric.update((torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])))
-        >>> metric.update((torch.tensor([3.0]), torch.tensor([0.0])))
-        >>> metric.compute()
-        3.0
-    """
-
-    def __init__(
-        self,
-        loss_fn: Callable[[Any, Any], Any],
-        output_transform: OutputTransform | None = None,
-        *,
-        batch_size: Callable[[Any], int] = _first_dimension,
-    ) -> None:
-        for name, function in (("loss_fn", loss_fn), ("batch_size", batch_size)):
-            if not callable(function) or isinstance(function, type):
-                raise TypeError(f"{name}={function!r} must be a function, or an instance of a loss module.")
-        super().__init__(output_transform)
-        self._loss_fn = loss_fn
-        self._batch_size = batch_size
-
-    def update(self, output: Any) -> None:
-        if not isinstance(output, (tuple, list)) or len(output) != 2:
-            raise TypeError(
-                f"Loss takes a (prediction, target) pair, but got {what_it_got(output)}: pass output_transform=, a "
-                "function of the step's output that gives the pair."
-            )
-        prediction, target = output
-        num_samples = self._batch_size(target)
-        if not num_samples:
-            return  # the mean over an empty batch is nan
-        if is_short_float(prediction):
-            prediction = prediction.float()  # as autocast computes losses
-        with torch.no_grad():
-            loss = self._loss_fn(prediction, target)
-        if not is_number(loss):
-            loss = _accumulable(as_tensor(loss, "Loss")).mean()
-        self.add(loss * num_samples, num_samples)
-
-    def compute(self) -> float:
-        return self.mean()
-
-
-class Average(_WeightedMean):
+class Average(WeightedMean):
     """The mean of the values that the steps give, over all ranks.
 
     Shapes: a number or a 0-d tensor, one value; a tensor `(N, ...)`, as many values as it has elements; a pair
@@ -138,38 +73,10 @@ class Average(_WeightedMean):
             self.add(output.detach() if output.requires_grad else output, 1)
         else:
             with torch.no_grad():
-                self.add(*_sum_and_count(output, "Average"))
+                self.add(*sum_and_count(output, "Average"))
 
     def compute(self) -> float:
         return self.mean()
-
-
-class Perplexity(_WeightedMean):
-    """`exp` of the mean loss per token, over the tokens of all ranks. Shapes, cost and errors: those of `Average`.
-
-    Give `(mean loss, number of tokens)` where batches differ in tokens: `lambda output: (output["loss"], output["n"])`.
-    A mean loss alone counts as one. Losses are in nats, as `cross_entropy` gives them.
-
-    Example:
-        >>> metric = Perplexity()
-        >>> metric.update((0.0, 1))
-        >>> metric.update((torch.tensor(4.0).log(), torch.tensor(1)))
-        >>> round(metric.compute(), 6)
-        2.0
-    """
-
-    def default_transform(self, output: Any) -> Any:
-        return loss_value(output)
-
-    def update(self, output: Any) -> None:
-        self.add(*_sum_and_count(output, "Perplexity"))
-
-    def compute(self) -> float:
-        mean = self.mean()
-        try:
-            return exp(mean)
-        except OverflowError:  # above a loss of 709
-            return float("inf")
 
 
 class RunningAverage(Metric):
@@ -218,7 +125,7 @@ class RunningAverage(Metric):
         if isinstance(value, torch.Tensor):
             if not value.numel():
                 return
-            value = _accumulable(value).mean()
+            value = accumulable(value).mean()
         is_first = self.num_values == 0
         self.average = value if is_first else self._alpha * self.average + (1 - self._alpha) * value
         self.num_values += 1
@@ -236,7 +143,7 @@ def _value(output: Any, metric: str) -> Any:
     """A number, or a tensor that may be of any shape.
 
     Raises:
-        TypeError: neither; it lists a mapping's keys and says what to do.
+        TypeError: neither, or complex; it lists a mapping's keys and says what to do.
     """
     if is_number(output):
         return output
@@ -245,15 +152,15 @@ def _value(output: Any, metric: str) -> Any:
             f"{metric} takes a number or a tensor, but got {what_it_got(output)}: pass output_transform=, a function "
             "of the step's output that gives the value."
         )
-    return as_tensor(output, metric)
+    return as_real(output, metric)
 
 
-def _sum_and_count(output: Any, metric: str) -> tuple[Amount, Amount]:
+def sum_and_count(output: Any, metric: str) -> tuple[Amount, Amount]:
     """The sum of the values, and how many they are."""
     if not isinstance(output, (tuple, list)) or len(output) != 2:
         value = _value(output, metric)
         if isinstance(value, torch.Tensor):
-            return _accumulable(value).sum(), value.numel()
+            return accumulable(value).sum(), value.numel()
         return value, 1
     value, count = (_value(part, metric) for part in output)
     if not isinstance(value, torch.Tensor) and not isinstance(count, torch.Tensor):
@@ -271,9 +178,12 @@ def _weighted_tensors(value: torch.Tensor, count: torch.Tensor, metric: str) -> 
     if value.device != count.device:
         device = value.device if count.device.type == "cpu" else count.device
         value, count = value.to(device, non_blocking=True), count.to(device, non_blocking=True)
-    weighted = torch.where(count == 0, 0.0, _accumulable(value) * count)
+    value, count = accumulable(value), summable(count)
+    weighted = torch.where(count == 0, 0.0, value * count)
+    if not weighted.ndim:
+        return weighted, count
     return weighted.sum(), count.expand(weighted.shape).sum()
 
 
-def _accumulable(value: torch.Tensor) -> torch.Tensor:
+def accumulable(value: torch.Tensor) -> torch.Tensor:
     return value.to(accumulator_dtype(value.device))

@@ -22,6 +22,13 @@ class Item:
     value: torch.Tensor
     is_seen: bool = True
 
+    def __post_init__(self) -> None:
+        if self.op != "cat" and self.value.is_complex():
+            raise MetricStateError(
+                f"The state {self.state!r} of {self.metric} is complex, and only real numbers are reduced: keep real "
+                "and imaginary part as two states (torch.view_as_real gives both as one)."
+            )
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -136,9 +136,15 @@ def unpacked(
 
 
 def _shaped(part: torch.Tensor, entry: Entry) -> torch.Tensor:
-    # A sum of booleans is a count; every other dtype comes back as it went in.
-    dtype = torch.int64 if entry.dtype == torch.bool else entry.dtype
+    dtype = _dtype_of_sum(entry)
     return (part if part.dtype == dtype else part.to(dtype)).reshape(entry.shape)
+
+
+def _dtype_of_sum(entry: Entry) -> torch.dtype:
+    """As it went in, but for what the sum of all ranks may not fit into: a sum of booleans or bytes is a count."""
+    if entry.is_whole:
+        return torch.int64
+    return torch.float32 if entry.dtype.itemsize < 4 else entry.dtype
 
 
 def _unpacked_means(

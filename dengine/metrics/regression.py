@@ -194,8 +194,6 @@ def _floats(output: Any, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
     prediction, target = as_pair(output, metric)
     if prediction.shape != target.shape:
         raise shape_error(metric, prediction, target, "the same shape for both")
-    if prediction.is_complex() or target.is_complex():
-        raise TypeError(f"{metric} takes real numbers, but got {prediction.dtype} and {target.dtype}.")
     dtype = accumulator_dtype(target.device)
     return prediction.to(dtype), target.to(dtype)
 

@@ -1,5 +1,6 @@
 """How fast the samples went by, on all ranks together."""
 
+from numbers import Integral
 from time import perf_counter
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from dengine.errors import NotComputableError
 from dengine.metrics.inputs import is_number, what_it_got
 from dengine.metrics.metric import Metric, OutputTransform
+from dengine.types import summable
 
 __all__ = ["Throughput"]
 
@@ -83,10 +85,10 @@ def _num_samples(output: Any) -> torch.Tensor | int:
         return int(sized.shape[0])
     if is_pair and (is_number(sized) or isinstance(sized, torch.Tensor)):
         return 1
-    if isinstance(sized, int) and not isinstance(sized, bool):
-        return sized
-    if isinstance(sized, torch.Tensor) and not sized.is_floating_point():
-        return sized.detach()
+    if isinstance(sized, Integral) and not isinstance(sized, bool):
+        return int(sized)
+    if isinstance(sized, torch.Tensor) and not (sized.is_floating_point() or sized.is_complex()):
+        return summable(sized)  # type: ignore[no-any-return]
     raise TypeError(
         f"Throughput cannot tell the number of samples from {what_it_got(output)}: pass output_transform=, a function "
         "of the step's output that gives it."

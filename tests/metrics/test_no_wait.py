@@ -83,6 +83,11 @@ def cases(device: str) -> list[tuple[str, Any, Any]]:
         (DistributedAccuracy(), pair),
         (Loss(cross_entropy), pair),
         (Loss(torch.nn.CrossEntropyLoss(reduction="none")), pair),
+        (Loss(torch.nn.CrossEntropyLoss(torch.ones(4, device=device))), pair),
+        (Loss(cross_entropy, batch_size=lambda target: target.sum()), pair),
+        (Loss(torch.nn.MSELoss(reduction="none"), ignore_index=0), (scores, scores)),
+        (Perplexity(), pair),
+        (Perplexity(ignore_index=1), (scores.reshape(2, 3, 4), labels.reshape(2, 3))),
         (Throughput(), pair),
         (Throughput(), count),
     ]
