@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -41,7 +42,8 @@ def check_objects(objects: Mapping[str, Any]) -> dict[str, Stateful]:
     """`objects` as they can be saved and loaded.
 
     Raises:
-        TypeError: no mapping, a name that is no string, or something without `state_dict` and `load_state_dict`.
+        TypeError: no mapping, a name that is no string, or something without `state_dict` and `load_state_dict`; of a
+            plain value it says how the engine keeps it.
         ValueError: nothing in it, or the reserved name.
     """
     if not isinstance(objects, Mapping):
@@ -53,11 +55,32 @@ def check_objects(objects: Mapping[str, Any]) -> dict[str, Stateful]:
             raise TypeError(f"The names of what is saved must be strings, but got {name!r}.")
         if name == RESERVED:
             raise ValueError(f"The name {RESERVED!r} is reserved for dengine's own entry: choose another one.")
+        if isinstance(value, type):
+            raise TypeError(f"{name!r} cannot be saved: it is the class {value.__qualname__}; pass an instance.")
         if not isinstance(value, Stateful):
             raise TypeError(
-                f"{name!r} cannot be saved: a {type(value).__qualname__} has no state_dict() and load_state_dict()."
+                f"{name!r} cannot be saved: a {type(value).__qualname__} has no state_dict() and load_state_dict()"
+                f"{_way_out(name, value)}."
             )
     return dict(objects)
+
+
+def _way_out(name: str, value: object) -> str:
+    """Where a value without a state is kept instead, as far as that can be told."""
+    if value is None:
+        return ": leave it out"
+    if isinstance(value, torch.Tensor):
+        return ": register it as a buffer of a module that is saved"
+    if not isinstance(value, (bool, int, float, complex, str, bytes, list, tuple, dict, set, np.generic, np.ndarray)):
+        return ""
+    if name in ("epoch", "epochs", "iteration", "iterations", "step", "global_step"):
+        name = f"my_{name}"  # the engine has its own
+    attribute = name if name.isidentifier() else "value"
+    return (
+        ". An engine's state has a checkpoint of the epoch and iteration, and of plain values of your own: save "
+        f"{{'trainer': trainer}}, having set trainer.state.{attribute} and called "
+        f"trainer.state.persist({attribute!r})"
+    )
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dengine.engine.dispatch import (
     check_process_function,
 )
 from dengine.engine.events import AnyEvent, Events, Subscribable, event_parts
-from dengine.engine.position import levels
+from dengine.engine.position import frames_here, levels, running
 from dengine.engine.state import State
 from dengine.errors import NotComputableError
 from dengine.metrics.metric import OutputTransform
@@ -37,7 +37,7 @@ from dengine.naming import other_keywords, other_names, shown
 from dengine.random_state import RandomState, capture, restore
 from dengine.types import MetricValue
 
-__all__ = ["Engine", "ProcessFunction"]
+__all__ = ["Engine", "ProcessFunction", "engines_around"]
 
 ProcessFunction: TypeAlias = "Callable[[Engine, Any], Any]"
 _H = TypeVar("_H", bound=Handler)
@@ -686,3 +686,10 @@ class Engine:
     def _refuse_while_running(self, call: str) -> None:
         if self._run is not None:
             raise RuntimeError(f"{call} was called while this engine is running: use a second Engine inside a handler.")
+
+
+def engines_around(engine: Engine) -> list[Engine]:
+    """The engines, the nearest first, in whose handlers or steps the present run of `engine` takes place."""
+    inner_first = running(Engine._run_epochs.__code__, frames_here())
+    here = [index for index, each in enumerate(inner_first) if each is engine]
+    return inner_first[here[-1] + 1 :] if here else []

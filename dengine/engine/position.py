@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,20 @@ from dengine.naming import describe
 if TYPE_CHECKING:
     from dengine.engine.loop import Engine
 
-__all__ = ["levels"]
+__all__ = ["frames_here", "levels", "running"]
+
+
+def frames_here() -> Iterator[FrameType]:
+    """The frames of this thread, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def running(loop: CodeType, frames: Iterable[FrameType]) -> list[Engine]:
+    """The engines that run in `frames`, in that order. `loop` is the code that an engine runs in."""
+    return [frame.f_locals["self"] for frame in frames if frame.f_code is loop]
 
 
 def levels(loop: CodeType, frames: Iterable[FrameType]) -> list[Level]:

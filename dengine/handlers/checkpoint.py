@@ -24,7 +24,7 @@ from dengine.distributed.collectives import from_rank_zero
 from dengine.engine import Engine, Events
 from dengine.errors import CheckpointError
 from dengine.handlers.score import check_score_function, score_of
-from dengine.handlers.step import StepTransform, check_step_transform, step_of
+from dengine.handlers.step import StepTransform, check_step_transform, step_to_save
 
 __all__ = ["Checkpoint", "Saved"]
 
@@ -60,10 +60,12 @@ class Checkpoint:
             the random number generators of every rank are saved too. An optimizer of a sharded model is kept by the
             names of its parameters, so that model must be among it.
         save_dir: the folder; it is made at the first save.
-        n_saved: how many of its own files are kept: those saved last or, with a score, the best (higher is better).
+        n_saved: how many of its own files are kept: those saved last or, with a score, the best (higher is better);
+            None keeps all.
         score_function: `score_function(engine) -> float`, asked on rank 0. NaN is never best.
         score_name: how the score is called in the file's name; "score" by default.
-        global_step_transform: `(engine, event) -> int`, the step in the file's name; the engine's iteration by default.
+        global_step_transform: `(engine, event) -> int`, the step in the file's name; by default the engine's iteration.
+            Attached to an evaluator, by default that of the trainer whose handler runs the evaluation.
         asynchronous: hold the loop only for a copy of the states into host memory (on rank 0, as large as the file; on
             each rank, as large as its part of a folder; it is used again), and write in a thread. One is written at a
             time: a save that comes earlier waits. What a thread meets with is raised on every rank at the next save or
@@ -99,7 +101,7 @@ class Checkpoint:
         to_save: Mapping[str, Any],
         save_dir: str | Path,
         filename_prefix: str = "checkpoint",
-        n_saved: int = 1,
+        n_saved: int | None = 1,
         score_function: Callable[[Engine], float] | None = None,
         score_name: str | None = None,
         global_step_transform: StepTransform | None = None,
@@ -114,7 +116,7 @@ class Checkpoint:
         self._objects = check_objects(to_save)
         self._save_dir = path_of("save_dir", save_dir)
         self._prefix = filename_prefix
-        self._n_saved = whole_number("n_saved", n_saved, least=1)
+        self._n_saved = sys.maxsize if n_saved is None else whole_number("n_saved", n_saved, least=1)
         self._score_function = score_function
         self._score_name = None if score_function is None else score_name or "score"
         self._step_transform = global_step_transform
@@ -258,7 +260,7 @@ class Checkpoint:
         # One that is still being written counts as saved: where it fails, the run ends.
         if not is_kept(score, self._expected(), self._n_saved):
             return self._report(), None
-        step = step_of(engine, self._step_transform)
+        step = step_to_save(engine, self._step_transform, self._objects.values())
         if self._writing is not None:
             self._say_that_it_waits()
             if (report := self._settle()).failure is not None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from dengine.checks import whole_number
 from dengine.distributed.collectives import from_rank_zero
@@ -13,7 +13,7 @@ __all__ = ["EarlyStopping"]
 
 
 class EarlyStopping:
-    """Terminates `trainer` once `score_function` (higher is better) has not improved in `patience` calls in a row.
+    """Terminates `trainer` once `score_function` has not improved in `patience` calls in a row.
 
     Attach it on every rank, to the engine whose metrics the score reads: `evaluator.on(Events.EPOCH_COMPLETED, stop)`.
     Rank 0 decides, and all ranks stop. Collective where the engine is. Cost: one small object broadcast a call.
@@ -26,7 +26,13 @@ class EarlyStopping:
         trainer: the engine to terminate.
         min_delta: an improvement must be larger than this.
         cumulative_delta: measure `min_delta` from the score of the last improvement; otherwise from the best score
-            so far, which small improvements raise too.
+            so far, which small improvements move too.
+        mode: "max": a higher score is better; "min": a lower one is, as of a loss.
+        start_after: so many calls at the beginning of the training are passed over whole: no score is asked for, and
+            none of them counts.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong. TypeError: (when called) `score_function` gave no number.
 
     Example:
         >>> from dengine import Engine, Events
@@ -45,6 +51,8 @@ class EarlyStopping:
         trainer: Engine,
         min_delta: float = 0.0,
         cumulative_delta: bool = False,
+        mode: Literal["max", "min"] = "max",
+        start_after: int = 0,
     ) -> None:
         self._patience = whole_number("patience", patience, least=1)
         check_score_function(score_function)
@@ -53,17 +61,25 @@ class EarlyStopping:
         if isinstance(min_delta, bool) or not isinstance(min_delta, int | float):
             raise TypeError(f"min_delta={min_delta!r} must be a number.")
         if not min_delta >= 0:
-            raise ValueError(f"min_delta={min_delta} must be at least 0: an improvement is a higher score.")
+            raise ValueError(f"min_delta={min_delta} must be at least 0: it says by how much a score must be better.")
+        if mode not in ("max", "min"):
+            raise ValueError(f'mode={mode!r} must be "max" (a higher score is better) or "min" (a lower one is).')
         self._score_function = score_function
         self._trainer = trainer
         self._min_delta = float(min_delta)
         self._is_cumulative = cumulative_delta
+        self._sign = 1 if mode == "max" else -1
+        self._start_after = whole_number("start_after", start_after, least=0)
         self._best: float | None = None
         self._num_calls_without_improvement = 0
+        self._num_passed_over = 0
         self._is_loaded = False  # since the last run began
         trainer.on(Events.STARTED, self._begin)
 
     def __call__(self, engine: Engine) -> None:
+        if self._num_passed_over < self._start_after:
+            self._num_passed_over += 1
+            return
         if engine.distributed:
             score = from_rank_zero(lambda: self._score(engine), "compute the score for early stopping")
         else:
@@ -76,11 +92,12 @@ class EarlyStopping:
             self._trainer.terminate()
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score (None before the first one) and the number of calls since it."""
-        return {"best": self._best, "num_calls_without_improvement": self._num_calls_without_improvement}
+        """The best score (None before the first one), the number of calls since it, and of those passed over."""
+        state_dict = {"best": self._best, "num_calls_without_improvement": self._num_calls_without_improvement}
+        return {**state_dict, "num_passed_over": self._num_passed_over} if self._start_after else state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on counting where `state_dict()` was taken.
+        """Go on counting where `state_dict()` was taken. One without calls that were passed over has got beyond them.
 
         Raises:
             ValueError: an entry is missing, unknown or wrong; it is named, and nothing is changed.
@@ -90,20 +107,20 @@ class EarlyStopping:
             raise ValueError(f"The state of EarlyStopping is a dict, but got a {type(state_dict).__qualname__}.")
         if missing := wanted - state_dict.keys():
             raise ValueError(f"The state of EarlyStopping lacks {', '.join(sorted(missing))}.")
-        if unknown := state_dict.keys() - wanted:
+        if unknown := state_dict.keys() - wanted - {"num_passed_over"}:
             raise ValueError(
                 f"The state of EarlyStopping has unknown entries: {', '.join(sorted(map(repr, unknown)))}."
             )
-        best, num_calls = state_dict["best"], state_dict["num_calls_without_improvement"]
+        best = state_dict["best"]
         if best is not None and (isinstance(best, bool) or not isinstance(best, int | float)):
             raise ValueError(f"best={best!r} in the state of EarlyStopping must be a number or None.")
-        if isinstance(num_calls, bool) or not isinstance(num_calls, int) or num_calls < 0:
-            raise ValueError(
-                f"num_calls_without_improvement={num_calls!r} in the state of EarlyStopping must be a whole number "
-                "of at least 0."
-            )
+        num_calls = _count(state_dict, "num_calls_without_improvement")
+        num_passed_over = (
+            _count(state_dict, "num_passed_over") if "num_passed_over" in state_dict else self._start_after
+        )
         self._best = None if best is None else float(best)
         self._num_calls_without_improvement = num_calls
+        self._num_passed_over = num_passed_over
         self._is_loaded = True
 
     def _begin(self, engine: Engine) -> None:
@@ -112,7 +129,7 @@ class EarlyStopping:
             # Else a run that was saved behind its last epoch, and killed or preempted there, would get one more.
             engine.terminate()
         elif not is_loaded and engine.state.iteration == 0:
-            self._best, self._num_calls_without_improvement = None, 0
+            self._best, self._num_calls_without_improvement, self._num_passed_over = None, 0, 0
 
     def _score(self, engine: Engine) -> float:
         return score_of(engine, self._score_function, "early stopping")
@@ -121,7 +138,18 @@ class EarlyStopping:
         """Compare with the best, and take the score over where it is to be measured from now on."""
         if math.isnan(score):
             return False
-        has_improved = self._best is None or score > self._best + self._min_delta
-        if self._best is None or has_improved or (score > self._best and not self._is_cumulative):
+        if self._best is None:
+            self._best = score
+            return True
+        new, best = self._sign * score, self._sign * self._best
+        has_improved = new > best + self._min_delta
+        if has_improved or (new > best and not self._is_cumulative):
             self._best = score
         return has_improved
+
+
+def _count(state_dict: Mapping[str, Any], name: str) -> int:
+    value = state_dict[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}={value!r} in the state of EarlyStopping must be a whole number of at least 0.")
+    return value
