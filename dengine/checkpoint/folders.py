@@ -180,7 +180,7 @@ def _named(states: States, objects: Mapping[str, Stateful]) -> States:
     by_name = dict(states)
     for name, value in objects.items():
         if isinstance(value, torch.optim.Optimizer):
-            by_name[name] = named_optimizer_state(value, model_of(name, value, objects))
+            by_name[name] = named_optimizer_state(value, model_of(name, value, objects), states[name])
     return by_name
 
 
@@ -190,7 +190,7 @@ def _layouts(into: Mapping[str, Stateful]) -> dict[str, Any]:
     for name, value in into.items():
         if isinstance(value, torch.optim.Optimizer):
             model: nn.Module = unwrap_model(model_of(name, value, into))
-            layouts[name] = LikeParameters(dict(model.named_parameters()))
+            layouts[name] = LikeParameters.of(model)
         elif hasattr(value, "load_random_state"):  # an engine: numbers alone
             layouts[name] = None
         else:

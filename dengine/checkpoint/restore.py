@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dengine.checkpoint.compiled import aligned
 from dengine.checkpoint.snapshot import RANDOM, RESERVED, HostCopy, States, bare
 from dengine.distributed import world
 from dengine.types import Stateful
@@ -42,11 +43,11 @@ class Restoring:
         for name, value in self._into.items():
             target = bare(value)
             keeps_itself = hasattr(value, "load_random_state")
+            before = HostCopy().take({name: _state_of(name, target)})[name]
             if not keeps_itself:
-                self._before[name] = HostCopy().take({name: target.state_dict()})[name]
-                target.load_state_dict(_fitted(target, states[name]))
+                self._before[name] = before
+                target.load_state_dict(_fitted(target, aligned(states[name], before)))
                 continue
-            before = HostCopy().take({name: target.state_dict()})[name]
             target.load_state_dict(states[name])
             self._before[name] = before
 
@@ -59,6 +60,21 @@ class Restoring:
             except Exception as error:
                 warnings.warn(f"{name!r} does not take back the state it had: {error!r}", stacklevel=2)
         self._before = {}
+
+
+def _state_of(name: str, target: Stateful) -> Any:
+    """
+    Raises:
+        ValueError: a lazy module has parameters without a shape, so that it could not be given back what it had.
+    """
+    if isinstance(target, nn.Module):
+        for key, value in (*target.named_parameters(), *target.named_buffers()):
+            if nn.parameter.is_lazy(value):
+                raise ValueError(
+                    f"{f'{name}/{key}'!r} is not initialized yet, as its module is a lazy one: run one batch through "
+                    "the model first."
+                )
+    return target.state_dict()
 
 
 def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:

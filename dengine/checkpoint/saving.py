@@ -5,7 +5,6 @@
 """
 
 import functools
-import io
 import os
 import threading
 import warnings
@@ -23,9 +22,10 @@ from torch import nn
 from dengine.checkpoint import manifest, storage
 from dengine.checkpoint.digested import DigestedFile
 from dengine.checkpoint.manifest import Entry
+from dengine.checkpoint.plain import refuse_pickles
 from dengine.checkpoint.seal import SealedFile
 from dengine.checkpoint.shard_tree import all_tensors
-from dengine.checkpoint.snapshot import States, mapped
+from dengine.checkpoint.snapshot import States
 from dengine.distributed import world
 from dengine.distributed.collectives import from_rank_zero
 from dengine.errors import CheckpointError
@@ -40,7 +40,7 @@ _writing = threading.Lock()
 _listing = threading.Lock()
 
 
-_PLAIN_LEAVES = (torch.Tensor, nn.Parameter, str, bool, float, type(None))
+_PLAIN_LEAVES = (torch.Tensor, nn.Parameter, str, bool, int, float, type(None))
 
 
 def planned(
@@ -166,21 +166,8 @@ def failure_text(path: Path, error: BaseException) -> str:
 
 
 def _check_loadable(name: str, state: Any) -> None:
-    """Refuse what `torch.load(weights_only=True)` would refuse: a checkpoint that nobody can load is none."""
-    if _is_plain(state):  # a trial costs more than a small model's bytes
-        return
-    skeleton = io.BytesIO()
-    torch.save(mapped(state, lambda value: None if isinstance(value, torch.Tensor) else value), skeleton)
-    skeleton.seek(0)
-    try:
-        torch.load(skeleton, weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        named = next((line for line in reason if "GLOBAL" in line), reason[0] if reason else repr(error))
-        raise TypeError(
-            f"the state of {name!r} holds something that only a pickle could bring back, which is never executed; make "
-            f"it of tensors, numbers, strings, lists and dicts. torch.load(weights_only=True) says: {named.strip()}"
-        ) from None
+    if not _is_plain(state):  # a trial costs more than a small model's bytes
+        refuse_pickles(name, state)
 
 
 def _is_plain(value: Any) -> bool:
@@ -192,7 +179,7 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values())) and all(map(_is_plain, _more(value)))
     if kind is list or kind is tuple:
         return all(map(_is_plain, value))
-    return kind is int and value.bit_length() < 64
+    return False
 
 
 def _more(value: Any) -> list[Any]:
@@ -204,7 +191,7 @@ def _num_bytes(states: States) -> int:
     """Of all tensors: at least so long is the file."""
     storages = {}
     for tensor in all_tensors(states):
-        if tensor.layout == torch.strided:
+        if tensor.layout == torch.strided and not hasattr(tensor, "__tensor_flatten__"):  # else it has no address
             storage = tensor.untyped_storage()
             storages[tensor.device, storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

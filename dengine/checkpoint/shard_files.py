@@ -107,6 +107,11 @@ def local_box(name: str, tensor: torch.Tensor) -> TensorBox:
             f"{name!r} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, but only dense tensors with "
             "data can be written: convert it by to_dense(), dequantize() or to_empty()."
         )
+    if hasattr(local_part(tensor), "__tensor_flatten__"):
+        raise TypeError(
+            f"{name!r} is a {type(local_part(tensor)).__qualname__}, which is made of other tensors, but a folder "
+            "holds plain ones: save it into a file (a path that ends with .pt)."
+        )
     shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
     if not hasattr(tensor, "device_mesh"):
         return TensorBox(shape, dtype, (0,) * len(shape), shape)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dengine.checkpoint.compiled import without_compiled
 from dengine.distributed import unwrap_model
 
 __all__ = ["LikeParameters", "model_of", "named_optimizer_state", "numbered_optimizer_state"]
@@ -18,20 +19,27 @@ __all__ = ["LikeParameters", "model_of", "named_optimizer_state", "numbered_opti
 @dataclass(frozen=True)
 class LikeParameters:
     """Says how the state of an optimizer is laid out, before the optimizer has one: each tensor of a parameter's
-    shape as that parameter. `LikeParameters(dict(model.named_parameters()))`."""
+    shape as that parameter. `LikeParameters.of(model)`."""
 
     parameters: Mapping[str, torch.Tensor]
 
+    @classmethod
+    def of(cls, model: nn.Module) -> "LikeParameters":
+        return cls({without_compiled(name): parameter for name, parameter in model.named_parameters()})
 
-def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """`optimizer.state_dict()`, with the names of `model`'s parameters in the place of numbers. No collective.
+
+def named_optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`optimizer.state_dict()`, or `state`, which it gave, with the names of `model`'s parameters in the place of
+    numbers. No collective.
 
     The tensors are the optimizer's own, sharded where the parameters are.
 
     Raises:
         ValueError: the optimizer has a parameter that is not one of the model's.
     """
-    state = optimizer.state_dict()
+    state = optimizer.state_dict() if state is None else state
     names = _names(optimizer, model)
     return {
         "state": {names[number]: value for number, value in state["state"].items()},
@@ -60,11 +68,12 @@ def numbered_optimizer_state(
     loaded = []
     for place, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         own = [names[number] for number in group["params"]]
-        if different := sorted(set(own) ^ set(saved["params"])):
+        if different := sorted(set(own) ^ set(map(without_compiled, saved["params"]))):
             where = "the optimizer's" if different[0] in own else "the saved one's"
             raise ValueError(f"Parameter group {place} differs: {different[0]!r} is in {where} only.")
         loaded.append({**saved, "params": list(group["params"])})
-    return {"state": {numbers[name]: value for name, value in state["state"].items()}, "param_groups": loaded}
+    by_number = {numbers[without_compiled(name)]: value for name, value in state["state"].items()}
+    return {"state": by_number, "param_groups": loaded}
 
 
 def model_of(name: str, optimizer: torch.optim.Optimizer, objects: Mapping[str, Any]) -> nn.Module:
@@ -87,7 +96,7 @@ def model_of(name: str, optimizer: torch.optim.Optimizer, objects: Mapping[str, 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[int, str]:
     """The number of each parameter in `optimizer.state_dict()`, and its name in the model."""
-    name_of = {id(parameter): name for name, parameter in unwrap_model(model).named_parameters()}
+    name_of = {id(parameter): without_compiled(name) for name, parameter in unwrap_model(model).named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in enumerate(parameters):
         if id(parameter) not in name_of:

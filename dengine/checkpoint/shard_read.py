@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dengine.checkpoint.compiled import without_compiled
 from dengine.checkpoint.shard_files import METADATA, Chunk, checked_chunk, local_box, local_part, read_metadata
 from dengine.checkpoint.shard_names import LikeParameters
 from dengine.checkpoint.shard_tree import Path, decoded, path_text, tensors_in
@@ -33,7 +34,7 @@ class LikeTensors:
 
     @classmethod
     def of(cls, state: Any) -> "LikeTensors":
-        return cls(dict(tensors_in(state)))
+        return cls({_without_compiled(path): tensor for path, tensor in tensors_in(state)})
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def _template(like: Any, path: Path, shape: torch.Size) -> torch.Tensor | None:
     for depth, part in enumerate(path):
         template = None
         if isinstance(like, LikeTensors):
-            template = like.tensors.get(path[depth:])
-        elif isinstance(like, LikeParameters) and path[depth] == "state":
-            template = like.parameters.get(path[depth + 1])
+            template = like.tensors.get(_without_compiled(path[depth:]))
+        elif isinstance(like, LikeParameters) and path[depth] == "state" and isinstance(path[depth + 1], str):
+            template = like.parameters.get(without_compiled(path[depth + 1]))
         if isinstance(like, LikeTensors | LikeParameters):
             return template if template is not None and template.shape == shape else None
         if isinstance(like, Mapping):
@@ -108,6 +109,10 @@ def _template(like: Any, path: Path, shape: torch.Size) -> torch.Tensor | None:
             f"{path_text(path)!r} was saved with shape {tuple(shape)}, but is asked for with {tuple(like.shape)}."
         )
     return like
+
+
+def _without_compiled(path: Path) -> Path:
+    return tuple(without_compiled(part) if isinstance(part, str) else part for part in path)
 
 
 def _empty(template: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from dengine.checkpoint.elsewhere import refuse_to_save
+from dengine.checkpoint.plain import plain
+from dengine.checkpoint.replicas import Print, prints_of, refuse_lost
 from dengine.checkpoint.shard_files import local_part
-from dengine.checkpoint.shard_tree import all_tensors
 from dengine.distributed import all_gather_object, unwrap_model, world
 from dengine.errors import CheckpointError
 from dengine.types import Stateful
@@ -104,37 +105,65 @@ def is_sharded(value: Stateful) -> bool:
 def collect(objects: Mapping[str, Stateful]) -> Collected:
     """The states by name, as `torch.load(weights_only=True)` reads them, and the random generators of every rank.
 
-    A model comes without its DDP or `torch.compile` wrapper. Tensors are the live ones, not copies, and sharded ones
-    (FSDP2) have this rank's part. Collective: one gather of small objects.
+    A model comes without its DDP or `torch.compile` wrapper, with no name that says where inside it was compiled.
+    Tensors are the live ones, not copies, and sharded ones (FSDP2) have this rank's part. Collective: one gather of
+    small objects.
 
     Raises:
-        CheckpointError: on every rank, where an object has no state to give on one of them, or they save other names.
+        CheckpointError: on every rank, where an object has no state to give on one of them, or one that could not be
+            loaded again; where they save other names, or other parameters under one name.
     """
-    states: States = {}
-    mine: dict[str, Any] = {}
-    failure, cause, has_shards = None, None, False
+    mine = _Mine()
+    failure, cause = None, None
     for name, value in objects.items():
         try:
-            unwrapped = bare(value)
-            refuse_to_save(name, unwrapped)
-            states[name] = unwrapped.state_dict()
-            in_state = (hasattr(tensor, "full_tensor") for tensor in all_tensors(states[name]))
-            has_shards = has_shards or is_sharded(value) or any(in_state)
-            if hasattr(value, "load_random_state"):
-                mine[name] = value.random_state()  # type: ignore[attr-defined]
+            failure = _unfit(name, value, mine)
         except Exception as error:
             failure, cause = f"{name!r} gave no state: {type(error).__qualname__}: {error}", error
+        if failure is not None:
             break
-    everyone = all_gather_object((sorted(objects), (failure, mine, has_shards)))
+    told = failure, mine.random, mine.has_shards, mine.prints
+    everyone = all_gather_object((sorted(objects), told))
     gathered = [theirs for _, theirs in everyone]
     _agree_on_names([names for names, _ in everyone])
-    for rank, (reason, _, _) in enumerate(gathered):
+    for rank, (reason, *_) in enumerate(gathered):
         if reason is not None:
             raise CheckpointError(f"Nothing was saved or changed, since on rank {rank} {reason}") from cause
-    _agree_on_names([sorted(theirs) for _, theirs, _ in gathered], "random number generators of ")
-    random = {name: [theirs[name] for _, theirs, _ in gathered] for name in mine}
+    _agree_on_names([sorted(theirs) for _, theirs, _, _ in gathered], "random number generators of ")
+    refuse_lost([prints for *_, prints in gathered])
+    random = {name: [theirs[name] for _, theirs, _, _ in gathered] for name in mine.random}
     reserved = {"format": FORMAT_VERSION, "world_size": world().size, RANDOM: random}
-    return Collected({**states, RESERVED: reserved}, any(theirs for _, _, theirs in gathered))
+    return Collected({**mine.states, RESERVED: reserved}, any(theirs for _, _, theirs, _ in gathered))
+
+
+@dataclass
+class _Mine:
+    """What this rank has to give."""
+
+    states: States = field(default_factory=dict)
+    random: dict[str, Any] = field(default_factory=dict)
+    prints: dict[str, dict[str, Print]] = field(default_factory=dict)
+    has_shards: bool = False
+
+
+def _unfit(name: str, value: Stateful, mine: _Mine) -> str | None:
+    """Put what `value` has to give into `mine`; why it cannot be saved, or None."""
+    unwrapped = bare(value)
+    refuse_to_save(name, unwrapped)
+    state = unwrapped.state_dict()
+    random = value.random_state() if hasattr(value, "load_random_state") else None  # type: ignore[attr-defined]
+    try:
+        taken = plain(name, state)
+        if random is not None:
+            mine.random[name] = plain(name, random).state
+    except TypeError as error:
+        return str(error)
+    mine.states[name] = taken.state
+    mine.has_shards = mine.has_shards or is_sharded(value)
+    mine.has_shards = mine.has_shards or any(hasattr(tensor, "full_tensor") for tensor in taken.tensors)
+    if isinstance(value, nn.Module) and (prints := prints_of(value)):
+        mine.prints[name] = prints
+    return None
 
 
 def _agree_on_names(names: Sequence[list[str]], what: str = "") -> None:
@@ -175,10 +204,10 @@ class HostCopy:
         def copy_of(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return copy.deepcopy(value)
-            if value.layout != torch.strided:
-                return value.detach().cpu().clone()
             # A sharded tensor has no address of its own: its part has.
             part = local_part(value) if hasattr(value, "to_local") else value
+            if value.layout != torch.strided or hasattr(part, "__tensor_flatten__"):  # made of others: no address
+                return value.detach().cpu().clone()
             layout = (type(value) is torch.Tensor, value.device, value.dtype, value.shape, value.stride())
             place = places.setdefault((part.data_ptr(), *layout), len(sources))
             if place == len(sources):

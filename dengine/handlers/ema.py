@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dengine.checkpoint.compiled import aligned
 from dengine.checks import whole_number
 from dengine.distributed import unwrap_model
 from dengine.engine import Engine
@@ -101,10 +102,10 @@ class EMA:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of calls, and the state of `ema.model`."""
+        """The number of calls, and the state of `ema.model`, by the names that it has uncompiled."""
         if self._is_sharded:
             _reshard(self.model)
-        return {"num_updates": self.num_updates, "model": self.model.state_dict()}
+        return {"num_updates": self.num_updates, "model": aligned(self.model.state_dict(), {})}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict()` gave; whole tensors are cut up for a sharded model. No collective.
@@ -121,7 +122,8 @@ class EMA:
             raise ValueError(f"The state of EMA is wrong: {error}") from error
         if self._is_sharded:
             _reshard(self.model)
-        fitting = _fitted(state_dict["model"], self.model.state_dict())
+        own = self.model.state_dict()
+        fitting = _fitted(aligned(state_dict["model"], own), own)
         self.model.load_state_dict(fitting)
         self.num_updates = num_updates
 

@@ -1,0 +1,61 @@
+"""Names without what `torch.compile` puts into them.
+
+A module that is wrapped by `torch.compile` stands in another one as `_orig_mod` of its wrapper. A checkpoint has the
+names of the plain model, so that it fits whether or not, and wherever, a model is compiled; older ones that have the
+longer names are read all the same.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["HIDDEN", "aligned", "without_compiled"]
+
+HIDDEN = "_orig_mod."
+
+
+def without_compiled(name: str) -> str:
+    """`layers.0._orig_mod.weight` -> `layers.0.weight`."""
+    if HIDDEN not in name:
+        return name
+    *parts, last = name.split(".")
+    return ".".join([part for part in parts if part != "_orig_mod"] + [last])
+
+
+def aligned(state: Any, like: Any) -> Any:
+    """`state` with the names that `like` has for the same, at every depth; unknown ones lose `_orig_mod`.
+
+    `like` is what the object that is to take it says of itself; of {}, all names become the plain ones. What needs no
+    other name comes back as it is.
+    """
+    if not isinstance(state, dict) or not isinstance(like, Mapping):
+        return state
+    own = {without_compiled(name): name for name in like if isinstance(name, str) and HIDDEN in name}
+    names = {name: _name(name, like, own) for name in state}
+    parts = {names[name]: aligned(part, like.get(names[name])) for name, part in state.items()}
+    if len(parts) != len(state) or all(parts.get(name) is part for name, part in state.items()):
+        return state
+    new: Any = type(state)()
+    new.update(parts)
+    if (more := getattr(state, "__dict__", None)) is not None:
+        new.__dict__.update(more)
+        if isinstance(versions := more.get("_metadata"), Mapping):
+            new._metadata = _versions(versions, getattr(like, "_metadata", None))
+    return new
+
+
+def _name(name: Any, like: Mapping[Any, Any], own: Mapping[str, str]) -> Any:
+    if not isinstance(name, str) or name in like:
+        return name
+    plain = without_compiled(name)
+    return own.get(plain, plain)
+
+
+def _versions(saved: Mapping[str, Any], own: Mapping[str, Any] | None) -> OrderedDict[str, Any]:
+    """The versions of modules, which a state carries beside its tensors, under the names that the model has."""
+    plain = {_module(name): versions for name, versions in saved.items()}  # what is within a wrapper comes after it
+    return OrderedDict((name, plain[_module(name)]) for name in own or plain if _module(name) in plain)
+
+
+def _module(name: str) -> str:
+    return without_compiled(f"{name}.").removesuffix(".")

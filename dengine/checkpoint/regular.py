@@ -1,0 +1,40 @@
+"""Files that can be read to an end: no pipe, device or folder, and no larger than what they are to hold."""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["open_regular", "read_regular"]
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """`path`, to be read. A pipe is not waited for.
+
+    Raises:
+        OSError: it is not there, cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is no regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Path, start: bytes, most_bytes: int) -> bytes:
+    """All of `path`, which is to begin with `start` (blanks before it do not count) and have at most `most_bytes`.
+
+    Raises:
+        OSError: as `open_regular`. ValueError: it begins otherwise, or is longer.
+    """
+    with open_regular(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes > most_bytes:
+            raise ValueError(f"it has {num_bytes} bytes, which is more than any has")
+        if not file.read(len(start) + 16).lstrip().startswith(start):
+            raise ValueError(f"it does not begin with {start.decode()}")
+        file.seek(0)
+        return file.read(most_bytes)

@@ -1,0 +1,104 @@
+"""What would be lost: parameters that differ between ranks under one name, of which a checkpoint keeps one.
+
+So it is with the stages of a pipeline, and with experts, that somebody has laid out by hand.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dengine.checkpoint.compiled import without_compiled
+from dengine.checkpoint.shard_files import local_box, local_part
+from dengine.distributed import unwrap_model, world
+from dengine.errors import CheckpointError
+
+__all__ = ["Print", "prints_of", "refuse_lost"]
+
+Print: TypeAlias = tuple[str, bytes]  # a name and its shape and type, in words; a digest of some of the elements
+
+_NUM_SAMPLES = 16  # elements of a parameter: what was drawn or trained apart differs in nearly all of them
+
+
+def prints_of(model: nn.Module) -> dict[str, Print]:
+    """A print of each parameter of which nothing tells that all ranks have the same: by its name and, of a part of a
+    tensor, its place. None of what DDP holds, or what is sharded over all ranks; no buffers, which differ between ranks
+    (those of a batch norm) and of which rank 0's count.
+
+    No collective. Cost: nothing on a lone rank and for a model in DDP or of FSDP2; otherwise a copy of 16 elements of
+    each parameter to the host.
+    """
+    here = world()
+    if here.size == 1:
+        return {}
+    alike = set(_held_alike(model, here.size))
+    samples: dict[str, tuple[str, torch.Tensor]] = {}
+    for name, parameter in unwrap_model(model).named_parameters():
+        sharded: Any = parameter
+        if id(parameter) in alike or (hasattr(parameter, "device_mesh") and sharded.device_mesh.size() == here.size):
+            continue
+        local = local_part(parameter)
+        if local.layout != torch.strided or not local.numel() or hasattr(local, "__tensor_flatten__"):
+            continue
+        place = f" from {local_box(name, parameter).offsets}" if hasattr(parameter, "device_mesh") else ""
+        samples[without_compiled(name) + place] = f"{tuple(parameter.shape)} {parameter.dtype}", _sample(local)
+    return _digested(samples)
+
+
+def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]]) -> None:
+    """
+    Raises:
+        CheckpointError: a model has other parameters on one rank than on another; it is named, and both ranks are.
+    """
+    for name in sorted({name for prints in everyone for name in prints}):
+        of_ranks = [prints.get(name, {}) for prints in everyone]
+        for key in dict.fromkeys(key for prints in of_ranks for key in prints):
+            holders = [rank for rank, prints in enumerate(of_ranks) if key in prints]
+            is_part = " from (" in key  # of a tensor that is sharded over some of the ranks
+            absent = [] if is_part else [rank for rank, prints in enumerate(of_ranks) if key not in prints]
+            first = of_ranks[holders[0]][key]
+            other = next((rank for rank in holders if of_ranks[rank][key] != first), None)
+            if absent:
+                raise _lost(f"{name}/{key}", f"is on rank {holders[0]}, but not on rank {absent[0]}")
+            if other is not None:
+                raise _lost(f"{name}/{key}", f"of rank {other} is not that of rank {holders[0]}")
+
+
+def _lost(name: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"Nothing was saved or changed, since {name!r} {what}: a checkpoint keeps one tensor for a name, so the other "
+        "would be lost. Where the ranks train one model, have prepare_model() or DDP keep it the same; where each has "
+        "a part of its own (stages of a pipeline, experts), save that part by torch.save() on its rank."
+    )
+
+
+def _held_alike(model: nn.Module, num_ranks: int) -> Iterator[int]:
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) and module.process_group.size() == num_ranks:
+            yield from map(id, module.parameters())
+
+
+def _sample(local: torch.Tensor) -> torch.Tensor:
+    """Shapes: result (n,) uint8, the bytes of some elements."""
+    flat = local.detach().reshape(-1)
+    step = max(1, flat.numel() // _NUM_SAMPLES)
+    return flat[::step][:_NUM_SAMPLES].contiguous().view(torch.uint8)
+
+
+def _digested(samples: dict[str, tuple[str, torch.Tensor]]) -> dict[str, Print]:
+    by_device: dict[torch.device, list[str]] = {}
+    for name, (_, sample) in samples.items():
+        by_device.setdefault(sample.device, []).append(name)
+    prints: dict[str, Print] = {}
+    for names in by_device.values():
+        # In one copy a device: each by itself would wait for it.
+        content = torch.cat([samples[name][1] for name in names]).cpu().numpy().tobytes()
+        start = 0
+        for name in names:
+            what, sample = samples[name]
+            prints[name] = what, hashlib.sha256(content[start : start + sample.numel()]).digest()[:8]
+            start += sample.numel()
+    return prints
