@@ -47,7 +47,8 @@ class Plain:
 
 def plain(name: str, state: Any) -> Plain:
     """`state`, which `name` gave, as plain data where it equals that: a member of a `str` enum or a scalar of NumPy's
-    becomes a string or a number, a `frozenset` a set, another mapping a dict, and names lose what `torch.compile` has put into them.
+    becomes a string or a number, a `frozenset` a set, another mapping a dict; and names lose what `torch.compile` has
+    put into them.
 
     Cost: one visit of each value.
 

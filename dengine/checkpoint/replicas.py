@@ -4,8 +4,9 @@ So it is with the stages of a pipeline, and with experts, that somebody has laid
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +19,15 @@ from dengine.errors import CheckpointError
 
 __all__ = ["Print", "prints_of", "refuse_lost"]
 
-Print: TypeAlias = tuple[str, bytes]  # a name and its shape and type, in words; a digest of some of the elements
+
+class Print(NamedTuple):
+    """What is told of a parameter: its shape and type, a digest of some of its elements, and whether the model is laid
+    out over parts of the ranks, so that it is no slip where they differ."""
+
+    kind: str
+    digest: bytes
+    is_apart: bool
+
 
 _NUM_SAMPLES = 16  # elements of a parameter: what was drawn or trained apart differs in nearly all of them
 
@@ -35,6 +44,7 @@ def prints_of(model: nn.Module) -> dict[str, Print]:
     if here.size == 1:
         return {}
     alike = set(_held_alike(model, here.size))
+    is_apart = _is_apart(model, here.size)
     samples: dict[str, tuple[str, torch.Tensor]] = {}
     for name, parameter in unwrap_model(model).named_parameters():
         sharded: Any = parameter
@@ -45,34 +55,59 @@ def prints_of(model: nn.Module) -> dict[str, Print]:
             continue
         place = f" from {local_box(name, parameter).offsets}" if hasattr(parameter, "device_mesh") else ""
         samples[without_compiled(name) + place] = f"{tuple(parameter.shape)} {parameter.dtype}", _sample(local)
-    return _digested(samples)
+    return _printed(samples, is_apart)
 
 
 def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]]) -> None:
-    """
+    """Where the ranks have one model by name and shape, and nothing tells that they are to differ, a warning is enough:
+    they may have been seeded differently, or not prepared.
+
     Raises:
         CheckpointError: a model has other parameters on one rank than on another; it is named, and both ranks are.
     """
     for name in sorted({name for prints in everyone for name in prints}):
         of_ranks = [prints.get(name, {}) for prints in everyone]
+        slip = None
         for key in dict.fromkeys(key for prints in of_ranks for key in prints):
-            holders = [rank for rank, prints in enumerate(of_ranks) if key in prints]
-            is_part = " from (" in key  # of a tensor that is sharded over some of the ranks
-            absent = [] if is_part else [rank for rank, prints in enumerate(of_ranks) if key not in prints]
-            first = of_ranks[holders[0]][key]
-            other = next((rank for rank in holders if of_ranks[rank][key] != first), None)
-            if absent:
-                raise _lost(f"{name}/{key}", f"is on rank {holders[0]}, but not on rank {absent[0]}")
-            if other is not None:
-                raise _lost(f"{name}/{key}", f"of rank {other} is not that of rank {holders[0]}")
+            lost, is_slip = _lost(key, of_ranks)
+            if lost is not None and not is_slip:
+                raise CheckpointError(f"Nothing was saved or changed, since {f'{name}/{key}'!r} {lost}: {_WAY_OUT}")
+            slip = slip or (lost and f"{f'{name}/{key}'!r} {lost}: {_WAY_OUT}")
+        if slip and world().rank == 0:
+            warnings.warn(f"Rank 0's parameters are saved, though {slip}", stacklevel=2)
 
 
-def _lost(name: str, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"Nothing was saved or changed, since {name!r} {what}: a checkpoint keeps one tensor for a name, so the other "
-        "would be lost. Where the ranks train one model, have prepare_model() or DDP keep it the same; where each has "
-        "a part of its own (stages of a pipeline, experts), save that part by torch.save() on its rank."
-    )
+def _lost(key: str, of_ranks: Sequence[dict[str, Print]]) -> tuple[str | None, bool]:
+    """What of the parameter `key` would be lost, or None; and whether that is a slip rather than meant."""
+    holders = [rank for rank, prints in enumerate(of_ranks) if key in prints]
+    first = of_ranks[holders[0]][key]
+    # A part of a tensor that is sharded over some of the ranks is not on the others.
+    if " from (" not in key and len(holders) < len(of_ranks):
+        absent = next(rank for rank in range(len(of_ranks)) if rank not in holders)
+        return f"is on rank {holders[0]}, but not on rank {absent}", False
+    for rank in holders:
+        if (other := of_ranks[rank][key]) != first:
+            return f"of rank {rank} is not that of rank {holders[0]}", other.kind == first.kind and not first.is_apart
+    return None, False
+
+
+_WAY_OUT = (
+    "a checkpoint keeps one tensor for a name, so the other is lost. Where the ranks train one model, have "
+    "prepare_model() or DDP keep it the same; where each has a part of its own (stages of a pipeline, experts), save "
+    "that part by torch.save() on its rank."
+)
+
+
+def _is_apart(model: nn.Module, num_ranks: int) -> bool:
+    """Whether somebody has laid the model out over some of the ranks, or over more than one dimension of them."""
+    meshes = [each.device_mesh for each in map(_any, model.parameters()) if hasattr(each, "device_mesh")]
+    groups = [each.process_group for each in model.modules() if isinstance(each, DistributedDataParallel)]
+    is_on_part = any(mesh.ndim > 1 or mesh.size() != num_ranks for mesh in meshes)
+    return is_on_part or any(group.size() != num_ranks for group in groups)
+
+
+def _any(value: Any) -> Any:
+    return value
 
 
 def _held_alike(model: nn.Module, num_ranks: int) -> Iterator[int]:
@@ -88,7 +123,7 @@ def _sample(local: torch.Tensor) -> torch.Tensor:
     return flat[::step][:_NUM_SAMPLES].contiguous().view(torch.uint8)
 
 
-def _digested(samples: dict[str, tuple[str, torch.Tensor]]) -> dict[str, Print]:
+def _printed(samples: dict[str, tuple[str, torch.Tensor]], is_apart: bool) -> dict[str, Print]:
     by_device: dict[torch.device, list[str]] = {}
     for name, (_, sample) in samples.items():
         by_device.setdefault(sample.device, []).append(name)
@@ -99,6 +134,7 @@ def _digested(samples: dict[str, tuple[str, torch.Tensor]]) -> dict[str, Print]:
         start = 0
         for name in names:
             what, sample = samples[name]
-            prints[name] = what, hashlib.sha256(content[start : start + sample.numel()]).digest()[:8]
+            digest = hashlib.sha256(content[start : start + sample.numel()]).digest()[:8]
+            prints[name] = Print(what, digest, is_apart)
             start += sample.numel()
     return prints

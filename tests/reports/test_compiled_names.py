@@ -125,7 +125,8 @@ def test_what_does_not_fit_is_named_without_the_wrapper(tmp_path: Path) -> None:
 
 def test_two_names_that_differ_in_the_wrapper_alone_are_both_kept(tmp_path: Path) -> None:
     class Both:
-        state = {"a._orig_mod.w": 1, "a.w": 2}
+        def __init__(self) -> None:
+            self.state: dict[str, Any] = {"a._orig_mod.w": 1, "a.w": 2}
 
         def state_dict(self) -> dict[str, Any]:
             return self.state
