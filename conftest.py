@@ -4,9 +4,14 @@ import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # A shell that runs the tests in its background has SIGINT ignored, which children inherit, and Python leaves it so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No test depends on how fast the machine is: an example may take as long as it takes.
+settings.register_profile("dengine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dengine")
 
 
 def pytest_configure(config: pytest.Config) -> None:

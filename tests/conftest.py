@@ -43,7 +43,7 @@ class _Exchange:
     def __init__(self, size: int) -> None:
         self.size = size
         self.here = threading.local()
-        self.barrier = threading.Barrier(size, timeout=60)
+        self.barrier = threading.Barrier(size, timeout=600)
         self.slots: list[Any] = [None] * size
         self.calls: Counter[str] = Counter()
 

@@ -148,6 +148,6 @@ def test_help_lists_every_command_and_a_command_has_its_own(capsys: pytest.Captu
 def test_it_runs_as_a_module(tmp_path: Path) -> None:
     save(tmp_path / "c_1.pt", {"model": nn.Linear(1, 1)})
     command = [sys.executable, "-m", "dengine", "inspect", str(tmp_path)]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (printed.returncode, printed.stderr) == (0, "")
     assert "c_1.pt" in printed.stdout

@@ -58,7 +58,7 @@ class Sandbox:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
         )
 
     def launch(self, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -483,7 +483,7 @@ checkpoint_dir: checkpoints
 def test_complete_training_example(tmp_path: Path, device: str) -> None:
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "train.sdn").write_text(CONFIG)
-    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=200, env=environment())
+    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=1000, env=environment())
     assert done.returncode == 0, done.stderr
 
     (run_dir,) = (tmp_path / "runs" / "cifar10").glob("*-*")

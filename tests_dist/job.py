@@ -126,7 +126,7 @@ def job(rank: int, size: int, folder: str, variant: Variant, blow: Blow | None) 
     """The training from its newest checkpoint to its end, or to the blow."""
     started = time.perf_counter()
     strike = Striker(blow, rank)
-    with distributed.process_group(timeout=60), warnings.catch_warnings(record=True) as warned:
+    with distributed.process_group(timeout=300), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         objects, trainer, loader = _built(rank, size, variant, strike)
         _save_and_resume(objects, trainer, folder, variant, strike)

@@ -51,6 +51,7 @@ import torch
 import torch.distributed as dist
 
 __all__ = [
+    "PATIENCE",
     "Completed",
     "DeadlineExceeded",
     "Outcome",
@@ -67,6 +68,7 @@ T = TypeVar("T")
 # torch._dynamo: the first optimizer or DDP imports it, which takes a rank 5 s and more where several share a core.
 PRELOAD = ("pytest", "torch", "torch.distributed", "torch._dynamo", "accelerate", "ranks", "dengine.handlers")
 TAG = "DENGINE_TEST_PROCESS"  # an environment variable by which we know the processes that we started
+PATIENCE = 5  # deadlines end what hangs: on a machine that is busy, all others must stay far below them
 OUTPUT_LINES = 40  # of each rank, in a failure's message
 
 
@@ -147,11 +149,13 @@ def run_ranks(
 
     Each rank sees the environment that torchrun would set, over this process's own, with `env` on top.
     init:            opens the default process group before `fn` and closes it after; False leaves that to `fn`.
+    deadline_s:      for a machine that is free; five times as much is waited.
     grace_s:         how long the others may go on once a rank has failed.
     expect_failures: gives every rank's Outcome and raises nothing; the ranks have until the deadline, no grace.
     Raises: RankFailed; DeadlineExceeded with the stacks of those who had not finished. No process outlives the call.
     """
     __tracebackhide__ = True
+    deadline_s *= PATIENCE
     store = own_store()
     tag = new_tag()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -232,9 +236,12 @@ def run_python(
 def run_command(*command: str, deadline_s: float, env: Mapping[str, str] | None = None) -> Completed:
     """Run to the end, then kill whatever it left running, in its own session or in another.
 
+    `deadline_s` is for a machine that is free; five times as much is waited.
+
     Raises: DeadlineExceeded, with the output so far and the Python stacks; not for a return code other than 0.
     """
     __tracebackhide__ = True
+    deadline_s *= PATIENCE
     tag = new_tag()
     is_late = False
     with tempfile.TemporaryFile() as log:  # a pipe would stay open as long as any descendant lives
@@ -474,7 +481,7 @@ def _call(order: _Order) -> object:
         spec.loader.exec_module(module)
     arguments = pickle.loads(order.arguments)  # only now: they may be of classes of that module
     if order.backend is not None:
-        dist.init_process_group(order.backend, timeout=timedelta(seconds=min(30.0, order.deadline_s / 2)))
+        dist.init_process_group(order.backend, timeout=timedelta(seconds=min(30.0 * PATIENCE, order.deadline_s / 2)))
         dist.barrier()  # else a rank that needs no peer may be gone while the others still connect to it
     value = operator.attrgetter(name)(module)(*arguments)
     if order.backend is not None and dist.is_initialized():  # not in a `finally`: a failed rank leaves like a crash

@@ -15,7 +15,7 @@ from dengine import Engine, Events, distributed
 
 def alike(rank: int, size: int, delay_s: float) -> str:
     """All ranks raise the same at one place, one after the other, and handle it; many times."""
-    with distributed.process_group(timeout=60):
+    with distributed.process_group(timeout=300):
         for number in range(20 if not delay_s else 2):
 
             def step(engine: Engine, batch: int, number: int = number) -> None:
@@ -49,7 +49,7 @@ def skewed(rank: int, size: int) -> list[str]:
 
     told = []
     try:
-        with distributed.process_group(timeout=60):
+        with distributed.process_group(timeout=300):
             try:
                 Engine(step).run(range(10))
             except Exception as error:
@@ -70,7 +70,7 @@ def test_ranks_that_are_a_collective_apart_get_no_number_any_more() -> None:
 def raised_again(rank: int, size: int) -> None:
     """All ranks keep an error that they handle; later one raises it once more."""
     kept: list[Exception] = []
-    with distributed.process_group(timeout=60):
+    with distributed.process_group(timeout=300):
         try:
             Engine(lambda engine, batch: [][1]).run([1])
         except IndexError as error:
@@ -95,9 +95,9 @@ def test_an_error_that_was_handled_once_is_told_when_it_is_raised_again() -> Non
 
 def leaves_a_child(rank: int, size: int) -> None:
     """What a killed rank had forked holds its connections open."""
-    with distributed.process_group(timeout=60):
+    with distributed.process_group(timeout=300):
         if rank == 1 and os.fork() == 0:
-            time.sleep(20)
+            time.sleep(250)
             os._exit(0)
 
         def step(engine: Engine, batch: int) -> None:
@@ -114,12 +114,12 @@ def test_a_killed_rank_is_missed_although_its_child_lives_on() -> None:
     assert second.exitcode == -signal.SIGKILL
     assert first.error_type == "RemoteRankError"
     assert first.error_message.startswith("Rank 1 vanished")
-    assert first.seconds < 10
+    assert first.seconds < 100
 
 
 def holds_the_interpreter(rank: int, size: int) -> Any:
     """A step in C that lets no other thread run, on one rank, while the others wait for it; nobody hangs."""
-    with distributed.process_group(timeout=60, stall_timeout=6.0):
+    with distributed.process_group(timeout=300, stall_timeout=60):
         started = time.perf_counter()
         sum(range(10_000_000))
         additions = int(10_000_000 * 2.3 / (time.perf_counter() - started))  # longer than an answer is waited for
@@ -142,7 +142,7 @@ def in_two_threads(rank: int, size: int) -> list[str]:
     import threading
 
     told: list[str] = []
-    with distributed.process_group(timeout=60):
+    with distributed.process_group(timeout=300):
         begun = threading.Event()
 
         def second() -> None:

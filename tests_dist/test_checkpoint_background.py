@@ -61,7 +61,7 @@ def held_back(rank: int, size: int, folder: Path) -> dict[str, Any]:
     gate, seen = threading.Event(), dict[str, Any]()
 
     def waiting(descriptor: int) -> None:
-        assert gate.wait(60)
+        assert gate.wait(250)
         time.sleep(0.3 * rank)  # rank 0 is done first, and the run has to wait for the other
         _fsync(descriptor)
 
@@ -185,11 +185,11 @@ def written_slowly(rank: int, size: int, folder: Path) -> int:
     real = os.write
 
     def slow(descriptor: int, data: Any) -> int:
-        time.sleep(0.3 if len(data) > 1000 else 0)
+        time.sleep(0.7 if len(data) > 1000 else 0)
         return real(descriptor, data[:1_000_000])
 
     os.write = slow
-    with distributed.process_group(timeout=60, stall_timeout=1.0):
+    with distributed.process_group(timeout=300, stall_timeout=4.0):
         model = distributed.prepare_model(nn.Linear(2000, 1500), "fsdp")
         trainer = Engine(lambda engine, batch: None)
         trainer.on(Events.EPOCH_COMPLETED, Checkpoint({"model": model}, folder))

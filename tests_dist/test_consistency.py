@@ -20,7 +20,7 @@ def model() -> nn.Module:
 
 
 def checked(rank: int, size: int, culprit: int, what: str) -> str:
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         net = distributed.prepare_model(model())
         optimizer = torch.optim.Adam(net.parameters())
         net(torch.randn(8, 4)).sum().backward()
@@ -86,7 +86,7 @@ def test_every_bit_counts() -> None:
 
 
 def prepared(rank: int, size: int, kind: str) -> None:
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         width = 5 if kind == "shape" and rank == 2 else 4
         net = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 2, bias=not (kind == "number" and rank == 2)))
         distributed.prepare_model(net)
@@ -101,7 +101,7 @@ def test_models_of_another_shape_are_refused_where_they_are_prepared(kind: str, 
 
 
 def grown(rank: int, size: int) -> None:
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         net = distributed.prepare_model(model())
         trainer = Engine(lambda engine, batch: None)
         trainer.run([1])
@@ -117,7 +117,7 @@ def test_a_model_that_changes_on_one_rank_is_found_at_the_next_run() -> None:
 
 
 def swapped(rank: int, size: int, kind: str) -> Any:
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         if kind == "lines":
             if rank == 1:
                 accuracy = distributed.all_reduce(0.5)
@@ -146,7 +146,7 @@ def test_two_ranks_that_call_different_collectives_are_both_named(kind: str) -> 
 
 
 def branched(rank: int, size: int) -> tuple[float, str, list[int]]:
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         if rank == 0:
             total, text = distributed.all_reduce(5.0, name="total"), distributed.broadcast_object("hello")
         else:
@@ -161,7 +161,7 @@ def test_one_collective_may_be_called_from_two_lines_under_one_name() -> None:
 
 def alike(rank: int, size: int) -> list[str]:
     """All ranks raise the same in a run; a script may handle it, and goes on with its group."""
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         told = []
         for _ in range(3):
             evaluator = Engine(lambda engine, batch: batch)
@@ -179,7 +179,7 @@ def test_an_error_that_all_ranks_raise_and_handle_ends_nothing_but_the_run() -> 
 
 
 def ended(rank: int, size: int, by: str) -> int:
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         trainer = Engine(lambda engine, batch: float("nan") if rank == 1 and batch == 5 else 1.0)
         trainer.on(Events.ITERATION_COMPLETED, lambda engine: distributed.barrier("step"))
         handler = TerminateOnNan() if by == "nan" else TimeLimit(0.2 if rank == 1 else 1000)
@@ -200,7 +200,7 @@ def test_what_one_rank_finds_ends_the_run_of_all_at_one_iteration(by: str) -> No
 def builds_many(rank: int, size: int) -> str:
     """Models that hold themselves die when a rank's garbage collector comes to them: here on rank 0 alone."""
     gc.disable()
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         for width in (3, 4, 5):
             net: Any = nn.Linear(2, width)
             net.itself = [net]

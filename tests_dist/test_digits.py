@@ -77,7 +77,7 @@ def launched(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]
 
 
 def wait_for(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120.0
+    deadline = time.monotonic() + 600.0
     while text not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert text in log.read_text()
@@ -90,7 +90,7 @@ def test_where_a_rank_is_killed_torchrun_begins_all_again_and_the_end_is_the_sam
     wait_for("epoch 1 ", tmp_path / "log", process)
     (status,) = tmp_path.glob("run/digits/*/status.json")
     os.kill(json.loads(status.read_text())["pid"], signal.SIGKILL)
-    assert process.wait(120.0) == 0, (tmp_path / "log").read_text()
+    assert process.wait(600.0) == 0, (tmp_path / "log").read_text()
     printed = (tmp_path / "log").read_text()
     assert len(list(tmp_path.glob("run/digits/*"))) == 1
     assert accuracy_in(printed) == accuracy_in(printed_by_two_ranks)

@@ -25,8 +25,10 @@ from dengine.handlers import Checkpoint
 
 HERE = Path(__file__).parent
 RUNS = range(int(os.environ.get("DENGINE_FAULT_RUNS", "1")))
-STALL_TIMEOUT_S = 2.0
-GONE_S = 5.0  # after a raise or a kill, and after the stall timeout of a hang
+STALL_TIMEOUT_S = 6.0
+# After a raise or a kill, and after the stall timeout of a hang: 5 s on a machine that is free; otherwise it is the
+# timeout of the group that ends them.
+GONE_S = 5.0 if os.environ.get("DENGINE_TEST_IDLE") else 30.0
 
 HANGS = ("stop", "sleep", "leave")
 WHERE = {
@@ -192,17 +194,17 @@ def test_the_summary_of_torchrun_names_the_cause(tmp_path: Path, fault: str, cul
 
 def evaluates_long(rank: int, size: int) -> int:
     """Rank 0 evaluates by itself, longer than the stall timeout, while the others wait for it."""
-    with distributed.process_group(timeout=60, stall_timeout=1.0):
+    with distributed.process_group(timeout=300, stall_timeout=4.0):
         trainer = Engine(lambda engine, batch: distributed.barrier("step"))
 
         @trainer.on(Events.EPOCH_COMPLETED, rank_zero_only=True)
         def evaluate(engine: Engine) -> None:
-            Engine(lambda engine, batch: time.sleep(0.1), distributed=False).run(range(25))
+            Engine(lambda engine, batch: time.sleep(0.4), distributed=False).run(range(15))
 
         @trainer.on(Events.ITERATION_COMPLETED(once=2), rank_zero_only=True)
         def work(engine: Engine) -> None:
-            for _ in range(25):
-                time.sleep(0.1)
+            for _ in range(15):
+                time.sleep(0.4)
                 distributed.progress()
 
         trainer.run(range(3))
@@ -218,11 +220,11 @@ def saves_long(rank: int, size: int, folder: str, asynchronous: bool) -> int:
     real = os.write
 
     def slow(descriptor: int, data: bytes) -> int:
-        time.sleep(0.25 if len(data) > 1000 else 0)
+        time.sleep(0.7 if len(data) > 1000 else 0)
         return real(descriptor, data[:1_000_000])
 
     os.write = slow
-    with distributed.process_group(timeout=60, stall_timeout=1.0):
+    with distributed.process_group(timeout=300, stall_timeout=4.0):
         model = distributed.prepare_model(torch.nn.Linear(1500, 1500))
         trainer = Engine(lambda engine, batch: distributed.barrier("step"))
         trainer.on(Events.EPOCH_COMPLETED, Checkpoint({"model": model}, folder, asynchronous=asynchronous))
@@ -238,14 +240,14 @@ def test_a_save_that_goes_on_is_no_stall(tmp_path: Path, asynchronous: bool) -> 
 
 def uneven(rank: int, size: int) -> list[int]:
     """One rank has much more to evaluate, and one nothing; none of them waits for ever."""
-    with distributed.process_group(timeout=60, stall_timeout=1.0):
-        evaluator = Engine(lambda engine, batch: time.sleep(0.05))
-        lengths = [evaluator.run(range(40 * rank)).iteration for _ in range(2)]
+    with distributed.process_group(timeout=300, stall_timeout=4.0):
+        evaluator = Engine(lambda engine, batch: time.sleep(0.2))
+        lengths = [evaluator.run(range(20 * rank)).iteration for _ in range(2)]
         return [*lengths, distributed.all_reduce(1)]
 
 
 def test_ranks_with_uneven_work_are_no_stall() -> None:
-    assert run_ranks(uneven, 3, init=False) == [[0, 0, 3], [40, 40, 3], [80, 80, 3]]
+    assert run_ranks(uneven, 3, init=False) == [[0, 0, 3], [20, 20, 3], [40, 40, 3]]
 
 
 def lags(rank: int, size: int) -> None:
@@ -258,9 +260,9 @@ def lags(rank: int, size: int) -> None:
 
     trainer = Engine(step)
     trainer.on(Events.EXCEPTION_RAISED, lambda engine: time.sleep(4.0 * rank))
-    with distributed.process_group(timeout=60):
+    with distributed.process_group(timeout=300):
         try:
-            trainer.run(range(600))
+            trainer.run(range(4000))
         finally:
             print(f"left in iteration {trainer.state.iteration}")
 
@@ -270,14 +272,14 @@ def test_a_rank_that_lags_behind_a_failed_one_stops_before_the_end_of_its_epoch(
     assert (first.error_type, second.error_type) == ("RemoteRankError", "ZeroDivisionError")
     found = re.search("left in iteration ([0-9]+)", first.output)
     assert found is not None
-    assert int(found[1]) < 300
+    assert int(found[1]) < 3000
 
 
 def catches(rank: int, size: int) -> list[str]:
     """The script catches the failure and sleeps on: the others must not have to wait for its process to end."""
     told = []
     try:
-        with distributed.process_group(timeout=60):
+        with distributed.process_group(timeout=300):
             trainer = Engine(lambda engine, batch: 1 / (rank - 1) if batch == 3 else distributed.all_reduce(1.0))
             try:
                 trainer.run(range(6))
@@ -304,7 +306,7 @@ def interrupted(rank: int, size: int) -> str:
         distributed.barrier("step")
 
     try:
-        with distributed.process_group(timeout=60):
+        with distributed.process_group(timeout=300):
             Engine(step).run(range(6))
     except KeyboardInterrupt as error:
         return f"{type(error).__name__} {getattr(error, 'rank', None)}"

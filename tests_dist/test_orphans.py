@@ -20,7 +20,7 @@ AGENT = """
 import subprocess, sys, time
 rank = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)
 print(rank.pid, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 RANK = """
 import os, signal, sys, time
@@ -31,7 +31,7 @@ def save(*_):
     sys.exit()
 signal.signal(signal.SIGTERM, save)
 open(sys.argv[2], "w").close()
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -61,7 +61,7 @@ def is_running(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux's kernel")
 def test_a_rank_whose_agent_is_killed_is_told_to_leave(tmp_path: Path) -> None:
     pid = kill_the_agent("torchrun", tmp_path / "place")
-    end = time.monotonic() + 20
+    end = time.monotonic() + 200
     while is_running(pid) and time.monotonic() < end:
         time.sleep(0.02)
     assert not is_running(pid)
@@ -86,7 +86,7 @@ import time
 import torch.distributed as dist
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 print(store.port, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -107,7 +107,7 @@ def without_store(rank: int, size: int, host: int, what: str) -> list[int]:
 
     trainer = Engine(step)
     Preemption(lambda engine: saved.append(engine.state.iteration)).attach(trainer)
-    with distributed.process_group(timeout=60, stall_timeout=60):
+    with distributed.process_group(timeout=300, stall_timeout=300):
         trainer.run(range(20 if what == "over" else 10**9))
     return saved
 
@@ -129,4 +129,4 @@ def test_where_the_agent_that_hosts_the_store_is_gone_the_ranks_end_by_an_error_
         assert outcome.error_type == "LaunchError", (outcome.error_message, outcome.traceback)
         assert f"The store of the ranks at 127.0.0.1:{port} is gone" in outcome.error_message
         assert "torchrun's agent on that host" in outcome.error_message
-        assert outcome.seconds - outcomes[0].seconds < 5
+        assert outcome.seconds - outcomes[0].seconds < 60

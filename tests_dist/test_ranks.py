@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import DeadlineExceeded, RankFailed, run_python, run_ranks, torchrun
+from ranks import PATIENCE, DeadlineExceeded, RankFailed, run_python, run_ranks, start_server, torchrun
 
 HERE = Path(__file__).parent
 
@@ -47,7 +47,7 @@ def test_a_raising_rank_is_named_with_its_message_traceback_and_output() -> None
     start = time.monotonic()
     with pytest.raises(RankFailed) as caught:
         run_ranks(raise_on_rank_1_while_the_rest_wait, 3, grace_s=0.5)
-    assert time.monotonic() - start < 30  # the grace, not the deadline
+    assert time.monotonic() - start < 250  # the grace, not the deadline
     assert caught.value.rank == 1
     assert caught.value.failures.keys() == {1}
     error_type, message, trace = caught.value.failures[1]
@@ -79,8 +79,8 @@ def note_pids_and_hang_on_rank_0(rank: int, size: int, folder: Path) -> None:
 def test_a_hanging_rank_meets_the_deadline_with_its_stack_and_no_process_left(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(DeadlineExceeded) as caught:
-        run_ranks(note_pids_and_hang_on_rank_0, 2, tmp_path, deadline_s=4.0, init=False)
-    assert 4.0 <= time.monotonic() - start < 20.0
+        run_ranks(note_pids_and_hang_on_rank_0, 2, tmp_path, deadline_s=3.0, init=False)
+    assert 3.0 * PATIENCE <= time.monotonic() - start < 250
     assert caught.value.finished == [1]
     assert caught.value.unfinished == [0]
     assert "in note_pids_and_hang_on_rank_0" in caught.value.stacks[0]
@@ -100,14 +100,14 @@ def wait_for_a_rank_that_never_comes(rank: int, size: int) -> None:
 
 def test_the_stack_of_a_rank_blocked_in_native_code_is_shown() -> None:
     with pytest.raises(DeadlineExceeded) as caught:
-        run_ranks(wait_for_a_rank_that_never_comes, 2, init=False, deadline_s=4.0)
+        run_ranks(wait_for_a_rank_that_never_comes, 2, init=False, deadline_s=3.0)
     assert "in barrier" in caught.value.stacks[0]
     assert "in barrier" not in caught.value.stacks[1]
 
 
 def test_a_collective_that_blocks_times_out_before_the_deadline_and_names_its_rank() -> None:
     with pytest.raises(RankFailed, match="Timed out") as caught:
-        run_ranks(wait_for_a_rank_that_never_comes, 2, deadline_s=4.0, grace_s=0.0)
+        run_ranks(wait_for_a_rank_that_never_comes, 2, deadline_s=3.0, grace_s=0.0)
     assert caught.value.failures.keys() == {0}
 
 
@@ -129,14 +129,14 @@ def test_expected_failures_come_back_as_outcomes_of_every_rank() -> None:
     assert (killed.rank, killed.exitcode, killed.error_type, killed.value) == (0, -9, "ProcessDied", None)
     assert killed.output == "before the end\n"
     assert (alive.rank, alive.exitcode, alive.error_type, alive.value) == (1, 0, None, "alive")
-    assert 0.5 <= alive.seconds < 30
+    assert 0.5 <= alive.seconds < 250
     assert (raised.exitcode, raised.error_type, raised.error_message) == (1, "ValueError", "on purpose")
     assert "on purpose" in raised.traceback
     assert (left.exitcode, left.error_type) == (75, "SystemExit")
 
 
 def test_a_rank_that_hangs_among_expected_failures_is_told_from_one_that_was_killed() -> None:
-    outcomes = run_ranks(wait_for_a_rank_that_never_comes, 2, deadline_s=4.0, expect_failures=True)
+    outcomes = run_ranks(wait_for_a_rank_that_never_comes, 2, deadline_s=3.0, expect_failures=True)
     assert [outcome.exitcode for outcome in outcomes] == [1, -9]  # rank 0: the timeout of its group
     assert [outcome.error_type for outcome in outcomes] == ["RuntimeError", "DeadlineExceeded"]
 
@@ -150,7 +150,7 @@ def test_a_raising_rank_ends_although_one_of_its_threads_does_not() -> None:
     start = time.monotonic()
     with pytest.raises(RankFailed):
         run_ranks(leave_a_thread_running, 1)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 250
 
 
 def crash_in_native_code(rank: int, size: int) -> None:
@@ -218,9 +218,9 @@ def own_share(rank: int, size: int) -> Share:
 
 def test_a_class_of_the_test_module_comes_back_as_itself_from_each_of_two_calls() -> None:
     assert run_ranks(own_share, 2) == [Share([0.0]), Share([1.0])]
-    start = time.monotonic()
+    server = start_server()
     assert run_ranks(own_share, 2) == [Share([0.0]), Share([1.0])]
-    assert time.monotonic() - start < 5.0  # sanity: the server was warm
+    assert start_server() is server  # no second one, which would load torch anew
 
 
 def many_bytes(rank: int, size: int, megabytes: int) -> torch.Tensor:
@@ -270,7 +270,7 @@ def test_torchrun_at_its_deadline_shows_the_stacks_and_leaves_nothing(tmp_path: 
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     with pytest.raises(DeadlineExceeded) as caught:
-        torchrun(script, 2, "hang", deadline_s=25.0)
+        torchrun(script, 2, "hang", deadline_s=8.0)
     message = str(caught.value)
     assert f'File "{script}", line 12 in <module>' in message, message
     pids = pids_printed(message)

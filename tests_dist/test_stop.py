@@ -20,7 +20,7 @@ def trained(
 ) -> tuple[tuple[int, int, int], list[str]]:
     """Two epochs of 50; ranks `who` ask to stop at `event`. With `waits`, a step waits for all ranks, as in DDP."""
     log: list[str] = []
-    with distributed.process_group(timeout=20):
+    with distributed.process_group(timeout=300):
 
         def step(engine: Engine, batch: int) -> float:
             if waits:
@@ -85,7 +85,7 @@ def test_a_stop_asked_for_before_the_first_iteration_is_heard(event: str) -> Non
 
 def on_uneven_shards(rank: int, size: int, lengths: list[int], who: int, at: int) -> tuple[int, int, float, bool]:
     """Shards differ in length; the ranks meet at the epoch's end only, in the reduction of the metric."""
-    with distributed.process_group(timeout=20):
+    with distributed.process_group(timeout=300):
         evaluator = Engine(lambda engine, batch: time.sleep(0.001) or float(rank))
         evaluator.add_metric(Average(), "mean")
         if rank == who:
@@ -114,7 +114,7 @@ def at_random(rank: int, size: int, seed: int) -> list[tuple[int, int, int]]:
 
     shared, mine = random.Random(seed), random.Random(seed * 100 + rank)
     places = []
-    with distributed.process_group(timeout=20):
+    with distributed.process_group(timeout=300):
         for _ in range(40):
             who, moment, waits = shared.randrange(size), shared.randrange(30), shared.random() < 0.5
 
@@ -139,7 +139,7 @@ def test_stops_at_random_moments_never_part_the_ranks(seed: int) -> None:
 
 def nested(rank: int, size: int) -> tuple[int, int]:
     """The evaluator, inside the trainer's handler, stops the trainer: on one rank only."""
-    with distributed.process_group(timeout=20):
+    with distributed.process_group(timeout=300):
         trainer = Engine(lambda engine, batch: distributed.all_reduce(1.0))
         evaluator = Engine(lambda engine, batch: 1.0)
         evaluator.add_metric(Average(), "one")

@@ -14,7 +14,7 @@ from dengine.tracking import Track
 
 def train(rank: int, size: int, folder: str, opens_first: bool) -> tuple[str, bool]:
     opened = Track.run("p", dir=folder) if opens_first else None
-    with distributed.process_group(timeout=30), opened or Track.run("p", dir=folder) as run:
+    with distributed.process_group(timeout=300), opened or Track.run("p", dir=folder) as run:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
         trainer = Engine(lambda engine, batch: {"loss": float(rank)})
         log = TrackingHandler(run, ["loss"], lambda output: output)
@@ -66,7 +66,7 @@ def test_other_ranks_need_no_run() -> None:
 
 
 def fail(rank: int, size: int, folder: str) -> None:
-    with distributed.process_group(timeout=20), Track.run("p", dir=folder) as run:
+    with distributed.process_group(timeout=300), Track.run("p", dir=folder) as run:
 
         def step(engine: Engine, batch: int) -> float:
             if rank == 1 and batch == 3:

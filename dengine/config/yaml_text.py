@@ -1,5 +1,6 @@
 """YAML as configurations need it: plain values by one rule, a line for each key, and no key twice."""
 
+from collections.abc import Callable
 from typing import Any
 
 from dengine.config.places import Document, Place, Repeats, below
@@ -10,7 +11,7 @@ __all__ = ["parse_value", "read_yaml"]
 
 _PLAIN = "!plain"
 _STR, _INT, _FLOAT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_TAGGED = {_STR: str, "!": str, _INT: whole, _FLOAT: finite}
+_TAGGED: dict[str, Callable[[str], Any]] = {_STR: str, "!": str, _INT: whole, _FLOAT: finite}
 
 
 def read_yaml(text: str, source: str) -> tuple[Any, Document]:

@@ -19,25 +19,37 @@ from dengine.checkpoint.storage import write_beside
 from dengine.checkpoint.writer import Writing
 from dengine.handlers import Checkpoint
 
-# The disk waits for two interrupts, and then for a moment more.
+# The disk waits for two interrupts, in a step and while the run waits for the disk, and then for a moment more.
 TWICE_INTERRUPTED = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 import torch
 from dengine import Engine, Events
+from dengine.checkpoint.writer import Writing
 from dengine.handlers import Checkpoint
 
-fsync = os.fsync
+fsync, within = os.fsync, Writing.is_done_within
+in_step, run_waits = threading.Event(), threading.Event()
 
 def slow(descriptor):
     os.fsync = fsync
-    for _ in range(2):
+    for event in (in_step, run_waits):
+        event.wait()
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
     time.sleep(1.0)
     fsync(descriptor)
 
-os.fsync = slow
-trainer = Engine(lambda engine, batch: time.sleep(5) if batch == 1 else None)
+def waiting(writing, timeout_s):
+    run_waits.set()
+    return within(writing, timeout_s)
+
+def step(engine, batch):
+    if batch == 1:
+        in_step.set()
+        time.sleep(600)
+
+os.fsync, Writing.is_done_within = slow, waiting
+trainer = Engine(step)
 checkpoint = Checkpoint({"model": torch.nn.Linear(2, 2)}, sys.argv[1], asynchronous=True)
 trainer.on(Events.ITERATION_COMPLETED, checkpoint)
 trainer.run(range(9))
@@ -46,7 +58,7 @@ trainer.run(range(9))
 
 def test_two_interrupts_end_the_run_and_the_process_once_the_file_is_safe(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TWICE_INTERRUPTED, str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert ended.returncode == -signal.SIGINT, ended.stderr
     assert ended.stderr.rstrip().endswith("KeyboardInterrupt")
     assert verify(tmp_path / "checkpoint_1.pt").step == 1

@@ -1,7 +1,7 @@
 """Every sample where it belongs, whatever the number of ranks; judged by counting."""
 
 import re
-import time
+import sys
 import tracemalloc
 from typing import Any
 
@@ -143,18 +143,19 @@ def start_of_a_thousand_million() -> int:
     return next(iter(sampler))
 
 
-def test_a_thousand_million_samples_start_within_ten_milliseconds_and_megabytes() -> None:
+def test_a_thousand_million_samples_start_within_a_thousand_calls_and_ten_megabytes() -> None:
     tracemalloc.start()
     assert 0 <= start_of_a_thousand_million() < 10**9
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 10e6
-    seconds = []
-    for _ in range(10):
-        started = time.perf_counter()
+    calls: list[str] = []
+    sys.setprofile(lambda frame, kind, argument: calls.append(kind))
+    try:
         start_of_a_thousand_million()
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 10e-3  # a list of indices would take a minute
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < 1000  # not the time: the machine may be busy. To skip 10^8 samples one by one takes as many
 
 
 def test_indices_carry_the_epoch_they_were_drawn_in_where_they_are_to() -> None:

@@ -162,5 +162,5 @@ unwanted = {"accelerate", "torchmetrics", "tqdm", "tensorboard", "matplotlib", "
 found = unwanted & (set(sys.modules) - loaded_by_torch)
 assert not found, found
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dengine import Engine, Events
+from dengine.checkpoint.writer import Writing
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
 
@@ -243,7 +244,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> None:
     real = os.fsync
 
     def slow(descriptor: int) -> None:
-        assert gate.wait(20), "nobody opened the gate"
+        assert gate.wait(120), "nobody opened the gate"
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow)
@@ -254,7 +255,7 @@ def test_what_is_saved_is_of_the_moment_although_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     gate, real = threading.Event(), getattr(os, call)
-    monkeypatch.setattr(os, call, lambda *given: (gate.wait(20), real(*given))[1])
+    monkeypatch.setattr(os, call, lambda *given: (gate.wait(120), real(*given))[1])
     model = nn.Linear(300, 300)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
 
@@ -290,8 +291,18 @@ def test_what_is_saved_is_of_the_moment_although_training_goes_on(
 def test_a_save_that_comes_while_one_is_running_waits_and_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.05), real(descriptor))[1])
+    gate = threading.Event()
+    slowed(monkeypatch, gate)
+    result = Writing.result
+
+    def awaited(writing: Writing[Any]) -> Any:
+        gate.set()
+        try:
+            return result(writing)
+        finally:
+            gate.clear()
+
+    monkeypatch.setattr(Writing, "result", awaited)
     checkpoint = Checkpoint({"model": nn.Linear(1, 1)}, tmp_path, n_saved=9, asynchronous=True)
     trainer = Engine(lambda engine, batch: batch)
     trainer.on(Events.ITERATION_COMPLETED, checkpoint)

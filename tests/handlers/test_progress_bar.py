@@ -66,7 +66,7 @@ trainer.run(range(7))
 def test_a_real_terminal_shows_it_also_where_it_does_not_know_its_size(rows_and_columns: tuple[int, int]) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *rows_and_columns, 0, 0))
-    process = subprocess.run([sys.executable, "-c", SCRIPT], stdout=theirs, stderr=theirs, timeout=60)
+    process = subprocess.run([sys.executable, "-c", SCRIPT], stdout=theirs, stderr=theirs, timeout=600)
     os.close(theirs)
     shown = os.read(ours, 100_000).decode()
     os.close(ours)

@@ -157,7 +157,7 @@ def test_trackio_has_every_row_and_a_resumed_run_is_the_same(tmp_path: Path, mon
     needs("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported: in another process
     code = TRACKIO.format(here=str(Path(__file__).parent), runs=str(tmp_path / "runs"), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1, done.stdout  # trackio's own messages are kept back
     trackio_id, num_runs, run_id = json.loads(done.stdout)

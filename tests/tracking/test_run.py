@@ -50,7 +50,7 @@ def start_script(code: str, folder: Path) -> tuple[subprocess.Popen[str], Path]:
 
 
 def test_a_row_is_in_the_file_when_log_returns_and_survives_a_kill(tmp_path: Path) -> None:
-    code = "for step in range(200): run.log({'loss': step})\nprint('ready', flush=True)\ntime.sleep(60)"
+    code = "for step in range(200): run.log({'loss': step})\nprint('ready', flush=True)\ntime.sleep(600)"
     process, run_dir = start_script(code, tmp_path)
     assert process.stdout is not None
     process.stdout.readline()
@@ -238,7 +238,7 @@ def test_a_run_ended_by_sigterm_is_failed(num_signals: int, tmp_path: Path) -> N
     process.stdout.readline()
     for _ in range(num_signals):
         process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 143
+    assert process.wait(600) == 143
     status = read(run_dir, "status")
     assert status["status"] == "failed"
     assert "SystemExit: 143" in status["error"]
@@ -263,7 +263,7 @@ def test_the_handler_of_sigterm_is_gone_after_the_run_and_one_that_was_there_sta
 @pytest.mark.parametrize(("code", "status"), [("", "finished"), ("1 / 0", "failed")])
 def test_a_script_that_forgets_to_finish_is_marked_as_it_ended(code: str, status: str, tmp_path: Path) -> None:
     process, run_dir = start_script(f"run.log({{'x': 1}})\n{code}", tmp_path)
-    process.wait(20)
+    process.wait(600)
     found = read(run_dir, "status")
     assert found["status"] == status
     assert ("ZeroDivisionError" in found.get("traceback", "")) == bool(code)
@@ -339,7 +339,7 @@ def test_an_unknown_run_lists_those_there_are(tmp_path: Path) -> None:
 
 
 def test_a_run_that_another_process_records_cannot_be_resumed_until_that_has_ended(tmp_path: Path) -> None:
-    process, run_dir = start_script("print('ready', flush=True)\ntime.sleep(60)", tmp_path)
+    process, run_dir = start_script("print('ready', flush=True)\ntime.sleep(600)", tmp_path)
     assert process.stdout is not None
     process.stdout.readline()
     with pytest.raises(TrackingError, match="is being written by another process"):
@@ -383,7 +383,7 @@ def test_a_run_that_is_open_here_cannot_be_resumed_until_it_is_finished(tmp_path
         with pytest.raises(TrackingError, match=r"is being written by this process: finish\(\)"):
             Track.run("p", config={"new": 1}, dir=tmp_path / folder, resume=first.id)
     other = f"from dengine.tracking import Track\nTrack.run('p', dir={str(tmp_path / 'runs')!r}, resume={first.id!r})"
-    tried = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=60)
+    tried = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=600)
     assert "is being written by another process" in tried.stderr  # the lock has outlived what was refused
     assert read(first.dir, "config") == {}
     first.finish()

@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ranks import PATIENCE
+
 __all__ = ["Command", "Hosts", "until"]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +21,7 @@ def until(is_so: Callable[[], object], deadline_s: float, told: Callable[[], obj
     """Wait until it is so; give the seconds that it took. Raises: TimeoutError with what `told` says."""
     begun = time.monotonic()
     while not is_so():
-        if time.monotonic() - begun > deadline_s:
+        if time.monotonic() - begun > deadline_s * PATIENCE:
             raise TimeoutError(f"not so after {deadline_s:g} s: {told()}")
         time.sleep(0.05)
     return time.monotonic() - begun
@@ -42,7 +44,7 @@ class Command:
 
     def wait(self, deadline_s: float = 150) -> int:
         try:
-            return self.process.wait(deadline_s)
+            return self.process.wait(deadline_s * PATIENCE)
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"{self.host} still runs after {deadline_s:g} s:\n{self.log}") from None
 
@@ -58,7 +60,9 @@ class Hosts:
     def control(self, action: str, *words: str) -> subprocess.CompletedProcess[str]:
         with (self.work / "hosts.out").open("w+") as output:  # no pipe: what holds the hosts open would hold it, too
             command = [str(SCRIPT), action, str(self.folder), *words]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=60)
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=60 * PATIENCE
+            )
             output.seek(0)
             return subprocess.CompletedProcess(done.args, done.returncode, output.read())
 

@@ -61,7 +61,7 @@ def test_hosts_that_gloo_cannot_connect_are_named_at_once(hosts: Hosts, tmp_path
         assert added.returncode == 0, added.stdout
     environment = {"NNODES": "2", "HEAD": "h1"}
     first, second = everywhere(hosts, "multinode.sh", str(tmp_path / "job"), **environment)
-    assert (first.wait(60), second.wait(60)) == (1, 1)
+    assert (first.wait(), second.wait()) == (1, 1)
     for command in (first, second):
         assert "LaunchError: Gloo would not connect the hosts, since on h1 (rank 0) the host's own name" in command.log
     environment["GLOO_SOCKET_IFNAME"] = "eth0"
@@ -71,18 +71,18 @@ def test_hosts_that_gloo_cannot_connect_are_named_at_once(hosts: Hosts, tmp_path
 
 def test_where_a_cable_is_cut_the_silent_rank_is_named_and_nobody_trains_on(hosts: Hosts, tmp_path: Path) -> None:
     """Without dengine the kernel says so after 15 minutes, and the agent of the host that is cut off stays as long."""
-    arguments = (str(tmp_path / "job"), "--pause=0.2", "--iterations=1000", "--stall-timeout=8")
+    arguments = (str(tmp_path / "job"), "--pause=0.2", "--iterations=1000", "--stall-timeout=20")
     first, second = everywhere(hosts, "multinode.sh", *arguments, NNODES="2", HEAD="h1")
     reach(tmp_path / "job", 10, first, second)
     assert len(hosts.ranks("h2", JOB)) == 1
     hosts.control("cut", "h2")
-    seconds = first.says("StallError", 60)
+    seconds = first.says("StallError")
     print(f"named {seconds:.1f} s after the cut")
-    assert "StallError: Rank 1 has made no progress for 8 s" in first.log
+    assert "StallError: Rank 1 has made no progress for 20 s" in first.log
     assert "its process is stopped or holds the interpreter, or its host is not reached" in first.log
-    assert first.wait(60) == 1
+    assert first.wait() == 1
     # From where it is, it cannot say to anybody that it ends: the store is on the other side.
-    waited = until(lambda: not hosts.ranks("h2", JOB), 100, lambda: second.log)
+    waited = until(lambda: not hosts.ranks("h2", JOB), 150, lambda: second.log)
     print(f"no rank is left on the host that is cut off {waited:.1f} s after the first one ended")
     assert "its process is stopped or hangs, or its host is not reached" in second.log
 
@@ -94,8 +94,8 @@ def test_ranks_whose_agent_is_killed_save_and_leave_with_all_others(hosts: Hosts
     # Not the host of rank 0, by whose agent the ranks speak to each other: without that one, all end by an error.
     assert "rank 1 of 2 on h2" in second.log
     os.kill(second.process.pid, signal.SIGKILL)
-    until(lambda: not hosts.ranks("h2", JOB), 30, lambda: second.log)
-    assert first.wait(60) == 1, first.log
+    until(lambda: not hosts.ranks("h2", JOB), 150, lambda: second.log)
+    assert first.wait() == 1, first.log
     assert "rank 0 saved after" in first.log + second.log
     assert "rank 1 saved after" in first.log + second.log
 
@@ -114,12 +114,11 @@ def test_a_rank_that_is_killed_is_begun_again_with_all_others_and_the_end_is_the
     assert digests(first.log + second.log) == on_one_host
 
 
-@pytest.mark.timeout(500)
 def test_a_host_whose_cable_is_healed_joins_again_and_training_goes_on_meanwhile(hosts: Hosts, tmp_path: Path) -> None:
-    arguments = (str(tmp_path / "job"), "--pause=0.2", "--iterations=100000", "--stall-timeout=8")
-    environment = {"NNODES": "1:2", "HEAD": "h1", "LAST_CALL": "3"}
+    arguments = (str(tmp_path / "job"), "--pause=0.2", "--iterations=100000", "--stall-timeout=20")
+    environment = {"NNODES": "1:2", "HEAD": "h1", "LAST_CALL": "15"}
     first, second = everywhere(hosts, "elastic.sh", *arguments, **environment)
-    reach(tmp_path / "job", 10, first, second)
+    reach(tmp_path / "job", 11, first, second)  # what is saved in the tenth is safe only after it is over
     hosts.control("cut", "h2")
     print(f"alone {first.says('of 1 on h1 begins after'):.1f} s after the cut")
     alone = int(re.findall(r"of 1 on h1 begins after (\d+)", first.log)[0])
@@ -139,7 +138,7 @@ def test_the_first_attempt_with_a_host_that_joins_again_trains(hosts: Hosts, tmp
     """torchrun's agents keep what they know of the last meeting, its store what the ranks before have said."""
     arguments = (str(tmp_path / "job"), "--pause=0.1", "--iterations=100000")
     kept = "h1" if lost == "h2" else "h2"
-    environment = {"NNODES": "1:2", "HEAD": kept, "LAST_CALL": "2"}
+    environment = {"NNODES": "1:2", "HEAD": kept, "LAST_CALL": "15"}
     first, second = everywhere(hosts, "elastic.sh", *arguments, **environment)
     stays, comes = (first, second) if kept == "h1" else (second, first)
     reach(tmp_path / "job", 5, first, second)

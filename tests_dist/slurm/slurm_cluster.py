@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ranks import TAG
+from ranks import PATIENCE, TAG
 
 __all__ = ["JOB", "Cluster", "Job", "on", "until"]
 
@@ -23,7 +23,7 @@ def until(is_so: Callable[[], object], deadline_s: float, told: Callable[[], obj
     """Wait until it is so; give the seconds that it took. Raises: TimeoutError with what `told` says."""
     begun = time.monotonic()
     while not is_so():
-        if time.monotonic() - begun > deadline_s:
+        if time.monotonic() - begun > deadline_s * PATIENCE:
             raise TimeoutError(f"not so after {deadline_s:g} s: {told()}")
         time.sleep(0.3)  # scontrol costs, too
     return time.monotonic() - begun
@@ -91,7 +91,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                timeout=120,
+                timeout=120 * PATIENCE,
                 env={**os.environ, TAG: self.tag},
             )
             output.seek(0)
@@ -117,7 +117,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=deadline_s,
+            timeout=deadline_s * PATIENCE,
         )
 
     def submit(
