@@ -9,7 +9,7 @@ from dengine.distributed import world
 from dengine.engine import Engine
 from dengine.handlers.step import StepTransform, step_of
 from dengine.tracking.run import Run
-from dengine.tracking.values import flat
+from dengine.tracking.values import RowMaker, scalar
 
 __all__ = ["Sink", "TrackingHandler", "metrics_and_outputs", "sink_of"]
 
@@ -35,6 +35,7 @@ class TrackingHandler:
         TypeError: `run` cannot be logged to, `metric_names` is a string other than "all", or a transform not callable.
         ValueError: neither `metric_names` nor `output_transform` is given, so that there is nothing to log; or (when
             called) a name that is asked for is both a metric's and an output's, of which one would be lost.
+        TypeError: (when called) a value of a name in `metric_names` is no scalar.
         KeyError: (when called) there is no value of such a name; it lists those there are. A metric of this engine
             that has not been computed yet, in the first epoch, is left out.
 
@@ -92,7 +93,8 @@ class TrackingHandler:
         values: dict[str, Any] = {}
         for name in self._names:
             if name in have:
-                values.update(_spread(name, have[name]))
+                entries = _spread(name, have[name])
+                values |= {part: None if value is None else scalar(part, value) for part, value in entries.items()}
             elif name not in engine.metric_names:
                 raise KeyError(
                     f"TrackingHandler was asked to log {name!r}, but there is "
@@ -137,21 +139,22 @@ def sink_of(run: Any) -> Sink:
     """
     if isinstance(run, Run):  # it reads and joins them itself
         return run.log
+    row = RowMaker().row
     if callable(getattr(run, "add_scalar", None)):  # a SummaryWriter
 
         def add_scalars(values: dict[str, Any], step: int) -> None:
-            for name, value in _numbers(values).items():
+            for name, value in _numbers(row(values)).items():
                 run.add_scalar(name, value, step)
 
         return add_scalars
     if callable(getattr(run, "log_metrics", None)):  # the module mlflow
-        return lambda values, step: run.log_metrics(_numbers(values), step=step)
+        return lambda values, step: run.log_metrics(_numbers(row(values)), step=step)
     if callable(getattr(run, "log", None)):
-        return lambda values, step: run.log(flat(values), step=step)
+        return lambda values, step: run.log(row(values), step=step)
     if hasattr(getattr(run, "info", None), "run_id"):  # what mlflow.start_run() gives
         import mlflow
 
-        return lambda values, step: mlflow.log_metrics(_numbers(values), step=step, run_id=run.info.run_id)
+        return lambda values, step: mlflow.log_metrics(_numbers(row(values)), step=step, run_id=run.info.run_id)
     raise TypeError(
         f"{run!r} cannot be logged to: pass a run of Track.run(), an object with log(dict, step=), a SummaryWriter, or "
         "the module mlflow."
@@ -171,5 +174,5 @@ def _fits(value: Any) -> bool:
     return isinstance(value, (int, float, str)) or (hasattr(value, "item") and getattr(value, "size", 0) == 1)
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in flat(values).items() if not isinstance(value, str)}
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in row.items() if value is not None and not isinstance(value, str)}

@@ -58,7 +58,7 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
         if reached is not None and "epoch" in row:
             x = reached(_number(row.get("time", math.nan)), x)
         for name, value in row.items():
-            if name not in _OVER and not isinstance(value, bool) and not math.isnan(x):
+            if name not in _OVER and value is not None and not isinstance(value, bool) and not math.isnan(x):
                 if isinstance(value, str) and value not in ("NaN", "Infinity", "-Infinity"):
                     continue
                 points.setdefault(name, {})[x] = _number(value)

@@ -47,7 +47,7 @@ class MlflowBackend(Backend):
         for name, value in values.items():
             if isinstance(value, str):
                 self._client.set_tag(self._run_id, _key(name), value)
-            else:
+            elif value is not None:
                 self._waiting.append(self._metric(_key(name), float(value), int(time_s * 1000), step))
         if len(self._waiting) >= _BATCH or time.monotonic() - self._sent_s >= _MAX_WAIT_S:
             self._send()

@@ -21,7 +21,7 @@ from dengine.tracking.backend import Backend, StoredFiles
 from dengine.tracking.files import TrackingError, read_json, write_json
 from dengine.tracking.rows import ROWS, RowFile, read_rows
 from dengine.tracking.run import Run
-from dengine.tracking.values import flat, plain
+from dengine.tracking.values import RowMaker, plain
 
 __all__ = ["RecordedRun"]
 
@@ -46,6 +46,7 @@ class RecordedRun(Run):
         self.config = config
         self.summary = {}
         self._next_step = 0
+        self._row_maker = RowMaker()
         self._rows = rows
         self._backends: dict[str, Backend] = {}
         self._is_finished = False
@@ -66,7 +67,7 @@ class RecordedRun(Run):
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         self._refuse_when_finished("log()")
-        row = flat(values)
+        row = self._row_maker.row(values)
         for own in _OWN:
             if own in row:
                 raise ValueError(

@@ -33,13 +33,16 @@ class Run(ABC):
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Record numbers, bools and strings; nested dicts are joined by "/". It is in `metrics.jsonl` on return.
 
+        A value that a row cannot hold (a list, a tensor of several elements) is left out, with one warning for its
+        name, and the rest of the row is kept: no value ends the training. None is null.
+
         Args:
             values: by name. Tensors and arrays of one element are read, which waits for their device.
             step: any whole number, smaller ones than before too; by default one more than the last, from 0.
 
         Raises:
-            TypeError, ValueError: a value is no scalar, or named "step" or "time", as two entries of each row are, or a
-                dict contains itself; nothing is recorded then.
+            TypeError, ValueError: `values` is no dict or contains itself, a value is named "step" or "time", as two
+                entries of each row are, two have one name, or `step` is no whole number; nothing is recorded then.
             RuntimeError: the run is finished.
         """
 

@@ -27,7 +27,7 @@ class TensorBoardBackend(Backend):
         for name, value in values.items():
             if isinstance(value, str):
                 self._writer.add_text(name, value, step, time_s)
-            else:
+            elif value is not None:
                 self._writer.add_scalar(name, value, step, time_s)
         self._step = step
 

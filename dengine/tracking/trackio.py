@@ -32,7 +32,7 @@ class TrackioBackend(Backend):
             )
 
     def log(self, values: Mapping[str, Scalar], step: int, time_s: float) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     def log_artifact(self, stored: StoredFiles) -> None:
         artifact = self._module.Artifact(stored.name, type=stored.type, metadata={"sha256": stored.digest})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -11,9 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-__all__ = ["Scalar", "encode", "flat", "plain", "scalar", "to_json"]
+__all__ = ["RowMaker", "Scalar", "encode", "plain", "scalar", "to_json"]
 
-Scalar: TypeAlias = float | int | bool | str
+Scalar: TypeAlias = float | int | bool | str | None
 
 _ENCODE = json.JSONEncoder(allow_nan=False).encode
 _AS_IT_IS = (float, int, bool, str)
@@ -24,7 +25,8 @@ def scalar(name: str, value: Any) -> Scalar:
     """`value` as a Python number, bool or string. A tensor is read from its device here, which waits for it.
 
     Raises:
-        TypeError: it is none of them; of tensors and arrays, those with a single element and a real type are.
+        TypeError: it is none of them; of tensors and arrays, those with a single element and a real type are, where
+            they can be read.
     """
     if type(value) in _AS_IT_IS:
         return value  # type: ignore[no-any-return]
@@ -35,7 +37,7 @@ def scalar(name: str, value: Any) -> Scalar:
                 f"{name!r} is {kind} of shape {tuple(value.shape)}, and a row holds scalars: log its mean, or its "
                 "entries one by one."
             )
-        value = value.item()
+        value = _item(name, value)
     for kind_of_scalar in (bool, int, float, str):  # subclasses too: np.float64, an IntEnum
         if isinstance(value, kind_of_scalar):
             return kind_of_scalar(value)
@@ -45,18 +47,32 @@ def scalar(name: str, value: Any) -> Scalar:
     )
 
 
-def flat(values: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Scalars by name: `{"val": {"acc": tensor(0.5)}}` gives `{"val/acc": 0.5}`.
+class RowMaker:
+    """Makes rows of what people log. A value that a row cannot hold is left out, with one warning for each name."""
 
-    Raises:
-        TypeError: no mapping, or something in it is no scalar.
-        ValueError: two values have one name, or a mapping contains itself.
-    """
-    if not isinstance(values, Mapping):
-        raise TypeError(f"log() takes a dict of names to values, but got {_short(values)}.")
-    row: dict[str, Scalar] = {}
-    _flatten((), values, row)
-    return row
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def row(self, values: Mapping[str, Any]) -> dict[str, Scalar]:
+        """Scalars by name: `{"val": {"acc": tensor(0.5)}}` gives `{"val/acc": 0.5}`; None stays None.
+
+        Raises:
+            TypeError: no mapping.
+            ValueError: two values have one name, or a mapping contains itself.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"log() takes a dict of names to values, but got {_short(values)}.")
+        row: dict[str, Scalar] = {}
+        reasons: dict[str, str] = {}
+        _flatten((), values, row, reasons)
+        if reasons and (new := {name: reason for name, reason in reasons.items() if name not in self._told}):
+            self._told |= new.keys()
+            warnings.warn(
+                f"Left out of the record: {' '.join(new.values())} This is said once for each name.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return row
 
 
 def encode(row: Mapping[str, Scalar]) -> bytes:
@@ -105,17 +121,34 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def _flatten(keys: Sequence[object], values: Mapping[Any, Any], row: dict[str, Scalar]) -> None:
+def _flatten(
+    keys: Sequence[object], values: Mapping[Any, Any], row: dict[str, Scalar], reasons: dict[str, str]
+) -> None:
     _refuse_depth(keys)
     prefix = "".join(f"{key}/" for key in keys)
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            _flatten((*keys, key), value, row)
-        elif name in row:
+            _flatten((*keys, key), value, row, reasons)
+        elif name in row or name in reasons:
             raise ValueError(f"There are two values named {name!r} in one row: nested names are joined by '/'.")
+        elif value is None:
+            row[name] = None
         else:
-            row[name] = scalar(name, value)
+            try:
+                row[name] = scalar(name, value)
+            except TypeError as error:
+                reasons[name] = str(error)
+
+
+def _item(name: str, value: Any) -> Any:
+    """The one element. Of a tensor on a device, what fails there is raised as it is: it is not about this value."""
+    try:
+        return value.item()
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta"):
+            raise
+        raise TypeError(f"{name!r} is a {type(value).__qualname__} that cannot be read: {error}.") from error
 
 
 def _refuse_depth(keys: Sequence[object]) -> None:
@@ -126,5 +159,8 @@ def _refuse_depth(keys: Sequence[object]) -> None:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # the user's own
+        text = object.__repr__(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
