@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,33 +15,87 @@ from dengine.distributed.world import control, world
 from dengine.errors import ConsistencyError
 
 __all__ = [
+    "START_OF_RUN",
+    "Compared",
+    "Start",
+    "any_rank",
+    "compare_start",
     "compare_tensors",
     "parameters_of",
     "prepared_parameters",
-    "refuse_difference",
+    "refuse_differences",
     "refuse_different_models",
     "same_on_all_ranks",
 ]
 
+START_OF_RUN = "the comparison at the start of a run"  # as a collective that every shared run begins with
+_BUILD_ALIKE = "Build the same on every rank."
 _CHUNK = 1 << 20  # elements that are mixed at a time: what a digest takes of memory
 _MIXERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # odd, as in splitmix64
 
 
-def same_on_all_ranks(entries: Sequence[str]) -> bool:
+class Compared(NamedTuple):
+    """What all ranks must have alike, entry by entry, and what to do if they have not.
+
+    `may_lack`: a rank without any entry is passed over, as it has nothing of this kind.
+    """
+
+    subject: str
+    entries: Sequence[str]
+    advice: str = _BUILD_ALIKE
+    may_lack: bool = False
+
+
+class Start(NamedTuple):
+    """What the ranks found out about each other at the start of a run.
+
+    Attributes:
+        is_same: all ranks have the same entries.
+        most_batches: the largest number that any rank gave for its batches.
+        is_same_data: all ranks go through the same samples, as far as their descriptions tell.
+    """
+
+    is_same: bool
+    most_batches: int
+    is_same_data: bool
+
+
+def compare_start(entries: Sequence[str], *, batches: int = 0, data: str = "") -> Start:
+    """Compare `entries` and `data`, and find the largest `batches`. Collective. Cost: an all-reduce of 5 numbers."""
+    mine, samples = _digest_of(entries), _digest_of([data])
+    told = torch.tensor([mine, -mine, samples, -samples, batches])
+    found = max_tensor(told, world(), what=START_OF_RUN).tolist()
+    # All are equal if the largest is the smallest.
+    return Start(found[0] == -found[1], found[4], found[2] == -found[3])
+
+
+def same_on_all_ranks(entries: Sequence[str], what: str) -> bool:
     """Whether all ranks give the same `entries`. Collective. Cost: an all-reduce of 2 numbers."""
-    digest = int.from_bytes(hashlib.sha256("\n".join(entries).encode()).digest()[:8], "big") >> 1
-    # All are equal where the largest is the smallest.
-    both = max_tensor(torch.tensor([digest, -digest]), world(), what="the comparison at the start of a run")
+    mine = _digest_of(entries)
+    both = max_tensor(torch.tensor([mine, -mine]), world(), what=what)
     return bool(both[0] == -both[1])
 
 
-def refuse_difference(entries: Sequence[str], subject: str) -> None:
-    """Raise where `entries` differ between ranks. Collective. Cost: one object gather.
+def any_rank(is_so: bool, what: str) -> bool:
+    """Whether it is so on any rank. Collective. Cost: an all-reduce of one number."""
+    return bool(max_tensor(torch.tensor([int(is_so)]), world(), what=what)[0])
+
+
+def _digest_of(entries: Sequence[str]) -> int:
+    """63 bits that depend on every character."""
+    return int.from_bytes(hashlib.sha256("\n".join(entries).encode()).digest()[:8], "big") >> 1
+
+
+def refuse_differences(compared: Sequence[Compared]) -> None:
+    """Raise if the entries differ between ranks. Collective. Cost: one object gather.
 
     Raises:
         ConsistencyError: on every rank, naming a rank that is not with the majority, and the first entry that differs.
     """
-    _refuse(all_gather_object(list(entries)), subject)
+    told = all_gather_object([list(each.entries) for each in compared])
+    for place, each in enumerate(compared):
+        entries = {rank: theirs[place] for rank, theirs in enumerate(told) if theirs[place] or not each.may_lack}
+        _refuse(entries, each.subject, each.advice)
 
 
 def refuse_different_models(parameters: Mapping[int, Sequence[str]]) -> None:
@@ -49,26 +103,32 @@ def refuse_different_models(parameters: Mapping[int, Sequence[str]]) -> None:
     rank is passed over: when a garbage collector has come to it says nothing. Collective. Cost: one object gather.
 
     Raises:
-        ConsistencyError: as `refuse_difference`.
+        ConsistencyError: as `refuse_differences`.
     """
     told = all_gather_object(dict(parameters))
     common = sorted(set.intersection(*map(set, told)))
-    _refuse([[entry for number in common for entry in each[number]] for each in told], "The parameters of the models")
+    entries = {rank: [entry for number in common for entry in each[number]] for rank, each in enumerate(told)}
+    _refuse(entries, "The parameters of the models", _BUILD_ALIKE)
 
 
-def _refuse(told: Sequence[Sequence[str]], subject: str) -> None:
-    rank, model = _odd_one(["\n".join(each) for each in told])
-    if rank is None:
+def _refuse(told: Mapping[int, Sequence[str]], subject: str, advice: str) -> None:
+    ranks = list(told)
+    if not ranks:
         return
+    odd, common = _odd_one(["\n".join(each) for each in told.values()])
+    if odd is None:
+        return
+    rank, model = ranks[odd], ranks[common]
     for mine, theirs in zip(told[model], told[rank], strict=False):
         if mine != theirs:
             raise ConsistencyError(
-                f"{subject} differ between ranks: rank {rank} has {theirs}, where rank {model} has {mine}. Build the "
-                "same on every rank."
+                f"{subject} differ between ranks: rank {rank} has {theirs}, but rank {model} has {mine}. {advice}"
             )
+    shorter, longer = sorted((rank, model), key=lambda each: len(told[each]))
     raise ConsistencyError(
         f"{subject} differ between ranks: rank {rank} has {len(told[rank])} of them, rank {model} has "
-        f"{len(told[model])}. Build the same on every rank."
+        f"{len(told[model])}. Rank {longer} has {told[longer][len(told[shorter])]}, which rank {shorter} has not. "
+        f"{advice}"
     )
 
 

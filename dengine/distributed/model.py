@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dengine.distributed.buckets import settle_buckets
 from dengine.distributed.collectives import broadcast_tensors
-from dengine.distributed.consistency import parameters_of, refuse_difference, same_on_all_ranks
+from dengine.distributed.consistency import Compared, parameters_of, refuse_differences, same_on_all_ranks
 from dengine.distributed.control import Control
 from dengine.distributed.world import World, control, world
 
@@ -86,8 +86,8 @@ def prepare_model(
     if here.size > 1:
         # DDP would say that they differ, but neither which ones nor on which rank.
         entries = parameters_of(model)
-        if not same_on_all_ranks(entries):
-            refuse_difference(entries, "The parameters of the model")
+        if not same_on_all_ranks(entries, "the comparison of models in prepare_model()"):
+            refuse_differences([Compared("The parameters of the model", entries)])
         if isinstance(plane := control(), Control):
             plane.add_model(model)
     if here.size == 1 or strategy == "none":

@@ -147,6 +147,11 @@ class Run:
         self.on_end(self)
 
     @property
+    def depth(self) -> int:
+        """How many runs that all ranks share are under way on this rank, this one included; 1 if nobody counts them."""
+        return 1 if self._control is None else len(self._control.runs.shared())
+
+    @property
     def is_asked(self) -> bool:
         """Whether a decision is due or there, or a rank has failed: whether the loop has to look."""
         return bool(self._asked or self._decided) or (

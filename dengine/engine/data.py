@@ -6,9 +6,16 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from dengine.distributed import all_reduce, broadcast_object, world
+from torch.utils.data import IterableDataset
 
-__all__ = ["Absent", "Feed", "check_data"]
+from dengine.distributed import all_reduce, broadcast_object, world
+from dengine.distributed.alike import empties_together
+from dengine.distributed.consistency import any_rank
+
+__all__ = ["NO_BATCH", "SOME_BATCHES", "Absent", "Feed", "check_data"]
+
+# What a rank knows of its batches before a run, and the ranks together by the largest of it.
+NO_BATCH, PERHAPS_BATCHES, SOME_BATCHES = 0, 1, 2
 
 
 def check_data(data: object) -> None:
@@ -57,6 +64,23 @@ class Feed:
         self._is_joined = is_joined
         self._may_be_empty = may_be_empty
         self._pass = _Pass()
+        self._is_unsure = False  # whether any rank has a batch
+
+    def expected(self) -> int:
+        """What can be told of this rank's batches before there is one: `NO_BATCH`, `SOME_BATCHES`, or neither."""
+        own = _length(self.data)
+        if own is None or isinstance(getattr(self.data, "dataset", None), IterableDataset):
+            return PERHAPS_BATCHES  # a stream may say how long it is, and be empty all the same
+        return SOME_BATCHES if own else NO_BATCH
+
+    def take(self, expected: int) -> None:
+        """What the ranks together expect, `expected` being the largest of theirs.
+
+        Raises: ValueError: no rank has a batch. It is raised alike on every rank.
+        """
+        if expected == NO_BATCH:
+            self._refuse("no batch on any rank" if self._may_be_empty else "no batch")
+        self._is_unsure = self._may_be_empty and expected == PERHAPS_BATCHES
 
     def enter(self, epoch: int) -> None:
         """Tell the data which epoch it is, and learn how long that one is: data may grow from epoch to epoch."""
@@ -92,6 +116,21 @@ class Feed:
             return self._with_sent_spare(batches, own, num_absent)
         return _with_own_spare(batches, num_absent, lambda: next(self._anew()))
 
+    def looked_into(self, batches: Iterator[Any], epoch: int, iterations: int) -> Iterator[Any]:
+        """`batches`, of which the first one of the run has been drawn if nobody knew whether any rank has one.
+
+        Collective in that case, once a run: a small all-reduce, as soon as every rank has drawn its first batch.
+
+        Raises: ValueError, RuntimeError: no rank has a batch, or none any more; alike on every rank.
+        """
+        if not self._is_unsure:
+            return batches
+        self._is_unsure = False
+        first = list(islice(batches, 1))
+        if not any_rank(bool(first), "whether any rank has a batch"):
+            self._refuse_end(epoch, iterations, "no batch on any rank")
+        return chain(first, batches)
+
     def is_over(self, epoch: int, iterations: int, *, is_empty: bool) -> bool:
         """The data ended before the epoch did: whether that ends the epoch, or it is to be iterated again.
 
@@ -102,6 +141,8 @@ class Feed:
         Raises:
             ValueError: there never was a batch. RuntimeError: there are none any more.
         """
+        if is_empty and empties_together(self.data):
+            self._refuse_end(epoch, iterations, "no batch on any rank" if self._may_be_empty else "no batch")
         if is_empty and iterations == 0:
             self.refuse_no_batch()
             return True
@@ -112,16 +153,23 @@ class Feed:
                 "than once (a list, a DataLoader), or epoch_length= and max_epochs= that it suffices for."
             )
         if is_empty and not self._may_be_empty:
-            raise RuntimeError(
-                f"The data gave no batch in epoch {epoch} after {iterations} iterations: "
-                f"iterating over this {type(self.data).__qualname__} again must begin anew."
-            )
+            self._refuse_end(epoch, iterations, "no batch")
         return is_empty or not self.is_length_given
 
     def refuse_no_batch(self) -> None:
         """Raises: ValueError: there is no batch, and there has to be one."""
         if not self._may_be_empty:
             self._refuse("no batch")
+        if empties_together(self.data):
+            self._refuse("no batch on any rank")
+
+    def _refuse_end(self, epoch: int, iterations: int, nothing: str) -> NoReturn:
+        if iterations == 0:
+            self._refuse(nothing)
+        raise RuntimeError(
+            f"The data gave {nothing} in epoch {epoch} after {iterations} iterations: "
+            f"iterating over this {type(self.data).__qualname__} again must begin anew."
+        )
 
     def _refuse(self, nothing: str) -> NoReturn:
         raise ValueError(

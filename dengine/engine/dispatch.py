@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import sys
 import warnings
@@ -10,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from dengine.engine.events import AnyEvent, FilteredEvent, event_text
 from dengine.naming import describe
@@ -27,9 +28,11 @@ __all__ = [
     "Subscription",
     "check_handler",
     "check_process_function",
+    "collective",
 ]
 
 Handler: TypeAlias = "Callable[[Engine], Any]"
+_C = TypeVar("_C", bound="Callable[..., Any]")
 
 # The count at which nobody is ever due.
 NEVER = sys.maxsize
@@ -200,6 +203,15 @@ class Dispatcher:
             channel.count = 0
             channel.rewind()
 
+    def collectives(self) -> list[str]:
+        """The handlers that all ranks must have, in the order in which an event calls them."""
+        return [
+            f"{_owner(subscription.handler)} at {_event_text(subscription.options)}"
+            for channel in self._channels.values()
+            for subscription in channel.subscriptions
+            if getattr(_inside(subscription.handler), "is_collective", False)
+        ]
+
     def _unknown(self, event: AnyEvent) -> str:
         known = {str(channel.event): channel.event for channel in self._channels.values()}
         by_short_name = {name.rpartition(".")[2].lower(): name for name in known}
@@ -271,6 +283,34 @@ def _check_call(what: str, function: Callable[..., Any], arguments: tuple[str, .
         raise TypeError(
             f"{what} {describe(function)}{signature} cannot be called as {called}: {error}. {way_out}"
         ) from None
+
+
+def collective(method: _C) -> _C:
+    """Mark `method`, which is attached as a handler, as one that all ranks take part in: they compare which ones they
+    have at the start of a run. A handler that is an object says so by an attribute `is_collective`.
+    """
+    method.is_collective = True  # type: ignore[attr-defined]
+    return method
+
+
+def _inside(handler: Any) -> Any:
+    """The object or function that is called in the end: in a `functools.partial`, or by its `__call__`."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    is_call = getattr(handler, "__name__", "") == "__call__"
+    return getattr(handler, "__self__", handler) if is_call else handler
+
+
+def _owner(handler: Any) -> str:
+    inside = _inside(handler)
+    owner = getattr(inside, "__self__", None)
+    return describe(inside) if owner is None else type(owner).__qualname__
+
+
+def _event_text(options: FilteredEvent) -> str:
+    shown = [f"{name}={getattr(options, name)}" for name in ("every", "once", "after", "before")]
+    shown = [each for each in shown if not each.endswith("=None")]
+    return str(options.event) + (f"({', '.join(shown)})" if shown else "")
 
 
 def _key(event: AnyEvent) -> int | str:

@@ -29,6 +29,7 @@ from dengine.engine.dispatch import (
 )
 from dengine.engine.events import AnyEvent, Events, Subscribable, event_parts
 from dengine.engine.position import frames_here, levels, running
+from dengine.engine.start import must_be_alike, samples_if_whole, warn_of_whole_data
 from dengine.engine.state import State
 from dengine.errors import NotComputableError
 from dengine.metrics.metric import OutputTransform
@@ -361,7 +362,7 @@ class Engine:
     def _run_epochs(self, feed: Feed, started_s: float) -> None:
         state = self.state
         if self.distributed:
-            self._metrics.agree([f"stop_every={self._stop_every} (a supervised trainer's gradient_accumulation_steps)"])
+            self._compare_start(feed)
         is_fresh = state.iteration == 0
         self._fire_event(Events.STARTED)
         max_epochs = NEVER if state.max_epochs is None else state.max_epochs
@@ -450,7 +451,7 @@ class Engine:
         batches = feed.start(skip=self.state.epoch_iteration, consumed=consumed)
         if resumed is not None and resumed["epoch_start"]:
             restore(resumed["now"])
-        return batches
+        return feed.looked_into(batches, self.state.epoch, self.state.iteration)
 
     def _give_back_metrics(self, resumed: RandomState) -> None:
         if not self.distributed:
@@ -493,6 +494,22 @@ class Engine:
             if iteration + 1 - fetch_started_offset >= get_batch_started.due:
                 get_batch_started.fire(self, iteration + 1 - fetch_started_offset)
         return True
+
+    def _compare_start(self, feed: Feed) -> None:
+        """Have the ranks compare what they must have alike, before anything of the run happens. Collective.
+
+        Raises:
+            MetricStateError, ConsistencyError: on every rank, naming the rank and the first thing that differs.
+            ValueError: no rank has a batch; on every rank.
+        """
+        if world().size == 1:
+            self._metrics.agree()
+            return
+        compared = must_be_alike(feed.data, self._current_run(), self._dispatcher, self._stop_every)
+        start = self._metrics.agree(compared, batches=feed.expected(), data=samples_if_whole(feed.data))
+        feed.take(start.most_batches)
+        if start.is_same_data:
+            warn_of_whole_data(feed.data)
 
     # -- how far the loop may go ---------------------------------------------------------------------------------
 

@@ -94,6 +94,7 @@ class Checkpoint:
         'checkpoint_9.pt'
     """
 
+    is_collective = True
     saves_state = True  # so that an engine calls it behind the other handlers of its priority
 
     def __init__(

@@ -34,6 +34,8 @@ class ConsistencyCheck:
         >>> state = trainer.run(range(4))
     """
 
+    is_collective = True
+
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"ConsistencyCheck() takes a torch.nn.Module, but got {type(model).__qualname__}.")

@@ -44,6 +44,8 @@ class EarlyStopping:
         3
     """
 
+    is_collective = True
+
     def __init__(
         self,
         patience: int,

@@ -6,6 +6,7 @@ import torch
 
 from dengine.distributed import all_reduce
 from dengine.engine import Engine, Events
+from dengine.engine.dispatch import collective
 
 __all__ = ["MemoryMonitor"]
 
@@ -44,6 +45,7 @@ class MemoryMonitor:
                 raise ValueError(f"The engine has a metric {name!r}, as MemoryMonitor calls what it finds: rename it.")
         engine.on(Events.EPOCH_COMPLETED, self._measure, priority=_BEFORE_OTHERS)
 
+    @collective
     def _measure(self, engine: Engine) -> None:
         # Both on every rank, so that ranks with and without a GPU reduce the same.
         peaks = {"peak_host_mib": _host_peak_mib(), "peak_device_mib": _device_peak_mib()}

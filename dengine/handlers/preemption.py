@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 from dengine.engine import Engine, Events
+from dengine.engine.dispatch import collective
 
 __all__ = ["Preemption"]
 
@@ -54,6 +55,7 @@ class Preemption:
         if isinstance(signals, str) or not isinstance(signals, Iterable):
             raise TypeError(f"signals={signals!r} must be a list of signals, such as [signal.SIGTERM].")
         self._checkpoint = checkpoint
+        self._is_collective = bool(getattr(checkpoint, "is_collective", False))
         self._signals = tuple(signal.Signals(number) for number in signals)
         if not self._signals:
             raise ValueError("signals=() would never save anything: name at least one signal.")
@@ -70,7 +72,7 @@ class Preemption:
         engine.on(Events.ITERATION_COMPLETED, self._look)
         # Last: a signal that comes while the handlers of an epoch's end evaluate is not to wait for one more iteration.
         engine.on(Events.EPOCH_COMPLETED, self._look, priority=-_FIRST)
-        engine.on(Events.TERMINATED, self._save)
+        engine.on(Events.TERMINATED, self._save_together if self._is_collective else self._save)
         for event in (Events.TERMINATED, Events.COMPLETED, Events.EXCEPTION_RAISED):
             engine.on(event, self._end, priority=-_FIRST)
 
@@ -92,6 +94,10 @@ class Preemption:
         if self._received is not None:
             self._received = None
             engine.preempt()
+
+    @collective
+    def _save_together(self, engine: Engine) -> None:
+        self._save(engine)
 
     def _save(self, engine: Engine) -> None:
         if engine.state.preempted:

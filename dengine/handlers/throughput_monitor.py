@@ -9,6 +9,7 @@ import torch
 
 from dengine.distributed import all_reduce, world
 from dengine.engine import Absent, Engine, Events
+from dengine.engine.dispatch import collective
 from dengine.handlers.peaks import peak_flops_per_s
 from dengine.metrics.inputs import num_samples
 from dengine.types import summable
@@ -126,6 +127,7 @@ class ThroughputMonitor:
         if counter is not None:
             counter.__exit__(None, None, None)
 
+    @collective
     def _report(self, engine: Engine) -> None:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # work still queued counts

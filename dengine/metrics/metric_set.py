@@ -6,10 +6,12 @@ from typing import Any
 import torch
 
 from dengine.distributed.consistency import (
+    Compared,
+    Start,
+    compare_start,
     prepared_parameters,
-    refuse_difference,
+    refuse_differences,
     refuse_different_models,
-    same_on_all_ranks,
 )
 from dengine.distributed.rank_zero import refuse_on_rank_zero_alone
 from dengine.distributed.world import World, world
@@ -85,10 +87,12 @@ class MetricSet:
             for update in self.updates:
                 update(output)
 
-    def agree(self, settings: Sequence[str] = ()) -> None:
-        """Have the ranks compare their metrics, the parameters of their models, and `settings`, before a run.
+    def agree(self, compared: Sequence[Compared] = (), *, batches: int = 0, data: str = "") -> Start:
+        """Have the ranks compare their metrics, the parameters of their models, and what is `compared`, before a run.
 
-        Collective. Cost: an all-reduce of 2 numbers; an object gather where something differs, as it may: the number of
+        `batches` and `data` are as of `compare_start`.
+
+        Collective. Cost: an all-reduce of 5 numbers; object gathers if something differs, as it may: the number of
         classes that each has inferred.
 
         Raises:
@@ -96,16 +100,19 @@ class MetricSet:
         """
         refuse_on_rank_zero_alone("A run of an Engine")
         if world().size == 1:
-            return
+            return Start(is_same=True, most_batches=batches, is_same_data=True)
         parameters = prepared_parameters()
         items: list[Item] = [] if self._reduction.is_agreed else self._collect(is_alone=False)[1]
-        entries = [*settings, *map(str, parameters.items()), *self._metrics, *map(repr, map(entry_of, items))]
-        if same_on_all_ranks(entries):
+        entries = [entry for each in compared for entry in (each.subject, *each.entries)]
+        entries += [*map(str, parameters.items()), *self._metrics, *map(repr, map(entry_of, items))]
+        found = compare_start(entries, batches=batches, data=data)
+        if found.is_same:
             self._reduction.take(items)
-            return
-        refuse_difference(settings, "The settings of the engine")
+            return found
+        refuse_differences(compared)
         refuse_different_models(parameters)
         self._reduction.agree(items or self._collect(is_alone=False)[1])
+        return found
 
     def compute(self, *, distributed: bool) -> dict[str, MetricValue]:
         """All values, over the samples of all ranks or, not `distributed`, over this rank's.
