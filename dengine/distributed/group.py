@@ -50,7 +50,8 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
 
     Args:
         backend: "auto" is NCCL for CUDA tensors with Gloo beside it for CPU tensors, and Gloo alone without CUDA;
-            else one of torch's names.
+            "none" makes this process a world of one, whatever started it (a sweep under srun); else one of torch's
+            names.
         timeout: seconds after which a collective that others do not join fails, and entering, where not all come.
         stall_timeout: seconds without progress on any rank, while a run is under way, after which the rank that the
             others wait for is named and all end. Iterations of any engine, handlers, collectives of this package and
@@ -68,8 +69,9 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
         if not value > 0:
             raise ValueError(f"{name}={value} must be a number of seconds above 0.")
-    is_external = dist.is_available() and dist.is_initialized()
-    launch = None if is_external else find_launch(os.environ)
+    is_alone = backend == "none"
+    is_external = dist.is_available() and dist.is_initialized() and not is_alone
+    launch = None if is_external or is_alone else find_launch(os.environ)
     control: Control | None = None
     if launch is not None:
         end_with_agent(os.environ)
@@ -89,7 +91,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     else:
         opened = World(device=default_device(0))
     watch = None if control is None else _start(control, stall_timeout)
-    enter(opened, control or current_control())
+    enter(opened, None if is_alone else control or current_control())
     is_failing = True
     try:
         yield opened

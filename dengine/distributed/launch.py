@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dengine.distributed.slurm import has_own_gpus, host_names, is_shell, shell_of, step_port, tasks_per_node
 from dengine.errors import LaunchError
 
-__all__ = ["Choice", "Launch", "choose_launch", "find_launch", "is_agents_store"]
+__all__ = ["Choice", "Launch", "choose_launch", "find_launch", "is_agents_store", "shared_start"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,45 @@ def find_launch(env: Mapping[str, str]) -> Launch | None:
 
 
 def choose_launch(env: Mapping[str, str]) -> Choice:
-    """As `find_launch`, with the reason. Raises: LaunchError: variables that are half set or no numbers."""
+    """As `find_launch`, with the reason.
+
+    Raises: LaunchError: variables that are half set or no numbers, or a launcher whose variables are not read.
+    """
+    choice = _choose(env)
+    if choice.launch is None and (started := _by_another_launcher(env)) is not None:
+        launcher, advice = started
+        raise LaunchError(
+            f"{launcher} started several processes, but neither RANK nor WORLD_SIZE is set, so that each of them would "
+            f"be a world of one: {advice}."
+        )
+    return choice
+
+
+def shared_start(env: Mapping[str, str]) -> str | None:
+    """Who started this process together with others, and as which one, in words; None where it is alone."""
+    try:
+        launch = find_launch(env)
+    except LaunchError:  # half set: process_group() says what is missing
+        if (started := _by_another_launcher(env)) is not None:
+            return f"{started[0]} started this process together with others"
+        rank, size = env.get("RANK", ""), env.get("WORLD_SIZE", "")
+        if rank.isdigit() and size.isdigit() and int(size) > 1:
+            return f"This process was started as rank {rank} of {size} (by RANK and WORLD_SIZE)"
+        return None
+    if launch is None or launch.size == 1:
+        return None
+    launcher = "srun" if launch.launcher == "slurm" else "torchrun"
+    if launcher == "torchrun" and "TORCHELASTIC_RUN_ID" not in env:
+        return f"This process was started as rank {launch.rank} of {launch.size} (by RANK and WORLD_SIZE)"
+    return f"{launcher} started this process as rank {launch.rank} of {launch.size}"
+
+
+def is_agents_store(env: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent hosts the store, and not rank 0."""
+    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _choose(env: Mapping[str, str]) -> Choice:
     if "RANK" in env or "WORLD_SIZE" in env:
         by = "torchrun set RANK and WORLD_SIZE" if "TORCHELASTIC_RUN_ID" in env else "RANK and WORLD_SIZE are set"
         beside = "; they win over SLURM's, which are set too" if "SLURM_JOB_ID" in env else ""
@@ -63,9 +101,22 @@ def choose_launch(env: Mapping[str, str]) -> Choice:
     return Choice(None, "neither torchrun nor srun set any variables")
 
 
-def is_agents_store(env: Mapping[str, str]) -> bool:
-    """Whether torchrun's agent hosts the store, and not rank 0."""
-    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def _by_another_launcher(env: Mapping[str, str]) -> tuple[str, str] | None:
+    """The launcher of several processes whose own variables are not read, and what to do; None if there is none."""
+    if _is_above_one(env, "SUBMITIT_LOCAL_NTASKS"):
+        export = "call submitit.helpers.TorchDistributedEnvironment().export() before process_group()"
+        return "submitit's local executor", export
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if _is_above_one(env, name):
+            return (
+                f"mpirun ({name}={env[name]})",
+                "start the script with torchrun or srun, or set these and MASTER_ADDR",
+            )
+    return None
+
+
+def _is_above_one(env: Mapping[str, str], name: str) -> bool:
+    return env.get(name, "").isdigit() and int(env[name]) > 1
 
 
 def _choose_in_slurm(env: Mapping[str, str]) -> Choice:

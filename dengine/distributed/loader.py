@@ -28,7 +28,7 @@ from dengine.distributed.seeding import (
     draws_nothing,
     tell_epoch_in_worker,
 )
-from dengine.distributed.world import World, world
+from dengine.distributed.world import World, refuse_forgotten_group, world
 
 __all__ = ["data_state", "prepare_data_loader"]
 
@@ -79,6 +79,7 @@ def prepare_data_loader(
     """
     if not isinstance(loader, DataLoader):
         raise TypeError(f"prepare_data_loader() takes a DataLoader, but got a {type(loader).__qualname__}.")
+    refuse_forgotten_group("prepare_data_loader()")
     here = world()
     if exact and loader.drop_last:
         raise ValueError("exact=True sees every sample, but this loader has drop_last=True: build it without.")

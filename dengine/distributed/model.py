@@ -14,7 +14,7 @@ from dengine.distributed.buckets import settle_buckets
 from dengine.distributed.collectives import broadcast_tensors
 from dengine.distributed.consistency import Compared, parameters_of, refuse_differences, same_on_all_ranks
 from dengine.distributed.control import Control
-from dengine.distributed.world import World, control, world
+from dengine.distributed.world import World, control, refuse_forgotten_group, world
 
 __all__ = ["Compression", "Precision", "Strategy", "evaluating", "prepare_model", "unwrap_model"]
 
@@ -72,6 +72,7 @@ def prepare_model(
     blocks = tuple(blocks)
     if unwrap_model(model) is not model and isinstance(model, DistributedDataParallel):
         raise ValueError("This model is wrapped in DistributedDataParallel already: pass the bare module.")
+    refuse_forgotten_group("prepare_model()")
     here = world()
     _check_options(strategy, blocks, mixed_precision, gradient_compression, activation_checkpointing, kwargs)
     if gradient_compression == "bf16" and here.size > 1 and not _sends_bf16(here):

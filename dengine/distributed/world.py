@@ -7,10 +7,19 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from dengine.distributed.launch import Launch, find_launch
+from dengine.distributed.launch import Launch, find_launch, shared_start
 from dengine.errors import LaunchError
 
-__all__ = ["World", "control", "default_device", "enter", "external_world", "leave", "world"]
+__all__ = [
+    "World",
+    "control",
+    "default_device",
+    "enter",
+    "external_world",
+    "leave",
+    "refuse_forgotten_group",
+    "world",
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class World:
 
 # The one global of the package: the worlds that `process_group()` opened, and how their ranks leave together.
 _entered: list[tuple[World, object]] = []
+_left: list[World] = []  # of several ranks: what a script does after them, it does alone on purpose
 
 
 def world() -> World:
@@ -86,4 +96,22 @@ def enter(opened: World, control: object) -> None:
 
 
 def leave() -> None:
-    _entered.pop()
+    opened, _ = _entered.pop()
+    if opened.size > 1 and not _left:
+        _left.append(opened)
+
+
+def refuse_forgotten_group(call: str) -> None:
+    """Raise where a launcher started several processes, and this one would do `call` as if it were alone.
+
+    Raises: LaunchError: no process group has been opened in this process. Never communicates.
+    """
+    if _entered or _left or (dist.is_available() and dist.is_initialized()):
+        return
+    if (started := shared_start(os.environ)) is not None:
+        raise LaunchError(
+            f"{started}, but {call} is called outside of a process group, so that each process would train by itself. "
+            "Put the script into `with distributed.process_group():`. If every process is to work alone, open "
+            '`process_group("none")`, which makes each a world of one; a single engine is made so by '
+            "Engine(..., distributed=False)."
+        )

@@ -16,6 +16,7 @@ from dengine.distributed import world
 from dengine.distributed.loader import data_state
 from dengine.distributed.runs import END, Run, begin_run, place
 from dengine.distributed.sampler import check_same
+from dengine.distributed.world import refuse_forgotten_group
 from dengine.engine.data import Absent, Feed, check_data
 from dengine.engine.dispatch import (
     NEVER,
@@ -621,6 +622,8 @@ class Engine:
         """The arguments of `run`, checked before anything is changed."""
         self._refuse_while_running("run()")
         check_data(data)
+        if self.distributed:
+            refuse_forgotten_group("run() of an Engine")
         if max_epochs is None and max_iterations is None:
             raise ValueError("max_epochs=None runs without an end: pass max_iterations= as well.")
         for name, value in (("max_epochs", max_epochs), ("max_iterations", max_iterations)):
