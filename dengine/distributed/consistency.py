@@ -11,11 +11,11 @@ from torch import nn
 
 from dengine.distributed.collectives import all_gather_object, max_tensor
 from dengine.distributed.control import Control
+from dengine.distributed.deadlock import START_OF_RUN
 from dengine.distributed.world import control, world
 from dengine.errors import ConsistencyError
 
 __all__ = [
-    "START_OF_RUN",
     "Compared",
     "Start",
     "any_rank",
@@ -28,7 +28,6 @@ __all__ = [
     "same_on_all_ranks",
 ]
 
-START_OF_RUN = "the comparison at the start of a run"  # as a collective that every shared run begins with
 _BUILD_ALIKE = "Build the same on every rank."
 _CHUNK = 1 << 20  # elements that are mixed at a time: what a digest takes of memory
 _MIXERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # odd, as in splitmix64

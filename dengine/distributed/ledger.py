@@ -10,18 +10,24 @@ import json
 import os
 import sys
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from dengine.distributed.world import World
 from dengine.errors import ConsistencyError
 
-__all__ = ["Ledger", "call_site", "num_joined"]
+__all__ = ["Ledger", "call_site", "num_joined", "user_line"]
 
 _CHECKED_RANKS = 64  # of more ranks, so many check each call, in turn: what the store sees does not grow with them
 _KEPT = 1024  # entries; no rank can be further behind
-_NOT_THE_USERS = (os.path.dirname(os.path.dirname(__file__)) + os.sep, contextlib.__file__)
+_NOT_THE_USERS = (
+    os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    os.path.dirname(torch.__file__) + os.sep,
+    contextlib.__file__,
+)
 
 
 class Ledger:
@@ -92,7 +98,11 @@ def num_joined(size: int, *, but: Any = None) -> int:
 
 def call_site() -> str:
     """Where the user's code calls from: the innermost line that is not the package's own."""
-    frame = sys._getframe(1)
+    return user_line(sys._getframe(1))
+
+
+def user_line(frame: FrameType) -> str:
+    """The line of the user's code that led to `frame`, not in torch or in this package."""
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"

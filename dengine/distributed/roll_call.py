@@ -1,13 +1,15 @@
 """Asking all ranks who is there and where: who is gone, and who is it that the others wait for?"""
 
 import json
+import sys
 import time
 from dataclasses import asdict
 from typing import Any
 
 from dengine.distributed.control import Control
+from dengine.distributed.deadlock import cause, is_certain, waits_in
 from dengine.distributed.failure import Failure, say, where_text
-from dengine.distributed.ledger import num_joined
+from dengine.distributed.ledger import num_joined, user_line
 from dengine.distributed.presence import Presence, levels_of
 
 __all__ = ["RollCall"]
@@ -25,6 +27,7 @@ class RollCall:
         self._presence = presence
         self._here = control.link.here
         self._store = control.link.store
+        self._suspected: dict[int, dict[str, Any]] = {}  # what the ranks answered, where it looked like a deadlock
         control.answer = self._answer
 
     def find_the_vanished(self) -> None:
@@ -69,6 +72,7 @@ class RollCall:
         answer = {
             "where": [asdict(level) for level in place],
             "collective": control.ledger.current if control.ledger.is_inside else "",
+            **self._waiting(),
             "idle_s": time.monotonic() - self._presence.progressed_at_s,
             # Who is behind: fewer of DDP's collectives joined, fewer runs begun or ended, less of the run begun, fewer
             # of this package's collectives joined.
@@ -81,6 +85,30 @@ class RollCall:
         }
         self._store.set(f"here/{number}/{self._here.rank}", json.dumps(answer))
         self._store.add(f"here/{number}", 1)
+
+    def _waiting(self) -> dict[str, Any]:
+        """What deadlock.py reads of this rank."""
+        frame = sys._current_frames().get(self._control.runs.thread_id)
+        return {
+            "waits_in": waits_in(frame),
+            "site": "" if frame is None else user_line(frame),
+            "joined": num_joined(self._here.size, but=self._control.link.group),
+            "calls": self._control.ledger.num_calls,
+            "cpu_s": time.process_time(),
+            "time_s": time.monotonic(),
+        }
+
+    def deadlocked(self) -> tuple[Failure | None, bool]:
+        """By a rank that waits in a collective: the failure, where all ranks wait and none can go on; and whether it
+        looks like one, so that it is worth to look again in a moment.
+        """
+        before, answers = self._suspected, self._call()
+        why = cause(answers) if len(answers) == self._here.size else None
+        self._suspected = {} if why is None else answers
+        if why is None or not is_certain(before, answers):
+            return None, why is not None
+        rank = min(answers, key=lambda each: answers[each]["progress"])
+        return Failure("stalled", rank, why, levels_of(answers[rank])), True
 
     def _call(self) -> dict[int, dict[str, Any]]:
         """The answers of all ranks, by rank; whose thread does not answer is missing."""
@@ -109,6 +137,8 @@ class RollCall:
     def _culprit(self, answers: dict[int, dict[str, Any]], missing: list[int], timeout_s: float) -> Failure:
         rank = missing[0] if missing else min(answers, key=lambda each: answers[each]["progress"])
         told = self._presence.told(rank) if missing else answers[rank]
+        if not missing and (why := cause(answers)) is not None:
+            return Failure("stalled", rank, why, levels_of(told))
         unreached = ", or its host is not reached" if missing and self._presence.may_be_unreached(told) else ""
         error = (
             f"Rank {rank} has made no progress for {timeout_s:g} s, and the others wait for it."

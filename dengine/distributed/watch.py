@@ -21,6 +21,9 @@ __all__ = ["Watch"]
 
 _PERIOD_S = 1.0
 _MAX_REPORTS_PER_S = 500  # of all ranks together: what the store can take without noticing it
+_CROSSED_S = 5.0
+_AGAIN_S = 3.0  # between two looks that must agree
+_MAX_CALLED_PER_S = 100
 _SETTLING_PERIOD_S = 0.02
 _BROKEN_PERIOD_S = 0.25
 _START_S = 5.0
@@ -50,6 +53,10 @@ class Watch:
         self._ask_at_s = 0.0  # whether all stand still; no sooner than this rank has for long enough
         self._knows_neighbours = False
         self._num_asked = 0
+        # How long this rank waits in a collective before it looks whether that can ever end, and when it does so next.
+        self._patience_s = min(max(_CROSSED_S, self._here.size / _MAX_CALLED_PER_S), stall_timeout_s / 2)
+        self._crossed_after_s = self._patience_s
+        self._crossed_call, self._looks = 0, False  # of those who wait in one collective, one looks for all
         self._is_asked_to_inquire = False
         self._broken_at_s: float | None = None
         self._waiting: Waiting | None = None  # since then
@@ -98,6 +105,7 @@ class Watch:
             self._is_asked_to_inquire = False
             self._roll_call.find_the_vanished()
             self._control.failures.end_inquiry()
+        self._look_for_a_deadlock()
         self._look_for_a_stall()
         self._control.failures.settle()
 
@@ -134,6 +142,29 @@ class Watch:
         self._control.link.connections.wake()
 
     # -- who hangs -----------------------------------------------------------------------------------------------
+
+    def _look_for_a_deadlock(self) -> None:
+        """Where this rank has waited in a collective for a while: whether the others wait elsewhere, for this one.
+
+        Cost: a roll call after 5 s, and each time that it has waited twice as long.
+        """
+        standing, ledger = self._standing, self._control.ledger
+        idle_s = time.monotonic() - self._presence.progressed_at_s
+        if not ledger.is_inside or idle_s < self._patience_s:
+            self._crossed_after_s = self._patience_s
+            return
+        if idle_s < self._crossed_after_s or standing.failure is not None or standing.is_lost:
+            return
+        if self._crossed_call != ledger.num_calls:
+            self._crossed_call = ledger.num_calls
+            key = f"crossed/{self._control.runs.num_turns}/{ledger.num_calls}"
+            self._looks = self._control.link.store.add(key, 1) == 1
+        if not self._looks:
+            return
+        failure, is_likely = self._roll_call.deadlocked()
+        if failure is not None:
+            self._control.failures.report(failure)
+        self._crossed_after_s = idle_s + _AGAIN_S if is_likely else 2 * idle_s
 
     def _look_for_a_stall(self) -> None:
         now_s = time.monotonic()
