@@ -206,7 +206,7 @@ class Dispatcher:
     def collectives(self) -> list[str]:
         """The handlers that all ranks must have, in the order in which an event calls them."""
         return [
-            f"{_owner(subscription.handler)} at {_event_text(subscription.options)}"
+            f"{_owner(subscription.handler)} at {event_text(subscription.options)}"
             for channel in self._channels.values()
             for subscription in channel.subscriptions
             if getattr(_inside(subscription.handler), "is_collective", False)
@@ -305,12 +305,6 @@ def _owner(handler: Any) -> str:
     inside = _inside(handler)
     owner = getattr(inside, "__self__", None)
     return describe(inside) if owner is None else type(owner).__qualname__
-
-
-def _event_text(options: FilteredEvent) -> str:
-    shown = [f"{name}={getattr(options, name)}" for name in ("every", "once", "after", "before")]
-    shown = [each for each in shown if not each.endswith("=None")]
-    return str(options.event) + (f"({', '.join(shown)})" if shown else "")
 
 
 def _key(event: AnyEvent) -> int | str:
