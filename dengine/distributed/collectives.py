@@ -3,7 +3,7 @@
 A lone process runs the same code; what would be sent is handed back.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -177,16 +177,25 @@ def barrier(name: str = "barrier") -> None:
             _sum(torch.zeros(1, device=_transport(torch.device("cpu"))), group)
 
 
-def broadcast_tensors(tensors: list[torch.Tensor], source: int = 0) -> None:
-    """Overwrite `tensors` in place with rank `source`'s. Collective. Cost: one broadcast per dtype and device."""
-    with _joined(f"broadcast_tensors({len(tensors)} tensors) from rank {source}") as group:
+def broadcast_tensors(
+    tensors: list[torch.Tensor], source: int = 0, *, within: Sequence[tuple[int, Any]] | None = None
+) -> None:
+    """Overwrite `tensors` in place with rank `source`'s. Collective. Cost: one broadcast per dtype and device.
+
+    Args:
+        within: pairs of a rank and a group that it is in, in place of `source` and all ranks: one broadcast after the
+            other, in each of which this rank's group takes part.
+    """
+    start = f"from rank {source}" if within is None else "within a mesh"
+    with _joined(f"broadcast_tensors({len(tensors)} tensors) {start}") as group:
         if world().size == 1:
             return
         for indices in grouped(tensors).values():
             alike = [tensors[index].detach() for index in indices]
             flat = torch.cat([tensor.reshape(-1) for tensor in alike])
             sent = flat.to(_transport(flat.device))
-            dist.broadcast(sent, src=source, group=_group_of(sent, group))
+            for rank, members in within or [(source, _group_of(sent, group))]:
+                dist.broadcast(sent, src=rank, group=members)
             for tensor, part in zip(alike, split(sent.to(flat.device), alike), strict=True):
                 tensor.copy_(part)
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -144,42 +145,66 @@ def parameters_of(model: nn.Module) -> list[str]:
 
 
 def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
-    """Raise where a tensor or number differs between ranks, bit by bit. What is sharded (FSDP2) is passed over.
+    """Raise where a tensor or number differs between ranks, bit by bit.
 
-    Collective: call on all ranks with the same names. Cost: reads every tensor once, one all-reduce of 16 bytes a
-    tensor, one wait for the device; a gather where something differs.
+    A sharded tensor (DTensor) is compared piece by piece between the ranks that hold the same piece: the replicas of
+    HSDP, the copies of a tensor-parallel group. A tensor of which every rank holds another piece has no copies.
+
+    Collective: call on all ranks with the same names. Cost: reads every tensor once, one all-reduce of 16 bytes for
+    each tensor or piece, one wait for the device; a gather where something differs.
 
     Raises:
         ConsistencyError: on every rank, naming a rank that is not with the majority, and the first name that differs.
     """
-    whole = {name: value for name, value in named.items() if not _is_sharded(value)}
-    digests_P = _digests(whole.values())
-    both = torch.stack([digests_P, -digests_P])
-    both = max_tensor(both, world(), what=f"the comparison of {len(whole)} tensors")
+    pieces = {name: _piece_of(value) for name, value in named.items()}
+    compared = {name: piece for name, piece in pieces.items() if piece[1] < world().size}
+    starts = list(accumulate((num_pieces for _, num_pieces in compared.values()), initial=0))
+    held = [
+        start + piece for start, (piece, _) in zip(starts, compared.values(), strict=False)
+    ]  # a place for each piece
+    digests_P = _digests(named[name] for name in compared)
+    both = torch.full((2, starts[-1]), torch.iinfo(torch.int64).min)  # what this rank does not hold counts for nothing
+    both[:, held] = torch.stack([digests_P, -digests_P])
+    both = max_tensor(both, world(), what=f"the comparison of {len(compared)} tensors")
     if bool((both[0] == -both[1]).all()):
         return
-    told = all_gather_object(digests_P.tolist())
-    for place, name in enumerate(whole):
-        values = [digests[place] for digests in told]
-        rank, model = _odd_one(values)
-        if rank is not None:
-            others = [each for each, value in enumerate(values) if value != values[model]]
-            raise ConsistencyError(
-                f"{subject} differ between ranks: {name!r} of rank {', '.join(map(str, others))} is not that of rank "
-                f"{model}. Were they changed on one rank only, or outside of the optimizer?"
-            )
+    told = all_gather_object(dict(zip(held, digests_P.tolist(), strict=True)))
+    for name, start, end in zip(compared, starts, starts[1:], strict=False):
+        for place in range(start, end):
+            _refuse_odd_one({rank: each[place] for rank, each in enumerate(told) if place in each}, name, subject)
+
+
+def _refuse_odd_one(digests: Mapping[int, int], name: str, subject: str) -> None:
+    """`digests` by rank, of those that must have the same."""
+    odd, common = _odd_one(list(digests.values()))
+    if odd is None:
+        return
+    ranks = list(digests)
+    others = [rank for rank, value in digests.items() if value != digests[ranks[common]]]
+    raise ConsistencyError(
+        f"{subject} differ between ranks: {name!r} of rank {', '.join(map(str, others))} is not that of rank "
+        f"{ranks[common]}. Were they changed on one rank only, or outside of the optimizer?"
+    )
 
 
 def _odd_one(values: Sequence[Any]) -> tuple[int | None, int]:
     """A rank whose value is not the commonest, and one whose value is; None where all are the same."""
+    if not values:
+        return None, 0
     commonest, _ = Counter(values).most_common(1)[0]  # of equals the first, so that rank 0 is right in doubt
     odd = next((rank for rank, value in enumerate(values) if value != commonest), None)
     return odd, values.index(commonest)
 
 
-def _is_sharded(value: Any) -> bool:
-    placements = getattr(value, "placements", ())
-    return any(not placement.is_replicate() for placement in placements)
+def _piece_of(value: Any) -> tuple[int, int]:
+    """Which piece of `value` this rank holds, and how many pieces there are: ranks with the same one hold the same."""
+    piece, num_pieces = 0, 1
+    mesh: Any = getattr(value, "device_mesh", None)
+    for dim, placement in enumerate(getattr(value, "placements", ())):
+        if not placement.is_replicate():
+            piece = piece * mesh.size(dim) + mesh.get_local_rank(dim)
+            num_pieces *= mesh.size(dim)
+    return piece, num_pieces
 
 
 def _digests(values: Iterable[Any]) -> torch.Tensor:

@@ -34,6 +34,8 @@ class Control:
     Attributes:
         num_ticks: of `distributed.progress()`.
         answer: to an inquiry: roll_call.py's.
+        shared_data: why some ranks need the same samples, once a model has told; deals_to_all_ranks: whether each rank
+            gets samples of its own; has_warned_of_shared_data. All three are mesh.py's.
     """
 
     def __init__(self, link: Link) -> None:
@@ -45,6 +47,8 @@ class Control:
         self.failures = Failures(link, self.messages, self.ledger, self.standing, self.runs)
         self.num_ticks = 0
         self.answer: Callable[[int], None] = lambda number: None
+        self.shared_data: str | None = None
+        self.deals_to_all_ranks = self.has_warned_of_shared_data = False
         self._models: dict[int, weakref.ref[nn.Module]] = {}  # by their number in the order of being prepared
         self._num_models = 0
         self._wishes: dict[int, dict[str, Any]] = {}  # rank 0: those whose answers are not all there

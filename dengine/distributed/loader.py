@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 from dengine.checks import whole_number
+from dengine.distributed.mesh import deals_to_all_ranks
 from dengine.distributed.sampler import DataState, ElasticSampler
 from dengine.distributed.seeding import (
     SeededCollate,
@@ -89,10 +90,12 @@ def prepare_data_loader(
     collate = _seeded_collate(loader)
     if isinstance(dataset, IterableDataset):
         batch_size = _batch_size(loader, here, global_batch_size)
+        deals_to_all_ranks()
         stream: Any = _IterableShard(dataset, batch_size, here, exact, loader.drop_last, seed, collate)
         return _rebuilt(loader, stream, seed, collate, batch_size=batch_size, drop_last=loader.drop_last)
     shuffle = _is_shuffled(loader)
     batch_size = _batch_size(loader, here, global_batch_size)
+    deals_to_all_ranks()
     sampler = ElasticSampler(
         dataset,
         batch_size=batch_size or 1,

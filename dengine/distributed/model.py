@@ -14,6 +14,7 @@ from dengine.distributed.buckets import settle_buckets
 from dengine.distributed.collectives import broadcast_tensors
 from dengine.distributed.consistency import Compared, parameters_of, refuse_differences, same_on_all_ranks
 from dengine.distributed.control import Control
+from dengine.distributed.mesh import check_mesh, refuse_laid_out, sources_of, spreads_model, spreads_part
 from dengine.distributed.world import World, control, refuse_forgotten_group, world
 
 __all__ = ["Compression", "Precision", "Strategy", "evaluating", "prepare_model", "unwrap_model"]
@@ -56,10 +57,12 @@ def prepare_model(
         compile: compile the model's forward and backward by `torch.compile`, with options where a mapping is given. In
             place: neither the model's class nor its names change, in checkpoints or elsewhere.
         **kwargs: go to `DistributedDataParallel` (`static_graph`, `gradient_as_bucket_view`, ...) or `fully_shard`.
+            With `mesh=` of some of the ranks, they start from the first rank of that mesh.
 
     Raises:
         TypeError: `model` is no module. ValueError: an unknown strategy; options that the strategy does not take; a
-            model wrapped already; compression that the backend cannot send.
+            model wrapped already, or laid out over a mesh (parameters that are DTensors), which only strategy="none"
+            takes; compression that the backend cannot send.
         ConsistencyError: names, shapes or types of the parameters differ between ranks.
 
     Cost: one small all-reduce; one broadcast of parameters and buffers; with "ddp", one all-reduce of zeros as large as
@@ -79,6 +82,8 @@ def prepare_model(
         raise ValueError(
             f"gradient_compression='bf16' needs NCCL, but the backend is {here.backend!r}: 'fp16' can be sent by Gloo."
         )
+    if here.size > 1:
+        _check_layout(model, strategy, kwargs, here)
     if activation_checkpointing:
         _checkpoint_blocks(model, blocks)
     model = model.to(here.device)
@@ -91,6 +96,7 @@ def prepare_model(
             refuse_differences([Compared("The parameters of the model", entries)])
         if isinstance(plane := control(), Control):
             plane.add_model(model)
+        spreads_model(model)
     if here.size == 1 or strategy == "none":
         return model
     if strategy == "fsdp":
@@ -212,6 +218,23 @@ def _check_options(
         raise ValueError("mixed_precision= and mp_policy= say the same thing: give one of them.")
 
 
+def _check_layout(model: nn.Module, strategy: str, kwargs: Mapping[str, Any], here: World) -> None:
+    """Raises: ValueError, TypeError: the model is laid out over a mesh already, or the given mesh is not for it."""
+    if strategy == "none":
+        return
+    if strategy != "fsdp" and "mesh" in kwargs:
+        raise ValueError(
+            f"mesh= is what strategy='fsdp' shards over; strategy={strategy!r} takes device_mesh= of one dimension."
+        )
+    if strategy == "fsdp" or any(parameter.requires_grad for parameter in model.parameters()):
+        refuse_laid_out(model, strategy)
+    if (mesh := kwargs.get("mesh", kwargs.get("device_mesh"))) is not None:
+        check_mesh(mesh)
+        spreads_part("mesh=" if "mesh" in kwargs else "device_mesh=", mesh.size(), here)
+    elif (group := kwargs.get("process_group")) is not None:
+        spreads_part("process_group=", group.size(), here)
+
+
 def _sends_bf16(here: World) -> bool:
     return here.device.type != "cpu" and "nccl" in here.backend
 
@@ -232,10 +255,13 @@ def _sharded(model: nn.Module, here: World, blocks: tuple[type[nn.Module], ...],
     from torch.distributed.device_mesh import init_device_mesh  # these two cost 0.3 s to import
     from torch.distributed.fsdp import fully_shard
 
-    # fully_shard cuts up what each rank has: without this, ranks seeded differently would train a mixture.
+    mesh = kwargs.get("mesh")
+    # fully_shard cuts up what each rank has: without this, ranks seeded differently would train a mixture. What other
+    # ranks have than those of the mesh is their own, if it is of some of the ranks only.
+    is_part = mesh is not None and mesh.size() < here.size
     with torch.no_grad():
-        broadcast_tensors([*model.parameters(), *model.buffers()])
-    options = {"mesh": init_device_mesh(here.device.type, (here.size,)), **kwargs}
+        broadcast_tensors([*model.parameters(), *model.buffers()], within=sources_of(mesh) if is_part else None)
+    options = {**kwargs, "mesh": init_device_mesh(here.device.type, (here.size,)) if mesh is None else mesh}
     for module in model.modules():
         if isinstance(module, blocks) and module is not model:
             fully_shard(module, **options)

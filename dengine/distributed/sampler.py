@@ -8,6 +8,7 @@ import numpy as np
 from torch.utils.data import DistributedSampler
 
 from dengine.checks import whole_number
+from dengine.distributed.mesh import deals_to_all_ranks
 from dengine.distributed.permutation import Permutation
 from dengine.distributed.seeding import EpochIndex
 from dengine.distributed.world import world
@@ -107,6 +108,8 @@ class ElasticSampler(DistributedSampler[int]):
     ) -> None:
         # DistributedSampler's own constructor would ask for a process group; its attributes are kept to.
         self.dataset: Any = dataset
+        if num_replicas is None:
+            deals_to_all_ranks()
         self.num_replicas = whole_number(
             "num_replicas", world().size if num_replicas is None else num_replicas, least=1
         )

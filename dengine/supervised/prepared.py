@@ -9,6 +9,7 @@ from dengine.distributed import prepare_model, world
 from dengine.distributed.buckets import settle_buckets
 from dengine.distributed.collectives import broadcast_tensors
 from dengine.distributed.gradients import find_ddp, find_fsdp
+from dengine.distributed.mesh import spreads_model
 from dengine.supervised.accelerator import distributed_kind
 from dengine.supervised.deepspeed import check_clipping, check_precision, configured, is_engine, keep_states_out
 
@@ -90,6 +91,7 @@ def prepared_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:
     Collective, where there are several ranks: also DDP that somebody else wrapped it in has its buckets settled.
     """
     if is_wrapped(model):
+        spreads_model(model)
         if (ddp := find_ddp(model)) is not None:
             settle_buckets(ddp)
         return model
