@@ -25,6 +25,7 @@ from dengine.engine import Engine, Events
 from dengine.errors import CheckpointError
 from dengine.handlers.score import check_score_function, score_of
 from dengine.handlers.step import StepTransform, check_step_transform, step_to_save
+from dengine.naming import other_keywords, other_names, shown
 
 __all__ = ["Checkpoint", "Saved"]
 
@@ -40,6 +41,11 @@ class Saved:
     score: float | None = None
 
 
+@other_names(
+    attach="it takes one event, so write trainer.on(Events.EPOCH_COMPLETED, handler)",
+    load_objects="write Checkpoint.resume(save_dir, objects), or dengine.checkpoint.load(path, objects)",
+    last_checkpoint="it is last_path",
+)
 class Checkpoint:
     """Saves objects with a `state_dict` to `{save_dir}/{filename_prefix}_{step}.pt`, or with a score to
     `{filename_prefix}_{step}_{score_name}={score:.4f}.pt`. `torch.load(path, weights_only=True)` gives
@@ -97,6 +103,15 @@ class Checkpoint:
     is_collective = True
     saves_state = True  # so that an engine calls it behind the other handlers of its priority
 
+    @other_keywords(
+        dirname="it is called save_dir=",
+        dirpath="it is called save_dir=",
+        save_handler="give save_dir=, the folder",
+        save_top_k="it is called n_saved=",
+        monitor="give score_function=, such as lambda engine: evaluator.state.metrics['acc']",
+        require_empty="a folder may hold other files, and other checkpoints are left alone",
+        filename_pattern="give filename_prefix=, score_name= and global_step_transform=",
+    )
     def __init__(
         self,
         to_save: Mapping[str, Any],
@@ -130,6 +145,17 @@ class Checkpoint:
         self._is_leaving = threading.Event()
         self._writing: tuple[Writing[Entry | None], Order] | None = None  # beside rank 0, of a folder only
         self._has_said_that_it_waits = False
+
+    def __repr__(self) -> str:
+        return shown(
+            self,
+            list(self._objects),
+            str(self._save_dir),
+            filename_prefix=self._prefix,
+            n_saved="all" if self._n_saved == sys.maxsize else self._n_saved,
+            score_name=self._score_name,
+            asynchronous=self._is_asynchronous or None,
+        )
 
     @property
     def saved(self) -> list[Saved]:

@@ -9,10 +9,14 @@ from torch import nn
 from dengine.distributed import unwrap_model
 from dengine.distributed.consistency import compare_tensors
 from dengine.engine import Engine
+from dengine.naming import other_names, shown
 
 __all__ = ["ConsistencyCheck"]
 
 
+@other_names(
+    attach="it takes one event, so write trainer.on(Events.ITERATION_COMPLETED(every=1000), handler)",
+)
 class ConsistencyCheck:
     """Compares the parameters of `model`, and with `optimizer` its state too, bit by bit over all ranks.
 
@@ -44,6 +48,9 @@ class ConsistencyCheck:
             raise TypeError(f"optimizer= takes a torch optimizer, but got {type(optimizer).__qualname__}.")
         self._model = model
         self._optimizer = optimizer
+
+    def __repr__(self) -> str:
+        return shown(self, self._model, optimizer=self._optimizer)
 
     def __call__(self, engine: Engine) -> None:
         compared: dict[str, Any] = dict(unwrap_model(self._model).named_parameters())

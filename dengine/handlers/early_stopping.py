@@ -8,10 +8,14 @@ from dengine.checks import whole_number
 from dengine.distributed.collectives import from_rank_zero
 from dengine.engine import Engine, Events
 from dengine.handlers.score import check_score_function, score_of
+from dengine.naming import other_keywords, other_names, shown
 
 __all__ = ["EarlyStopping"]
 
 
+@other_names(
+    attach="it takes one event, so write evaluator.on(Events.EPOCH_COMPLETED, handler)",
+)
 class EarlyStopping:
     """Terminates `trainer` once `score_function` has not improved in `patience` calls in a row.
 
@@ -46,6 +50,10 @@ class EarlyStopping:
 
     is_collective = True
 
+    @other_keywords(
+        threshold="it is called min_delta=",
+        cumulative="it is called cumulative_delta=",
+    )
     def __init__(
         self,
         patience: int,
@@ -77,6 +85,17 @@ class EarlyStopping:
         self._num_passed_over = 0
         self._is_loaded = False  # since the last run began
         trainer.on(Events.STARTED, self._begin)
+
+    def __repr__(self) -> str:
+        return shown(
+            self,
+            patience=self._patience,
+            score_function=self._score_function,
+            min_delta=self._min_delta or None,
+            mode="min" if self._sign < 0 else None,
+            start_after=self._start_after or None,
+            best=self._best,
+        )
 
     def __call__(self, engine: Engine) -> None:
         if self._num_passed_over < self._start_after:

@@ -11,12 +11,18 @@ from dengine.checkpoint.compiled import aligned
 from dengine.checks import whole_number
 from dengine.distributed import unwrap_model
 from dengine.engine import Engine
+from dengine.naming import other_keywords, other_names, shown
 
 __all__ = ["EMA"]
 
 _NOTES_OF_FSDP = ("__composable_api", "_is_fsdp", "_fsdp_")  # attributes that `fully_shard` leaves on a module
 
 
+@other_names(
+    attach="it takes one event, so write trainer.on(Events.ITERATION_COMPLETED, handler)",
+    ema_model="it is model",
+    momentum="it is 1 - decay",
+)
 class EMA:
     """`ema.model`, a copy of the bare model whose weights are the average of those the model has had.
 
@@ -60,6 +66,9 @@ class EMA:
         2.75
     """
 
+    @other_keywords(
+        momentum="give decay=, which is 1 - momentum",
+    )
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"EMA() takes a torch.nn.Module, but got {type(model).__qualname__}.")
@@ -78,6 +87,9 @@ class EMA:
         self._is_sharded = bool(_shards(self.model))
         own, source = _slots(self.model), _slots(self._source)
         self._pairs = [(*own[name], *source[name]) for name in own]
+
+    def __repr__(self) -> str:
+        return shown(self, self.model, decay=self._decay, num_updates=self.num_updates)
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:

@@ -8,10 +8,14 @@ from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dengine.engine import Engine
+from dengine.naming import other_keywords, other_names, shown
 
 __all__ = ["LRScheduler"]
 
 
+@other_names(
+    attach="it takes one event, so write trainer.on(Events.EPOCH_COMPLETED, handler), or at ITERATION_COMPLETED",
+)
 class LRScheduler:
     """Steps `scheduler` whenever it is called; `ReduceLROnPlateau` with the metric it waits for.
 
@@ -25,7 +29,8 @@ class LRScheduler:
 
     Raises:
         TypeError: `scheduler` is none. ValueError: a plateau without `metric_name`, or another schedule with one.
-        KeyError, TypeError: (when called) there is no such metric (it lists those there are), or it is no number.
+        KeyError, TypeError: (when called) there is no such metric (it lists those there are) or none yet, or it is no
+            number.
 
     Example:
         >>> import torch
@@ -52,6 +57,9 @@ class LRScheduler:
         [0.25, 0.5, 0.75, 1.0, 0.85, 0.5, 0.15]
     """
 
+    @other_keywords(
+        lr_scheduler="it is called scheduler=",
+    )
     def __init__(
         self, scheduler: TorchScheduler, metric_name: str | None = None, metric_engine: Engine | None = None
     ) -> None:
@@ -64,18 +72,30 @@ class LRScheduler:
             raise ValueError(
                 f"{type(scheduler).__qualname__} takes no metric: leave out metric_name and metric_engine."
             )
+        if metric_name is not None and not isinstance(metric_name, str):
+            raise TypeError(f"metric_name={metric_name!r} must be a name in state.metrics.")
         if metric_engine is not None and not isinstance(metric_engine, Engine):
             raise TypeError(f"metric_engine={metric_engine!r} must be the Engine whose metric is meant.")
         self._scheduler = scheduler
         self._metric_name = metric_name
         self._metric_engine = metric_engine
 
+    def __repr__(self) -> str:
+        return shown(self, self._scheduler, metric_name=self._metric_name)
+
     def __call__(self, engine: Engine) -> None:
         if self._metric_name is None:
             self._scheduler.step()
             return
-        metrics = (self._metric_engine or engine).state.metrics
+        source = self._metric_engine or engine
+        metrics = source.state.metrics
         if self._metric_name not in metrics:
+            if self._metric_name in source.metric_names:
+                raise KeyError(
+                    f"ReduceLROnPlateau waits for the metric {self._metric_name!r}, which is not computed yet: it "
+                    f"is there when an epoch of its engine ends. Attach the schedule to {source!r} at "
+                    "Events.EPOCH_COMPLETED, or after the evaluation that computes it."
+                )
             raise KeyError(
                 f"ReduceLROnPlateau waits for the metric {self._metric_name!r}, but the engine has "
                 f"{', '.join(map(repr, metrics)) or 'none'}: add it, or pass the engine that has it as metric_engine=."

@@ -7,6 +7,8 @@ import torch
 from dengine.distributed import all_reduce
 from dengine.engine import Engine, Events
 from dengine.engine.dispatch import collective
+from dengine.handlers.arguments import check_engine
+from dengine.naming import shown
 
 __all__ = ["MemoryMonitor"]
 
@@ -33,13 +35,15 @@ class MemoryMonitor:
         True
     """
 
+    def __repr__(self) -> str:
+        return shown(self)
+
     def attach(self, engine: Engine) -> None:
         """Add the values to `engine.state.metrics` at the end of each epoch, before the other handlers.
 
         Raises: TypeError: `engine` is no Engine. ValueError: it has a metric of one of these names.
         """
-        if not isinstance(engine, Engine):
-            raise TypeError(f"MemoryMonitor.attach() takes an Engine, but got {engine!r}.")
+        check_engine(self, engine)
         for name in ("peak_host_mib", "peak_device_mib"):
             if name in engine.metric_names:
                 raise ValueError(f"The engine has a metric {name!r}, as MemoryMonitor calls what it finds: rename it.")

@@ -4,12 +4,16 @@ from typing import Any
 
 from dengine.distributed import world
 from dengine.engine import Engine
-from dengine.handlers.step import StepTransform, step_of
+from dengine.handlers.step import StepTransform, check_step_transform, step_of
 from dengine.handlers.tracking_handler import sink_of
+from dengine.naming import other_keywords, other_names, shown
 
 __all__ = ["ParamGroupLogger"]
 
 
+@other_names(
+    attach="it takes one event, so write trainer.on(Events.ITERATION_COMPLETED(every=10), handler)",
+)
 class ParamGroupLogger:
     """Logs the learning rate of each parameter group, and its momentum or betas, whenever it is called.
 
@@ -22,7 +26,7 @@ class ParamGroupLogger:
         global_step_transform: `(engine, event) -> int`; the engine's iteration by default.
 
     Raises:
-        TypeError: `optimizer` has no `param_groups`, or `run` cannot be logged to.
+        TypeError: `optimizer` has no `param_groups`, `run` cannot be logged to, or the transform cannot be called.
 
     Example:
         >>> import tempfile, torch
@@ -37,12 +41,19 @@ class ParamGroupLogger:
         {'lr': 0.1, 'momentum': 0.9}
     """
 
+    @other_keywords(
+        logger="it is called run=",
+    )
     def __init__(self, optimizer: Any, run: Any, global_step_transform: StepTransform | None = None) -> None:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"ParamGroupLogger() takes an optimizer with param_groups, but got {optimizer!r}.")
+        check_step_transform("global_step_transform", global_step_transform)
         self._optimizer = optimizer
         self._step_transform = global_step_transform
         self._sink = sink_of(run) if world().rank == 0 else None
+
+    def __repr__(self) -> str:
+        return shown(self, self._optimizer)
 
     def __call__(self, engine: Engine) -> None:
         if self._sink is None:

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 from dengine.engine import Engine, Events
 from dengine.engine.dispatch import collective
+from dengine.handlers.arguments import check_engine
+from dengine.naming import shown
 
 __all__ = ["Preemption"]
 
@@ -66,8 +68,15 @@ class Preemption:
         self._received: signal.Signals | None = None
         self._is_listening = False
 
+    def __repr__(self) -> str:
+        return shown(self, self._checkpoint, signals=[number.name for number in self._signals])
+
     def attach(self, engine: Engine) -> None:
-        """Have it look after the runs of `engine`."""
+        """Have it look after the runs of `engine`.
+
+        Raises: TypeError: it is no Engine.
+        """
+        check_engine(self, engine)
         engine.on(Events.STARTED, self._begin, priority=_FIRST)
         engine.on(Events.ITERATION_COMPLETED, self._look)
         # Last: a signal that comes while the handlers of an epoch's end evaluate is not to wait for one more iteration.

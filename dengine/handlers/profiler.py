@@ -9,6 +9,8 @@ import torch
 from dengine.checks import whole_number
 from dengine.distributed import world
 from dengine.engine import Engine, Events
+from dengine.handlers.arguments import check_engine
+from dengine.naming import shown
 
 __all__ = ["Profiler"]
 
@@ -75,8 +77,17 @@ class Profiler:
         self._iterations_left = 0
         self.paths: list[Path] = []
 
+    def __repr__(self) -> str:
+        return shown(
+            self, str(self._dir), wait=self._wait, warmup=self._warmup, active=self._active, repeat=self._repeat
+        )
+
     def attach(self, engine: Engine) -> None:
-        """Record the runs of `engine`."""
+        """Record the runs of `engine`.
+
+        Raises: TypeError: it is no Engine.
+        """
+        check_engine(self, engine)
         if world().rank != 0:
             return
         engine.on(Events.STARTED, self._start, priority=_LAST)

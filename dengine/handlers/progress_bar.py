@@ -3,14 +3,14 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from dengine.distributed import world
 from dengine.engine import Engine, Events
+from dengine.handlers.arguments import MetricNames, as_number, check_engine, check_function, checked_names
 from dengine.handlers.tracking_handler import metrics_and_outputs
+from dengine.naming import other_keywords, shown
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -41,41 +41,54 @@ class ProgressBar:
         >>> state = trainer.run(range(1, 10), max_epochs=2)
     """
 
+    @other_keywords(
+        bar_format='the bar has one form; desc= is shown instead of "Epoch"',
+    )
     def __init__(self, persist: bool = False, desc: str | None = None) -> None:
         self._persist = persist
         self._desc = desc or "Epoch"
 
+    def __repr__(self) -> str:
+        return shown(self, persist=self._persist or None, desc=self._desc)
+
     def attach(
         self,
         engine: Engine,
-        metric_names: Sequence[str] | None = None,
+        metric_names: MetricNames = None,
         output_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         """Show the run of `engine`.
 
         Args:
-            metric_names: values to show, by name: of `state.metrics`, or of the mapping that `output_transform` gives.
+            metric_names: values to show, by name: of `state.metrics`, or of the mapping that `output_transform` gives;
+                "all" shows every metric that is a number, besides what `output_transform` gives.
             output_transform: turns the step's output into a number, or a mapping of names to numbers, to be shown;
                 of a mapping, what is no number is left out.
 
         Raises:
-            TypeError: `metric_names` is a string rather than a list of them; `output_transform` is not callable.
+            TypeError: `engine` is no Engine; `metric_names` is a string other than "all", rather than a list of them;
+                `output_transform` cannot be called with the output or (when shown) gives neither number nor mapping.
             ValueError: (when shown) a name in `metric_names` is both a metric's and an output's.
             KeyError: (at the end of the first epoch) there is no value of such a name; it lists those there are.
         """
-        if isinstance(metric_names, str):
-            raise TypeError(f"metric_names={metric_names!r} must be a list of names: [{metric_names!r}].")
-        if output_transform is not None and not callable(output_transform):
-            raise TypeError(f"output_transform={output_transform!r} must be callable, as output_transform(output).")
+        check_engine(self, engine)
+        if isinstance(metric_names, str) and metric_names != "all":
+            raise TypeError(f'metric_names={metric_names!r} must be a list of names: [{metric_names!r}], or "all".')
+        names = checked_names(metric_names)
+        check_function("output_transform", output_transform, "output")
         if world().rank == 0:
-            _Display(self._persist, self._desc, tuple(metric_names or ()), output_transform).attach(engine)
+            _Display(self._persist, self._desc, names or (), output_transform).attach(engine)
 
 
 class _Display:
     """The bar of one engine: drawn over again where that can be done, else a line."""
 
     def __init__(
-        self, persist: bool, desc: str, metric_names: tuple[str, ...], output_transform: Callable[[Any], Any] | None
+        self,
+        persist: bool,
+        desc: str,
+        metric_names: tuple[str, ...] | Literal["all"],
+        output_transform: Callable[[Any], Any] | None,
     ) -> None:
         self._persist = persist
         self._desc = desc
@@ -130,13 +143,17 @@ class _Display:
         return is_drawn
 
     def _finish(self, engine: Engine) -> None:
-        have = metrics_and_outputs(engine, self._output_values(engine), self._metric_names)
-        if missing := [name for name in self._metric_names if name not in have]:
+        if self._metric_names != "all":
+            self._check_names(engine, self._metric_names)
+        self._show_last(engine)
+
+    def _check_names(self, engine: Engine, names: tuple[str, ...]) -> None:
+        have = {**dict.fromkeys(engine.state.metrics), **self._output_values(engine)}
+        if missing := [name for name in names if name not in have]:
             raise KeyError(
                 f"The progress bar was asked to show {', '.join(map(repr, missing))}, but there is "
                 f"{', '.join(map(repr, have)) or 'no value'}."
             )
-        self._show_last(engine)
 
     def _leave(self, engine: Engine) -> None:
         try:
@@ -208,22 +225,28 @@ class _Display:
         if engine.state.exception is not None:  # the device may have failed, or wait for a rank that is gone
             return ""
         values = self._output_values(engine)
-        if self._metric_names:
+        if self._metric_names == "all":
+            values = metrics_and_outputs(engine, values)
+        elif self._metric_names:
             have = metrics_and_outputs(engine, values, self._metric_names)
             values = {name: have[name] for name in self._metric_names if name in have}
-        return ", ".join(f"{name}={float(value):.4g}" for name, value in values.items() if _is_number(value))
+        numbers = {name: as_number(value) for name, value in values.items()}
+        return ", ".join(f"{name}={number:.4g}" for name, number in numbers.items() if number is not None)
 
     def _output_values(self, engine: Engine) -> dict[str, Any]:
         if self._output_transform is None:
             return {}
         shown = self._output_transform(engine.state.output)
-        return dict(shown) if isinstance(shown, Mapping) else {"output": shown}
+        if isinstance(shown, Mapping):
+            return dict(shown)
+        if as_number(shown) is None:
+            raise TypeError(
+                f"output_transform gave a {type(shown).__qualname__}, but must give a number, or a mapping of names "
+                'to numbers: output_transform=lambda output: {"loss": output}.'
+            )
+        return {"output": shown}
 
 
 def _is_interactive() -> bool:
     """Whether what is drawn can be drawn over: a terminal or a notebook, but no file."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from dengine.engine import Engine
+from dengine.handlers.arguments import check_function
 
 __all__ = ["check_score_function", "score_of"]
 
@@ -10,10 +11,11 @@ __all__ = ["check_score_function", "score_of"]
 def check_score_function(value: object) -> None:
     """
     Raises:
-        TypeError: it cannot be called.
+        TypeError: it cannot be called as `score_function(engine)`.
     """
-    if not callable(value):
-        raise TypeError(f"score_function={value!r} must be callable, as score_function(engine) -> float.")
+    if value is None:
+        raise TypeError("score_function=None must be callable, as score_function(engine).")
+    check_function("score_function", value, "engine")
 
 
 def score_of(engine: Engine, score_function: Callable[[Engine], float], purpose: str) -> float:

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 from dengine.checks import whole_number
 from dengine.engine import Engine, Events
 from dengine.engine.loop import engines_around
+from dengine.handlers.arguments import check_function
 
 __all__ = ["StepTransform", "check_step_transform", "step_of", "step_to_save"]
 
@@ -15,10 +16,9 @@ StepTransform: TypeAlias = Callable[[Engine, Any], int]
 def check_step_transform(name: str, value: object) -> None:
     """
     Raises:
-        TypeError: it is neither None nor can be called.
+        TypeError: it is neither None nor can be called as `{name}(engine, event)`.
     """
-    if value is not None and not callable(value):
-        raise TypeError(f"{name}={value!r} must be callable, as {name}(engine, event) -> int.")
+    check_function(name, value, "engine", "event")
 
 
 def step_of(engine: Engine, transform: StepTransform | None) -> int:

@@ -10,12 +10,17 @@ import numpy as np
 import torch
 
 from dengine.engine import Engine
+from dengine.handlers.arguments import check_function
+from dengine.naming import other_names, shown
 
 __all__ = ["TerminateOnNan"]
 
 _READ_EVERY = 16  # iterations: reading a flag on a GPU waits for all that was queued before it
 
 
+@other_names(
+    attach="it takes one event, so write trainer.on(Events.ITERATION_COMPLETED, handler)",
+)
 class TerminateOnNan:
     """Stops the run, on all ranks at the same iteration, where the step's output holds a NaN or an infinite number.
 
@@ -29,6 +34,9 @@ class TerminateOnNan:
     Args:
         output_transform: what of the step's output is looked at; by default all of it.
 
+    Raises:
+        TypeError: `output_transform` cannot be called with the output.
+
     Example:
         >>> import warnings
         >>> from dengine import Engine, Events
@@ -40,9 +48,13 @@ class TerminateOnNan:
     """
 
     def __init__(self, output_transform: Callable[[Any], Any] | None = None) -> None:
+        check_function("output_transform", output_transform, "output")
         self._transform = output_transform
         self._flags: dict[torch.device, torch.Tensor] = {}  # whether all was finite
         self._last_iteration = 0
+
+    def __repr__(self) -> str:
+        return shown(self, output_transform=self._transform)
 
     def __call__(self, engine: Engine) -> None:
         if engine.state.iteration <= self._last_iteration:  # another run: an end between two reads left its flag

@@ -10,8 +10,10 @@ import torch
 from dengine.distributed import all_reduce, world
 from dengine.engine import Absent, Engine, Events
 from dengine.engine.dispatch import collective
+from dengine.handlers.arguments import check_engine, check_function
 from dengine.handlers.peaks import peak_flops_per_s
 from dengine.metrics.inputs import num_samples
+from dengine.naming import shown
 from dengine.types import summable
 
 __all__ = ["ThroughputMonitor"]
@@ -64,11 +66,10 @@ class ThroughputMonitor:
         peak_flops_per_s: float | None = None,
         print_line: bool = True,
     ) -> None:
-        for name, function in (("num_samples", num_samples), ("num_tokens", num_tokens)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name}={function!r} must be a function of the engine.")
-        if peak_flops_per_s is not None and not peak_flops_per_s > 0:
-            raise ValueError(f"peak_flops_per_s={peak_flops_per_s} must be a number above 0.")
+        check_function("num_samples", num_samples, "engine")
+        check_function("num_tokens", num_tokens, "engine")
+        if peak_flops_per_s is not None and (isinstance(peak_flops_per_s, str) or not peak_flops_per_s > 0):
+            raise ValueError(f"peak_flops_per_s={peak_flops_per_s!r} must be a number above 0.")
         self._num_samples = num_samples or _samples_of_batch
         self._num_tokens = num_tokens
         self._counts_flops = count_flops
@@ -80,8 +81,12 @@ class ThroughputMonitor:
         self._tokens: Any = 0
         self._start_epoch()
 
+    def __repr__(self) -> str:
+        return shown(self, num_samples=self._num_samples, num_tokens=self._num_tokens)
+
     def attach(self, engine: Engine) -> None:
         """Measure the runs of `engine`: from behind the handlers of an event to before those of the next one."""
+        check_engine(self, engine)
         engine.on(Events.EPOCH_STARTED, self._begin, priority=_LAST)
         engine.on(Events.GET_BATCH_STARTED, self._fetch, priority=_LAST)
         engine.on(Events.GET_BATCH_COMPLETED, self._fetched, priority=_FIRST)

@@ -4,10 +4,14 @@ import math
 import time
 
 from dengine.engine import Engine
+from dengine.naming import other_keywords, other_names, shown
 
 __all__ = ["TimeLimit"]
 
 
+@other_names(
+    attach="it takes one event, so write trainer.on(Events.ITERATION_COMPLETED, handler)",
+)
 class TimeLimit:
     """Stops the run, on all ranks at the same iteration, once `seconds` have passed since the handler was made.
 
@@ -26,12 +30,19 @@ class TimeLimit:
         True
     """
 
+    @other_keywords(
+        limit_sec="it is called seconds=",
+    )
     def __init__(self, seconds: float) -> None:
         if isinstance(seconds, bool) or not isinstance(seconds, int | float):
             raise TypeError(f"seconds={seconds!r} must be a number of seconds.")
         if not seconds > 0 or math.isinf(seconds):
             raise ValueError(f"seconds={seconds!r} must be a number of seconds above 0.")
+        self._seconds = seconds
         self._end_s = time.monotonic() + seconds
+
+    def __repr__(self) -> str:
+        return shown(self, seconds=self._seconds)
 
     def __call__(self, engine: Engine) -> None:
         if time.monotonic() >= self._end_s:

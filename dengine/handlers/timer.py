@@ -9,6 +9,8 @@ import torch
 
 from dengine.engine import Engine, Events
 from dengine.engine.events import Subscribable
+from dengine.handlers.arguments import check_engine
+from dengine.naming import shown
 
 __all__ = ["Timer"]
 
@@ -40,6 +42,9 @@ class Timer:
         self.reset()
         self._run()
 
+    def __repr__(self) -> str:
+        return shown(self, synchronize=self._synchronize or None, num_steps=self._num_steps)
+
     def attach(
         self,
         engine: Engine,
@@ -62,6 +67,7 @@ class Timer:
         Raises:
             TypeError, ValueError: no event, or one that is not registered; nothing is attached then.
         """
+        check_engine(self, engine)
         wanted = [
             (start, self._start, _FIRST),
             (pause, self._pause, _FIRST),

@@ -1,13 +1,15 @@
 """Writes what an engine finds into a tracked run, on rank 0."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from dengine.distributed import world
 from dengine.engine import Engine
-from dengine.handlers.step import StepTransform, step_of
+from dengine.handlers.arguments import MetricNames, check_function, checked_names
+from dengine.handlers.step import StepTransform, check_step_transform, step_of
+from dengine.naming import other_keywords, other_names, shown
 from dengine.tracking.run import Run
 from dengine.tracking.values import RowMaker, scalar
 
@@ -16,6 +18,9 @@ __all__ = ["Sink", "TrackingHandler", "metrics_and_outputs", "sink_of"]
 Sink: TypeAlias = Callable[[dict[str, Any], int], object]
 
 
+@other_names(
+    attach="it takes one event, so write engine.on(Events.ITERATION_COMPLETED(every=10), handler)",
+)
 class TrackingHandler:
     """Logs metrics and outputs to `run` whenever it is called: `trainer.on(Events.ITERATION_COMPLETED(every=10), log)`.
 
@@ -52,28 +57,30 @@ class TrackingHandler:
         0.125
     """
 
+    @other_keywords(
+        tag="give names by output_transform=, as lambda output: {'training/loss': output}",
+        logger="it is called run=",
+    )
     def __init__(
         self,
         run: Any,
-        metric_names: Sequence[str] | Literal["all"] | None = None,
+        metric_names: MetricNames = None,
         output_transform: Callable[[Any], Any] | None = None,
         global_step_transform: StepTransform | None = None,
     ) -> None:
-        if isinstance(metric_names, str) and metric_names != "all":
-            raise TypeError(f'metric_names={metric_names!r} must be a list of names, [{metric_names!r}], or "all".')
-        for name, function in (
-            ("output_transform", output_transform),
-            ("global_step_transform", global_step_transform),
-        ):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name}={function!r} must be callable.")
+        names = checked_names(metric_names)
+        check_function("output_transform", output_transform, "output")
+        check_step_transform("global_step_transform", global_step_transform)
         if metric_names is None and output_transform is None:
             raise ValueError('There is nothing to log: pass metric_names= (a list, or "all") or output_transform=.')
-        self._is_all = metric_names == "all"
-        self._names = None if metric_names is None or self._is_all else list(metric_names)
+        self._is_all = names == "all"
+        self._names = None if names is None or names == "all" else list(names)
         self._output_transform = output_transform
         self._step_transform = global_step_transform
         self._sink = sink_of(run) if world().rank == 0 else None
+
+    def __repr__(self) -> str:
+        return shown(self, metric_names="all" if self._is_all else self._names, output_transform=self._output_transform)
 
     def __call__(self, engine: Engine) -> None:
         if self._sink is None:
@@ -129,7 +136,10 @@ def metrics_and_outputs(
             f"{both[0]!r} is a metric of the engine and in what output_transform gives, and one would hide the other: "
             f"rename the output, as in {{'batch_{both[0]}': ...}}."
         )
-    return {**engine.state.metrics, **outputs}
+    have = engine.state.metrics
+    # Looked up one by one: what is live is computed when it is asked for, and only what is wanted is.
+    wanted = have if names is None else [name for name in names if name in have]
+    return {**{name: have[name] for name in wanted}, **outputs}
 
 
 def sink_of(run: Any) -> Sink:

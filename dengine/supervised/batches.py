@@ -3,13 +3,16 @@
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dengine.checks import takes
 from dengine.distributed.gradients import Count
+from dengine.naming import describe
 
 __all__ = [
     "LossFunction",
@@ -18,6 +21,9 @@ __all__ = [
     "PrepareBatch",
     "WeightFunction",
     "check_callables",
+    "check_calls",
+    "checked_pair",
+    "checked_weight",
     "detached",
     "num_samples",
     "pair_on_device",
@@ -114,6 +120,48 @@ def _refuse_one_a_sample(*lists: Any) -> None:
         )
 
 
+def checked_pair(prepare_batch: PrepareBatch) -> PrepareBatch:
+    """`prepare_batch`, whose result is a pair. A tensor of two, or a dict, would be taken apart as one.
+
+    Raises: (by what is given) TypeError: it gave something else.
+    """
+
+    def prepare(batch: Any, device: torch.device) -> tuple[Any, Any]:
+        pair = prepare_batch(batch, device)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"prepare_batch gave {_what(pair)}, but must give the pair (inputs, targets).")
+        return pair[0], pair[1]
+
+    return prepare
+
+
+def checked_weight(weight: WeightFunction) -> WeightFunction:
+    """`weight`, whose result is one number. Nothing is read from a device.
+
+    Raises: (by what is given) TypeError: it gave something else.
+    """
+
+    def weigh(inputs: Any, targets: Any) -> Count:
+        count = weight(inputs, targets)
+        if isinstance(count, Tensor):
+            if count.ndim == 0 and not count.is_complex():
+                return count
+        elif isinstance(count, (int, float, np.integer, np.floating)) and not isinstance(count, bool):
+            return count
+        raise TypeError(
+            f"weight gave {_what(count)}, but must give what the batch counts, a number or a 0-d tensor: "
+            "weight=lambda inputs, targets: (targets != -100).sum()."
+        )
+
+    return weigh
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"a {type(value).__qualname__} of shape {tuple(value.shape)}"
+    return f"a {type(value).__qualname__}{f' of {len(value)}' if isinstance(value, Sized) else ''}"
+
+
 def check_callables(**functions: Any) -> None:
     """Raises: TypeError: one that is neither None nor callable, or a class of modules in place of one."""
     for name, function in functions.items():
@@ -123,3 +171,14 @@ def check_callables(**functions: Any) -> None:
             raise TypeError(
                 f"{name} is the class {function.__qualname__}: pass an instance, {function.__qualname__}()."
             )
+
+
+def check_calls(functions: Mapping[str, tuple[Any, str]]) -> None:
+    """`check_callables` of functions by name, each with the arguments that it is called with.
+
+    Raises: TypeError: as there, and where one cannot be called with these arguments.
+    """
+    check_callables(**{name: function for name, (function, _) in functions.items()})
+    for name, (function, arguments) in functions.items():
+        if function is not None and not takes(function, len(arguments.split(", "))):
+            raise TypeError(f"{name}={describe(function)} cannot be called as {name}({arguments}).")

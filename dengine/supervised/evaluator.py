@@ -12,7 +12,14 @@ from dengine.distributed.gradients import find_fsdp
 from dengine.engine import Absent, Engine, Events
 from dengine.metrics.metric_set import AnyMetric
 from dengine.supervised.accelerator import accelerator_for, distributed_kind
-from dengine.supervised.batches import ModelFunction, OutputFunction, PrepareBatch, check_callables, pair_on_device
+from dengine.supervised.batches import (
+    ModelFunction,
+    OutputFunction,
+    PrepareBatch,
+    check_calls,
+    checked_pair,
+    pair_on_device,
+)
 from dengine.supervised.deepspeed import cast_around
 
 if TYPE_CHECKING:
@@ -55,13 +62,20 @@ def create_supervised_evaluator(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_supervised_evaluator() takes a torch.nn.Module, but got {type(model).__qualname__}.")
-    check_callables(output_transform=output_transform, prepare_batch=prepare_batch, model_fn=model_fn)
+    check_calls(
+        {
+            "output_transform": (output_transform, "inputs, targets, pred"),
+            "prepare_batch": (prepare_batch, "batch, device"),
+            "model_fn": (model_fn, "model, inputs"),
+        }
+    )
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(f"metrics takes a dict such as {{'acc': Accuracy()}}, but got {metrics!r}.")
     accelerator = accelerator_for(accelerator, mixed_precision)
     if world().size == 1 and not getattr(model, "_is_accelerate_prepared", False):
         model = model.to(accelerator.device)
-    step = _EvaluationStep(model, accelerator, prepare_batch or pair_on_device, model_fn, output_transform)
+    prepare = checked_pair(prepare_batch) if prepare_batch else pair_on_device
+    step = _EvaluationStep(model, accelerator, prepare, model_fn, output_transform)
     evaluator = Engine(step, joined=step.is_collective and world().size > 1)
     evaluator.add_metrics(metrics or {})
     evaluator.on(Events.STARTED, step.enter, priority=_FIRST)

@@ -15,7 +15,9 @@ from dengine.supervised.batches import (
     OutputFunction,
     PrepareBatch,
     WeightFunction,
-    check_callables,
+    check_calls,
+    checked_pair,
+    checked_weight,
     num_samples,
     pair_on_device,
 )
@@ -77,7 +79,7 @@ def create_supervised_trainer(
 
     Raises:
         TypeError, ValueError: an argument is wrong, or contradicts `accelerator`; the optimizer has no parameter of the
-            model, or needs a closure (LBFGS). ImportError: no accelerate.
+            model, or needs a closure (LBFGS); a function cannot be called as is said above. ImportError: no accelerate.
         LaunchError: accelerate counts other ranks than there are.
 
     Cost: collective over several ranks, where the model gets wrapped, or is in DDP that `prepare_model` did not make
@@ -86,12 +88,14 @@ def create_supervised_trainer(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_supervised_trainer() takes a torch.nn.Module, but got {type(model).__qualname__}.")
-    check_callables(
-        loss_fn=loss_fn,
-        output_transform=output_transform,
-        prepare_batch=prepare_batch,
-        model_fn=model_fn,
-        weight=weight,
+    check_calls(
+        {
+            "loss_fn": (loss_fn, "pred, targets"),
+            "output_transform": (output_transform, "inputs, targets, pred, loss"),
+            "prepare_batch": (prepare_batch, "batch, device"),
+            "model_fn": (model_fn, "model, inputs"),
+            "weight": (weight, "inputs, targets"),
+        }
     )
     num_batches = whole_number("gradient_accumulation_steps", gradient_accumulation_steps, least=1)
     if max_grad_norm is not None:
@@ -115,9 +119,9 @@ def create_supervised_trainer(
     model, optimizer = prepared(model, optimizer, accelerator, num_batches, max_grad_norm)
     functions = Functions(
         loss=loss_fn,
-        prepare_batch=prepare_batch or pair_on_device,
+        prepare_batch=checked_pair(prepare_batch) if prepare_batch else pair_on_device,
         model=cast_around(model_fn) if is_deepspeed else model_fn,
-        weight=weight or num_samples,
+        weight=checked_weight(weight) if weight else num_samples,
         output=output_transform,
     )
     update = update_for(model, optimizer, accelerator, num_batches, max_grad_norm)

@@ -1,0 +1,55 @@
+"""Checks of what handlers are given, in the words of who gives it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dengine.checks import takes
+from dengine.engine import Engine
+from dengine.naming import describe
+
+__all__ = ["MetricNames", "as_number", "check_engine", "check_function", "checked_names"]
+
+MetricNames = Sequence[str] | Literal["all"] | None
+
+
+def check_engine(handler: object, engine: object) -> None:
+    """Raises: TypeError: what a handler is attached to is no Engine."""
+    if not isinstance(engine, Engine):
+        raise TypeError(f"{type(handler).__qualname__}.attach() takes an Engine, but got {engine!r}.")
+
+
+def check_function(name: str, function: object, *arguments: str) -> None:
+    """Raises: TypeError: it is neither None nor can be called with these arguments."""
+    if function is None:
+        return
+    called = f"{name}({', '.join(arguments)})"
+    if not callable(function):
+        raise TypeError(f"{name}={function!r} must be callable, as {called}.")
+    if not takes(function, len(arguments)):
+        raise TypeError(f"{name}={describe(function)} cannot be called as {called}.")
+
+
+def checked_names(names: Any) -> tuple[str, ...] | Literal["all"] | None:
+    """`metric_names` as it was meant: names, "all", or None.
+
+    Raises: TypeError: another string, or what is no list of strings.
+    """
+    if names is None or (isinstance(names, str) and names == "all"):
+        return names  # type: ignore[return-value]
+    if isinstance(names, str):
+        raise TypeError(f'metric_names={names!r} must be a list of names, [{names!r}], or "all".')
+    found = tuple(names) if isinstance(names, Iterable) else (names,)
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in found):
+        raise TypeError(f'metric_names={names!r} must be a list of names, or "all".')
+    return found
+
+
+def as_number(value: Any) -> float | None:
+    """`value` as a number, waited for where it is on a device; None where it is none: text, or several numbers."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        size = value.numel() if isinstance(value, torch.Tensor) else value.size
+        value = value.item() if size == 1 else None
+    return float(value) if isinstance(value, (int, float, np.integer, np.floating, np.bool_)) else None
