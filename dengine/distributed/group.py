@@ -17,6 +17,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from dengine.distributed.connections import Connections, abort_group, found, recorded
 from dengine.distributed.control import Control
+from dengine.distributed.ddp_errors import explain
 from dengine.distributed.failure import line_of, traceback_of, write_error_file
 from dengine.distributed.interface import chosen_interface
 from dengine.distributed.launch import Launch, find_launch, is_agents_store
@@ -116,6 +117,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
 
 
 def _told(error: BaseException, control: Control | None) -> BaseException:
+    explain(error)
     if control is not None:
         return control.failures.failed(error, None, sys._getframe(1))
     write_error_file(line_of(error), traceback_of(error), is_cause=True)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, Literal, Protocol, TypeAlias
 
+from dengine.distributed.ddp_errors import explain
 from dengine.distributed.failure import Failure, Level
 from dengine.distributed.world import control
 
@@ -137,6 +138,7 @@ class Run:
 
     def failed(self, error: BaseException) -> BaseException:
         """What is to be raised where `error` leaves the run, the other ranks having been told of it."""
+        explain(error)
         if self._control is None:
             return error
         return self._control.failures.failed(error, self.number, sys._getframe(1))
