@@ -86,6 +86,8 @@ class Control:
         match message["kind"]:
             case "failed":
                 self.failures.hear(Failure.from_dict(message["failure"]))
+            case "empty":
+                self.runs.numbered(message["run"]).hear_empty(message["epoch"], self.messages.reader)
             case "call":
                 self.answer(message["number"])
             case "left":

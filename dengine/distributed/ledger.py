@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dengine.distributed.deadlock import START_OF_RUN
 from dengine.distributed.world import World
 from dengine.errors import ConsistencyError
 
@@ -110,9 +111,10 @@ def user_line(frame: FrameType) -> str:
 
 def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
     one, other = sorted((first, second), key=lambda call: int(call["rank"]))
+    begins = [call["rank"] for call in (one, other) if call["what"].startswith(START_OF_RUN)]
     return (
         "The ranks call different collectives at the same place:"
         + "".join(f"\n  rank {call['rank']} calls {call['what']} at {call['from']}" for call in (one, other))
         + "\nCall the same ones in the same order on every rank. Where two lines mean the same one, give both one "
-        "name=."
+        "name=." + (f" A run of rank {begins[0]}'s own is that of an Engine(..., distributed=False)." if begins else "")
     )

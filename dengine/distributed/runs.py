@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -32,6 +34,7 @@ _Key: TypeAlias = tuple[Scope, int]  # a scope, and the epoch that is to be left
 _EPOCH_BITS = 40
 END = (1 << _EPOCH_BITS) - 1  # as an iteration: the end of the epoch, with its metrics and EPOCH_COMPLETED
 _KEPT_RUNS = 256  # that have ended; no rank is further behind
+_EMPTY_PAUSE_S = 0.002
 _LOOK_S = 0.1  # how often a waiting loop looks whether the others can still be reached
 
 
@@ -99,6 +102,8 @@ class Run:
         self._asked: set[_Key] = set()
         self._decided: dict[_Key, int] = {}
         self._changed = threading.Condition()
+        self._last_with_batches = -1  # epoch in which this rank had one, of those that it has left
+        self._asked_about: set[int] = set()  # epochs in which another rank had none, and wants to know who had
 
     def ask(self, scope: Scope, epoch: int, reason: str = "") -> None:
         """Ask all ranks to leave the run or the epoch. The loop hears by `interrupt`.
@@ -146,7 +151,50 @@ class Run:
     def end(self) -> None:
         """The loop is over: nobody is to be interrupted any more, nor kept alive."""
         self.interrupt = _nothing
+        self.note_batches(END)  # nobody is to wait for this rank
         self.on_end(self)
+
+    def note_batches(self, epoch: int) -> None:
+        """By the loop, as it leaves `epoch`, in which it had a batch. Cost: a request to the store, if one asked."""
+        self._last_with_batches = epoch
+        if self._asked_about and self._control is not None:
+            with suppress(RuntimeError):  # the store is gone, and who asked notices
+                self._tell_of_batches(self._control.link.store)
+
+    def hear_empty(self, epoch: int, store: Any) -> None:
+        """By the thread: another rank had no batch in `epoch`. Tell it if this one had; else the loop will."""
+        self._asked_about.add(epoch)
+        self._tell_of_batches(store)
+
+    def has_any_rank_batches(self, epoch: int) -> bool:
+        """Whether any rank has a batch in `epoch`, where this one has none. Waits until one has, or until all have not.
+
+        Where it cannot be told, as the run is being left, it is taken to be so. Who has batches pays nothing while
+        nobody asks. Raises: RemoteRankError, StallError: a rank has failed. LaunchError: the store is gone.
+        """
+        if self._control is None or self.number is None:
+            return True
+        store, size = self._control.link.store, self._control.link.here.size
+        count, answer = f"empty/{self.number}/{epoch}", f"batches/{self.number}/{epoch}"
+        pause_s, asked_s, wait_s = _EMPTY_PAUSE_S, time.monotonic(), 0.0
+        try:
+            store.add(count, 1)
+            # In this order: who raises since all are empty is not to be heard of as a failure before that is seen.
+            while not (is_leaving := self.is_asked) and not store.check([answer]) and store.add(count, 0) < size:
+                if time.monotonic() - asked_s >= wait_s:
+                    self._control.messages.publish(kind="empty", run=self.number, epoch=epoch)
+                    asked_s, wait_s = time.monotonic(), 2 * wait_s + 1.0
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LOOK_S)
+            return store.add(count, 0) < size or (not is_leaving and store.check([answer]))
+        except RuntimeError as error:
+            raise self._control.failures.without_store("they cannot tell whether any has a batch", error) from None
+
+    def _tell_of_batches(self, store: Any) -> None:
+        for epoch in list(self._asked_about):
+            if self._last_with_batches >= epoch or place(epoch, 2) <= self.begun < place(epoch, END):
+                self._asked_about.discard(epoch)
+                store.set(f"batches/{self.number}/{epoch}", "yes")
 
     @property
     def depth(self) -> int:

@@ -121,14 +121,14 @@ class Feed:
 
         Collective in that case, once a run: a small all-reduce, as soon as every rank has drawn its first batch.
 
-        Raises: ValueError, RuntimeError: no rank has a batch, or none any more; alike on every rank.
+        Raises: ValueError: no rank has a batch, or none any more; alike on every rank.
         """
         if not self._is_unsure:
             return batches
         self._is_unsure = False
         first = list(islice(batches, 1))
         if not any_rank(bool(first), "whether any rank has a batch"):
-            self._refuse_end(epoch, iterations, "no batch on any rank")
+            self.refuse_empty_epoch(epoch, iterations)
         return chain(first, batches)
 
     def is_over(self, epoch: int, iterations: int, *, is_empty: bool) -> bool:
@@ -142,7 +142,7 @@ class Feed:
             ValueError: there never was a batch. RuntimeError: there are none any more.
         """
         if is_empty and empties_together(self.data):
-            self._refuse_end(epoch, iterations, "no batch on any rank" if self._may_be_empty else "no batch")
+            self.refuse_empty_epoch(epoch, iterations)
         if is_empty and iterations == 0:
             self.refuse_no_batch()
             return True
@@ -153,7 +153,7 @@ class Feed:
                 "than once (a list, a DataLoader), or epoch_length= and max_epochs= that it suffices for."
             )
         if is_empty and not self._may_be_empty:
-            self._refuse_end(epoch, iterations, "no batch")
+            self.refuse_empty_epoch(epoch, iterations)
         return is_empty or not self.is_length_given
 
     def refuse_no_batch(self) -> None:
@@ -163,13 +163,17 @@ class Feed:
         if empties_together(self.data):
             self._refuse("no batch on any rank")
 
-    def _refuse_end(self, epoch: int, iterations: int, nothing: str) -> NoReturn:
+    def refuse_empty_epoch(self, epoch: int, iterations: int) -> NoReturn:
+        """Raises: ValueError: no rank has a batch in `epoch`. RuntimeError: the same in a world of one, where there
+        were batches before.
+        """
         if iterations == 0:
-            self._refuse(nothing)
-        raise RuntimeError(
-            f"The data gave {nothing} in epoch {epoch} after {iterations} iterations: "
-            f"iterating over this {type(self.data).__qualname__} again must begin anew."
-        )
+            self._refuse("no batch on any rank" if self._may_be_empty else "no batch")
+        text = f"in epoch {epoch} after {iterations} iterations"
+        again = f"iterating over this {type(self.data).__qualname__} again must begin anew"
+        if self._may_be_empty:
+            raise ValueError(f"The data gave no batch on any rank {text}: {again}, and give some batches.")
+        raise RuntimeError(f"The data gave no batch {text}: {again}.")
 
     def _refuse(self, nothing: str) -> NoReturn:
         raise ValueError(

@@ -401,6 +401,10 @@ class Engine:
             self._give_back_metrics(self._resumed_random)
         has_ended = self._run_iterations(feed)
         state.batch = None
+        if state.epoch_iteration:
+            self._current_run().note_batches(state.epoch)
+        elif has_ended:
+            self._check_batches(feed)
         may_end = self._may_begin(place(state.epoch, END))
         if not has_ended or not may_end:
             return False
@@ -511,6 +515,15 @@ class Engine:
         feed.take(start.most_batches)
         if start.is_same_data:
             warn_of_whole_data(feed.data)
+
+    def _check_batches(self, feed: Feed) -> None:
+        """This rank had no batch in the epoch, which is legal as long as another one had.
+
+        Raises: ValueError: none had, which all of them raise.
+        """
+        run, state = self._current_run(), self.state
+        if not run.is_asked and not run.has_any_rank_batches(state.epoch):
+            feed.refuse_empty_epoch(state.epoch, state.iteration)
 
     # -- how far the loop may go ---------------------------------------------------------------------------------
 

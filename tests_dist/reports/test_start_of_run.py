@@ -225,6 +225,30 @@ class Shrinking:
         yield from range(self.size)
 
 
+class Once:
+    """An iterable that is no iterator, and gives what it has only once."""
+
+    def __init__(self, size: int) -> None:
+        self.left = iter(range(size))
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.left
+
+
+class Growing(Dataset[int]):
+    def __init__(self, *sizes: int) -> None:
+        self.sizes, self.size = sizes, sizes[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.size = self.sizes[epoch]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
 def run_over(data: Any, max_epochs: int = 2, **settings: Any) -> list[int]:
     engine, ended = Engine(nothing), []
     engine.on(Events.EPOCH_COMPLETED, lambda engine: ended.append(engine.state.iteration))
@@ -251,6 +275,12 @@ def nothing_to_train_on(rank: int, size: int) -> dict[str, Any]:
             "exact": run_over(prepare(DataLoader(Subset(few, [0]), batch_size=1), exact=True)),
             "one": run_over(Shrinking(1 - rank, 1 - rank)),
             "lists of one": run_over([[1], []][rank]),
+            # Later epochs.
+            "shrunk": run_over(Shrinking(2, 1, 0, 0), 4),
+            "exhausted": run_over(Once(3 * (1 - rank)), 4),
+            "one in turn": run_over(Shrinking(*(int(each % size == rank) for each in range(5))), 5),
+            "curriculum": run_over(prepare(DataLoader(Growing(4, 0), batch_size=2), exact=True)),
+            "again": run_over([1, 2], 3),
         }
 
 
@@ -262,6 +292,13 @@ def test_where_no_rank_has_a_batch_all_of_them_raise_before_any_epoch_is_complet
             assert "no batch on any rank" in told[what][0], (what, told[what])
         for what in ("exact", "one", "lists of one"):
             assert told[what] == ([0, 0] if rank == 1 else [1, 2]), (what, told[what])
+        for what, before in {"shrunk": [2, 3], "exhausted": [3 * (1 - rank)], "curriculum": [1]}.items():
+            *ended, error = told[what]
+            assert ended == before, (what, told[what])
+            assert error.startswith("ValueError: The data"), (what, error)
+            assert "no batch on any rank" in error, (what, error)
+        assert told["one in turn"] == ([1, 1, 2, 2, 3] if rank == 0 else [0, 1, 1, 2, 2])
+        assert told["again"] == [2, 4, 6]
 
 
 def whole(rank: int, size: int) -> dict[str, int]:
