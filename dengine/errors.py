@@ -68,7 +68,7 @@ class RemoteInterrupt(RemoteRankError, KeyboardInterrupt):
 
 
 class StallError(_AtRank):
-    """No rank made progress for `stall_timeout`; `rank` is the one that the others wait for."""
+    """No rank made progress for `stall_timeout`, or none can any more; `rank` is the one that the others wait for."""
 
 
 class ConsistencyError(DengineError, RuntimeError):

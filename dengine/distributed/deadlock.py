@@ -48,13 +48,16 @@ def is_certain(before: _Answers, now: _Answers) -> bool:
     return all(_stands_still(before[rank], now[rank]) for rank in now)
 
 
-def cause(answers: _Answers) -> str | None:
-    """What keeps the ranks from going on, and what to do; None where they do not wait for each other."""
+def cause(answers: _Answers, culprit: int) -> str | None:
+    """What keeps the ranks from going on, of which `culprit` is behind, and what to do; None where they do not wait for
+    each other.
+    """
     if not _is_crossed(answers):
         return None
     first, other = _pair(answers)
     return (
-        "The ranks wait for each other in different places, so that none of them can go on:"
+        f"Rank {culprit} has come to another place than the others, and they wait for each other, so that none of them "
+        "can go on:"
         + "".join(f"\n  rank {rank}: {_shown(answers[rank])}" for rank in sorted(answers)[:_NUM_SHOWN])
         + f"\n{_advice(first, other, answers)}"
     )

@@ -103,11 +103,11 @@ class RollCall:
         looks like one, so that it is worth to look again in a moment.
         """
         before, answers = self._suspected, self._call()
-        why = cause(answers) if len(answers) == self._here.size else None
+        rank = min(answers, key=lambda each: answers[each]["progress"], default=self._here.rank)
+        why = cause(answers, rank) if len(answers) == self._here.size else None
         self._suspected = {} if why is None else answers
         if why is None or not is_certain(before, answers):
             return None, why is not None
-        rank = min(answers, key=lambda each: answers[each]["progress"])
         return Failure("stalled", rank, why, levels_of(answers[rank])), True
 
     def _call(self) -> dict[int, dict[str, Any]]:
@@ -137,7 +137,7 @@ class RollCall:
     def _culprit(self, answers: dict[int, dict[str, Any]], missing: list[int], timeout_s: float) -> Failure:
         rank = missing[0] if missing else min(answers, key=lambda each: answers[each]["progress"])
         told = self._presence.told(rank) if missing else answers[rank]
-        if not missing and (why := cause(answers)) is not None:
+        if not missing and (why := cause(answers, rank)) is not None:
             return Failure("stalled", rank, why, levels_of(told))
         unreached = ", or its host is not reached" if missing and self._presence.may_be_unreached(told) else ""
         error = (

@@ -306,13 +306,16 @@ class Engine:
 
         Raises:
             TypeError, ValueError: an argument is wrong (nothing has been changed then), or there is not a single
-                batch (with several ranks an empty shard is legal).
+                batch (with several ranks an empty shard is legal, as long as another rank has a batch in that epoch).
+            LaunchError: a launcher started several processes, but no process group is open.
+            ConsistencyError: what all ranks must have alike differs: metrics, models, prepared data, handlers that are
+                collective.
             RuntimeError: this engine is running already, or a one-shot iterator ran dry.
             Any exception of a step, a handler or the data, after `EXCEPTION_RAISED`.
             RemoteRankError, StallError: another rank failed, vanished or hangs; it tells which one, and where it was.
 
-        Cost: one small collective at the first run of an engine (the ranks compare their metrics), and one all-reduce
-        an epoch where there are metrics.
+        Cost: over several ranks, one all-reduce of 5 numbers at the start (what must be alike), one more of 1 number
+        over data of which no rank knows the length, and one all-reduce an epoch if there are metrics.
         """
         feed = self._checked(data, max_epochs, max_iterations, epoch_length)
         self._check_data(feed, allow_changed_data)
