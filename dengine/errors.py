@@ -80,7 +80,15 @@ class RankZeroCollectiveError(DengineError, RuntimeError):
 
 
 class NotComputableError(DengineError, RuntimeError):
-    """A metric was asked for its value before any rank had seen a sample."""
+    """A metric was asked for its value before any rank had seen a sample.
+
+    Attributes:
+        reason: the message without the metric's name.
+    """
+
+    def __init__(self, message: str = "nothing was seen", *, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
 
 
 class MetricStateError(DengineError, RuntimeError):

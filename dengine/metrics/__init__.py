@@ -4,6 +4,8 @@ from dengine.metrics.accuracy import Accuracy, TopKAccuracy
 from dengine.metrics.average import Average, RunningAverage
 from dengine.metrics.classification import ConfusionMatrix, F1Score, Precision, Recall
 from dengine.metrics.distributed import DistributedAccuracy, DistributedMetric
+from dengine.metrics.epoch_metric import EpochMetric
+from dengine.metrics.function import MetricFunction
 from dengine.metrics.loss import Loss
 from dengine.metrics.metric import Metric
 from dengine.metrics.metric_set import compute_all
@@ -20,9 +22,11 @@ __all__ = [
     "ConfusionMatrix",
     "DistributedAccuracy",
     "DistributedMetric",
+    "EpochMetric",
     "F1Score",
     "Loss",
     "Metric",
+    "MetricFunction",
     "Perplexity",
     "Precision",
     "R2Score",

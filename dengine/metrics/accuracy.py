@@ -94,6 +94,10 @@ class _Share(LabelMetric):
         # A rank that saw nothing must judge the others' labels too. 0: there are no classes to judge by.
         self.add_state("num_labels", 0, reduce="gather")
 
+    def num_counted(self) -> int:
+        self.settle()
+        return int(self.total)
+
     def compute(self) -> float:
         self.settle()
         total = int(self.total)

@@ -31,6 +31,9 @@ class WeightedMean(Metric):
         self.value_sum = self.value_sum + value_sum
         self.count = self.count + count
 
+    def num_counted(self) -> Amount:
+        return self.count
+
     def mean(self) -> float:
         count = float(self.count)
         if not count:

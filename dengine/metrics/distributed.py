@@ -5,8 +5,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from dengine.metrics.accuracy import Accuracy
+from dengine.metrics.kinds import is_metric, is_tracker
 from dengine.metrics.metric import Metric
-from dengine.metrics.transform import is_torchmetrics, prediction_and_target
+from dengine.metrics.updates import samples_in, takes_pair
 from dengine.types import MetricValue
 
 __all__ = ["DistributedAccuracy", "DistributedMetric", "ValueOp"]
@@ -24,8 +25,9 @@ class DistributedMetric(Metric):
 
     Args:
         base_metric: any metric; it is updated with what its own `output_transform` gives.
-        reduce_op: "mean" is weighted by the samples that each rank saw (the first dimension of the target), so that a
-            mean over samples (accuracy, loss) is exact on uneven shards; "sum", "max" and "min" are plain.
+        reduce_op: "mean" is weighted by what each rank saw, so that a mean over samples (accuracy, loss) is exact on
+            uneven shards: by the counts of a `base_metric` that keeps some (`Average` of (value, count)), else by
+            samples (the first dimension of the target). "sum", "max" and "min" are plain.
         device: where predictions and targets are moved to before each update; None leaves them where they are.
 
     Raises:
@@ -41,11 +43,12 @@ class DistributedMetric(Metric):
     def __init__(self, base_metric: Any, reduce_op: ValueOp = "mean", device: torch.device | str | None = None) -> None:
         if reduce_op not in _VALUE_OPS:
             raise ValueError(f"reduce_op={reduce_op!r} must be one of {', '.join(_VALUE_OPS)}.")
-        if not all(callable(getattr(base_metric, name, None)) for name in ("reset", "update", "compute")):
+        if not is_metric(base_metric) or is_tracker(base_metric):
             raise TypeError(f"DistributedMetric() takes a metric (reset, update, compute), but got {base_metric!r}.")
         super().__init__()
         self.has_own_transform = getattr(base_metric, "has_own_transform", False)
-        if not is_torchmetrics(base_metric):
+        self._spreads = takes_pair(base_metric)
+        if not self._spreads:
             # None too: a base without one gets the whole output, as it does on its own.
             self.transform = base_metric.transform if isinstance(base_metric, Metric) else None
         self.reduce_op: ValueOp = reduce_op
@@ -55,8 +58,28 @@ class DistributedMetric(Metric):
 
     @property
     def weight(self) -> float:
-        """What this rank's value counts: its samples for a mean, else whether there were any updates."""
-        return float(self._num_samples if self.reduce_op == "mean" else min(self.num_updates, 1))
+        """What this rank's value counts: what it is a mean of, or 1; 0 where there was no sample. Waits for the device.
+
+        Of a mean of counts (`Average`), by these: they may differ from the samples, as tokens do.
+        """
+        if self.reduce_op != "mean":
+            return float(min(self._num_samples, 1))
+        counted = self._base.num_counted() if isinstance(self._base, Metric) else None
+        return float(self._num_samples if counted is None else counted)
+
+    @property
+    def shows_live(self) -> bool:  # type: ignore[override]
+        return getattr(self._base, "shows_live", False) is True
+
+    @property
+    def has_samples(self) -> bool:
+        return self._num_samples > 0
+
+    def metrics_within(self) -> tuple[Any, ...]:
+        return (self._base,)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._base!r}, {self.reduce_op!r})"
 
     def reset(self) -> None:
         self._base.reset()
@@ -64,15 +87,19 @@ class DistributedMetric(Metric):
 
     def update(self, output: Any) -> None:
         output = _moved(output, self._device)
-        if is_torchmetrics(self._base) and isinstance(output, (tuple, list)):
+        if self._spreads and isinstance(output, (tuple, list)):
             self._base.update(*output)
         else:
             self._base.update(output)
-        self._num_samples += _num_samples(output)
+        self._num_samples += samples_in(output)
 
     def compute(self) -> MetricValue:
         """This rank's value; the engine reduces it over the ranks."""
         value: MetricValue = self._base.compute()
+        return value
+
+    def live_value(self) -> MetricValue:
+        value: MetricValue = self._base.live_value()
         return value
 
 
@@ -101,14 +128,3 @@ def _moved(output: Any, device: torch.device | None) -> Any:
     if isinstance(output, dict):
         return {key: _moved(part, device) for key, part in output.items()}
     return output
-
-
-def _num_samples(output: Any) -> int:
-    """Samples in one update: the first dimension of the last tensor of a pair (the target), 1 for numbers."""
-    output = prediction_and_target(output)
-    if isinstance(output, dict):
-        parts = list(output.values())
-    else:
-        parts = list(output) if isinstance(output, (tuple, list)) else [output]
-    tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.ndim]
-    return int(tensors[-1].shape[0]) if tensors else 1

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ class Item:
     op: StateOp
     value: torch.Tensor
     is_seen: bool = True
+    form: tuple[Any, ...] = ()  # what else of it must be the same on all ranks: what several values were laid into one
 
     def __post_init__(self) -> None:
         if self.op != "cat" and self.value.is_complex():
@@ -40,6 +42,7 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     is_seen: bool
+    form: tuple[Any, ...] = ()
 
     @property
     def is_whole(self) -> bool:
@@ -58,7 +61,7 @@ class Entry:
 def entry_of(item: Item) -> Entry:
     value = item.value
     shape = tuple(value.shape[1:] if item.op == "cat" else value.shape)
-    return Entry(item.metric, item.state, item.op, value.dtype, shape, item.is_seen and value.numel() > 0)
+    return Entry(item.metric, item.state, item.op, value.dtype, shape, item.is_seen and value.numel() > 0, item.form)
 
 
 def merged(ranks: list[tuple[Entry, ...]]) -> tuple[Entry, ...]:
@@ -77,6 +80,11 @@ def _mergedentry_of(entries: tuple[Entry, ...]) -> Entry:
     first_rank, first = seen[0]
     dtype = first.dtype
     for rank, entry in seen[1:]:
+        if entry.form != first.form:
+            raise MetricStateError(
+                f"The ranks cannot add up {first.metric}: it computed {_told(entry)} on rank {rank}, but "
+                f"{_told(first)} on rank {first_rank}. It must compute the same everywhere."
+            )
         if entry.shape != first.shape:
             raise MetricStateError(
                 f"The ranks cannot add up {first.metric}: its state {first.state!r} has shape {entry.shape} on rank "
@@ -84,6 +92,11 @@ def _mergedentry_of(entries: tuple[Entry, ...]) -> Entry:
             )
         dtype = torch.promote_types(dtype, entry.dtype)
     return replace(first, dtype=dtype)
+
+
+def _told(entry: Entry) -> str:
+    """`'a' of shape (), 'b' of shape (2,)`."""
+    return ", ".join(f"{name or 'a value'!r} of shape {shape}" for name, shape, *_ in entry.form) or "a number"
 
 
 def _difference(rank: int, kind: list[tuple[str, str, StateOp]], first: list[tuple[str, str, StateOp]]) -> str:
@@ -115,7 +128,7 @@ def fitted(items: Sequence[Item], layout: tuple[Entry, ...]) -> list[Item] | Non
         shape = value.shape[1:] if item.op == "cat" else value.shape
         if item.is_seen and value.numel():
             is_narrower = value.dtype == agreed.dtype or torch.promote_types(value.dtype, agreed.dtype) == agreed.dtype
-            if shape != agreed.shape or not is_narrower:
+            if shape != agreed.shape or not is_narrower or item.form != agreed.form:
                 return None
             found.append(item)
         elif item.op == "cat":

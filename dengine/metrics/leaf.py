@@ -1,4 +1,4 @@
-"""The three kinds of metric that hold states, alike to the reduction: declared, computed per rank, torchmetrics'."""
+"""The kinds of metric that hold states, alike to the reduction: declared, computed per rank, torchmetrics', merging."""
 
 import warnings
 from collections.abc import Sequence
@@ -8,13 +8,16 @@ import torch
 
 from dengine.distributed import world
 from dengine.errors import NotComputableError
+from dengine.metrics.computed import Computed, Form, checked, laid_out, put_together
 from dengine.metrics.distributed import DistributedMetric
-from dengine.metrics.metric import Expression, Metric
+from dengine.metrics.kinds import is_mergeable
+from dengine.metrics.merging import MergingLeaf
+from dengine.metrics.metric import Metric
 from dengine.metrics.reduction import Item
 from dengine.metrics.transform import is_torchmetrics
-from dengine.types import MetricValue
+from dengine.metrics.updates import Seen
 
-__all__ = ["Leaf", "leaf_of"]
+__all__ = ["Leaf", "leaf_of", "tells_what_it_saw"]
 
 
 class Leaf(Protocol):
@@ -22,26 +25,44 @@ class Leaf(Protocol):
 
     def items(self) -> list[Item]: ...
 
-    def reduced(self, values: Sequence[torch.Tensor]) -> Any: ...
+    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Any: ...
 
 
-def leaf_of(metric: Any, label: str, *, is_alone: bool) -> Leaf:
-    """The leaf of `metric`, known to the user by `label`. `is_alone`: there is one rank, so nothing is averaged."""
-    assert not isinstance(metric, Expression)
+def leaf_of(metric: Any, label: str, *, is_alone: bool, seen: Seen | None) -> Leaf:
+    """The leaf of `metric`, known to the user by `label`.
+
+    Args:
+        is_alone: there is one rank, so nothing is averaged.
+        seen: what a metric was given that does not count it by itself; None where nobody knows.
+    """
     if isinstance(metric, DistributedMetric):
-        weight = 1.0 if is_alone else metric.weight
-        return ValueLeaf(metric, label, metric.reduce_op, weight, metric.num_updates > 0)
+        told = Seen(metric.num_updates, int(metric.has_samples))
+        return ValueLeaf(metric, label, metric.reduce_op, told, is_alone=is_alone)
     if isinstance(metric, Metric) and metric.states:
         return DeclaredLeaf(metric, label)
     if is_torchmetrics(metric):
         from dengine.metrics.torchmetrics import TorchmetricsLeaf
 
         return TorchmetricsLeaf(metric, label, is_alone=is_alone)
-    num_updates = getattr(metric, "num_updates", 1)
+    if is_mergeable(metric):
+        return MergingLeaf(metric, label, is_alone=is_alone, is_seen=seen is None or seen.num_updates > 0)
     if not is_alone:
         _warn_once(metric, label)
-    weight = 1.0 if is_alone else float(num_updates)
-    return ValueLeaf(metric, label, "mean", weight, num_updates > 0)
+    return ValueLeaf(metric, label, "mean", _told(metric, seen), is_alone=is_alone)
+
+
+def tells_what_it_saw(metric: Any) -> bool:
+    """Whether the states that travel tell it; of the others, whoever updates them has to count."""
+    has_states = isinstance(metric, Metric) and bool(metric.states)
+    return has_states or isinstance(metric, DistributedMetric) or is_torchmetrics(metric)
+
+
+def _told(metric: Any, seen: Seen | None) -> Seen:
+    """What an undeclared metric was given, by its set or by hand. Nobody knowing, one update of no known samples."""
+    num_updates = metric.num_updates if isinstance(metric, Metric) else 0
+    if seen is None:
+        return Seen(num_updates if isinstance(metric, Metric) else 1, 0)
+    return Seen(max(num_updates, seen.num_updates), seen.num_samples)
 
 
 class DeclaredLeaf:
@@ -59,58 +80,70 @@ class DeclaredLeaf:
             for name, spec in self._metric.states.items()
         ]
 
-    def reduced(self, values: Sequence[torch.Tensor]) -> Metric:
+    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Metric:
         return self._metric.with_states(dict(zip(self._metric.states, values, strict=True)))
 
 
 class ValueLeaf:
-    """A metric that is computed per rank, its values then reduced: a mean weighted by what each rank saw, or an op."""
+    """A metric that is computed per rank, its values then reduced: a mean weighted by what each rank saw, or an op.
 
-    def __init__(self, metric: Any, label: str, op: str, weight: float, is_seen: bool) -> None:
+    One that was not updated is not asked for its value: it may divide by what it counts.
+    """
+
+    def __init__(self, metric: Any, label: str, op: str, told: Seen, *, is_alone: bool) -> None:
         self._metric = metric
         self._label = label
         self._op = op
-        self._weight = weight
-        self._is_seen = is_seen
+        self._told = told
+        self._is_alone = is_alone
+        self._failure: str | None = None
 
     def items(self) -> list[Item]:
-        value = self._value()
-        weight = self._weight if value is not None else 0.0
-        neutral = {"mean": 0.0, "sum": 0.0, "max": -torch.inf, "min": torch.inf}[self._op]
-        shown = torch.as_tensor(neutral if value is None else value, dtype=torch.float64)
+        if self._is_alone:
+            return []
+        value, weight = self._value_and_weight()
         is_seen = value is not None
+        neutral = {"mean": 0.0, "sum": 0.0, "max": -torch.inf, "min": torch.inf}[self._op]
+        flat, form = laid_out(value if is_seen else neutral)
         op: Any = "sum" if self._op == "mean" else self._op
         return [
-            Item(self._label, "value", op, shown * weight if self._op == "mean" else shown, is_seen),
+            Item(self._label, "value", op, flat * weight if self._op == "mean" else flat, is_seen, form),
             Item(self._label, "weight", "sum", torch.tensor(weight, dtype=torch.float64), is_seen),
         ]
 
-    def reduced(self, values: Sequence[torch.Tensor]) -> "_Computed":
+    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Computed:
+        if self._is_alone:
+            return self._computed(self._value())
         value, weight = values
         if weight == 0:
-            return _Computed(None)
-        return _Computed(value / weight if self._op == "mean" else value)
+            return self._computed(None)
+        return Computed(put_together(value / weight if self._op == "mean" else value, forms[0]))
 
-    def _value(self) -> MetricValue | None:
-        if not self._is_seen:
+    def _value_and_weight(self) -> tuple[Any, float]:
+        value = self._value()
+        if value is None:
+            return None, 0.0
+        is_weighted = isinstance(self._metric, DistributedMetric)
+        weight = self._metric.weight if is_weighted else float(self._told.num_updates)
+        # The mean over an empty batch is often nan, which would be nan times 0 as well.
+        return (value, weight) if weight else (None, 0.0)
+
+    def _value(self) -> Any:
+        """None where there is none: not updated, or with empty batches only."""
+        if not self._told.num_updates:
             return None
         try:
-            value: MetricValue = self._metric.compute()
-        except NotComputableError:  # updated, but with empty batches only
-            return None
-        return value.detach() if isinstance(value, torch.Tensor) else value
+            return checked(self._metric.compute(), self._label)
+        except NotComputableError as error:
+            self._failure = error.reason
+        except ZeroDivisionError as error:
+            if self._told.num_samples:
+                raise
+            self._failure = f"no sample was seen, and compute() raised {error!r}"
+        return None
 
-
-class _Computed:
-    """A value that is there already, in the place of a metric that would compute it."""
-
-    def __init__(self, value: torch.Tensor | None) -> None:
-        self._value = value
-
-    def compute(self) -> torch.Tensor:
-        if self._value is None:
-            raise NotComputableError("it was not updated on any rank")
-        return self._value
+    def _computed(self, value: Any) -> Computed:
+        return Computed(value) if self._failure is None else Computed(value, self._failure)
 
 
 def _tensor(value: Any, label: str, name: str) -> torch.Tensor:

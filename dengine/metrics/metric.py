@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import wraps
+from inspect import isfunction
 from typing import Any, Literal, TypeAlias
 
 import torch
 
+from dengine.errors import NotComputableError
+from dengine.metrics.shown import shown_settings
 from dengine.metrics.transform import prediction_and_target
 from dengine.types import MetricValue
 
-__all__ = ["Metric", "OutputTransform", "StateOp", "StateSpec"]
+__all__ = ["Metric", "OutputTransform", "StateOp", "StateSpec", "counts_updates"]
 
 OutputTransform: TypeAlias = Callable[[Any], Any]
 StateOp: TypeAlias = Literal["sum", "mean", "min", "max", "cat", "gather"]
@@ -59,7 +62,8 @@ class Metric(ABC):
     # Class attributes, so that a subclass that never calls __init__ has them.
     transform: OutputTransform | None = None
     num_updates: int = 0  # since the last reset
-    num_sets: int = 0  # engines that update it
+    has_leaves_of_inner: bool = False  # whether the metrics within it are updated each by itself
+    shows_live: bool = False  # whether its value is shown while the epoch is under way
     adds_to_no_graph: bool = False  # whether `update` sees to that; elsewhere an engine calls it without gradients
     _states: Mapping[str, StateSpec] = {}
 
@@ -73,14 +77,13 @@ class Metric(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Whether a rank saw anything decides how it counts in a reduction, and an `update` that a user wrote cannot
-        # be asked to keep the number.
-        if "update" in cls.__dict__:
-            cls.update = _counting(cls.update)  # type: ignore[method-assign]
-        if {"update", "default_transform"} & cls.__dict__.keys() and "adds_to_no_graph" not in cls.__dict__:
+        # Whether a rank saw anything decides how it counts in a reduction, and an `update` that a user wrote, here or
+        # in a mix-in, cannot be asked to keep the number.
+        given = {name for name in _WRAPPERS if _is_to_be_wrapped(cls, name)}
+        for name in given:
+            setattr(cls, name, _wrapped(name, getattr(cls, name)))
+        if {"update", "default_transform"} & {*given, *cls.__dict__} and "adds_to_no_graph" not in cls.__dict__:
             cls.adds_to_no_graph = False  # what a base class says of its own
-        if "reset" in cls.__dict__:
-            cls.reset = _uncounting(cls.reset)  # type: ignore[method-assign]
 
     def default_transform(self, output: Any) -> Any:
         """What a step's output becomes where no `output_transform` is given."""
@@ -141,7 +144,22 @@ class Metric(ABC):
         """Called before the states are read, for a reduction or a checkpoint: to put in what is known only now, as a
         clock's time."""
 
+    def live_value(self) -> MetricValue:
+        """The present value of what this rank has seen, if `shows_live`: asked for while the epoch is under way."""
+        return self.compute()
+
+    def num_counted(self) -> Any:
+        """How many things the value is a mean of, as a number or a tensor; None where it is no such mean."""
+        return None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({shown_settings(self)})"
+
     # -- composition ---------------------------------------------------------------------------------------------
+
+    def metrics_within(self) -> tuple[Any, ...]:
+        """The metrics that this one is made of: whoever updates it, updates them."""
+        return ()
 
     def leaves(self) -> tuple["Metric", ...]:
         """The metrics that hold the states this one is computed from: itself, unless it is made of others."""
@@ -160,40 +178,40 @@ class Metric(ABC):
         """Compute from `stand_in`, which covers it, what was computed from `leaf`."""
 
     def __add__(self, other: Any) -> "Metric":
-        return Expression(operator.add, self, other)
+        return _function(operator.add, self, other)
 
     def __radd__(self, other: Any) -> "Metric":
-        return Expression(operator.add, other, self)
+        return _function(operator.add, other, self)
 
     def __sub__(self, other: Any) -> "Metric":
-        return Expression(operator.sub, self, other)
+        return _function(operator.sub, self, other)
 
     def __rsub__(self, other: Any) -> "Metric":
-        return Expression(operator.sub, other, self)
+        return _function(operator.sub, other, self)
 
     def __mul__(self, other: Any) -> "Metric":
-        return Expression(operator.mul, self, other)
+        return _function(operator.mul, self, other)
 
     def __rmul__(self, other: Any) -> "Metric":
-        return Expression(operator.mul, other, self)
+        return _function(operator.mul, other, self)
 
     def __truediv__(self, other: Any) -> "Metric":
-        return Expression(_divided, self, other)
+        return _function(_divided, self, other)
 
     def __rtruediv__(self, other: Any) -> "Metric":
-        return Expression(_divided, other, self)
+        return _function(_divided, other, self)
 
     def __pow__(self, other: Any) -> "Metric":
-        return Expression(operator.pow, self, other)
+        return _function(operator.pow, self, other)
 
     def __neg__(self) -> "Metric":
-        return Expression(operator.neg, self)
+        return _function(operator.neg, self)
 
     def __abs__(self) -> "Metric":
-        return Expression(abs, self)
+        return _function(abs, self)
 
     def __getitem__(self, index: Any) -> "Metric":
-        return Expression(operator.getitem, self, index)
+        return _function(operator.getitem, self, index)
 
 
 def _fresh(default: Any) -> Any:
@@ -206,8 +224,10 @@ def _fresh(default: Any) -> Any:
 def _counting(update: Callable[..., None]) -> Callable[..., None]:
     @wraps(update)
     def counted(self: Metric, *args: Any, **kwargs: Any) -> None:
+        before = self.num_updates
         update(self, *args, **kwargs)
-        self.num_updates += 1
+        # Once, however many base classes counted the same call; anew, if it was a reset as well.
+        self.num_updates = min(before, self.num_updates) + 1
 
     return counted
 
@@ -221,39 +241,42 @@ def _uncounting(reset: Callable[..., None]) -> Callable[..., None]:
     return uncounted
 
 
-class Expression(Metric):
-    """Arithmetic between metrics and numbers, e.g. `2 * p * r / (p + r)`. Its metrics are updated once each."""
+def _named(compute: Callable[..., MetricValue]) -> Callable[..., MetricValue]:
+    @wraps(compute)
+    def named(self: Metric) -> MetricValue:
+        try:
+            return compute(self)
+        except NotComputableError as error:
+            name = type(self).__name__
+            raise NotComputableError(f"{name} cannot be computed: {error.reason}.", reason=error.reason) from None
 
-    def __init__(self, function: Callable[..., Any], *operands: Any) -> None:
-        self._function = function
-        self._operands = operands
+    return named
 
-    def leaves(self) -> tuple[Metric, ...]:
-        found = [leaf for operand in self._metrics() for leaf in operand.leaves()]
-        return tuple({id(leaf): leaf for leaf in found}.values())
 
-    def reset(self) -> None:
-        for leaf in self.leaves():
-            leaf.reset()
+_WRAPPERS: dict[str, Callable[..., Any]] = {"update": _counting, "reset": _uncounting, "compute": _named}
+_IS_WRAPPED = "_dengine_is_wrapped"
 
-    def update(self, output: Any) -> None:
-        for leaf in self.leaves():
-            leaf.update(leaf.transform(output) if leaf.transform is not None else output)
 
-    def replace_leaf(self, leaf: Metric, stand_in: Metric) -> None:
-        for operand in self._metrics():
-            operand.replace_leaf(leaf, stand_in)
+def _is_to_be_wrapped(cls: type, name: str) -> bool:
+    found = getattr(cls, name)
+    return isfunction(found) and found is not getattr(Metric, name) and not hasattr(found, _IS_WRAPPED)
 
-    def compute(self) -> MetricValue:
-        return self.evaluate({id(leaf): leaf for leaf in self.leaves()})
 
-    def evaluate(self, reduced: Mapping[int, Any]) -> MetricValue:
-        values = [part.evaluate(reduced) if isinstance(part, Metric) else part for part in self._operands]
-        result: MetricValue = self._function(*values)
-        return result
+def _wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    wrapped: Callable[..., Any] = _WRAPPERS[name](function)
+    setattr(wrapped, _IS_WRAPPED, True)
+    return wrapped
 
-    def _metrics(self) -> list[Metric]:
-        return [operand for operand in self._operands if isinstance(operand, Metric)]
+
+def counts_updates(metric: Metric) -> bool:
+    """Whether `metric.num_updates` counts the calls of `metric.update`. Not if `update` was set on the object."""
+    return getattr(metric.update, _IS_WRAPPED, False)
+
+
+def _function(function: Callable[..., Any], *operands: Any) -> Metric:
+    from dengine.metrics.function import MetricFunction  # a metric itself: it cannot be read before this module
+
+    return MetricFunction(function, *operands)
 
 
 def _divided(first: Any, second: Any) -> Any:

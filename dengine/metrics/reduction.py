@@ -8,6 +8,7 @@ which it says in a lane of the buffer itself.
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -52,6 +53,10 @@ class Reduction:
     @property
     def is_agreed(self) -> bool:
         return self._layout is not None
+
+    def forms(self) -> list[tuple[Any, ...]]:
+        """What the ranks have agreed upon of each state, besides its shape: see `Item.form`."""
+        return [entry.form for entry in self._layout or ()]
 
     def reduce(self, items: Sequence[Item], here: World, failure: str | None = None) -> list[torch.Tensor]:
         """The states reduced over `here`, in the order of `items`, on the CPU; "cat" states stay on the device.

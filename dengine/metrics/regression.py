@@ -33,6 +33,9 @@ class _MeanError(Metric):
         self.error_sum = self.error_sum + self.error(prediction - target).sum()
         self.total += target.numel()
 
+    def num_counted(self) -> int:
+        return self.total
+
     def compute(self) -> float:
         return float(self.error_sum) / _seen(self.total)
 

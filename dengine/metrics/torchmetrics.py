@@ -36,7 +36,7 @@ class TorchmetricsLeaf:
             for state in self._states
         ]
 
-    def reduced(self, values: Sequence[torch.Tensor]) -> Any:
+    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[tuple[Any, ...]] = ()) -> Any:
         """A copy that holds the reduced states and takes part in no collective of torchmetrics' own.
 
         Collective only for lists that are kept apart (no reduction function): one object gather each.

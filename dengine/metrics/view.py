@@ -37,5 +37,8 @@ class View(Metric):
     def compute(self) -> MetricValue:
         return self.value_of(self._leaf)
 
+    def num_counted(self) -> Any:
+        return self._leaf.num_counted()
+
     def evaluate(self, reduced: Mapping[int, Any]) -> MetricValue:
         return self.value_of(reduced[id(self._leaf)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, f1_score, precision_score, recall_score
 
-from dengine import Engine
+from dengine import Engine, Events
 from dengine.metrics import (
     Accuracy,
     ConfusionMatrix,
@@ -127,15 +127,18 @@ def test_a_leaf_that_has_counted_already_is_left_alone() -> None:
     )
 
 
-def test_a_metric_of_two_engines_is_left_alone() -> None:
-    precision, recall, matrix = Precision(), Recall(), ConfusionMatrix()
-    engines = [engine_with({"p": precision}), engine_with({"p": precision})]
-    engines[1].add_metrics({"r": recall, "m": matrix})
-    values = engines[0].run(BATCHES).metrics
-    assert values["p"] == pytest.approx(expected()["p"])
-    values = engines[1].run(BATCHES).metrics
-    assert values["p"] == pytest.approx(expected()["p"])
-    assert values["m"].sum() == 20
+def test_metrics_that_shared_a_leaf_in_an_earlier_engine_do_not_in_two_later_ones() -> None:
+    precision, recall = Precision(), Recall()
+    earlier = engine_with({"p": precision, "r": recall})
+    earlier.run(BATCHES)
+    del earlier
+    engines = [engine_with({"p": precision}), engine_with({"r": recall})]
+    assert precision.leaves() != recall.leaves()
+    engines[1].on(Events.EPOCH_STARTED, lambda engine: engines[0].run(BATCHES))  # one while the other one runs
+    values = {**engines[1].run(BATCHES).metrics, **engines[0].state.metrics}
+    wanted = {"p": (precision_score, "macro"), "r": (recall_score, "macro")}
+    for name, (score, average) in wanted.items():
+        assert values[name] == pytest.approx(score(LABELS, SCORES.argmax(1), average=average))
 
 
 def test_compute_all_joins_nothing_as_metrics_of_ones_own_loop_are_updated_one_by_one() -> None:

@@ -1,0 +1,81 @@
+"""What a metric without declared states may compute, and how it travels: a number, a tensor, or a mapping of them."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from dengine.errors import NotComputableError
+
+__all__ = ["Computed", "Form", "checked", "laid_out", "put_together"]
+
+# Of each value in a mapping: name ("" for one that is in none), shape, whether it is complex. () for a number.
+Form: TypeAlias = tuple[tuple[str, tuple[int, ...], bool], ...]
+
+
+class Computed:
+    """A value that is there already, in the place of a metric that would compute it."""
+
+    def __init__(self, value: Any, reason: str = "it was not updated on any rank") -> None:
+        self._value = value
+        self._reason = reason
+
+    def compute(self) -> Any:
+        if self._value is None:
+            raise NotComputableError(self._reason)
+        return self._value
+
+
+def checked(value: Any, label: str) -> Any:
+    """`value`, arrays and lists of numbers as tensors.
+
+    Raises:
+        TypeError: neither a number, a tensor, nor a mapping of them.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, (bool, int, float, complex, np.number, np.bool_)):
+        return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, Mapping):
+        return {key: checked(part, f"{label}, at {key!r},") for key, part in value.items()}
+    if isinstance(value, (list, np.ndarray)):
+        try:
+            return torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    kind = "None" if value is None else f"a {type(value).__qualname__}"
+    raise TypeError(f"Metric {label} computed {kind}, but compute() must give a number, a tensor or a mapping of them.")
+
+
+def laid_out(value: Any) -> tuple[torch.Tensor, Form]:
+    """All numbers of a checked value in float64, and what they are."""
+    parts = list(_parts("", value))
+    form = tuple((name, tuple(part.shape), part.is_complex()) for name, part in parts)
+    if form == (("", (), False),):
+        return parts[0][1].double(), ()
+    flat = [(torch.view_as_real(part) if part.is_complex() else part).double().reshape(-1) for _, part in parts]
+    return torch.cat(flat) if flat else torch.empty(0, dtype=torch.float64), form
+
+
+def put_together(flat: torch.Tensor, form: Form) -> Any:
+    """The value that `laid_out` took apart; a mapping's inner ones as `outer/inner`."""
+    if not form:
+        return flat
+    lengths = [prod(shape) * (2 if is_complex else 1) for _, shape, is_complex in form]
+    values = {}
+    for (name, shape, is_complex), part in zip(form, flat.split(lengths), strict=True):  # type: ignore[no-untyped-call]
+        values[name] = torch.view_as_complex(part.reshape(*shape, 2).clone()) if is_complex else part.reshape(shape)
+    return values[""] if list(values) == [""] else values
+
+
+def _parts(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+    if isinstance(value, Mapping):
+        inner = [(f"{name}/{key}" if name else str(key), part) for key, part in value.items()]
+        return [one for key, part in inner for one in _parts(key, part)]
+    return [(name, value.cpu() if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=_wide(value)))]
+
+
+def _wide(value: Any) -> torch.dtype:
+    return torch.complex128 if isinstance(value, complex) else torch.float64
