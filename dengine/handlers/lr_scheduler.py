@@ -1,6 +1,7 @@
 """Steps a learning-rate schedule."""
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +24,11 @@ class LRScheduler:
     It is no collective: a metric's value is the same on all ranks, and so is the step that they make.
 
     Args:
-        scheduler: any of torch's.
-        metric_name: of `state.metrics`; what `ReduceLROnPlateau` is stepped with, and nothing else takes.
+        scheduler: any of torch's, or one whose `step(epoch)` is told how far it is, as timm's are: the first call is
+            step 1. One of timm's that counts updates (`t_in_epochs=False`) is stepped by `step_update`: attach it to
+            iterations, or to optimizer steps.
+        metric_name: of `state.metrics`; what `ReduceLROnPlateau` (timm's `PlateauLRScheduler`) is stepped with, and
+            nothing else takes.
         metric_engine: whose metrics; by default the engine it is attached to.
 
     Raises:
@@ -60,14 +64,15 @@ class LRScheduler:
     @other_keywords(
         lr_scheduler="it is called scheduler=",
     )
-    def __init__(
-        self, scheduler: TorchScheduler, metric_name: str | None = None, metric_engine: Engine | None = None
-    ) -> None:
-        if not isinstance(scheduler, TorchScheduler):
-            raise TypeError(f"LRScheduler() takes a scheduler of torch.optim.lr_scheduler, but got {scheduler!r}.")
-        is_plateau = isinstance(scheduler, ReduceLROnPlateau)
+    def __init__(self, scheduler: Any, metric_name: str | None = None, metric_engine: Engine | None = None) -> None:
+        if not isinstance(scheduler, TorchScheduler) and not _is_told_the_step(scheduler):
+            raise TypeError(
+                f"LRScheduler() takes a scheduler of torch.optim.lr_scheduler or of timm, but got {scheduler!r}."
+            )
+        kind = type(scheduler).__qualname__
+        is_plateau = isinstance(scheduler, ReduceLROnPlateau) or kind == "PlateauLRScheduler"
         if is_plateau and metric_name is None:
-            raise ValueError("ReduceLROnPlateau waits for a metric: pass metric_name=, a name in state.metrics.")
+            raise ValueError(f"{kind} waits for a metric: pass metric_name=, a name in state.metrics.")
         if not is_plateau and (metric_name is not None or metric_engine is not None):
             raise ValueError(
                 f"{type(scheduler).__qualname__} takes no metric: leave out metric_name and metric_engine."
@@ -76,7 +81,8 @@ class LRScheduler:
             raise TypeError(f"metric_name={metric_name!r} must be a name in state.metrics.")
         if metric_engine is not None and not isinstance(metric_engine, Engine):
             raise TypeError(f"metric_engine={metric_engine!r} must be the Engine whose metric is meant.")
-        self._scheduler = scheduler
+        self._scheduler: Any = scheduler if isinstance(scheduler, TorchScheduler) else _Counted(scheduler)
+        self._kind = kind
         self._metric_name = metric_name
         self._metric_engine = metric_engine
 
@@ -92,27 +98,27 @@ class LRScheduler:
         if self._metric_name not in metrics:
             if self._metric_name in source.metric_names:
                 raise KeyError(
-                    f"ReduceLROnPlateau waits for the metric {self._metric_name!r}, which is not computed yet: it "
+                    f"{self._kind} waits for the metric {self._metric_name!r}, which is not computed yet: it "
                     f"is there when an epoch of its engine ends. Attach the schedule to {source!r} at "
                     "Events.EPOCH_COMPLETED, or after the evaluation that computes it."
                 )
             raise KeyError(
-                f"ReduceLROnPlateau waits for the metric {self._metric_name!r}, but the engine has "
+                f"{self._kind} waits for the metric {self._metric_name!r}, but the engine has "
                 f"{', '.join(map(repr, metrics)) or 'none'}: add it, or pass the engine that has it as metric_engine=."
             )
-        assert isinstance(self._scheduler, ReduceLROnPlateau)
         value = metrics[self._metric_name]
         try:
             score = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
-                f"ReduceLROnPlateau compares one number, but the metric {self._metric_name!r} is {value!r}."
+                f"{self._kind} compares one number, but the metric {self._metric_name!r} is {value!r}."
             ) from error
         self._scheduler.step(score)
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's own. The learning rates themselves are in the optimizer's."""
-        return self._scheduler.state_dict()
+        state: dict[str, Any] = self._scheduler.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Have the schedule go on where `state_dict()` was taken.
@@ -127,15 +133,47 @@ class LRScheduler:
         different = [name for name in own.keys() ^ state_dict.keys() if not str(name).startswith("_")]
         if different:
             what = "lacks" if different[0] in own else "has the unknown entry"
-            raise ValueError(
-                f"The state given to LRScheduler is not one of {type(self._scheduler).__qualname__}: "
-                f"it {what} {different[0]!r}."
-            )
+            raise ValueError(f"The state given to LRScheduler is not one of {self._kind}: it {what} {different[0]!r}.")
         before = copy.deepcopy(own)
         try:
             self._scheduler.load_state_dict(copy.deepcopy(dict(state_dict)))  # some schedules empty what they are given
         except Exception as error:
             self._scheduler.load_state_dict(before)
-            raise ValueError(
-                f"The state given to LRScheduler is not one of {type(self._scheduler).__qualname__}: {error!r}."
-            ) from error
+            raise ValueError(f"The state given to LRScheduler is not one of {self._kind}: {error!r}.") from error
+
+
+class _Counted:
+    """A schedule that is told the step: counts its steps, and so takes the same calls as one of torch's."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        counts_epochs = getattr(scheduler, "t_in_epochs", True) or not hasattr(scheduler, "step_update")
+        self._step = scheduler.step if counts_epochs else scheduler.step_update
+        self._num_steps = 0
+
+    def step(self, *metric: float) -> None:
+        self._num_steps += 1
+        self._step(self._num_steps, *metric)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._scheduler.state_dict(), "num_steps": self._num_steps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        own = {name: value for name, value in state_dict.items() if name != "num_steps"}
+        self._scheduler.load_state_dict(own)
+        self._num_steps = state_dict["num_steps"]
+
+
+def _is_told_the_step(scheduler: Any) -> bool:
+    """Whether its `step` needs the number of the step, as that of timm's does."""
+    if isinstance(scheduler, type) or not all(
+        callable(getattr(scheduler, name, None)) for name in ("step", "state_dict", "load_state_dict")
+    ):
+        return False
+    try:
+        parameters = list(inspect.signature(scheduler.step).parameters.values())
+    except (TypeError, ValueError):  # in C, or with a signature of its own making
+        return False
+    is_positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [each for each in parameters if each.default is each.empty and each.kind in is_positional]
+    return len(needed) == 1 and needed[0].name != "closure"

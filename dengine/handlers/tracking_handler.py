@@ -29,7 +29,8 @@ class TrackingHandler:
 
     Args:
         run: a run of `Track`, anything with `log(dict, step=)` (a wandb run), a `SummaryWriter`, the module `mlflow` or
-            a run of `mlflow.start_run()`. On ranks other than 0 it may be None.
+            a run of `mlflow.start_run()`, a run of aim (`track`), a logger of clearml (`report_scalar`). On ranks other
+            than 0 it may be None.
         metric_names: which of `state.metrics` and of the mapping that `output_transform` gives; "all" takes every
             metric, None what `output_transform` gives. A vector becomes `name/0`, `name/1`, ...
         output_transform: turns the step's output into a scalar, or a mapping of names to values.
@@ -165,10 +166,31 @@ def sink_of(run: Any) -> Sink:
         import mlflow
 
         return lambda values, step: mlflow.log_metrics(_numbers(row(values)), step=step, run_id=run.info.run_id)
+    if (each := _one_by_one(run)) is not None:
+
+        def log_each(values: dict[str, Any], step: int) -> None:
+            for name, value in _numbers(row(values)).items():
+                each(name, value, step)
+
+        return log_each
     raise TypeError(
-        f"{run!r} cannot be logged to: pass a run of Track.run(), an object with log(dict, step=), a SummaryWriter, or "
-        "the module mlflow."
+        f"{run!r} cannot be logged to: pass a run of Track.run(), an object with log(dict, step=), a SummaryWriter, "
+        "the module mlflow, a run of aim, or a logger of clearml."
     )
+
+
+def _one_by_one(run: Any) -> Callable[[str, float, int], object] | None:
+    """How a single number is written to `run`, if it takes them one by one."""
+    if callable(getattr(run, "track", None)):  # a run of aim
+        return lambda name, value, step: run.track(value, name=name, step=step)
+    if callable(getattr(run, "report_scalar", None)):  # a logger of clearml: a plot for what is before the last slash
+
+        def report(name: str, value: float, step: int) -> None:
+            title, _, series = name.rpartition("/")
+            run.report_scalar(title=title or name, series=series, value=value, iteration=step)
+
+        return report
+    return None
 
 
 def _spread(name: str, value: Any) -> dict[str, Any]:
