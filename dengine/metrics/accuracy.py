@@ -7,8 +7,8 @@ import torch
 from dengine.checks import whole_number
 from dengine.errors import NotComputableError
 from dengine.metrics.class_counts import Average, ClassCounts, check_average, class_average
-from dengine.metrics.inputs import as_pair, is_number
-from dengine.metrics.labels import ClassSettings, LabelMetric, Task, check_scores
+from dengine.metrics.inputs import as_pair, checked_ignore_index, is_number
+from dengine.metrics.labels import Answers, ClassSettings, LabelMetric, Task, check_scores
 from dengine.metrics.metric import OutputTransform
 from dengine.metrics.view import View
 from dengine.types import MetricValue
@@ -20,6 +20,7 @@ class Accuracy(View):
     """The share of right answers, over the samples of all ranks.
 
     Shapes: `(N, C, ...)` scores, of which the highest wins, or `(N, ...)` predicted labels, with `(N, ...)` labels.
+        Beside scores, targets of their shape that add up to 1 are probabilities, of which the likeliest class counts.
         Every position of `...` is a sample. A pair of Python numbers is one sample, right where they are equal.
         task="binary": `(N, ...)` or `(N, 1, ...)` scores, or labels, with `(N, ...)` targets of 0 and 1.
         task="multilabel": `(N, C, ...)` scores, or labels, with targets of the same shape; a sample is right where all
@@ -37,10 +38,13 @@ class Accuracy(View):
         average: "micro" counts every sample alike. The others average the accuracy within each class, which is its
             recall: "macro" plainly over the classes that occur in targets or predictions, "weighted" by their
             frequency; None gives `(C,)`, 0.0 for a class that does not occur.
+        ignore_index: a target that is left out; of a multilabel sample the other labels must be right. It may be a
+            class.
 
     Raises:
         ValueError: `update` got shapes that do not go together, or `compute` finds a label outside the classes, on
-            whichever rank. NotComputableError: no sample was seen.
+            whichever rank, targets that are no probabilities, or scores that are nan. NotComputableError: no sample was
+            seen.
 
     Example:
         >>> metric = Accuracy()
@@ -56,14 +60,15 @@ class Accuracy(View):
         *,
         threshold: float = 0.5,
         average: Average = "micro",
+        ignore_index: int | None = None,
         output_transform: OutputTransform | None = None,
     ) -> None:
-        check_average(average)
+        check_average(average, task)
         if task is None and (num_classes is not None or average != "micro"):
             task = "multiclass"
         if task == "multilabel" and average != "micro":
             raise ValueError(f"average={average!r} does not go with task='multilabel': all labels must be right.")
-        settings = ClassSettings(task, num_classes, threshold)
+        settings = ClassSettings(task, num_classes, threshold, ignore_index)
         leaf: LabelMetric
         if average == "micro":
             leaf = _PlainAccuracy(settings, output_transform)
@@ -83,7 +88,7 @@ class _Share(LabelMetric):
     """Base of accuracies: right answers among all."""
 
     correct: torch.Tensor | int
-    total: int
+    total: torch.Tensor | int
     num_labels: torch.Tensor | int
     name: str
 
@@ -110,9 +115,10 @@ class _Share(LabelMetric):
             self.check_labels(known.pop(), self.name)
         return int(self.correct) / total
 
-    def count(self, right: torch.Tensor) -> None:
-        self.correct = self.correct + torch.count_nonzero(right)
-        self.total += right.numel()
+    def count(self, right: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        """Add answers; with `kept` those alone that it is true for."""
+        self.correct = self.correct + torch.count_nonzero(right if kept is None else right & kept)
+        self.total = self.total + (right.numel() if kept is None else kept.sum())
 
     def expect(self, num_labels: int) -> None:
         if self.num_labels not in (0, num_labels):
@@ -133,25 +139,32 @@ class _PlainAccuracy(_Share):
     def take_in(self, output: Any) -> None:
         settings = self._settings
         if settings.task is None and _is_number_pair(output):
-            self.correct = self.correct + int(output[0] == output[1])
-            self.total += 1
+            if output[1] != settings.ignore_index:
+                self.correct = self.correct + int(output[0] == output[1])
+                self.total = self.total + 1
             return
         answers = settings.read(output, self.name)
         if answers.given and answers.num_classes:
             self.expect(2 if settings.task == "multilabel" else answers.num_classes)
-            for labels in answers.given:
-                self.watch(labels)
-        if answers.num_unclear is not None:
-            self.num_unclear = self.num_unclear + answers.num_unclear
-        right = answers.predicted == answers.target
-        self.count(right.all(1) if settings.task == "multilabel" else right)
+            self.watch_all(answers)
+        if answers.is_unclear is not None:
+            self.num_unclear = self.num_unclear + answers.is_unclear.sum()
+        predicted, target, kept = answers.predicted, answers.target, answers.kept
+        if predicted.dtype == torch.bool:
+            target = target.bool()  # to compare two dtypes takes several times as long
+        right = predicted == target
+        if settings.task == "multilabel":
+            right = right.all(1) if kept is None else (right | ~kept).all(1)
+            kept = None if kept is None else kept.any(1)  # a sample without a label that counts is none
+        self.count(right, kept)
 
     def compute(self) -> float:
         self.settle()
         if self._settings.task is None and int(self.num_unclear):
             raise ValueError(
-                f"{self.name} got {int(self.num_unclear)} predictions that are neither labels nor probabilities: pass "
-                "task='binary' or 'multilabel', with threshold=0.0 for logits."
+                f"{self.name} got {int(self.num_unclear)} predictions or targets that are neither labels nor, if the "
+                "targets are whole numbers, probabilities: pass task='binary' or 'multilabel', with threshold=0.0 for "
+                "logits."
             )
         return super().compute()
 
@@ -159,12 +172,14 @@ class _PlainAccuracy(_Share):
 class TopKAccuracy(_Share):
     """The share of samples whose label is among the `k` classes of the highest scores, over all ranks.
 
-    Shapes: `(N, C, ...)` scores with `(N, ...)` labels. With `k >= C` every answer is right.
+    Shapes: `(N, C, ...)` scores with `(N, ...)` labels, or with class probabilities as `Accuracy` takes them. With
+        `k >= C` every answer is right. Labels of `ignore_index` are left out.
     Cost: no wait for the device; five numbers.
     Source: `sklearn.metrics.top_k_accuracy_score`. Which of equal scores counts as higher is up to `torch.topk`.
 
     Raises:
-        ValueError: `k` below 1, shapes that do not go together, or, in `compute`, a label outside the classes.
+        ValueError: `k` below 1, shapes that do not go together, or, in `compute`, a label outside the classes, targets
+            that are no probabilities, or scores that are nan.
         NotComputableError: no sample was seen.
 
     Example:
@@ -176,17 +191,23 @@ class TopKAccuracy(_Share):
 
     name = "TopKAccuracy"
 
-    def __init__(self, k: int = 5, *, output_transform: OutputTransform | None = None) -> None:
+    def __init__(
+        self, k: int = 5, *, ignore_index: int | None = None, output_transform: OutputTransform | None = None
+    ) -> None:
         super().__init__(output_transform)
         self._k = whole_number("k", k, least=1)
+        self._ignore_index = checked_ignore_index(ignore_index)
 
     def take_in(self, output: Any) -> None:
         scores, target = as_pair(output, self.name)
-        labels, num_classes = check_scores(scores, target, self.name)
+        labels, num_classes = check_scores(scores, target, self.name, self._ignore_index)
         self.expect(num_classes)
-        self.watch(labels)
-        highest = scores.topk(min(self._k, num_classes), dim=1, sorted=False).indices
-        self.count((highest == labels.unsqueeze(1)).any(1))
+        highest, classes = scores.topk(min(self._k, num_classes), dim=1, sorted=False)
+        answers = Answers(classes, labels, num_classes, (labels,), highest)
+        if self._ignore_index is not None:
+            answers = answers._replace(scores=highest.amax(1)).without(self._ignore_index)
+        self.watch_all(answers)
+        self.count((classes == answers.target.unsqueeze(1)).any(1), answers.kept)
 
 
 def _is_number_pair(output: Any) -> bool:

@@ -10,19 +10,20 @@ from dengine.metrics.metric import Metric, OutputTransform
 
 __all__ = ["Average", "ClassCounts", "check_average", "class_average"]
 
-Average: TypeAlias = Literal["micro", "macro", "weighted", None]
-_AVERAGES = ("micro", "macro", "weighted", None)
+Average: TypeAlias = Literal["micro", "macro", "weighted", "samples", None]
+_AVERAGES = ("micro", "macro", "weighted", "samples", None)
 
 
 class ClassCounts(LabelMetric):
     """How often each class was predicted, was right to be, and was both; or the whole matrix of them.
 
-    State: (3, C) int64 counts, or (C, C) with `has_matrix`; a multilabel task needs no more than the former.
+    State: (3, C) int64 counts, or (C, C) with `has_matrix`; a multilabel task needs no more than the former, and with
+        an `ignore_index` a fourth row, how many targets of each label count.
     Cost: O(N) an update and nothing of O(C^2): an in-place scatter. A binary task counts as two classes.
     """
 
     counts: torch.Tensor
-    total: int
+    total: torch.Tensor | int
 
     def __init__(
         self,
@@ -52,14 +53,14 @@ class ClassCounts(LabelMetric):
         if not answers.num_classes:
             raise ValueError(f"{self._name} got predicted labels, which do not tell the classes: pass num_classes=.")
         self._make_room(answers.num_classes, answers.target.device)
-        for labels in answers.given:
-            self.watch(labels)
+        self.watch_all(answers)
+        num_kept = answers.target.numel() if answers.kept is None else answers.kept.sum()
         if self.settings.task == "multilabel":
             self._count_labels(answers)
-            self.total += answers.target.numel() // max(answers.num_classes, 1)
+            num_kept = num_kept if answers.kept is not None else num_kept // max(answers.num_classes, 1)
         else:
             self._count_classes(answers)
-            self.total += answers.target.numel()
+        self.total = self.total + num_kept
 
     def compute(self) -> torch.Tensor:
         """(3, C) int64: true positives, predicted and actual members of each class."""
@@ -101,12 +102,15 @@ class ClassCounts(LabelMetric):
         """(C, C) int64, rows the targets; of a multilabel task (C, 2, 2)."""
         if self.settings.task != "multilabel":
             return self.counts
-        both, predicted, actual = self.counts
-        neither = int(self.total) - predicted - actual + both
+        both, predicted, actual, *kept = self.counts
+        neither = (kept[0] if kept else int(self.total)) - predicted - actual + both
         return torch.stack([neither, predicted - both, actual - both, both], dim=-1).reshape(-1, 2, 2)
 
     def _shape(self, num_classes: int) -> tuple[int, int]:
-        return (num_classes if self.has_matrix else 3, num_classes)
+        if self.has_matrix:
+            return num_classes, num_classes
+        has_kept = self.settings.task == "multilabel" and self.settings.ignore_index is not None
+        return (4 if has_kept else 3), num_classes
 
     def _make_room(self, num_classes: int, device: torch.device) -> None:
         if not self.counts.numel():
@@ -126,24 +130,35 @@ class ClassCounts(LabelMetric):
         if len(answers.given) > 1:
             predicted = predicted.clamp(0, num_classes - 1)
         ones = self.counts.new_ones(()).expand(target.shape)
+        if answers.kept is not None:
+            ones = answers.kept.reshape(-1).long()
         if self.has_matrix:
             self.counts.view(-1).index_add_(0, target * num_classes + predicted, ones)
             return
         both, predicted_counts, actual_counts = self.counts
-        both.index_add_(0, target, (predicted == target).long())
+        is_right = (predicted == target).long()
+        both.index_add_(0, target, is_right if answers.kept is None else is_right * ones)
         predicted_counts.index_add_(0, predicted, ones)
         actual_counts.index_add_(0, target, ones)
 
     def _count_labels(self, answers: Answers) -> None:
         predicted, target = answers.predicted == 1, answers.target == 1
         samples = [dim for dim in range(target.ndim) if dim != 1]
-        self.counts += torch.stack([part.sum(samples) for part in (predicted & target, predicted, target)])
+        parts = [predicted & target, predicted, target]
+        if answers.kept is not None:
+            parts = [*(part & answers.kept for part in parts), answers.kept]
+        self.counts += torch.stack([part.sum(samples) for part in parts])
 
 
-def check_average(average: object) -> None:
-    """Raises ValueError unless `average` is one of the four."""
+def check_average(average: object, task: str | None) -> None:
+    """Raises ValueError unless `average` is one of the five, and goes with the task."""
     if average not in _AVERAGES:
         raise ValueError(f"average={average!r} must be one of {', '.join(map(repr, _AVERAGES))}.")
+    if average == "samples" and task != "multilabel":
+        raise ValueError(
+            f"average='samples' does not go with task={task!r}: a sample has several labels only with "
+            "task='multilabel'."
+        )
 
 
 def class_average(

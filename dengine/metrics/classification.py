@@ -6,8 +6,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from dengine.metrics.class_counts import Average, ClassCounts, check_average, class_average
-from dengine.metrics.labels import ClassSettings, Task
+from dengine.metrics.labels import ClassSettings, LabelMetric, Task
 from dengine.metrics.metric import OutputTransform
+from dengine.metrics.sample_ratios import SampleRatios
 from dengine.metrics.view import View
 from dengine.types import MetricValue
 
@@ -26,21 +27,27 @@ class _ClassRatio(View):
         *,
         average: AverageOrAuto = "auto",
         threshold: float = 0.5,
+        ignore_index: int | None = None,
         output_transform: OutputTransform | None = None,
     ) -> None:
         if average != "auto":
-            check_average(average)
-        settings = ClassSettings(task or "multiclass", num_classes, threshold)
-        leaf = ClassCounts(settings, type(self).__name__, output_transform=output_transform)
+            check_average(average, task)
+        settings = ClassSettings(task or "multiclass", num_classes, threshold, ignore_index)
+        kind = SampleRatios if average == "samples" else ClassCounts
+        leaf: LabelMetric = kind(settings, type(self).__name__, output_transform=output_transform)
         super().__init__(leaf, output_transform)
         self._is_positive_only = average == "auto" and task == "binary"
         self._average: Average = "macro" if average == "auto" else average
+
+    place: int  # among the means of `SampleRatios`
 
     @abstractmethod
     def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
         """(C,) numerators and denominators."""
 
     def value_of(self, leaf: Any) -> MetricValue:
+        if isinstance(leaf, SampleRatios):
+            return float(leaf.means(type(self).__name__)[self.place])
         leaf.check(type(self).__name__)
         part, whole = self.part_and_whole(leaf)
         if self._is_positive_only:
@@ -51,26 +58,30 @@ class _ClassRatio(View):
 class Precision(_ClassRatio):
     """Of what was predicted to be in a class, the share that is.
 
-    Shapes: `(N, C, ...)` scores, or `(N, ...)` predicted labels with `num_classes=`, with `(N, ...)` labels.
+    Shapes: `(N, C, ...)` scores, or `(N, ...)` predicted labels with `num_classes=`, with `(N, ...)` labels. Beside
+        scores, targets of their shape that add up to 1 are probabilities, of which the likeliest class counts.
         task="binary": `(N, ...)` or `(N, 1, ...)` scores, or labels, with `(N, ...)` targets of 0 and 1.
         task="multilabel": `(N, C, ...)` scores, or labels, with targets of the same shape.
     Cost: no wait for the device; (3, C) counts. Attached to one engine, `Precision`, `Recall`, `F1Score`,
-        `ConfusionMatrix` and an averaged `Accuracy` of the same task, num_classes, threshold and output_transform are
-        counted once.
+        `ConfusionMatrix` and an averaged `Accuracy` of the same task, num_classes, threshold, ignore_index and
+        output_transform are counted once.
     Source: `sklearn.metrics.precision_score`, with zero_division=0.
 
     Args:
         task: None is "multiclass".
         num_classes: None takes it from the first scores.
         average: "micro" counts all classes together; "macro" is the plain mean over the classes that occur in targets
-            or predictions (of a multilabel task: over all), "weighted" that weighted by the targets' frequency; None
-            gives `(C,)`, 0.0 for a class that does not occur. "auto", the default, is the positive class alone where
+            or predictions (of a multilabel task: over all), "weighted" that weighted by the targets' frequency;
+            "samples", of a multilabel task, is the mean over samples of what the labels of each one give; None gives
+            `(C,)`, 0.0 for a class that does not occur. "auto", the default, is the positive class alone where
             task="binary", else "macro".
         threshold: of binary and multilabel scores, above which the answer is 1; 0.0 is right for logits.
+        ignore_index: a target that is left out, also among the labels of a multilabel sample. It may be a class.
 
     Raises:
         ValueError: `update` got shapes that do not go together, or `compute` finds a label outside the classes, on
-            whichever rank. NotComputableError: no sample was seen.
+            whichever rank, targets that are no probabilities, or scores that are nan. NotComputableError: no sample was
+            seen.
 
     Example:
         >>> metric = Precision(num_classes=3, average=None)
@@ -78,6 +89,8 @@ class Precision(_ClassRatio):
         >>> metric.compute().tolist()
         [0.5, 1.0, 1.0]
     """
+
+    place = 0
 
     def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
         return counts.true_positives, counts.predicted
@@ -94,6 +107,8 @@ class Recall(_ClassRatio):
         >>> metric.compute()
         0.5
     """
+
+    place = 1
 
     def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
         return counts.true_positives, counts.actual
@@ -112,6 +127,8 @@ class F1Score(_ClassRatio):
         >>> metric.compute()
         0.8
     """
+
+    place = 2
 
     def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
         return 2 * counts.true_positives, counts.predicted + counts.actual
@@ -142,9 +159,10 @@ class ConfusionMatrix(View):
         num_classes: int | None = None,
         *,
         threshold: float = 0.5,
+        ignore_index: int | None = None,
         output_transform: OutputTransform | None = None,
     ) -> None:
-        settings = ClassSettings(task or "multiclass", num_classes, threshold)
+        settings = ClassSettings(task or "multiclass", num_classes, threshold, ignore_index)
         leaf = ClassCounts(settings, "ConfusionMatrix", has_matrix=True, output_transform=output_transform)
         super().__init__(leaf, output_transform)
 

@@ -90,7 +90,17 @@ def cases(device: str) -> list[tuple[str, Any, Any]]:
         (Perplexity(ignore_index=1), (scores.reshape(2, 3, 4), labels.reshape(2, 3))),
         (Throughput(), pair),
         (Throughput(), count),
+        (Accuracy(), (scores, scores.softmax(1))),
+        (TopKAccuracy(2), (scores, scores.softmax(1))),
+        (Accuracy("multilabel", ignore_index=1), (scores, many)),
+        (TopKAccuracy(2, ignore_index=1), pair),
     ]
+    for kind in (Precision, Recall, F1Score):
+        every += [(kind("multilabel", average="samples"), (scores, many))]
+        every += [(kind("multilabel", average="samples", ignore_index=0), (scores, many))]
+    for kind in (Accuracy, Precision, ConfusionMatrix):
+        every += [(kind(ignore_index=1), pair), (kind(num_classes=4, ignore_index=-1), twins)]
+        every += [(kind("multilabel", ignore_index=0), (scores, many)), (kind(num_classes=4), (scores, scores))]
     for kind in (Precision, Recall, F1Score, ConfusionMatrix):
         every += [(kind(), pair), (kind(num_classes=4), twins), (kind("binary"), (scores[:, 0], labels))]
         every += [(kind("multilabel"), (scores, many)), (kind("multilabel", 4), (many, many.float()))]
