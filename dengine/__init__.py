@@ -59,6 +59,18 @@ _ROOMS = (
 
 __version__ = "0.1.0"  # the one place: the package's metadata are built from it
 
+# What other libraries have at this place -> what it is here.
+_ELSEWHERE = {
+    "Trainer": "write Engine(step), or create_supervised_trainer(model, optimizer, loss_fn), and trainer.run(data)",
+    "LightningModule": "write the step as a function (engine, batch) -> output, for Engine(step)",
+    "Accelerator": "create_supervised_trainer(..., accelerator=) takes one of accelerate's",
+    "Callback": "a handler is any function of the engine: engine.on(Events.X, handler)",
+    "idist": "it is dengine.distributed",
+    "contrib": "handlers are in dengine.handlers, run trackers in dengine.tracking",
+    "utils": "write dengine.distributed, dengine.tracking or dengine.config",
+    "seed_everything": "seed the generators yourself, as by torch.manual_seed(seed)",
+}
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -104,7 +116,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module("dengine.supervised"), name)
     if name in _ROOMS:
         return import_module(f"dengine.{name}")
-    raise AttributeError(f"module 'dengine' has no attribute {name!r}")
+    hint = f": {_ELSEWHERE[name]}." if name in _ELSEWHERE else ""
+    raise AttributeError(f"module 'dengine' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

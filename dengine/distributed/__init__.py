@@ -1,5 +1,7 @@
 """Ranks: who is there, how they talk, and how models and loaders are spread over them."""
 
+from typing import NoReturn
+
 from dengine.distributed.collectives import (
     all_gather_object,
     all_reduce,
@@ -14,6 +16,7 @@ from dengine.distributed.model import evaluating, prepare_model, unwrap_model
 from dengine.distributed.rank_zero import rank_zero_only
 from dengine.distributed.sampler import ElasticSampler
 from dengine.distributed.world import World, world
+from dengine.naming import refuse_name
 
 __all__ = [
     "ElasticSampler",
@@ -32,3 +35,32 @@ __all__ = [
     "unwrap_model",
     "world",
 ]
+
+# What other libraries have at this place -> what it is here.
+_ELSEWHERE = {
+    "auto_model": "it is prepare_model(model)",
+    "auto_dataloader": "it is prepare_data_loader(loader), whose batch size is that of one rank",
+    "auto_optim": "an optimizer stays as it is: build it after prepare_model(model)",
+    "one_rank_first": "it is rank_zero_first()",
+    "one_rank_only": "it is rank_zero_only",
+    "initialize": "write `with process_group() as world:`",
+    "finalize": "leaving `with process_group() as world:` does it",
+    "init_process_group": "write `with process_group() as world:`",
+    "destroy_process_group": "leaving `with process_group() as world:` does it",
+    "Parallel": "write `with process_group() as world:`, and start the script by torchrun or srun",
+    "spawn": "start the script by torchrun or srun",
+    "get_rank": "it is world().rank",
+    "get_world_size": "it is world().size",
+    "get_local_rank": "it is world().local_rank",
+    "device": "it is world().device",
+    "backend": "it is world().backend",
+    "is_main_process": "it is world().rank == 0",
+    "is_initialized": "world().launcher tells who started the ranks; in one process everything works without a group",
+    "all_gather": "it is all_gather_object(value)",
+    "gather": "it is all_gather_object(value)",
+    "broadcast": "it is broadcast_object(value, source)",
+}
+
+
+def __getattr__(name: str) -> NoReturn:
+    refuse_name(__name__, name, _ELSEWHERE)

@@ -29,6 +29,7 @@ __all__ = [
     "check_handler",
     "check_process_function",
     "collective",
+    "warn_of_idle",
 ]
 
 Handler: TypeAlias = "Callable[[Engine], Any]"
@@ -46,7 +47,7 @@ class Subscription:
         "filter",
         "first",
         "handler",
-        "has_warned",
+        "is_known_idle",
         "is_plain",
         "last",
         "once",
@@ -58,7 +59,7 @@ class Subscription:
     def __init__(self, handler: Handler, options: FilteredEvent, priority: int) -> None:
         self.handler = handler
         self.options = options
-        self.has_warned = False  # that the counts of a run do not reach it
+        self.is_known_idle = False  # the counts of a run do not reach it, and that has been said
         # What saves comes behind the others of its priority: else what they do then would be lost to a resumed run.
         self.place = (-priority, bool(getattr(handler, "saves_state", False)))
         self.step = options.every or 1
@@ -117,12 +118,14 @@ class Channel:
     def remove(self, subscription: Subscription) -> None:
         self._set(tuple(each for each in self.subscriptions if each is not subscription))
 
-    def warn_of_idle(self, count: int) -> None:
-        """Say once who could not be called in a run whose last count was `count`, since all their counts are higher."""
+    def idle(self, count: int) -> list[Subscription]:
+        """Who could not be called in a run whose last count was `count`, all their counts being higher; each once."""
+        found = []
         for subscription in self.subscriptions:
-            if subscription.due_after(0) > count > 0 and not subscription.has_warned:
-                subscription.has_warned = True
-                _warn_of_idle(subscription, count)
+            if subscription.due_after(0) > count > 0 and not subscription.is_known_idle:
+                subscription.is_known_idle = True
+                found.append(subscription)
+        return found
 
     def rewind(self) -> None:
         """Counts begin anew, or may jump: have everybody looked at on the next firing."""
@@ -320,14 +323,14 @@ def _call_despite(subscription: Subscription, engine: Engine, error: BaseExcepti
             _warn_of(failure, subscription.handler, error)
 
 
-def _warn_of_idle(subscription: Subscription, count: int) -> None:
-    event = event_text(subscription.options)
-    short = str(subscription.options.event).removeprefix("Events.")
+def warn_of_idle(idle: list[tuple[Subscription, int]]) -> None:
+    """Say that these handlers could not be called in a run that had so many counts of their events."""
+    shown = [f"{describe(each.handler)} at {event_text(each.options)}, which came {count}x" for each, count in idle[:3]]
+    more = f"; and {len(idle) - len(shown)} more" if len(idle) > len(shown) else ""
     warnings.warn(
-        f"{describe(subscription.handler)} at {event} could not be called in this run, in which {short} came "
-        f"{count} {'time' if count == 1 else 'times'}: counts begin anew with each run. On an evaluator, ask for the "
-        "trainer's count: filter=lambda engine, count: trainer.state.epoch >= 5; EarlyStopping has start_after=. "
-        "This is said once.",
+        f"The counts of this run did not reach some handlers: {'; '.join(shown)}{more}. Counts begin anew with each "
+        "run. On an evaluator, ask for the trainer's: filter=lambda engine, count: trainer.state.epoch >= 5; "
+        "EarlyStopping has start_after=. This is said once.",
         RuntimeWarning,
         stacklevel=4,
     )

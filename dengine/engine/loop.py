@@ -27,6 +27,7 @@ from dengine.engine.dispatch import (
     Subscription,
     check_handler,
     check_process_function,
+    warn_of_idle,
 )
 from dengine.engine.events import AnyEvent, Events, Subscribable, event_parts
 from dengine.engine.position import frames_here, levels, running
@@ -711,13 +712,16 @@ class Engine:
 
     def _warn_of_idle(self) -> None:
         """Say which handlers a whole run, from its beginning, could not call: no run like it ever will."""
+        idle = []
         for channel in self._dispatcher.channels:
+            count = channel.count
             if channel.event in _PER_EPOCH:
-                channel.warn_of_idle(self.state.epochs_completed)
+                count = self.state.epochs_completed
             elif channel in self._loop_channels:
-                channel.warn_of_idle(self.state.iteration)
-            else:
-                channel.warn_of_idle(channel.count)
+                count = self.state.iteration
+            idle += [(subscription, count) for subscription in channel.idle(count)]
+        if idle:
+            warn_of_idle(idle)
 
     def _refuse_while_running(self, call: str) -> None:
         if self._run is not None:

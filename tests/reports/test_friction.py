@@ -1,5 +1,6 @@
 """Small things that a newcomer tries first, and that have to work or to say what does."""
 
+import importlib
 import subprocess
 import sys
 from importlib.metadata import version
@@ -52,3 +53,24 @@ def test_a_missing_key_is_still_caught_as_it_was() -> None:
         with pytest.raises(kind):
             cfg.b  # noqa: B018
     assert not hasattr(cfg, "b")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "here"),
+    [
+        ("dengine", "Trainer", "create_supervised_trainer"),
+        ("dengine", "idist", "dengine.distributed"),
+        ("dengine.handlers", "EMAHandler", "EMA"),
+        ("dengine.handlers", "ModelCheckpoint", "Checkpoint"),
+        ("dengine.distributed", "auto_model", "prepare_model"),
+        ("dengine.distributed", "get_rank", r"world\(\)\.rank"),
+        ("dengine.distributed", "one_rank_first", "rank_zero_first"),
+    ],
+)
+def test_a_name_of_another_library_in_a_module_is_translated(module: str, name: str, here: str) -> None:
+    found = importlib.import_module(module)
+    assert not hasattr(found, name)
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute '{name}'.*{here}"):
+        getattr(found, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'$"):
+        found.nonsense  # noqa: B018

@@ -42,7 +42,7 @@ def test_an_evaluator_says_in_its_first_run_which_handler_it_can_never_call(even
     evaluator.on(event, save)
     (told,) = warned(evaluator, range(4))
     assert f"save at {event.event}(" in told
-    assert f"came {count} time" in told
+    assert f"came {count}x" in told
     assert "begin anew with each run" in told
     assert warned(evaluator, range(4)) == []  # once is enough
 
@@ -76,6 +76,15 @@ def test_a_run_that_is_left_early_or_gone_on_with_says_nothing() -> None:
     assert warned(trainer, range(4), max_epochs=2) == []
 
 
+def test_many_of_them_are_one_warning() -> None:
+    evaluator = Engine(nothing)
+    for _ in range(9):
+        evaluator.on(Events.EPOCH_COMPLETED(every=2), save)
+    (told,) = warned(evaluator, range(4))
+    assert told.count("save at") == 3
+    assert "and 6 more" in told
+
+
 def test_an_event_of_ones_own_is_told_of_too() -> None:
     class Mine(EventEnum):
         HALF = "half"
@@ -92,4 +101,4 @@ def test_data_without_a_length_are_told_of_too() -> None:
     evaluator = Engine(nothing)
     evaluator.on(Events.ITERATION_COMPLETED(every=100), save)
     (told,) = warned(evaluator, iter(range(7)))
-    assert "came 7 times" in told
+    assert "came 7x" in told
