@@ -19,8 +19,8 @@ _MAX_CPU_SHARE = 0.02
 _NUM_SHOWN = 64
 _BACKWARD = "backward()"
 _WAITS = {
-    "torch/nn/parallel/distributed.py": "forward of DistributedDataParallel",
-    "torch/distributed/distributed_c10d.py": "a collective of torch.distributed",
+    "/torch/nn/parallel/distributed.py": "forward of DistributedDataParallel",
+    "/torch/distributed/": "a collective of torch.distributed",  # FSDP's, too
 }
 _Answers = Mapping[int, Mapping[str, Any]]
 
@@ -32,7 +32,7 @@ def waits_in(frame: FrameType | None) -> str:
     file = frame.f_code.co_filename.replace("\\", "/")
     if file.endswith("torch/autograd/graph.py") and frame.f_code.co_name == "_engine_run_backward":
         return _BACKWARD
-    return next((name for ending, name in _WAITS.items() if file.endswith(ending)), "")
+    return next((name for part, name in _WAITS.items() if part in file), "")
 
 
 def is_certain(before: _Answers, now: _Answers) -> bool:
@@ -72,6 +72,8 @@ def _is_crossed(answers: _Answers) -> bool:
         # The end is a place in the order of calls too: who is there has made all that come before it.
         ended = min((answers[rank]["calls"] for rank in at_end), default=0)
         return any(rank not in at_end and answers[rank]["calls"] >= ended > 0 for rank in inside)
+    if not all(answers[rank]["waits_in"] or answers[rank]["is_ahead"] for rank in outside):
+        return False
     return max(_joined(answers[rank]) for rank in inside) < min(_joined(answers[rank]) for rank in outside)
 
 

@@ -91,6 +91,7 @@ class RollCall:
         frame = sys._current_frames().get(self._control.runs.thread_id)
         return {
             "waits_in": waits_in(frame),
+            "is_ahead": "nccl" in self._here.backend,  # the process goes on while the device waits
             "site": "" if frame is None else user_line(frame),
             "joined": num_joined(self._here.size, but=self._control.link.group),
             "calls": self._control.ledger.num_calls,

@@ -514,7 +514,13 @@ class Engine:
         if world().size == 1:
             self._metrics.agree()
             return
-        compared = must_be_alike(feed.data, self._current_run(), self._dispatcher, self._stop_every)
+        compared = must_be_alike(
+            feed.data,
+            self._current_run(),
+            self._dispatcher,
+            stop_every=self._stop_every,
+            epochs_completed=self.state.epochs_completed,
+        )
         start = self._metrics.agree(compared, batches=feed.expected(), data=samples_if_whole(feed.data))
         feed.take(start.most_batches)
         if start.is_same_data:

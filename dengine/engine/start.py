@@ -14,7 +14,9 @@ __all__ = ["must_be_alike", "samples_if_whole", "warn_of_whole_data"]
 _WARNED = "_dengine_warned"  # on a loader
 
 
-def must_be_alike(data: object, run: Run, dispatcher: Dispatcher, stop_every: int) -> list[Compared]:
+def must_be_alike(
+    data: object, run: Run, dispatcher: Dispatcher, *, stop_every: int, epochs_completed: int
+) -> list[Compared]:
     """All that the ranks compare beside metrics and models. In the order in which a difference is looked for."""
     nesting = "run() in a handler or step of another run" if run.depth > 1 else "run() outside of any other run"
     return [
@@ -27,6 +29,11 @@ def must_be_alike(data: object, run: Run, dispatcher: Dispatcher, stop_every: in
         Compared(
             "The settings of the engine",
             [f"stop_every={stop_every} (a supervised trainer's gradient_accumulation_steps)"],
+        ),
+        Compared(
+            "The places where this run goes on",
+            [f"epochs_completed={epochs_completed}"],
+            "Load the state on every rank, as Checkpoint.resume() does.",
         ),
         Compared(
             "The handlers that all ranks take part in",

@@ -129,6 +129,7 @@ def answer(
         "site": "",
         "collective": collective,
         "waits_in": waits_in,
+        "is_ahead": False,
         "joined": joined,
         "calls": 3,
         "cpu_s": cpu_s,
@@ -151,6 +152,7 @@ def test_only_ranks_that_stand_still_and_cannot_meet_are_taken_for_a_deadlock() 
     assert not is_certain(stuck, {0: later(stuck)[0], 1: {**later(stuck)[1], "joined": 7}})  # it goes on
     reads = {0: evaluates, 1: answer(joined=6)}  # somewhere in its data
     assert not is_certain(reads, later(reads))
+    assert cause(reads, 0) is None
     waits = {0: evaluates, 1: answer(waits_in="backward()")}  # for a third rank, it may be
     assert not is_certain(waits, later(waits))
     assert cause(waits, 0) is None

@@ -333,6 +333,20 @@ def test_a_loader_that_nobody_prepared_draws_one_warning_on_rank_0() -> None:
         assert set(told.values()) == {0}, told
 
 
+def resumed_on_one_rank(rank: int, size: int) -> str:
+    with distributed.process_group(timeout=30):
+        trainer = Engine(nothing)
+        trainer.run([1])
+        if rank == 1:
+            trainer.load_state_dict(trainer.state_dict())
+        return outcome(trainer.run, [1], 2)
+
+
+def test_a_state_that_was_loaded_on_one_rank_only_is_told() -> None:
+    for told in run_ranks(resumed_on_one_rank, 2, init=False, deadline_s=60):
+        assert "rank 1 has epochs_completed=1, but rank 0 has epochs_completed=0" in told
+
+
 def run_on_one_rank(rank: int, size: int) -> list[str]:
     with distributed.process_group(timeout=30):
         trainer, evaluator = Engine(nothing), Engine(nothing)
