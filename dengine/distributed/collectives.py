@@ -4,16 +4,19 @@ A lone process runs the same code; what would be sent is handed back.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistError
 
 from dengine.distributed.control import Control
+from dengine.distributed.failure import repr_of
 from dengine.distributed.ledger import call_site
 from dengine.distributed.nested import ReduceOp, grouped, shown, split, take_apart
 from dengine.distributed.rank_zero import refuse_on_rank_zero_alone
+from dengine.distributed.roll_call import exempt_key
 from dengine.distributed.world import World, control, world
 from dengine.errors import RemoteRankError
 
@@ -42,9 +45,10 @@ _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "min": dist.ReduceO
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Run the body on rank 0, and on the others once rank 0 has finished it: for preparing a data set.
+    """Run the body on rank 0, and on the others once rank 0 has finished it: for preparing a data set. It may take
+    longer than the `stall_timeout` of `process_group()`.
 
-    Collective: enter it on all ranks. Cost: one object broadcast.
+    Collective: enter it on all ranks. Cost: one object broadcast; two requests to the store.
 
     Raises:
         RemoteRankError: on the other ranks, where the body failed on rank 0.
@@ -52,10 +56,11 @@ def rank_zero_first() -> Iterator[None]:
     if world().rank == 0:
         failure: str | None = "left by an exception that is no Exception"
         try:
-            yield
+            with _exempt():
+                yield
             failure = None
         except Exception as error:
-            failure = repr(error)
+            failure = repr_of(error)
             raise
         finally:
             broadcast_object(failure)
@@ -63,7 +68,29 @@ def rank_zero_first() -> Iterator[None]:
     failure = broadcast_object(None)
     if failure is not None:
         raise RemoteRankError(f"Rank 0 failed inside rank_zero_first(), so this rank stops too: {failure}", rank=0)
-    yield
+    with _exempt():
+        yield
+
+
+@contextmanager
+def _exempt() -> Iterator[None]:
+    """Inside it this rank may take as long as it likes: it is not taken for one that hangs."""
+    plane = control()
+    if not isinstance(plane, Control):
+        yield
+        return
+    key = exempt_key(plane.link.here.rank)
+    with suppress(DistError):  # the store is gone, and nobody can ask
+        plane.link.store.set(key, "yes")  # for those who ask while it holds the interpreter, and answers nobody
+    plane.num_exempt += 1
+    try:
+        yield
+    finally:
+        plane.num_ticks += 1
+        plane.num_exempt -= 1
+        if not plane.num_exempt:
+            with suppress(DistError):
+                plane.link.store.delete_key(key)
 
 
 def from_rank_zero(action: Callable[[], T], purpose: str) -> T:
@@ -83,7 +110,7 @@ def from_rank_zero(action: Callable[[], T], purpose: str) -> T:
     try:
         mine = action()
     except Exception as error:
-        broadcast_object((None, repr(error)))
+        broadcast_object((None, repr_of(error)))
         raise
     broadcast_object((mine, None))
     return mine

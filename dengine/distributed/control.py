@@ -14,11 +14,14 @@ from contextlib import suppress
 from typing import Any
 
 from torch import nn
+from torch.distributed import DistError
 
+from dengine.distributed.deadlock import END_OF_GROUP
 from dengine.distributed.failure import Failure
 from dengine.distributed.failures import Failures
 from dengine.distributed.ledger import Ledger
 from dengine.distributed.messages import LOOK_S, Link, Messages
+from dengine.distributed.parsing import complain, parse_numbers, tells
 from dengine.distributed.runs import Runs, Scope
 from dengine.distributed.standing import Standing
 
@@ -33,6 +36,7 @@ class Control:
 
     Attributes:
         num_ticks: of `distributed.progress()`.
+        num_exempt: entered parts of the script that may take as long as they like (`rank_zero_first()`).
         answer: to an inquiry: roll_call.py's.
         shared_data: why some ranks need the same samples, once a model has told; deals_to_all_ranks: whether each rank
             gets samples of its own; has_warned_of_shared_data. All three are mesh.py's.
@@ -46,6 +50,7 @@ class Control:
         self.messages = Messages(link)
         self.failures = Failures(link, self.messages, self.ledger, self.standing, self.runs)
         self.num_ticks = 0
+        self.num_exempt = 0
         self.answer: Callable[[int], None] = lambda number: None
         self.shared_data: str | None = None
         self.deals_to_all_ranks = self.has_warned_of_shared_data = False
@@ -76,19 +81,30 @@ class Control:
                 number = self.messages.number
                 message = self.messages.next(may_sleep=not self._wishes)
                 if message is not None:
-                    self._handle(number, message)
+                    self._take(number, message)
                 self._collect()
             self.messages.reader.add("gone", 1)
         except Exception as error:  # the store is gone, with the process that hosted it
             self.failures.lose(error)
 
+    def _take(self, number: int, message: dict[str, Any]) -> None:
+        try:
+            self._handle(number, message)
+        except DistError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError):
+            complain(message)
+
     def _handle(self, number: int, message: dict[str, Any]) -> None:
         match message["kind"]:
             case "failed":
-                self.failures.hear(Failure.from_dict(message["failure"]))
-            case "empty":
+                failure = Failure.from_dict(message["failure"])
+                if not 0 <= failure.rank < self.link.here.size:
+                    raise ValueError(f"rank={failure.rank}")
+                self.failures.hear(failure)
+            case "empty" if tells(message, run=int, epoch=int):
                 self.runs.numbered(message["run"]).hear_empty(message["epoch"], self.messages.reader)
-            case "call":
+            case "call" if tells(message, number=int):
                 self.answer(message["number"])
             case "left":
                 self.standing.note(all_left=True, is_over=True)
@@ -96,20 +112,22 @@ class Control:
                 if self.standing.failure is not None:
                     self.failures.break_group()
                 self.standing.note(is_over=True)
-            case "decided":
+            case "decided" if tells(message, run=int, target=int, reason=str):
                 self.runs.numbered(message["run"]).decide(_key(message), message["target"], message["reason"])
-            case "stop":
+            case "stop" if tells(message, run=int, reason=str):
                 run = self.runs.numbered(message["run"])
                 is_new = run.hear(_key(message), number, self.messages.reader)
                 if is_new and self.link.here.rank == 0:
                     self._wishes[number] = message
+            case _:
+                complain(message)
 
     def _collect(self) -> None:
         """On rank 0: where every rank has told how far it has begun, decide for the furthest."""
         reader = self.messages.reader
         for number, message in list(self._wishes.items()):
             if reader.add(f"begun/{number}/count", 0) == self.link.here.size:
-                target = max(map(int, reader.get(f"begun/{number}").split()))
+                target = max(parse_numbers(reader.get(f"begun/{number}")))
                 self.messages.publish(**{**message, "kind": "decided", "target": target})
                 del self._wishes[number]
                 for key in (f"begun/{number}", f"begun/{number}/count"):
@@ -123,13 +141,21 @@ class Control:
 
         Collective. Raises: RemoteRankError, StallError where a rank fails meanwhile; LaunchError: the store is gone.
         """
-        store, standing = self.link.store, self.standing
+        store = self.link.store
         try:
             if store.add("left", 1) == self.link.here.size:
                 store.set("all_left", "yes")  # before anybody hears of it, and closes
                 self.messages.publish(kind="left")
-        except RuntimeError as error:
+        except DistError as error:
             raise self.failures.without_store("they cannot leave together", error) from None
+        self.ledger.wait(END_OF_GROUP)
+        try:
+            self._wait_until_all_left()
+        finally:
+            self.ledger.leave()
+
+    def _wait_until_all_left(self) -> None:
+        standing = self.standing
         while not standing.all_left:
             self.failures.check()
             if standing.is_lost:
@@ -137,6 +163,19 @@ class Control:
             if standing.is_over and not standing.all_left:
                 raise RuntimeError("The ranks could not leave together: another one has left by an error.")
             standing.wait_for(lambda: standing.all_left or standing.failure is not None or standing.is_over, 1.0)
+            if not standing.all_left and not standing.is_lost:
+                self._look_whether_all_left()
+
+    def _look_whether_all_left(self) -> None:
+        """The last one to come may have been killed just before it said that all have."""
+        store, mine = self.link.store, str(self.link.here.rank)
+        try:
+            if self.has_all_left():
+                if store.compare_set("who_says_left", "", mine).decode() == mine:
+                    self.messages.publish(kind="left")
+                self.standing.note(all_left=True)
+        except DistError as error:
+            raise self.failures.without_store("they cannot leave together", error) from None
 
     def has_all_left(self) -> bool:
         return self.standing.all_left or self.link.store.check(["all_left"])
@@ -145,7 +184,7 @@ class Control:
         """End the threads; where this rank fails, free those who wait for it. Cost: 2.3 s at most, on rank 0 4.3 s."""
         self.standing.is_closed = True
         self.link.connections.wake()
-        with suppress(RuntimeError):  # the store is gone
+        with suppress(DistError):  # the store is gone
             if is_failing:
                 if not self.standing.is_broken:  # else all others break off by themselves
                     self.link.connections.hang_up()
@@ -167,4 +206,6 @@ class Control:
 
 
 def _key(message: dict[str, Any]) -> tuple[Scope, int]:
+    if message["scope"] not in ("run", "epoch") or not tells(message, epoch=int):
+        raise ValueError("no scope, or no epoch")
     return message["scope"], message["epoch"]

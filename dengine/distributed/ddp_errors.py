@@ -18,8 +18,8 @@ def explain(error: BaseException) -> None:
     """Put before the message of `error`, if it is one of DDP's that we know, what to do. In place: it stays the same
     exception, with its traceback. What follows is DDP's own message.
     """
-    text = str(error)
-    if not isinstance(error, RuntimeError) or not text.startswith((_UNUSED, _TWICE)):
+    text = error.args[0] if type(error) is RuntimeError and error.args else ""
+    if not isinstance(text, str) or not text.startswith((_UNUSED, _TWICE)):
         return
     ours = _unused(error, text) if text.startswith(_UNUSED) else _twice()
     error.args = (f"{ours}\n\nDistributedDataParallel says: {text}",)

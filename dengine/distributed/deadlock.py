@@ -9,7 +9,7 @@ from typing import Any
 
 from dengine.distributed.failure import Level, where_text
 
-__all__ = ["START_OF_RUN", "cause", "is_certain", "waits_in"]
+__all__ = ["END_OF_GROUP", "START_OF_RUN", "cause", "is_certain", "waits_in"]
 
 START_OF_RUN = "the comparison at the start of a run"  # as a collective that every shared run begins with
 END_OF_GROUP = "the end of process_group()"

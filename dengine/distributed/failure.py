@@ -1,5 +1,6 @@
 """What a rank tells the others of a failure, and what they raise for it."""
 
+import builtins
 import json
 import os
 import sys
@@ -9,17 +10,19 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from dengine.errors import RemoteInterrupt, RemoteRankError, StallError
 
 __all__ = [
     "Failure",
     "Level",
+    "cause_chain",
     "frames_of",
     "is_of_backend",
     "line_of",
     "remove_error_file",
+    "repr_of",
     "say",
     "traceback_of",
     "where_text",
@@ -29,6 +32,10 @@ __all__ = [
 Kind: TypeAlias = Literal["raised", "vanished", "stalled"]
 
 _TRACEBACK_CHARS = 16_000  # the store holds it in memory, and every rank reads it
+_LINE_CHARS = 2_000
+_CHAIN_LENGTH = 32  # causes of a traceback; of a longer chain the first ones and the last ones are shown
+_NUM_LEAVES = 1_000  # errors of a group that are looked at
+_GROUP: Any = getattr(builtins, "BaseExceptionGroup", ())  # Python 3.11
 # Read from the message: below DDP and autograd a broken connection comes out as a bare RuntimeError.
 _BACKEND_WORDS = ("gloo", "nccl", "processgroup", "c10d", "tcpstore", "closed by peer", "reset by peer", "broken pipe")
 
@@ -42,6 +49,14 @@ class Level:
     doing: str
     event: str | None = None
     handler: str | None = None
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> "Level":
+        """Raises: TypeError: it is none."""
+        level = cls(**told)
+        text_or_none = (str, type(None))
+        _check_types(level, epoch=int, iteration=int, doing=str, event=text_or_none, handler=text_or_none)
+        return level
 
     def __str__(self) -> str:
         return f"epoch {self.epoch}, iteration {self.iteration}, {self.doing}"
@@ -94,7 +109,19 @@ class Failure:
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> "Failure":
-        return cls(**{**told, "where": tuple(Level(**level) for level in told["where"])})
+        """Raises: TypeError, ValueError, KeyError: it is none."""
+        failure = cls(**{**told, "where": tuple(Level.from_dict(level) for level in told["where"])})
+        _check_types(failure, rank=int, error=str, traceback=str, run=(int, type(None)), begun=int)
+        _check_types(failure, is_frozen=bool, is_interrupt=bool)
+        if failure.kind not in get_args(Kind):
+            raise ValueError(f"kind={failure.kind!r}")
+        return failure
+
+
+def _check_types(value: object, **types: type | tuple[type, ...]) -> None:
+    for name, kind in types.items():
+        if not isinstance(getattr(value, name), kind):
+            raise TypeError(f"{name}={getattr(value, name)!r}")
 
 
 def where_text(where: Iterable[Level]) -> str:
@@ -102,8 +129,41 @@ def where_text(where: Iterable[Level]) -> str:
 
 
 def traceback_of(error: BaseException) -> str:
-    text = "".join(traceback.format_exception(error))
+    """The traceback of `error` and of what it came of, whatever its own methods do and however they are linked."""
+    chain = cause_chain(error)
+    try:
+        text = _plain_traceback(chain) if len(chain) > _CHAIN_LENGTH else "".join(traceback.format_exception(error))
+    except Exception:
+        text = _plain_traceback(chain)
     return text if len(text) <= _TRACEBACK_CHARS else "...\n" + text[-_TRACEBACK_CHARS:]
+
+
+def _plain_traceback(chain: list[BaseException]) -> str:
+    """The frames and the text of each of `chain`, without anything that its exceptions may have of their own."""
+    half = _CHAIN_LENGTH // 2
+    shown = [*chain[:half], None, *chain[-half:]] if len(chain) > _CHAIN_LENGTH else [*chain]
+    parts = []
+    for each in reversed(shown):
+        if each is None:
+            parts.append(f"... and {len(chain) - 2 * half} more ...\n")
+            continue
+        frames = "".join(traceback.format_tb(each.__traceback__))
+        parts.append(f"Traceback (most recent call last):\n{frames}{line_of(each)}\n")
+    return "\nThis led to:\n\n".join(parts)
+
+
+def cause_chain(error: BaseException, *, with_context: bool = True) -> list[BaseException]:
+    """`error` and what it came of, as a traceback shows it: each once, where they name each other in a circle."""
+    chain: list[BaseException] = []
+    seen = set[int]()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        chain.append(at)
+        seen.add(id(at))
+        cause = at.__cause__
+        is_context = cause is None and with_context and not at.__suppress_context__
+        at = at.__context__ if is_context else cause
+    return chain
 
 
 def frames_of(error: BaseException, here: FrameType) -> list[FrameType]:
@@ -117,16 +177,35 @@ def frames_of(error: BaseException, here: FrameType) -> list[FrameType]:
     return outer[::-1] + [each for each in inner if each is not here]
 
 
-def is_of_backend(error: BaseException | None) -> bool:
-    """Whether `error` may be a broken connection: what a rank sees of another one's failure."""
-    while error is not None:
-        is_bare = type(error) is RuntimeError or type(error).__module__.startswith("torch")
-        if isinstance(error, RuntimeError) and is_bare:
-            text = str(error).lower()
-            if any(word in text for word in _BACKEND_WORDS):
-                return True
-        error = error.__cause__
-    return False
+def is_of_backend(error: BaseException) -> bool:
+    """Whether `error` may be a broken connection: what a rank sees of another one's failure. A group of exceptions is
+    if all of them are.
+    """
+    return any(all(map(_is_backends, _leaves_of(each))) for each in cause_chain(error, with_context=False))
+
+
+def _is_backends(error: BaseException) -> bool:
+    is_bare = type(error) is RuntimeError or str(type(error).__module__).startswith("torch")
+    if not isinstance(error, RuntimeError) or not is_bare:
+        return False
+    text = line_of(error).lower()
+    return any(word in text for word in _BACKEND_WORDS)
+
+
+def _leaves_of(error: BaseException) -> list[BaseException]:
+    """The exceptions of a group, of groups within it too; one that is no group is its own."""
+    leaves: list[BaseException] = []
+    waiting, seen = [error], set[int]()
+    while waiting and len(seen) < _NUM_LEAVES:
+        at = waiting.pop()
+        if id(at) in seen:
+            continue
+        seen.add(id(at))
+        if isinstance(at, _GROUP):
+            waiting.extend(at.exceptions)
+        else:
+            leaves.append(at)
+    return leaves or [error]
 
 
 def line_of(error: BaseException) -> str:
@@ -135,7 +214,16 @@ def line_of(error: BaseException) -> str:
         text = str(error)
     except Exception as failure:
         text = f"(its text cannot be had: {type(failure).__qualname__})"
+    text = text if len(text) <= _LINE_CHARS else text[:_LINE_CHARS] + " ..."
     return f"{type(error).__qualname__}: {text}" if text else type(error).__qualname__
+
+
+def repr_of(error: BaseException) -> str:
+    """`repr(error)`, or its line where that fails."""
+    try:
+        return repr(error)
+    except Exception:
+        return line_of(error)
 
 
 def remove_error_file() -> None:
@@ -149,13 +237,15 @@ def write_error_file(message: str, traceback_text: str, *, is_cause: bool) -> No
     """Tell torchrun what its summary is to show for this process, as `torch.distributed.elastic`'s `@record` would.
 
     The summary calls the earliest failure the root cause: where this rank stops only because another one failed
-    (not `is_cause`), its own comes a minute later.
+    (not `is_cause`), its own comes a minute later. It shows the traceback alone, so what tells who the cause was stands
+    there too: a process that ends with exit code 0 is no failure to torchrun, and then an innocent rank stands there.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
     timestamp = str(int(time.time()) + (0 if is_cause else 60))
-    extra = {"py_callstack": traceback_text, "timestamp": timestamp}
+    shown = traceback_text if is_cause else message
+    extra = {"py_callstack": shown or message, "timestamp": timestamp}
     with suppress(OSError):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w") as file:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
+from torch.distributed import DistError
+
 from dengine.distributed.connections import abort_group
 from dengine.distributed.failure import (
     Failure,
@@ -29,12 +31,14 @@ from dengine.distributed.ledger import Ledger, num_joined
 from dengine.distributed.messages import Link, Messages
 from dengine.distributed.runs import Runs
 from dengine.distributed.standing import Standing
+from dengine.distributed.undisturbed import undisturbed
 from dengine.errors import LaunchError, RemoteRankError, StallError
 
 __all__ = ["Failures"]
 
 _SETTLE_S = 2.0  # how long the other ranks may take to leave the run by an exception of their own
 _HEAR_S = 0.5  # how long a failure takes, at most, from the one who tells it to those who hear it
+_LOOK_S = 0.02
 _INQUIRE_S = 4.0  # how long it takes, at most, to find out who is gone
 _TOLD_PER_RUN = 8  # all ranks may fail at once: the first ones name the cause
 _MARK = "_dengine_told"  # on an exception that the others know of: the run that it left
@@ -46,11 +50,15 @@ class Failures:
 
     Attributes:
         inquire: has somebody find out who is gone: roll_call.py's.
+        find_late: whom a collective waited for in vain: roll_call.py's.
+        meet_stall: what is to be done of a stall before anybody hears of it, and leaves: watch.py's.
         last_seen_of_rank_zero: where the host of the store was; the store could not tell afterwards.
     """
 
     def __init__(self, link: Link, messages: Messages, ledger: Ledger, standing: Standing, runs: Runs) -> None:
         self.inquire: Callable[[], None] = lambda: None
+        self.find_late: Callable[[], Failure | None] = lambda: None
+        self.meet_stall: Callable[[Failure, bool], None] = lambda failure, is_lost: None
         self.last_seen_of_rank_zero: tuple[Level, ...] = ()
         self._link = link
         self._here = link.here
@@ -72,16 +80,28 @@ class Failures:
         """What this rank is to raise where `error` leaves a run (or, `run` being None, the process group).
 
         The others are told of `error`, unless it is only what another rank's failure looks like from here: then it is
-        that failure. Cost: two requests to the store; where a connection broke, up to 5 s to find out who is gone.
+        that failure. What the handler of a signal raises meanwhile disturbs none of this, and is what to raise then.
+        Cost: two requests to the store; where a connection broke, up to 5 s to find out who is gone.
         """
+        raised, interruption = undisturbed(lambda: self._failed(error, run, here))
+        if interruption is None or interruption is error:
+            return raised
+        _mark(interruption, _mark_of(raised))  # it came of what was told: not once more
+        if interruption.__cause__ is None:
+            interruption.__cause__ = raised
+        return interruption
+
+    def _failed(self, error: BaseException, run: int | None, here: FrameType) -> BaseException:
         self._standing.is_leaving = True
         raised = error
-        told_of = getattr(error, _MARK, None)  # the run of which it was told; it may come from one within this one
+        told_of = _mark_of(error)  # the run of which it was told; it may come from one within this one
         is_known = told_of is not None and told_of not in self._forgiven
         is_others = told_of is None and isinstance(error, RemoteRankError | StallError)
         if not is_known and not is_others:
             is_broken = is_of_backend(error)
             cause = self._cause_of() if is_broken else None
+            if is_broken and cause is None and not self._standing.is_lost:
+                cause = self._late("timed out" in line_of(error).lower())
             if cause is not None:
                 raised = cause.as_error()
             elif is_broken and self._standing.is_lost:
@@ -91,8 +111,7 @@ class Failures:
         failed_run = told_of if is_known else run
         if (failure := self._standing.failure) is not None:
             failed_run = failure.run
-        with suppress(AttributeError):
-            setattr(raised, _MARK, _OUTSIDE if failed_run is None else failed_run)
+        _mark(raised, _OUTSIDE if failed_run is None else failed_run)
         if run is not None:
             if run == failed_run:
                 self._left_by_error.add(run)
@@ -104,7 +123,7 @@ class Failures:
         line = line_of(error)
         where = self._runs.where(frames_of(error, here))
         write_error_file(f"{line} ({where_text(where)})", text, is_cause=True)
-        with suppress(RuntimeError):  # the store is gone
+        with suppress(DistError):  # the store is gone
             begun = next((each.begun for each in self._runs.under_way if each.number == run), -1)
             is_interrupt = isinstance(error, KeyboardInterrupt)
             self.report(Failure("raised", self._here.rank, line, where, text, run, begun, is_interrupt=is_interrupt))
@@ -124,6 +143,25 @@ class Failures:
         is_mine = failure is not None and failure.rank == self._here.rank and failure.kind == "raised"
         return None if is_mine else failure
 
+    def _late(self, is_timeout: bool) -> Failure | None:
+        """The rank that the others waited for until the group's own timeout. One of those who see it end asks."""
+        standing = self._standing
+        with suppress(DistError):  # the store is gone
+            if is_timeout and self._store.add("late", 1) == 1:
+                if (failure := self.find_late()) is not None:
+                    self.report(failure)
+                self._store.set("late_is_known", "yes" if failure is not None else "no")
+            if not self._store.check(["late"]):
+                return None
+            end_s = time.monotonic() + _INQUIRE_S
+            # Not by wait(), which keeps the thread that is to answer who is there off the store.
+            while not (is_known := self._store.check(["late_is_known"])) and time.monotonic() < end_s:
+                time.sleep(_LOOK_S)
+            if is_known and self._store.get("late_is_known") == b"yes":
+                standing.wait_for(lambda: standing.failure or standing.is_lost, _INQUIRE_S)
+        failure = standing.failure
+        return None if failure is None or failure.rank == self._here.rank else failure
+
     def end_inquiry(self) -> None:
         """Nobody is gone, or whoever is has been told of."""
         self._num_inquiries += 1
@@ -134,7 +172,7 @@ class Failures:
         if self._standing.is_broken or self._standing.is_over or self._standing.is_lost:
             return
         joined = f"{num_joined(self._here.size)} {self._ledger.num_calls}"
-        with suppress(RuntimeError):  # the store is gone
+        with suppress(DistError):  # the store is gone
             if self._store.compare_set(f"out/{run}/joined", "", joined).decode() != joined:
                 self._store.set(f"out/{run}/is_skewed", "yes")
             self._store.add(f"out/{run}", 1)
@@ -156,6 +194,8 @@ class Failures:
                 self._later.append(failure)
                 self._standing.note(is_lost=is_lost)
                 return
+            if failure.kind == "stalled":
+                self.meet_stall(failure, is_lost)
             self._heard_at_s = time.monotonic()
             self._standing.note(failure=failure, is_lost=is_lost)
         for run in self._runs.under_way:
@@ -274,3 +314,13 @@ class Failures:
         text += ", or its host is not reached." if may_be_unreached else "."
         self.hear(Failure("stalled", 0, text, self.last_seen_of_rank_zero, is_frozen=True), is_lost=True)
         self.break_group()
+
+
+def _mark_of(error: BaseException) -> int | None:
+    """Not by getattr(): an exception may answer any name."""
+    told_of = error.__dict__.get(_MARK)
+    return told_of if isinstance(told_of, int) else None
+
+
+def _mark(error: BaseException, run: int | None) -> None:
+    error.__dict__[_MARK] = run

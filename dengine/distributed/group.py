@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import uuid
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore  # type: ignore[attr-defined]
 
 from dengine.distributed.connections import Connections, abort_group, found, recorded
 from dengine.distributed.control import Control
@@ -25,6 +26,7 @@ from dengine.distributed.meeting import meet
 from dengine.distributed.messages import Link, Meeting
 from dengine.distributed.orphan import end_with_agent
 from dengine.distributed.process import identity
+from dengine.distributed.undisturbed import undisturbed
 from dengine.distributed.watch import Watch
 from dengine.distributed.world import World, default_device, enter, external_world, leave
 from dengine.distributed.world import control as current_control
@@ -54,15 +56,18 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
             "none" makes this process a world of one, whatever started it (a sweep under srun); else one of torch's
             names.
         timeout: seconds after which a collective that others do not join fails, and entering, where not all come.
-        stall_timeout: seconds without progress on any rank, while a run is under way, after which the rank that the
-            others wait for is named and all end. Iterations of any engine, handlers, collectives of this package and
-            `distributed.progress()` are progress. `math.inf`: never.
+        stall_timeout: seconds without progress on any rank, while a run is under way or a rank waits for the others in
+            a collective of this package, on entering (30 s at least, as ranks begin at different times) or on leaving,
+            after which the rank that the others wait for is named and all end. Iterations of any engine, handlers,
+            collectives of this package and `distributed.progress()` are progress; the inside of `rank_zero_first()`
+            may take as long as it likes. `math.inf`: never.
 
     Raises:
         LaunchError: the launcher's variables are half set, or do not fit this machine; not all ranks have come within
             `timeout` (they are named), or Gloo could not connect their hosts; two ranks have one GPU; on leaving, the
             store is gone.
         ValueError: a timeout is not above 0.
+        StallError: on entering, not all ranks have come within `stall_timeout`.
         RemoteRankError, StallError: on leaving, where another rank failed.
 
     Cost: collective on entry; two threads that sleep (three where rank 0 hosts the store); one process pays nothing.
@@ -76,7 +81,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     control: Control | None = None
     if launch is not None:
         end_with_agent(os.environ)
-        opened, connections = _join(launch, backend, timeout)
+        opened, connections = _join(launch, backend, timeout, stall_timeout)
         if launch.size > 1:
             try:
                 control = _control(launch, opened, connections, timeout)
@@ -103,25 +108,45 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
         raised = _told(error, control)
         if raised is error:
             raise
+        if raised.__cause__ is not None:  # a signal's handler raised it while the others were told of `error`
+            raise raised from raised.__cause__
         raise raised from None  # `error` is only what the failure of the other rank looks like from here
     finally:
         leave()
-        if control is not None and watch is not None:
-            control.close(is_failing=is_failing)
-            watch.stop()
-            control.link.connections.close(is_failing=is_failing)
-        if launch is not None:
-            _destroy(opened, is_failing)
-        elif control is not None:
-            dist.destroy_process_group(control.link.group)
+        try:
+            if control is not None and watch is not None:
+                _close(control, watch, is_failing=is_failing)
+        finally:
+            if launch is not None:
+                _destroy(opened, is_failing)
+            elif control is not None:
+                dist.destroy_process_group(control.link.group)
+
+
+def _close(control: Control, watch: Watch, *, is_failing: bool) -> None:
+    def close() -> None:
+        if is_failing:
+            watch.wait_for_stacks()
+        control.close(is_failing=is_failing)
+        watch.stop()
+        control.link.connections.close(is_failing=is_failing)
+
+    _, interruption = undisturbed(close)
+    if interruption is not None:
+        raise interruption
 
 
 def _told(error: BaseException, control: Control | None) -> BaseException:
+    """What to raise for `error`, the others having been told of it."""
     explain(error)
-    if control is not None:
-        return control.failures.failed(error, None, sys._getframe(1))
-    write_error_file(line_of(error), traceback_of(error), is_cause=True)
-    return error
+    if control is None:
+        write_error_file(line_of(error), traceback_of(error), is_cause=True)
+        return error
+    frame = sys._getframe(1)
+    try:
+        return control.failures.failed(error, None, frame)
+    except BaseException as other:  # a signal's handler, just before: of that the others are told
+        return control.failures.failed(other, None, frame)
 
 
 def _destroy(opened: World, is_failing: bool) -> None:
@@ -131,13 +156,13 @@ def _destroy(opened: World, is_failing: bool) -> None:
         dist.destroy_process_group()
 
 
-def _join(launch: Launch, backend: str, timeout_s: float) -> tuple[World, list[socket.socket]]:
+def _join(launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float) -> tuple[World, list[socket.socket]]:
     device = _own_device(launch)
     if backend == "auto":
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if (interface := chosen_interface(os.environ, launch)) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # which Gloo reads for each group that is made
-    store, name = meet(launch, timeout_s)
+    store, name = meet(launch, timeout_s, stall_timeout_s)
     with recorded(launch.master_port) as connections, _told_of_shared_gpu(launch):
         dist.init_process_group(
             backend,
@@ -176,15 +201,29 @@ def _control(launch: Launch, here: World, connections: list[socket.socket], time
 def _control_beside(here: World, timeout_s: float) -> Control | None:
     """The control plane for a group that somebody else made: where all ranks reach the store of their launcher."""
     launch = find_launch(os.environ)
-    is_launched = launch is not None and (launch.rank, launch.size) == (here.rank, here.size) and here.size > 1
-    if not all(_exchanged(is_launched)):
+    is_launched = launch is not None and (launch.rank, launch.size) == (here.rank, here.size)
+    is_part = launch is not None and here.size < launch.size
+    if is_part:
+        assert launch is not None
+        warnings.warn(
+            f"This process group has {here.size} of the {launch.size} ranks that {_launcher_of(launch)} started: stops "
+            "and failures are not shared beyond it, and metrics and checkpoints are those of its own ranks. Where that "
+            "is not meant, call process_group() before torch.distributed.init_process_group(), or make that group of "
+            "all ranks.",
+            stacklevel=4,
+        )
+    if here.size == 1 or not all(_exchanged(is_launched or (is_part and is_agents_store(os.environ)))):
         return None
     assert launch is not None
     connections = found(_exchanged, launch.master_port)
     control = None
-    with suppress(RuntimeError):
+    with suppress(DistError):  # the store of the launcher is not reached
         control = _control(launch, here, connections, timeout_s)
     return control if all(_exchanged(control is not None)) else None
+
+
+def _launcher_of(launch: Launch) -> str:
+    return "srun" if launch.launcher == "slurm" else launch.launcher
 
 
 def _exchanged(value: T) -> list[T]:

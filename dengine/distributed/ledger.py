@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistError
 
 from dengine.distributed.deadlock import START_OF_RUN
+from dengine.distributed.parsing import parse_object, tells
 from dengine.distributed.world import World
 from dengine.errors import ConsistencyError
 
@@ -66,6 +68,12 @@ class Ledger:
             self.is_inside = False
             raise ConsistencyError(_difference(first, mine))
 
+    def wait(self, what: str) -> None:
+        """Note that this rank waits for all others, in what is no collective."""
+        self.num_calls += 1
+        self.current = what
+        self.is_inside = True
+
     def leave(self) -> None:
         self.is_inside = False
 
@@ -77,11 +85,12 @@ class Ledger:
     def _first_call(self, mine: dict[str, Any]) -> dict[str, Any]:
         """What the rank that came first has entered: `mine` where this one did."""
         told = b""
-        with suppress(RuntimeError):  # the store is gone, and with it what there was to compare
+        with suppress(DistError):  # the store is gone, and with it what there was to compare
             told = self._store.compare_set(self._key(self.num_calls), "", json.dumps(mine))
             if self._here.rank == 0 and self.num_calls > _KEPT:
                 self._store.delete_key(self._key(self.num_calls - _KEPT))
-        return json.loads(told) if told else mine
+        first = parse_object(told) if told else None
+        return first if first is not None and tells(first, what=str, site=str, rank=int) and "from" in first else mine
 
     def _key(self, number: int) -> str:
         return f"collective/{self._part}/{number}"

@@ -2,6 +2,7 @@
 
 import json
 import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dengine.distributed.connections import Connections
+from dengine.distributed.parsing import parse_object
 from dengine.distributed.world import World
 
 __all__ = ["LOOK_S", "Link", "Meeting", "Messages"]
@@ -65,24 +67,37 @@ class Messages:
         self._is_janitor = link.here.rank == 0  # removes what all have read
 
     def publish(self, **message: Any) -> None:
-        text = json.dumps(message)
-        number = self._store.add("messages", 1) - 1
-        try:
-            self._store.set(f"message/{number}", text)
-        except BaseException:  # an interrupt: all would wait for this number, and hear of nothing any more
-            self._store.set(f"message/{number}", json.dumps({"kind": "none"}))
-            raise
+        """Say something to all ranks.
+
+        A message takes its number and is there by one request: of two, the second one would never come from a process
+        that is killed in between, and all would wait for that number for ever.
+        """
+        text = json.dumps({**message, "id": uuid.uuid4().hex})
+        number = self.number  # no earlier one is free
+        while (there := self._claim(number, text)) != text:
+            self._store.set(f"message/{number}", there)  # see `_claim`
+            number += 1
+        self._store.set(f"message/{number}", text)
+
+    def _claim(self, number: int, text: str) -> str:
+        """What message `number` is now: `text`, unless there was one before.
+
+        torch's older store (USE_LIBUV=0) wakes nobody up by this request, but by writing the same once more.
+        """
+        return str(self._store.compare_set(f"message/{number}", "", text).decode(errors="replace"))
 
     def next(self, *, may_sleep: bool) -> dict[str, Any] | None:
-        """The next message. Waits for it or, unless it `may_sleep`, for a moment only: None, where there is none."""
+        """The next message. Waits for it or, unless it `may_sleep`, for a moment only: None, if there is none, or if
+        what lies there is malformed.
+        """
         key = f"message/{self.number}"
         if may_sleep:
             self.reader.wait([key], _FOR_EVER)
         elif not self.reader.check([key]):
             time.sleep(LOOK_S)
             return None
-        message: dict[str, Any] = json.loads(self.reader.get(key))
+        text = self.reader.get(key)
         if self._is_janitor and self.number >= _KEPT:
             self.reader.delete_key(f"message/{self.number - _KEPT}")
         self.number += 1
-        return message
+        return parse_object(text)

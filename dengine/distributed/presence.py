@@ -8,6 +8,7 @@ from typing import Any
 
 from dengine.distributed.control import Control
 from dengine.distributed.failure import Level
+from dengine.distributed.parsing import complain, parse_object, parse_ranks, tells
 from dengine.distributed.process import identity, is_alive
 
 __all__ = ["Presence", "levels_of"]
@@ -92,12 +93,13 @@ class Presence:
     def told(self, rank: int) -> dict[str, Any]:
         """What `rank` told last; empty where it never did."""
         key = f"at/{rank}"
-        return json.loads(self._store.get(key)) if self._store.check([key]) else {}
+        told = parse_object(self._store.get(key)) if self._store.check([key]) else None
+        return told if told is not None and _is_whole(told) else {}
 
     def neighbours(self) -> set[int]:
         """The other ranks of this host that have told so; none where it cannot be told which host this is."""
         host = self._identity["host"]
-        ranks = set(map(int, self._store.get(f"on/{host}").split())) if host else set()
+        ranks = parse_ranks(self._store.get(f"on/{host}"), self._here.size) if host else set()
         return ranks - {self._here.rank}
 
     def is_seen_dead(self, told: dict[str, Any]) -> bool:
@@ -126,4 +128,13 @@ class Presence:
 
 
 def levels_of(told: dict[str, Any]) -> tuple[Level, ...]:
-    return tuple(Level(**level) for level in told.get("where", ()))
+    """Where a rank told that it is; empty outside of a run."""
+    try:
+        return tuple(Level.from_dict(level) for level in told.get("where", ()))
+    except TypeError:
+        complain(told)
+        return ()
+
+
+def _is_whole(told: dict[str, Any]) -> bool:
+    return tells(told, where=list, collective=str, time_s=(int, float), host=str, pid=int, start=str)

@@ -10,13 +10,27 @@ from dengine.distributed.control import Control
 from dengine.distributed.deadlock import cause, is_certain, waits_in
 from dengine.distributed.failure import Failure, say, where_text
 from dengine.distributed.ledger import num_joined, user_line
+from dengine.distributed.parsing import parse_object
 from dengine.distributed.presence import Presence, levels_of
 
-__all__ = ["RollCall"]
+__all__ = ["RollCall", "exempt_key"]
 
 _ANSWER_S = 2.0  # a living rank's thread answers within milliseconds; this is for a machine under load
 _LOOK_S = 0.02
+_IDLE_S = 2.0  # a rank that moved just now is at work; it may be noticed a second late
 _NUM_SHOWN = 64
+_UNREADABLE: dict[str, Any] = {
+    "where": [],
+    "collective": "",
+    "waits_in": "",
+    "site": "",
+    "joined": 0,
+    "calls": 0,
+    "cpu_s": 0.0,
+    "time_s": 0.0,
+    "idle_s": 0.0,
+    "progress": [],
+}
 
 
 class RollCall:
@@ -29,6 +43,7 @@ class RollCall:
         self._store = control.link.store
         self._suspected: dict[int, dict[str, Any]] = {}  # what the ranks answered, where it looked like a deadlock
         control.answer = self._answer
+        control.failures.find_late = self.late
 
     def find_the_vanished(self) -> None:
         """A connection was closed: name who is gone, unless it has said why, or all have left."""
@@ -58,10 +73,28 @@ class RollCall:
         missing = [rank for rank in range(self._here.size) if rank not in answers]
         # One that does not answer, but told its place not long ago, holds the interpreter for a while.
         silent_s = [time.time() - self._presence.told(rank).get("time_s", 0.0) for rank in missing]
+        if any(self._store.check([exempt_key(rank)]) for rank in missing):
+            return None, 0.0
         idle_s = min([answer["idle_s"] for answer in answers.values()] + silent_s)
         if idle_s < timeout_s - leeway_s:
             return None, idle_s
-        return self._culprit(answers, missing, timeout_s), idle_s
+        return self._culprit(answers, missing, timeout_s, "stall_timeout="), idle_s
+
+    def late(self) -> Failure | None:
+        """The one rank for which a collective waited in vain until the group's timeout; None if it cannot be told."""
+        answers = self._call()
+        missing = [rank for rank in range(self._here.size) if rank not in answers]
+        if any(self._store.check([exempt_key(rank)]) for rank in missing):
+            return None
+        if missing:
+            silent_s = time.time() - self._presence.told(missing[0]).get("time_s", 0.0)
+            return self._culprit(answers, missing, round(silent_s), "timeout=")
+        first, second = sorted(answers, key=lambda each: answers[each]["progress"])[:2]
+        is_behind = answers[first]["progress"][:-1] < answers[second]["progress"][:-1]
+        idle_s = answers[first]["idle_s"]
+        if not is_behind or first == self._here.rank or idle_s < _IDLE_S:
+            return None
+        return self._culprit(answers, [], round(idle_s), "timeout=")
 
     def _answer(self, number: int) -> None:
         """By the thread that reads: somebody wants to know who is there."""
@@ -73,14 +106,15 @@ class RollCall:
             "where": [asdict(level) for level in place],
             "collective": control.ledger.current if control.ledger.is_inside else "",
             **self._waiting(),
-            "idle_s": time.monotonic() - self._presence.progressed_at_s,
+            "idle_s": 0.0 if control.num_exempt else time.monotonic() - self._presence.progressed_at_s,
             # Who is behind: fewer of DDP's collectives joined, fewer runs begun or ended, less of the run begun, fewer
-            # of this package's collectives joined.
+            # of this package's collectives joined; in the end, who waits in none.
             "progress": [
                 num_joined(self._here.size, but=control.link.group),
                 control.runs.num_turns,
                 shared[-1].begun if shared else 0,
                 control.ledger.num_calls,
+                int(control.ledger.is_inside),
             ],
         }
         self._store.set(f"here/{number}/{self._here.rank}", json.dumps(answer))
@@ -122,7 +156,9 @@ class RollCall:
         for rank in range(self._here.size):
             key = f"here/{number}/{rank}"
             if self._store.check([key]):
-                answers[rank] = json.loads(self._store.get(key))
+                answer = parse_object(self._store.get(key))
+                # One that cannot be read is there, at least: it is not the one that does not answer.
+                answers[rank] = answer if answer is not None and _is_whole(answer) else dict(_UNREADABLE)
                 self._store.delete_key(key)
         return answers
 
@@ -135,7 +171,7 @@ class RollCall:
             error += f"; gone are ranks {', '.join(map(str, gone[:_NUM_SHOWN]))}"
         return Failure("vanished", gone[0], error, levels_of(told))
 
-    def _culprit(self, answers: dict[int, dict[str, Any]], missing: list[int], timeout_s: float) -> Failure:
+    def _culprit(self, answers: dict[int, dict[str, Any]], missing: list[int], timeout_s: float, limit: str) -> Failure:
         rank = missing[0] if missing else min(answers, key=lambda each: answers[each]["progress"])
         told = self._presence.told(rank) if missing else answers[rank]
         if not missing and (why := cause(answers, rank)) is not None:
@@ -145,12 +181,29 @@ class RollCall:
             f"Rank {rank} has made no progress for {timeout_s:g} s, and the others wait for it."
             + (f" It does not answer: its process is stopped or holds the interpreter{unreached}." if missing else "")
             + "".join(f"\n  rank {each}: {_shown(answers[each])}" for each in sorted(answers)[:_NUM_SHOWN])
-            + "\n  If a step or a handler may take so long, raise stall_timeout= of process_group(), or call "
-            "distributed.progress() in it."
+            + "\n  If a step, a handler, or a part of the script outside of a run may take so long, raise "
+            f"{limit} of process_group(), or call distributed.progress() in it; the inside of rank_zero_first() may "
+            "take longer than stall_timeout=."
         )
         return Failure("stalled", rank, error, levels_of(told), is_frozen=bool(missing))
 
 
+def exempt_key(rank: int) -> str:
+    """There while `rank` is in a part of the script that may take as long as it likes."""
+    return f"exempt/{rank}"
+
+
+def _is_whole(answer: dict[str, Any]) -> bool:
+    is_whole = all(
+        name in answer and isinstance(answer[name], (int, float) if isinstance(default, float) else type(default))
+        for name, default in _UNREADABLE.items()
+    )
+    return is_whole and all(isinstance(each, int) for each in answer["progress"])
+
+
 def _shown(answer: dict[str, Any]) -> str:
+    where = where_text(levels_of(answer))
+    if not answer["where"] and answer["site"]:
+        where += f" ({answer['site']})"
     inside = f", in {answer['collective']}" if answer["collective"] else ""
-    return f"{where_text(levels_of(answer))}{inside}, for {answer['idle_s']:.0f} s"
+    return f"{where}{inside}, for {answer['idle_s']:.0f} s"

@@ -22,6 +22,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Literal, Protocol, TypeAlias
 
+from torch.distributed import DistError
+
 from dengine.distributed.ddp_errors import explain
 from dengine.distributed.failure import Failure, Level
 from dengine.distributed.world import control
@@ -119,7 +121,7 @@ class Run:
                 if self._control.link.store.add(f"asked/{self.number}/{scope}/{key[1]}", 1) == 1:
                     message = {"run": self.number, "scope": scope, "epoch": key[1], "reason": reason}
                     self._control.messages.publish(kind="stop", **message)
-            except RuntimeError as error:
+            except DistError as error:
                 raise self._control.failures.without_store("they cannot agree where to stop", error) from None
         self.interrupt()
 
@@ -158,7 +160,7 @@ class Run:
         """By the loop, as it leaves `epoch`, in which it had a batch. Cost: a request to the store, if one asked."""
         self._last_with_batches = epoch
         if self._asked_about and self._control is not None:
-            with suppress(RuntimeError):  # the store is gone, and who asked notices
+            with suppress(DistError):  # the store is gone, and who asked notices
                 self._tell_of_batches(self._control.link.store)
 
     def hear_empty(self, epoch: int, store: Any) -> None:
@@ -187,7 +189,7 @@ class Run:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LOOK_S)
             return store.add(count, 0) < size or (not is_leaving and store.check([answer]))
-        except RuntimeError as error:
+        except DistError as error:
             raise self._control.failures.without_store("they cannot tell whether any has a batch", error) from None
 
     def _tell_of_batches(self, store: Any) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -37,8 +38,10 @@ def open_store(launch: Launch, timeout_s: float) -> TCPStore:
 
 
 def _listening(address: tuple[str, int], *, is_one_host: bool) -> socket.socket | None:
-    """A socket for the store to listen at, on all interfaces. None: torch is to open its own; the port is taken, by
-    this process maybe, or other hosts may know the master by an address of IPv6 that this one does not know.
+    """A socket for the store to listen at: at the address by which the ranks know its host, and at no other one. On all
+    interfaces if that address is none of this host's own (a forwarded one), or if this host of several knows its own
+    name only as loopback. None: torch is to open its own; the port is taken, by this process maybe, or other hosts may
+    know the master by an address of IPv6 that this one does not know.
 
     Of IPv4, where the master has an address of that. The store's own socket is of both kinds and shows clients of IPv4
     as `::ffff:127.0.0.1`, which no /etc/hosts lists; the store looks up the name of each client, by the thread that
@@ -50,14 +53,34 @@ def _listening(address: tuple[str, int], *, is_one_host: bool) -> socket.socket 
     except OSError:
         return None  # torch's error says so
     addresses = [str(place[0]) for family, *_, place in found if family == socket.AF_INET]
-    if addresses and not is_one_host and all(each.startswith("127.") for each in addresses):
-        return None
+    if addresses and not is_one_host:
+        addresses = [each for each in addresses if not each.startswith("127.")]
+        if not addresses:
+            return None
     is_ipv6 = not addresses
+    own = addresses or [str(place[0]) for _, *_, place in found]
     try:
-        return socket.create_server(
-            ("", port), family=socket.AF_INET6 if is_ipv6 else socket.AF_INET, backlog=_BACKLOG, dualstack_ipv6=is_ipv6
-        )
+        for each in dict.fromkeys(own):
+            with suppress(_NotOurs):
+                return _bound(each, port, is_ipv6=is_ipv6)
+        return _bound("", port, is_ipv6=is_ipv6)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return None
+        raise
+
+
+class _NotOurs(Exception):
+    """An address of another host, or of none."""
+
+
+def _bound(address: str, port: int, *, is_ipv6: bool) -> socket.socket:
+    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
+    try:
+        return socket.create_server(
+            (address, port), family=family, backlog=_BACKLOG, dualstack_ipv6=is_ipv6 and not address
+        )
+    except OSError as error:
+        if address and error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
+            raise _NotOurs from error
         raise

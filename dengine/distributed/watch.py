@@ -11,8 +11,11 @@ import threading
 import time
 from contextlib import suppress
 
+from torch.distributed import DistError
+
 from dengine.distributed.control import Control
 from dengine.distributed.failure import Failure, say, where_text
+from dengine.distributed.parsing import complain
 from dengine.distributed.presence import Presence
 from dengine.distributed.roll_call import RollCall
 from dengine.distributed.waiting import Waiting
@@ -33,6 +36,8 @@ _EXIT_S = 3.0  # after a stall was named: then a rank that still hangs is ended
 # How long a rank may take to come out of a collective whose connections are shut. Gloo has some wait for ever, where a
 # connection breaks while they are about to send.
 _FREED_S = 1.5
+_STACKS_S = 3.0  # how long the others wait for the stacks of the one that hangs
+_STACKS = "stacks"  # in the store: whether it has shown them
 
 
 class Watch:
@@ -61,6 +66,7 @@ class Watch:
         self._broken_at_s: float | None = None
         self._waiting: Waiting | None = None  # since then
         control.failures.inquire = self._inquire
+        control.failures.meet_stall = self._meet_stall
         self._presence.tell()
         self._beat_s = time.monotonic()
         self._stopped = threading.Event()
@@ -94,8 +100,10 @@ class Watch:
                     self._end_what_hangs()
                 else:
                     self._look(has_hung_up, is_starting)
-            except Exception as error:  # the store is gone
+            except DistError as error:  # the store is gone
                 self._control.failures.lose(error)
+            except Exception as error:  # what was read made no sense: that is no rank's failure
+                complain(repr(error))
 
     def _look(self, has_hung_up: bool, is_starting: bool) -> None:
         has_told = self._presence.tell_now_and_then(self._period_s)
@@ -168,7 +176,7 @@ class Watch:
 
     def _look_for_a_stall(self) -> None:
         now_s = time.monotonic()
-        if self._standing.failure is not None or self._standing.is_lost or not self._control.runs.shared():
+        if self._standing.failure is not None or self._standing.is_lost or not self._is_waiting():
             self._ask_at_s = now_s + self._stall_timeout_s
             return
         if now_s < max(self._ask_at_s, self._presence.progressed_at_s + self._stall_timeout_s):
@@ -183,8 +191,12 @@ class Watch:
             else:
                 self._control.failures.report(failure)
 
+    def _is_waiting(self) -> bool:
+        """Whether it matters to this rank that the others move: in a run, and while it waits for them outside."""
+        return bool(self._control.runs.shared()) or self._control.ledger.is_inside
+
     def _end_what_hangs(self) -> None:
-        """After a failure: show the stacks of a stall, and end a process that cannot leave by itself."""
+        """After a failure: end a process that cannot leave by itself."""
         failure = self._standing.failure
         if failure is None or not self._standing.is_broken:
             return
@@ -192,27 +204,49 @@ class Watch:
         if self._broken_at_s is None or self._waiting is None:
             self._broken_at_s = time.monotonic()
             self._waiting = Waiting(self._control.runs)
-            if failure.kind == "stalled":
-                self._show_stall(failure)
         # Handlers of EXCEPTION_RAISED may save what they can.
-        is_leaving = self._standing.is_leaving
+        is_leaving, is_in_run = self._standing.is_leaving, bool(self._control.runs.under_way)
         is_stuck = failure.kind == "stalled" and not is_leaving
+        if not is_in_run and not is_stuck:
+            return  # the script may have caught what it was told, and have other things to do
+        is_stuck = is_stuck and (is_in_run or failure.rank == self._here.rank)
         since_s = self._broken_at_s if is_stuck else max(self._broken_at_s, self._presence.progressed_at_s)
         patience_s = _EXIT_S if is_stuck else max(self._stall_timeout_s, _EXIT_S)
         is_left_waiting = self._waiting.seconds() > _FREED_S and not is_leaving
-        if self._control.runs.under_way and (is_left_waiting or time.monotonic() > since_s + patience_s):
+        if is_left_waiting or time.monotonic() > since_s + patience_s:
+            self.wait_for_stacks()
             say(f"dengine: rank {self._here.rank} cannot leave by itself, so its process is ended.\n{_stacks()}")
             say(f"dengine: {failure.message()}\n")
             os._exit(1)
 
-    def _show_stall(self, failure: Failure) -> None:
+    def _meet_stall(self, failure: Failure, is_lost: bool) -> None:
+        """Show where this rank is, and end the process that hangs if it cannot do so by itself. Before this rank hears
+        of the stall: afterwards it may be gone at any moment.
+        """
         say(f"dengine: rank {self._here.rank} is {where_text(self._presence.place())}\n{_stacks()}")
-        if failure.is_frozen and failure.rank != self._here.rank:
-            self._end_frozen(failure.rank)
+        try:
+            if failure.rank == self._here.rank:
+                self._control.link.store.set(_STACKS, "shown")
+            elif failure.is_frozen:
+                self._end_frozen(failure.rank, is_lost)
+        except DistError:  # the store is gone: whoever reads from it notices
+            pass
 
-    def _end_frozen(self, rank: int) -> None:
-        """A stopped process does not end by itself, and not by SIGTERM either."""
-        if not self._standing.is_lost:
+    def wait_for_stacks(self) -> None:
+        """Before this rank leaves: let the one that hangs show its stacks. A launcher ends it once this one is gone."""
+        failure, standing = self._standing.failure, self._standing
+        if failure is None or failure.kind != "stalled" or failure.is_frozen or failure.rank == self._here.rank:
+            return
+        end_s = time.monotonic() + _STACKS_S
+        with suppress(DistError):
+            while not standing.is_lost and time.monotonic() < end_s:
+                if self._control.link.store.check([_STACKS]):
+                    return
+                time.sleep(_SETTLING_PERIOD_S)
+
+    def _end_frozen(self, rank: int, is_lost: bool) -> None:
+        """A stopped process does not end by itself, and not by SIGTERM either. `is_lost`: the store cannot be asked."""
+        if not is_lost:
             told = self._presence.told(rank)
         elif rank == 0:
             told = self._presence.told_by_host

@@ -1,0 +1,71 @@
+"""Doing something to its end, whatever the handlers of signals raise meanwhile."""
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+__all__ = ["undisturbed"]
+
+T = TypeVar("T")
+
+_LOOK_S = 1.0  # a lock is given back at once; this only bounds what a lost wake-up would cost
+_START_S = 1.0  # for a thread whose start was interrupted, to show that it has started
+
+
+def undisturbed(action: Callable[[], T]) -> tuple[T, BaseException | None]:
+    """What `action` gives, and what the handler of a signal raised meanwhile, if one did. What `action` raises is
+    raised.
+
+    Python runs handlers in the main thread alone, between any two steps of what it does, and they may raise: Ctrl-C,
+    and torch's DataLoader for a worker that was killed. So `action` runs in another thread, and the main one waits.
+
+    Cost: a thread; in any other thread than the main one, nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return action(), None
+    work = _Work(action)
+    interruption: BaseException | None = None
+    try:
+        threading.Thread(target=work.do, name="dengine-undisturbed", daemon=True).start()
+    except BaseException as error:
+        if not work.has_begun_within(_START_S):  # no thread can be started: at the end of the interpreter, for one
+            work.do()
+        interruption = error if not isinstance(error, RuntimeError) or work.is_in_thread else None
+    while not work.is_done:
+        try:
+            work.end.acquire(timeout=_LOOK_S)
+        except BaseException as error:
+            interruption = interruption or error
+    if work.error is not None:
+        raise work.error
+    return work.result, interruption  # type: ignore[return-value]
+
+
+class _Work(Generic[T]):
+    """Done once, by whoever comes first."""
+
+    def __init__(self, action: Callable[[], T]) -> None:
+        self.result: T | None = None
+        self.error: BaseException | None = None
+        self.is_done = False
+        self.is_in_thread = False
+        self.end = threading.Lock()  # a plain one: an interrupt within an Event or a join() may leave it shut
+        self.end.acquire()
+        self._action = action
+        self._claim, self._begun = threading.Lock(), threading.Lock()
+        self._begun.acquire()
+
+    def has_begun_within(self, timeout_s: float) -> bool:
+        return self._begun.acquire(timeout=timeout_s)
+
+    def do(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return
+        self.is_in_thread = threading.current_thread() is not threading.main_thread()
+        self._begun.release()
+        try:
+            self.result = self._action()
+        except BaseException as error:
+            self.error = error
+        self.is_done = True
+        self.end.release()
