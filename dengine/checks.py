@@ -2,10 +2,12 @@
 
 import inspect
 import operator
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-__all__ = ["takes", "whole_number"]
+__all__ = ["path_of", "takes", "whole_number"]
 
 
 def whole_number(name: str, value: object, *, least: int, why: str = "") -> int:
@@ -36,3 +38,17 @@ def takes(function: Callable[..., Any], num_arguments: int) -> bool:
     except TypeError:
         return False
     return True
+
+
+def path_of(name: str, value: str | os.PathLike[str]) -> Path:
+    """`value` as a path, with the home folder in the place of `~`, as a shell does it.
+
+    Raises:
+        TypeError: `value` is no path. ValueError: there is no such user.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}={value!r} must be a path (str or Path), but is a {type(value).__qualname__}.")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name}={os.fspath(value)!r}: {error} Write ./~ for a name that begins so.") from None

@@ -6,5 +6,6 @@ The parts, for a script of one's own; `dengine.handlers.Checkpoint` is the polic
 from dengine.checkpoint.by_hand import save
 from dengine.checkpoint.loading import latest, load, verify
 from dengine.checkpoint.manifest import Entry
+from dengine.checkpoint.partial import LeftOut
 
-__all__ = ["Entry", "latest", "load", "save", "verify"]
+__all__ = ["Entry", "LeftOut", "latest", "load", "save", "verify"]

@@ -7,6 +7,7 @@ from typing import Any
 from dengine.checkpoint import manifest
 from dengine.checkpoint.folders import write_folder
 from dengine.checkpoint.manifest import Entry
+from dengine.checkpoint.paths import path_of
 from dengine.checkpoint.saving import agree, commit, planned, write
 from dengine.checkpoint.snapshot import check_objects, collect, put_together
 
@@ -39,7 +40,7 @@ def save(path: str | Path, objects: Mapping[str, Any]) -> None:
         >>> save(folder / "model_6", {"model": model})
         >>> load(folder / "model_6", {"model": torch.nn.Linear(2, 1)})
     """
-    checked, path = check_objects(objects), Path(path)
+    checked, path = check_objects(objects), path_of("path", path)
     if path.suffix not in (".pt", "") or path.name.startswith("."):
         raise ValueError(
             f"{path} must end with .pt, or have no ending (a folder, for sharded models), and not be hidden: that is "

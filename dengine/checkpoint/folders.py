@@ -5,7 +5,7 @@ sharded.py has the bytes; here are the objects they belong to, and the place amo
 
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -163,14 +163,16 @@ def read_folder(path: Path, into: Mapping[str, Stateful]) -> States:
         raise CheckpointError(f"{path} could not be loaded, and every object is as it was: {error}") from error
 
 
-def numbered(states: States, into: Mapping[str, Stateful]) -> States:
-    """What `read_folder` gave, as the objects' own `load_state_dict` takes it. No collective.
+def numbered(states: States, into: Mapping[str, Stateful], names: Iterable[str] | None = None) -> States:
+    """What `read_folder` gave, as the objects' own `load_state_dict` takes it; with `names`, of these alone. No
+    collective.
 
     Raises:
         ValueError: an optimizer's groups do not hold the parameters they held.
     """
     loadable = dict(states)
-    for name, value in into.items():
+    for name in into if names is None else names:
+        value = into[name]
         if isinstance(value, torch.optim.Optimizer):
             loadable[name] = numbered_optimizer_state(value, model_of(name, value, into), states[name])
     return loadable

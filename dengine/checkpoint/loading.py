@@ -1,11 +1,12 @@
 """A checkpoint's way back: what a file is, which one is the newest, and its states for the objects of every rank."""
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, overload
 
 import torch
 
@@ -13,14 +14,18 @@ from dengine.checkpoint import manifest, storage
 from dengine.checkpoint.elsewhere import refuse_to_load
 from dengine.checkpoint.folders import numbered, read_folder
 from dengine.checkpoint.manifest import Entry
-from dengine.checkpoint.paths import no_folder_of_checkpoints, path_of
+from dengine.checkpoint.partial import Fitting, LeftOut
+from dengine.checkpoint.paths import no_folder_of_checkpoints, path_of, printable
+from dengine.checkpoint.plain import check_loaded
+from dengine.checkpoint.regular import check_archive, open_regular
 from dengine.checkpoint.restore import Restoring, give_random_states
 from dengine.checkpoint.seal import check_seal, read_seal
 from dengine.checkpoint.shard_verify import holds_shards
-from dengine.checkpoint.snapshot import States, bare, check_objects
+from dengine.checkpoint.snapshot import RANDOM, RESERVED, States, bare, check_objects
 from dengine.distributed import all_gather_object, world
 from dengine.distributed.collectives import from_rank_zero
 from dengine.errors import CheckpointError, CorruptCheckpointError
+from dengine.types import Stateful
 
 __all__ = ["latest", "load", "newest_first", "resume", "verify"]
 
@@ -36,7 +41,9 @@ def verify(path: str | Path) -> Entry:
     """
     path = path_of("path", path)
     try:
-        return manifest.entry_of(path, proven=True)
+        entry = manifest.entry_of(path, proven=True)
+        manifest.refuse_other(entry, manifest.listed_beside(path), path)
+        return entry
     except CorruptCheckpointError as error:
         raise _explained(error, path) from None
     except (OSError, ValueError) as error:
@@ -66,7 +73,10 @@ def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
 
 def newest_first(folder: Path, prefix: str) -> list[Entry]:
     """Checkpoints of `prefix` by the time they were saved, the damaged and lost ones at the place that was theirs."""
-    found = manifest.survey(folder)
+    try:
+        found = manifest.survey(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
     def when(entry: Entry) -> float:
         if entry.sequence >= 0:
@@ -79,53 +89,105 @@ def newest_first(folder: Path, prefix: str) -> list[Entry]:
     return sorted(entries, key=when, reverse=True)
 
 
-def load(path: str | Path, into: Mapping[str, Any]) -> None:
+@overload
+def load(path: str | Path, into: Mapping[str, Any], *, partial: Literal[False] = False) -> None: ...
+
+
+@overload
+def load(path: str | Path, into: Mapping[str, Any], *, partial: bool) -> LeftOut | None: ...
+
+
+def load(path: str | Path, into: Mapping[str, Any], *, partial: bool = False) -> LeftOut | None:
     """Give the states in `path` to the objects of `into`, by name, on every rank: to all of them or to none.
 
     No byte is used that was not checked. Of a file, one rank of each node reads the whole and holds it against its
     digest, every rank loads from the file it has opened before that, and all of them must see the same one. Of a folder
     (sharded models), each rank reads and checks the parts that it needs; the objects may be sharded over another number
     of ranks, or not at all; an optimizer finds its state by the names in the model that it belongs to, which is in
-    `into` too. What is read is never executed. Into a model in DDP it goes without the wrapper; names that are in
-    `path` and not in `into` are passed over. An object that carries random number generators (an engine) gets those of
-    this rank.
+    `into` too. What is read is never executed. Into a model in DDP it goes without the wrapper, wherever in it
+    `torch.compile` was put; names that are in `path` and not in `into` are passed over. An object that carries random
+    number generators (an engine) gets those of this rank.
+
+    With `partial`, what fits by name and shape is taken, and the rest is left as it is: for a model that has another
+    head now, say. An optimizer is taken or left as a whole, and so is a name that the checkpoint lacks.
 
     Collective: call on all ranks. Cost: a file is read once by each rank and once more on each node, where it comes
     from the page cache; one SHA-256 of it; two small gathers; host memory for the states, and for what they replace. Of
     a folder, each rank reads its part; four small gathers; memory for that part twice.
 
+    Returns: with `partial`, what was left out on either side; else None.
+
     Raises:
         TypeError, ValueError: `into` is no dict of objects with a `state_dict`, or `path` no path.
-        CorruptCheckpointError: on every rank, where it is damaged for one.
+        CorruptCheckpointError: on every rank, where it is damaged for one, or is not what the manifest lists.
         CheckpointError: on every rank, where one does not find it or sees another one, it is a folder of checkpoints,
             one asks for other names than rank 0, or an object refuses its state (missing and extra names are listed);
             every object is then as it was.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dengine.checkpoint import save
+        >>> path = Path(tempfile.mkdtemp(), "model_5.pt")
+        >>> save(path, {"model": torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 10))})
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 5))
+        >>> load(path, {"model": model}, partial=True).missing_keys
+        ['model/1.weight', 'model/1.bias']
     """
     targets, path = check_objects(into), path_of("path", path)
+    fitting = Fitting() if partial else None
     with ExitStack() as stack:
         file, seen = _open(path, stack)
         everyone = all_gather_object((sorted(targets), seen))
         _agree_on_names([names for names, _ in everyone])
         _agree_on_file(path, [theirs for _, theirs in everyone])
-        states = read_folder(path, targets) if file is None else {}
-        restoring = Restoring(targets)
-        failure, cause = None, None
+        wanted = targets if fitting is None or file is not None else _there(seen.objects, targets, fitting)
+        states = read_folder(path, wanted) if file is None and wanted else {}
+        restoring = Restoring(targets, fitting)
+        failure, cause, kind = None, None, CheckpointError
         try:
             for name, value in targets.items():
                 refuse_to_load(name, bare(value))
-            states = numbered(states, targets) if file is None else _read_file(file)
+            states = _numbered(states, wanted, fitting) if file is None else _read_file(file)
+            if fitting is not None:
+                wanted = _there(list(states), wanted, fitting if file is not None else None)
+                restoring = Restoring(wanted, fitting)
             restoring.load(states)
         except Exception as error:
             failure, cause = f"{type(error).__qualname__}: {error.args[0] if error.args else error}", error
-        failures = all_gather_object(failure)
-        refusing = [rank for rank, reason in enumerate(failures) if reason is not None]
+            if isinstance(error, _UnusableError):
+                failure, kind = str(error), CorruptCheckpointError
+        failures = all_gather_object((failure, kind))
+        refusing = [rank for rank, (reason, _) in enumerate(failures) if reason is not None]
         if refusing:
             restoring.undo()
-            raise CheckpointError(
+            reason, kind = failures[refusing[0]]
+            raise kind(
                 f"{path} could not be loaded on rank {refusing[0]} of {len(failures)}, and every object is as it was: "
-                f"{failures[refusing[0]]}"
+                f"{reason}"
             ) from cause
-        give_random_states(states, targets)
+        give_random_states(states, wanted)
+    return None if fitting is None else fitting.left_out
+
+
+def _there(saved: Sequence[str], targets: dict[str, Stateful], fitting: Fitting | None) -> dict[str, Stateful]:
+    """Those of `targets` that are among the `saved` names; the others are noted, on either side."""
+    if fitting is not None:
+        fitting.left_out.missing_keys.extend(name for name in targets if name not in saved)
+        fitting.left_out.unexpected_keys.extend(name for name in saved if name not in targets and name != RESERVED)
+    return {name: value for name, value in targets.items() if name in saved}
+
+
+def _numbered(states: States, into: dict[str, Stateful], fitting: Fitting | None) -> States:
+    """As `numbered`; where not all needs to fit, an optimizer with other parameters is left out."""
+    if fitting is None:
+        return numbered(states, into)
+    loadable = {RESERVED: states[RESERVED]} if RESERVED in states else {}
+    for name in into:
+        try:
+            loadable[name] = numbered(states, into, [name])[name]
+        except ValueError:
+            fitting.leave(name)
+    return loadable
 
 
 def resume(save_dir: str | Path, to_load: Mapping[str, Any], prefix: str = "checkpoint") -> Path | None:
@@ -160,16 +222,18 @@ def resume(save_dir: str | Path, to_load: Mapping[str, Any], prefix: str = "chec
     if candidates and not fitting:
         _agree_on_names(all_gather_object(mine))
         held = "; ".join(f"{entry.name} holds {', '.join(entry.objects)}" for entry in candidates)
-        raise CheckpointError(f"No checkpoint {prefix!r} in {folder} holds all of {', '.join(names)}: {held}.")
+        raise CheckpointError(
+            f"No checkpoint {prefix!r} in {folder} holds all of {', '.join(names)}: {printable(held)}."
+        )
     reasons: list[str] = []
     for entry in fitting:
         try:
             _load_or_miss(folder / entry.name, to_load)
-        except CorruptCheckpointError as error:
+        except (CorruptCheckpointError, _UnreadableError) as error:
             reasons.append(str(error))
             continue
         if reasons and world().rank == 0:
-            warnings.warn(f"Resuming from {folder / entry.name}, as {' '.join(reasons)}", stacklevel=2)
+            warnings.warn(f"Resuming from {folder / entry.name}, as {printable(' '.join(reasons))}", stacklevel=2)
         return folder / entry.name
     if reasons:
         raise CorruptCheckpointError(
@@ -180,23 +244,55 @@ def resume(save_dir: str | Path, to_load: Mapping[str, Any], prefix: str = "chec
 
 def _found(folder: Path, prefix: str) -> tuple[list[Entry], list[str]] | str:
     """Those of `prefix`, newest first, and which other prefixes there are; or why that is no folder to look into."""
-    if (reason := no_folder_of_checkpoints(folder, "resume")) is not None:
-        return reason
-    storage.put_back(folder)
-    if entries := newest_first(folder, prefix):
-        return entries, []
-    found = manifest.survey(folder)
+    try:
+        if (reason := no_folder_of_checkpoints(folder, "resume")) is not None:
+            return reason
+        storage.put_back(folder)
+        if entries := newest_first(folder, prefix):
+            return entries, []
+        found = manifest.survey(folder)
+    except (OSError, CheckpointError) as error:
+        return f"{folder} cannot be read: {error}"
     return [], sorted({each.prefix for each in (*found.entries, *found.damaged)})
 
 
+class _UnusableError(Exception):
+    """A whole file holds something that cannot be states."""
+
+
+class _UnreadableError(CheckpointError):
+    """A file is there, but this process may not read it, or the disk cannot."""
+
+
 def _read_file(file: BinaryIO) -> States:
-    file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    """
+    Raises:
+        _UnusableError: it is not made as `torch.save` makes it, or holds something else than states.
+    """
+    try:
+        check_archive(file)
+        file.seek(0)
+        states = torch.load(file, map_location="cpu", weights_only=True)
+        check_loaded(states)
+        _check_reserved(states.get(RESERVED, {}))
+    except OSError:
+        raise
+    except Exception as error:
+        raise _UnusableError(f"{type(error).__qualname__}: {error.args[0] if error.args else error}") from error
+    return states  # type: ignore[no-any-return]
+
+
+def _check_reserved(entry: Any) -> None:
+    of_ranks = entry.get(RANDOM, {}) if isinstance(entry, dict) else None
+    if not isinstance(of_ranks, dict) or not all(
+        isinstance(each, list) and all(isinstance(one, dict) for one in each) for each in of_ranks.values()
+    ):
+        raise ValueError(f"its entry {RESERVED!r} is not as it is written")
 
 
 def _load_or_miss(path: Path, into: Mapping[str, Any]) -> None:
     """`load`; a file that is gone for every rank counts as damaged, one that only some see does not."""
-    gone = all_gather_object(not path.exists())
+    gone = all_gather_object(not os.path.lexists(path))
     if all(gone):
         raise CorruptCheckpointError(f"{path} is gone, though the manifest lists it.")
     load(path, into)
@@ -207,6 +303,7 @@ class _Seen:
     """What one rank sees under a path."""
 
     sha256: str = ""
+    objects: tuple[str, ...] = ()  # of a folder
     missing: str | None = None
     corrupt: CheckpointError | None = None
 
@@ -218,15 +315,19 @@ def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO | None, _Seen]:
     """
     try:
         if path.is_dir():
-            return None, _Seen(sha256=manifest.entry_of(path).sha256)
-        file = stack.enter_context(path.open("rb"))
+            entry = manifest.entry_of(path)
+            manifest.refuse_other(entry, manifest.listed_beside(path), path)
+            return None, _Seen(entry.sha256, entry.objects)
+        file = stack.enter_context(open_regular(path))
         # The ranks of a node read the same pages: the first one checks them for all.
         seal = check_seal(file, path) if world().local_rank == 0 else read_seal(file, path)
-        manifest.from_seal(seal, path)
+        manifest.refuse_other(manifest.from_seal(seal, path), manifest.listed_beside(path), path)
     except CorruptCheckpointError as error:
         return None, _Seen(corrupt=_explained(error, path))
-    except OSError as error:
+    except FileNotFoundError as error:
         return None, _Seen(missing=str(error))
+    except OSError as error:
+        return None, _Seen(corrupt=_UnreadableError(f"{path} cannot be read: {error}."))
     return file, _Seen(sha256=seal.sha256)
 
 

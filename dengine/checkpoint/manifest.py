@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dengine.checkpoint.regular import open_regular, read_regular
 from dengine.checkpoint.seal import Seal, check_seal, read_seal
 from dengine.checkpoint.shard_verify import holds_shards, is_shard_folder, read_outline, verify_shards
 from dengine.errors import CorruptCheckpointError
@@ -28,13 +29,17 @@ __all__ = [
     "entry_of",
     "from_name",
     "from_seal",
+    "listed_beside",
     "listing",
     "manifest_text",
+    "refuse_other",
     "survey",
 ]
 
 FILE_NAME = "manifest.json"
 _FORMAT = 1
+_MOST_BYTES = 64 << 20  # of a manifest: some 100 000 checkpoints
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _STEP_IN_NAME = re.compile(r"(?P<prefix>.+?)_(?P<step>\d+)(_(?P<score_name>.+)=(?P<score>[^=]+))?")
 
 
@@ -112,7 +117,7 @@ def entry_of(path: Path, *, proven: bool = False) -> Entry:
         if proven:
             verify_shards(path)
         return from_seal(read_outline(path), path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return from_seal(check_seal(file, path) if proven else read_seal(file, path), path)
 
 
@@ -123,7 +128,7 @@ def from_seal(seal: Seal, path: Path) -> Entry:
     """
     try:
         return _parsed({**seal.about, "name": path.name, "sha256": seal.sha256, "num_bytes": seal.num_bytes})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptCheckpointError(
             f"{path} has a damaged description, or one of a later dengine: {error!r}."
         ) from None
@@ -142,14 +147,16 @@ def survey(folder: Path) -> Survey:
     paths = sorted(path for path in folder.iterdir() if _is_candidate(path)) if folder.is_dir() else []
     for path in paths:
         try:
-            entries.append(entry_of(path))
+            entry = entry_of(path)
+            refuse_other(entry, listed.get(path.name), path)
+            entries.append(entry)
         except FileNotFoundError:  # pruned at this moment
             continue
-        except CorruptCheckpointError:
+        except (CorruptCheckpointError, OSError):  # a folder that cannot be read is as a damaged file
             known = listed.get(path.name) or from_name(path)
             if known is not None:
                 damaged.append(known)
-            elif path.suffix == ".pt" or holds_shards(path):
+            elif path.suffix == ".pt" or _seems_to_hold_shards(path):
                 unknown.append(path.name)
     there = {path.name for path in paths}
     lost = tuple(entry for name, entry in listed.items() if name not in there)
@@ -163,7 +170,40 @@ def survey(folder: Path) -> Survey:
 def _is_candidate(path: Path) -> bool:
     if path.name.startswith("."):
         return False
-    return path.is_file() if path.suffix == ".pt" else is_shard_folder(path)
+    try:
+        return path.is_file() if path.suffix == ".pt" else is_shard_folder(path)
+    except OSError:
+        return from_name(path) is not None
+
+
+def listed_beside(path: Path) -> Entry | None:
+    """What the manifest in the folder of `path` has of it; None where it does not list it, or cannot be read."""
+    return _listed(path.parent)[0].get(path.name)
+
+
+def _seems_to_hold_shards(path: Path) -> bool:
+    try:
+        return holds_shards(path)
+    except OSError:
+        return False
+
+
+def refuse_other(entry: Entry, listed: Entry | None, path: Path) -> None:
+    """Refuse a whole file that is not the one which was saved under its name: an older one, say, that was copied over
+    it. One that was saved again under its name, by a run that was killed before it could list that, is newer.
+
+    Raises:
+        CorruptCheckpointError: it is another one than the manifest has `listed`.
+    """
+    if listed is None or entry.sha256 == listed.sha256:
+        return
+    is_same_name = (entry.prefix, entry.step, entry.score_name) == (listed.prefix, listed.step, listed.score_name)
+    if not is_same_name or entry.sequence <= listed.sequence:
+        raise CorruptCheckpointError(
+            f"{path} is another file than was saved under this name: it is whole, of step {entry.step} and the "
+            f"{entry.sequence}. save into its folder, but the manifest lists step {listed.step}, the "
+            f"{listed.sequence}. save, of another digest. To use it all the same, give it a name that is not listed."
+        )
 
 
 def listing(folder: Path, new: Sequence[Entry], dropped: Collection[str]) -> list[Entry]:
@@ -194,36 +234,73 @@ def manifest_text(entries: Sequence[Entry]) -> bytes:
 def _listed(folder: Path) -> tuple[dict[str, Entry], str | None]:
     """The manifest's entries by name, and what is wrong with it."""
     try:
-        text = (folder / FILE_NAME).read_bytes()
+        text = read_regular(folder / FILE_NAME, b"{", _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return {}, None
+    except (OSError, ValueError) as error:
+        return {}, f"cannot be read ({type(error).__name__}: {error})"
     try:
         manifest = json.loads(text)
         files = manifest["files"]
         if manifest["sha256"] != _digest(files) or manifest["format"] != _FORMAT:
             return {}, "does not fit its digest"
         return {name: _parsed({**each, "name": name, "num_bytes": each["bytes"]}) for name, each in files.items()}, None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         return {}, f"cannot be read ({type(error).__name__})"
 
 
 def _parsed(values: Mapping[str, Any]) -> Entry:
     if values["format"] != _FORMAT:
         raise ValueError(f"format {values['format']}, but this dengine reads {_FORMAT}")
-    step, score = values["step"], values["score"]
+    step, score, score_name = values["step"], values["score"], values["score_name"]
+    sha256 = _text(values, "sha256")
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError(f"sha256 {sha256[:80]!r}")
     return Entry(
-        name=os.path.basename(str(values["name"])),
-        prefix=str(values["prefix"]),
-        step=None if step is None else int(step),
-        score=None if score is None else float(score),
-        score_name=None if values["score_name"] is None else str(values["score_name"]),
-        sequence=int(values["sequence"]),
-        objects=tuple(str(name) for name in values["objects"]),
-        world_size=int(values["world_size"]),
-        versions={str(key): str(value) for key, value in values["versions"].items()},
-        sha256=str(values["sha256"]),
-        num_bytes=int(values["num_bytes"]),
+        name=os.path.basename(_text(values, "name")),
+        prefix=_text(values, "prefix"),
+        step=None if step is None else _number(values, "step"),
+        score=None if score is None else _score(score),
+        score_name=None if score_name is None else _text(values, "score_name"),
+        sequence=_number(values, "sequence"),
+        objects=_texts(values["objects"]),
+        world_size=_number(values, "world_size"),
+        versions=_versions(values["versions"]),
+        sha256=sha256,
+        num_bytes=_number(values, "num_bytes"),
     )
+
+
+def _number(values: Mapping[str, Any], key: str) -> int:
+    value = values[key]
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{key} {str(value)[:80]}")
+    return value
+
+
+def _score(value: Any) -> float:
+    """Of JSON, which knows no infinity: there it is text."""
+    if type(value) not in (int, float, str):
+        raise ValueError(f"score {str(value)[:80]}")
+    return float(value)
+
+
+def _text(values: Mapping[str, Any], key: str) -> str:
+    if not isinstance(values[key], str):
+        raise ValueError(f"{key} {str(values[key])[:80]}")
+    return str(values[key])
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
+        raise ValueError(f"{str(values)[:80]} in the place of a list of names")
+    return tuple(values)
+
+
+def _versions(values: Any) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(isinstance(each, str) for each in values.values()):
+        raise ValueError(f"{str(values)[:80]} in the place of versions")
+    return {str(key): value for key, value in values.items()}
 
 
 def from_name(path: Path) -> Entry | None:

@@ -1,21 +1,16 @@
 """Which is meant: a checkpoint, or a folder of checkpoints. What takes the one says so where it is given the other."""
 
-import os
 from pathlib import Path
 
 from dengine.checkpoint.shard_verify import holds_shards
+from dengine.checks import path_of
 
-__all__ = ["no_folder_of_checkpoints", "path_of"]
+__all__ = ["no_folder_of_checkpoints", "path_of", "printable"]
 
 
-def path_of(name: str, value: str | Path) -> Path:
-    """
-    Raises:
-        TypeError: `value` is no path.
-    """
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{name}={value!r} must be a path (str or Path), but is a {type(value).__qualname__}.")
-    return Path(value)
+def printable(text: str) -> str:
+    """`text` with what would command a terminal (escapes, line ends, marks of direction) written out."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)
 
 
 def no_folder_of_checkpoints(path: Path, name: str) -> str | None:

@@ -99,7 +99,7 @@ def check_loaded(states: Any) -> None:
         ValueError: names the path of what is wrong.
     """
     if not isinstance(states, dict) or not all(isinstance(name, str) for name in states):
-        raise ValueError(f"it holds a {type(states).__qualname__}, not a dict of states by name")
+        raise ValueError(f"it holds a {type(states).__qualname__} in the place of a dict of states by name")
     try:
         _Walk(_check_held, lambda value: value, lambda name: name).of(states)
     except _Refused as refused:

@@ -2,10 +2,11 @@
 
 import os
 import stat
+import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["open_regular", "read_regular"]
+__all__ = ["check_archive", "open_regular", "read_regular"]
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -38,3 +39,18 @@ def read_regular(path: Path, start: bytes, most_bytes: int) -> bytes:
             raise ValueError(f"it does not begin with {start.decode()}")
         file.seek(0)
         return file.read(most_bytes)
+
+
+def check_archive(file: BinaryIO) -> None:
+    """See that the parts of a zip archive are as long as they seem: not packed, and none of them twice.
+
+    Cost: its table of contents is read.
+
+    Raises:
+        ValueError: they are longer than the file. zipfile.BadZipFile: it is no archive.
+    """
+    parts = zipfile.ZipFile(file).infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in parts):
+        raise ValueError("it has parts that are packed, which torch.save never does")
+    if sum(part.file_size for part in parts) > os.fstat(file.fileno()).st_size:
+        raise ValueError("its parts are together longer than the file")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dengine.checkpoint.compiled import aligned
+from dengine.checkpoint.partial import Fitting
 from dengine.checkpoint.snapshot import RANDOM, RESERVED, HostCopy, States, bare
 from dengine.distributed import world
 from dengine.types import Stateful
@@ -25,7 +26,8 @@ class Restoring:
     the state it gave itself (a warning names it).
     """
 
-    def __init__(self, into: Mapping[str, Stateful]) -> None:
+    def __init__(self, into: Mapping[str, Stateful], fitting: Fitting | None = None) -> None:
+        self._fitting = fitting  # where not all of each state is to be loaded
         # Last what checks before it changes anything, and remembers that it was loaded: the engine.
         self._into = dict(sorted(into.items(), key=lambda item: hasattr(item[1], "load_random_state")))
         self._before: dict[str, Any] = {}
@@ -45,8 +47,11 @@ class Restoring:
             keeps_itself = hasattr(value, "load_random_state")
             before = HostCopy().take({name: _state_of(name, target)})[name]
             if not keeps_itself:
+                state = aligned(states[name], before)
+                if self._fitting is not None and (state := self._fitting.of(name, target, state, before)) is None:
+                    continue
                 self._before[name] = before
-                target.load_state_dict(_fitted(target, aligned(states[name], before)))
+                target.load_state_dict(_fitted(target, state))
                 continue
             target.load_state_dict(states[name])
             self._before[name] = before

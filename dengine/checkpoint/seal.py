@@ -13,6 +13,7 @@ FILE` says.
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,7 @@ from dengine.errors import CorruptCheckpointError
 __all__ = ["Seal", "SealedFile", "check_seal", "read_seal"]
 
 _MAGIC = b"dengine1"
+_LENGTH = re.compile(rb"[0-9a-f]{8}")
 _DIGEST_BYTES = 64  # of its text
 _FOOTER_BYTES = len(_MAGIC) + 8 + _DIGEST_BYTES
 _ZIP_END_BYTES = 22  # the archive's last record; its last two bytes are the length of the comment
@@ -92,13 +94,15 @@ def read_seal(file: BinaryIO, path: Path) -> Seal:
     try:
         if magic != _MAGIC:
             raise ValueError(magic)
+        if not _LENGTH.fullmatch(length) or int(length, 16) > 0xFFFF:  # what a zip comment can have
+            raise ValueError(length)
         start = num_bytes - _FOOTER_BYTES - int(length, 16)
         file.seek(start)
         about = json.loads(file.read(num_bytes - _FOOTER_BYTES - start))
         if not isinstance(about, dict):
             raise ValueError(about)
         return Seal(about, digest.decode("ascii"), num_bytes)
-    except (ValueError, OSError) as error:  # no number, a place before the file, no text, no JSON
+    except (ValueError, OSError, RecursionError) as error:  # no number, a place before the file, no text, no JSON
         if isinstance(error, OSError) and error.errno != 22:
             raise
         raise CorruptCheckpointError(

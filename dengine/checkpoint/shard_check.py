@@ -16,6 +16,7 @@ __all__ = ["check_declared"]
 
 Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
+_MOST_ELEMENTS = 1 << 58  # beyond, torch counts bytes no more
 _MOST_CELLS = 1 << 22  # of one tensor, where its parts are laid out as no framework does
 
 
@@ -69,8 +70,10 @@ def _within(node: dict[str, Any]) -> Iterator[Node]:
     kind = node["type"]
     if kind == "tensor":
         dtype_named(node["dtype"])
-        if not isinstance(node["shape"], list) or not all(type(size) is int and size >= 0 for size in node["shape"]):
-            raise ValueError(f"a tensor of shape {str(node['shape'])[:60]}")
+        shape = node["shape"]
+        is_shape = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        if not is_shape or math.prod(max(1, size) for size in shape) > _MOST_ELEMENTS:
+            raise ValueError(f"a tensor of shape {str(shape)[:60]}")
     elif kind == "dict":
         keys = []
         for key, value in node["items"]:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from dengine.checkpoint.digested import DigestedFile
+from dengine.checkpoint.regular import open_regular, read_regular
+from dengine.checkpoint.shard_check import check_declared
 from dengine.checkpoint.shard_tree import Node, dtype_name
 from dengine.checkpoint.storage import sync_folder
 from dengine.errors import CorruptCheckpointError
@@ -26,6 +28,7 @@ __all__ = [
     "FILE_NAME",
     "METADATA",
     "Chunk",
+    "MadeUpError",
     "Metadata",
     "TensorBox",
     "Written",
@@ -34,14 +37,21 @@ __all__ = [
     "local_box",
     "local_part",
     "read_metadata",
+    "read_whole",
     "write_metadata",
     "write_tensors",
 ]
 
 METADATA = "metadata.json"
 FORMAT_VERSION = 1
+_START = b'{"body":'
+_MOST_BYTES = 4 << 30  # of metadata.json: some 10 000 ranks
 
 FILE_NAME = re.compile(r"rank_\d{5,}\.bin")  # nothing that leads out of the folder
+
+
+class MadeUpError(CorruptCheckpointError, ValueError):
+    """What a folder says of itself cannot be, or not with this torch."""
 
 
 @dataclass(frozen=True)
@@ -208,15 +218,14 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / METADATA
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no sharded checkpoint {folder}.")
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise CorruptCheckpointError(f"{path} is missing, so the rest of the folder cannot be read.") from None
     with as_corrupt(path):
+        raw = read_whole(path)
         body = json.loads(raw)["body"]
         # Every byte counts: what reads the same but is written otherwise was changed too.
         if _rendered(body) != raw:
             raise ValueError("its digest does not fit")
+        if not isinstance(body, dict):
+            raise TypeError("it holds no dict")
     if body.get("format") != FORMAT_VERSION or body.get("byteorder") != sys.byteorder:
         raise ValueError(
             f"{path} is of format {body.get('format')!r} in {body.get('byteorder')}-endian order, but this version "
@@ -224,13 +233,27 @@ def read_metadata(folder: Path) -> Metadata:
         )
     with as_corrupt(path):
         files = body["files"].items()
-        return Metadata(
+        metadata = Metadata(
             states=body["states"],
             chunks={name: [_chunk(one) for one in parts] for name, parts in body["chunks"].items()},
-            files={_file_name(name): (int(one["num_bytes"]), str(one["sha256"])) for name, one in files},
-            world_size=int(body["world_size"]),
+            files={_file_name(name): (_number(one["num_bytes"]), str(one["sha256"])) for name, one in files},
+            world_size=_number(body["world_size"]),
             about=dict(body["about"]),
         )
+        check_declared(metadata.states, metadata.chunks, metadata.files)
+        return metadata
+
+
+def read_whole(path: Path) -> bytes:
+    """`metadata.json`, not checked.
+
+    Raises:
+        CorruptCheckpointError: it is missing. OSError: it cannot be read. ValueError: it begins otherwise, or is huge.
+    """
+    try:
+        return read_regular(path, _START, _MOST_BYTES)
+    except FileNotFoundError:
+        raise CorruptCheckpointError(f"{path} is missing, so the rest of the folder cannot be read.") from None
 
 
 def checked_chunk(folder: Path, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
@@ -240,15 +263,15 @@ def checked_chunk(folder: Path, chunk: Chunk, dtype: torch.dtype) -> torch.Tenso
         CorruptCheckpointError: the file is missing, too short, or was changed there.
     """
     path = folder / chunk.file
-    if math.prod(chunk.sizes) * dtype.itemsize != chunk.num_bytes:
-        raise CorruptCheckpointError(f"{folder / METADATA}: {chunk} does not fit {dtype}.")
     content = bytearray(chunk.num_bytes)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(chunk.start)
-            num_read = file.readinto(content)
+            num_read = file.readinto(content)  # type: ignore[attr-defined]
     except FileNotFoundError:
         raise CorruptCheckpointError(f"{path} is missing.") from None
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path} cannot be read: {error}") from error
     if num_read != chunk.num_bytes:
         raise CorruptCheckpointError(f"{path} is too short: {chunk.num_bytes} bytes were expected at {chunk.start}.")
     if hashlib.sha256(content).hexdigest() != chunk.sha256:
@@ -278,16 +301,24 @@ def as_corrupt(path: Path) -> Iterator[None]:
     """Data of another form than was written: it was changed."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{path} was changed: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, RuntimeError) as error:
+        if isinstance(error, CorruptCheckpointError):
+            raise
+        raise MadeUpError(f"{path} was changed: {error}") from error
 
 
 def _chunk(one: Mapping[str, Any]) -> Chunk:
-    offsets, sizes = (tuple(map(int, one[name])) for name in ("offsets", "sizes"))
-    start, num_bytes = int(one["start"]), int(one["num_bytes"])
-    if min(start, num_bytes, *offsets, *sizes) < 0 or len(offsets) != len(sizes):
+    offsets, sizes = (tuple(map(_number, one[name])) for name in ("offsets", "sizes"))
+    start, num_bytes = _number(one["start"]), _number(one["num_bytes"])
+    if len(offsets) != len(sizes):
         raise ValueError(f"{one} is no part of a tensor")
     return Chunk(_file_name(one["file"]), start, num_bytes, offsets, sizes, str(one["sha256"]))
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{str(value)[:80]} is no length or place")
+    return value
 
 
 def _file_name(name: str) -> str:

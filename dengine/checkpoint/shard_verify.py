@@ -5,8 +5,9 @@ import json
 import os
 from pathlib import Path
 
+from dengine.checkpoint.regular import open_regular
 from dengine.checkpoint.seal import Seal
-from dengine.checkpoint.shard_files import FILE_NAME, METADATA, as_corrupt, read_metadata
+from dengine.checkpoint.shard_files import FILE_NAME, METADATA, as_corrupt, read_metadata, read_whole
 from dengine.errors import CorruptCheckpointError
 
 __all__ = ["check_file", "check_length", "holds_shards", "is_shard_folder", "read_outline", "verify_shards"]
@@ -47,11 +48,8 @@ def read_outline(folder: Path) -> Seal:
         CorruptCheckpointError: `metadata.json` is missing, or does not begin as it should. OSError: it cannot be read.
     """
     path = folder / METADATA
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise CorruptCheckpointError(f"{path} is missing, so the rest of the folder cannot be read.") from None
     with as_corrupt(path):
+        raw = read_whole(path)
         if not raw.startswith(_ABOUT):
             raise ValueError("it does not begin with what it is about")
         about, _ = json.JSONDecoder().raw_decode(raw[len(_ABOUT) : len(_ABOUT) + _ABOUT_BYTES].decode("ascii"))
@@ -78,9 +76,12 @@ def check_file(path: Path, num_bytes: int, sha256: str) -> None:
     """
     check_length(path, num_bytes)
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
+    try:
+        with open_regular(path) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path} cannot be read: {error}") from error
     if digest.hexdigest() != sha256:
         raise CorruptCheckpointError(f"{path} was changed: its SHA-256 is {digest.hexdigest()}, not {sha256}.")
 

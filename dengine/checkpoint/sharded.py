@@ -18,6 +18,7 @@ import torch
 from dengine.checkpoint import storage
 from dengine.checkpoint.disk import wait_for_room
 from dengine.checkpoint.shard_files import (
+    MadeUpError,
     TensorBox,
     Written,
     local_box,
@@ -36,7 +37,13 @@ __all__ = ["ShardPlan", "on_all_ranks", "plan_shards", "read_shards", "write_sha
 T = TypeVar("T")
 
 # What keeps its class on the way to the other ranks; everything else arrives as a CheckpointError.
-_KEPT_CLASSES: tuple[type[Exception], ...] = (CorruptCheckpointError, FileNotFoundError, TypeError, ValueError)
+_KEPT_CLASSES: tuple[type[Exception], ...] = (
+    MadeUpError,
+    CorruptCheckpointError,
+    FileNotFoundError,
+    TypeError,
+    ValueError,
+)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------

@@ -5,12 +5,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from dengine.checkpoint import Entry, manifest, verify
 from dengine.checkpoint.manifest import entry_of
+from dengine.checkpoint.paths import path_of, printable
+from dengine.checkpoint.plain import check_loaded
+from dengine.checkpoint.regular import check_archive, open_regular
 from dengine.checkpoint.shard_files import METADATA, Chunk, read_metadata
 from dengine.checkpoint.shard_tree import decoded, path_text
 from dengine.checkpoint.shard_verify import check_file, holds_shards, is_shard_folder
@@ -23,12 +26,22 @@ _WIDEST = 60  # of a value in a table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, help="a checkpoint (.pt), or a folder: of shards, or with checkpoints")
+    parser.add_argument("path", type=_path, help="a checkpoint (.pt), or a folder: of shards, or with checkpoints")
 
 
 def run(options: argparse.Namespace) -> int:
     """0: intact; 1: something is corrupt; 2: there is nothing to inspect."""
-    path: Path = options.path
+    try:
+        return _inspected(options.path)
+    except OSError as error:
+        return _refused(f"{options.path} cannot be read: {error}.")
+
+
+def _path(text: str) -> Path:
+    return path_of("path", text)
+
+
+def _inspected(path: Path) -> int:
     if is_shard_folder(path, alone=True) or holds_shards(path):
         return _shards(path)
     if path.is_dir():
@@ -41,8 +54,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _refused(reason: str) -> int:
-    print(f"{reason} `python -m dengine inspect` takes a checkpoint or a folder with checkpoints.", file=sys.stderr)
+    _say(f"{reason} `python -m dengine inspect` takes a checkpoint or a folder with checkpoints.", sys.stderr)
     return 2
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Print what comes out of files: nothing in it commands the terminal, or is more than the terminal can show."""
+    file = sys.stdout if file is None else file
+    shown = "\n".join(map(printable, text.split("\n")))
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 # -- a folder ----------------------------------------------------------------------------------------------------
@@ -64,7 +85,7 @@ def _folder(folder: Path) -> int:
         problems.append(f"{entry.name} is listed in the manifest, but not there.")
     if not rows:
         return _refused(f"{folder} holds no checkpoint.")
-    print(_table(["file", "step", "score", "size", "ranks", "dengine", "torch", "verified"], rows))
+    _say(_table(["file", "step", "score", "size", "ranks", "dengine", "torch", "verified"], rows))
     if found.problem is not None:
         problems.append(f"{manifest.FILE_NAME} {found.problem}; the next save rebuilds it.")
     _print_below(problems)
@@ -74,7 +95,7 @@ def _folder(folder: Path) -> int:
 def _print_below(problems: list[str]) -> None:
     """Sentences are too long for a column."""
     for number, each in enumerate(problems):
-        print(f"{'' if number else chr(10)}{each}")
+        _say(f"{'' if number else chr(10)}{each}")
 
 
 def _described(entry: Entry) -> list[str]:
@@ -99,23 +120,32 @@ def _file(path: Path) -> int:
     try:
         entry = verify(path)
     except CorruptCheckpointError as error:
-        print(f"CORRUPT: {error}")
+        _say(f"CORRUPT: {error}")
         return 1
     except CheckpointError as error:
         return _refused(str(error))
     try:
-        # Mapped, so that only what is shown is read again.
-        states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        states = _states(path)
     except Exception as error:
-        print(f"{path} is intact, but cannot be loaded without executing a pickle: {str(error).splitlines()[0]}")
+        reason = (str(error).splitlines() or [type(error).__qualname__])[0]
+        _say(f"CORRUPT: {path} is as it was saved, but cannot be loaded without executing a pickle: {reason}")
         return 1
-    print(f"{path}: intact, SHA-256 {entry.sha256}")
-    print(_headline(entry))
+    _say(f"{path}: intact, SHA-256 {entry.sha256}")
+    _say(_headline(entry))
     for name, state in states.items():
         leaves = [] if name == RESERVED else list(_leaves(state, ""))
         rows = [[key, *_shown(value)] for key, value in leaves]
         _print_state(name, state, leaves, ["name", "shape", "dtype", "size"], rows)
     return 0
+
+
+def _states(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        check_archive(file)
+    # Mapped, so that only what is shown is read again.
+    states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    check_loaded(states)
+    return states
 
 
 def _headline(entry: Entry) -> str:
@@ -127,13 +157,16 @@ def _headline(entry: Entry) -> str:
 
 def _print_state(name: str, state: Any, leaves: list[tuple[str, Any]], head: list[str], rows: list[list[str]]) -> None:
     if name == RESERVED:  # the states of generators, by rank, are long and say nothing
-        drawn = ", ".join(f"of {owner} on {_ranks(len(each))}" for owner, each in state[RANDOM].items()) or "none"
-        print(f"\n{name}: format {state['format']}; random number generators: {drawn}")
+        entry: dict[str, Any] = state if isinstance(state, dict) else {}
+        found = entry.get(RANDOM)
+        of_ranks: dict[str, Any] = found if isinstance(found, dict) else {}
+        drawn = ", ".join(f"of {owner} on {_ranks(len(each))}" for owner, each in of_ranks.items()) or "none"
+        _say(f"\n{name}: format {entry.get('format', '?')}; random number generators: {drawn}")
         return
     total = sum(value.nbytes for _, value in leaves if isinstance(value, torch.Tensor))
     values = "1 value" if len(leaves) == 1 else f"{len(leaves)} values"
-    print(f"\n{name} ({values}, {_size(total)} in tensors)")
-    print(indent(_table(head, rows), "  "))
+    _say(f"\n{name} ({values}, {_size(total)} in tensors)")
+    _say(indent(_table(head, rows), "  "))
 
 
 def _ranks(number: int) -> str:
@@ -147,7 +180,7 @@ def _shards(path: Path) -> int:
     try:
         metadata, entry = read_metadata(path), entry_of(path)
     except CorruptCheckpointError as error:
-        print(f"CORRUPT: {error}")
+        _say(f"CORRUPT: {error}")
         return 1
     except (OSError, ValueError) as error:
         return _refused(str(error))
@@ -155,10 +188,10 @@ def _shards(path: Path) -> int:
     verdicts = {name: "CORRUPT" if damage else "intact" for name, damage in damages.items()}
     damaged = [name for name, damage in damages.items() if damage]
     state = f"CORRUPT ({', '.join(damaged)})" if damaged else "intact"
-    print(f"{path}: {state}, SHA-256 of {METADATA} {entry.sha256}")
-    print(f"{_headline(entry)}\n")
+    _say(f"{path}: {state}, SHA-256 of {METADATA} {entry.sha256}")
+    _say(f"{_headline(entry)}\n")
     sizes = [[name, _size(num_bytes), verdicts[name]] for name, (num_bytes, _) in metadata.files.items()]
-    print(_table(["file", "size", "verified"], sizes))
+    _say(_table(["file", "size", "verified"], sizes))
     _print_below([damage for damage in damages.values() if damage])
 
     def placeholder(where: tuple[Any, ...], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
