@@ -306,6 +306,7 @@ class _Seen:
     objects: tuple[str, ...] = ()  # of a folder
     missing: str | None = None
     corrupt: CheckpointError | None = None
+    other: str | None = None  # than was saved
 
 
 def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO | None, _Seen]:
@@ -316,19 +317,27 @@ def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO | None, _Seen]:
     try:
         if path.is_dir():
             entry = manifest.entry_of(path)
-            manifest.refuse_other(entry, manifest.listed_beside(path), path)
-            return None, _Seen(entry.sha256, entry.objects)
+            return None, _Seen(entry.sha256, entry.objects, other=_other(entry, path))
         file = stack.enter_context(open_regular(path))
         # The ranks of a node read the same pages: the first one checks them for all.
         seal = check_seal(file, path) if world().local_rank == 0 else read_seal(file, path)
-        manifest.refuse_other(manifest.from_seal(seal, path), manifest.listed_beside(path), path)
+        entry = manifest.from_seal(seal, path)
     except CorruptCheckpointError as error:
         return None, _Seen(corrupt=_explained(error, path))
     except FileNotFoundError as error:
         return None, _Seen(missing=str(error))
     except OSError as error:
         return None, _Seen(corrupt=_UnreadableError(f"{path} cannot be read: {error}."))
-    return file, _Seen(sha256=seal.sha256)
+    return file, _Seen(sha256=seal.sha256, other=_other(entry, path))
+
+
+def _other(entry: Entry, path: Path) -> str | None:
+    """Why it is another file than was saved under its name, or None."""
+    try:
+        manifest.refuse_other(entry, manifest.listed_beside(path), path)
+    except CorruptCheckpointError as error:
+        return str(error)
+    return None
 
 
 def _agree_on_names(names: Sequence[list[str]]) -> None:
@@ -357,6 +366,8 @@ def _agree_on_file(path: Path, seen: Sequence[_Seen]) -> None:
             raise CheckpointError(
                 f"Rank {rank} sees another file under {path} than rank 0: all nodes must see the same folder."
             )
+    if (other := next((each.other for each in seen if each.other is not None), None)) is not None:
+        raise CorruptCheckpointError(other)
 
 
 def _explained(error: CorruptCheckpointError, path: Path) -> CheckpointError:

@@ -18,6 +18,7 @@ from typing import Any
 
 from dengine.checkpoint.regular import open_regular, read_regular
 from dengine.checkpoint.seal import Seal, check_seal, read_seal
+from dengine.checkpoint.shard_files import read_metadata
 from dengine.checkpoint.shard_verify import holds_shards, is_shard_folder, read_outline, verify_shards
 from dengine.errors import CorruptCheckpointError
 
@@ -199,6 +200,8 @@ def refuse_other(entry: Entry, listed: Entry | None, path: Path) -> None:
         return
     is_same_name = (entry.prefix, entry.step, entry.score_name) == (listed.prefix, listed.step, listed.score_name)
     if not is_same_name or entry.sequence <= listed.sequence:
+        if path.is_dir():
+            read_metadata(path)  # damage is told as such
         raise CorruptCheckpointError(
             f"{path} is another file than was saved under this name: it is whole, of step {entry.step} and the "
             f"{entry.sequence}. save into its folder, but the manifest lists step {listed.step}, the "

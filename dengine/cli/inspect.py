@@ -11,13 +11,14 @@ import torch
 
 from dengine.checkpoint import Entry, manifest, verify
 from dengine.checkpoint.manifest import entry_of
-from dengine.checkpoint.paths import path_of, printable
+from dengine.checkpoint.paths import printable
 from dengine.checkpoint.plain import check_loaded
 from dengine.checkpoint.regular import check_archive, open_regular
 from dengine.checkpoint.shard_files import METADATA, Chunk, read_metadata
 from dengine.checkpoint.shard_tree import decoded, path_text
 from dengine.checkpoint.shard_verify import check_file, holds_shards, is_shard_folder
 from dengine.checkpoint.snapshot import RANDOM, RESERVED
+from dengine.cli.arguments import a_path
 from dengine.errors import CheckpointError, CorruptCheckpointError
 
 __all__ = ["configure", "run"]
@@ -26,7 +27,7 @@ _WIDEST = 60  # of a value in a table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=_path, help="a checkpoint (.pt), or a folder: of shards, or with checkpoints")
+    parser.add_argument("path", type=a_path, help="a checkpoint (.pt), or a folder: of shards, or with checkpoints")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,10 +36,6 @@ def run(options: argparse.Namespace) -> int:
         return _inspected(options.path)
     except OSError as error:
         return _refused(f"{options.path} cannot be read: {error}.")
-
-
-def _path(text: str) -> Path:
-    return path_of("path", text)
 
 
 def _inspected(path: Path) -> int:

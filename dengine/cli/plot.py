@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dengine.cli.arguments import a_path
 from dengine.tracking.curves import Best, Curve, best_of, curves_of, smoothed
 from dengine.tracking.files import TrackingError, read_json
 from dengine.tracking.rows import ROWS, read_rows
@@ -40,8 +41,8 @@ class Drawn:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help=f"a folder with a {ROWS}")
-    parser.add_argument("-o", "--output", type=Path, default=Path("curves.png"), help="default: curves.png")
+    parser.add_argument("run_dirs", nargs="+", type=a_path, metavar="RUN_DIR", help=f"a folder with a {ROWS}")
+    parser.add_argument("-o", "--output", type=a_path, default=Path("curves.png"), help="default: curves.png")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from dengine.checks import path_of
 from dengine.config.files import SUFFIXES, read_file
 from dengine.config.limits import refuse_growth
 from dengine.config.places import Document, Place, below, plain
@@ -37,18 +37,19 @@ class Conf:
             ConfigError: another suffix, or a file that is not one mapping of that format: with line and key.
             OSError: the file cannot be read.
         """
-        suffix = Path(path).suffix.lower()
+        file = path_of("path", path)
+        suffix = file.suffix.lower()
         if suffix not in SUFFIXES:
             raise ConfigError(
                 f"{os.fspath(path)}: there is no reader for {suffix or 'a file without a suffix'}; "
                 f"there are {', '.join(SUFFIXES)}."
             )
-        return new_config(read_file(Path(path), suffix))
+        return new_config(read_file(file, suffix))
 
     @staticmethod
     def load_sdn(path: str | os.PathLike[str]) -> Config:
         """The configuration in a file of Simple Data Notation, whatever its suffix. Raises: as `load`."""
-        return new_config(read_file(Path(path), ".sdn"))
+        return new_config(read_file(path_of("path", path), ".sdn"))
 
     @staticmethod
     def from_dict(data: Mapping[Any, Any]) -> Config:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dengine.checks import whole_number
+from dengine.checks import path_of, whole_number
 from dengine.distributed import world
 from dengine.engine import Engine, Events
 from dengine.handlers.arguments import check_engine
@@ -62,7 +62,7 @@ class Profiler:
         profile_memory: bool = False,
         with_stack: bool = False,
     ) -> None:
-        self._dir = Path(dir)
+        self._dir = path_of("dir", dir)
         self._wait = whole_number("wait", wait, least=0)
         self._warmup = whole_number("warmup", warmup, least=0)
         self._active = whole_number("active", active, least=1)

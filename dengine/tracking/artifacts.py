@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dengine.checks import path_of
 from dengine.tracking.files import (
     TrackingError,
     inner_path,
@@ -79,7 +80,7 @@ class Artifact:
         """
         if self.version is not None:
             raise RuntimeError(f"{self.name}:{self.version} is stored, and does not change: make a new Artifact.")
-        path = Path(path)
+        path = path_of("path", path)
         given = path.name if name is None else str(name)
         inner = inner_path(given)
         if inner is None:
@@ -102,7 +103,7 @@ class Artifact:
         Returns: the artifact itself; on an error it is as it was.
         Raises: as `add_file`; NotADirectoryError; ValueError: a link, see `follow_links`, or a folder in itself.
         """
-        path = Path(path)
+        path = path_of("path", path)
         if not path.is_dir():
             raise NotADirectoryError(f"{path} is no folder that could be added to the artifact {self.name!r}.")
         before = dict(self._sources)
@@ -130,13 +131,14 @@ class Artifact:
             self._check(self._folder / name, digest)
         if dir is None:
             return self._folder
+        folder = path_of("dir", dir)
         for name, digest in self.digests.items():
-            target = Path(dir) / name
-            refuse_outside(target, Path(dir))
+            target = folder / name
+            refuse_outside(target, folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._folder / name, target)
             self._check(target, digest)
-        return Path(dir)
+        return folder
 
     def _check(self, file: Path, digest: str) -> None:
         try:

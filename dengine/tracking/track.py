@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from dengine.checks import path_of
 from dengine.distributed import world
 from dengine.distributed.launch import find_launch
 from dengine.tracking.artifacts import Artifact
@@ -71,7 +72,7 @@ class Track:
             TrackingError: the folder cannot be written, or that run is being recorded already.
             ModuleNotFoundError: the package of a backend is missing; it names the extra to install.
         """
-        root = Path(os.path.abspath("runs" if dir is None else dir))
+        root = Path(os.path.abspath(path_of("dir", "runs" if dir is None else dir)))
         path_part("project", project)
         names = _checked_backends(backend)
         settings = {} if config is None else plain(config)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dengine.cli.arguments import a_path
 from dengine.cli.doctor import clock, devices, folder, group, interfaces, launcher, limits, master, software
 from dengine.cli.doctor.board import Board, BoardLostError, open_board
 from dengine.cli.doctor.master import MasterError
@@ -54,9 +55,13 @@ class _RanksLostError(Exception):
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--folder", type=Path, default=Path(), help="where checkpoints go (default: this folder)")
+    parser.add_argument("--folder", type=a_path, default=Path(), help="where checkpoints go (default: this folder)")
     parser.add_argument(
-        "--code", type=Path, nargs="+", default=[], help="files or folders of your own that must be equal on all ranks"
+        "--code",
+        type=a_path,
+        nargs="+",
+        default=[],
+        help="files or folders that must be equal on all ranks",
     )
     parser.add_argument("--wait", type=float, default=20.0, metavar="S", help="seconds for ranks to come (default: 20)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
