@@ -48,6 +48,8 @@ def path_of(name: str, value: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name}={value!r} must be a path (str or Path), but is a {type(value).__qualname__}.")
+    if not str(value).startswith("~"):  # ./~ is a name
+        return Path(value)
     try:
         return Path(value).expanduser()
     except RuntimeError as error:

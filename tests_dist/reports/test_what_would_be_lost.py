@@ -1,4 +1,4 @@
-"""Parameters that differ between ranks under one name are told at a save; what DDP or FSDP2 holds is not taken for them."""
+"""Parameters that differ between ranks under one name are told at a save; what DDP or FSDP2 holds is not taken so."""
 
 import warnings
 from collections.abc import Callable
