@@ -83,10 +83,13 @@ def _state_of(name: str, target: Stateful) -> Any:
 
 
 def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
-    """This rank's random number generators, to each object that carries them, for its next run."""
+    """This rank's random number generators, to each object that carries them, for its next run; and what was loaded:
+    data among it are at their position."""
     here = world()
     saved = states.get(RESERVED, {}).get(RANDOM, {})
     for name, value in into.items():
+        if hasattr(value, "data_restored"):
+            value.data_restored([each for each in into.values() if each is not value])
         of_ranks = saved.get(name)
         if not of_ranks or not hasattr(value, "load_random_state"):
             continue
@@ -98,6 +101,8 @@ def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
             )
         if here.rank < len(of_ranks):
             value.load_random_state(of_ranks[here.rank])
+        elif hasattr(value, "data_restored"):
+            value.load_random_state(of_ranks[0], data_only=True)
 
 
 def _fitted(target: Stateful, state: Any) -> Any:

@@ -16,10 +16,12 @@ from torch.utils.data import (
     SequentialSampler,
     default_collate,
     default_convert,
+    get_worker_info,
 )
 
 from dengine.checks import whole_number
 from dengine.distributed.mesh import deals_to_all_ranks
+from dengine.distributed.passes import PassCounter
 from dengine.distributed.sampler import DataState, ElasticSampler
 from dengine.distributed.seeding import (
     SeededCollate,
@@ -27,11 +29,12 @@ from dengine.distributed.seeding import (
     SeededStream,
     derived_seed,
     draws_nothing,
+    tell_epoch,
     tell_epoch_in_worker,
 )
 from dengine.distributed.world import World, refuse_forgotten_group, world
 
-__all__ = ["data_state", "prepare_data_loader"]
+__all__ = ["PreparedLoader", "data_state", "inside", "pass_counters", "prepare_data_loader"]
 
 T = TypeVar("T")
 
@@ -123,6 +126,17 @@ def data_state(data: object) -> DataState | None:
     return None
 
 
+def inside(part: Any) -> Any:
+    """The data set of the user that `prepare_data_loader` has wrapped; anything else as it is."""
+    return part._dataset if isinstance(part, (SeededDataset, _IterableShard)) else part
+
+
+def pass_counters(data: object) -> list[PassCounter]:
+    """The counters of what in `data` an engine tells the epoch, and what otherwise goes on by itself."""
+    parts = (data, getattr(data, "sampler", None), getattr(data, "dataset", None))
+    return [part.passes for part in parts if isinstance(part, (ElasticSampler, _IterableShard))]
+
+
 def _is_shuffled(loader: "DataLoader[Any]") -> bool:
     sampler: object = loader.sampler
     if type(loader.batch_sampler) not in (BatchSampler, type(None)):
@@ -185,7 +199,16 @@ def _rebuilt(
         changed.pop("drop_last")
     start = loader.worker_init_fn
     kept["worker_init_fn"] = start if isinstance(start, _WorkerStart) or not loader.num_workers else _WorkerStart(start)
-    return DataLoader(dataset, collate_fn=collate or loader.collate_fn, **kept, **changed)
+    return PreparedLoader(dataset, collate_fn=collate or loader.collate_fn, **kept, **changed)
+
+
+class PreparedLoader(DataLoader[T]):
+    """What `prepare_data_loader` gives."""
+
+    def __iter__(self) -> Any:
+        if isinstance(self.dataset, _IterableShard):  # a sampler counts for itself
+            self.dataset.begin_pass()
+        return super().__iter__()
 
 
 class _WorkerStart:
@@ -228,16 +251,32 @@ class _IterableShard(IterableDataset[Any]):
         self._exact, self._drop_last = exact, drop_last
         self._seed = seed
         self._collate = collate
-        # Shared with the workers: those that outlive an epoch get no index that could carry it. They read it when an
-        # iteration starts, which they are told of after it was set. -1: nobody counts epochs.
-        self._epoch = torch.full((), -1, dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        kind = {"length": None, "seed": seed, "shuffle": None, "exact": exact, "drop_last": drop_last}
+        self.passes = PassCounter(kind)
+        self._epoch = -1  # of the pass under way; a worker's copy is of when it was started. -1: nobody counts
+        # Workers that outlive an epoch get no index that could carry the next one. They read it here when an iteration
+        # starts, which they are told of after it was set.
+        self._epoch_for_workers = torch.full((), -1, dtype=torch.int64)
+        self._epoch_for_workers.share_memory_()  # type: ignore[no-untyped-call]
+        self._has_iterated_in_worker = False
+
+    def begin_pass(self) -> None:
+        """Called in the main process when an iteration over the loader begins."""
+        is_counted = self._epoch >= 0
+        epoch = self.passes.begin(self._dataset)
+        self._epoch = epoch if is_counted or epoch else -1
+        self._epoch_for_workers.fill_(self._epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        epoch = int(self._epoch)
+        epoch = self._epoch
+        if self._has_iterated_in_worker:
+            epoch = int(self._epoch_for_workers)
+        self._has_iterated_in_worker = get_worker_info() is not None
         if epoch >= 0:
             tell_epoch_in_worker(self._dataset, epoch)
-        generators = SeededStream(self._seed, max(epoch, 0))
+        return self._turns(SeededStream(self._seed, max(epoch, 0)))
+
+    def _turns(self, generators: SeededStream) -> Iterator[Any]:
         with generators.drawing():
             stream = iter(self._dataset)
         for turn in count(self._rank, self._size):
@@ -264,10 +303,9 @@ class _IterableShard(IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Seed the next iteration for `epoch`; pass it on to a data set that shuffles by epoch."""
-        self._epoch.fill_(epoch)
-        set_epoch = getattr(self._dataset, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(epoch)
+        self.passes.tell(epoch)
+        self._epoch = epoch
+        tell_epoch(self._dataset, epoch)
 
     def state(self) -> DataState:
         """As of `ElasticSampler`; a stream's length is not known, nor its order another one's."""

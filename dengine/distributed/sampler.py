@@ -9,11 +9,12 @@ from torch.utils.data import DistributedSampler
 
 from dengine.checks import whole_number
 from dengine.distributed.mesh import deals_to_all_ranks
+from dengine.distributed.passes import PassCounter
 from dengine.distributed.permutation import Permutation
 from dengine.distributed.seeding import EpochIndex
 from dengine.distributed.world import world
 
-__all__ = ["DataState", "ElasticSampler", "check_same"]
+__all__ = ["DataState", "ElasticSampler", "changed_order", "check_same"]
 
 DataState: TypeAlias = dict[str, Any]  # None: not known
 
@@ -52,6 +53,21 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         the seed of the order was 0 and is 5: pass seed=0 to prepare_data_loader().
         Or say allow_changed_data=True, and the run goes on at the same batch of the changed data.
     """
+    changes = changed_order(saved, current)
+    if changes:
+        raise ValueError(
+            "The data is not what this run was begun with, so samples could be missed or come twice:\n"
+            + ";\n".join(changes)
+            + ".\nOr say allow_changed_data=True, and the run goes on at the same batch of the changed data."
+        )
+
+
+def changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What `check_same` names, one line for each value.
+
+    Raises:
+        ValueError: `saved` lacks a value.
+    """
     changes = []
     for key, (name, advice) in _MUST_STAY.items():
         if key not in saved:
@@ -59,12 +75,7 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         was, now = saved[key], current[key]
         if type(was) is not type(now) or was != now:
             changes.append(f"{name} was {was} and is {now}: {advice.format(was)}")
-    if changes:
-        raise ValueError(
-            "The data is not what this run was begun with, so samples could be missed or come twice:\n"
-            + ";\n".join(changes)
-            + ".\nOr say allow_changed_data=True, and the run goes on at the same batch of the changed data."
-        )
+    return changes
 
 
 class ElasticSampler(DistributedSampler[int]):
@@ -78,6 +89,9 @@ class ElasticSampler(DistributedSampler[int]):
     - padded from the start of the order, so that all ranks take the same number of steps (the default, for training),
     - dropped with `drop_last=True`,
     - left uneven with `exact=True`: every sample once over all ranks, shards differ in length by at most one.
+
+    Nobody has to tell the epoch: each new iteration goes on to the next one's order, and an iteration keeps the epoch
+    that it began with. After `set_epoch`, as an engine calls it, the next iteration is of that epoch.
 
     With `carries_epoch` set, as `prepare_data_loader` does, indices are `EpochIndex`: ints that carry the epoch to
     where the sample is fetched.
@@ -119,13 +133,23 @@ class ElasticSampler(DistributedSampler[int]):
         if exact and drop_last:
             raise ValueError("exact=True sees every sample, but drop_last=True drops some: choose one.")
         self.batch_size = whole_number("batch_size", batch_size, least=1)
-        self.epoch = 0
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
         self.exact = exact
         self.carries_epoch = False
         self._skipped = 0
+        kind = {"length": _length(dataset), "seed": seed, "shuffle": shuffle, "exact": exact, "drop_last": drop_last}
+        self.passes = PassCounter(kind)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was told last, or that the last iteration went on to."""
+        return self.passes.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self.passes.tell(epoch)
 
     @property
     def num_samples(self) -> int:  # type: ignore[override]  # a plain attribute there, and stale once the data grows
@@ -149,8 +173,10 @@ class ElasticSampler(DistributedSampler[int]):
         return chain.from_iterable(self._chunks())
 
     def _chunks(self) -> Iterator[Iterable[int]]:
+        # Begun with its first sample: a loader with workers makes two iterators, and uses one.
+        epoch = self.passes.begin(self.dataset)
         first, self._skipped = self._skipped, 0
-        epoch, end = self.epoch, self.num_samples
+        end = self.num_samples  # which may depend on the epoch
         order = Permutation(len(self.dataset), self.seed, epoch) if self.shuffle else None
         length = _FIRST_CHUNK
         while first < end:
@@ -161,8 +187,8 @@ class ElasticSampler(DistributedSampler[int]):
             first, length = first + length, min(2 * length, _CHUNK)
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of `epoch`, from its beginning."""
-        self.epoch = epoch
+        """Take the order of `epoch` in the next iteration, from its beginning."""
+        self.passes.tell(epoch)
         self._skipped = 0
 
     def skip(self, num_samples: int) -> None:
@@ -203,3 +229,10 @@ class ElasticSampler(DistributedSampler[int]):
             rest = size - left + offset + (mine - num_full * self.batch_size)
             positions = np.where(is_rest, rest % size, positions)
         return positions
+
+
+def _length(dataset: Sized) -> int | None:
+    try:
+        return len(dataset)
+    except Exception:  # it may only be known later
+        return None

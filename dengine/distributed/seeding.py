@@ -31,6 +31,7 @@ __all__ = [
     "derived_seed",
     "draws_nothing",
     "seed_generators",
+    "tell_epoch",
     "tell_epoch_in_worker",
 ]
 
@@ -239,11 +240,17 @@ class SeededStream:
             self._inside = _state()
 
 
+def tell_epoch(dataset: object, epoch: int) -> None:
+    """Call `set_epoch` of what has one."""
+    set_epoch = getattr(dataset, "set_epoch", None)
+    if callable(set_epoch):
+        set_epoch(epoch)
+
+
 def tell_epoch_in_worker(dataset: object, epoch: int) -> None:
     """Call `set_epoch` of a worker's copy of the data set: the engine reaches only the one in the main process."""
-    set_epoch = getattr(dataset, "set_epoch", None)
-    if get_worker_info() is not None and callable(set_epoch):
-        set_epoch(epoch)
+    if get_worker_info() is not None:
+        tell_epoch(dataset, epoch)
 
 
 def _surroundings() -> AbstractContextManager[None]:

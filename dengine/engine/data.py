@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from dengine.distributed import all_reduce, broadcast_object, world
 from dengine.distributed.alike import empties_together
 from dengine.distributed.consistency import any_rank
+from dengine.distributed.loader import pass_counters
+from dengine.distributed.passes import PassCounter
+from dengine.distributed.seeding import tell_epoch
+from dengine.engine.described import changes_of, check_unchanged, described, length_of
+from dengine.engine.own_state import holds_any, parts_of
+from dengine.engine.resetting import SelfResetting, may_reset_itself
 
 __all__ = ["NO_BATCH", "SOME_BATCHES", "Absent", "Feed", "check_data"]
 
@@ -59,16 +65,19 @@ class Feed:
     ) -> None:
         self.data = data
         self.is_one_shot = isinstance(data, Iterator)
+        self.is_restored = False  # by a state of its own, to the position of the run
         self.is_length_given = epoch_length is not None
-        self.length = epoch_length if epoch_length is not None else _length(data)
+        self.length = epoch_length if epoch_length is not None else length_of(data)
+        self._resetting = SelfResetting(data) if isinstance(data, Iterator) and may_reset_itself(data) else None
         self._is_joined = is_joined
         self._may_be_empty = may_be_empty
+        self._may_try_again = False
         self._pass = _Pass()
         self._is_unsure = False  # whether any rank has a batch
 
     def expected(self) -> int:
         """What can be told of this rank's batches before there is one: `NO_BATCH`, `SOME_BATCHES`, or neither."""
-        own = _length(self.data)
+        own = length_of(self.data)
         if own is None or isinstance(getattr(self.data, "dataset", None), IterableDataset):
             return PERHAPS_BATCHES  # a stream may say how long it is, and be empty all the same
         return SOME_BATCHES if own else NO_BATCH
@@ -82,39 +91,81 @@ class Feed:
             self._refuse("no batch on any rank" if self._may_be_empty else "no batch")
         self._is_unsure = self._may_be_empty and expected == PERHAPS_BATCHES
 
+    def iterates_over(self, objects: Iterable[Any]) -> bool:
+        """Whether the data are one of `objects`, or give the samples that one of them gives."""
+        return holds_any(self.data, (each for each in objects if not _is_map_style(each)))
+
+    def described(self, epoch: int) -> dict[str, Any] | None:
+        """What a resumed run must find unchanged, as of `epoch`, which the data know."""
+        return described(self.data, epoch)
+
+    def check_same(self, saved: dict[str, Any] | None, *, default_epoch: int) -> None:
+        """Raises: ValueError: the data are not what `described` has `saved`."""
+        if saved is None or not changes_of(saved, self.described(default_epoch)):
+            return
+        self.tell(saved.get("epoch", default_epoch))  # data may grow from epoch to epoch
+        check_unchanged(saved, self.described(default_epoch))
+
+    @property
+    def told(self) -> list[PassCounter]:
+        """Of what would go on to the next epoch by itself: it is told, since the loop sees it."""
+        return pass_counters(self.data)
+
+    def tell(self, epoch: int) -> None:
+        """Tell the data which epoch it is."""
+        for part in parts_of(self.data):
+            tell_epoch(part, epoch)
+
     def enter(self, epoch: int) -> None:
         """Tell the data which epoch it is, and learn how long that one is: data may grow from epoch to epoch."""
-        for part in _parts(self.data):
-            set_epoch = getattr(part, "set_epoch", None)
-            if callable(set_epoch):
-                set_epoch(epoch)
+        self.tell(epoch)
         if self._is_joined and world().size > 1:
-            self._pass = _agreed_pass(_length(self.data))
+            self._pass = _agreed_pass(length_of(self.data))
             if self._pass.length == 0:
                 self._refuse("no batch on any rank")
         if not self.is_length_given:
-            self.length = _length(self.data) if self._pass.length is None else self._pass.length
+            self.length = length_of(self.data) if self._pass.length is None else self._pass.length
 
     def start(self, *, skip: int = 0, consumed: int = 0) -> Iterator[Any]:
         """An iterator over the batches of the epoch that was entered, from its batch `skip` on.
 
-        `consumed` is the number of batches the whole training has taken: what a one-shot iterator, given anew to a
-        resumed run, must be wound forward by. Where batches are skipped, the iterator has begun when this returns: what
-        it draws from the random number generators at its beginning is drawn.
+        `consumed` is the number of batches the whole training has taken: what an iterator, given anew to a resumed
+        run, must be wound forward by. Where batches are skipped, the iterator has begun when this returns: what it
+        draws from the random number generators at its beginning is drawn.
         """
-        if self.is_one_shot:
+        self._may_try_again = self.is_restored or self._resetting is not None
+        if self.is_restored:
+            self.is_restored = False  # the next pass begins anew
+            return self._anew()
+        if self._resetting is not None:
+            self._resetting.finish_what_was_left()
+        elif self.is_one_shot:
             return self._fast_forwarded(consumed)
-        own = _length(self.data)
+        own = length_of(self.data)
         size = own if self._pass.length is None else self._pass.length
-        if size:
-            skip %= size  # an epoch longer than the data passes over it again and again
+        in_pass = skip % size if size else skip  # an epoch longer than the data passes over it again and again
+        if self._resetting is not None:
+            batches = self._wound(skip, consumed)
+        elif self._jumps():
+            batches = self._from(in_pass if own is None else min(in_pass, own))
+        else:  # its next pass may depend on those before
+            batches = self._fast_forwarded(self._num_own(skip))
         if self._pass.is_even or own is None or size is None:
-            return self._from(skip)
-        batches = self._from(min(skip, own))
-        num_absent = size - max(own, skip)
+            return batches
+        if skip and in_pass == 0 and not self._jumps():  # at the end of a pass
+            self.finish(size)
+            batches = self._anew()
+        num_absent = size - max(own, in_pass)
         if self._pass.is_empty_somewhere:
             return self._with_sent_spare(batches, own, num_absent)
-        return _with_own_spare(batches, num_absent, lambda: next(self._anew()))
+        return _with_own_spare(batches, num_absent, self._any_batch)
+
+    def finish(self, num_iterations: int) -> None:
+        """The epoch is over, after so many iterations since a pass over the data began in it."""
+        if self._resetting is not None:
+            own = length_of(self.data)
+            is_longest = self._pass.length in (None, own)  # else the pass was iterated to its end
+            self._resetting.finish(is_whole=is_longest and own is not None and own > 0 and num_iterations % own == 0)
 
     def looked_into(self, batches: Iterator[Any], epoch: int, iterations: int) -> Iterator[Any]:
         """`batches`, of which the first one of the run has been drawn if nobody knew whether any rank has one.
@@ -141,6 +192,11 @@ class Feed:
         Raises:
             ValueError: there never was a batch. RuntimeError: there are none any more.
         """
+        if self._resetting is not None:
+            self._resetting.has_stopped()
+        if is_empty and self._may_try_again:
+            self._may_try_again = False  # it stood at the end of a pass
+            return False
         if is_empty and empties_together(self.data):
             self.refuse_empty_epoch(epoch, iterations)
         if is_empty and iterations == 0:
@@ -183,32 +239,73 @@ class Feed:
 
     def _from(self, skip: int) -> Iterator[Any]:
         if skip and self._skip_by_sampler(skip):
-            return _drawn(iter(self.data))
+            return _begun(iter(self.data))
         return self._fast_forwarded(skip)
 
     def _with_sent_spare(self, batches: Iterator[Any], own: int, num_absent: int) -> Iterator[Any]:
         """Some rank has no batch at all: the first rank that has one sends it. Collective: one object broadcast."""
         first = list(islice(batches, 1))
-        spare = broadcast_object((first or [next(self._anew())])[0] if own else None, self._pass.source)
+        spare = broadcast_object((first or [self._any_batch()])[0] if own else None, self._pass.source)
         return chain(first, batches, (Absent(spare) for _ in range(num_absent)))
 
+    def _wound(self, in_epoch: int, consumed: int) -> Iterator[Any]:
+        """A self-resetting iterator does all of the training again: nothing tells what it keeps from pass to pass."""
+        if consumed and world().rank == 0:
+            self._warn_of_drawing(consumed)
+        earlier = consumed - in_epoch
+        while earlier > 0:
+            num_iterations = min(self.length or earlier, earlier)
+            self._dropping(self._num_own(num_iterations))
+            self.finish(num_iterations)
+            earlier -= num_iterations
+        return self._dropping(self._num_own(in_epoch))
+
+    def _num_own(self, num_iterations: int) -> int:
+        """How many of this rank's batches so many iterations of an epoch take."""
+        own = length_of(self.data)
+        if not own or self._pass.length is None:
+            return num_iterations
+        num_passes, rest = divmod(num_iterations, self._pass.length)
+        return num_passes * own + min(rest, own)
+
+    def _any_batch(self) -> Any:
+        batch = next(self._anew())
+        if self._resetting is not None:
+            self._resetting.give_back(batch)
+        return batch
+
     def _anew(self) -> Iterator[Any]:
+        for counter in self.told:
+            counter.again()
+        if self._resetting is not None:
+            return self._resetting.begin()
         # The loop may enter an iterator twice, and iter() of it would begin a self-resetting one anew; an iterator
         # without __iter__, which `for` takes, would not be taken. Through chain() neither matters.
         return chain(self.data)
 
-    def _skip_by_sampler(self, num_batches: int) -> bool:
+    def _jumps(self) -> bool:
+        """Whether a pass over the data is the same however often they were passed over before in this epoch."""
+        return bool(self.told) or isinstance(self.data, Sequence) or self._skipping() is not None
+
+    def _skipping(self) -> tuple[_Skips, int] | None:
         sampler = getattr(self.data, "sampler", None)
         batch_size = getattr(self.data, "batch_size", None)
-        if not isinstance(sampler, _Skips) or not isinstance(batch_size, int):
-            return False
-        sampler.skip(num_batches * batch_size)
-        return True
+        return (sampler, batch_size) if isinstance(sampler, _Skips) and isinstance(batch_size, int) else None
+
+    def _skip_by_sampler(self, num_batches: int) -> bool:
+        skipping = self._skipping()
+        if skipping is not None:
+            sampler, batch_size = skipping
+            sampler.skip(num_batches * batch_size)
+        return skipping is not None
 
     def _fast_forwarded(self, num_batches: int) -> Iterator[Any]:
         """Draw and drop `num_batches`, passing over the data as often as an epoch longer than the data does."""
         if num_batches and not isinstance(self.data, Sequence) and world().rank == 0:
             self._warn_of_drawing(num_batches)
+        return self._dropping(num_batches)
+
+    def _dropping(self, num_batches: int) -> Iterator[Any]:
         iterator = self._anew()
         while num_batches:
             drawn = sum(1 for _ in islice(iterator, num_batches))
@@ -265,30 +362,15 @@ def _with_own_spare(batches: Iterator[Any], num_absent: int, any_batch: Callable
             yield Absent(spare)
 
 
-def _drawn(iterator: Iterator[Any]) -> Iterator[Any]:
+def _is_map_style(value: object) -> bool:
+    """A data set that is asked for samples by their index: its state is no position."""
+    return isinstance(value, Dataset) and not isinstance(value, IterableDataset)
+
+
+def _begun(iterator: Iterator[Any]) -> Iterator[Any]:
     while True:  # not `yield from`: that calls iter() once more
         try:
             batch = next(iterator)
         except StopIteration:
             return
         yield batch
-
-
-def _parts(data: Any) -> list[Any]:
-    """The data, its data set and its samplers, each once: whatever may have a `set_epoch`."""
-    batch_sampler = getattr(data, "batch_sampler", None)
-    parts = (
-        data,
-        getattr(data, "dataset", None),  # an iterable data set that shuffles by epoch
-        getattr(data, "sampler", None),
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-    )
-    return list({id(part): part for part in parts if part is not None}.values())
-
-
-def _length(data: Iterable[Any]) -> int | None:
-    try:
-        return len(data)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # e.g. a DataLoader over an iterable data set
-        return None

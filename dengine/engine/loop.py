@@ -6,6 +6,7 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from enum import Enum
 from functools import partial
 from typing import Any, TypeAlias, TypeVar, overload
@@ -13,9 +14,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 from dengine.checks import whole_number
 from dengine.distributed import rank_zero_only as only_on_rank_zero
 from dengine.distributed import world
-from dengine.distributed.loader import data_state
 from dengine.distributed.runs import END, Run, begin_run, place
-from dengine.distributed.sampler import check_same
 from dengine.distributed.world import refuse_forgotten_group
 from dengine.engine.data import Absent, Feed, check_data
 from dengine.engine.dispatch import (
@@ -31,13 +30,14 @@ from dengine.engine.dispatch import (
 )
 from dengine.engine.events import AnyEvent, Events, Subscribable, event_parts
 from dengine.engine.position import frames_here, levels, running
+from dengine.engine.resuming import Resuming, passes_of
 from dengine.engine.start import must_be_alike, samples_if_whole, warn_of_whole_data
 from dengine.engine.state import State
 from dengine.errors import NotComputableError
 from dengine.metrics.metric import OutputTransform
 from dengine.metrics.metric_set import AnyMetric, MetricSet
 from dengine.naming import other_keywords, other_names, shown
-from dengine.random_state import RandomState, capture, restore
+from dengine.random_state import RandomState
 from dengine.types import MetricValue
 
 __all__ = ["Engine", "ProcessFunction", "engines_around"]
@@ -141,8 +141,7 @@ class Engine:
         self._fetch_started_offset = 0
         self._fetch_completed_offset = 0
         self._consumed_before = 0  # batches that the interrupted run had taken of a one-shot iterator
-        self._random_at_start: RandomState | None = None  # of the epoch under way, before its iterator was made
-        self._resumed_random: RandomState | None = None
+        self._resuming = Resuming()
 
     def __repr__(self) -> str:
         """What it is; where its run stands is in the repr of its state."""
@@ -299,8 +298,8 @@ class Engine:
                 cuts short is not completed: no `EPOCH_COMPLETED`, no metrics.
             epoch_length: iterations of an epoch; by default what `len(data)` says, else until the data ends.
                 Longer than the data: it is iterated again; shorter: each epoch takes the first ones.
-            allow_changed_data: go on although a loader of `prepare_data_loader` has another length, global batch or
-                seed than the run was begun with; without it, that is a ValueError.
+            allow_changed_data: go on although the data have another length than the run was begun with, or a loader of
+                `prepare_data_loader` another global batch or seed; without it, that is a ValueError.
 
         Returns:
             `engine.state`.
@@ -331,7 +330,8 @@ class Engine:
             self.state.times["run"] = time.perf_counter() - started_s
             self.state.batch = None
             self._current_run().end()
-            self._run = self._resumed_random = None
+            self._run = None
+            self._resuming.end_run()
         return self.state
 
     # -- leaving a run ---------------------------------------------------------------------------------------------
@@ -373,8 +373,7 @@ class Engine:
         max_epochs = NEVER if state.max_epochs is None else state.max_epochs
         while state.epochs_completed < max_epochs and self._run_epoch(feed):
             pass
-        if self._resumed_random is not None:  # nothing was left to do
-            restore(self._resumed_random["now"])
+        self._resuming.return_between_epochs(feed)  # where nothing was left to do
         state.times["run"] = time.perf_counter() - started_s
         if self._is_terminated:
             self._fire_event(Events.TERMINATED)
@@ -395,14 +394,12 @@ class Engine:
             return False
         if is_new:
             state._epoch, state._epoch_iteration = state.epochs_completed, 0
-            if self._resumed_random is not None:  # taken between two epochs
-                restore(self._resumed_random["now"])
-                self._resumed_random = None
+            self._resuming.return_between_epochs(feed)
         self._metrics.reset()
         if is_new:
             self._fire_event(Events.EPOCH_STARTED)
-        elif self._resumed_random is not None:
-            self._give_back_metrics(self._resumed_random)
+        elif (saved := self._resuming.saved()) is not None:
+            self._give_back_metrics(saved)
         has_ended = self._run_iterations(feed)
         state.batch = None
         if state.epoch_iteration:
@@ -414,7 +411,7 @@ class Engine:
             return False
         state.metrics.update(self._values(is_whole=is_new))
         state._epochs_completed = state.epoch + 1
-        self._random_at_start = None
+        self._resuming.end_epoch(feed)
         state.times["epoch"] = time.perf_counter() - started_s
         self._fire_event(Events.EPOCH_COMPLETED)
         return True
@@ -424,7 +421,7 @@ class Engine:
         state, run = self.state, self._current_run()
         epoch_start = state.iteration - state.epoch_iteration
         feed.enter(state.epoch)
-        state.data_state = data_state(feed.data)
+        state.data_state = feed.described(state.epoch)
         if feed.length is not None:
             state._epoch_length = feed.length
         if feed.length == 0:
@@ -439,6 +436,8 @@ class Engine:
         while True:
             if not self._run_pass(batches):
                 if not self._goes_on(end):
+                    if state.iteration >= end:
+                        feed.finish(state.iteration - pass_start)
                     return self._has_ended(end)
                 self._announce_fetch()
             elif feed.is_over(state.epoch, state.iteration, is_empty=state.iteration == pass_start):
@@ -452,14 +451,10 @@ class Engine:
 
     def _first_batches(self, feed: Feed) -> Iterator[Any]:
         """The batches of the epoch from where it stands, the random number generators set as they were then."""
-        resumed, self._resumed_random = self._resumed_random, None
-        if resumed is not None:
-            restore(resumed["epoch_start"] or resumed["now"])
-        self._random_at_start = capture()
         consumed, self._consumed_before = self._consumed_before, 0
-        batches = feed.start(skip=self.state.epoch_iteration, consumed=consumed)
-        if resumed is not None and resumed["epoch_start"]:
-            restore(resumed["now"])
+        batches = self._resuming.first_batches(feed, skip=self.state.epoch_iteration, consumed=consumed)
+        if self.state.epoch_iteration:  # there was a batch; there may be no more
+            return batches
         return feed.looked_into(batches, self.state.epoch, self.state.iteration)
 
     def _give_back_metrics(self, resumed: RandomState) -> None:
@@ -623,21 +618,35 @@ class Engine:
 
         Of tensors, numbers, strings, lists and dicts. A `Checkpoint` saves it of every rank.
         """
+        under_way = self.state.iteration - self._iterations_done
         return {
-            "now": capture(),
-            "epoch_start": self._random_at_start,
+            **self._resuming.state(is_epoch_begun=self.state.epoch_iteration > under_way),
+            "data_state": deepcopy(self.state.data_state),
             "metrics": self._metrics.held() if self.distributed else [],
             "world_size": world().size,
         }
 
-    def load_random_state(self, random_state: RandomState) -> None:
+    def load_random_state(self, random_state: RandomState, *, data_only: bool = False) -> None:
         """Have the next `run()` go on, on this rank, with the generators and metrics that `random_state()` gave.
+
+        Args:
+            data_only: it is of another rank, so that only how often the data were passed over counts.
 
         Raises:
             RuntimeError: the engine is running.
         """
         self._refuse_while_running("load_random_state()")
-        self._resumed_random = random_state
+        self._resuming.load(passes_of(random_state) if data_only else random_state)
+
+    def data_restored(self, objects: Iterable[Any]) -> None:
+        """Have the next `run()` take its data as they are where they iterate over one of `objects`, which were restored
+        to their position by a state of their own. `Checkpoint.resume` calls it with all that it has loaded.
+
+        Raises:
+            RuntimeError: the engine is running.
+        """
+        self._refuse_while_running("data_restored()")
+        self._resuming.data_restored(objects)
 
     # -- parts of a run --------------------------------------------------------------------------------------------
 
@@ -662,12 +671,10 @@ class Engine:
 
     def _check_data(self, feed: Feed, allow_changed_data: bool) -> None:
         """Refuse to go on with other data than the run was begun with."""
-        saved, state = self.state.data_state, self.state
-        if self._is_resumed and saved is not None and not allow_changed_data:
-            feed.enter(state.epochs_completed)  # data may grow from epoch to epoch
-            if (current := data_state(feed.data)) is not None:
-                check_same(saved, current)
-        state.data_state = data_state(feed.data)
+        state = self.state
+        if self._is_resumed and not allow_changed_data:
+            feed.check_same(self._resuming.saved_data(state.data_state), default_epoch=state.epochs_completed)
+        state.data_state = feed.described(state.epochs_completed)
 
     def _begin(self, feed: Feed, max_epochs: int | None, max_iterations: int | None) -> None:
         state = self.state
@@ -687,6 +694,7 @@ class Engine:
         self._fetch_started_offset = self._fetch_completed_offset = state.iteration
         self._consumed_before = state.iteration
         self._is_resumed = False
+        self._resuming.begin_run(feed)
         self._dispatcher.rewind()
         self._run.interrupt = self._interrupt
 

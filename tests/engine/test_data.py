@@ -444,12 +444,12 @@ def resumed_batches(data: Any, state_dict: dict[str, Any], **options: Any) -> li
     return batches
 
 
-def position(iteration: int, epoch_length: int) -> dict[str, Any]:
-    """The state dict taken in the last handler of that iteration."""
+def position(iteration: int, epoch_length: int, num_batches: int | None = None) -> dict[str, Any]:
+    """The state dict taken in the last handler of that iteration, over data of `epoch_length` batches if not told."""
     engine = Engine(lambda engine, batch: batch)
     taken: list[dict[str, Any]] = []
     engine.on(Events.ITERATION_COMPLETED(once=iteration), lambda engine: taken.append(engine.state_dict()))
-    engine.run(range(epoch_length), max_epochs=9)
+    engine.run(range(num_batches or epoch_length), max_epochs=9, epoch_length=epoch_length)
     return taken[0]
 
 
@@ -471,7 +471,7 @@ def test_a_resumed_run_takes_the_batches_that_are_left(make: Callable[[], Any], 
 def test_a_resumed_run_in_an_epoch_longer_than_the_data_takes_the_batches_that_are_left(
     make: Callable[[], Any], iteration: int
 ) -> None:
-    left = resumed_batches(make(), position(iteration, 7), max_epochs=2, epoch_length=7)
+    left = resumed_batches(make(), position(iteration, 7, 3), max_epochs=2, epoch_length=7)
     assert left == ([0, 1, 2, 0, 1, 2, 0] * 2)[iteration:]
 
 

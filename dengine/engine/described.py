@@ -1,0 +1,84 @@
+"""What a resumed run must find unchanged in its data."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dengine.distributed import world
+from dengine.distributed.loader import data_state
+from dengine.distributed.sampler import changed_order
+
+__all__ = ["changes_of", "check_unchanged", "described", "length_of"]
+
+
+def length_of(data: Iterable[Any]) -> int | None:
+    """How many batches, or samples, there are; None where the data cannot tell, or not yet.
+
+    Raises:
+        OSError: what the length is read from failed.
+    """
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except OSError:
+        raise
+    except Exception:  # no length (TypeError), or none before iter() (Lightning's CombinedLoader: RuntimeError)
+        return None
+
+
+def described(data: Iterable[Any], epoch: int) -> dict[str, Any] | None:
+    """Of a loader of `prepare_data_loader`, what the order of samples depends on; of other data, how long they are.
+
+    Plain values; None where nothing can be told.
+    """
+    state = data_state(data)
+    if state is not None:
+        return {**state, "epoch": epoch}
+    num_batches = length_of(data)
+    dataset = getattr(data, "dataset", None)
+    num_samples = None if dataset is None else length_of(dataset)
+    if num_batches is None and num_samples is None:
+        return None
+    here = world()
+    return {
+        "epoch": epoch,
+        "num_batches": num_batches,
+        "num_samples": num_samples,
+        "rank": here.rank,
+        "world_size": here.size,
+    }
+
+
+def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> None:
+    """
+    Raises:
+        ValueError: `current` is not of the data that `saved` is of; both values are named, and the way back.
+    """
+    changes = changes_of(saved, current)
+    if changes:
+        raise ValueError(
+            "The data is not what this run was begun with, so samples could be missed or come twice:\n"
+            + ";\n".join(changes)
+            + ".\nOr say allow_changed_data=True, and the run goes on at the same batch of the changed data."
+        )
+
+
+def changes_of(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> list[str]:
+    """What differs between two `described`, with both values and the way back."""
+    if current is None:
+        return []
+    if "shuffle" in saved and "shuffle" in current:
+        return changed_order(saved, current)
+    # Each rank's data may be a part that the user has cut for it.
+    if any(key in saved and key in current and saved[key] != current[key] for key in ("rank", "world_size")):
+        return []
+    found = [("batches", saved.get("num_batches"), current.get("num_batches"))]
+    found.append(("samples", _samples(saved), _samples(current)))
+    return [
+        f"the number of {what} was {was} and is {now}: continue with the data that the run began with"
+        for what, was, now in found
+        if was is not None and now is not None and was != now
+    ]
+
+
+def _samples(state: Mapping[str, Any]) -> int | None:
+    number: int | None = state.get("num_samples", state.get("length"))
+    return number

@@ -1,0 +1,138 @@
+"""What data keep by themselves from pass to pass: how often they were passed over, and generators of their own.
+
+Data that are neither told the epoch nor have a state of their own would begin a resumed run in their first pass. Whole
+numbers among their attributes that have changed since the run began, and generators, are saved as an epoch begins.
+"""
+
+import gc
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from dengine.distributed.loader import inside
+
+__all__ = ["OwnState", "SavedOwnState", "holds_any", "parts_of"]
+
+SavedOwnState: TypeAlias = list[dict[str, Any]]  # one for each part; numbers, strings and tensors
+
+_SEARCH_DEPTH, _SEARCH_SIZE = 6, 10_000
+
+
+def parts_of(data: Any) -> list[Any]:
+    """The data, its data set and its samplers, each once: whatever may have a `set_epoch`."""
+    batch_sampler = getattr(data, "batch_sampler", None)
+    parts = (
+        data,
+        getattr(data, "dataset", None),  # an iterable data set that shuffles by epoch
+        getattr(data, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
+    return list({id(part): part for part in parts if part is not None}.values())
+
+
+class OwnState:
+    """Follows the plain state of `data` over a run that begins now.
+
+    An iterator has none: it is wound forward from its beginning, with all that it keeps.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self._parts = [] if isinstance(data, Iterator) else [inside(part) for part in parts_of(data)]
+        self._first = [_whole_numbers(part) for part in self._parts]
+
+    def capture(self) -> SavedOwnState:
+        """Cost: a look at the attributes of at most five objects; 5 kB for each generator."""
+        return [
+            {
+                "counts": {
+                    name: value for name, value in _whole_numbers(part).items() if first.get(name, value) != value
+                },
+                "generators": {name: generator_state for name, (generator_state, _) in _generators(part).items()},
+            }
+            for part, first in zip(self._parts, self._first, strict=True)
+        ]
+
+    def restore(self, saved: SavedOwnState, *, counts: bool) -> None:
+        """Set generators and, with `counts`, whole numbers that are there under the same name."""
+        for part, first, state in zip(self._parts, self._first, saved, strict=False):
+            for name, (_, set_state) in _generators(part).items():
+                if name in state["generators"]:
+                    set_state(state["generators"][name])
+            for name, value in state["counts"].items() if counts else ():
+                if name in first:
+                    setattr(part, name, value)
+
+
+def holds_any(data: Any, objects: Iterable[Any]) -> bool:
+    """Whether `data` is one of `objects`, or iterates over one: inside a wrapper, a generator, a `zip`."""
+    wanted = {id(each) for each in objects}
+    seen: set[int] = set()
+    level = [data]
+    for _ in range(_SEARCH_DEPTH):
+        if any(id(each) in wanted for each in level):
+            return True
+        seen.update(map(id, level))
+        found = gc.get_referents(*level)
+        level = list({id(each): each for each in found if id(each) not in seen and not _is_leaf(each)}.values())
+        if not level or len(seen) > _SEARCH_SIZE:
+            return False
+    return False
+
+
+def _is_leaf(value: Any) -> bool:
+    # What leads everywhere, and what a position is not kept in.
+    return isinstance(
+        value, (ModuleType, type, FunctionType, BuiltinFunctionType, str, bytes, int, float, torch.Tensor, nn.Module)
+    )
+
+
+def _whole_numbers(part: Any) -> dict[str, int]:
+    return {name: value for name, value in _attributes(part).items() if type(value) is int}
+
+
+def _generators(part: Any) -> dict[str, tuple[Any, Callable[[Any], None]]]:
+    """By name, the state of a generator and what sets it."""
+    found: dict[str, tuple[Any, Callable[[Any], None]]] = {}
+    for name, value in _attributes(part).items():
+        if isinstance(value, torch.Generator):
+            found[name] = value.get_state(), _setter_of_torch(value)
+        elif type(value) is random.Random:
+            found[name] = json.dumps(value.getstate()), _setter_of_python(value)
+        elif isinstance(value, (np.random.Generator, np.random.RandomState)):
+            bits: Any = value.bit_generator if isinstance(value, np.random.Generator) else value._bit_generator
+            found[name] = json.dumps(bits.state, default=np.ndarray.tolist), _setter_of_numpy(bits)
+    return found
+
+
+def _setter_of_torch(generator: torch.Generator) -> Callable[[torch.Tensor], None]:
+    def set_state(state: torch.Tensor) -> None:
+        generator.set_state(state)
+
+    return set_state
+
+
+def _setter_of_python(generator: random.Random) -> Callable[[str], None]:
+    def set_state(state: str) -> None:
+        version, numbers, gauss = json.loads(state)
+        generator.setstate((version, tuple(numbers), gauss))
+
+    return set_state
+
+
+def _setter_of_numpy(bits: Any) -> Callable[[str], None]:
+    def set_state(state: str) -> None:
+        bits.state = json.loads(state)
+
+    return set_state
+
+
+def _attributes(part: Any) -> dict[str, Any]:
+    attributes = getattr(part, "__dict__", {})
+    return attributes if isinstance(attributes, dict) else {}

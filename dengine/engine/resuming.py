@@ -1,0 +1,115 @@
+"""What a run on this rank is resumed from: generators, passes over data, and what data keep by themselves.
+
+All are set twice: as they were when the epoch's iterator was made, so that it begins as it did; and, once it has been
+wound forward to its position, as they were when the state was taken.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from dengine.distributed.passes import capture_passes, restore_passes
+from dengine.engine.data import Feed
+from dengine.engine.own_state import OwnState
+from dengine.random_state import RandomState, capture, restore
+
+__all__ = ["Resuming", "passes_of"]
+
+
+class Resuming:
+    """Keeps the state of one engine's data and generators while a run is under way, and takes it over for the next."""
+
+    def __init__(self) -> None:
+        self._own: OwnState | None = None
+        self._at_start: RandomState | None = None  # of the epoch under way (a one-shot iterator), before it began
+        self._saved: RandomState | None = None
+        self._restored: list[Any] = []
+        self._is_one_shot = False
+
+    def load(self, saved: RandomState) -> None:
+        self._saved = saved
+
+    def data_restored(self, objects: Iterable[Any]) -> None:
+        """Those among `objects` that the next run is over are at their position."""
+        self._restored = list(objects)
+
+    def saved(self) -> RandomState | None:
+        """What the run under way has yet to return to."""
+        return self._saved
+
+    def saved_data(self, of_rank_zero: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What the interrupted run said of its data, on this rank where that is known."""
+        if self._saved is not None and self._saved.get("data_state") is not None:
+            of_rank: dict[str, Any] = self._saved["data_state"]
+            return of_rank
+        return of_rank_zero
+
+    def state(self, *, is_epoch_begun: bool) -> RandomState:
+        """For `load`: as of now. `is_epoch_begun`: an iteration of the epoch is done."""
+        if self._at_start is not None and not is_epoch_begun and not self._is_one_shot:
+            # The first batch is fetched again, by an iterator that is made again.
+            return {"now": self._at_start, "epoch_start": None}
+        return {"now": self._moment(), "epoch_start": self._at_start}
+
+    def begin_run(self, feed: Feed) -> None:
+        self._own = OwnState(feed.data)
+        self._at_start = None
+        self._is_one_shot = feed.is_one_shot
+        feed.is_restored = bool(self._restored) and feed.iterates_over(self._restored)
+        self._restored = []
+
+    def end_run(self) -> None:
+        self._saved = None
+
+    def return_between_epochs(self, feed: Feed) -> None:
+        """An epoch begins anew, or no more does."""
+        if self._saved is not None and self._saved["now"] is not None:
+            self._return_to(self._saved["now"], feed)
+            # A one-shot iterator is yet to be wound forward, from its beginning.
+            self._saved = {**self._saved, "now": None} if feed.is_one_shot and self._saved["epoch_start"] else None
+
+    def first_batches(self, feed: Feed, *, skip: int, consumed: int) -> Iterator[Any]:
+        """The batches of the epoch from its batch `skip` on, the generators set as they were then."""
+        saved, self._saved = self._saved, None
+        if saved is None:
+            self._begin_epoch(feed)
+            return feed.start(skip=skip, consumed=consumed)
+        now = saved["now"] or self._moment()
+        self._return_to(saved["epoch_start"] or now, feed)
+        self._begin_epoch(feed)
+        batches = feed.start(skip=skip, consumed=consumed)
+        if saved["epoch_start"]:
+            self._return_to(now, feed, is_begun=True)
+        return batches
+
+    def end_epoch(self, feed: Feed) -> None:
+        if not feed.is_one_shot:
+            self._at_start = None
+
+    def _begin_epoch(self, feed: Feed) -> None:
+        if self._at_start is None or not feed.is_one_shot:
+            self._at_start = self._moment()
+
+    def _moment(self) -> RandomState:
+        """Cost: 0.05 ms, 11 kB; no wait for a device."""
+        return {**capture(), "passes": capture_passes(), "data": [] if self._own is None else self._own.capture()}
+
+    def _return_to(self, state: RandomState, feed: Feed, *, is_begun: bool = False) -> None:
+        if "python" in state:  # a rank that the interrupted run did not have gets no generators
+            restore(state)
+        restore_passes(state.get("passes", []), told=feed.told)
+        if self._own is not None and not feed.is_restored:
+            self._own.restore(state.get("data", []), counts=not is_begun)
+
+
+def passes_of(saved: RandomState) -> RandomState:
+    """What of another rank's state is the same on all of them."""
+
+    def part(state: RandomState | None) -> RandomState | None:
+        return state and {"passes": state.get("passes", []), "data": state.get("data", [])}
+
+    return {
+        "now": part(saved["now"]),
+        "epoch_start": part(saved["epoch_start"]),
+        "metrics": [],
+        "world_size": saved["world_size"],
+    }
