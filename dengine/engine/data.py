@@ -119,6 +119,7 @@ class Feed:
     def enter(self, epoch: int) -> None:
         """Tell the data which epoch it is, and learn how long that one is: data may grow from epoch to epoch."""
         self.tell(epoch)
+        self._may_try_again = self.is_restored or self._resetting is not None
         if self._is_joined and world().size > 1:
             self._pass = _agreed_pass(length_of(self.data))
             if self._pass.length == 0:
@@ -133,7 +134,6 @@ class Feed:
         run, must be wound forward by. Where batches are skipped, the iterator has begun when this returns: what it
         draws from the random number generators at its beginning is drawn.
         """
-        self._may_try_again = self.is_restored or self._resetting is not None
         if self.is_restored:
             self.is_restored = False  # the next pass begins anew
             return self._anew()
