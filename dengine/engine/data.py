@@ -178,6 +178,10 @@ class Feed:
             return batches
         self._is_unsure = False
         first = list(islice(batches, 1))
+        if not first and self._may_try_again:  # it stood at the end of a pass
+            self._may_try_again = False
+            batches = self._anew()
+            first = list(islice(batches, 1))
         if not any_rank(bool(first), "whether any rank has a batch"):
             self.refuse_empty_epoch(epoch, iterations)
         return chain(first, batches)
