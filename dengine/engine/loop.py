@@ -34,6 +34,7 @@ from dengine.engine.resuming import Resuming, passes_of
 from dengine.engine.start import must_be_alike, samples_if_whole, warn_of_whole_data
 from dengine.engine.state import State
 from dengine.errors import NotComputableError
+from dengine.metrics.live import MetricValues
 from dengine.metrics.metric import OutputTransform
 from dengine.metrics.metric_set import AnyMetric, MetricSet
 from dengine.naming import other_keywords, other_names, shown
@@ -323,12 +324,14 @@ class Engine:
         started_s = time.perf_counter()
         try:
             self._run_epochs(feed, started_s)
+            self._settle_metrics(is_read=True)
         except BaseException as error:
             self._leave_by(error)
             raise
         finally:
             self.state.times["run"] = time.perf_counter() - started_s
             self.state.batch = None
+            self._settle_metrics(is_read=False)  # after a failure: a device may have failed, or wait for a lost rank
             self._current_run().end()
             self._run = None
             self._resuming.end_run()
@@ -396,6 +399,7 @@ class Engine:
             state._epoch, state._epoch_iteration = state.epochs_completed, 0
             self._resuming.return_between_epochs(feed)
         self._metrics.reset()
+        state.metrics = self._metrics.shown_live(state.metrics)
         if is_new:
             self._fire_event(Events.EPOCH_STARTED)
         elif (saved := self._resuming.saved()) is not None:
@@ -456,6 +460,11 @@ class Engine:
         if self.state.epoch_iteration:  # there was a batch; there may be no more
             return batches
         return feed.looked_into(batches, self.state.epoch, self.state.iteration)
+
+    def _settle_metrics(self, *, is_read: bool) -> None:
+        """The values of an epoch that was cut short are what they are now; none goes on with the next run."""
+        if isinstance(self.state.metrics, MetricValues):
+            self.state.metrics.settle(is_read=is_read)
 
     def _give_back_metrics(self, resumed: RandomState) -> None:
         if not self.distributed:
@@ -687,7 +696,7 @@ class Engine:
             state._epoch_length = feed.length
         state._dataloader = feed.data
         # New dicts: who kept those of an earlier run keeps its values.
-        state.metrics, state.times = {}, {}
+        state.metrics, state.times = MetricValues(), {}
         state.output = state.batch = state.exception = None
         self._max_iterations = NEVER if max_iterations is None else max_iterations
         self._is_terminated = state._preempted = False

@@ -5,6 +5,7 @@ from copy import deepcopy
 from operator import attrgetter
 from typing import Any, NoReturn
 
+from dengine.metrics.live import MetricValues
 from dengine.types import MetricValue
 
 __all__ = ["State"]
@@ -47,7 +48,8 @@ class State:
         batch: of the current iteration; None outside an epoch, so that no batch outlives it.
         dataloader: the data of the run.
         data_state: what a resumed run is to find unchanged in it, where a loader of `prepare_data_loader` can tell.
-        metrics: values by name, as of the last epoch of this run that was completed.
+        metrics: values by name, as of the last epoch of this run that was completed; those of `RunningAverage` and
+            `Throughput` as of now, of this rank, until the epoch ends.
         times: seconds: "epoch" (the last finished one) and "run".
         preempted: whether `preempt()` ended the run, on any rank: it is to go on elsewhere.
         exception: what ended the run, from `EXCEPTION_RAISED` on until the next run; else None.
@@ -85,7 +87,7 @@ class State:
         self.batch: Any = None
         self._dataloader: Iterable[Any] | None = None
         self.data_state: dict[str, Any] | None = None
-        self.metrics: dict[str, MetricValue] = {}
+        self.metrics: dict[str, MetricValue] = MetricValues()
         self.times: dict[str, float] = {}
         self._preempted = False
         self.exception: BaseException | None = None
@@ -205,7 +207,7 @@ def _not_plain(value: Any) -> Any:
         return None
     if type(value) is list:
         parts: Iterable[Any] = value
-    elif type(value) is dict:
+    elif type(value) in (dict, MetricValues):
         parts = (*value.keys(), *value.values())
     else:
         return value

@@ -1,4 +1,4 @@
-"""Means of values that a step gives: over all of them, or over the last iterations."""
+"""The mean of all values that the steps give."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -11,7 +11,7 @@ from dengine.metrics.metric import Metric, OutputTransform
 from dengine.metrics.transform import loss_value
 from dengine.types import accumulator_dtype, summable
 
-__all__ = ["Average", "RunningAverage", "WeightedMean", "accumulable", "sum_and_count"]
+__all__ = ["Average", "WeightedMean", "accumulable", "sum_and_count", "value_of"]
 
 Amount: TypeAlias = torch.Tensor | float  # a number that may still be on its way through the device
 
@@ -82,67 +82,7 @@ class Average(WeightedMean):
         return self.mean()
 
 
-class RunningAverage(Metric):
-    """The exponential mean of this rank's values: `alpha * average + (1 - alpha) * value`, from the first value on.
-
-    Over several ranks it is the plain mean of their averages, taken when the epoch ends; ranks that saw nothing are not
-    counted. `reset()` starts it afresh, so with the engine it covers one epoch: the state of metrics is in no
-    checkpoint, and a resumed run must give the values of one that was never interrupted.
-
-    Shapes: a number or a 0-d tensor; of a tensor `(N, ...)` the mean. Of a mapping its `"loss"` is taken.
-    Cost: no wait for the device; two numbers a rank.
-
-    Args:
-        alpha: the weight of the past, 0 <= alpha < 1; 0.98 looks back on about 50 values.
-
-    Raises:
-        ValueError: `alpha` out of range. TypeError: `update` got something else; it lists a mapping's keys.
-        NotComputableError: no value was seen.
-
-    Example:
-        >>> metric = RunningAverage(alpha=0.75)
-        >>> metric.update(1.0)
-        >>> metric.update(3.0)
-        >>> metric.compute()
-        1.5
-    """
-
-    average: Amount
-    num_values: Any  # int; (ranks,) once reduced
-
-    def __init__(self, alpha: float = 0.98, *, output_transform: OutputTransform | None = None) -> None:
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise TypeError(f"alpha={alpha!r} must be a number.")
-        if not 0 <= alpha < 1:
-            raise ValueError(f"alpha={alpha} must be at least 0 and less than 1.")
-        super().__init__(output_transform)
-        self._alpha = alpha
-        self.add_state("average", 0.0, reduce="gather")
-        self.add_state("num_values", 0, reduce="gather")
-
-    def default_transform(self, output: Any) -> Any:
-        return loss_value(output)
-
-    def update(self, output: Any) -> None:
-        value = _value(output, "RunningAverage")
-        if isinstance(value, torch.Tensor):
-            if not value.numel():
-                return
-            value = accumulable(value).mean()
-        is_first = self.num_values == 0
-        self.average = value if is_first else self._alpha * self.average + (1 - self._alpha) * value
-        self.num_values += 1
-
-    def compute(self) -> float:
-        has_values = torch.as_tensor(self.num_values).reshape(-1) > 0  # of each rank
-        average = self.average.cpu() if isinstance(self.average, torch.Tensor) else self.average
-        averages = torch.as_tensor(average, dtype=torch.float64).reshape(-1)
-        if not has_values.any():
-            raise NotComputableError("no value was seen on any rank")
-        return float(averages[has_values].mean())
-
-
-def _value(output: Any, metric: str) -> Any:
+def value_of(output: Any, metric: str) -> Any:
     """A number, or a tensor that may be of any shape.
 
     Raises:
@@ -161,11 +101,11 @@ def _value(output: Any, metric: str) -> Any:
 def sum_and_count(output: Any, metric: str) -> tuple[Amount, Amount]:
     """The sum of the values, and how many they are."""
     if not isinstance(output, (tuple, list)) or len(output) != 2:
-        value = _value(output, metric)
+        value = value_of(output, metric)
         if isinstance(value, torch.Tensor):
             return accumulable(value).sum(), value.numel()
         return value, 1
-    value, count = (_value(part, metric) for part in output)
+    value, count = (value_of(part, metric) for part in output)
     if not isinstance(value, torch.Tensor) and not isinstance(count, torch.Tensor):
         # The mean loss of nothing is nan, and nan * 0 is too.
         return (value * count if count else 0.0), count

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from dengine.errors import NotComputableError
+from dengine.types import MetricValue
 
-__all__ = ["Computed", "Form", "checked", "laid_out", "put_together"]
+__all__ = ["Computed", "Form", "checked", "flat", "laid_out", "put_together"]
 
 # Of each value in a mapping: name ("" for one that is in none), shape, whether it is complex. () for a number.
 Form: TypeAlias = tuple[tuple[str, tuple[int, ...], bool], ...]
@@ -49,23 +50,37 @@ def checked(value: Any, label: str) -> Any:
     raise TypeError(f"Metric {label} computed {kind}, but compute() must give a number, a tensor or a mapping of them.")
 
 
+def flat(name: str, value: Any) -> dict[str, MetricValue]:
+    """The entries of `state.metrics`: numbers as floats, tensors on the CPU, a mapping's values as `name/key`."""
+    if isinstance(value, Mapping):
+        return {key: one for part, inner in value.items() for key, one in flat(f"{name}/{part}", inner).items()}
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return {name: value.item() if value.ndim == 0 else value}
+    if value is None or isinstance(value, str):
+        raise TypeError(
+            f"Metric {name!r} computed {value!r}: compute() must give a number, a tensor or a mapping of them."
+        )
+    return {name: float(value) if isinstance(value, (int, float)) else value}
+
+
 def laid_out(value: Any) -> tuple[torch.Tensor, Form]:
     """All numbers of a checked value in float64, and what they are."""
-    parts = list(_parts("", value))
+    parts = _parts("", value)
     form = tuple((name, tuple(part.shape), part.is_complex()) for name, part in parts)
     if form == (("", (), False),):
         return parts[0][1].double(), ()
-    flat = [(torch.view_as_real(part) if part.is_complex() else part).double().reshape(-1) for _, part in parts]
-    return torch.cat(flat) if flat else torch.empty(0, dtype=torch.float64), form
+    rows = [(torch.view_as_real(part) if part.is_complex() else part).double().reshape(-1) for _, part in parts]
+    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.float64), form
 
 
-def put_together(flat: torch.Tensor, form: Form) -> Any:
+def put_together(joined: torch.Tensor, form: Form) -> Any:
     """The value that `laid_out` took apart; a mapping's inner ones as `outer/inner`."""
     if not form:
-        return flat
+        return joined
     lengths = [prod(shape) * (2 if is_complex else 1) for _, shape, is_complex in form]
     values = {}
-    for (name, shape, is_complex), part in zip(form, flat.split(lengths), strict=True):  # type: ignore[no-untyped-call]
+    for (name, shape, is_complex), part in zip(form, joined.split(lengths), strict=True):  # type: ignore[no-untyped-call]
         values[name] = torch.view_as_complex(part.reshape(*shape, 2).clone()) if is_complex else part.reshape(shape)
     return values[""] if list(values) == [""] else values
 

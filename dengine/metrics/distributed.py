@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from dengine.metrics.accuracy import Accuracy
-from dengine.metrics.kinds import is_metric, is_tracker
+from dengine.metrics.kinds import is_metric, is_tracker, shows_live
 from dengine.metrics.metric import Metric
 from dengine.metrics.updates import samples_in, takes_pair
 from dengine.types import MetricValue
@@ -69,7 +69,11 @@ class DistributedMetric(Metric):
 
     @property
     def shows_live(self) -> bool:  # type: ignore[override]
-        return getattr(self._base, "shows_live", False) is True
+        return shows_live(self._base)
+
+    def has_live_value(self) -> bool:
+        has_one: bool = self._base.has_live_value()
+        return has_one
 
     @property
     def has_samples(self) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dengine.metrics.kinds import evaluated, is_metric, leaves_of
+from dengine.metrics.kinds import evaluated, is_metric, leaves_of, shows_live
 from dengine.metrics.metric import Metric
 from dengine.metrics.updates import default_transform, update_of
 from dengine.types import MetricValue
@@ -55,7 +55,10 @@ class MetricFunction(Metric):
 
     @property
     def shows_live(self) -> bool:  # type: ignore[override]
-        return all(getattr(leaf, "shows_live", False) is True for leaf in self.leaves())
+        return all(map(shows_live, self.leaves()))
+
+    def has_live_value(self) -> bool:
+        return all(leaf.has_live_value() for leaf in self.leaves())
 
     def reset(self) -> None:
         for leaf in self.leaves():

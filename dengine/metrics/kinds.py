@@ -7,7 +7,17 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from dengine.metrics.metric import Metric
 from dengine.metrics.transform import is_torchmetrics
 
-__all__ = ["AnyMetric", "MetricLike", "evaluated", "is_mergeable", "is_metric", "is_tracker", "leaves_of", "updaters"]
+__all__ = [
+    "AnyMetric",
+    "MetricLike",
+    "evaluated",
+    "is_mergeable",
+    "is_metric",
+    "is_tracker",
+    "leaves_of",
+    "shows_live",
+    "updaters",
+]
 
 
 @runtime_checkable
@@ -38,6 +48,11 @@ def is_tracker(metric: object) -> bool:
     """Whether `metric` is torchmetrics' list of copies, one for each epoch."""
     package = sys.modules.get("torchmetrics")
     return package is not None and isinstance(metric, package.wrappers.MetricTracker)
+
+
+def shows_live(metric: object) -> bool:
+    """Whether the value of `metric` is shown while the epoch is under way."""
+    return isinstance(metric, Metric) and metric.shows_live
 
 
 def leaves_of(metric: Any) -> tuple[Any, ...]:

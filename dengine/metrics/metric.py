@@ -148,6 +148,10 @@ class Metric(ABC):
         """The present value of what this rank has seen, if `shows_live`: asked for while the epoch is under way."""
         return self.compute()
 
+    def has_live_value(self) -> bool:
+        """Whether there is a present value. Must not wait for the device."""
+        return self.num_updates > 0
+
     def num_counted(self) -> Any:
         """How many things the value is a mean of, as a number or a tensor; None where it is no such mean."""
         return None

@@ -21,10 +21,12 @@ from dengine.distributed.consistency import (
 from dengine.distributed.rank_zero import refuse_on_rank_zero_alone
 from dengine.distributed.world import World, world
 from dengine.errors import NotComputableError
+from dengine.metrics.computed import flat
 from dengine.metrics.held import give_back, held
-from dengine.metrics.kinds import AnyMetric, evaluated, is_metric, is_tracker, leaves_of, updaters
+from dengine.metrics.kinds import AnyMetric, evaluated, is_metric, is_tracker, leaves_of, shows_live, updaters
 from dengine.metrics.layout import entry_of
 from dengine.metrics.leaf import leaf_of, tells_what_it_saw
+from dengine.metrics.live import Live, MetricValues
 from dengine.metrics.metric import Metric, OutputTransform, counts_updates
 from dengine.metrics.reduction import Item, Reduction
 from dengine.metrics.updates import Seen, check_update, default_transform, update_of
@@ -173,8 +175,17 @@ class MetricSet:
         reduced = self._reduced(here)
         values: dict[str, MetricValue] = {}
         for name, metric in self._metrics.items():
-            values.update(_flat(name, _value(name, metric, reduced)))
+            values.update(flat(name, _value(name, metric, reduced)))
         return values
+
+    def shown_live(self, values: dict[str, MetricValue]) -> dict[str, MetricValue]:
+        """`values`, of which those of live metrics are from now on read from the metrics: this rank's."""
+        live = {name: Live(name, metric) for name, metric in self._metrics.items() if shows_live(metric)}
+        if not live:
+            return values
+        shown = values if isinstance(values, MetricValues) else MetricValues(values)
+        shown.follow(live)
+        return shown
 
     def _check(self, name: str, metric: Any, output_transform: OutputTransform | None) -> None:
         if not isinstance(name, str):
@@ -341,17 +352,3 @@ def _value(name: str, metric: Any, reduced: Mapping[int, Any]) -> Any:
         if type(error) is not ValueError:
             raise
         raise ValueError(f"Metric {name!r} cannot be computed: {error}") from error
-
-
-def _flat(name: str, value: Any) -> dict[str, MetricValue]:
-    """The entries of `state.metrics`: numbers as floats, tensors on the CPU, a mapping's values as `name/key`."""
-    if isinstance(value, Mapping):
-        return {key: one for part, inner in value.items() for key, one in _flat(f"{name}/{part}", inner).items()}
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        return {name: value.item() if value.ndim == 0 else value}
-    if value is None or isinstance(value, str):
-        raise TypeError(
-            f"Metric {name!r} computed {value!r}: compute() must give a number, a tensor or a mapping of them."
-        )
-    return {name: float(value) if isinstance(value, (int, float)) else value}

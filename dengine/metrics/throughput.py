@@ -18,7 +18,8 @@ class Throughput(Metric):
     """Samples per second of all ranks together: all their samples, over the longest time that a rank took.
 
     The time runs from `reset()` (the epoch's beginning) until the value is computed, when the rank's GPU is waited for,
-    so that work still queued there counts.
+    so that work still queued there counts. It is live: a handler of any event sees this rank's speed so far in
+    `engine.state.metrics`, for which nothing is waited for.
 
     Shapes: the samples of one step are the first dimension of the target of a (prediction, target) pair, 1 where it is
         a number; the first dimension of a tensor; or a whole number, also as a 0-d tensor, which is the count itself:
@@ -35,6 +36,7 @@ class Throughput(Metric):
         True
     """
 
+    shows_live = True
     num_samples: torch.Tensor | int
     elapsed_s: torch.Tensor | float
 
@@ -57,6 +59,11 @@ class Throughput(Metric):
         # On top of what a checkpoint has brought: an epoch that is resumed in its middle took both times.
         self.elapsed_s = self.elapsed_s + self._clock.lap_s()
 
+    def live_value(self) -> float:
+        """As it is now. The device is not waited for: work that is queued there counts as done."""
+        elapsed_s = float(self.elapsed_s) + self._clock.read_s()
+        return int(self.num_samples) / max(elapsed_s, 1e-9)
+
     def compute(self) -> float:
         num_samples = int(self.num_samples)
         if not num_samples:
@@ -71,6 +78,10 @@ class _Clock:
 
     def __init__(self) -> None:
         self._started_s = perf_counter()
+
+    def read_s(self) -> float:
+        """The time since `lap_s` was called last."""
+        return perf_counter() - self._started_s
 
     def lap_s(self) -> float:
         """The time since this was called last."""
