@@ -88,9 +88,11 @@ class _Builder:
             self._refuse_tag(node, full, "seq")
             return [self.build(item, below(full, index)) for index, item in enumerate(node.value)]
         self._refuse_tag(node, full, "map")
-        mapping = self._own(node, full)
-        for base in self._bases(node, full):
-            mapping = {**base, **mapping}
+        own = self._own(node, full)
+        mapping: dict[Any, Any] = {}
+        for base in reversed(self._bases(node, full)):
+            mapping.update(base)
+        mapping.update(own)
         return mapping
 
     def _own(self, node: Any, full: str) -> dict[Any, Any]:

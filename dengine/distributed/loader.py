@@ -98,7 +98,6 @@ def prepare_data_loader(
         return _rebuilt(loader, stream, seed, collate, batch_size=batch_size, drop_last=loader.drop_last)
     shuffle = _is_shuffled(loader)
     batch_size = _batch_size(loader, here, global_batch_size)
-    deals_to_all_ranks()
     sampler = ElasticSampler(
         dataset,
         batch_size=batch_size or 1,

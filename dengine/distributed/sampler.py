@@ -122,11 +122,11 @@ class ElasticSampler(DistributedSampler[int]):
     ) -> None:
         # DistributedSampler's own constructor would ask for a process group; its attributes are kept to.
         self.dataset: Any = dataset
-        if num_replicas is None:
-            deals_to_all_ranks()
         self.num_replicas = whole_number(
             "num_replicas", world().size if num_replicas is None else num_replicas, least=1
         )
+        if self.num_replicas == world().size:
+            deals_to_all_ranks()
         self.rank = whole_number("rank", world().rank if rank is None else rank, least=0)
         if self.rank >= self.num_replicas:
             raise ValueError(f"rank={rank} must lie below num_replicas={self.num_replicas}.")

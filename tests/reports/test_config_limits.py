@@ -11,6 +11,7 @@ import pytest
 from dengine import ConfigError
 from dengine.config import Conf
 from dengine.config.sdn import read_sdn
+from dengine.config.yaml_text import read_yaml
 
 NAMES = list(zip(string.ascii_lowercase, string.ascii_lowercase[1:], strict=False))
 FORMATS = {".yaml": "a: {}", ".json": '{{"a": {}}}', ".toml": "a = {}", ".sdn": "a: {}"}
@@ -79,6 +80,12 @@ def test_many_uses_of_an_anchor_are_fine(tmp_path: Path) -> None:
     base = "".join(f"  k{index}: {index}\n" for index in range(20))
     (tmp_path / "a.yaml").write_text(f"base: &b\n{base}" + "".join(f"x{index}: *b\n" for index in range(200)))
     assert Conf.load(tmp_path / "a.yaml").x199.k19 == 19
+
+
+def test_many_merges_into_one_mapping_take_linear_time_and_the_first_counts(tmp_path: Path) -> None:
+    bases = ", ".join(f"{{k{index}: {index}, same: {index}}}" for index in range(4_000))
+    document = read_yaml(f"a: {{<<: [{bases}], k7: own}}", "a.yaml")[0]["a"]
+    assert (len(document), document["same"], document["k7"], document["k3999"]) == (4_001, 0, "own", 3_999)
 
 
 # -- size ----------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ DIFFERENCES = {
 
 
 def data_that_differ(rank: int, size: int) -> dict[str, str]:
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         told = {
             what: outcome(lambda case: Engine(nothing).run(prepared_otherwise(rank, case)), what)
             for what in DIFFERENCES
@@ -190,7 +190,7 @@ HANDLERS = {
 
 
 def handlers_that_differ(rank: int, size: int, folder: str) -> dict[str, str]:
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         told = {what: outcome(lambda case: attached(rank, case, folder).run(range(3)), what) for what in HANDLERS}
         trainer = Engine(nothing)
         if rank == 0:
@@ -261,7 +261,7 @@ def run_over(data: Any, max_epochs: int = 2, **settings: Any) -> list[int]:
 
 def nothing_to_train_on(rank: int, size: int) -> dict[str, Any]:
     prepare = distributed.prepare_data_loader
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         few = TensorDataset(torch.arange(3.0))
         return {
             "drop_last": run_over(prepare(DataLoader(few, batch_size=2, drop_last=True))),
@@ -303,7 +303,7 @@ def test_where_no_rank_has_a_batch_all_of_them_raise_before_any_epoch_is_complet
 
 def whole(rank: int, size: int) -> dict[str, int]:
     prepare, told = distributed.prepare_data_loader, {}
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         cases = {
             "plain": loader(shuffle=True),
             "stream": DataLoader(Stream(8), batch_size=2),
@@ -348,7 +348,7 @@ def test_a_state_that_was_loaded_on_one_rank_only_is_told() -> None:
 
 
 def run_on_one_rank(rank: int, size: int) -> list[str]:
-    with distributed.process_group(timeout=30):
+    with distributed.process_group(timeout=300):
         trainer, evaluator = Engine(nothing), Engine(nothing)
 
         def evaluate(engine: Engine) -> None:

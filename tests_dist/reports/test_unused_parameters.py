@@ -18,7 +18,7 @@ class Net(nn.Module):
 
 
 def unused(rank: int, size: int, kind: str) -> int:
-    with distributed.process_group(timeout=60):
+    with distributed.process_group(timeout=300):
         options = {"find_unused_parameters": True} if kind == "option" else {}
         model = distributed.prepare_model(Net(), **options)
 
