@@ -150,8 +150,8 @@ class _PlainAccuracy(_Share):
         if answers.is_unclear is not None:
             self.num_unclear = self.num_unclear + answers.is_unclear.sum()
         predicted, target, kept = answers.predicted, answers.target, answers.kept
-        if predicted.dtype == torch.bool:
-            target = target.bool()  # to compare two dtypes takes several times as long
+        if answers.scores is not None and predicted.dtype == torch.bool:
+            target = target.bool()  # of 0 and 1, as is watched; to compare two dtypes takes several times as long
         right = predicted == target
         if settings.task == "multilabel":
             right = right.all(1) if kept is None else (right | ~kept).all(1)

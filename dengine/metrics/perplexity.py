@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dengine.metrics.average import WeightedMean, accumulable, sum_and_count
-from dengine.metrics.inputs import as_pair, checked_ignore_index, is_kept, shape_error
+from dengine.metrics.inputs import as_pair, as_tensor, checked_ignore_index, is_kept, shape_error
 from dengine.metrics.metric import OutputTransform
 from dengine.metrics.transform import loss_value, prediction_and_target
 from dengine.types import is_short_float
@@ -104,7 +104,8 @@ def _is_logits_and_labels(output: Any) -> bool:
     num_dimensions = getattr(labels, "ndim", 0)
     if not num_dimensions or getattr(logits, "ndim", 0) != num_dimensions + 1:
         return False
-    return not (labels.is_floating_point() or labels.is_complex()) if isinstance(labels, torch.Tensor) else True
+    labels = as_tensor(labels, "Perplexity")
+    return not (labels.is_floating_point() or labels.is_complex())
 
 
 def _classes_second(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,10 @@ class SampleRatios(LabelMetric):
         sums = torch.stack([ratio.sum() for ratio in ratios])
         self.ratio_sums = self.ratio_sums.to(sums.device, sums.dtype, non_blocking=True) + sums
 
+    def num_counted(self) -> int:
+        self.settle()
+        return int(self.total)
+
     def compute(self) -> torch.Tensor:
         """(3,): mean precision, recall and F1 score.
 

@@ -122,6 +122,13 @@ def test_whole_labels_of_a_floating_dtype_are_labels() -> None:
     assert metric.compute() == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_predictions_of_yes_and_no_are_labels_beside_labels(num_classes: int | None) -> None:
+    metric = Accuracy(num_classes=num_classes)
+    metric.update((torch.tensor([True, True, False]), torch.tensor([2, 1, 0])))
+    assert metric.compute() == pytest.approx(2 / 3)
+
+
 # -- scores that are nan -----------------------------------------------------------------------------------------
 
 
