@@ -254,8 +254,8 @@ class Engine:
 
         Raises:
             TypeError: `metric` has no `reset`, `update` and `compute`, or the name is no string.
-            ValueError: the name is taken, the metric has an `output_transform` already, or it would count twice: another
-                engine that is alive has it, or a metric of this one has it inside.
+            ValueError: the name is taken, the metric has an `output_transform` already, or it would count twice:
+                another engine that is alive has it, or a metric of this one has it inside.
         """
         self._metrics.add(name, metric, output_transform)
 
