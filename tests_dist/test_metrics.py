@@ -444,7 +444,7 @@ def test_a_distributed_metric_reduces_the_values_and_leaves_out_who_saw_nothing(
 def nothing_seen(rank: int, size: int) -> None:
     evaluator = Engine(lambda engine, batch: batch)
     evaluator.add_metric(Accuracy(), "val_acc")
-    evaluator.run([])
+    evaluator.run([(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))])  # a batch, without a sample
 
 
 def test_nothing_seen_anywhere_is_an_error_everywhere_that_names_the_metric() -> None:

@@ -72,7 +72,7 @@ def _is_crossed(answers: _Answers) -> bool:
         # The end is a place in the order of calls too: who is there has made all that come before it.
         ended = min((answers[rank]["calls"] for rank in at_end), default=0)
         return any(rank not in at_end and answers[rank]["calls"] >= ended > 0 for rank in inside)
-    if not all(answers[rank]["waits_in"] or answers[rank]["is_ahead"] for rank in outside):
+    if not all(answers[rank]["waits_in"] or answers[rank].get("is_ahead") for rank in outside):
         return False
     return max(_joined(answers[rank]) for rank in inside) < min(_joined(answers[rank]) for rank in outside)
 

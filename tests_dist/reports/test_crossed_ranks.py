@@ -47,7 +47,8 @@ def crossed(rank: int, size: int, fault: str, stall_timeout: float, folder: str)
                 engine.on(Events.ITERATION_COMPLETED(once=2), checkpoint)
 
         trainer = Engine(train_step)
-        trainer.add_metric(Average(), "loss")
+        if fault != "untouched":  # its ranks meet at the end of the group only
+            trainer.add_metric(Average(), "loss")
         match fault:
             case "evaluator":
                 trainer.on(Events.ITERATION_COMPLETED(once=3), evaluate)
@@ -56,10 +57,13 @@ def crossed(rank: int, size: int, fault: str, stall_timeout: float, folder: str)
             case "attached late":
                 trainer.on(Events.STARTED, begin)
         trainer.run([torch.ones(2, 4)] * (6 if fault == "batches" and rank == 1 else 8), max_epochs=2)
+        if fault == "after":
+            evaluate(trainer)
 
 
 ADVICE = {
     "evaluator": ("distributed=False", "runs an Engine that rank 1 does not run", "evaluate"),
+    "after": ("distributed=False", "runs an Engine that rank 1 does not run", "the end of process_group()"),
     "saved by hand": ("on every rank", "Handler", "save"),
     "attached late": ("attach it on every rank", "Checkpoint"),
     "skipped": ("skipped backward()", "its loss did not touch the model"),
@@ -69,7 +73,7 @@ ADVICE = {
 
 
 def check(outcomes: list[Outcome[Any]], fault: str) -> None:
-    culprit = 0 if fault in ("evaluator", "saved by hand", "attached late") else 1
+    culprit = 0 if fault in ("evaluator", "after", "saved by hand", "attached late") else 1
     for outcome in outcomes:
         assert outcome.error_type == "StallError", outcome
         for words in (*ADVICE[fault], f"Rank {culprit} has come to another place", f"Rank {culprit} is at"):
@@ -77,7 +81,7 @@ def check(outcomes: list[Outcome[Any]], fault: str) -> None:
         assert "raise stall_timeout" not in outcome.error_message
 
 
-@pytest.mark.parametrize("fault", ["evaluator", "skipped"])
+@pytest.mark.parametrize("fault", ["evaluator", "skipped", "after"])
 def test_it_is_told_within_seconds_with_a_stall_timeout_of_an_hour(tmp_path: Path, fault: str) -> None:
     check(run_ranks(crossed, 2, fault, 3600, str(tmp_path), init=False, expect_failures=True, deadline_s=90), fault)
 
