@@ -48,14 +48,15 @@ def is_certain(before: _Answers, now: _Answers) -> bool:
     return all(_stands_still(before[rank], now[rank]) for rank in now)
 
 
-def cause(answers: _Answers, culprit: int) -> str | None:
-    """What keeps the ranks from going on, of which `culprit` is behind, and what to do; None where they do not wait for
-    each other.
+def cause(answers: _Answers, behind: int) -> tuple[int, str] | None:
+    """The rank that is where the others are not, and what keeps all from going on and what to do; None where they do
+    not wait for each other. `behind`: the rank that has got least far.
     """
     if not _is_crossed(answers):
         return None
     first, other = _pair(answers)
-    return (
+    culprit = _alone(answers, first, other) if len(_inside(answers)) == len(answers) else behind
+    return culprit, (
         f"Rank {culprit} has come to another place than the others, and they wait for each other, so that none of them "
         "can go on:"
         + "".join(f"\n  rank {rank}: {_shown(answers[rank])}" for rank in sorted(answers)[:_NUM_SHOWN])
@@ -102,6 +103,15 @@ def _pair(answers: _Answers) -> tuple[int, int]:
     first = min(calling or inside)
     others = [rank for rank in answers if answers[rank]["collective"] != answers[first]["collective"]]
     return first, min(others)
+
+
+def _alone(answers: _Answers, first: int, other: int) -> int:
+    """Of those who wait in a collective and those who wait at the end of the group, one of the fewer."""
+    num_first = sum(answers[rank]["collective"] == answers[first]["collective"] for rank in answers)
+    num_other = len(answers) - num_first
+    if num_first == num_other:
+        return first if answers[first]["collective"].startswith(START_OF_RUN) else other
+    return first if num_first < num_other else other
 
 
 def _levels(answer: Mapping[str, Any]) -> list[Level]:

@@ -138,12 +138,9 @@ class RollCall:
         looks like one, so that it is worth to look again in a moment.
         """
         before, answers = self._suspected, self._call()
-        rank = min(answers, key=lambda each: answers[each]["progress"], default=self._here.rank)
-        why = cause(answers, rank) if len(answers) == self._here.size else None
-        self._suspected = {} if why is None else answers
-        if why is None or not is_certain(before, answers):
-            return None, why is not None
-        return Failure("stalled", rank, why, levels_of(answers[rank])), True
+        found = _crossed(answers) if len(answers) == self._here.size else None
+        self._suspected = {} if found is None else answers
+        return found if is_certain(before, answers) else None, found is not None
 
     def _call(self) -> dict[int, dict[str, Any]]:
         """The answers of all ranks, by rank; whose thread does not answer is missing."""
@@ -174,8 +171,8 @@ class RollCall:
     def _culprit(self, answers: dict[int, dict[str, Any]], missing: list[int], timeout_s: float, limit: str) -> Failure:
         rank = missing[0] if missing else min(answers, key=lambda each: answers[each]["progress"])
         told = self._presence.told(rank) if missing else answers[rank]
-        if not missing and (why := cause(answers, rank)) is not None:
-            return Failure("stalled", rank, why, levels_of(told))
+        if not missing and (crossed := _crossed(answers)) is not None:
+            return crossed
         unreached = ", or its host is not reached" if missing and self._presence.may_be_unreached(told) else ""
         error = (
             f"Rank {rank} has made no progress for {timeout_s:g} s, and the others wait for it."
@@ -199,6 +196,12 @@ def _is_whole(answer: dict[str, Any]) -> bool:
         for name, default in _UNREADABLE.items()
     )
     return is_whole and all(isinstance(each, int) for each in answer["progress"])
+
+
+def _crossed(answers: dict[int, dict[str, Any]]) -> Failure | None:
+    """The failure that ranks wait for each other in different places; None where they do not."""
+    found = cause(answers, min(answers, key=lambda each: answers[each]["progress"]))
+    return None if found is None else Failure("stalled", found[0], found[1], levels_of(answers[found[0]]))
 
 
 def _shown(answer: dict[str, Any]) -> str:

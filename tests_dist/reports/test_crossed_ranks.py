@@ -76,7 +76,7 @@ def check(outcomes: list[Outcome[Any]], fault: str) -> None:
     culprit = 0 if fault in ("evaluator", "after", "saved by hand", "attached late") else 1
     for outcome in outcomes:
         assert outcome.error_type == "StallError", outcome
-        for words in (*ADVICE[fault], f"Rank {culprit} has come to another place", f"Rank {culprit} is at"):
+        for words in (*ADVICE[fault], f"Rank {culprit} has come to another place", f"Rank {culprit} is "):
             assert words in outcome.error_message, (words, outcome.error_message)
         assert "raise stall_timeout" not in outcome.error_message
 
