@@ -42,6 +42,8 @@ class ProgressBar:
     """
 
     @other_keywords(
+        metric_names="pass it where the bar is attached: ProgressBar().attach(engine, metric_names=...)",
+        output_transform="pass it where the bar is attached: ProgressBar().attach(engine, output_transform=...)",
         bar_format='the bar has one form; desc= is shown instead of "Epoch"',
     )
     def __init__(self, persist: bool = False, desc: str | None = None) -> None:

@@ -133,6 +133,8 @@ def test_what_is_no_engine_cannot_be_attached_to(name: str, wrong: Any, tmp_path
         (lambda: EarlyStopping(3, lambda engine: 1.0, Engine(nothing), cumulative=True), "cumulative_delta="),
         (lambda: Checkpoint({"m": torch.nn.Linear(1, 1)}, dirname="x"), "save_dir="),
         (lambda: TimeLimit(limit_sec=3), "seconds="),
+        (lambda: ProgressBar(metric_names="all"), r"\.attach\(engine, metric_names="),
+        (lambda: ProgressBar(output_transform=float), r"\.attach\(engine, output_transform="),
     ],
 )
 def test_keywords_of_another_library_are_translated(make: Callable[[], Any], named: str) -> None:
