@@ -354,3 +354,23 @@ def test_a_loss_with_another_signature_is_refused_when_the_trainer_is_made() -> 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match=r"loss_fn=.* cannot be called as loss_fn\(pred, targets\)"):
         create_supervised_trainer(model, optimizer, lambda pred: pred.mean())  # type: ignore[arg-type, misc]
+
+
+def test_a_bar_and_a_tracker_of_each_iteration_show_the_present_average_never_the_last_epochs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dengine.handlers import progress_bar
+    from dengine.metrics import Average, RunningAverage
+
+    monkeypatch.setattr(progress_bar, "_LINE_S", 0.0)  # a line for each iteration
+    trainer, named, every = Engine(lambda engine, batch: batch), Log(), Log()
+    trainer.add_metrics({"running": RunningAverage(alpha=0.5), "mean": Average()})
+    trainer.on(Events.ITERATION_COMPLETED, TrackingHandler(named, ["running"]))
+    trainer.on(Events.ITERATION_COMPLETED, TrackingHandler(every, "all"))
+    ProgressBar().attach(trainer, metric_names=["running"])
+    trainer.run([1.0, 3.0], max_epochs=2)
+    assert [row["running"] for row in named.rows] == [1.0, 2.0, 1.0, 2.0]
+    assert [row["running"] for row in every.rows] == [1.0, 2.0, 1.0, 2.0]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "1/2 " in line]
+    assert lines
+    assert all("running=1" in line for line in lines)
