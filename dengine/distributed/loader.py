@@ -32,11 +32,14 @@ from dengine.distributed.seeding import (
     tell_epoch,
     tell_epoch_in_worker,
 )
+from dengine.distributed.self_sharding import KeptSampler, check_fits, shards_itself
 from dengine.distributed.world import World, refuse_forgotten_group, world
 
-__all__ = ["PreparedLoader", "data_state", "inside", "pass_counters", "prepare_data_loader"]
+__all__ = ["PreparedLoader", "data_state", "inside", "pass_counters", "prepare_data_loader", "renew_workers"]
 
 T = TypeVar("T")
+
+_TOLD = "_dengine_epoch"  # on a loader: of which epoch its workers know
 
 # Taken over as they are; what torch's version at hand does not know is left out.
 _KEPT = (
@@ -61,12 +64,20 @@ def prepare_data_loader(
     any number of ranks, consumed in global batches (`ElasticSampler`). Iterable data sets are sharded by batch: each
     rank reads the stream and keeps its turn.
 
+    What gives each rank its own samples already stays as it is: a `DistributedSampler` (an `ElasticSampler`) for this
+    rank, with its own seed, and a stream that shards itself (Hugging Face's after `split_dataset_by_node`,
+    webdataset's with `split_by_node`, MosaicML's and LitData's `StreamingDataset`, any with `shards_itself = True`).
+    How many batches a rank has is then up to that stream.
+
     What the data set draws at random follows from `seed`, the epoch and the sample alone (`SeededDataset`; a stream's
     from its start), whatever the number of ranks and workers, also in a resumed run and in workers that outlive an
     epoch; what a `collate_fn` of your own draws, from the batch's first sample (`SeededCollate`). `prepared.dataset`
-    has the attributes of the data set inside. Iterating draws nothing from the global generators. The engine tells the
-    epoch; a loop of your own calls `prepared.sampler.set_epoch(epoch)`. Workers are process groups of their own, so
-    that a scheduler's signal to the rank's group does not end them before the rank has saved.
+    has the attributes of the data set inside. Iterating draws nothing from the global generators.
+
+    The engine tells the epoch. If nobody does (the loader is inside a `tqdm`, a `zip`, a class of yours, a step, or in
+    a loop of your own), each new iteration goes on to the next epoch, and a resumed run finds it where it was;
+    `prepared.sampler.set_epoch(epoch)` takes another one. Workers are process groups of their own, so that a
+    scheduler's signal to the rank's group does not end them before the rank has saved.
 
     Args:
         exact: every sample once over all ranks, without padding; shards may differ in length (for evaluation).
@@ -77,7 +88,8 @@ def prepare_data_loader(
 
     Raises:
         TypeError: `loader` is no DataLoader, or has a sampler or batch sampler of the user's own.
-        ValueError: `global_batch_size` does not divide by the number of ranks; `exact` on a loader with `drop_last`.
+        ValueError: `global_batch_size` does not divide by the number of ranks; `exact` on a loader with `drop_last`, or
+            with a sampler that pads; a sampler or a split that is not this rank's of as many.
 
     Cost: no collective; O(1) memory and time for any size of the data set.
     """
@@ -94,11 +106,16 @@ def prepare_data_loader(
     if isinstance(dataset, IterableDataset):
         batch_size = _batch_size(loader, here, global_batch_size)
         deals_to_all_ranks()
-        stream: Any = _IterableShard(dataset, batch_size, here, exact, loader.drop_last, seed, collate)
+        if shards_itself(dataset, here):
+            # Each rank has its own samples already: what they are, and how many, is not decided here.
+            stream: Any = _IterableShard(dataset, batch_size, World(), True, loader.drop_last, seed, collate, here.size)
+        else:
+            stream = _IterableShard(dataset, batch_size, here, exact, loader.drop_last, seed, collate)
         return _rebuilt(loader, stream, seed, collate, batch_size=batch_size, drop_last=loader.drop_last)
     shuffle = _is_shuffled(loader)
     batch_size = _batch_size(loader, here, global_batch_size)
-    sampler = ElasticSampler(
+    kept = _kept_sampler(loader, here, exact=exact)
+    sampler = kept or ElasticSampler(
         dataset,
         batch_size=batch_size or 1,
         num_replicas=here.size,
@@ -111,7 +128,11 @@ def prepare_data_loader(
     if collate is not None or not draws_nothing(dataset, loader.collate_fn):
         dataset = SeededDataset(dataset, seed, collate)
         sampler.carries_epoch = True
-    return _rebuilt(loader, dataset, seed, collate, batch_size=batch_size, sampler=sampler, drop_last=loader.drop_last)
+    prepared = _rebuilt(
+        loader, dataset, seed, collate, batch_size=batch_size, sampler=sampler, drop_last=loader.drop_last
+    )
+    prepared.keeps_sampler = kept is not None
+    return prepared
 
 
 def data_state(data: object) -> DataState | None:
@@ -122,6 +143,8 @@ def data_state(data: object) -> DataState | None:
     for part in (getattr(data, "sampler", None), getattr(data, "dataset", None)):
         if isinstance(part, (ElasticSampler, _IterableShard)):
             return part.state()
+        if isinstance(part, KeptSampler):
+            return part.state(getattr(data, "batch_size", None) or 1)
     return None
 
 
@@ -133,7 +156,25 @@ def inside(part: Any) -> Any:
 def pass_counters(data: object) -> list[PassCounter]:
     """The counters of what in `data` an engine tells the epoch, and what otherwise goes on by itself."""
     parts = (data, getattr(data, "sampler", None), getattr(data, "dataset", None))
-    return [part.passes for part in parts if isinstance(part, (ElasticSampler, _IterableShard))]
+    return [part.passes for part in parts if isinstance(part, (ElasticSampler, KeptSampler, _IterableShard))]
+
+
+def renew_workers(data: object, epoch: int) -> None:
+    """End workers that would outlive an epoch and not hear of the next one, so that the next iteration starts others.
+
+    They hold copies of the data set as it was when they were started; what `prepare_data_loader` gives reaches them.
+    """
+    if not isinstance(data, DataLoader) or isinstance(data, PreparedLoader) or not data.persistent_workers:
+        return
+    if not callable(getattr(data.dataset, "set_epoch", None)) or _is_shared(getattr(data.dataset, "_epoch", None)):
+        return
+    if vars(data).get(_TOLD) != epoch:
+        data._iterator = None
+    vars(data)[_TOLD] = epoch
+
+
+def _is_shared(epoch: object) -> bool:
+    return isinstance(epoch, torch.Tensor) and bool(epoch.is_shared())  # type: ignore[no-untyped-call]  # as Hugging Face's streams keep it
 
 
 def _is_shuffled(loader: "DataLoader[Any]") -> bool:
@@ -152,13 +193,22 @@ def _is_shuffled(loader: "DataLoader[Any]") -> bool:
         return True
     if type(sampler) is SequentialSampler:
         return False
-    if type(sampler) in (DistributedSampler, ElasticSampler):
-        return sampler.shuffle  # type: ignore[attr-defined, no-any-return]
+    if isinstance(sampler, DistributedSampler):
+        return sampler.shuffle
     raise TypeError(
         f"This loader has a sampler of its own ({type(sampler).__qualname__}), which cannot be cut into shards from "
         "outside. Either build the loader with shuffle=True or False (some samples only: torch.utils.data.Subset), "
         "or have the sampler give this rank's samples (see dengine.distributed.world()) and use the loader as it is."
     )
+
+
+def _kept_sampler(loader: "DataLoader[Any]", here: World, *, exact: bool) -> ElasticSampler | KeptSampler | None:
+    """The user's own sampler that gives shards; None where there is none, or the one of a loader prepared before."""
+    sampler = loader.sampler
+    if not isinstance(sampler, DistributedSampler) or (isinstance(loader, PreparedLoader) and not loader.keeps_sampler):
+        return None
+    check_fits(sampler, here, exact=exact)
+    return sampler if isinstance(sampler, ElasticSampler | KeptSampler) else KeptSampler(sampler)
 
 
 def _batch_size(loader: "DataLoader[Any]", here: World, global_batch_size: int | None) -> int | None:
@@ -186,7 +236,7 @@ def _seeded_collate(loader: "DataLoader[Any]") -> SeededCollate | None:
 
 def _rebuilt(
     loader: "DataLoader[Any]", dataset: Any, seed: int, collate: SeededCollate | None, **changed: Any
-) -> "DataLoader[Any]":
+) -> "PreparedLoader[Any]":
     known = inspect.signature(DataLoader).parameters
     kept = {name: getattr(loader, name) for name in _KEPT if name in known and hasattr(loader, name)}
     if not kept.get("pin_memory_device"):
@@ -203,6 +253,8 @@ def _rebuilt(
 
 class PreparedLoader(DataLoader[T]):
     """What `prepare_data_loader` gives."""
+
+    keeps_sampler = False  # the user's own
 
     def __iter__(self) -> Any:
         if isinstance(self.dataset, _IterableShard):  # a sampler counts for itself
@@ -243,7 +295,9 @@ class _IterableShard(IterableDataset[Any]):
         drop_last: bool,
         seed: int = 0,
         collate: SeededCollate | None = None,
+        num_ranks: int | None = None,
     ) -> None:
+        self._num_ranks = here.size if num_ranks is None else num_ranks
         self._dataset = dataset
         self._batch_size = batch_size or 1
         self._rank, self._size = here.rank, here.size
@@ -310,7 +364,7 @@ class _IterableShard(IterableDataset[Any]):
         """As of `ElasticSampler`; a stream's length is not known, nor its order another one's."""
         return {
             "length": None,
-            "global_batch_size": self._size * self._batch_size,
+            "global_batch_size": self._num_ranks * self._batch_size,
             "seed": self._seed,
             "shuffle": None,
             "exact": self._exact,

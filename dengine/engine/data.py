@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 from dengine.distributed import all_reduce, broadcast_object, world
 from dengine.distributed.alike import empties_together
 from dengine.distributed.consistency import any_rank
-from dengine.distributed.loader import pass_counters
+from dengine.distributed.loader import pass_counters, renew_workers
 from dengine.distributed.passes import PassCounter
 from dengine.distributed.seeding import tell_epoch
 from dengine.engine.described import changes_of, check_unchanged, described, length_of
@@ -113,6 +113,7 @@ class Feed:
 
     def tell(self, epoch: int) -> None:
         """Tell the data which epoch it is."""
+        renew_workers(self.data, epoch)
         for part in parts_of(self.data):
             tell_epoch(part, epoch)
 
