@@ -208,6 +208,7 @@ def _kept_sampler(loader: "DataLoader[Any]", here: World, *, exact: bool) -> Ela
     if not isinstance(sampler, DistributedSampler) or (isinstance(loader, PreparedLoader) and not loader.keeps_sampler):
         return None
     check_fits(sampler, here, exact=exact)
+    deals_to_all_ranks()
     return sampler if isinstance(sampler, ElasticSampler | KeptSampler) else KeptSampler(sampler)
 
 
