@@ -59,6 +59,7 @@ class Entry:
         sha256: of the file without its last 64 bytes, which say the same; of a folder's `metadata.json`, which has the
             digests of all its other files.
         num_bytes: of the file, or of all files in the folder.
+        writer: the host, the process, and which of its `Checkpoint`s it was; "" by hand.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Entry:
     versions: dict[str, str] = field(hash=False)
     sha256: str = ""
     num_bytes: int = 0
+    writer: str = ""
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,7 @@ def _parsed(values: Mapping[str, Any]) -> Entry:
         versions=_versions(values["versions"]),
         sha256=sha256,
         num_bytes=_number(values, "num_bytes"),
+        writer=_text(values, "writer") if "writer" in values else "",
     )
 
 

@@ -51,10 +51,11 @@ def planned(
     score_name: str | None,
     objects: tuple[str, ...],
     sequence: int,
+    writer: str = "",
 ) -> Entry:
     """The entry of a file that is yet to be written by this process."""
     versions = {"dengine": _version(), "torch": str(torch.__version__)}
-    return Entry(path.name, prefix, step, score, score_name, sequence, objects, world().size, versions)
+    return Entry(path.name, prefix, step, score, score_name, sequence, objects, world().size, versions, writer=writer)
 
 
 def write(states: States, path: Path, entry: Entry) -> tuple[Path, Path, Entry]:

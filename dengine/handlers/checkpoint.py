@@ -15,6 +15,7 @@ from dengine.checkpoint.manifest import Entry
 from dengine.checkpoint.paths import path_of
 from dengine.checkpoint.plans import Due, Order, Report, write_file
 from dengine.checkpoint.retention import is_kept, own, to_drop
+from dengine.checkpoint.rivals import Rivals
 from dengine.checkpoint.saving import agree, failure_text, planned
 from dengine.checkpoint.snapshot import Collected, HostCopy, States, check_objects, collect
 from dengine.checkpoint.writer import Writing
@@ -139,6 +140,7 @@ class Checkpoint:
         self._is_asynchronous = bool(asynchronous)
         self.last_path: Path | None = None
         self._kept: list[Entry] = []
+        self._rivals = Rivals()
         self._has_looked = False  # into the folder, so that it holds what is kept
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._copy = HostCopy()
@@ -297,8 +299,11 @@ class Checkpoint:
         return self._report(), Due(step, score)
 
     def _order(self, due: Due, path: Path) -> Order:
-        sequence = manifest.survey(self._save_dir).next_sequence
-        entry = planned(path, self._prefix, due.step, due.score, self._score_name, tuple(self._objects), sequence)
+        found = manifest.survey(self._save_dir)
+        self._rivals.check(path, own(found.entries, self._prefix, self._score_name))
+        names, writer = tuple(self._objects), self._rivals.writer
+        what = path, self._prefix, due.step, due.score, self._score_name, names, found.next_sequence
+        entry = planned(*what, writer)
         dropped = to_drop(self._kept, entry, self._n_saved)
         kept = [each for each in self._kept if each not in dropped and each.name != entry.name]
         return Order(path, entry, kept, dropped)
@@ -342,7 +347,8 @@ class Checkpoint:
 
     def _survey(self) -> list[Entry]:
         """What an earlier run has left of its own."""
-        self._kept = own(manifest.survey(self._save_dir).entries, self._prefix, self._score_name)
+        found = own(manifest.survey(self._save_dir).entries, self._prefix, self._score_name)
+        self._kept = self._rivals.first_look(self._save_dir, found)
         self._has_looked = True
         return self._kept
 
