@@ -181,14 +181,14 @@ class Run:
         pause_s, asked_s, wait_s = _EMPTY_PAUSE_S, time.monotonic(), 0.0
         try:
             store.add(count, 1)
-            # In this order: who raises since all are empty is not to be heard of as a failure before that is seen.
-            while not (is_leaving := self.is_asked) and not store.check([answer]) and store.add(count, 0) < size:
+            while not self.is_asked and not store.check([answer]) and store.add(count, 0) < size:
                 if time.monotonic() - asked_s >= wait_s:
                     self._control.messages.publish(kind="empty", run=self.number, epoch=epoch)
                     asked_s, wait_s = time.monotonic(), 2 * wait_s + 1.0
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LOOK_S)
-            return store.add(count, 0) < size or (not is_leaving and store.check([answer]))
+            # Asked last: another rank that has seen it has left the run by now, and may have told so.
+            return bool(store.add(count, 0) < size)
         except DistError as error:
             raise self._control.failures.without_store("they cannot tell whether any has a batch", error) from None
 
