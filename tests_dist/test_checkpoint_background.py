@@ -162,7 +162,7 @@ def resumed(rank: int, size: int, folder: Path) -> tuple[str, int, list[str]]:
     iteration = trainer.state.iteration
     checkpoint = Checkpoint({"model": model, "trainer": trainer}, folder, asynchronous=True)
     trainer.on(Events.ITERATION_COMPLETED(once=3), checkpoint)
-    trainer.run(range(400), max_iterations=3)
+    trainer.run(range(1000), max_iterations=3)
     return Path(str(path)).name, iteration, told
 
 

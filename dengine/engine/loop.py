@@ -409,11 +409,11 @@ class Engine:
         state.batch = None
         if state.epoch_iteration:
             self._current_run().note_batches(state.epoch)
-        elif has_ended:
-            self._check_batches(feed)
         may_end = self._may_begin(place(state.epoch, END))
         if not has_ended or not may_end:
             return False
+        if not state.epoch_iteration:  # its end is begun by now: a rank without a batch holds up nobody's stop
+            self._check_batches(feed)
         state.metrics.update(self._values(is_whole=is_new))
         state._epochs_completed = state.epoch + 1
         self._resuming.end_epoch(feed)

@@ -98,7 +98,7 @@ def test_what_equals_plain_data_is_stored_as_that(tmp_path: Path, given: Any, ex
         (object(), "function|object|slice"),
         (slice(1), "function|object|slice"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_only_a_pickle_could_bring_back_is_named_by_its_path(
     tmp_path: Path, given: Any, way_out: str, ending: str
