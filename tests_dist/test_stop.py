@@ -1,14 +1,14 @@
 """`terminate()` on one rank, and every rank leaves at the same iteration: nobody waits for who has left."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import run_ranks
 
 from dengine import Engine, Events, distributed
-from dengine.distributed.runs import END, place
+from dengine.distributed import runs
+from dengine.distributed.runs import END, Run, place
 from dengine.metrics import Average
 
 
@@ -160,36 +160,20 @@ def test_an_evaluator_stops_its_trainer_on_all_ranks() -> None:
     assert 10 <= found[0][0] <= 13
 
 
-def stopped_in_its_last_iteration(rank: int, size: int, folder: Path) -> tuple[list[int], dict[str, Any]]:
-    """Rank 1 has all batches, and stops in the last one, once the others have come to the end of the epoch."""
-    at_the_end = place(0, END)
-    completed: list[int] = []
+def asked_whether_any_rank_has_a_batch(rank: int, size: int) -> list[int]:
+    begun: list[int] = []
+
+    class Noted(Run):
+        def has_any_rank_batches(self, epoch: int) -> bool:
+            begun.append(self.begun)
+            return super().has_any_rank_batches(epoch)
+
     with distributed.process_group(timeout=300):
-        trainer = Engine(lambda engine, batch: batch)
-        trainer.add_metric(Average(), "mean")
-        trainer.on(Events.EPOCH_COMPLETED, lambda engine: completed.append(engine.state.epoch))
-        if rank == 1:
-
-            @trainer.on(Events.ITERATION_COMPLETED(once=4))
-            def stop(engine: Engine) -> None:
-                while len(list(folder.iterdir())) < size - 1:
-                    time.sleep(0.01)
-                engine.terminate()
-
-        else:
-            may_begin = trainer._may_begin
-
-            def noted(next_place: int) -> bool:
-                may = may_begin(next_place)
-                if next_place == at_the_end:
-                    (folder / str(rank)).touch()
-                return may
-
-            trainer._may_begin = noted  # type: ignore[method-assign]
-        trainer.run([1.0] * (4 if rank == 1 else 0))
-        return completed, dict(trainer.state.metrics)
+        runs.Run = Noted
+        Engine(lambda engine, batch: batch).run([1.0] * (4 if rank == 1 else 0))
+        return begun
 
 
-def test_ranks_without_a_batch_have_begun_the_epochs_end_so_that_a_stop_then_completes_it(tmp_path: Path) -> None:
-    found = run_ranks(stopped_in_its_last_iteration, 3, tmp_path, init=False, deadline_s=60)
-    assert found == [([0], {"mean": 1.0})] * 3
+def test_a_rank_without_a_batch_has_begun_the_epochs_end_so_that_a_stop_in_the_last_batch_completes_it() -> None:
+    at_the_end = place(0, END)
+    assert run_ranks(asked_whether_any_rank_has_a_batch, 3, init=False) == [[at_the_end], [], [at_the_end]]
