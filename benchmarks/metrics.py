@@ -22,7 +22,7 @@ import torch.multiprocessing as multiprocessing
 
 from dengine import distributed
 from dengine.metrics import Accuracy, F1Score, Loss, Precision, Recall, TopKAccuracy
-from dengine.metrics.metric_set import MetricSet
+from dengine.metrics.collection.metric_set import MetricSet
 
 NUM_CLASSES = 10
 COUNTS = (1, 8, 32)

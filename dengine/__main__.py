@@ -7,7 +7,7 @@ from importlib import import_module
 
 __all__ = ["COMMANDS", "main"]
 
-# name -> what it is for. `python -m dengine NAME` runs dengine.cli.NAME.
+# name -> what it is for. `python -m dengine NAME` runs dengine.tools.NAME.
 COMMANDS = {
     "doctor": "whether a training would work here: launcher, ranks, devices, network, checkpoint folder",
     "inspect": "what is in a checkpoint, or in a folder of them, verified",
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, purpose in COMMANDS.items():
         commands.add_parser(name, help=purpose, add_help=False)
     chosen, rest = parser.parse_known_args(arguments)
-    module = import_module(f"dengine.cli.{chosen.command}")
+    module = import_module(f"dengine.tools.{chosen.command}")
     own = argparse.ArgumentParser(prog=f"python -m dengine {chosen.command}", description=COMMANDS[chosen.command])
     module.configure(own)
     return int(module.run(own.parse_args(rest)))

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from dengine import metrics
-from dengine.distributed.world import World
-from dengine.metrics.metric_set import MetricSet
+from dengine.launch.world import World
+from dengine.metrics.collection.metric_set import MetricSet
 
 _MODULES = [
-    importlib.import_module(f"dengine.metrics.{module.name}") for module in pkgutil.iter_modules(metrics.__path__)
+    importlib.import_module(module.name) for module in pkgutil.walk_packages(metrics.__path__, "dengine.metrics.")
 ]
 
 

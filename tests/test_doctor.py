@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from dengine.__main__ import main
-from dengine.cli.doctor import clock, devices, folder, group, interfaces, launcher, limits, master, software
-from dengine.cli.doctor.report import Finding, Header, Report, Verdict, ranks_text
-from dengine.distributed.launch import choose_launch
+from dengine.launch.env import choose_launch
+from dengine.tools.doctor import clock, devices, folder, group, interfaces, launcher, limits, master, software
+from dengine.tools.doctor.report import Finding, Header, Report, Verdict, ranks_text
 
 HOSTS = {0: "node1", 1: "node1", 2: "node2", 3: "node2"}
 AT_MASTER = {

@@ -15,8 +15,8 @@ from torch import nn
 
 from dengine import Engine, Events, distributed
 from dengine.checkpoint import load, verify
-from dengine.checkpoint.manifest import survey
-from dengine.distributed.mailbox import Mailbox
+from dengine.checkpoint.catalogue.manifest import survey
+from dengine.control.exchange import Mailbox
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
 

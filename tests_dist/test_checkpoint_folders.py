@@ -12,9 +12,10 @@ from ranks import Outcome, run_ranks
 from torch import nn
 
 from dengine import Engine, Events, distributed
-from dengine.checkpoint import latest, load, save, storage, verify
-from dengine.checkpoint.manifest import survey
-from dengine.checkpoint.sharded import read_shards
+from dengine.checkpoint import latest, load, save, verify
+from dengine.checkpoint.catalogue.manifest import survey
+from dengine.checkpoint.disk import atomic as storage
+from dengine.checkpoint.formats.sharded.plan import read_shards
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.handlers import Checkpoint
 

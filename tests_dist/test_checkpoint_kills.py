@@ -19,7 +19,7 @@ from torch import nn
 
 from dengine import Engine, Events
 from dengine.checkpoint import latest, verify
-from dengine.checkpoint.manifest import survey
+from dengine.checkpoint.catalogue.manifest import survey
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dengine import Engine, Events, distributed
 from dengine.checkpoint import load, save
-from dengine.checkpoint import storage as storage_module
+from dengine.checkpoint.disk import atomic as storage_module
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.handlers import Checkpoint
 

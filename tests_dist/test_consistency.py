@@ -9,7 +9,7 @@ from ranks import Outcome, run_ranks
 from torch import nn
 
 from dengine import ConsistencyError, Engine, Events, distributed
-from dengine.distributed.consistency import _digest
+from dengine.comm.consistency import _digest
 from dengine.handlers import ConsistencyCheck, TerminateOnNan, TimeLimit
 from dengine.metrics import Average
 

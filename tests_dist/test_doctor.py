@@ -19,7 +19,7 @@ from ranks import free_port, run_command, run_ranks, torchrun
 
 from dengine import distributed
 from dengine.__main__ import main
-from dengine.cli.doctor import devices, group
+from dengine.tools.doctor import devices, group
 
 Visit = tuple[int, str, str]  # exit code, stdout, stderr
 WAIT_S = "4"

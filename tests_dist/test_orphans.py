@@ -13,8 +13,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from dengine import Engine, distributed
-from dengine.distributed.orphan import end_with_agent
 from dengine.handlers import Preemption
+from dengine.launch.parent_death import end_with_agent
 
 AGENT = """
 import subprocess, sys, time
@@ -24,7 +24,7 @@ time.sleep(600)
 """
 RANK = """
 import os, signal, sys, time
-from dengine.distributed.orphan import end_with_agent
+from dengine.launch.parent_death import end_with_agent
 end_with_agent({} if sys.argv[1] == "other" else {"TORCHELASTIC_RUN_ID": "none"})
 def save(*_):
     open(sys.argv[2], "a").write("saved")

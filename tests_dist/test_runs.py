@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dengine import Engine, Events, distributed
-from dengine.checkpoint.sharded import read_shards
+from dengine.checkpoint.formats.sharded.plan import read_shards
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint, EarlyStopping, ProgressBar
 from dengine.metrics import Accuracy, Average

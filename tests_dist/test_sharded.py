@@ -12,10 +12,10 @@ from ranks import Outcome, run_ranks
 from torch import nn
 
 from dengine import distributed
-from dengine.checkpoint import sharded
-from dengine.checkpoint.shard_names import LikeParameters, named_optimizer_state, numbered_optimizer_state
-from dengine.checkpoint.shard_verify import verify_shards
-from dengine.checkpoint.sharded import read_shards, write_shards
+from dengine.checkpoint.formats.sharded import plan as sharded
+from dengine.checkpoint.formats.sharded.names import LikeParameters, named_optimizer_state, numbered_optimizer_state
+from dengine.checkpoint.formats.sharded.plan import read_shards, write_shards
+from dengine.checkpoint.formats.sharded.verify import verify_shards
 from dengine.errors import CorruptCheckpointError
 
 Bits = dict[str, tuple[str, tuple[int, ...], bytes]]

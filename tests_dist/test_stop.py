@@ -7,8 +7,8 @@ import pytest
 from ranks import run_ranks
 
 from dengine import Engine, Events, distributed
-from dengine.distributed import runs
-from dengine.distributed.runs import END, Run, place
+from dengine.control import stop as runs
+from dengine.control.stop import END, Run, place
 from dengine.metrics import Average
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from dengine import Engine, Events, SupervisedEvents, create_supervised_trainer, distributed
-from dengine.distributed.ledger import num_joined
+from dengine.control.call_log import num_joined
 
 Shards = list[list[int]]  # for each rank the sizes of its batches
 LR = 0.1

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from dengine import Events, create_supervised_evaluator, create_supervised_trainer, distributed
-from dengine.distributed.ledger import num_joined
+from dengine.control.call_log import num_joined
 from dengine.metrics import Accuracy, Average, ConfusionMatrix, Loss
 
 METRICS = {"acc": Accuracy, "loss": lambda: Loss(cross_entropy), "table": lambda: ConfusionMatrix(num_classes=3)}

@@ -3,9 +3,9 @@
 The parts, for a script of one's own; `dengine.handlers.Checkpoint` is the policy over them.
 """
 
-from dengine.checkpoint.by_hand import save
+from dengine.checkpoint.catalogue.manifest import Entry
 from dengine.checkpoint.loading import latest, load, verify
-from dengine.checkpoint.manifest import Entry
-from dengine.checkpoint.partial import LeftOut
+from dengine.checkpoint.saving import save
+from dengine.checkpoint.states.partial import LeftOut
 
 __all__ = ["Entry", "LeftOut", "latest", "load", "save", "verify"]

@@ -10,20 +10,21 @@ from typing import Any, BinaryIO, Literal, overload
 
 import torch
 
-from dengine.checkpoint import manifest, storage
-from dengine.checkpoint.elsewhere import refuse_to_load
-from dengine.checkpoint.folders import numbered, read_folder
-from dengine.checkpoint.manifest import Entry
-from dengine.checkpoint.partial import Fitting, LeftOut
-from dengine.checkpoint.paths import no_folder_of_checkpoints, path_of, printable
-from dengine.checkpoint.plain import check_loaded
-from dengine.checkpoint.regular import check_archive, open_regular
-from dengine.checkpoint.restore import Restoring, give_random_states
-from dengine.checkpoint.seal import check_seal, read_seal
-from dengine.checkpoint.shard_verify import holds_shards
-from dengine.checkpoint.snapshot import RANDOM, RESERVED, States, bare, check_objects
+from dengine.checkpoint.catalogue import manifest
+from dengine.checkpoint.catalogue.manifest import Entry
+from dengine.checkpoint.catalogue.paths import no_folder_of_checkpoints, path_of, printable
+from dengine.checkpoint.disk import atomic as storage
+from dengine.checkpoint.disk.footer import check_seal, read_seal
+from dengine.checkpoint.disk.regular import check_archive, open_regular
+from dengine.checkpoint.formats.folder import numbered, read_folder
+from dengine.checkpoint.formats.sharded.verify import holds_shards
+from dengine.checkpoint.states.external_state import refuse_to_load
+from dengine.checkpoint.states.partial import Fitting, LeftOut
+from dengine.checkpoint.states.plain import check_loaded
+from dengine.checkpoint.states.restore import Restoring, give_random_states
+from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, States, bare, check_objects
+from dengine.comm.collectives import from_rank_zero
 from dengine.distributed import all_gather_object, world
-from dengine.distributed.collectives import from_rank_zero
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.types import Stateful
 

@@ -2,7 +2,7 @@
 
 from typing import NoReturn
 
-from dengine.distributed.collectives import (
+from dengine.comm.collectives import (
     all_gather_object,
     all_reduce,
     barrier,
@@ -10,13 +10,13 @@ from dengine.distributed.collectives import (
     progress,
     rank_zero_first,
 )
-from dengine.distributed.group import process_group
-from dengine.distributed.loader import prepare_data_loader
-from dengine.distributed.model import evaluating, prepare_model, unwrap_model
-from dengine.distributed.rank_zero import rank_zero_only
-from dengine.distributed.sampler import ElasticSampler
-from dengine.distributed.world import World, world
+from dengine.comm.rank_zero import rank_zero_only
+from dengine.data.loader import prepare_data_loader
+from dengine.data.sampler import ElasticSampler
+from dengine.distributed.process_group import process_group
+from dengine.launch.world import World, world
 from dengine.naming import refuse_name
+from dengine.parallel.model import evaluating, prepare_model, unwrap_model
 
 __all__ = [
     "ElasticSampler",

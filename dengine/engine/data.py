@@ -8,12 +8,12 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from torch.utils.data import Dataset, IterableDataset
 
+from dengine.comm.consistency import any_rank
+from dengine.data.alike import empties_together
+from dengine.data.loader import pass_counters, renew_workers
+from dengine.data.passes import PassCounter
+from dengine.data.seeding import tell_epoch
 from dengine.distributed import all_reduce, broadcast_object, world
-from dengine.distributed.alike import empties_together
-from dengine.distributed.consistency import any_rank
-from dengine.distributed.loader import pass_counters, renew_workers
-from dengine.distributed.passes import PassCounter
-from dengine.distributed.seeding import tell_epoch
 from dengine.engine.described import changes_of, check_unchanged, described, length_of
 from dengine.engine.own_state import holds_any, parts_of
 from dengine.engine.resetting import SelfResetting, may_reset_itself

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dengine.data.loader import data_state
+from dengine.data.sampler import changed_order
 from dengine.distributed import world
-from dengine.distributed.loader import data_state
-from dengine.distributed.sampler import changed_order
 
 __all__ = ["changes_of", "check_unchanged", "described", "length_of"]
 

@@ -12,10 +12,9 @@ from functools import partial
 from typing import Any, TypeAlias, TypeVar, overload
 
 from dengine.checks import whole_number
+from dengine.control.stop import END, Run, begin_run, place
 from dengine.distributed import rank_zero_only as only_on_rank_zero
 from dengine.distributed import world
-from dengine.distributed.runs import END, Run, begin_run, place
-from dengine.distributed.world import refuse_forgotten_group
 from dengine.engine.data import Absent, Feed, check_data
 from dengine.engine.dispatch import (
     NEVER,
@@ -34,9 +33,10 @@ from dengine.engine.resuming import Resuming, passes_of
 from dengine.engine.start import must_be_alike, samples_if_whole, warn_of_whole_data
 from dengine.engine.state import State
 from dengine.errors import NotComputableError
-from dengine.metrics.live import MetricValues
-from dengine.metrics.metric import OutputTransform
-from dengine.metrics.metric_set import AnyMetric, MetricSet
+from dengine.launch.world import refuse_forgotten_group
+from dengine.metrics.collection.live import MetricValues
+from dengine.metrics.collection.metric_set import AnyMetric, MetricSet
+from dengine.metrics.core.metric import OutputTransform
 from dengine.naming import other_keywords, other_names, shown
 from dengine.random_state import RandomState
 from dengine.types import MetricValue
@@ -502,7 +502,7 @@ class Engine:
                 self._metrics.update(state.output)
             if iteration >= completed.due:
                 completed.fire(self, iteration)
-            run.begun = next_place + iteration  # told before it is asked for: see distributed/runs.py
+            run.begun = next_place + iteration  # told before it is asked for: see control/stop.py
             if iteration >= self._stop_at:
                 return False
             if iteration + 1 - fetch_started_offset >= get_batch_started.due:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dengine.distributed.loader import inside
+from dengine.data.loader import inside
 
 __all__ = ["OwnState", "SavedOwnState", "holds_any", "parts_of"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING
 
-from dengine.distributed.failure import Level
-from dengine.distributed.runs import END
+from dengine.control.failure import Level
+from dengine.control.stop import END
 from dengine.engine.dispatch import Channel
 from dengine.naming import describe
 

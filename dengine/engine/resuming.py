@@ -7,7 +7,7 @@ wound forward to its position, as they were when the state was taken.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dengine.distributed.passes import capture_passes, restore_passes
+from dengine.data.passes import capture_passes, restore_passes
 from dengine.engine.data import Feed
 from dengine.engine.own_state import OwnState
 from dengine.random_state import RandomState, capture, restore

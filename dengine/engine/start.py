@@ -3,10 +3,10 @@
 import warnings
 from typing import Any
 
+from dengine.comm.consistency import Compared
+from dengine.control.stop import Run
+from dengine.data.alike import is_whole_on_every_rank, samples_of, shard_entries
 from dengine.distributed import world
-from dengine.distributed.alike import is_whole_on_every_rank, samples_of, shard_entries
-from dengine.distributed.consistency import Compared
-from dengine.distributed.runs import Run
 from dengine.engine.dispatch import Dispatcher
 
 __all__ = ["must_be_alike", "samples_if_whole", "warn_of_whole_data"]

@@ -5,7 +5,7 @@ from copy import deepcopy
 from operator import attrgetter
 from typing import Any, NoReturn
 
-from dengine.metrics.live import MetricValues
+from dengine.metrics.collection.live import MetricValues
 from dengine.types import MetricValue
 
 __all__ = ["State"]

@@ -9,19 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dengine.checkpoint import loading, manifest
-from dengine.checkpoint.folders import copy_folder, write_folder
-from dengine.checkpoint.manifest import Entry
-from dengine.checkpoint.paths import path_of
-from dengine.checkpoint.plans import Due, Order, Report, write_file
-from dengine.checkpoint.retention import is_kept, own, to_drop
-from dengine.checkpoint.rivals import Rivals
-from dengine.checkpoint.saving import agree, failure_text, planned
-from dengine.checkpoint.snapshot import Collected, HostCopy, States, check_objects, collect
-from dengine.checkpoint.writer import Writing
+from dengine.checkpoint import loading
+from dengine.checkpoint.catalogue import manifest
+from dengine.checkpoint.catalogue.manifest import Entry
+from dengine.checkpoint.catalogue.paths import path_of
+from dengine.checkpoint.catalogue.retention import is_kept, own, to_drop
+from dengine.checkpoint.catalogue.rivals import Rivals
+from dengine.checkpoint.disk.background import Writing
+from dengine.checkpoint.formats.file import agree, failure_text, planned
+from dengine.checkpoint.formats.folder import copy_folder, write_folder
+from dengine.checkpoint.requests import Due, Order, Report, write_file
+from dengine.checkpoint.states.snapshot import Collected, HostCopy, States, check_objects, collect
 from dengine.checks import whole_number
+from dengine.comm.collectives import from_rank_zero
 from dengine.distributed import world
-from dengine.distributed.collectives import from_rank_zero
 from dengine.engine import Engine, Events
 from dengine.errors import CheckpointError
 from dengine.handlers.score import check_score_function, score_of

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dengine.comm.consistency import compare_tensors
 from dengine.distributed import unwrap_model
-from dengine.distributed.consistency import compare_tensors
 from dengine.engine import Engine
 from dengine.naming import other_names, shown
 

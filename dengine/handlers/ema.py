@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dengine.checkpoint.compiled import aligned
 from dengine.checks import whole_number
+from dengine.compiled_names import aligned
 from dengine.distributed import unwrap_model
 from dengine.engine import Engine
 from dengine.naming import other_keywords, other_names, shown

@@ -12,7 +12,7 @@ from dengine.engine import Absent, Engine, Events
 from dengine.engine.dispatch import collective
 from dengine.handlers.arguments import check_engine, check_function
 from dengine.handlers.peaks import peak_flops_per_s
-from dengine.metrics.inputs import num_samples
+from dengine.metrics.core.inputs import num_samples
 from dengine.naming import shown
 from dengine.types import summable
 

@@ -1,18 +1,18 @@
 """Metrics: exact over any number of ranks, all of an engine's in one collective."""
 
-from dengine.metrics.accuracy import Accuracy, TopKAccuracy
-from dengine.metrics.average import Average
-from dengine.metrics.classification import ConfusionMatrix, F1Score, Precision, Recall
-from dengine.metrics.distributed import DistributedAccuracy, DistributedMetric
-from dengine.metrics.epoch_metric import EpochMetric
-from dengine.metrics.function import MetricFunction
-from dengine.metrics.loss import Loss
-from dengine.metrics.metric import Metric
-from dengine.metrics.metric_set import compute_all
-from dengine.metrics.perplexity import Perplexity
-from dengine.metrics.regression import MAE, MSE, RMSE, R2Score
-from dengine.metrics.running import RunningAverage
-from dengine.metrics.throughput import Throughput
+from dengine.metrics.builtin.accuracy import Accuracy, TopKAccuracy
+from dengine.metrics.builtin.average import Average
+from dengine.metrics.builtin.classification import ConfusionMatrix, F1Score, Precision, Recall
+from dengine.metrics.builtin.distributed import DistributedAccuracy, DistributedMetric
+from dengine.metrics.builtin.epoch_metric import EpochMetric
+from dengine.metrics.builtin.loss import Loss
+from dengine.metrics.builtin.perplexity import Perplexity
+from dengine.metrics.builtin.regression import MAE, MSE, RMSE, R2Score
+from dengine.metrics.builtin.running import RunningAverage
+from dengine.metrics.builtin.throughput import Throughput
+from dengine.metrics.collection.metric_set import compute_all
+from dengine.metrics.core.function import MetricFunction
+from dengine.metrics.core.metric import Metric
 
 __all__ = [
     "MAE",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dengine.checks import takes
-from dengine.distributed.gradients import Count
 from dengine.naming import describe
+from dengine.parallel.gradients import Count
 
 __all__ = [
     "LossFunction",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dengine.checkpoint.elsewhere import keep_elsewhere
-from dengine.distributed.gradients import Count, GradientMean, check_loss
+from dengine.checkpoint.states.external_state import keep_elsewhere
+from dengine.parallel.gradients import Count, GradientMean, check_loss
 from dengine.supervised.batches import ModelFunction
 from dengine.types import is_short_float
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from dengine.distributed import evaluating, unwrap_model, world
-from dengine.distributed.gradients import find_fsdp
 from dengine.engine import Absent, Engine, Events
-from dengine.metrics.metric_set import AnyMetric
+from dengine.metrics.collection.metric_set import AnyMetric
+from dengine.parallel.gradients import find_fsdp
 from dengine.supervised.accelerator import accelerator_for, distributed_kind
 from dengine.supervised.batches import (
     ModelFunction,

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dengine.comm.collectives import broadcast_tensors
+from dengine.comm.mesh import spreads_model
 from dengine.distributed import prepare_model, world
-from dengine.distributed.buckets import settle_buckets
-from dengine.distributed.collectives import broadcast_tensors
-from dengine.distributed.gradients import find_ddp, find_fsdp
-from dengine.distributed.mesh import spreads_model
+from dengine.parallel.ddp_buckets import settle_buckets
+from dengine.parallel.gradients import find_ddp, find_fsdp
 from dengine.supervised.accelerator import distributed_kind
 from dengine.supervised.deepspeed import check_clipping, check_precision, configured, is_engine, keep_states_out
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from dengine.distributed import unwrap_model, world
-from dengine.distributed.gradients import Count
 from dengine.engine import Absent, Engine, EventEnum, Events
+from dengine.parallel.gradients import Count
 from dengine.supervised.batches import (
     LossFunction,
     ModelFunction,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dengine.distributed.gradients import Count, GradientMean, check_loss
+from dengine.parallel.gradients import Count, GradientMean, check_loss
 from dengine.supervised.accelerator import distributed_kind
 from dengine.supervised.deepspeed import DeepSpeedUpdate
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from dengine.checks import path_of
 from dengine.distributed import world
-from dengine.distributed.launch import find_launch
+from dengine.launch.env import find_launch
 from dengine.tracking.artifacts import Artifact
 from dengine.tracking.backend import BACKENDS, RunInfo, open_backend
 from dengine.tracking.files import TrackingError, path_part, read_json, refuse_outside, write_json

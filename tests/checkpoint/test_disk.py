@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from dengine import Engine, Events
-from dengine.checkpoint import disk, latest, load, save, storage, verify
-from dengine.checkpoint.digested import DigestedFile
+from dengine.checkpoint import latest, load, save, verify
+from dengine.checkpoint.disk import atomic as storage
+from dengine.checkpoint.disk import room as disk
+from dengine.checkpoint.disk.hashing import DigestedFile
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from dengine import Engine, Events
-from dengine.checkpoint import load, manifest, save, verify
+from dengine.checkpoint import load, save, verify
+from dengine.checkpoint.catalogue import manifest
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
 

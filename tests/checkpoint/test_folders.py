@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from dengine.__main__ import main
-from dengine.checkpoint import latest, load, save, storage, verify
-from dengine.checkpoint.manifest import survey
+from dengine.checkpoint import latest, load, save, verify
+from dengine.checkpoint.catalogue.manifest import survey
+from dengine.checkpoint.disk import atomic as storage
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.handlers import Checkpoint
 

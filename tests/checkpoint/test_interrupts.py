@@ -14,9 +14,9 @@ from torch import nn
 
 from dengine import Engine, Events
 from dengine.checkpoint import load, verify
-from dengine.checkpoint.digested import DigestedFile
-from dengine.checkpoint.storage import write_beside
-from dengine.checkpoint.writer import Writing
+from dengine.checkpoint.disk.atomic import write_beside
+from dengine.checkpoint.disk.background import Writing
+from dengine.checkpoint.disk.hashing import DigestedFile
 from dengine.handlers import Checkpoint
 
 # The disk waits for two interrupts, in a step and while the run waits for the disk, and then for a moment more.
@@ -24,7 +24,7 @@ TWICE_INTERRUPTED = """
 import os, signal, sys, threading, time
 import torch
 from dengine import Engine, Events
-from dengine.checkpoint.writer import Writing
+from dengine.checkpoint.disk.background import Writing
 from dengine.handlers import Checkpoint
 
 fsync, within = os.fsync, Writing.is_done_within

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from dengine.checkpoint import shard_files
-from dengine.checkpoint.shard_names import LikeParameters, named_optimizer_state, numbered_optimizer_state
-from dengine.checkpoint.shard_verify import verify_shards
-from dengine.checkpoint.sharded import read_shards, write_shards
+from dengine.checkpoint.formats.sharded import files as shard_files
+from dengine.checkpoint.formats.sharded.names import LikeParameters, named_optimizer_state, numbered_optimizer_state
+from dengine.checkpoint.formats.sharded.plan import read_shards, write_shards
+from dengine.checkpoint.formats.sharded.verify import verify_shards
 from dengine.errors import CheckpointError, CorruptCheckpointError
 
 DTYPES = sorted({dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}, key=str)
@@ -342,7 +342,8 @@ def test_metadata_that_somebody_made_up_are_refused(tmp_path: Path, old: str, ne
 def test_reading_a_plain_module_loads_no_machinery_of_sharding(tmp_path: Path) -> None:
     folder = small_folder(tmp_path)
     code = (
-        "import sys; from pathlib import Path; import dengine; from dengine.checkpoint.sharded import read_shards\n"
+        "import sys; from pathlib import Path; import dengine\n"
+        "from dengine.checkpoint.formats.sharded.plan import read_shards\n"
         f"read_shards(Path({str(folder)!r}))\n"
         "assert 'torch.distributed.checkpoint' not in sys.modules"
     )

@@ -8,9 +8,9 @@ from torch import nn
 
 from dengine import Engine
 from dengine.checkpoint import load, save
-from dengine.checkpoint.manifest import Entry
-from dengine.checkpoint.retention import is_kept, to_drop
-from dengine.checkpoint.snapshot import HostCopy
+from dengine.checkpoint.catalogue.manifest import Entry
+from dengine.checkpoint.catalogue.retention import is_kept, to_drop
+from dengine.checkpoint.states.snapshot import HostCopy
 from dengine.errors import CheckpointError
 
 

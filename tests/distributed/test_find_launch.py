@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from dengine.distributed.launch import Launch, choose_launch, find_launch
-from dengine.distributed.slurm import host_names, tasks_per_node
 from dengine.errors import LaunchError
+from dengine.launch.env import Launch, choose_launch, find_launch
+from dengine.launch.slurm import host_names, tasks_per_node
 
 TORCHRUN = {
     "RANK": "5",

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from dengine.distributed import interface
-from dengine.distributed.interface import interface_to
+from dengine.launch import network as interface
+from dengine.launch.network import interface_to
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from dengine.data.loader import _IterableShard, data_state
+from dengine.data.seeding import SeededDataset
 from dengine.distributed import ElasticSampler, World, prepare_data_loader
-from dengine.distributed.loader import _IterableShard, data_state
-from dengine.distributed.seeding import SeededDataset
 
 NUMBERS = TensorDataset(torch.arange(10))
 
@@ -82,14 +82,14 @@ def test_a_prepared_loader_can_be_prepared_again() -> None:
 
 
 def test_a_prepared_stream_can_be_prepared_again_and_is_not_sharded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dengine.distributed.loader.world", lambda: World(rank=1, size=2))
+    monkeypatch.setattr("dengine.data.loader.world", lambda: World(rank=1, size=2))
     once = prepare_data_loader(DataLoader(Stream(8), batch_size=2))
     assert [batch.tolist() for batch in prepare_data_loader(once)] == [batch.tolist() for batch in once]
 
 
 def test_a_loader_gets_a_generator_of_its_own_that_differs_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     def seed_of(rank: int) -> int:
-        monkeypatch.setattr("dengine.distributed.loader.world", lambda: World(rank=rank, size=2))
+        monkeypatch.setattr("dengine.data.loader.world", lambda: World(rank=rank, size=2))
         generator = prepare_data_loader(DataLoader(NUMBERS)).generator
         assert generator is not None
         return int(generator.initial_seed())
@@ -150,7 +150,7 @@ def test_what_cannot_be_sharded_says_what_to_do(
 
 
 def test_an_indivisible_global_batch_names_the_nearest_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dengine.distributed.loader.world", lambda: World(rank=0, size=3))
+    monkeypatch.setattr("dengine.data.loader.world", lambda: World(rank=0, size=3))
     with pytest.raises(ValueError, match="global_batch_size=10 does not divide into 3 ranks.*: 9 and 12"):
         prepare_data_loader(DataLoader(NUMBERS), global_batch_size=10)
     with pytest.raises(ValueError, match="nearest sizes that do: 3"):

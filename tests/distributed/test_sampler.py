@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
+from dengine.data.permutation import Permutation
+from dengine.data.sampler import check_same
 from dengine.distributed import ElasticSampler
-from dengine.distributed.permutation import Permutation
-from dengine.distributed.sampler import check_same
 
 SIZES = st.integers(0, 60)
 

@@ -21,8 +21,7 @@ from torch.utils.data import (
 )
 
 from dengine import Engine, Events
-from dengine.distributed import prepare_data_loader
-from dengine.distributed.seeding import (
+from dengine.data.seeding import (
     EpochIndex,
     SeededCollate,
     SeededDataset,
@@ -30,6 +29,7 @@ from dengine.distributed.seeding import (
     draws_nothing,
     seed_generators,
 )
+from dengine.distributed import prepare_data_loader
 
 Drawn = tuple[int, float, float, float, float]
 

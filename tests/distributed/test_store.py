@@ -7,8 +7,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
-from dengine.distributed.launch import Launch
-from dengine.distributed.store import _listening, open_store
+from dengine.launch.env import Launch
+from dengine.launch.store import _listening, open_store
 
 
 def at(port: int) -> Launch:

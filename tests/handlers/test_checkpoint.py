@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dengine import Engine, Events
-from dengine.checkpoint.writer import Writing
+from dengine.checkpoint.disk.background import Writing
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
 

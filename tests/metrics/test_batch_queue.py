@@ -9,9 +9,9 @@ import torch
 from sklearn.metrics import accuracy_score, recall_score
 
 from dengine.metrics import Accuracy, ConfusionMatrix, Recall, Throughput, TopKAccuracy
-from dengine.metrics.batch_queue import BatchQueue
-from dengine.metrics.held import give_back, held
-from dengine.metrics.metric_set import MetricSet
+from dengine.metrics.collection.metric_set import MetricSet
+from dengine.metrics.collection.saved_state import give_back, held
+from dengine.metrics.core.batch_queue import BatchQueue
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 NUM_BATCHES = 69  # two full queues and some
@@ -160,7 +160,7 @@ def test_a_mapping_is_read_in_an_engine_as_before() -> None:
 
 def test_an_epoch_resumed_in_its_middle_took_the_time_before_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
-    monkeypatch.setattr("dengine.metrics.throughput.perf_counter", lambda: now_s)
+    monkeypatch.setattr("dengine.metrics.builtin.throughput.perf_counter", lambda: now_s)
     metric: Any = Throughput()
     metric.update(torch.zeros(30))
     now_s += 2

@@ -9,7 +9,7 @@ import torch
 
 from dengine import metrics
 
-MODULES = [f"dengine.metrics.{module.name}" for module in pkgutil.iter_modules(metrics.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(metrics.__path__, "dengine.metrics.")]
 
 
 @pytest.mark.parametrize("name", MODULES)

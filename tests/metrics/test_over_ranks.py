@@ -28,7 +28,7 @@ from dengine.metrics import (
     Throughput,
     TopKAccuracy,
 )
-from dengine.metrics.metric_set import MetricSet
+from dengine.metrics.collection.metric_set import MetricSet
 
 
 def scores(output: Any) -> Any:

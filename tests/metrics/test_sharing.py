@@ -16,7 +16,7 @@ from dengine.metrics import (
     Recall,
     compute_all,
 )
-from dengine.metrics.class_counts import ClassCounts
+from dengine.metrics.builtin.class_counts import ClassCounts
 
 SCORES, LABELS = torch.randn(20, 4), torch.randint(0, 4, (20,))
 BATCHES = list(zip(SCORES.split((5, 15)), LABELS.split((5, 15)), strict=True))

@@ -10,8 +10,8 @@ from torch import nn
 
 from dengine import Engine
 from dengine.checkpoint import load, save
-from dengine.checkpoint.compiled import without_compiled
-from dengine.checkpoint.sharded import read_shards
+from dengine.checkpoint.formats.sharded.plan import read_shards
+from dengine.compiled_names import without_compiled
 from dengine.handlers import EMA
 
 
@@ -86,8 +86,8 @@ def test_an_old_checkpoint_with_the_longer_names_still_loads(
     saved = parts(True)
     path = tmp_path / f"c_1{ending}"
     with monkeypatch.context() as patch:  # as it was written before
-        patch.setattr("dengine.checkpoint.plain.without_compiled", lambda name: name)
-        patch.setattr("dengine.checkpoint.shard_names.without_compiled", lambda name: name)
+        patch.setattr("dengine.checkpoint.states.plain.without_compiled", lambda name: name)
+        patch.setattr("dengine.checkpoint.formats.sharded.names.without_compiled", lambda name: name)
         patch.setattr("dengine.handlers.ema.aligned", lambda state, like: state)
         save(path, saved)
     states = torch.load(path, weights_only=True) if ending else read_shards(path)

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from dengine import Engine, Events
+from dengine.data.loader import data_state
 from dengine.distributed import ElasticSampler, World, prepare_data_loader
-from dengine.distributed.loader import data_state
 
 NUMBERS = TensorDataset(torch.arange(13))
 PLACES = [(0, 2), (1, 2)]
@@ -19,7 +19,7 @@ PLACES = [(0, 2), (1, 2)]
 @pytest.fixture(params=PLACES, ids=["rank 0", "rank 1"])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     rank, size = request.param
-    monkeypatch.setattr("dengine.distributed.loader.world", lambda: World(rank=rank, size=size))
+    monkeypatch.setattr("dengine.data.loader.world", lambda: World(rank=rank, size=size))
     return rank, size
 
 

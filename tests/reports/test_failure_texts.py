@@ -4,9 +4,9 @@ import builtins
 
 import pytest
 
-from dengine.distributed.failure import Failure, cause_chain, is_of_backend, line_of, traceback_of
-from dengine.distributed.parsing import parse_numbers, parse_object
-from dengine.distributed.undisturbed import undisturbed
+from dengine.control.failure import Failure, cause_chain, is_of_backend, line_of, traceback_of
+from dengine.control.undisturbed import undisturbed
+from dengine.launch.parsing import parse_numbers, parse_object
 
 
 def circle(length: int, *, by_context: bool) -> BaseException:

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from dengine.__main__ import main
-from dengine.checkpoint import latest, load, manifest, save, shard_files, verify
-from dengine.checkpoint.digested import DigestedFile
-from dengine.checkpoint.seal import SealedFile
-from dengine.checkpoint.shard_check import check_declared
+from dengine.checkpoint import latest, load, save, verify
+from dengine.checkpoint.catalogue import manifest
+from dengine.checkpoint.disk.footer import SealedFile
+from dengine.checkpoint.disk.hashing import DigestedFile
+from dengine.checkpoint.formats.sharded import files as shard_files
+from dengine.checkpoint.formats.sharded.check import check_declared
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.handlers import Checkpoint
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from dengine import distributed
-from dengine.distributed import meeting
-from dengine.distributed.launch import Launch
-from dengine.distributed.store import _listening, open_store
 from dengine.errors import LaunchError
+from dengine.launch import rendezvous as meeting
+from dengine.launch.env import Launch
+from dengine.launch.store import _listening, open_store
 
 
 @pytest.fixture

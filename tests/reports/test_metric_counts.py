@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from dengine import Engine, MetricStateError, create_supervised_trainer
-from dengine.distributed.gradients import GradientMean
 from dengine.handlers import ThroughputMonitor
 from dengine.metrics import (
     MAE,
@@ -25,6 +24,7 @@ from dengine.metrics import (
     RunningAverage,
     Throughput,
 )
+from dengine.parallel.gradients import GradientMean
 
 WHOLE = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

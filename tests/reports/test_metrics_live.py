@@ -175,7 +175,7 @@ def test_an_epoch_without_an_iteration_shows_no_old_value() -> None:
 
 def test_the_speed_is_that_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("dengine.metrics.throughput.perf_counter", lambda: now[0])
+    monkeypatch.setattr("dengine.metrics.builtin.throughput.perf_counter", lambda: now[0])
     trainer, seen = trainer_with(speed=Throughput()), []
 
     @trainer.on(Events.ITERATION_COMPLETED)

@@ -17,7 +17,7 @@ from torchmetrics.regression import KendallRankCorrCoef
 from dengine import Engine, Events
 from dengine.handlers import Checkpoint
 from dengine.metrics import Average, Metric
-from dengine.metrics.held import give_back, held
+from dengine.metrics.collection.saved_state import give_back, held
 
 BATCHES = [torch.tensor([[1.0, 2.0], [3.0, 5.0]]) + torch.tensor([3.0, 1.0]) * i**2 for i in range(4)]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dengine.cli import plot
+from dengine.tools import plot
 from dengine.tracking import Track
 
 

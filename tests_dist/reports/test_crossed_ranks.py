@@ -11,7 +11,7 @@ from ranks import Outcome, run_ranks
 from torch import nn
 
 from dengine import Engine, Events, distributed
-from dengine.distributed.deadlock import cause, is_certain
+from dengine.control.deadlock import cause, is_certain
 from dengine.handlers import Checkpoint
 from dengine.metrics import Average
 

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from ranks import free_port, run_ranks, torchrun
 
 from dengine import Engine, Events, distributed
-from dengine.distributed import meeting
-from dengine.distributed.control import Control
-from dengine.distributed.world import control
+from dengine.control.plane import Control
 from dengine.errors import RemoteRankError, StallError
+from dengine.launch import rendezvous as meeting
+from dengine.launch.world import control
 
 HOSTS_STORE = {"TORCHELASTIC_USE_AGENT_STORE": "False"}  # rank 0 hosts it, and no launcher
 

@@ -1,0 +1,1 @@
+"""Which checkpoints a folder holds, and which are kept."""

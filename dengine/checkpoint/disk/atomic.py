@@ -1,0 +1,249 @@
+"""Files and folders that are complete or not there: written beside their final name, flushed, then renamed."""
+
+import itertools
+import os
+import re
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from dengine.checkpoint.disk.room import free_aside
+
+__all__ = [
+    "begin",
+    "commit",
+    "discard",
+    "end",
+    "make_folder",
+    "put_back",
+    "remove",
+    "remove_leftovers",
+    "sync_folder",
+    "temporary_path",
+    "write_beside",
+]
+
+T = TypeVar("T")
+
+_ASIDE_BYTES = 1 << 20  # less than this is freed faster than a thread starts
+_REPLACED = ".replaced"  # .{final name}.replaced: a folder that makes room for a new one of its name
+# .{final name}.{process}-{count}@{host}.tmp
+_TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-\d+@(?P<host>[^/]*)\.tmp")
+_count = itertools.count()
+_under_way: set[str] = set()  # names, each used once, that this process writes or is yet to commit, in any thread
+_lock = threading.Lock()
+
+
+def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
+    """Have `write` fill a temporary file (its descriptor) in the folder of `path`, down to the disk.
+
+    In the same folder, since a rename is atomic only within one file system. Where anything fails, the temporary file
+    is gone again, and `path` is as it was. Until it is committed, no other thread takes it for a leftover.
+
+    Returns:
+        The temporary file's path, and what `write` gave.
+
+    Raises:
+        OSError: the folder cannot be made or written, or the disk is full.
+    """
+    make_folder(path.parent)
+    temporary = temporary_path(path)
+    begin(temporary)
+    try:
+        with _interrupts_told():
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+            try:
+                result = write(descriptor)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        end(temporary)
+        raise
+    return temporary, result
+
+
+@contextmanager
+def _interrupts_told() -> Iterator[None]:
+    """Raise the interrupt (Ctrl-C, an exit by a signal's handler) that an error came of: a file that is closed in its
+    midst, as torch's, complains about that.
+    """
+    handled = sys.exc_info()[1]  # before, which is not where an error of this block comes from
+    try:
+        yield
+    except Exception as error:
+        behind = error.__context__
+        while behind is not None and behind is not handled:
+            if not isinstance(behind, Exception):
+                raise behind from None
+            behind = behind.__context__
+        raise
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that says which process of which host writes it, new with each call."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{next(_count)}@{_host()}.tmp")
+
+
+def commit(temporary: Path, path: Path) -> None:
+    """Give the finished file or folder its name. From here on it survives a power cut.
+
+    A folder takes no other's place in one step: one that has the name steps aside before, and goes afterwards. A kill
+    between the two renames leaves it aside, where `put_back` finds it.
+
+    Raises:
+        OSError: it cannot be renamed, or the folder not be flushed; the temporary file is gone then, and `path` is as
+            it was (but for what had that name before, and has been replaced by then). Of what interrupts it (Ctrl-C),
+            `path` is as it was, or has what is new.
+    """
+    is_new, is_folder = not os.path.lexists(path), temporary.is_dir()
+    try:
+        if is_folder:
+            _swap_folders(temporary, path)
+        else:
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        if os.path.lexists(temporary):
+            discard(temporary)
+        elif is_new and isinstance(error, Exception):
+            discard(path)
+        raise
+    finally:
+        end(temporary)
+    if is_folder:
+        discard(_aside(path))
+
+
+def remove(path: Path) -> None:
+    """Drop a file or folder that a newer one has made superfluous; one that is gone already is no error.
+
+    A folder loses its name first, so that it is never seen half removed. So does what is large, and a thread frees the
+    rest. Not by way of an open descriptor: a process forked meanwhile (a loader's worker) would hold the blocks for as
+    long as it lives.
+    """
+    is_folder = path.is_dir()
+    with suppress(FileNotFoundError):
+        is_large = sum(each.stat().st_size for each in (path.iterdir() if is_folder else [path])) >= _ASIDE_BYTES
+        if is_folder or is_large:
+            doomed = temporary_path(path)
+            os.rename(path, doomed)
+            begin(doomed)
+            free_aside(lambda: _free(doomed)) if is_large else _free(doomed)
+        else:
+            os.unlink(path)
+
+
+def _free(doomed: Path) -> None:
+    discard(doomed)
+    end(doomed)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, as far as it can be removed; no error where it cannot."""
+    if path.is_dir():
+        with _interrupts_told():
+            shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            os.unlink(path)
+
+
+def put_back(folder: Path) -> None:
+    """Give the folders in `folder` their names again that a kill has left aside, in the midst of being replaced."""
+    for aside in folder.glob(f".*{_REPLACED}"):
+        path = folder / aside.name.removeprefix(".").removesuffix(_REPLACED)
+        if path.is_dir():
+            discard(aside)
+            continue
+        with suppress(OSError):
+            os.rename(aside, path)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove the temporary files and folders in `folder` that a killed process of this host left; give their paths.
+
+    A file is left alone while its process lives, and where another host wrote it: nobody here knows whether that one
+    lives. What cannot be removed stays.
+    """
+    removed = []
+    for path in folder.iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and match["host"] == _host() and not _is_written(path, int(match["pid"])):
+            discard(path)
+            if not os.path.lexists(path):
+                removed.append(path)
+    return removed
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is in the folder, and reaches the disk with it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and those above it, each on the disk in its own parent."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_folder(each.parent)
+
+
+def _swap_folders(temporary: Path, path: Path) -> None:
+    aside = _aside(path)
+    if not os.path.lexists(path):
+        os.rename(temporary, path)
+        return
+    discard(aside)
+    try:
+        os.rename(path, aside)
+        os.rename(temporary, path)
+    except BaseException:
+        if not os.path.lexists(path):
+            os.rename(aside, path)
+        raise
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_REPLACED}")
+
+
+def begin(temporary: Path) -> None:
+    """From now on, `temporary` is none of the leftovers that another thread of this process removes."""
+    with _lock:
+        _under_way.add(temporary.name)
+
+
+def end(temporary: Path) -> None:
+    """What is there still is a leftover."""
+    with _lock:
+        _under_way.discard(temporary.name)
+
+
+def _is_written(path: Path, pid: int) -> bool:
+    if pid == os.getpid():
+        # In a container, a requeued process often gets the number of the one that was killed.
+        with _lock:
+            return path.name in _under_way
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it is somebody else's
+    return True
+
+
+def _host() -> str:
+    return socket.gethostname().replace("/", "_")

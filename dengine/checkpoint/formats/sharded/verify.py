@@ -1,0 +1,97 @@
+"""What a folder of shards is, and whether every byte of it is as it was written. No collective, no tensor is made."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from dengine.checkpoint.disk.footer import Seal
+from dengine.checkpoint.disk.regular import open_regular
+from dengine.checkpoint.formats.sharded.files import FILE_NAME, METADATA, as_corrupt, read_metadata, read_whole
+from dengine.errors import CorruptCheckpointError
+
+__all__ = ["check_file", "check_length", "holds_shards", "is_shard_folder", "read_outline", "verify_shards"]
+
+# As write_metadata() begins: keys are sorted, and this is the first.
+_ABOUT = b'{"body":{"about":'
+_ABOUT_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20
+
+
+def is_shard_folder(path: Path, *, alone: bool = False) -> bool:
+    """Whether `path` is a folder with files of a sharded checkpoint, damaged or not; `alone`: with no others."""
+    if not path.is_dir():
+        return False
+    fitting = [name == METADATA or FILE_NAME.fullmatch(name) is not None for name in os.listdir(path)]
+    return any(fitting) and (all(fitting) or not alone)
+
+
+def holds_shards(path: Path) -> bool:
+    """Whether the folder `path` is, or was, a checkpoint: a `metadata.json` of something else makes it none."""
+    if not path.is_dir():
+        return False
+    if any(FILE_NAME.fullmatch(name) for name in os.listdir(path)):
+        return True
+    try:
+        read_outline(path)
+    except (CorruptCheckpointError, OSError):
+        return False
+    return True
+
+
+def read_outline(folder: Path) -> Seal:
+    """What the folder says of itself, not proven: with the SHA-256 of `metadata.json`, and the bytes of all files.
+
+    Cost: `metadata.json` is read, but only its beginning is parsed.
+
+    Raises:
+        CorruptCheckpointError: `metadata.json` is missing, or does not begin as it should. OSError: it cannot be read.
+    """
+    path = folder / METADATA
+    with as_corrupt(path):
+        raw = read_whole(path)
+        if not raw.startswith(_ABOUT):
+            raise ValueError("it does not begin with what it is about")
+        about, _ = json.JSONDecoder().raw_decode(raw[len(_ABOUT) : len(_ABOUT) + _ABOUT_BYTES].decode("ascii"))
+        num_bytes = sum(each.stat().st_size for each in folder.iterdir())
+        return Seal(dict(about), hashlib.sha256(raw).hexdigest(), num_bytes)
+
+
+def verify_shards(folder: Path) -> None:
+    """Compare every file in `folder` with its digest. No collective: one rank suffices.
+
+    Raises:
+        FileNotFoundError: there is no such folder. CorruptCheckpointError: names the file that is missing or changed.
+        ValueError: it is of another format, or of a machine with another byte order.
+    """
+    folder = Path(folder)
+    for name, (num_bytes, sha256) in read_metadata(folder).files.items():
+        check_file(folder / name, num_bytes, sha256)
+
+
+def check_file(path: Path, num_bytes: int, sha256: str) -> None:
+    """
+    Raises:
+        CorruptCheckpointError: the file is missing, of another length, or was changed.
+    """
+    check_length(path, num_bytes)
+    digest = hashlib.sha256()
+    try:
+        with open_regular(path) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path} cannot be read: {error}") from error
+    if digest.hexdigest() != sha256:
+        raise CorruptCheckpointError(f"{path} was changed: its SHA-256 is {digest.hexdigest()}, not {sha256}.")
+
+
+def check_length(path: Path, num_bytes: int) -> None:
+    """
+    Raises:
+        CorruptCheckpointError: the file is missing, or of another length.
+    """
+    if not path.is_file():
+        raise CorruptCheckpointError(f"{path} is missing.")
+    if path.stat().st_size != num_bytes:
+        raise CorruptCheckpointError(f"{path} has {path.stat().st_size} bytes, but was written with {num_bytes}.")

@@ -1,0 +1,140 @@
+"""What would be lost: parameters that differ between ranks under one name, of which a checkpoint keeps one.
+
+So it is with the stages of a pipeline, and with experts, that somebody has laid out by hand.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dengine.checkpoint.formats.sharded.files import local_box, local_part
+from dengine.compiled_names import without_compiled
+from dengine.distributed import unwrap_model, world
+from dengine.errors import CheckpointError
+
+__all__ = ["Print", "prints_of", "refuse_lost"]
+
+
+class Print(NamedTuple):
+    """What is told of a parameter: its shape and type, a digest of some of its elements, and whether the model is laid
+    out over parts of the ranks, so that it is no slip where they differ."""
+
+    kind: str
+    digest: bytes
+    is_apart: bool
+
+
+_NUM_SAMPLES = 16  # elements of a parameter: what was drawn or trained apart differs in nearly all of them
+
+
+def prints_of(model: nn.Module) -> dict[str, Print]:
+    """A print of each parameter of which nothing tells that all ranks have the same: by its name and, of a part of a
+    tensor, its place. None of what DDP holds, or what is sharded over all ranks; no buffers, which differ between ranks
+    (those of a batch norm) and of which rank 0's count.
+
+    No collective. Cost: nothing on a lone rank and for a model in DDP or of FSDP2; otherwise a copy of 16 elements of
+    each parameter to the host.
+    """
+    here = world()
+    if here.size == 1:
+        return {}
+    alike = set(_held_alike(model, here.size))
+    is_apart = _is_apart(model, here.size)
+    samples: dict[str, tuple[str, torch.Tensor]] = {}
+    for name, parameter in unwrap_model(model).named_parameters():
+        sharded: Any = parameter
+        if id(parameter) in alike or (hasattr(parameter, "device_mesh") and sharded.device_mesh.size() == here.size):
+            continue
+        local = local_part(parameter)
+        if local.layout != torch.strided or not local.numel() or hasattr(local, "__tensor_flatten__"):
+            continue
+        place = f" from {local_box(name, parameter).offsets}" if hasattr(parameter, "device_mesh") else ""
+        samples[without_compiled(name) + place] = f"{tuple(parameter.shape)} {parameter.dtype}", _sample(local)
+    return _printed(samples, is_apart)
+
+
+def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]]) -> None:
+    """Where the ranks have one model by name and shape, and nothing tells that they are to differ, a warning is enough:
+    they may have been seeded differently, or not prepared.
+
+    Raises:
+        CheckpointError: a model has other parameters on one rank than on another; it is named, and both ranks are.
+    """
+    for name in sorted({name for prints in everyone for name in prints}):
+        of_ranks = [prints.get(name, {}) for prints in everyone]
+        slip = None
+        for key in dict.fromkeys(key for prints in of_ranks for key in prints):
+            lost, is_slip = _lost(key, of_ranks)
+            if lost is not None and not is_slip:
+                raise CheckpointError(f"Nothing was saved or changed, since {f'{name}/{key}'!r} {lost}: {_WAY_OUT}")
+            slip = slip or (lost and f"{f'{name}/{key}'!r} {lost}: {_WAY_OUT}")
+        if slip and world().rank == 0:
+            warnings.warn(f"Rank 0's parameters are saved, though {slip}", stacklevel=2)
+
+
+def _lost(key: str, of_ranks: Sequence[dict[str, Print]]) -> tuple[str | None, bool]:
+    """What of the parameter `key` would be lost, or None; and whether that is a slip rather than meant."""
+    holders = [rank for rank, prints in enumerate(of_ranks) if key in prints]
+    first = of_ranks[holders[0]][key]
+    # A part of a tensor that is sharded over some of the ranks is not on the others.
+    if " from (" not in key and len(holders) < len(of_ranks):
+        absent = next(rank for rank in range(len(of_ranks)) if rank not in holders)
+        return f"is on rank {holders[0]}, but not on rank {absent}", False
+    for rank in holders:
+        if (other := of_ranks[rank][key]) != first:
+            return f"of rank {rank} is not that of rank {holders[0]}", other.kind == first.kind and not first.is_apart
+    return None, False
+
+
+_WAY_OUT = (
+    "a checkpoint keeps one tensor for a name, so the other is lost. Where the ranks train one model, have "
+    "prepare_model() or DDP keep it the same; where each has a part of its own (stages of a pipeline, experts), save "
+    "that part by torch.save() on its rank."
+)
+
+
+def _is_apart(model: nn.Module, num_ranks: int) -> bool:
+    """Whether somebody has laid the model out over some of the ranks, or over more than one dimension of them."""
+    meshes = [each.device_mesh for each in map(_any, model.parameters()) if hasattr(each, "device_mesh")]
+    groups = [each.process_group for each in model.modules() if isinstance(each, DistributedDataParallel)]
+    is_on_part = any(mesh.ndim > 1 or mesh.size() != num_ranks for mesh in meshes)
+    return is_on_part or any(group.size() != num_ranks for group in groups)
+
+
+def _any(value: Any) -> Any:
+    return value
+
+
+def _held_alike(model: nn.Module, num_ranks: int) -> Iterator[int]:
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) and module.process_group.size() == num_ranks:
+            yield from map(id, module.parameters())
+
+
+def _sample(local: torch.Tensor) -> torch.Tensor:
+    """Shapes: result (n,) uint8, the bytes of some elements."""
+    flat = local.detach().reshape(-1)
+    step = max(1, flat.numel() // _NUM_SAMPLES)
+    return flat[::step][:_NUM_SAMPLES].contiguous().view(torch.uint8)
+
+
+def _printed(samples: dict[str, tuple[str, torch.Tensor]], is_apart: bool) -> dict[str, Print]:
+    by_device: dict[torch.device, list[str]] = {}
+    for name, (_, sample) in samples.items():
+        by_device.setdefault(sample.device, []).append(name)
+    prints: dict[str, Print] = {}
+    for names in by_device.values():
+        # In one copy a device: each by itself would wait for it.
+        content = torch.cat([samples[name][1] for name in names]).cpu().numpy().tobytes()
+        start = 0
+        for name in names:
+            what, sample = samples[name]
+            digest = hashlib.sha256(content[start : start + sample.numel()]).digest()[:8]
+            prints[name] = Print(what, digest, is_apart)
+            start += sample.numel()
+    return prints

@@ -1,0 +1,140 @@
+"""Gives states back to objects: to all of them or, where one refuses, to none."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dengine.checkpoint.states.partial import Fitting
+from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, HostCopy, States, bare
+from dengine.compiled_names import aligned
+from dengine.distributed import world
+from dengine.types import Stateful
+
+__all__ = ["Restoring", "give_random_states"]
+
+
+class Restoring:
+    """Loads states into objects, and can take it back.
+
+    `load` copies each object's present state into host memory before it is overwritten, so that `undo` can return it:
+    that memory is the price of all or nothing. It is little for an optimizer that has not stepped yet.
+
+    What cannot be taken back: what an object's own `load_state_dict` does beside its state, and an object that refuses
+    the state it gave itself (a warning names it).
+    """
+
+    def __init__(self, into: Mapping[str, Stateful], fitting: Fitting | None = None) -> None:
+        self._fitting = fitting  # where not all of each state is to be loaded
+        # Last what checks before it changes anything, and remembers that it was loaded: the engine.
+        self._into = dict(sorted(into.items(), key=lambda item: hasattr(item[1], "load_random_state")))
+        self._before: dict[str, Any] = {}
+
+    def load(self, states: States) -> None:
+        """
+        Raises:
+            KeyError: a name that the checkpoint lacks; nothing is changed then.
+            Exception: what the `load_state_dict` of an object raises; call `undo` then.
+        """
+        missing = sorted(self._into.keys() - states.keys())
+        if missing:
+            there = ", ".join(sorted(states.keys() - {RESERVED}))
+            raise KeyError(f"there is no {', '.join(missing)} in it; it holds {there}.")
+        for name, value in self._into.items():
+            target = bare(value)
+            keeps_itself = hasattr(value, "load_random_state")
+            before = HostCopy().take({name: _state_of(name, target)})[name]
+            if not keeps_itself:
+                state = aligned(states[name], before)
+                if self._fitting is not None and (state := self._fitting.of(name, target, state, before)) is None:
+                    continue
+                self._before[name] = before
+                target.load_state_dict(_fitted(target, state))
+                continue
+            target.load_state_dict(states[name])
+            self._before[name] = before
+
+    def undo(self) -> None:
+        """Return the states that `load` replaced, the last one first."""
+        for name, state in reversed(self._before.items()):
+            target = bare(self._into[name])
+            try:
+                target.load_state_dict(_fitted(target, state))
+            except Exception as error:
+                warnings.warn(f"{name!r} does not take back the state it had: {error!r}", stacklevel=2)
+        self._before = {}
+
+
+def _state_of(name: str, target: Stateful) -> Any:
+    """
+    Raises:
+        ValueError: a lazy module has parameters without a shape, so that it could not be given back what it had.
+    """
+    if isinstance(target, nn.Module):
+        for key, value in (*target.named_parameters(), *target.named_buffers()):
+            if nn.parameter.is_lazy(value):
+                raise ValueError(
+                    f"{f'{name}/{key}'!r} is not initialized yet, as its module is a lazy one: run one batch through "
+                    "the model first."
+                )
+    return target.state_dict()
+
+
+def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
+    """This rank's random number generators, to each object that carries them, for its next run; and what was loaded:
+    data among it are at their position."""
+    here = world()
+    saved = states.get(RESERVED, {}).get(RANDOM, {})
+    for name, value in into.items():
+        if hasattr(value, "data_restored"):
+            value.data_restored([each for each in into.values() if each is not value])
+        of_ranks = saved.get(name)
+        if not of_ranks or not hasattr(value, "load_random_state"):
+            continue
+        if len(of_ranks) != here.size and here.rank == 0:
+            warnings.warn(
+                f"The checkpoint was saved by {len(of_ranks)} ranks and is loaded by {here.size}: the random number "
+                "generators go on on the ranks that were there; the others begin with what they are seeded with.",
+                stacklevel=2,
+            )
+        if here.rank < len(of_ranks):
+            value.load_random_state(of_ranks[here.rank])
+        elif hasattr(value, "data_restored"):
+            value.load_random_state(of_ranks[0], data_only=True)
+
+
+def _fitted(target: Stateful, state: Any) -> Any:
+    """`state` with its tensors cut up as the target's are (FSDP2); as it is where nothing is sharded."""
+    if isinstance(target, nn.Module):
+        own = target.state_dict()
+        return {name: _cut(value, own.get(name)) for name, value in state.items()} if _is_sharded(own) else state
+    if isinstance(target, torch.optim.Optimizer):
+        parameters = [each for group in target.param_groups for each in group["params"]]
+        if not any(hasattr(each, "full_tensor") for each in parameters):
+            return state
+        order = [index for group in state["param_groups"] for index in group["params"]]
+        like = dict(zip(order, parameters, strict=False))
+        cut = {
+            index: {key: _cut(value, like.get(index)) for key, value in of_one.items()}
+            for index, of_one in state["state"].items()
+        }
+        return {**state, "state": cut}
+    return state
+
+
+def _is_sharded(state: Mapping[str, Any]) -> bool:
+    return any(hasattr(value, "full_tensor") for value in state.values())
+
+
+def _cut(value: Any, like: Any) -> Any:
+    """This rank's part of `value`, where `like` is sharded and of its shape. No collective: each rank has the whole."""
+    if not hasattr(like, "full_tensor") or not isinstance(value, torch.Tensor) or value.shape != like.shape:
+        return value
+    if hasattr(value, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # 0.3 s to import
+
+    device = like.device_mesh.device_type
+    return distribute_tensor(value.to(device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,260 @@
+"""What goes into a checkpoint: the states of the objects a user lists, and one entry of dengine's own."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from dengine.checkpoint.formats.sharded.files import local_part
+from dengine.checkpoint.states.external_state import refuse_to_save
+from dengine.checkpoint.states.plain import plain
+from dengine.checkpoint.states.replicas import Print, prints_of, refuse_lost
+from dengine.distributed import all_gather_object, unwrap_model, world
+from dengine.errors import CheckpointError
+from dengine.types import Stateful
+
+__all__ = [
+    "FORMAT_VERSION",
+    "RANDOM",
+    "RESERVED",
+    "Collected",
+    "HostCopy",
+    "States",
+    "bare",
+    "check_objects",
+    "collect",
+    "is_sharded",
+    "mapped",
+    "put_together",
+]
+
+RESERVED = "dengine"
+RANDOM = "random"  # in the reserved entry: name -> one state of the generators for each rank
+FORMAT_VERSION = 1
+
+States: TypeAlias = dict[str, Any]
+
+
+def check_objects(objects: Mapping[str, Any]) -> dict[str, Stateful]:
+    """`objects` as they can be saved and loaded.
+
+    Raises:
+        TypeError: no mapping, a name that is no string, or something without `state_dict` and `load_state_dict`; of a
+            plain value it says how the engine keeps it.
+        ValueError: nothing in it, or the reserved name.
+    """
+    if not isinstance(objects, Mapping):
+        raise TypeError(f"A checkpoint takes a dict such as {{'model': model}}, but got {objects!r}.")
+    if not objects:
+        raise ValueError("A checkpoint needs at least one object to save, e.g. {'model': model}.")
+    for name, value in objects.items():
+        if not isinstance(name, str):
+            raise TypeError(f"The names of what is saved must be strings, but got {name!r}.")
+        if name == RESERVED:
+            raise ValueError(f"The name {RESERVED!r} is reserved for dengine's own entry: choose another one.")
+        if isinstance(value, type):
+            raise TypeError(f"{name!r} cannot be saved: it is the class {value.__qualname__}; pass an instance.")
+        if not isinstance(value, Stateful):
+            raise TypeError(
+                f"{name!r} cannot be saved: a {type(value).__qualname__} has no state_dict() and load_state_dict()"
+                f"{_way_out(name, value)}."
+            )
+    return dict(objects)
+
+
+def _way_out(name: str, value: object) -> str:
+    """Where a value without a state is kept instead, as far as that can be told."""
+    if value is None:
+        return ": leave it out"
+    if isinstance(value, torch.Tensor):
+        return ": register it as a buffer of a module that is saved"
+    if not isinstance(value, (bool, int, float, complex, str, bytes, list, tuple, dict, set, np.generic, np.ndarray)):
+        return ""
+    if name in ("epoch", "epochs", "iteration", "iterations", "step", "global_step"):
+        name = f"my_{name}"  # the engine has its own
+    attribute = name if name.isidentifier() else "value"
+    return (
+        ". An engine's state has a checkpoint of the epoch and iteration, and of plain values of your own: save "
+        f"{{'trainer': trainer}}, having set trainer.state.{attribute} and called "
+        f"trainer.state.persist({attribute!r})"
+    )
+
+
+@dataclass(frozen=True)
+class Collected:
+    """States by name, with dengine's own entry; and whether some tensor in them is, or would be, sharded (FSDP2)."""
+
+    states: States
+    is_sharded: bool
+
+
+def is_sharded(value: Stateful) -> bool:
+    """Whether a model or an optimizer has sharded parameters; of anything else its state would tell. No collective."""
+    parameters: list[Any] = []
+    if isinstance(value, nn.Module):
+        parameters = list(value.parameters())
+    elif isinstance(value, torch.optim.Optimizer):  # which may have no state yet
+        parameters = [each for group in value.param_groups for each in group["params"]]
+    return any(hasattr(each, "full_tensor") for each in parameters)
+
+
+def collect(objects: Mapping[str, Stateful]) -> Collected:
+    """The states by name, as `torch.load(weights_only=True)` reads them, and the random generators of every rank.
+
+    A model comes without its DDP or `torch.compile` wrapper, with no name that says where inside it was compiled.
+    Tensors are the live ones, not copies, and sharded ones (FSDP2) have this rank's part. Collective: one gather of
+    small objects.
+
+    Raises:
+        CheckpointError: on every rank, where an object has no state to give on one of them, or one that could not be
+            loaded again; where they save other names, or other parameters under one name.
+    """
+    mine = _Mine()
+    failure, cause = None, None
+    for name, value in objects.items():
+        try:
+            failure = _unfit(name, value, mine)
+        except Exception as error:
+            failure, cause = f"{name!r} gave no state: {type(error).__qualname__}: {error}", error
+        if failure is not None:
+            break
+    told = failure, mine.random, mine.has_shards, mine.prints
+    everyone = all_gather_object((sorted(objects), told))
+    gathered = [theirs for _, theirs in everyone]
+    _agree_on_names([names for names, _ in everyone])
+    for rank, (reason, *_) in enumerate(gathered):
+        if reason is not None:
+            raise CheckpointError(f"Nothing was saved or changed, since on rank {rank} {reason}") from cause
+    _agree_on_names([sorted(theirs) for _, theirs, _, _ in gathered], "random number generators of ")
+    refuse_lost([prints for *_, prints in gathered])
+    random = {name: [theirs[name] for _, theirs, _, _ in gathered] for name in mine.random}
+    reserved = {"format": FORMAT_VERSION, "world_size": world().size, RANDOM: random}
+    return Collected({**mine.states, RESERVED: reserved}, any(theirs for _, _, theirs, _ in gathered))
+
+
+@dataclass
+class _Mine:
+    """What this rank has to give."""
+
+    states: States = field(default_factory=dict)
+    random: dict[str, Any] = field(default_factory=dict)
+    prints: dict[str, dict[str, Print]] = field(default_factory=dict)
+    has_shards: bool = False
+
+
+def _unfit(name: str, value: Stateful, mine: _Mine) -> str | None:
+    """Put what `value` has to give into `mine`; why it cannot be saved, or None."""
+    unwrapped = bare(value)
+    refuse_to_save(name, unwrapped)
+    state = unwrapped.state_dict()
+    random = value.random_state() if hasattr(value, "load_random_state") else None  # type: ignore[attr-defined]
+    try:
+        taken = plain(name, state)
+        if random is not None:
+            mine.random[name] = plain(name, random).state
+    except TypeError as error:
+        return str(error)
+    mine.states[name] = taken.state
+    mine.has_shards = mine.has_shards or is_sharded(value)
+    mine.has_shards = mine.has_shards or any(hasattr(tensor, "full_tensor") for tensor in taken.tensors)
+    if isinstance(value, nn.Module) and (prints := prints_of(value)):
+        mine.prints[name] = prints
+    return None
+
+
+def _agree_on_names(names: Sequence[list[str]], what: str = "") -> None:
+    """
+    Raises:
+        CheckpointError: a rank saves other names than rank 0.
+    """
+    for rank, theirs in enumerate(names):
+        if theirs != names[0]:
+            here, on_zero = (" and ".join(each) or "nothing" for each in (theirs, names[0]))
+            raise CheckpointError(
+                f"Nothing was saved, since rank {rank} saves {what}{here}, rank 0 {what}{on_zero}: give the same "
+                "names on all ranks."
+            )
+
+
+def put_together(states: States) -> States:
+    """`states` with each sharded tensor whole on every rank. Collective: one gather of each sharded tensor."""
+    return mapped(states, _whole)  # type: ignore[no-any-return]
+
+
+class HostCopy:
+    """Copies of states in host memory, which share nothing with what goes on being trained.
+
+    The memory is used again by the next copy, so one copy at a time is valid. It is pinned where tensors come from a
+    CUDA device. Tensors that are one and the same (tied weights) stay so.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+        self._layouts: list[tuple[Any, ...]] = []  # of what each was made for
+
+    def take(self, states: States) -> States:
+        """Cost: one copy of the bytes, and one wait for each CUDA device that holds some of them."""
+        places: dict[tuple[Any, ...], int] = {}
+        sources: list[torch.Tensor] = []
+
+        def copy_of(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return copy.deepcopy(value)
+            # A sharded tensor has no address of its own: its part has.
+            part = local_part(value) if hasattr(value, "to_local") else value
+            if value.layout != torch.strided or hasattr(part, "__tensor_flatten__"):  # made of others: no address
+                return value.detach().cpu().clone()
+            layout = (type(value) is torch.Tensor, value.device, value.dtype, value.shape, value.stride())
+            place = places.setdefault((part.data_ptr(), *layout), len(sources))
+            if place == len(sources):
+                sources.append(part)
+                self._make_fit(value, place, layout)
+            return self._buffers[place]
+
+        taken = mapped(states, copy_of)
+        del self._buffers[len(sources) :], self._layouts[len(sources) :]
+        self._fill(sources)
+        return taken  # type: ignore[no-any-return]
+
+    def _fill(self, sources: list[torch.Tensor]) -> None:
+        """One call for all: where tensors are small, a call for each would cost more than the bytes."""
+        devices = {source.device for source in sources if source.device.type == "cuda"}
+        targets = [local_part(buffer) if hasattr(buffer, "to_local") else buffer for buffer in self._buffers]
+        with torch.no_grad():
+            if sources:
+                torch._foreach_copy_(targets, sources, non_blocking=bool(devices))
+        for device in devices:
+            torch.cuda.synchronize(device)  # the copies were only queued
+
+    def _make_fit(self, tensor: torch.Tensor, place: int, layout: tuple[Any, ...]) -> None:
+        if place < len(self._buffers) and self._layouts[place] == layout:
+            return
+        buffer = torch.empty_like(tensor.detach(), device="cpu", pin_memory=tensor.device.type == "cuda")
+        self._buffers[place : place + 1] = [buffer]
+        self._layouts[place : place + 1] = [layout]
+
+
+def bare(value: Stateful) -> Stateful:
+    """A model without its wrappers; anything else as it is."""
+    return unwrap_model(value) if isinstance(value, nn.Module) else value
+
+
+def _whole(value: Any) -> Any:
+    """A sharded tensor put together: saved as it is, each file would hold one rank's part."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """`value` with `leaf` applied to what is inside its dicts, lists and tuples, all of which are new ones."""
+    if isinstance(value, dict):
+        new = copy.copy(value)  # keeps the type, and what a module's state says of versions (`_metadata`)
+        for key, part in value.items():
+            new[key] = mapped(part, leaf)
+        return new
+    if type(value) in (list, tuple):
+        return type(value)([mapped(part, leaf) for part in value])
+    return leaf(value)

@@ -1,0 +1,298 @@
+"""Every collective of the package. One place, so that it can be refused where only rank 0 runs.
+
+A lone process runs the same code; what would be sent is handed back.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import DistError
+
+from dengine.comm.nested import ReduceOp, grouped, shown, split, take_apart
+from dengine.comm.rank_zero import refuse_on_rank_zero_alone
+from dengine.control.call_log import call_site
+from dengine.control.failure import repr_of
+from dengine.control.liveness import exempt_key
+from dengine.control.plane import Control
+from dengine.errors import RemoteRankError
+from dengine.launch.world import World, control, world
+
+__all__ = [
+    "ReduceOp",
+    "all_gather_object",
+    "all_reduce",
+    "barrier",
+    "broadcast_object",
+    "broadcast_tensors",
+    "from_rank_zero",
+    "gather_bytes",
+    "max_tensor",
+    "progress",
+    "rank_zero_first",
+    "sum_tensor",
+]
+
+T = TypeVar("T")
+
+_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+
+
+# -- rank 0 first ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Run the body on rank 0, and on the others once rank 0 has finished it: for preparing a data set. It may take
+    longer than the `stall_timeout` of `process_group()`.
+
+    Collective: enter it on all ranks. Cost: one object broadcast; two requests to the store.
+
+    Raises:
+        RemoteRankError: on the other ranks, where the body failed on rank 0.
+    """
+    if world().rank == 0:
+        failure: str | None = "left by an exception that is no Exception"
+        try:
+            with _exempt():
+                yield
+            failure = None
+        except Exception as error:
+            failure = repr_of(error)
+            raise
+        finally:
+            broadcast_object(failure)
+        return
+    failure = broadcast_object(None)
+    if failure is not None:
+        raise RemoteRankError(f"Rank 0 failed inside rank_zero_first(), so this rank stops too: {failure}", rank=0)
+    with _exempt():
+        yield
+
+
+@contextmanager
+def _exempt() -> Iterator[None]:
+    """Inside it this rank may take as long as it likes: it is not taken for one that hangs."""
+    plane = control()
+    if not isinstance(plane, Control):
+        yield
+        return
+    key = exempt_key(plane.link.here.rank)
+    with suppress(DistError):  # the store is gone, and nobody can ask
+        plane.link.store.set(key, "yes")  # for those who ask while it holds the interpreter, and answers nobody
+    plane.num_exempt += 1
+    try:
+        yield
+    finally:
+        plane.num_ticks += 1
+        plane.num_exempt -= 1
+        if not plane.num_exempt:
+            with suppress(DistError):
+                plane.link.store.delete_key(key)
+
+
+def from_rank_zero(action: Callable[[], T], purpose: str) -> T:
+    """Rank 0's result of `action`, on every rank; where it fails, rank 0 raises its error and the others say so.
+
+    Collective: call on all ranks. The result must pickle. Cost: one object broadcast.
+
+    Raises:
+        RemoteRankError: on the other ranks, where `action` failed on rank 0; "Rank 0 could not {purpose}".
+    """
+    refuse_on_rank_zero_alone(f"To {purpose} on rank 0 for all ranks")
+    if world().rank != 0:
+        result, failure = broadcast_object((None, None))
+        if failure is not None:
+            raise RemoteRankError(f"Rank 0 could not {purpose}, so this rank stops too: {failure}", rank=0)
+        return result  # type: ignore[return-value]
+    try:
+        mine = action()
+    except Exception as error:
+        broadcast_object((None, repr_of(error)))
+        raise
+    broadcast_object((mine, None))
+    return mine
+
+
+@contextmanager
+def _joined(what: str, *, site: str = "") -> Iterator[Any]:
+    """Inside a collective: refused on rank 0 alone and after a failure, compared with the other ranks' calls.
+
+    Gives the group for tensors on the CPU; None is the default one.
+    """
+    refuse_on_rank_zero_alone(what)
+    plane = control()
+    if not isinstance(plane, Control):
+        yield None
+        return
+    plane.failures.check()
+    plane.ledger.enter(what, site)
+    try:
+        yield plane.link.group
+    finally:
+        plane.ledger.leave()
+
+
+def _group_of(tensor: torch.Tensor, cpu_group: Any) -> Any:
+    return cpu_group if tensor.device.type == "cpu" else None
+
+
+def progress() -> None:
+    """Tell that this rank is at work: call it now and then in a step or a handler that may take longer than
+    `stall_timeout`. Never communicates. Iterations of any engine, handlers and collectives are progress by themselves.
+    """
+    plane = control()
+    if isinstance(plane, Control):
+        plane.num_ticks += 1
+
+
+# -- values ------------------------------------------------------------------------------------------------------
+
+
+def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
+    """`value` reduced over all ranks: a number, a tensor, or nested dicts, lists and tuples of them.
+
+    Collective: call on all ranks with the same structure, from the same line or with the same `name`: two ranks that
+    reduce different things at a time (one its loss, the other its accuracy) are told apart by that. The same types,
+    dtypes and devices come back as went in; the input is left alone. Cost: one all-reduce per dtype and device, and one
+    request to the store.
+
+    Raises:
+        ValueError: an unknown `op`; the mean of whole numbers, which would not be one.
+        TypeError: a leaf that is neither a number nor a tensor.
+        ConsistencyError: another rank calls something else; both call sites are named.
+    """
+    if op not in _OPS:
+        raise ValueError(f"op={op!r} must be one of {', '.join(_OPS)}.")
+    leaves: list[torch.Tensor] = []
+    rebuild = take_apart(value, leaves, op)
+    with _joined(f"all_reduce({name or shown(value)}, {op!r})", site=name or _line()) as group:
+        return rebuild(_reduced(leaves, op, group))  # type: ignore[no-any-return]
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Every rank's `value`, in the order of ranks. Collective. The value must pickle. Cost: two small gathers."""
+    with _joined("all_gather_object") as group:
+        if world().size == 1:
+            return [value]
+        gathered: list[Any] = [None] * world().size
+        dist.all_gather_object(gathered, value, group=group)
+        return gathered
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Rank `source`'s `value`, on every rank. Collective. The value must pickle. Cost: two small broadcasts."""
+    with _joined(f"broadcast_object from rank {source}") as group:
+        if world().size == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=source, group=group)
+        return holder[0]
+
+
+def barrier(name: str = "barrier") -> None:
+    """Wait until every rank is here. Collective. `name` says where, for whoever looks at a hang. Cost: one all-reduce.
+
+    Raises:
+        RankZeroCollectiveError: only rank 0 runs here.
+    """
+    with _joined(f"barrier({name!r})") as group:
+        if world().size > 1:
+            # An all-reduce of one number rather than dist.barrier(): that one picks a device of its own with NCCL.
+            _sum(torch.zeros(1, device=_transport(torch.device("cpu"))), group)
+
+
+def broadcast_tensors(
+    tensors: list[torch.Tensor], source: int = 0, *, within: Sequence[tuple[int, Any]] | None = None
+) -> None:
+    """Overwrite `tensors` in place with rank `source`'s. Collective. Cost: one broadcast per dtype and device.
+
+    Args:
+        within: pairs of a rank and a group that it is in, in place of `source` and all ranks: one broadcast after the
+            other, in each of which this rank's group takes part.
+    """
+    start = f"from rank {source}" if within is None else "within a mesh"
+    with _joined(f"broadcast_tensors({len(tensors)} tensors) {start}") as group:
+        if world().size == 1:
+            return
+        for indices in grouped(tensors).values():
+            alike = [tensors[index].detach() for index in indices]
+            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+            sent = flat.to(_transport(flat.device))
+            for rank, members in within or [(source, _group_of(sent, group))]:
+                dist.broadcast(sent, src=rank, group=members)
+            for tensor, part in zip(alike, split(sent.to(flat.device), alike), strict=True):
+                tensor.copy_(part)
+
+
+# -- for the packed reduction of metrics -------------------------------------------------------------------------
+
+
+def sum_tensor(tensor: torch.Tensor, here: World, *, what: str = "the sum of the metrics") -> torch.Tensor:
+    """The sum over the ranks of `here`, in place. Collective: one all-reduce."""
+    if here.size > 1:
+        with _joined(f"{what}, {tensor.numel()} numbers") as group:
+            _sum(tensor, group)
+    return tensor
+
+
+def max_tensor(tensor: torch.Tensor, here: World, *, what: str = "the extrema of the metrics") -> torch.Tensor:
+    """The maximum over the ranks of `here`, in place. Collective: one all-reduce."""
+    if here.size > 1:
+        with _joined(f"{what}, {tensor.numel()} numbers") as group:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_group_of(tensor, group))
+    return tensor
+
+
+def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torch.Tensor]:
+    """Every rank's bytes. Collective: one gather, padded to the longest.
+
+    Shapes: mine (sizes[rank],) uint8; result: one (sizes[r],) uint8 for each rank r.
+    """
+    if here.size == 1:
+        return [mine]
+    longest = max(sizes)
+    if longest == 0:
+        return [mine] * len(sizes)
+    padded = mine.new_zeros(longest)
+    padded[: mine.numel()] = mine
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    with _joined(f"the gather of the metrics, {longest} bytes") as group:
+        dist.all_gather(gathered, padded, group=_group_of(padded, group))
+    return [row[:size] for row, size in zip(gathered, sizes, strict=True)]
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------
+
+
+def _line() -> str:
+    """Where the user calls from, where ranks compare it."""
+    return call_site() if isinstance(control(), Control) else ""
+
+
+def _transport(device: torch.device) -> torch.device:
+    """Where a tensor of `device` must lie to be sent: a group of NCCL alone takes no CPU tensors."""
+    here = world()
+    has_gloo = "gloo" in here.backend or isinstance(control(), Control)
+    return here.device if device.type == "cpu" and not has_gloo and here.size > 1 else device
+
+
+def _sum(tensor: torch.Tensor, cpu_group: Any) -> None:
+    dist.all_reduce(tensor, group=_group_of(tensor, cpu_group))
+
+
+def _reduced(leaves: list[torch.Tensor], op: ReduceOp, cpu_group: Any) -> list[torch.Tensor]:
+    reduced = list(leaves)
+    for indices in grouped(leaves).values():
+        alike = [leaves[index] for index in indices]
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        sent = flat.to(_transport(flat.device), torch.uint8 if flat.dtype == torch.bool else flat.dtype)
+        if world().size > 1:
+            dist.all_reduce(sent, op=_OPS[op], group=_group_of(sent, cpu_group))
+        if op == "mean":
+            sent = sent / world().size
+        for index, part in zip(indices, split(sent.to(flat.device, flat.dtype), alike), strict=True):
+            reduced[index] = part
+    return reduced

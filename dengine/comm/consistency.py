@@ -1,0 +1,242 @@
+"""Whether the ranks hold the same: names and shapes before a run, the parameters themselves where that is asked for."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dengine.comm.collectives import all_gather_object, max_tensor
+from dengine.control.deadlock import START_OF_RUN
+from dengine.control.plane import Control
+from dengine.errors import ConsistencyError
+from dengine.launch.world import control, world
+
+__all__ = [
+    "Compared",
+    "Start",
+    "any_rank",
+    "compare_start",
+    "compare_tensors",
+    "parameters_of",
+    "prepared_parameters",
+    "refuse_differences",
+    "refuse_different_models",
+    "same_on_all_ranks",
+]
+
+_BUILD_ALIKE = "Build the same on every rank."
+_CHUNK = 1 << 20  # elements that are mixed at a time: what a digest takes of memory
+_MIXERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # odd, as in splitmix64
+
+
+class Compared(NamedTuple):
+    """What all ranks must have alike, entry by entry, and what to do if they have not.
+
+    `may_lack`: a rank without any entry is passed over, as it has nothing of this kind.
+    """
+
+    subject: str
+    entries: Sequence[str]
+    advice: str = _BUILD_ALIKE
+    may_lack: bool = False
+
+
+class Start(NamedTuple):
+    """What the ranks found out about each other at the start of a run.
+
+    Attributes:
+        is_same: all ranks have the same entries.
+        most_batches: the largest number that any rank gave for its batches.
+        is_same_data: all ranks go through the same samples, as far as their descriptions tell.
+    """
+
+    is_same: bool
+    most_batches: int
+    is_same_data: bool
+
+
+def compare_start(entries: Sequence[str], *, batches: int = 0, data: str = "") -> Start:
+    """Compare `entries` and `data`, and find the largest `batches`. Collective. Cost: an all-reduce of 5 numbers."""
+    mine, samples = _digest_of(entries), _digest_of([data])
+    told = torch.tensor([mine, -mine, samples, -samples, batches])
+    found = max_tensor(told, world(), what=START_OF_RUN).tolist()
+    # All are equal if the largest is the smallest.
+    return Start(found[0] == -found[1], found[4], found[2] == -found[3])
+
+
+def same_on_all_ranks(entries: Sequence[str], what: str) -> bool:
+    """Whether all ranks give the same `entries`. Collective. Cost: an all-reduce of 2 numbers."""
+    mine = _digest_of(entries)
+    both = max_tensor(torch.tensor([mine, -mine]), world(), what=what)
+    return bool(both[0] == -both[1])
+
+
+def any_rank(is_so: bool, what: str) -> bool:
+    """Whether it is so on any rank. Collective. Cost: an all-reduce of one number."""
+    return bool(max_tensor(torch.tensor([int(is_so)]), world(), what=what)[0])
+
+
+def _digest_of(entries: Sequence[str]) -> int:
+    """63 bits that depend on every character."""
+    return int.from_bytes(hashlib.sha256("\n".join(entries).encode()).digest()[:8], "big") >> 1
+
+
+def refuse_differences(compared: Sequence[Compared]) -> None:
+    """Raise if the entries differ between ranks. Collective. Cost: one object gather.
+
+    Raises:
+        ConsistencyError: on every rank, naming a rank that is not with the majority, and the first entry that differs.
+    """
+    told = all_gather_object([list(each.entries) for each in compared])
+    for place, each in enumerate(compared):
+        entries = {rank: theirs[place] for rank, theirs in enumerate(told) if theirs[place] or not each.may_lack}
+        _refuse(entries, each.subject, each.advice)
+
+
+def refuse_different_models(parameters: Mapping[int, Sequence[str]]) -> None:
+    """Raise where the `parameters` of a prepared model, by its number, differ between ranks. One that is gone on some
+    rank is passed over: when a garbage collector has come to it says nothing. Collective. Cost: one object gather.
+
+    Raises:
+        ConsistencyError: as `refuse_differences`.
+    """
+    told = all_gather_object(dict(parameters))
+    common = sorted(set.intersection(*map(set, told)))
+    entries = {rank: [entry for number in common for entry in each[number]] for rank, each in enumerate(told)}
+    _refuse(entries, "The parameters of the models", _BUILD_ALIKE)
+
+
+def _refuse(told: Mapping[int, Sequence[str]], subject: str, advice: str) -> None:
+    ranks = list(told)
+    if not ranks:
+        return
+    odd, common = _odd_one(["\n".join(each) for each in told.values()])
+    if odd is None:
+        return
+    rank, model = ranks[odd], ranks[common]
+    for mine, theirs in zip(told[model], told[rank], strict=False):
+        if mine != theirs:
+            raise ConsistencyError(
+                f"{subject} differ between ranks: rank {rank} has {theirs}, but rank {model} has {mine}. {advice}"
+            )
+    shorter, longer = sorted((rank, model), key=lambda each: len(told[each]))
+    raise ConsistencyError(
+        f"{subject} differ between ranks: rank {rank} has {len(told[rank])} of them, rank {model} has "
+        f"{len(told[model])}. Rank {longer} has {told[longer][len(told[shorter])]}, which rank {shorter} has not. "
+        f"{advice}"
+    )
+
+
+def prepared_parameters() -> dict[int, list[str]]:
+    """Names, shapes and types of the parameters of all models that were prepared and still live, by their number."""
+    plane = control()
+    if not isinstance(plane, Control):
+        return {}
+    return {number: parameters_of(model) for number, model in plane.living_models().items()}
+
+
+def parameters_of(model: nn.Module) -> list[str]:
+    return [f"{name} {list(value.shape)} {value.dtype}" for name, value in model.named_parameters()]
+
+
+def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
+    """Raise where a tensor or number differs between ranks, bit by bit.
+
+    A sharded tensor (DTensor) is compared piece by piece between the ranks that hold the same piece: the replicas of
+    HSDP, the copies of a tensor-parallel group. A tensor of which every rank holds another piece has no copies.
+
+    Collective: call on all ranks with the same names. Cost: reads every tensor once, one all-reduce of 16 bytes for
+    each tensor or piece, one wait for the device; a gather where something differs.
+
+    Raises:
+        ConsistencyError: on every rank, naming a rank that is not with the majority, and the first name that differs.
+    """
+    pieces = {name: _piece_of(value) for name, value in named.items()}
+    compared = {name: piece for name, piece in pieces.items() if piece[1] < world().size}
+    starts = list(accumulate((num_pieces for _, num_pieces in compared.values()), initial=0))
+    held = [
+        start + piece for start, (piece, _) in zip(starts, compared.values(), strict=False)
+    ]  # a place for each piece
+    digests_P = _digests(named[name] for name in compared)
+    both = torch.full((2, starts[-1]), torch.iinfo(torch.int64).min)  # what this rank does not hold counts for nothing
+    both[:, held] = torch.stack([digests_P, -digests_P])
+    both = max_tensor(both, world(), what=f"the comparison of {len(compared)} tensors")
+    if bool((both[0] == -both[1]).all()):
+        return
+    told = all_gather_object(dict(zip(held, digests_P.tolist(), strict=True)))
+    for name, start, end in zip(compared, starts, starts[1:], strict=False):
+        for place in range(start, end):
+            _refuse_odd_one({rank: each[place] for rank, each in enumerate(told) if place in each}, name, subject)
+
+
+def _refuse_odd_one(digests: Mapping[int, int], name: str, subject: str) -> None:
+    """`digests` by rank, of those that must have the same."""
+    odd, common = _odd_one(list(digests.values()))
+    if odd is None:
+        return
+    ranks = list(digests)
+    others = [rank for rank, value in digests.items() if value != digests[ranks[common]]]
+    raise ConsistencyError(
+        f"{subject} differ between ranks: {name!r} of rank {', '.join(map(str, others))} is not that of rank "
+        f"{ranks[common]}. Were they changed on one rank only, or outside of the optimizer?"
+    )
+
+
+def _odd_one(values: Sequence[Any]) -> tuple[int | None, int]:
+    """A rank whose value is not the commonest, and one whose value is; None where all are the same."""
+    if not values:
+        return None, 0
+    commonest, _ = Counter(values).most_common(1)[0]  # of equals the first, so that rank 0 is right in doubt
+    odd = next((rank for rank, value in enumerate(values) if value != commonest), None)
+    return odd, values.index(commonest)
+
+
+def _piece_of(value: Any) -> tuple[int, int]:
+    """Which piece of `value` this rank holds, and how many pieces there are: ranks with the same one hold the same."""
+    piece, num_pieces = 0, 1
+    mesh: Any = getattr(value, "device_mesh", None)
+    for dim, placement in enumerate(getattr(value, "placements", ())):
+        if not placement.is_replicate():
+            piece = piece * mesh.size(dim) + mesh.get_local_rank(dim)
+            num_pieces *= mesh.size(dim)
+    return piece, num_pieces
+
+
+def _digests(values: Iterable[Any]) -> torch.Tensor:
+    """One int64 for each value. Shapes: result (P,), on the CPU."""
+    digests = [_digest(value if isinstance(value, torch.Tensor) else _number(value)) for value in values]
+    # In one copy a device: each by itself would wait for it.
+    return torch.stack([each.cpu() for each in digests]) if digests else torch.zeros(0, dtype=torch.int64)
+
+
+def _number(value: Any) -> torch.Tensor:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return torch.tensor(float(value) if math.isfinite(value) else math.inf, dtype=torch.float64)
+    return torch.tensor(list(repr(value).encode()), dtype=torch.uint8)
+
+
+def _digest(tensor: torch.Tensor) -> torch.Tensor:
+    """64 bits that any changed bit changes. Shapes: result () int64, on the tensor's device."""
+    with torch.no_grad():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        data = local.detach().contiguous().reshape(-1).view(torch.uint8)
+        words = nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
+        total = torch.zeros((), dtype=torch.int64, device=words.device)
+        for start in range(0, words.numel(), _CHUNK):
+            chunk = words[start : start + _CHUNK]
+            places = torch.arange(start, start + chunk.numel(), device=words.device)
+            total = total + _mixed(chunk ^ _mixed(places)).sum()
+        return total
+
+
+def _mixed(words: torch.Tensor) -> torch.Tensor:
+    """Each word's bits spread over all 64, one to one. Source: the finalizer of splitmix64 (Steele et al. 2014)."""
+    words = words * _MIXERS[0]
+    words = (words ^ (words >> 30)) * _MIXERS[1]
+    words = (words ^ (words >> 27)) * _MIXERS[2]
+    return words ^ (words >> 31)

@@ -1,0 +1,124 @@
+"""Models that somebody has laid out over a mesh by hand: what is refused of them, and what is said about their data.
+
+Ranks that share a sample, as those of a tensor-parallel group do, must be given the same data. Nothing here knows which
+ranks those are before a model tells it: by parameters that are DTensors, or by the mesh that it was prepared with.
+"""
+
+import warnings
+from math import prod
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from dengine.control.plane import Control
+from dengine.launch.world import World, control, world
+
+__all__ = ["check_mesh", "deals_to_all_ranks", "refuse_laid_out", "sources_of", "spreads_model", "spreads_part"]
+
+# Dimensions whose ranks share samples, by the names that torchtitan, accelerate and Megatron give them.
+_SHARED = ("tp", "cp", "pp", "sp", "mp", "etp", "tensor", "context", "pipe", "pipeline", "sequence", "model")
+
+
+def refuse_laid_out(model: nn.Module, strategy: str) -> None:
+    """Raises: ValueError: a parameter is a DTensor, which neither DDP nor a broadcast from rank 0 takes."""
+    for name, parameter in model.named_parameters():
+        if (mesh := getattr(parameter, "device_mesh", None)) is not None:
+            raise ValueError(
+                f"prepare_model(strategy={strategy!r}) takes a model whose parameters are plain tensors, but {name!r} "
+                f"is a DTensor on {_described(mesh)}: the model is sharded or tensor-parallel already. Over the other "
+                "dimension of the mesh use torch's own fully_shard(model, mesh=mesh['dp']), which takes such a model; "
+                "prepare_model(model, 'none') then leaves it as it is. Or prepare the model before it is laid out."
+            )
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raises: TypeError: `mesh` is no DeviceMesh. ValueError: it is of other ranks, or its dimensions lack names."""
+    if not hasattr(mesh, "get_coordinate"):
+        raise TypeError(f"mesh= takes a torch DeviceMesh, as init_device_mesh() gives it, but got {mesh!r}.")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"mesh= is {_described(mesh)}, which rank {world().rank} is no part of: pass it its own mesh.")
+    if mesh.ndim > 1 and mesh.mesh_dim_names is None:
+        raise ValueError(
+            f"mesh= is {_described(mesh)} without names, but fully_shard needs to know which of them replicates: "
+            "init_device_mesh(..., mesh_dim_names=('dp_replicate', 'dp_shard'))."
+        )
+
+
+def sources_of(mesh: Any) -> list[tuple[int, Any]]:
+    """For each dimension of the mesh, the rank that has the first place in it, and its group.
+
+    Broadcasts over them, one after the other, give every rank of the mesh what its very first rank has.
+    """
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    return [(dist.get_global_rank(group, 0), group) for group in groups]
+
+
+def spreads_part(what: str, mesh_size: int, here: World) -> None:
+    """A model is spread over `mesh_size` of the ranks: `what` says by which option."""
+    if mesh_size < here.size:
+        _note_sharing(f"{what} spreads a model over {mesh_size} of the {here.size} ranks")
+
+
+def spreads_model(model: nn.Module) -> None:
+    """A model that was laid out by hand is used."""
+    if isinstance(control(), Control) and (shared := _shared_by(model)) is not None:
+        _note_sharing(shared)
+
+
+def deals_to_all_ranks() -> None:
+    """Data are dealt out to all ranks, each of which gets other samples."""
+    if isinstance(plane := control(), Control):
+        plane.deals_to_all_ranks = True
+        for model in plane.living_models().values():  # which may have been laid out after it was prepared
+            spreads_model(model)
+        _warn_if_both(plane)
+
+
+def _note_sharing(why: str) -> None:
+    if isinstance(plane := control(), Control):
+        plane.shared_data = plane.shared_data or why
+        _warn_if_both(plane)
+
+
+def _warn_if_both(plane: Control) -> None:
+    if plane.shared_data is None or not plane.deals_to_all_ranks or plane.has_warned_of_shared_data:
+        return
+    plane.has_warned_of_shared_data = True
+    warnings.warn(
+        f"{plane.shared_data}, but the data are dealt out to all {world().size} ranks, so that ranks which should see "
+        "the same samples see different ones. Use a loader that is not prepared, with "
+        "DataLoader(sampler=distributed.ElasticSampler(dataset, num_replicas=..., rank=...)): how many groups have "
+        "data of their own, and which of them this rank is in (mesh['dp'].size() and mesh['dp'].get_local_rank()).",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _shared_by(model: nn.Module) -> str | None:
+    """Why several ranks need the same data for `model`, if its parameters tell."""
+    values: list[Any] = [each for each in model.parameters() if hasattr(each, "device_mesh")]
+    if not values:
+        return None
+    from torch.distributed.fsdp import FSDPModule  # is imported already, as there are DTensors
+
+    is_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    for mesh in {id(each.device_mesh): each.device_mesh for each in values}.values():
+        names = mesh.mesh_dim_names or ()
+        shared = [dim for dim, name in enumerate(names) if name.lower() in _SHARED]
+        if not shared and not is_fsdp and not any(_is_data(name) for name in names):
+            shared = list(range(mesh.ndim))  # DTensors that FSDP has not made: tensor parallelism
+        if prod(mesh.size(dim) for dim in shared) > 1:
+            return f"A {type(model).__qualname__} is tensor-parallel on {_described(mesh)}"
+    return None
+
+
+def _is_data(name: str) -> bool:
+    return name.lower().startswith(("dp", "data", "fsdp", "hsdp", "replicate", "shard"))
+
+
+def _described(mesh: Any) -> str:
+    sizes = tuple(mesh.size(dim) for dim in range(mesh.ndim))
+    names = mesh.mesh_dim_names
+    text = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True)) if names else str(sizes)
+    return f"a mesh of {text}"

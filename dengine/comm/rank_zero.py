@@ -1,0 +1,56 @@
+"""What only rank 0 runs, and why no collective may be called in it: the other ranks would never join."""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from dengine.errors import RankZeroCollectiveError
+from dengine.launch.world import world
+
+__all__ = ["rank_zero_only", "refuse_on_rank_zero_alone"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class _Scope(threading.local):
+    """Names of the rank-0-only functions this thread is inside of."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+_rank_zero_scope = _Scope()
+
+
+def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
+    """`function` on rank 0; on every other rank a call does nothing and gives None.
+
+    A collective of this package called inside it raises `RankZeroCollectiveError` at once, in a run of one process
+    too, so that it is found before the script meets a second rank. What stands in the brackets of a call is computed on
+    every rank, as always in Python.
+    """
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        if world().rank != 0:
+            return None
+        _rank_zero_scope.names.append(name)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _rank_zero_scope.names.pop()
+
+    return called
+
+
+def refuse_on_rank_zero_alone(collective: str) -> None:
+    """Raise `RankZeroCollectiveError` inside a function that only rank 0 runs."""
+    if _rank_zero_scope.names:
+        raise RankZeroCollectiveError(
+            f"{collective} is a collective, but {_rank_zero_scope.names[-1]} runs on rank 0 only, so the other ranks "
+            "would never join it. Call it from a handler that runs on every rank; an evaluation that is rank 0's own "
+            "takes Engine(..., distributed=False)."
+        )

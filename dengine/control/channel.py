@@ -1,0 +1,103 @@
+"""One list of messages on the store, which a thread of each rank reads in one order. It sleeps while there is none."""
+
+import json
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from dengine.control.sockets import Connections
+from dengine.launch.parsing import parse_object
+from dengine.launch.world import World
+
+__all__ = ["LOOK_S", "Link", "Meeting", "Messages"]
+
+LOOK_S = 0.002  # how often a thread looks that has something to collect, and cannot sleep until there is a message
+_FOR_EVER = timedelta(days=365)
+_KEPT = 1024  # messages; nobody is further behind, since whoever is asked must have answered before much is said
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks meet: the store's address, the part of it that is theirs, and whether rank 0 hosts it."""
+
+    host: str
+    port: int
+    prefix: str
+    is_hosted_by_rank_zero: bool
+
+    def connect(self, timeout_s: float = 60.0) -> Any:
+        """A connection of its own: a thread that waits on one keeps everybody else off it."""
+        timeout = timedelta(seconds=timeout_s)
+        store = TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
+        return PrefixStore(self.prefix, store)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins this rank to the others: `store` to tell them something, `connections` of the group to wait for them.
+
+    `group` is the process group of this package's own collectives, for tensors on the CPU. In a common one a rank that
+    is a collective ahead would join in one of DDP's, and both would get wrong numbers. `host_process` is rank 0's.
+    """
+
+    here: World
+    meeting: Meeting
+    store: Any
+    connections: Connections
+    group: Any
+    host_process: dict[str, Any]
+
+
+class Messages:
+    """The list. `publish` is for any thread, the rest for the one that reads.
+
+    Attributes:
+        number: of the message that is read next.
+        reader: the reading thread's connection to the store.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.number = 0
+        self.reader = link.meeting.connect()
+        self._store = link.store
+        self._is_janitor = link.here.rank == 0  # removes what all have read
+
+    def publish(self, **message: Any) -> None:
+        """Say something to all ranks.
+
+        A message takes its number and is there by one request: of two, the second one would never come from a process
+        that is killed in between, and all would wait for that number for ever.
+        """
+        text = json.dumps({**message, "id": uuid.uuid4().hex})
+        number = self.number  # no earlier one is free
+        while (there := self._claim(number, text)) != text:
+            self._store.set(f"message/{number}", there)  # see `_claim`
+            number += 1
+        self._store.set(f"message/{number}", text)
+
+    def _claim(self, number: int, text: str) -> str:
+        """What message `number` is now: `text`, unless there was one before.
+
+        torch's older store (USE_LIBUV=0) wakes nobody up by this request, but by writing the same once more.
+        """
+        return str(self._store.compare_set(f"message/{number}", "", text).decode(errors="replace"))
+
+    def next(self, *, may_sleep: bool) -> dict[str, Any] | None:
+        """The next message. Waits for it or, unless it `may_sleep`, for a moment only: None, if there is none, or if
+        what lies there is malformed.
+        """
+        key = f"message/{self.number}"
+        if may_sleep:
+            self.reader.wait([key], _FOR_EVER)
+        elif not self.reader.check([key]):
+            time.sleep(LOOK_S)
+            return None
+        text = self.reader.get(key)
+        if self._is_janitor and self.number >= _KEPT:
+            self.reader.delete_key(f"message/{self.number - _KEPT}")
+        self.number += 1
+        return parse_object(text)

@@ -1,0 +1,159 @@
+"""Ranks that wait for each other in different places: whether none of them can go on, and what the script has done.
+
+Pure: it reads what all ranks answered to a roll call, once or twice.
+"""
+
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+from dengine.control.failure import Level, where_text
+
+__all__ = ["END_OF_GROUP", "START_OF_RUN", "cause", "is_certain", "waits_in"]
+
+START_OF_RUN = "the comparison at the start of a run"  # as a collective that every shared run begins with
+END_OF_GROUP = "the end of process_group()"
+
+# A rank that computes takes far more of a processor, even on a machine that is shared by many.
+_MAX_CPU_SHARE = 0.02
+_NUM_SHOWN = 64
+_BACKWARD = "backward()"
+_WAITS = {
+    "/torch/nn/parallel/distributed.py": "forward of DistributedDataParallel",
+    "/torch/distributed/": "a collective of torch.distributed",  # FSDP's, too
+}
+_Answers = Mapping[int, Mapping[str, Any]]
+
+
+def waits_in(frame: FrameType | None) -> str:
+    """What of torch this innermost frame is in that may wait for other ranks; "" where it is in nothing of the kind."""
+    if frame is None:
+        return ""
+    file = frame.f_code.co_filename.replace("\\", "/")
+    if file.endswith("torch/autograd/graph.py") and frame.f_code.co_name == "_engine_run_backward":
+        return _BACKWARD
+    return next((name for part, name in _WAITS.items() if part in file), "")
+
+
+def is_certain(before: _Answers, now: _Answers) -> bool:
+    """Whether no rank can go on any more, as two roll calls show that lie some seconds apart.
+
+    Some wait in a collective of this package, which all ranks have to join. All the others wait, without work for their
+    processor, in one of torch's, in which those have not joined: neither can happen before the other. Or they wait at
+    the end of the process group, where nobody joins in anything any more. Who is merely slow does work, or is
+    elsewhere.
+    """
+    if not _is_crossed(before) or not _is_crossed(now) or before.keys() != now.keys():
+        return False
+    return all(_stands_still(before[rank], now[rank]) for rank in now)
+
+
+def cause(answers: _Answers, behind: int) -> tuple[int, str] | None:
+    """The rank that is where the others are not, and what keeps all from going on and what to do; None where they do
+    not wait for each other. `behind`: the rank that has got least far.
+    """
+    if not _is_crossed(answers):
+        return None
+    first, other = _pair(answers)
+    culprit = _alone(answers, first, other) if len(_inside(answers)) == len(answers) else behind
+    return culprit, (
+        f"Rank {culprit} has come to another place than the others, and they wait for each other, so that none of them "
+        "can go on:"
+        + "".join(f"\n  rank {rank}: {_shown(answers[rank])}" for rank in sorted(answers)[:_NUM_SHOWN])
+        + f"\n{_advice(first, other, answers)}"
+    )
+
+
+def _is_crossed(answers: _Answers) -> bool:
+    inside, outside = _inside(answers), [rank for rank in answers if not answers[rank]["collective"]]
+    if not inside:
+        return False
+    if not outside:
+        at_end = [rank for rank in inside if answers[rank]["collective"] == END_OF_GROUP]
+        # The end is a place in the order of calls too: who is there has made all that come before it.
+        ended = min((answers[rank]["calls"] for rank in at_end), default=0)
+        return any(rank not in at_end and answers[rank]["calls"] >= ended > 0 for rank in inside)
+    if not all(answers[rank]["waits_in"] or answers[rank].get("is_ahead") for rank in outside):
+        return False
+    return max(_joined(answers[rank]) for rank in inside) < min(_joined(answers[rank]) for rank in outside)
+
+
+def _inside(answers: _Answers) -> list[int]:
+    return [rank for rank in answers if answers[rank]["collective"]]
+
+
+def _joined(answer: Mapping[str, Any]) -> int:
+    return int(answer["joined"])
+
+
+def _stands_still(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    for name in ("collective", "joined", "calls", "where", "waits_in"):
+        if before[name] != now[name]:
+            return False
+    if now["collective"]:
+        return True
+    work_s, time_s = now["cpu_s"] - before["cpu_s"], now["time_s"] - before["time_s"]
+    return bool(now["waits_in"]) and work_s <= _MAX_CPU_SHARE * time_s
+
+
+def _pair(answers: _Answers) -> tuple[int, int]:
+    """A rank that waits in a collective that others do not join, and one of those."""
+    inside = _inside(answers)
+    calling = [rank for rank in inside if answers[rank]["collective"] != END_OF_GROUP]
+    first = min(calling or inside)
+    others = [rank for rank in answers if answers[rank]["collective"] != answers[first]["collective"]]
+    return first, min(others)
+
+
+def _alone(answers: _Answers, first: int, other: int) -> int:
+    """Of those who wait in a collective and those who wait at the end of the group, one of the fewer."""
+    num_first = sum(answers[rank]["collective"] == answers[first]["collective"] for rank in answers)
+    num_other = len(answers) - num_first
+    if num_first == num_other:
+        return first if answers[first]["collective"].startswith(START_OF_RUN) else other
+    return first if num_first < num_other else other
+
+
+def _levels(answer: Mapping[str, Any]) -> list[Level]:
+    return [Level(**level) for level in answer["where"]]
+
+
+def _shown(answer: Mapping[str, Any]) -> str:
+    waits = answer["collective"] or answer["waits_in"]
+    site = f" ({answer['site']})" if answer["site"] else ""
+    return f"{where_text(_levels(answer))}{f', in {waits}' if waits else ''}{site}"
+
+
+def _advice(first: int, other: int, answers: _Answers) -> str:
+    one, two = answers[first], answers[other]
+    mine, theirs = _levels(one), _levels(two)
+    handler = next((level.handler for level in mine if level.handler), None)
+    is_behind = _joined(one) < _joined(two)
+    if one["collective"].startswith(START_OF_RUN):
+        return (
+            f"Rank {first} runs an Engine that rank {other} does not run: call run() on every rank, not under "
+            "`if world.rank == 0:`. If it is to be one rank's own, make it Engine(..., distributed=False), and give it "
+            "distributed.unwrap_model(model)."
+        )
+    if handler is not None and not (theirs and theirs[0].handler == handler):
+        return (
+            f"Handler {handler} is called on rank {first}, and not on rank {other}, but what it does takes all ranks: "
+            "attach it on every rank, not under `if world.rank == 0:`."
+        )
+    if is_behind and mine and theirs and mine[0].epoch == theirs[0].epoch and mine[0].iteration < theirs[0].iteration:
+        return (
+            f"The data of rank {first} have ended after iteration {mine[0].iteration}, but rank {other} is in "
+            f"iteration {theirs[0].iteration}, where DistributedDataParallel needs all ranks: give all ranks the same "
+            "number of batches, by distributed.prepare_data_loader() with the same batch_size on every rank."
+        )
+    if is_behind:
+        return (
+            f"Rank {first} has taken part in fewer of torch's collectives than rank {other} ({_joined(one)}, not "
+            f"{_joined(two)}). Either it skipped backward() in a step, or its loss did not touch the model: call "
+            "backward() in every step on every rank, with a loss times 0 rather than without one. Or it had fewer "
+            "batches: prepare the data by distributed.prepare_data_loader(), with the same batch_size on every rank."
+        )
+    return (
+        f"Rank {first} calls a collective that rank {other} does not call: call it on every rank, not under "
+        "`if world.rank == 0:`, and in the same order."
+    )

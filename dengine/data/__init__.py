@@ -1,0 +1,1 @@
+"""Samples over ranks: loaders, samplers, and the seeds of random augmentation."""

@@ -1,0 +1,373 @@
+"""A `DataLoader` rebuilt over this rank's shard, with the settings of the one it is made from."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+    default_convert,
+    get_worker_info,
+)
+
+from dengine.checks import whole_number
+from dengine.comm.mesh import deals_to_all_ranks
+from dengine.data.passes import PassCounter
+from dengine.data.sampler import DataState, ElasticSampler
+from dengine.data.seeding import (
+    SeededCollate,
+    SeededDataset,
+    SeededStream,
+    derived_seed,
+    draws_nothing,
+    tell_epoch,
+    tell_epoch_in_worker,
+)
+from dengine.data.self_sharding import KeptSampler, check_fits, shards_itself
+from dengine.launch.world import World, refuse_forgotten_group, world
+
+__all__ = ["PreparedLoader", "data_state", "inside", "pass_counters", "prepare_data_loader", "renew_workers"]
+
+T = TypeVar("T")
+
+_TOLD = "_dengine_epoch"  # on a loader: of which epoch its workers know
+
+# Taken over as they are; what torch's version at hand does not know is left out.
+_KEPT = (
+    "num_workers",
+    "pin_memory",
+    "timeout",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+    "in_order",
+)
+
+
+def prepare_data_loader(
+    loader: "DataLoader[T]", *, exact: bool = False, global_batch_size: int | None = None, seed: int = 0
+) -> "DataLoader[T]":
+    """`loader` over this rank's shard of its data set, with the same settings otherwise.
+
+    Shuffling is kept from the loader's own sampler. The order of samples is one permutation of the epoch, the same for
+    any number of ranks, consumed in global batches (`ElasticSampler`). Iterable data sets are sharded by batch: each
+    rank reads the stream and keeps its turn.
+
+    What gives each rank its own samples already stays as it is: a `DistributedSampler` (an `ElasticSampler`) for this
+    rank, with its own seed, and a stream that shards itself (Hugging Face's after `split_dataset_by_node`,
+    webdataset's with `split_by_node`, MosaicML's and LitData's `StreamingDataset`, any with `shards_itself = True`).
+    How many batches a rank has is then up to that stream.
+
+    What the data set draws at random follows from `seed`, the epoch and the sample alone (`SeededDataset`; a stream's
+    from its start), whatever the number of ranks and workers, also in a resumed run and in workers that outlive an
+    epoch; what a `collate_fn` of your own draws, from the batch's first sample (`SeededCollate`). `prepared.dataset`
+    has the attributes of the data set inside. Iterating draws nothing from the global generators.
+
+    The engine tells the epoch. If nobody does (the loader is inside a `tqdm`, a `zip`, a class of yours, a step, or in
+    a loop of your own), each new iteration goes on to the next epoch, and a resumed run finds it where it was;
+    `prepared.sampler.set_epoch(epoch)` takes another one. Workers are process groups of their own, so that a
+    scheduler's signal to the rank's group does not end them before the rank has saved.
+
+    Args:
+        exact: every sample once over all ranks, without padding; shards may differ in length (for evaluation).
+            Without it the last batch is padded where needed, so that all ranks take the same number of steps.
+        global_batch_size: samples of all ranks together in one step; without it the loader's `batch_size` is that of
+            one rank.
+        seed: of the permutation and of what the data set draws; the same on all ranks.
+
+    Raises:
+        TypeError: `loader` is no DataLoader, or has a sampler or batch sampler of the user's own.
+        ValueError: `global_batch_size` does not divide by the number of ranks; `exact` on a loader with `drop_last`, or
+            with a sampler that pads; a sampler or a split that is not this rank's of as many.
+
+    Cost: no collective; O(1) memory and time for any size of the data set.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"prepare_data_loader() takes a DataLoader, but got a {type(loader).__qualname__}.")
+    refuse_forgotten_group("prepare_data_loader()")
+    here = world()
+    if exact and loader.drop_last:
+        raise ValueError("exact=True sees every sample, but this loader has drop_last=True: build it without.")
+    dataset: Any = loader.dataset
+    if isinstance(dataset, (SeededDataset, _IterableShard)):  # prepared before
+        dataset = dataset._dataset
+    collate = _seeded_collate(loader)
+    if isinstance(dataset, IterableDataset):
+        batch_size = _batch_size(loader, here, global_batch_size)
+        deals_to_all_ranks()
+        if shards_itself(dataset, here):
+            # Each rank has its own samples already: what they are, and how many, is not decided here.
+            stream: Any = _IterableShard(dataset, batch_size, World(), True, loader.drop_last, seed, collate, here.size)
+        else:
+            stream = _IterableShard(dataset, batch_size, here, exact, loader.drop_last, seed, collate)
+        return _rebuilt(loader, stream, seed, collate, batch_size=batch_size, drop_last=loader.drop_last)
+    shuffle = _is_shuffled(loader)
+    batch_size = _batch_size(loader, here, global_batch_size)
+    kept = _kept_sampler(loader, here, exact=exact)
+    sampler = kept or ElasticSampler(
+        dataset,
+        batch_size=batch_size or 1,
+        num_replicas=here.size,
+        rank=here.rank,
+        shuffle=shuffle,
+        seed=seed,
+        drop_last=loader.drop_last,
+        exact=exact,
+    )
+    if collate is not None or not draws_nothing(dataset, loader.collate_fn):
+        dataset = SeededDataset(dataset, seed, collate)
+        sampler.carries_epoch = True
+    prepared = _rebuilt(
+        loader, dataset, seed, collate, batch_size=batch_size, sampler=sampler, drop_last=loader.drop_last
+    )
+    prepared.keeps_sampler = kept is not None
+    return prepared
+
+
+def data_state(data: object) -> DataState | None:
+    """What a resumed run must find unchanged in `data` (`check_same` compares two), or None where it cannot be told.
+
+    It can be of a loader that `prepare_data_loader` gave, and of one with an `ElasticSampler`.
+    """
+    for part in (getattr(data, "sampler", None), getattr(data, "dataset", None)):
+        if isinstance(part, (ElasticSampler, _IterableShard)):
+            return part.state()
+        if isinstance(part, KeptSampler):
+            return part.state(getattr(data, "batch_size", None) or 1)
+    return None
+
+
+def inside(part: Any) -> Any:
+    """The data set of the user that `prepare_data_loader` has wrapped; anything else as it is."""
+    return part._dataset if isinstance(part, (SeededDataset, _IterableShard)) else part
+
+
+def pass_counters(data: object) -> list[PassCounter]:
+    """The counters of what in `data` an engine tells the epoch, and what otherwise goes on by itself."""
+    parts = (data, getattr(data, "sampler", None), getattr(data, "dataset", None))
+    return [part.passes for part in parts if isinstance(part, (ElasticSampler, KeptSampler, _IterableShard))]
+
+
+def renew_workers(data: object, epoch: int) -> None:
+    """End workers that would outlive an epoch and not hear of the next one, so that the next iteration starts others.
+
+    They hold copies of the data set as it was when they were started; what `prepare_data_loader` gives reaches them.
+    """
+    if not isinstance(data, DataLoader) or isinstance(data, PreparedLoader) or not data.persistent_workers:
+        return
+    if not callable(getattr(data.dataset, "set_epoch", None)) or _is_shared(getattr(data.dataset, "_epoch", None)):
+        return
+    if vars(data).get(_TOLD) != epoch:
+        data._iterator = None
+    vars(data)[_TOLD] = epoch
+
+
+def _is_shared(epoch: object) -> bool:
+    return isinstance(epoch, torch.Tensor) and bool(epoch.is_shared())  # type: ignore[no-untyped-call]  # as Hugging Face's streams keep it
+
+
+def _is_shuffled(loader: "DataLoader[Any]") -> bool:
+    sampler: object = loader.sampler
+    if type(loader.batch_sampler) not in (BatchSampler, type(None)):
+        raise TypeError(
+            f"This loader has a batch sampler of its own ({type(loader.batch_sampler).__qualname__}), which cannot be "
+            "cut into shards from outside. Either build the loader with batch_size= and shuffle= instead, or have the "
+            "batch sampler give this rank's batches (see dengine.distributed.world()) and use the loader as it is."
+        )
+    if (
+        isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and sampler.num_samples == len(sampler.data_source)
+    ):
+        return True
+    if type(sampler) is SequentialSampler:
+        return False
+    if isinstance(sampler, DistributedSampler):
+        return sampler.shuffle
+    raise TypeError(
+        f"This loader has a sampler of its own ({type(sampler).__qualname__}), which cannot be cut into shards from "
+        "outside. Either build the loader with shuffle=True or False (some samples only: torch.utils.data.Subset), "
+        "or have the sampler give this rank's samples (see dengine.distributed.world()) and use the loader as it is."
+    )
+
+
+def _kept_sampler(loader: "DataLoader[Any]", here: World, *, exact: bool) -> ElasticSampler | KeptSampler | None:
+    """The user's own sampler that gives shards; None where there is none, or the one of a loader prepared before."""
+    sampler = loader.sampler
+    if not isinstance(sampler, DistributedSampler) or (isinstance(loader, PreparedLoader) and not loader.keeps_sampler):
+        return None
+    check_fits(sampler, here, exact=exact)
+    deals_to_all_ranks()
+    return sampler if isinstance(sampler, ElasticSampler | KeptSampler) else KeptSampler(sampler)
+
+
+def _batch_size(loader: "DataLoader[Any]", here: World, global_batch_size: int | None) -> int | None:
+    if global_batch_size is None:
+        return loader.batch_size
+    total = whole_number("global_batch_size", global_batch_size, least=1)
+    if total % here.size:
+        below = total // here.size * here.size
+        nearest = f"{below} and {below + here.size}" if below else f"{here.size}"
+        raise ValueError(
+            f"global_batch_size={total} does not divide into {here.size} ranks; the nearest sizes that do: {nearest}."
+        )
+    if loader.batch_size is None:
+        raise ValueError("global_batch_size= needs a loader that makes batches, but this one has batch_size=None.")
+    return total // here.size
+
+
+def _seeded_collate(loader: "DataLoader[Any]") -> SeededCollate | None:
+    """None for torch's own, which draw nothing."""
+    collate: Any = loader.collate_fn
+    if isinstance(collate, SeededCollate):  # prepared before
+        collate = collate.inside
+    return None if collate in (default_collate, default_convert) else SeededCollate(collate)
+
+
+def _rebuilt(
+    loader: "DataLoader[Any]", dataset: Any, seed: int, collate: SeededCollate | None, **changed: Any
+) -> "PreparedLoader[Any]":
+    known = inspect.signature(DataLoader).parameters
+    kept = {name: getattr(loader, name) for name in _KEPT if name in known and hasattr(loader, name)}
+    if not kept.get("pin_memory_device"):
+        kept.pop("pin_memory_device", None)  # deprecated: even its default draws a warning
+    if kept.get("generator") is None:
+        # Without one of its own, each iteration draws the workers' seed from the global generator.
+        kept["generator"] = torch.Generator().manual_seed(derived_seed(seed, world().rank))
+    if changed["batch_size"] is None:
+        changed.pop("drop_last")
+    start = loader.worker_init_fn
+    kept["worker_init_fn"] = start if isinstance(start, _WorkerStart) or not loader.num_workers else _WorkerStart(start)
+    return PreparedLoader(dataset, collate_fn=collate or loader.collate_fn, **kept, **changed)
+
+
+class PreparedLoader(DataLoader[T]):
+    """What `prepare_data_loader` gives."""
+
+    keeps_sampler = False  # the user's own
+
+    def __iter__(self) -> Any:
+        if isinstance(self.dataset, _IterableShard):  # a sampler counts for itself
+            self.dataset.begin_pass()
+        return super().__iter__()
+
+
+class _WorkerStart:
+    """Takes a worker out of its rank's process group, then calls the user's own `worker_init_fn`.
+
+    A launcher passes a scheduler's signal on to the whole group. The rank goes on to the end of an iteration then, and
+    saves; a worker would die of SIGTERM, and take the next batch with it.
+    """
+
+    def __init__(self, inside: Callable[[int], Any] | None) -> None:
+        self._inside = inside
+
+    def __call__(self, worker: int) -> None:
+        if hasattr(os, "setpgid"):  # not on Windows
+            os.setpgid(0, 0)
+        if self._inside is not None:
+            self._inside(worker)
+
+
+class _IterableShard(IterableDataset[Any]):
+    """Every `size`-th run of `batch_size` samples of a stream, from the `rank`-th on.
+
+    Ranks take turns by batch. In the last round, where the stream ends before everybody had a turn, the ranks left out
+    repeat its first batch, so that all take the same number of steps; with `exact` they have one fewer.
+    """
+
+    def __init__(
+        self,
+        dataset: "IterableDataset[Any]",
+        batch_size: int | None,
+        here: World,
+        exact: bool,
+        drop_last: bool,
+        seed: int = 0,
+        collate: SeededCollate | None = None,
+        num_ranks: int | None = None,
+    ) -> None:
+        self._num_ranks = here.size if num_ranks is None else num_ranks
+        self._dataset = dataset
+        self._batch_size = batch_size or 1
+        self._rank, self._size = here.rank, here.size
+        self._exact, self._drop_last = exact, drop_last
+        self._seed = seed
+        self._collate = collate
+        kind = {"length": None, "seed": seed, "shuffle": None, "exact": exact, "drop_last": drop_last}
+        self.passes = PassCounter(kind)
+        self._epoch = -1  # of the pass under way; a worker's copy is of when it was started. -1: nobody counts
+        # Workers that outlive an epoch get no index that could carry the next one. They read it here when an iteration
+        # starts, which they are told of after it was set.
+        self._epoch_for_workers = torch.full((), -1, dtype=torch.int64)
+        self._epoch_for_workers.share_memory_()  # type: ignore[no-untyped-call]
+        self._has_iterated_in_worker = False
+
+    def begin_pass(self) -> None:
+        """Called in the main process when an iteration over the loader begins."""
+        is_counted = self._epoch >= 0
+        epoch = self.passes.begin(self._dataset)
+        self._epoch = epoch if is_counted or epoch else -1
+        self._epoch_for_workers.fill_(self._epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch = self._epoch
+        if self._has_iterated_in_worker:
+            epoch = int(self._epoch_for_workers)
+        self._has_iterated_in_worker = get_worker_info() is not None
+        if epoch >= 0:
+            tell_epoch_in_worker(self._dataset, epoch)
+        return self._turns(SeededStream(self._seed, max(epoch, 0)))
+
+    def _turns(self, generators: SeededStream) -> Iterator[Any]:
+        with generators.drawing():
+            stream = iter(self._dataset)
+        for turn in count(self._rank, self._size):
+            with generators.drawing():
+                first, mine, is_whole = self._round(stream)
+            if self._collate is not None:  # which gets the samples of one turn
+                self._collate.next_seed = generators.seed_of(turn * self._batch_size)
+            if is_whole or not self._drop_last:
+                yield from mine if mine or self._exact else first
+            if not is_whole:
+                return
+
+    def _round(self, stream: Iterator[Any]) -> tuple[list[Any], list[Any], bool]:
+        """The first turn of the next round, this rank's turn, and whether everybody had a whole one."""
+        first: list[Any] = []
+        mine: list[Any] = []
+        for rank in range(self._size):
+            turn = list(islice(stream, self._batch_size))
+            first = turn if rank == 0 else first
+            mine = turn if rank == self._rank else mine
+            if len(turn) < self._batch_size:
+                return first, mine, False
+        return first, mine, True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Seed the next iteration for `epoch`; pass it on to a data set that shuffles by epoch."""
+        self.passes.tell(epoch)
+        self._epoch = epoch
+        tell_epoch(self._dataset, epoch)
+
+    def state(self) -> DataState:
+        """As of `ElasticSampler`; a stream's length is not known, nor its order another one's."""
+        return {
+            "length": None,
+            "global_batch_size": self._num_ranks * self._batch_size,
+            "seed": self._seed,
+            "shuffle": None,
+            "exact": self._exact,
+            "drop_last": self._drop_last,
+        }

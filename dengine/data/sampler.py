@@ -1,0 +1,238 @@
+"""Which samples each rank sees, and in which order: one order of the epoch, dealt out in global batches."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import chain
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+from dengine.checks import whole_number
+from dengine.comm.mesh import deals_to_all_ranks
+from dengine.data.passes import PassCounter
+from dengine.data.permutation import Permutation
+from dengine.data.seeding import EpochIndex
+from dengine.launch.world import world
+
+__all__ = ["DataState", "ElasticSampler", "changed_order", "check_same"]
+
+DataState: TypeAlias = dict[str, Any]  # None: not known
+
+# Positions computed at a time: few, to start at once; then more, up to what fits a processor's cache.
+_FIRST_CHUNK, _CHUNK = 1 << 10, 1 << 15
+
+# What must be as it was for a resumed run to see each sample once: how it is called, and the way back.
+_MUST_STAY = {
+    "length": ("the number of samples", "continue with the data set that the run began with"),
+    "global_batch_size": (
+        "the global batch",
+        "pass global_batch_size={} to prepare_data_loader(), or a batch_size and number of ranks whose product it is",
+    ),
+    "seed": ("the seed of the order", "pass seed={} to prepare_data_loader()"),
+    "shuffle": ("shuffle", "build the loader with shuffle={}"),
+    "exact": ("exact", "pass exact={} to prepare_data_loader()"),
+    "drop_last": ("drop_last", "build the loader with drop_last={}"),
+}
+
+
+def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to go on with other data, or in another order, than a run was begun with. Pure.
+
+    `saved` and `current` are what `ElasticSampler.state()` gave then and gives now. The number of ranks may differ.
+
+    Raises:
+        ValueError: names each value that changed, both values, and the way back.
+
+    Example:
+        >>> state = ElasticSampler(range(9), batch_size=2, num_replicas=2, rank=0).state()
+        >>> check_same(state, ElasticSampler(range(9), batch_size=4, num_replicas=1, rank=0).state())
+        >>> check_same(state, {**state, "seed": 5})
+        Traceback (most recent call last):
+            ...
+        ValueError: The data is not what this run was begun with, so samples could be missed or come twice:
+        the seed of the order was 0 and is 5: pass seed=0 to prepare_data_loader().
+        Or say allow_changed_data=True, and the run goes on at the same batch of the changed data.
+    """
+    changes = changed_order(saved, current)
+    if changes:
+        raise ValueError(
+            "The data is not what this run was begun with, so samples could be missed or come twice:\n"
+            + ";\n".join(changes)
+            + ".\nOr say allow_changed_data=True, and the run goes on at the same batch of the changed data."
+        )
+
+
+def changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What `check_same` names, one line for each value.
+
+    Raises:
+        ValueError: `saved` lacks a value.
+    """
+    changes = []
+    for key, (name, advice) in _MUST_STAY.items():
+        if key not in saved:
+            raise ValueError(f"The saved state of the data has no {key!r}: it holds {sorted(saved)}.")
+        was, now = saved[key], current[key]
+        if type(was) is not type(now) or was != now:
+            changes.append(f"{name} was {was} and is {now}: {advice.format(was)}")
+    return changes
+
+
+class ElasticSampler(DistributedSampler[int]):
+    """A `DistributedSampler` whose order of samples does not depend on the number of ranks.
+
+    The epoch is one permutation (or the given order). It is consumed in global batches of
+    `batch_size * num_replicas` samples, of which each rank takes one run of `batch_size`: another number of ranks with
+    the same global batch sees the same global batches. What is left at the end, less than a global batch, is dealt out
+    evenly; where it does not divide, it is
+
+    - padded from the start of the order, so that all ranks take the same number of steps (the default, for training),
+    - dropped with `drop_last=True`,
+    - left uneven with `exact=True`: every sample once over all ranks, shards differ in length by at most one.
+
+    Nobody has to tell the epoch: each new iteration goes on to the next one's order, and an iteration keeps the epoch
+    that it began with. After `set_epoch`, as an engine calls it, the next iteration is of that epoch.
+
+    With `carries_epoch` set, as `prepare_data_loader` does, indices are `EpochIndex`: ints that carry the epoch to
+    where the sample is fetched.
+
+    Cost: O(1) memory and time to set up, also for 10^9 samples; no collective. 0.1 us a sample, 0.3 with its epoch.
+
+    Raises:
+        ValueError, TypeError: a size, rank or batch size that is none; `exact` together with `drop_last`.
+
+    Example:
+        >>> list(ElasticSampler(range(5), batch_size=2, num_replicas=2, rank=0, shuffle=False, exact=True))
+        [0, 1, 4]
+        >>> list(ElasticSampler(range(5), batch_size=2, num_replicas=2, rank=1, shuffle=False, exact=True))
+        [2, 3]
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        *,
+        batch_size: int = 1,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        exact: bool = False,
+    ) -> None:
+        # DistributedSampler's own constructor would ask for a process group; its attributes are kept to.
+        self.dataset: Any = dataset
+        self.num_replicas = whole_number(
+            "num_replicas", world().size if num_replicas is None else num_replicas, least=1
+        )
+        if self.num_replicas == world().size:
+            deals_to_all_ranks()
+        self.rank = whole_number("rank", world().rank if rank is None else rank, least=0)
+        if self.rank >= self.num_replicas:
+            raise ValueError(f"rank={rank} must lie below num_replicas={self.num_replicas}.")
+        if exact and drop_last:
+            raise ValueError("exact=True sees every sample, but drop_last=True drops some: choose one.")
+        self.batch_size = whole_number("batch_size", batch_size, least=1)
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.exact = exact
+        self.carries_epoch = False
+        self._skipped = 0
+        kind = {"length": _length(dataset), "seed": seed, "shuffle": shuffle, "exact": exact, "drop_last": drop_last}
+        self.passes = PassCounter(kind)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was told last, or that the last iteration went on to."""
+        return self.passes.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self.passes.tell(epoch)
+
+    @property
+    def num_samples(self) -> int:  # type: ignore[override]  # a plain attribute there, and stale once the data grows
+        """Samples of this rank in an epoch."""
+        full, left = divmod(len(self.dataset), self.num_replicas * self.batch_size)
+        return full * self.batch_size + self._share_of_rest(left)
+
+    @property
+    def total_size(self) -> int:  # type: ignore[override]
+        """Samples of all ranks in an epoch, padding included."""
+        size = len(self.dataset)
+        left = size % (self.num_replicas * self.batch_size)
+        if self.exact or left == 0:
+            return size
+        return size - left if self.drop_last else size + -left % self.num_replicas
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        return chain.from_iterable(self._chunks())
+
+    def _chunks(self) -> Iterator[Iterable[int]]:
+        # Begun with its first sample: a loader with workers makes two iterators, and uses one.
+        epoch = self.passes.begin(self.dataset)
+        first, self._skipped = self._skipped, 0
+        end = self.num_samples  # which may depend on the epoch
+        order = Permutation(len(self.dataset), self.seed, epoch) if self.shuffle else None
+        length = _FIRST_CHUNK
+        while first < end:
+            mine = np.arange(first, min(first + length, end), dtype=np.int64)
+            positions = self._positions(mine)
+            indices = (positions if order is None else order(positions)).tolist()
+            yield map(EpochIndex.of(epoch), indices) if self.carries_epoch else indices
+            first, length = first + length, min(2 * length, _CHUNK)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of `epoch` in the next iteration, from its beginning."""
+        self.passes.tell(epoch)
+        self._skipped = 0
+
+    def skip(self, num_samples: int) -> None:
+        """Begin the next iteration after the first `num_samples` of this rank: O(1), for a resumed run.
+
+        Counted in batches of this rank's `batch_size`, the place is the same for any number of ranks.
+        """
+        self._skipped = whole_number("num_samples", num_samples, least=0)
+
+    def state(self) -> DataState:
+        """What the order of samples depends on; `check_same` compares two. The number of ranks is none of it."""
+        return {
+            "length": len(self.dataset),
+            "global_batch_size": self.num_replicas * self.batch_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "exact": self.exact,
+            "drop_last": self.drop_last,
+        }
+
+    def _share_of_rest(self, left: int) -> int:
+        if self.exact:
+            return left // self.num_replicas + (self.rank < left % self.num_replicas)
+        return 0 if self.drop_last else -(-left // self.num_replicas)
+
+    def _positions(self, mine: "np.typing.NDArray[np.int64]") -> "np.typing.NDArray[np.int64]":
+        """Places in the epoch's order of this rank's samples number `mine`. Shapes: (N,) to (N,)."""
+        size = len(self.dataset)
+        num_full, left = divmod(size, self.num_replicas * self.batch_size)
+        batch, within = np.divmod(mine, self.batch_size)
+        positions = (batch * self.num_replicas + self.rank) * self.batch_size + within
+        is_rest = mine >= num_full * self.batch_size
+        if is_rest.any():
+            share, extra = divmod(left, self.num_replicas)
+            # The rest of the epoch: each rank one run again; the first `extra` runs are longer by one.
+            longer_before = min(self.rank, extra) if self.exact else self.rank * (extra > 0)
+            offset = self.rank * share + longer_before
+            rest = size - left + offset + (mine - num_full * self.batch_size)
+            positions = np.where(is_rest, rest % size, positions)
+        return positions
+
+
+def _length(dataset: Sized) -> int | None:
+    try:
+        return len(dataset)
+    except Exception:  # it may only be known later
+        return None

@@ -1,0 +1,134 @@
+"""Data that give each rank its own samples already: recognised, so that they are not cut into shards once more."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DistributedSampler
+
+from dengine.data.passes import PassCounter
+from dengine.data.seeding import EpochIndex
+from dengine.launch.world import World
+
+__all__ = ["KeptSampler", "check_fits", "shards_itself"]
+
+# The first part of a module's name, and the class in it (or one derived from it) that asks for its rank by itself.
+_CLASSES = {("streaming", "StreamingDataset"), ("litdata", "StreamingDataset")}
+
+
+def shards_itself(dataset: Any, here: World) -> bool:
+    """Whether a stream gives this rank's samples only: Hugging Face's after `split_dataset_by_node`, webdataset's with
+    `split_by_node`, MosaicML's and LitData's `StreamingDataset`, and whatever has `shards_itself = True`.
+
+    Raises:
+        ValueError: it was split for another number of ranks, or another rank.
+    """
+    split = getattr(dataset, "_distributed", None)  # Hugging Face's
+    if split is not None and hasattr(split, "rank") and hasattr(split, "world_size"):
+        _check_place(
+            "This data set was split for",
+            split.rank,
+            split.world_size,
+            here,
+            "Split it by distributed.world().rank and .size, or not at all: prepare_data_loader() gives each rank its "
+            "own samples",
+        )
+        return True
+    if getattr(dataset, "shards_itself", False) is True:
+        return True
+    if any((each.__module__.partition(".")[0], each.__name__) in _CLASSES for each in type(dataset).__mro__):
+        return True
+    stages = getattr(dataset, "pipeline", None)
+    return isinstance(stages, list) and any(_splits_by_node(stage) for stage in stages)
+
+
+def check_fits(sampler: "DistributedSampler[Any]", here: World, *, exact: bool) -> None:
+    """
+    Raises:
+        ValueError: the sampler's shard is not this rank's, or it pads where `exact` is wanted.
+    """
+    _check_place(
+        f"This loader has a {type(sampler).__qualname__} for",
+        sampler.rank,
+        sampler.num_replicas,
+        here,
+        "Give it this rank and number of ranks, or leave it out: prepare_data_loader() makes one from shuffle=",
+    )
+    size = len(sampler.dataset)  # type: ignore[arg-type]
+    is_exact = getattr(sampler, "exact", sampler.total_size == size)
+    if exact and not is_exact:
+        raise ValueError(
+            f"exact=True sees every sample once, but this loader's {type(sampler).__qualname__} takes "
+            f"{sampler.total_size} samples of {size}: leave the sampler out, and prepare_data_loader() makes one that "
+            "does, or use ElasticSampler(..., exact=True)."
+        )
+
+
+class KeptSampler(DistributedSampler[int]):
+    """A `DistributedSampler` of the user's own, with its seed and its order.
+
+    As an `ElasticSampler` it goes on by itself to the next epoch, begins anywhere, and lets indices carry the epoch.
+    Other attributes are those of the sampler `inside`.
+    """
+
+    def __init__(self, inside: "DistributedSampler[Any]") -> None:
+        self.inside = inside
+        self.carries_epoch = False
+        kind = {"kept": type(inside).__qualname__, "seed": inside.seed, "shuffle": inside.shuffle}
+        self.passes = PassCounter(kind)
+        self.passes.tell(inside.epoch)
+        self._last_told = inside.epoch
+        self._skipped = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inside" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.inside, name)
+
+    def __len__(self) -> int:
+        return len(self.inside)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.inside.epoch != self._last_told:  # the user has told the sampler that he made
+            self.passes.tell(self.inside.epoch)
+        epoch = self._last_told = self.passes.begin(self.inside.dataset)
+        self.inside.set_epoch(epoch)
+        first, self._skipped = self._skipped, 0
+        indices = islice(self.inside, first, None)
+        yield from map(EpochIndex.of(epoch), indices) if self.carries_epoch else indices
+
+    def set_epoch(self, epoch: int) -> None:
+        self.passes.tell(epoch)
+        self.inside.set_epoch(epoch)
+        self._last_told = epoch
+        self._skipped = 0
+
+    def skip(self, num_samples: int) -> None:
+        """Begin the next iteration after the first `num_samples` of this rank, of which only the indices are drawn."""
+        self._skipped = num_samples
+
+    def state(self, batch_size: int) -> dict[str, Any]:
+        """As of `ElasticSampler`: the global batches are the same for any number of ranks, but for the last one."""
+        return {
+            "length": len(self.inside.dataset),  # type: ignore[arg-type]
+            "global_batch_size": self.inside.num_replicas * batch_size,
+            "seed": self.inside.seed,
+            "shuffle": self.inside.shuffle,
+            "exact": False,
+            "drop_last": self.inside.drop_last,
+        }
+
+
+def _check_place(what: str, rank: int, num_ranks: int, here: World, way_out: str) -> None:
+    if (rank, num_ranks) != (here.rank, here.size):
+        raise ValueError(
+            f"{what} rank {rank} of {num_ranks}, but this is rank {here.rank} of {here.size}, so that samples would be "
+            f"missed or come twice. {way_out}."
+        )
+
+
+def _splits_by_node(stage: Any) -> bool:
+    function = stage.func if isinstance(stage, partial) else stage
+    name = getattr(function, "__name__", "")
+    return name == "split_by_node" and getattr(function, "__module__", "").partition(".")[0] == "webdataset"

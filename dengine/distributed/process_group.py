@@ -1,0 +1,276 @@
+"""Opening and leaving the process group: the same `with` under torchrun, srun and plain python."""
+
+import atexit
+import os
+import socket
+import sys
+import uuid
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore  # type: ignore[attr-defined]
+
+from dengine.control.channel import Link, Meeting
+from dengine.control.ddp_errors import explain
+from dengine.control.failure import line_of, traceback_of, write_error_file
+from dengine.control.plane import Control
+from dengine.control.sockets import Connections, abort_group, found, recorded
+from dengine.control.undisturbed import undisturbed
+from dengine.control.watchdog import Watch
+from dengine.errors import LaunchError
+from dengine.launch.env import Launch, find_launch, is_agents_store
+from dengine.launch.network import chosen_interface
+from dengine.launch.parent_death import end_with_agent
+from dengine.launch.process import identity
+from dengine.launch.rendezvous import meet
+from dengine.launch.world import World, default_device, enter, external_world, leave
+from dengine.launch.world import control as current_control
+
+__all__ = ["process_group"]
+
+T = TypeVar("T")
+
+
+@contextmanager
+def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout: float = 600.0) -> Iterator[World]:
+    """Join the other ranks for the length of a `with` block, and give this process's `World`.
+
+    Finds a process group that is initialised already, else torchrun's variables, else SLURM's; without any of them
+    this process is a world of one, and no group is made. Leaving it destroys what it created: once all ranks are
+    there where all went well, and without waiting for anybody where this rank is failing.
+
+    A rank that torchrun started gets SIGTERM where that torchrun is killed: it does not train on unwatched.
+
+    Inside it ranks leave together: where one raises, vanishes or hangs, all others raise what happened and where. Who
+    waits in a group that the script makes inside the block (`new_group()`) cannot be freed: within a run its process is
+    ended, with the same message; outside of one it is told when the failed rank's process ends.
+
+    Args:
+        backend: "auto" is NCCL for CUDA tensors with Gloo beside it for CPU tensors, and Gloo alone without CUDA;
+            "none" makes this process a world of one, whatever started it (a sweep under srun); else one of torch's
+            names.
+        timeout: seconds after which a collective that others do not join fails, and entering, where not all come.
+        stall_timeout: seconds without progress on any rank, while a run is under way or a rank waits for the others in
+            a collective of this package, on entering (30 s at least, as ranks begin at different times) or on leaving,
+            after which the rank that the others wait for is named and all end. Iterations of any engine, handlers,
+            collectives of this package and `distributed.progress()` are progress; the inside of `rank_zero_first()`
+            may take as long as it likes. `math.inf`: never.
+
+    Raises:
+        LaunchError: the launcher's variables are half set, or do not fit this machine; not all ranks have come within
+            `timeout` (they are named), or Gloo could not connect their hosts; two ranks have one GPU; on leaving, the
+            store is gone.
+        ValueError: a timeout is not above 0.
+        StallError: on entering, not all ranks have come within `stall_timeout`.
+        RemoteRankError, StallError: on leaving, where another rank failed.
+
+    Cost: collective on entry; two threads that sleep (three where rank 0 hosts the store); one process pays nothing.
+    """
+    for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be a number of seconds above 0.")
+    is_alone = backend == "none"
+    is_external = dist.is_available() and dist.is_initialized() and not is_alone
+    launch = None if is_external or is_alone else find_launch(os.environ)
+    control: Control | None = None
+    if launch is not None:
+        end_with_agent(os.environ)
+        opened, connections = _join(launch, backend, timeout, stall_timeout)
+        if launch.size > 1:
+            try:
+                control = _control(launch, opened, connections, timeout)
+            except BaseException:  # else the next try would take the group for somebody else's
+                _destroy(opened, is_failing=True)
+                raise
+        else:
+            for each in connections:
+                each.close()
+    elif is_external:
+        opened = external_world()
+        control = _control_beside(opened, timeout) if current_control() is None else None
+    else:
+        opened = World(device=default_device(0))
+    watch = None if control is None else _start(control, stall_timeout)
+    enter(opened, None if is_alone else control or current_control())
+    is_failing = True
+    try:
+        yield opened
+        if control is not None:
+            control.leave_together()
+        is_failing = False
+    except BaseException as error:
+        raised = _told(error, control)
+        if raised is error:
+            raise
+        if raised.__cause__ is not None:  # a signal's handler raised it while the others were told of `error`
+            raise raised from raised.__cause__
+        raise raised from None  # `error` is only what the failure of the other rank looks like from here
+    finally:
+        leave()
+        try:
+            if control is not None and watch is not None:
+                _close(control, watch, is_failing=is_failing)
+        finally:
+            if launch is not None:
+                _destroy(opened, is_failing)
+            elif control is not None:
+                dist.destroy_process_group(control.link.group)
+
+
+def _close(control: Control, watch: Watch, *, is_failing: bool) -> None:
+    def close() -> None:
+        if is_failing:
+            watch.wait_for_stacks()
+        control.close(is_failing=is_failing)
+        watch.stop()
+        control.link.connections.close(is_failing=is_failing)
+
+    _, interruption = undisturbed(close)
+    if interruption is not None:
+        raise interruption
+
+
+def _told(error: BaseException, control: Control | None) -> BaseException:
+    """What to raise for `error`, the others having been told of it."""
+    explain(error)
+    if control is None:
+        write_error_file(line_of(error), traceback_of(error), is_cause=True)
+        return error
+    frame = sys._getframe(1)
+    try:
+        return control.failures.failed(error, None, frame)
+    except BaseException as other:  # a signal's handler, just before: of that the others are told
+        return control.failures.failed(other, None, frame)
+
+
+def _destroy(opened: World, is_failing: bool) -> None:
+    if is_failing and "nccl" in opened.backend:
+        abort_group()  # destroying it would wait
+    else:
+        dist.destroy_process_group()
+
+
+def _join(launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float) -> tuple[World, list[socket.socket]]:
+    device = _own_device(launch)
+    if backend == "auto":
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if (interface := chosen_interface(os.environ, launch)) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface  # which Gloo reads for each group that is made
+    store, name = meet(launch, timeout_s, stall_timeout_s)
+    with recorded(launch.master_port) as connections, _told_of_shared_gpu(launch):
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(f"dengine/group/{name}", store),
+            timeout=timedelta(seconds=timeout_s),
+            rank=launch.rank,
+            world_size=launch.size,
+            # Binding the device lets NCCL connect at once, and tells a barrier where to run.
+            device_id=device if "nccl" in backend else None,
+        )
+    opened = World(
+        rank=launch.rank,
+        size=launch.size,
+        local_rank=launch.local_rank,
+        local_size=launch.local_size,
+        node_rank=launch.node_rank,
+        device=device,
+        backend=backend,
+        launcher=launch.launcher,
+    )
+    return opened, connections
+
+
+def _control(launch: Launch, here: World, connections: list[socket.socket], timeout_s: float) -> Control:
+    # A name of its own for each group: an agent's store outlives it, and keeps what an earlier one has said.
+    holder: list[Any] = [uuid.uuid4().hex, identity()]
+    dist.broadcast_object_list(holder, src=0)
+    name, host_process = holder
+    is_hosted = not is_agents_store(os.environ)
+    meeting = Meeting(launch.master_addr, launch.master_port, f"dengine/{name}", is_hosted)
+    with recorded(launch.master_port) as more:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return Control(Link(here, meeting, meeting.connect(), Connections([*connections, *more]), group, host_process))
+
+
+def _control_beside(here: World, timeout_s: float) -> Control | None:
+    """The control plane for a group that somebody else made: where all ranks reach the store of their launcher."""
+    launch = find_launch(os.environ)
+    is_launched = launch is not None and (launch.rank, launch.size) == (here.rank, here.size)
+    is_part = launch is not None and here.size < launch.size
+    if is_part:
+        assert launch is not None
+        warnings.warn(
+            f"This process group has {here.size} of the {launch.size} ranks that {_launcher_of(launch)} started: stops "
+            "and failures are not shared beyond it, and metrics and checkpoints are those of its own ranks. Where that "
+            "is not meant, call process_group() before torch.distributed.init_process_group(), or make that group of "
+            "all ranks.",
+            stacklevel=4,
+        )
+    if here.size == 1 or not all(_exchanged(is_launched or (is_part and is_agents_store(os.environ)))):
+        return None
+    assert launch is not None
+    connections = found(_exchanged, launch.master_port)
+    control = None
+    with suppress(DistError):  # the store of the launcher is not reached
+        control = _control(launch, here, connections, timeout_s)
+    return control if all(_exchanged(control is not None)) else None
+
+
+def _launcher_of(launch: Launch) -> str:
+    return "srun" if launch.launcher == "slurm" else launch.launcher
+
+
+def _exchanged(value: T) -> list[T]:
+    told = [value] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    return told
+
+
+def _start(control: Control, stall_timeout_s: float) -> Watch:
+    watch = Watch(control, stall_timeout_s)
+    control.start()
+    watch.start()
+    # Where the block is never left (a notebook), the threads must be gone before the interpreter is.
+    atexit.register(_leave_at_exit, weakref.ref(control), weakref.ref(watch))
+    return watch
+
+
+def _leave_at_exit(control: "weakref.ref[Control]", watch: "weakref.ref[Watch]") -> None:
+    plane, dog = control(), watch()
+    if plane is not None and dog is not None and not plane.standing.is_closed:
+        plane.close(is_failing=True)
+        dog.stop()
+
+
+@contextmanager
+def _told_of_shared_gpu(launch: Launch) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistBackendError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise LaunchError(
+            f"Rank {launch.rank} and another rank of its host have one GPU, and NCCL gives each rank one of its own "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}; {torch.cuda.device_count()} "
+            f"shown, for {launch.local_size} ranks): start one process per GPU (torchrun --nproc-per-node=gpu; srun "
+            "--gpus-per-task=1). process_group(backend='gloo') lets ranks share a GPU, slowly."
+        ) from error
+
+
+def _own_device(launch: Launch) -> torch.device:
+    device = default_device(launch.device_index)
+    if device.type == "cuda":
+        num_devices = torch.cuda.device_count()
+        if device.index is not None and device.index >= num_devices:
+            raise LaunchError(
+                f"Rank {launch.rank} has local rank {launch.local_rank}, but its node shows {num_devices} GPUs: start "
+                "one process per GPU (torchrun --nproc-per-node=gpu), and see that LOCAL_RANK is set."
+            )
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,13 @@
+"""What a rank says on stderr, beside whatever else is written there."""
+
+import sys
+from contextlib import suppress
+
+__all__ = ["say"]
+
+
+def say(text: str) -> None:
+    """One write, so that the lines of several ranks do not mix."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()

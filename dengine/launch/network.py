@@ -1,0 +1,96 @@
+"""Which network interface leads to the other hosts, where the name of this one does not say it."""
+
+import os
+import socket
+import struct
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from dengine.launch.env import Launch
+
+__all__ = [
+    "address_towards",
+    "chosen_interface",
+    "interface_to",
+    "interfaces",
+    "is_reached_by_name",
+    "network_of_this_host",
+]
+
+_SIOCGIFADDR = 0x8915  # of <linux/sockios.h>
+# An address for documentation, of no host: to find the route that leads out. Nothing is sent to it.
+_OUTSIDE = "192.0.2.1"
+
+
+def chosen_interface(env: Mapping[str, str], launch: Launch | None) -> str | None:
+    """The interface for Gloo: `GLOO_SOCKET_IFNAME` or, with several hosts, one that is found. None: its own choice."""
+    named = env.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if named or launch is None or launch.local_size == launch.size:
+        return named or None
+    return interface_to(launch.master_addr)
+
+
+def interface_to(master_addr: str) -> str | None:
+    """The name of the interface by which this host and the others reach each other, or None where Gloo finds it itself.
+
+    Gloo takes the address that the host's own name stands for. Debian gives it 127.0.1.1, some images none at all:
+    then each host tells the others to look for it on themselves. Here it is the interface that leads to the master;
+    on the master, the one that leads out, or the only one there is. Meant for `GLOO_SOCKET_IFNAME` where that is not
+    set. Linux; None elsewhere.
+    """
+    if sys.platform != "linux" or not _is_loopback(socket.gethostname()):
+        return None
+    found = {address: name for name, address in interfaces().items() if not address.startswith("127.")}
+    for target in (master_addr, _OUTSIDE):
+        name = found.get(address_towards(target))
+        if name is not None:
+            return name
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def is_reached_by_name(env: Mapping[str, str]) -> bool:
+    """Whether Gloo, left to itself or told by `GLOO_SOCKET_IFNAME`, tells other hosts an address that is not theirs."""
+    return bool(env.get("GLOO_SOCKET_IFNAME")) or sys.platform != "linux" or not _is_loopback(socket.gethostname())
+
+
+def network_of_this_host() -> str:
+    """The same for two processes where one's loopback is the other's. By its name, where the system is not Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return boot + os.readlink("/proc/self/ns/net")  # containers of one machine may have networks of their own
+    except OSError:
+        return socket.gethostname()
+
+
+def address_towards(target: str) -> str:
+    """The address of this host from which packets to `target` would leave; "" where none can. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((target, 9))
+        return str(probe.getsockname()[0])
+    return ""
+
+
+def interfaces() -> dict[str, str]:
+    """IPv4 addresses by the name of the interface. Linux; else none."""
+    if sys.platform != "linux":
+        return {}
+    import fcntl  # not on every system
+
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                found[name] = socket.inet_ntoa(answer[20:24])
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether the name stands for no other address. Not for all of 127/8: some is in use as hosts on one machine."""
+    try:
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except socket.gaierror:
+        return True
+    return all(address.startswith("127.0.") or address == "::1" for address in addresses)

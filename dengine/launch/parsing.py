@@ -1,0 +1,55 @@
+"""Reading what others have left in the store. What is malformed is left out, and said once: it says nothing of a rank.
+
+Whoever reaches the store's port can write there: a program that mistook the port, a scanner. See SECURITY.md.
+"""
+
+import json
+from typing import Any
+
+from dengine.launch.console import say
+
+__all__ = ["complain", "parse_numbers", "parse_object", "parse_ranks", "tells"]
+
+_SHOWN_CHARS = 80
+_complaints: list[str] = []
+
+
+def complain(what: object) -> None:
+    """Say that something in the store was left out; once for all such things."""
+    if not _complaints:
+        _complaints.append(str(what))
+        say(
+            f"dengine: left out what is no message of these ranks: {str(what)[:_SHOWN_CHARS]!r}. Another program may "
+            "be writing to the port of their store (MASTER_PORT).\n"
+        )
+
+
+def parse_object(text: bytes) -> dict[str, Any] | None:
+    """A JSON object; None for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        return value
+    complain(text)
+    return None
+
+
+def parse_numbers(text: bytes) -> list[int]:
+    """The whole numbers in `text`; what else stands there is left out."""
+    words = text.decode(errors="replace").split()
+    numbers = [int(word) for word in words if word.isascii() and word.removeprefix("-").isdigit() and len(word) < 20]
+    if len(numbers) < len(words):
+        complain(text)
+    return numbers
+
+
+def parse_ranks(text: bytes, size: int) -> set[int]:
+    """The ranks below `size` in `text`; what else stands there is left out."""
+    return {number for number in parse_numbers(text) if 0 <= number < size}
+
+
+def tells(value: dict[str, Any], **types: type | tuple[type, ...]) -> bool:
+    """Whether `value` has entries of these names and types."""
+    return all(name in value and isinstance(value[name], kind) for name, kind in types.items())

@@ -1,0 +1,86 @@
+"""The store of a launch, through which its ranks find each other."""
+
+import errno
+import os
+import socket
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from dengine.launch.env import Launch, is_agents_store
+
+__all__ = ["open_store"]
+
+_BACKLOG = 4096  # ranks may all come at once; the kernel's own limit is the lower one
+
+
+def open_store(launch: Launch, timeout_s: float) -> TCPStore:
+    """A new connection to the store: the agent's under torchrun; else rank 0 hosts it, for as long as one is open.
+
+    It does not wait for the other ranks: who has not come is to be named.
+
+    Raises: OSError, DistError: it cannot be hosted, or not be reached within `timeout_s`.
+    """
+    address = (launch.master_addr, launch.master_port)
+    is_host = launch.rank == 0 and not is_agents_store(os.environ)
+    # Where this process hosts a store at this port already, torch has both share that server.
+    options: dict[str, Any] = {
+        "is_master": is_host,
+        "timeout": timedelta(seconds=timeout_s),
+        "wait_for_workers": False,
+        "multi_tenant": is_host,
+    }
+    if is_host and (listener := _listening(address, is_one_host=launch.local_size == launch.size)) is not None:
+        options["master_listen_fd"] = listener.detach()  # the store's, even where it cannot be made
+    return TCPStore(*address, launch.size, **options)
+
+
+def _listening(address: tuple[str, int], *, is_one_host: bool) -> socket.socket | None:
+    """A socket for the store to listen at: at the address by which the ranks know its host, and at no other one. On all
+    interfaces if that address is none of this host's own (a forwarded one), or if this host of several knows its own
+    name only as loopback. None: torch is to open its own; the port is taken, by this process maybe, or other hosts may
+    know the master by an address of IPv6 that this one does not know.
+
+    Of IPv4, where the master has an address of that. The store's own socket is of both kinds and shows clients of IPv4
+    as `::ffff:127.0.0.1`, which no /etc/hosts lists; the store looks up the name of each client, by the thread that
+    answers all requests, so that a name server which does not answer stops it for 5 s and more.
+    """
+    host, port = address
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return None  # torch's error says so
+    addresses = [str(place[0]) for family, *_, place in found if family == socket.AF_INET]
+    if addresses and not is_one_host:
+        addresses = [each for each in addresses if not each.startswith("127.")]
+        if not addresses:
+            return None
+    is_ipv6 = not addresses
+    own = addresses or [str(place[0]) for _, *_, place in found]
+    try:
+        for each in dict.fromkeys(own):
+            with suppress(_NotOurs):
+                return _bound(each, port, is_ipv6=is_ipv6)
+        return _bound("", port, is_ipv6=is_ipv6)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise
+
+
+class _NotOurs(Exception):
+    """An address of another host, or of none."""
+
+
+def _bound(address: str, port: int, *, is_ipv6: bool) -> socket.socket:
+    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
+    try:
+        return socket.create_server(
+            (address, port), family=family, backlog=_BACKLOG, dualstack_ipv6=is_ipv6 and not address
+        )
+    except OSError as error:
+        if address and error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
+            raise _NotOurs from error
+        raise

@@ -1,0 +1,117 @@
+"""Who this process is among the others. A lone process is a world of one, and runs the same code."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from dengine.errors import LaunchError
+from dengine.launch.env import Launch, find_launch, shared_start
+
+__all__ = [
+    "World",
+    "control",
+    "default_device",
+    "enter",
+    "external_world",
+    "leave",
+    "refuse_forgotten_group",
+    "world",
+]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size` over all nodes, `local_rank` of `local_size` on node `node_rank`.
+
+    `device` is where this rank computes; `launcher` is "torchrun", "slurm", "external" (a process group that was
+    there already) or "single".
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    node_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: str = "none"
+    launcher: str = "single"
+
+
+# The one global of the package: the worlds that `process_group()` opened, and how their ranks leave together.
+_entered: list[tuple[World, object]] = []
+_left: list[World] = []  # of several ranks: what a script does after them, it does alone on purpose
+
+
+def world() -> World:
+    """This process's `World`, from anywhere. Never communicates.
+
+    Inside `process_group()` it is that one's; with a process group of the user's own, it is read from that;
+    else it is a world of one.
+    """
+    if _entered:
+        return _entered[-1][0]
+    if dist.is_available() and dist.is_initialized():
+        return external_world()
+    return World(device=default_device(0))
+
+
+def external_world() -> World:
+    """The world of a process group that somebody else has initialised."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    launch = None
+    with suppress(LaunchError):
+        launch = find_launch(os.environ)
+    if launch is None or (launch.rank, launch.size) != (rank, size):  # it was not made from the launcher's variables
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        launch = Launch("external", rank, size, local_rank, local_size, rank // local_size, "", 0)
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=launch.local_rank,
+        local_size=launch.local_size,
+        node_rank=launch.node_rank,
+        device=default_device(launch.device_index),
+        backend=dist.get_backend_config(),
+        launcher="external",
+    )
+
+
+def default_device(index: int) -> torch.device:
+    """The GPU of this rank, or the CPU where there is none. Where only one is shown it is that, whatever `index`."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else index)
+
+
+def control() -> object:
+    """The `Control` of the world that was opened; None in a world of one, or of a group that somebody else made."""
+    return _entered[-1][1] if _entered else None
+
+
+def enter(opened: World, control: object) -> None:
+    _entered.append((opened, control))
+
+
+def leave() -> None:
+    opened, _ = _entered.pop()
+    if opened.size > 1 and not _left:
+        _left.append(opened)
+
+
+def refuse_forgotten_group(call: str) -> None:
+    """Raise where a launcher started several processes, and this one would do `call` as if it were alone.
+
+    Raises: LaunchError: no process group has been opened in this process. Never communicates.
+    """
+    if _entered or _left or (dist.is_available() and dist.is_initialized()):
+        return
+    if (started := shared_start(os.environ)) is not None:
+        raise LaunchError(
+            f"{started}, but {call} is called outside of a process group, so that each process would train by itself. "
+            "Put the script into `with distributed.process_group():`. If every process is to work alone, open "
+            '`process_group("none")`, which makes each a world of one; a single engine is made so by '
+            "Engine(..., distributed=False)."
+        )

@@ -1,0 +1,1 @@
+"""Metrics of other libraries, in the same reduction."""

@@ -1,0 +1,101 @@
+"""torchmetrics' metrics in the packed reduction, by their own state declarations.
+
+Whole numbers are summed; floating-point states travel one slot per rank and are put together by the metric's own
+reduction function, in the order and the precision in which torchmetrics would have done it: equal to the last bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchmetrics
+from torchmetrics.utilities.data import dim_zero_cat, dim_zero_sum
+
+from dengine.comm.collectives import all_gather_object
+from dengine.metrics.core.metric import StateOp
+from dengine.metrics.reduction.reduce import Item
+
+__all__ = ["TorchmetricsLeaf"]
+
+
+class TorchmetricsLeaf:
+    """A metric of torchmetrics, or a collection of them, its compute groups included."""
+
+    def __init__(self, metric: Any, label: str, *, is_alone: bool) -> None:
+        self._metric = metric
+        self._label = label
+        states = [] if is_alone else list(_states(metric))
+        self._states = [state for state in states if not state.is_loose_list]
+        self._loose_lists = [state for state in states if state.is_loose_list]
+
+    def items(self) -> list[Item]:
+        return [
+            Item(self._label, state.name, state.op, state.tensor(), state.owner._update_count > 0)
+            for state in self._states
+        ]
+
+    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[tuple[Any, ...]] = ()) -> Any:
+        """A copy that holds the reduced states and takes part in no collective of torchmetrics' own.
+
+        Collective only for lists that are kept apart (no reduction function): one object gather each.
+        """
+        memo: dict[int, Any] = {
+            id(state.value): state.put_together(value) for state, value in zip(self._states, values, strict=True)
+        }
+        for state in self._loose_lists:
+            memo[id(state.value)] = [part for parts in all_gather_object(state.value) for part in parts]
+        # deepcopy looks its memo up first: the reduced states stand where the local ones would have been copied to.
+        copied = deepcopy(self._metric, memo)
+        for metric in copied.modules():
+            if isinstance(metric, torchmetrics.Metric):
+                metric._computed = None
+                metric._to_sync = False
+                metric.sync_on_compute = False
+                metric._update_count = max(metric._update_count, 1)
+        return copied
+
+
+@dataclass(frozen=True)
+class _State:
+    name: str
+    owner: Any
+    value: Any
+    function: Any  # torchmetrics' reduction: a function of the ranks' stacked values, or None
+
+    @property
+    def is_loose_list(self) -> bool:
+        return isinstance(self.value, list) and self.function is None
+
+    @property
+    def op(self) -> StateOp:
+        if isinstance(self.value, list):
+            return "cat"
+        is_whole = not (self.value.is_floating_point() or self.value.is_complex())
+        return "sum" if is_whole and self.function is dim_zero_sum else "gather"
+
+    def tensor(self) -> torch.Tensor:
+        if isinstance(self.value, list):
+            return dim_zero_cat(self.value) if self.value else torch.empty(0)
+        return self.value  # type: ignore[no-any-return]
+
+    def put_together(self, reduced: torch.Tensor) -> torch.Tensor:
+        """The state as torchmetrics would have synchronised it."""
+        if self.op != "gather":
+            return reduced.to(self.owner.device)
+        stacked = reduced.to(self.value.device)
+        return stacked if self.function is None else self.function(stacked)
+
+
+def _states(metric: Any) -> Iterator[_State]:
+    """The states of a metric and of those inside it.
+
+    Those of a compute group come for each of its members, though they are one: groups are found at the first update,
+    so that a rank that saw nothing has none, and all ranks must send alike.
+    """
+    if isinstance(metric, torchmetrics.MetricCollection):
+        metric.items(copy_state=False)  # lets the members of a compute group refer to their leader's states
+    for path, module in metric.named_modules():
+        for name, function in getattr(module, "_reductions", {}).items():
+            yield _State(f"{path}.{name}".lstrip("."), module, getattr(module, name), function)

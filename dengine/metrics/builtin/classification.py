@@ -1,0 +1,172 @@
+"""Precision, recall, F1 and the confusion matrix: views of one count, made once where they are attached together."""
+
+from abc import abstractmethod
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from dengine.metrics.builtin.class_counts import Average, ClassCounts, check_average, class_average
+from dengine.metrics.builtin.labels import ClassSettings, LabelMetric, Task
+from dengine.metrics.builtin.sample_ratios import SampleRatios
+from dengine.metrics.core.derived import View
+from dengine.metrics.core.metric import OutputTransform
+from dengine.types import MetricValue
+
+__all__ = ["ConfusionMatrix", "F1Score", "Precision", "Recall"]
+
+AverageOrAuto: TypeAlias = Average | Literal["auto"]
+
+
+class _ClassRatio(View):
+    """Base of what is a ratio of counts in each class, and then an average over the classes."""
+
+    def __init__(
+        self,
+        task: Task | None = None,
+        num_classes: int | None = None,
+        *,
+        average: AverageOrAuto = "auto",
+        threshold: float = 0.5,
+        ignore_index: int | None = None,
+        output_transform: OutputTransform | None = None,
+    ) -> None:
+        if average != "auto":
+            check_average(average, task)
+        settings = ClassSettings(task or "multiclass", num_classes, threshold, ignore_index)
+        kind = SampleRatios if average == "samples" else ClassCounts
+        leaf: LabelMetric = kind(settings, type(self).__name__, output_transform=output_transform)
+        super().__init__(leaf, output_transform)
+        self._is_positive_only = average == "auto" and task == "binary"
+        self._average: Average = "macro" if average == "auto" else average
+
+    place: int  # among the means of `SampleRatios`
+
+    @abstractmethod
+    def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        """(C,) numerators and denominators."""
+
+    def value_of(self, leaf: Any) -> MetricValue:
+        if isinstance(leaf, SampleRatios):
+            return float(leaf.means(type(self).__name__)[self.place])
+        leaf.check(type(self).__name__)
+        part, whole = self.part_and_whole(leaf)
+        if self._is_positive_only:
+            return class_average(part[1:], whole[1:], leaf, "micro")
+        return class_average(part, whole, leaf, self._average)
+
+
+class Precision(_ClassRatio):
+    """Of what was predicted to be in a class, the share that is.
+
+    Shapes: `(N, C, ...)` scores, or `(N, ...)` predicted labels with `num_classes=`, with `(N, ...)` labels. Beside
+        scores, targets of their shape that add up to 1 are probabilities, of which the likeliest class counts.
+        task="binary": `(N, ...)` or `(N, 1, ...)` scores, or labels, with `(N, ...)` targets of 0 and 1.
+        task="multilabel": `(N, C, ...)` scores, or labels, with targets of the same shape.
+    Cost: no wait for the device; (3, C) counts. Attached to one engine, `Precision`, `Recall`, `F1Score`,
+        `ConfusionMatrix` and an averaged `Accuracy` of the same task, num_classes, threshold, ignore_index and
+        output_transform are counted once.
+    Source: `sklearn.metrics.precision_score`, with zero_division=0.
+
+    Args:
+        task: None is "multiclass".
+        num_classes: None takes it from the first scores.
+        average: "micro" counts all classes together; "macro" is the plain mean over the classes that occur in targets
+            or predictions (of a multilabel task: over all), "weighted" that weighted by the targets' frequency;
+            "samples", of a multilabel task, is the mean over samples of what the labels of each one give; None gives
+            `(C,)`, 0.0 for a class that does not occur. "auto", the default, is the positive class alone where
+            task="binary", else "macro".
+        threshold: of binary and multilabel scores, above which the answer is 1; 0.0 is right for logits.
+        ignore_index: a target that is left out, also among the labels of a multilabel sample. It may be a class.
+
+    Raises:
+        ValueError: `update` got shapes that do not go together, or `compute` finds a label outside the classes, on
+            whichever rank, targets that are no probabilities, or scores that are nan. NotComputableError: no sample was
+            seen.
+
+    Example:
+        >>> metric = Precision(num_classes=3, average=None)
+        >>> metric.update((torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 2])))
+        >>> metric.compute().tolist()
+        [0.5, 1.0, 1.0]
+    """
+
+    place = 0
+
+    def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        return counts.true_positives, counts.predicted
+
+
+class Recall(_ClassRatio):
+    """Of what is in a class, the share that was predicted to be. Arguments, shapes, cost and errors: see `Precision`.
+
+    Source: `sklearn.metrics.recall_score`, with zero_division=0.
+
+    Example:
+        >>> metric = Recall("binary")
+        >>> metric.update((torch.tensor([0.9, 0.2, 0.7, 0.4]), torch.tensor([1, 0, 0, 1])))
+        >>> metric.compute()
+        0.5
+    """
+
+    place = 1
+
+    def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        return counts.true_positives, counts.actual
+
+
+class F1Score(_ClassRatio):
+    """The harmonic mean of precision and recall, within each class. Arguments and the rest: see `Precision`.
+
+    Its average over classes is not the harmonic mean of averaged precision and recall; that one is
+    `2 * p * r / (p + r)`, of two metrics.
+    Source: `sklearn.metrics.f1_score`, with zero_division=0.
+
+    Example:
+        >>> metric = F1Score("multilabel", average="micro")
+        >>> metric.update((torch.tensor([[0.9, 0.2], [0.7, 0.8]]), torch.tensor([[1, 0], [0, 1]])))
+        >>> metric.compute()
+        0.8
+    """
+
+    place = 2
+
+    def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        return 2 * counts.true_positives, counts.predicted + counts.actual
+
+
+class ConfusionMatrix(View):
+    """How often each class (rows: targets) was taken for each (columns: predictions).
+
+    Shapes: those of `Precision`. Gives (C, C) int64, or (C, 2, 2) where task="multilabel", one
+        `[[true negatives, false positives], [false negatives, true positives]]` for each label.
+    Cost: no wait for the device; O(N) an update and (C, C) counts, which `Precision` and its like then read too.
+    Source: `sklearn.metrics.confusion_matrix` with labels=range(C), and `multilabel_confusion_matrix`.
+
+    Raises:
+        As `Precision`.
+
+    Example:
+        >>> metric = ConfusionMatrix(num_classes=2)
+        >>> metric.update((torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1])))
+        >>> metric.compute()
+        tensor([[1, 1],
+                [0, 1]])
+    """
+
+    def __init__(
+        self,
+        task: Task | None = None,
+        num_classes: int | None = None,
+        *,
+        threshold: float = 0.5,
+        ignore_index: int | None = None,
+        output_transform: OutputTransform | None = None,
+    ) -> None:
+        settings = ClassSettings(task or "multiclass", num_classes, threshold, ignore_index)
+        leaf = ClassCounts(settings, "ConfusionMatrix", has_matrix=True, output_transform=output_transform)
+        super().__init__(leaf, output_transform)
+
+    def value_of(self, leaf: Any) -> MetricValue:
+        leaf.check("ConfusionMatrix")
+        matrix: torch.Tensor = leaf.matrix
+        return matrix.clone()  # by hand, it would be the state itself

@@ -1,0 +1,134 @@
+"""A metric computed on each rank, whose values are then reduced; as in `DistributedMetric(Accuracy(), "mean")`."""
+
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from dengine.metrics.builtin.accuracy import Accuracy
+from dengine.metrics.core.kinds import is_metric, is_tracker, shows_live
+from dengine.metrics.core.metric import Metric
+from dengine.metrics.core.updates import samples_in, takes_pair
+from dengine.types import MetricValue
+
+__all__ = ["DistributedAccuracy", "DistributedMetric", "ValueOp"]
+
+ValueOp: TypeAlias = Literal["mean", "sum", "max", "min"]
+_VALUE_OPS = ("mean", "sum", "max", "min")
+
+
+class DistributedMetric(Metric):
+    """`base_metric` computed on each rank, and its values reduced over the ranks by the engine.
+
+    A rank that saw nothing is not counted. Where all ranks saw nothing, the value is not computable.
+
+    Cost: that of `base_metric`; its value and weight ride in the engine's all-reduce ("max" and "min": in one more).
+
+    Args:
+        base_metric: any metric; it is updated with what its own `output_transform` gives.
+        reduce_op: "mean" is weighted by what each rank saw, so that a mean over samples (accuracy, loss) is exact on
+            uneven shards: by the counts of a `base_metric` that keeps some (`Average` of (value, count)), else by
+            samples (the first dimension of the target). "sum", "max" and "min" are plain.
+        device: where predictions and targets are moved to before each update; None leaves them where they are.
+
+    Raises:
+        ValueError: an unknown `reduce_op`. TypeError: `base_metric` has no `reset`, `update` and `compute`.
+
+    Example:
+        >>> metric = DistributedMetric(Accuracy(), reduce_op="max")      # the best rank's
+        >>> metric.update((torch.tensor([1, 0, 2]), torch.tensor([1, 0, 0])))
+        >>> round(metric.compute(), 4)
+        0.6667
+    """
+
+    def __init__(self, base_metric: Any, reduce_op: ValueOp = "mean", device: torch.device | str | None = None) -> None:
+        if reduce_op not in _VALUE_OPS:
+            raise ValueError(f"reduce_op={reduce_op!r} must be one of {', '.join(_VALUE_OPS)}.")
+        if not is_metric(base_metric) or is_tracker(base_metric):
+            raise TypeError(f"DistributedMetric() takes a metric (reset, update, compute), but got {base_metric!r}.")
+        super().__init__()
+        self.has_own_transform = getattr(base_metric, "has_own_transform", False)
+        self._spreads = takes_pair(base_metric)
+        if not self._spreads:
+            # None too: a base without one gets the whole output, as it does on its own.
+            self.transform = base_metric.transform if isinstance(base_metric, Metric) else None
+        self.reduce_op: ValueOp = reduce_op
+        self._base = base_metric
+        self._device = None if device is None else torch.device(device)
+        self._num_samples = 0
+
+    @property
+    def weight(self) -> float:
+        """What this rank's value counts: what it is a mean of, or 1; 0 where there was no sample. Waits for the device.
+
+        Of a mean of counts (`Average`), by these: they may differ from the samples, as tokens do.
+        """
+        if self.reduce_op != "mean":
+            return float(min(self._num_samples, 1))
+        counted = self._base.num_counted() if isinstance(self._base, Metric) else None
+        return float(self._num_samples if counted is None else counted)
+
+    @property
+    def shows_live(self) -> bool:  # type: ignore[override]
+        return shows_live(self._base)
+
+    def has_live_value(self) -> bool:
+        has_one: bool = self._base.has_live_value()
+        return has_one
+
+    @property
+    def has_samples(self) -> bool:
+        return self._num_samples > 0
+
+    def metrics_within(self) -> tuple[Any, ...]:
+        return (self._base,)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._base!r}, {self.reduce_op!r})"
+
+    def reset(self) -> None:
+        self._base.reset()
+        self._num_samples = 0
+
+    def update(self, output: Any) -> None:
+        output = _moved(output, self._device)
+        if self._spreads and isinstance(output, (tuple, list)):
+            self._base.update(*output)
+        else:
+            self._base.update(output)
+        self._num_samples += samples_in(output)
+
+    def compute(self) -> MetricValue:
+        """This rank's value; the engine reduces it over the ranks."""
+        value: MetricValue = self._base.compute()
+        return value
+
+    def live_value(self) -> MetricValue:
+        value: MetricValue = self._base.live_value()
+        return value
+
+
+class DistributedAccuracy(DistributedMetric):
+    """`DistributedMetric(Accuracy(**kwargs), "mean", device)`.
+
+    Example:
+        >>> metric = DistributedAccuracy()
+        >>> metric.update((torch.tensor([1, 0]), torch.tensor([1, 1])))
+        >>> metric.compute()
+        0.5
+    """
+
+    def __init__(self, device: torch.device | str | None = None, **kwargs: Any) -> None:
+        super().__init__(Accuracy(**kwargs), "mean", device)
+
+
+def _moved(output: Any, device: torch.device | None) -> Any:
+    if device is None:
+        return output
+    if isinstance(output, torch.Tensor):
+        return output.to(device)
+    if isinstance(output, (tuple, list)):
+        parts = [_moved(part, device) for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    if isinstance(output, dict):
+        return {key: _moved(part, device) for key, part in output.items()}
+    return output

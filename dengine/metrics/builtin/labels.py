@@ -1,0 +1,338 @@
+"""From scores and labels to classes, and a watch over labels that never waits for the device.
+
+Shapes: N samples, C classes or labels, ... any further dimensions, whose positions count as samples.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+
+from dengine.checks import whole_number
+from dengine.metrics.core.batch_queue import BatchQueue
+from dengine.metrics.core.inputs import as_pair, checked_ignore_index, is_kept, shape_error
+from dengine.metrics.core.metric import Metric, OutputTransform
+
+__all__ = ["Answers", "ClassSettings", "LabelMetric", "Task", "check_scores"]
+
+Task: TypeAlias = Literal["binary", "multiclass", "multilabel"]
+_TASKS = ("binary", "multiclass", "multilabel")
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+# What stands for a label, and can be none: the lowest of them tells in `compute` what was wrong.
+_NOT_WHOLE = torch.iinfo(torch.int64).min  # a target of 0.3
+_NO_PROBABILITIES = _NOT_WHOLE + 1  # class probabilities that do not add up to 1
+_NAN_SCORE = _NOT_WHOLE + 2  # a score that decides, and is not a number
+
+
+class Answers(NamedTuple):
+    """One batch, read: what was predicted and what is right, as labels of one shape."""
+
+    predicted: torch.Tensor
+    target: torch.Tensor
+    num_classes: int  # 0: nobody knows
+    given: tuple[torch.Tensor, ...]  # labels that came from outside, so that they may lie outside the classes
+    scores: torch.Tensor | None = None  # what decided what was predicted
+    is_unclear: torch.Tensor | None = None  # where there is a score, and a label was understood
+    kept: torch.Tensor | None = None  # which targets count; None: all
+
+    def without(self, ignore_index: int) -> "Answers":
+        """The same, but that targets of `ignore_index` count for nothing, and may be anything."""
+        kept = is_kept(self.target, ignore_index)
+        given = tuple(labels.masked_fill(~kept, 0) for labels in self.given)
+        scores = None if self.scores is None else self.scores.masked_fill(~kept, 0)
+        is_unclear = None if self.is_unclear is None else self.is_unclear & kept
+        target = self.target.masked_fill(~kept, 0)
+        return self._replace(target=target, given=given, scores=scores, is_unclear=is_unclear, kept=kept)
+
+
+@dataclass(frozen=True)
+class ClassSettings:
+    """How a metric reads scores and labels. Metrics of equal settings can be computed from one count.
+
+    Raises:
+        ValueError: an unknown task, a num_classes or a threshold that does not go with it. TypeError: no number.
+    """
+
+    task: Task | None
+    num_classes: int | None
+    threshold: float
+    ignore_index: int | None = None
+
+    def __post_init__(self) -> None:
+        if callable(self.task):
+            raise TypeError(f"task={self.task!r} is a function: a transform is passed by name, as output_transform=.")
+        if self.task is not None and self.task not in _TASKS:
+            raise ValueError(f"task={self.task!r} must be one of {', '.join(map(repr, _TASKS))}.")
+        if self.num_classes is not None:
+            whole_number("num_classes", self.num_classes, least=1)
+        if self.task == "binary" and self.num_classes not in (None, 2):
+            raise ValueError(f"num_classes={self.num_classes} does not go with task='binary', which has 2.")
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise TypeError(f"threshold={self.threshold!r} must be a number.")
+        if self.task == "multiclass" and self.threshold != 0.5:
+            raise ValueError(f"threshold={self.threshold} has no use with task='multiclass', which takes the highest.")
+        checked_ignore_index(self.ignore_index)
+
+    @property
+    def num_labels(self) -> int | None:
+        """How many labels a target may have: of a multilabel task each is 0 or 1."""
+        return self.num_classes if self.task in (None, "multiclass") else 2
+
+    def read(self, output: Any, metric: str) -> Answers:
+        """The classes in a `(prediction, target)` pair. No wait for the device.
+
+        Raises:
+            TypeError: no pair, or targets of a dtype that labels do not have. ValueError: shapes that do not go
+            together, or a number of classes other than `num_classes`.
+        """
+        prediction, target = as_pair(output, metric)
+        answers = self._answers(prediction, target, metric)
+        return answers if self.ignore_index is None else answers.without(self.ignore_index)
+
+    def _answers(self, prediction: torch.Tensor, target: torch.Tensor, metric: str) -> Answers:
+        if self.task == "binary":
+            return self._binary(prediction, target, metric)
+        if self.task == "multilabel":
+            return self._multilabel(prediction, target, metric)
+        if prediction.ndim == target.ndim + 1 or are_probabilities(prediction, target):
+            labels, num_classes = check_scores(prediction, target, metric, self.ignore_index)
+            self._check_classes(num_classes, prediction, target, metric)
+            highest, predicted = prediction.max(1)  # quicker than argmax, and of a row with nan it is nan
+            return Answers(predicted, labels, num_classes, (labels,), highest)
+        if self.task is None and prediction.shape == target.shape:
+            return self._same_shape(prediction, target, metric)
+        return self._labels(prediction, target, metric)
+
+    def _labels(self, prediction: torch.Tensor, target: torch.Tensor, metric: str) -> Answers:
+        if prediction.shape != target.shape or prediction.is_floating_point():
+            raise shape_error(
+                metric,
+                prediction,
+                target,
+                "(N, C, ...) scores, or (N, ...) predicted labels of a whole-number dtype, with (N, ...) labels; for "
+                "scores of the targets' own shape pass task='binary' or 'multilabel'",
+            )
+        labels = _index(prediction, metric), _index(target, metric)
+        return Answers(*labels, self.num_classes or 0, labels)
+
+    def _binary(self, prediction: torch.Tensor, target: torch.Tensor, metric: str) -> Answers:
+        if prediction.ndim == target.ndim + 1 and prediction.shape[1] == 1:
+            prediction = prediction.squeeze(1)
+        if prediction.shape != target.shape:
+            raise shape_error(metric, prediction, target, "(N, ...) or (N, 1, ...) scores with (N, ...) targets")
+        return self._two_classes(prediction, target, num_classes=2)
+
+    def _multilabel(self, prediction: torch.Tensor, target: torch.Tensor, metric: str) -> Answers:
+        if prediction.shape != target.shape or target.ndim < 2:
+            raise shape_error(metric, prediction, target, "(N, C, ...) scores with (N, C, ...) targets of 0 and 1")
+        self._check_classes(target.shape[1], prediction, target, metric)
+        return self._two_classes(prediction, target, num_classes=target.shape[1])
+
+    def _two_classes(self, prediction: torch.Tensor, target: torch.Tensor, num_classes: int) -> Answers:
+        labels = _zero_or_one(target)
+        if prediction.is_floating_point():
+            return Answers(prediction > self.threshold, labels, num_classes, (labels,), prediction)
+        predicted = _zero_or_one(prediction)
+        return Answers(predicted, labels, num_classes, (predicted, labels))
+
+    def _check_classes(self, num_classes: int, prediction: torch.Tensor, target: torch.Tensor, metric: str) -> None:
+        if self.num_classes not in (None, num_classes):
+            raise ValueError(
+                f"{metric} has num_classes={self.num_classes}, but got predictions of shape {tuple(prediction.shape)} "
+                f"and targets of shape {tuple(target.shape)}: dimension 1 has {num_classes}."
+            )
+
+    def _same_shape(self, prediction: torch.Tensor, target: torch.Tensor, metric: str) -> Answers:
+        """Where the user names no task: labels that are equal or not or, for one score a sample, two classes."""
+        if target.is_floating_point():
+            is_label = _is_whole(target) & _is_whole(prediction)
+            return Answers(prediction, target, 0, (), is_unclear=~is_label & (prediction != target))
+        if not prediction.is_floating_point():
+            return Answers(prediction, target, 0, ())
+        if prediction[:1].numel() > 1:
+            raise shape_error(
+                metric, prediction, target, "such a pair where it is told which: pass task='binary' or 'multilabel'"
+            )
+        is_unclear = ~((prediction >= 0) & (prediction <= 1))
+        return self._two_classes(prediction, target, num_classes=2)._replace(is_unclear=is_unclear)
+
+
+class LabelMetric(Metric):
+    """Base of metrics that count samples one by one, small batches together (`BatchQueue`).
+
+    They keep the lowest and the highest label on the device, to be judged in `compute`. The two ride in the all-reduce
+    of the counts, so that a label outside the classes, or a score that is not a number, is an error on every rank.
+    """
+
+    adds_to_no_graph = True
+
+    lowest: torch.Tensor | int
+    highest: torch.Tensor | int
+
+    def __init__(self, output_transform: OutputTransform | None) -> None:
+        super().__init__(output_transform)
+        # 0 is in every range, so a rank that saw nothing has no say.
+        self.add_state("lowest", 0, reduce="gather")
+        self.add_state("highest", 0, reduce="gather")
+        self._queue = BatchQueue()
+        self._highest_score: torch.Tensor | None = None  # since the states were last read
+
+    @abstractmethod
+    def take_in(self, output: Any) -> None:
+        """Check and count a batch. Must not wait for the device."""
+
+    def update(self, output: Any) -> None:
+        if self._queue.add(output):
+            if self._queue.is_full:
+                self._take_in_waiting()
+            return
+        self._take_in_waiting()
+        with torch.no_grad():
+            self.take_in(output)
+        self._queue.expect(output)
+
+    def settle(self) -> None:
+        self._take_in_waiting()
+        if (highest := self._highest_score) is not None:
+            mark = torch.where(highest.isnan(), _NAN_SCORE, 0)
+            self.lowest = torch.minimum(self.lowest, mark) if isinstance(self.lowest, torch.Tensor) else mark
+            self._highest_score = None
+
+    def _take_in_waiting(self) -> None:
+        if (waiting := self._queue.take()) is not None:
+            self.take_in(waiting)
+
+    def reset(self) -> None:
+        super().reset()
+        self._queue.clear()
+        self._highest_score = None
+
+    def with_states(self, values: Mapping[str, Any]) -> Metric:
+        other = super().with_states(values)
+        assert isinstance(other, LabelMetric)
+        other._queue = BatchQueue()
+        return other
+
+    def watch_all(self, answers: Answers) -> None:
+        """Remember what must be judged of `answers`. No wait for the device."""
+        for labels in answers.given:
+            self.watch(labels)
+        if answers.scores is not None:
+            self.watch_scores(answers.scores)
+
+    def watch_scores(self, scores: torch.Tensor) -> None:
+        """Remember whether there is a nan among the scores that decide. No wait for the device."""
+        if not scores.is_floating_point() or not scores.numel():
+            return
+        highest = scores.amax()  # nan if there is one
+        self._highest_score = highest if self._highest_score is None else torch.maximum(self._highest_score, highest)
+
+    def watch(self, labels: torch.Tensor) -> None:
+        """Remember how low and high `labels` reach. No wait for the device."""
+        if labels.dtype == torch.bool or not labels.numel():
+            return
+        low, high = labels.aminmax()
+        if isinstance(self.lowest, torch.Tensor):
+            self.lowest = torch.minimum(self.lowest, low)
+        else:
+            self.lowest = low.long().clamp(max=0)
+        if isinstance(self.highest, torch.Tensor):
+            self.highest = torch.maximum(self.highest, high)
+        else:
+            self.highest = high.long().clamp(min=0)
+
+    def check_labels(self, num_labels: int, metric: str) -> None:
+        """Judge the labels watched, all batches being counted. Waits for the device, unless the states are reduced.
+
+        Raises:
+            ValueError: a label outside 0 ... num_labels - 1; it says how far they reach. Or a score that is nan.
+        """
+        lowest, highest = int(torch.as_tensor(self.lowest).min()), int(torch.as_tensor(self.highest).max())
+        if lowest in _WHAT_IS_WRONG:
+            raise ValueError(f"{metric} got {_WHAT_IS_WRONG[lowest].format(highest=num_labels - 1)}")
+        if lowest < 0 or highest >= num_labels:
+            reach = [f"as low as {lowest}"] * (lowest < 0) + [f"as high as {highest}"] * (highest >= num_labels)
+            raise ValueError(
+                f"{metric} got labels {' and '.join(reach)}, but {num_labels} classes have the labels 0 to "
+                f"{num_labels - 1}: correct the labels, or num_classes or task."
+            )
+
+
+_WHAT_IS_WRONG = {
+    _NOT_WHOLE: (
+        "labels that are no whole numbers; it takes 0 to {highest}. If they are probabilities, pass the likelier "
+        "answer, (target > 0.5).long(), by output_transform=."
+    ),
+    _NO_PROBABILITIES: (
+        "targets of the shape of the scores that are no probabilities of classes, as they do not add up to 1: pass "
+        "task='binary' or 'multilabel', or labels of a whole-number dtype."
+    ),
+    _NAN_SCORE: "scores that are nan, so that no class has the highest: look for what makes the model's output nan.",
+}
+
+
+def are_probabilities(scores: torch.Tensor, target: torch.Tensor) -> bool:
+    """Whether `target` holds a probability of each class, as in `cross_entropy`, rather than labels."""
+    return (
+        target.is_floating_point()
+        and scores.is_floating_point()
+        and scores.shape == target.shape
+        and target.ndim > 1
+        and target.shape[1] > 1
+    )
+
+
+def check_scores(
+    scores: torch.Tensor, target: torch.Tensor, metric: str, ignore_index: int | None = None
+) -> tuple[torch.Tensor, int]:
+    """The labels in `target`, and the number of classes that `(N, C, ...)` scores are for.
+
+    Targets that are class probabilities, of the shape of the scores, have the label of their likeliest class.
+
+    Raises:
+        ValueError: shapes that do not go together, or an `ignore_index` where there is no label that it could be.
+        TypeError: targets of a dtype that labels do not have.
+    """
+    if are_probabilities(scores, target):
+        if ignore_index is not None:
+            raise ValueError(
+                f"{metric} with ignore_index={ignore_index} got targets of shape {tuple(target.shape)} that are class "
+                "probabilities; only labels of a whole-number dtype can be left out."
+            )
+        return _likeliest(scores, target), scores.shape[1]
+    if (
+        scores.ndim != target.ndim + 1
+        or scores.shape[0] != target.shape[0]
+        or scores.shape[2:] != target.shape[1:]
+        or not scores.shape[1]
+    ):
+        raise shape_error(metric, scores, target, "(N, C, ...) scores with (N, ...) labels")
+    return _index(target, metric), scores.shape[1]
+
+
+def _likeliest(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The label of the highest of `(N, C, ...)` probabilities; of numbers that are none, what is an error later."""
+    wide = target.float() if target.dtype.itemsize < 4 else target
+    # Loosely, for floats of 16 bits. The difference is nan if a target is.
+    is_distribution = ((wide.sum(1) - 1).abs() <= 0.02) & (wide.amin(1) >= 0)
+    # An answer that is its target to the last bit is right, whatever it is.
+    return torch.where(is_distribution | (scores == target).all(1), wide.argmax(1), _NO_PROBABILITIES)
+
+
+def _is_whole(value: torch.Tensor) -> torch.Tensor:
+    return value - value.round() == 0 if value.is_floating_point() else torch.ones_like(value, dtype=torch.bool)
+
+
+def _index(labels: torch.Tensor, metric: str) -> torch.Tensor:
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"{metric} takes labels of a whole-number dtype, but got {labels.dtype}.")
+    return labels if labels.dtype in _INDEX_DTYPES else labels.long()
+
+
+def _zero_or_one(labels: torch.Tensor) -> torch.Tensor:
+    """Labels of two classes; floats are taken, as `binary_cross_entropy` needs them so."""
+    if not labels.is_floating_point():
+        return labels if labels.dtype in _INDEX_DTYPES else labels.long()
+    return torch.where(labels == labels.round(), labels, _NOT_WHOLE).long()

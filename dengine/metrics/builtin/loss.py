@@ -1,0 +1,230 @@
+"""The mean of a loss function over samples, each batch weighted by what its own mean was divided by."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, nll_loss
+
+from dengine.metrics.builtin.average import Amount, WeightedMean, accumulable
+from dengine.metrics.core.inputs import (
+    as_real,
+    as_tensor,
+    checked_ignore_index,
+    is_kept,
+    is_number,
+    num_samples,
+    what_it_got,
+)
+from dengine.metrics.core.metric import OutputTransform
+from dengine.metrics.core.transform import prediction_and_target
+from dengine.types import accumulator_dtype, is_short_float, summable
+
+__all__ = ["Loss"]
+
+_CLASS_LOSSES = (cross_entropy, nll_loss)
+_CLASS_MODULES = (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)
+
+
+class Loss(WeightedMean):
+    """The mean of `loss_fn(prediction, target)` over the samples of all ranks.
+
+    Shapes: whatever `loss_fn` takes. It gives the mean over the batch, or with reduction="none" one loss for each
+        sample or element.
+    Cost: that of `loss_fn`, without gradients; no wait for the device; two numbers.
+
+    What a batch counts is what its mean was divided by:
+
+    - of `cross_entropy` and `nll_loss` (as a function, a module, or `functools.partial` of one) the labels that are not
+      their `ignore_index` or, with class weights and reduction="mean", the sum of these labels' weights;
+    - with `ignore_index=`, the elements of the target that are not it;
+    - of any other function the first dimension of the target, or of the tensors, arrays and lists that the target is
+      made of; 1 for a number.
+
+    Args:
+        batch_size: of a target, what the mean of its batch counts for, a number or a 0-d tensor:
+            `batch_size=lambda target: weight[target].sum()` for a function with class weights of its own.
+        ignore_index: a target that counts for nothing. `loss_fn` must leave it out of its mean by itself; losses that
+            it gives one by one are left out here.
+
+    Raises:
+        TypeError: `loss_fn` cannot be called, `update` got no (prediction, target) pair, the number of samples cannot
+        be told from it, or the loss is complex. ValueError: a `loss_fn` with reduction="sum" or another `ignore_index`,
+        or `batch_size` beside `ignore_index`. NotComputableError: no sample was seen.
+
+    Example:
+        >>> metric = Loss(torch.nn.functional.mse_loss)
+        >>> metric.update((torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])))
+        >>> metric.update((torch.tensor([3.0]), torch.tensor([0.0])))
+        >>> metric.compute()
+        3.0
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[Any, Any], Any],
+        output_transform: OutputTransform | None = None,
+        *,
+        batch_size: Callable[[Any], Any] | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        for name, function in (("loss_fn", loss_fn), ("batch_size", batch_size)):
+            is_wrong = not callable(function) or isinstance(function, type)
+            if is_wrong and (function is not None or name == "loss_fn"):
+                raise TypeError(f"{name}={function!r} must be a function, or an instance of a loss module.")
+        super().__init__(output_transform)
+        self._loss_fn = loss_fn
+        self._batch_size = batch_size
+        self._ignore_index = checked_ignore_index(ignore_index)
+        source = _source(loss_fn)
+        self._source = source if _is_class_loss(source) else None
+        self._check(source)
+
+    def update(self, output: Any) -> None:
+        prediction, target = _pair(output)
+        with torch.no_grad():
+            kept, count = self._kept_and_count(prediction, target)
+            if not isinstance(count, torch.Tensor) and not count:
+                return  # the mean over an empty batch is nan
+            if is_short_float(prediction):
+                prediction = prediction.float()  # as autocast computes losses
+            loss = self._loss_fn(prediction, target)
+            if not is_number(loss):
+                loss = as_real(loss, "Loss")
+                if loss.ndim:
+                    loss = _mean_of_each(loss, kept, count)
+            self._add_mean(loss, count)
+
+    def compute(self) -> float:
+        return self.mean()
+
+    def _check(self, source: Any) -> None:
+        """Raises: ValueError: `loss_fn` says that it gives something else than a mean over what is counted here."""
+        if self._batch_size is not None:
+            if self._ignore_index is not None:
+                raise ValueError("Loss() takes batch_size= or ignore_index=, not both: each says what a batch counts.")
+            return
+        if _option(source, "reduction") == "sum":
+            raise ValueError(
+                'Loss() takes a loss_fn that gives the mean over its batch, but this one has reduction="sum": pass '
+                'reduction="mean", or batch_size=, what the sum of a batch counts for.'
+            )
+        if self._source is None or self._ignore_index is None:
+            return
+        own = _option(source, "ignore_index")
+        if own != self._ignore_index:
+            raise ValueError(
+                f"Loss(ignore_index={self._ignore_index}) has a loss_fn with ignore_index={own}, whose means have "
+                "other targets in them: give both the same one, as in "
+                f"CrossEntropyLoss(ignore_index={self._ignore_index})."
+            )
+
+    def _kept_and_count(self, prediction: Any, target: Any) -> tuple[torch.Tensor | None, Amount]:
+        """Which elements of the target count, None where all do, and what the mean of the batch counts for."""
+        if self._batch_size is not None:
+            return None, summable(self._batch_size(target))
+        weight = None
+        ignore_index = self._ignore_index
+        if self._source is not None and isinstance(target, torch.Tensor):
+            if target.is_floating_point():
+                return None, self._num_probabilities(target)
+            ignore_index = _option(self._source, "ignore_index")
+            weight = _option(self._source, "weight") if _option(self._source, "reduction") == "mean" else None
+        if ignore_index is None:
+            return None, _first_dimension(prediction, target)
+        labels = as_tensor(target, "Loss")
+        if not labels.numel():
+            return None, 0
+        kept = is_kept(labels, ignore_index)
+        count = kept.sum() if weight is None else _weight_of(labels, kept, weight)
+        return kept, count.item() if count.is_cpu else count
+
+    def _num_probabilities(self, target: torch.Tensor) -> int:
+        if self._ignore_index is not None:
+            raise ValueError(
+                f"Loss(ignore_index={self._ignore_index}) got targets of shape {tuple(target.shape)} that are class "
+                "probabilities; only labels of a whole-number dtype can be left out."
+            )
+        return target.numel() // target.shape[1] if target.ndim > 1 and target.shape[1] else 1
+
+    def _add_mean(self, mean: Any, count: Amount) -> None:
+        total = self.value_sum
+        if isinstance(count, torch.Tensor):
+            # The mean of nothing is nan, and nan * 0 is too.
+            self.add(torch.where(count == 0, 0.0, accumulable(torch.as_tensor(mean)) * count), count)
+        elif not isinstance(mean, torch.Tensor):
+            self.add(mean * count, count)
+        elif isinstance(total, torch.Tensor) and total.device == mean.device:
+            # In one operation: the sum's own dtype is the wider one.
+            self.value_sum, self.count = torch.add(total, mean, alpha=count), self.count + count
+        else:
+            self.add(accumulable(mean) * count, count)
+
+
+def _pair(output: Any) -> tuple[Any, Any]:
+    if not isinstance(output, (tuple, list)):
+        output = prediction_and_target(output)
+    if not isinstance(output, (tuple, list)) or len(output) != 2:
+        raise TypeError(
+            f"Loss takes a (prediction, target) pair, but got {what_it_got(output)}: pass output_transform=, a "
+            "function of the step's output that gives the pair."
+        )
+    prediction, target = output
+    return prediction, target
+
+
+def _first_dimension(prediction: Any, target: Any) -> int:
+    if isinstance(target, torch.Tensor) and target.ndim:  # nearly always
+        return target.shape[0]
+    found = num_samples(target, prediction)
+    if found is None:
+        raise TypeError(
+            f"Loss cannot tell the number of samples from a prediction of {type(prediction).__qualname__} and a target "
+            f"of {type(target).__qualname__}: pass batch_size=, a function of the target that gives it."
+        )
+    return found
+
+
+def _mean_of_each(losses: torch.Tensor, kept: torch.Tensor | None, count: Amount) -> torch.Tensor:
+    """The mean of losses given one by one, without those that do not count."""
+    if kept is None or losses.numel() == 1:
+        return accumulable(losses).mean()
+    if losses.shape != kept.shape:
+        raise ValueError(
+            f"Loss with ignore_index= got losses of shape {tuple(losses.shape)} for targets of shape "
+            f"{tuple(kept.shape)}; it takes one loss for each target, or their mean."
+        )
+    return torch.where(kept, accumulable(losses), 0.0).sum() / count
+
+
+# -- what a loss function says about its mean --------------------------------------------------------------------
+
+
+def _source(loss_fn: Any) -> Any:
+    """The function, module or partial behind a bound method or a compiled module."""
+    owner = getattr(loss_fn, "__self__", None)
+    source = owner if isinstance(owner, torch.nn.Module) else loss_fn
+    return getattr(source, "_orig_mod", source)
+
+
+def _is_class_loss(source: Any) -> bool:
+    function = source.func if isinstance(source, partial) else source
+    return isinstance(function, _CLASS_MODULES) or function in _CLASS_LOSSES
+
+
+def _option(source: Any, name: str) -> Any:
+    """An option of a loss function, as it is now: the weights of a module move with it to another device."""
+    default = {"weight": None, "ignore_index": -100, "reduction": "mean"}[name]
+    if isinstance(source, partial):
+        if name in source.keywords:
+            return source.keywords[name]
+        source = source.func
+    return getattr(source, name, default) if isinstance(source, torch.nn.Module) else default
+
+
+def _weight_of(labels: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    # A label outside the classes is for the loss function to refuse.
+    index = torch.where(kept, labels, 0).long().clamp(0, weight.numel() - 1)
+    weights = weight.detach().to(labels.device, accumulator_dtype(labels.device), non_blocking=True)[index]
+    return torch.where(kept, weights, 0.0).sum()

@@ -1,0 +1,106 @@
+"""How fast the samples went by, on all ranks together."""
+
+from numbers import Integral
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from dengine.errors import NotComputableError
+from dengine.metrics.core.inputs import is_number, what_it_got
+from dengine.metrics.core.metric import Metric, OutputTransform
+from dengine.types import summable
+
+__all__ = ["Throughput"]
+
+
+class Throughput(Metric):
+    """Samples per second of all ranks together: all their samples, over the longest time that a rank took.
+
+    The time runs from `reset()` (the epoch's beginning) until the value is computed, when the rank's GPU is waited for,
+    so that work still queued there counts. It is live: a handler of any event sees this rank's speed so far in
+    `engine.state.metrics`, for which nothing is waited for.
+
+    Shapes: the samples of one step are the first dimension of the target of a (prediction, target) pair, 1 where it is
+        a number; the first dimension of a tensor; or a whole number, also as a 0-d tensor, which is the count itself:
+        `Throughput(output_transform=lambda output: output["num_tokens"])`.
+    Cost: no wait for the device before the epoch's end; two numbers a rank.
+
+    Raises:
+        TypeError: `update` got something else; it lists a mapping's keys. NotComputableError: no sample was seen.
+
+    Example:
+        >>> metric = Throughput()
+        >>> metric.update((torch.zeros(32, 10), torch.zeros(32)))
+        >>> metric.compute() > 0
+        True
+    """
+
+    shows_live = True
+    num_samples: torch.Tensor | int
+    elapsed_s: torch.Tensor | float
+
+    def __init__(self, output_transform: OutputTransform | None = None) -> None:
+        super().__init__(output_transform)
+        self.add_state("num_samples", 0)
+        self.add_state("elapsed_s", 0.0, reduce="gather")
+        self._clock = _Clock()
+
+    def reset(self) -> None:
+        super().reset()
+        self._clock = _Clock()
+
+    def update(self, output: Any) -> None:
+        self.num_samples = self.num_samples + _num_samples(output)
+
+    def settle(self) -> None:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+        # On top of what a checkpoint has brought: an epoch that is resumed in its middle took both times.
+        self.elapsed_s = self.elapsed_s + self._clock.lap_s()
+
+    def live_value(self) -> float:
+        """As it is now. The device is not waited for: work that is queued there counts as done."""
+        elapsed_s = float(self.elapsed_s) + self._clock.read_s()
+        return int(self.num_samples) / max(elapsed_s, 1e-9)
+
+    def compute(self) -> float:
+        num_samples = int(self.num_samples)
+        if not num_samples:
+            raise NotComputableError("no sample was seen on any rank")
+        if not isinstance(self.elapsed_s, torch.Tensor):  # by hand
+            self.settle()
+        return num_samples / float(torch.as_tensor(self.elapsed_s).max().clamp(min=1e-9))
+
+
+class _Clock:
+    """An object of its own: what it reads means nothing in another process, to which a checkpoint takes numbers."""
+
+    def __init__(self) -> None:
+        self._started_s = perf_counter()
+
+    def read_s(self) -> float:
+        """The time since `lap_s` was called last."""
+        return perf_counter() - self._started_s
+
+    def lap_s(self) -> float:
+        """The time since this was called last."""
+        started_s, self._started_s = self._started_s, perf_counter()
+        return self._started_s - started_s
+
+
+def _num_samples(output: Any) -> torch.Tensor | int:
+    is_pair = isinstance(output, (tuple, list)) and len(output) == 2
+    sized = output[1] if is_pair else output
+    if getattr(sized, "shape", ()):
+        return int(sized.shape[0])
+    if is_pair and (is_number(sized) or isinstance(sized, torch.Tensor)):
+        return 1
+    if isinstance(sized, Integral) and not isinstance(sized, bool):
+        return int(sized)
+    if isinstance(sized, torch.Tensor) and not (sized.is_floating_point() or sized.is_complex()):
+        return summable(sized)  # type: ignore[no-any-return]
+    raise TypeError(
+        f"Throughput cannot tell the number of samples from {what_it_got(output)}: pass output_transform=, a function "
+        "of the step's output that gives it."
+    )

@@ -1,0 +1,1 @@
+"""The metrics of one engine: updated, reduced and saved together."""

@@ -1,0 +1,291 @@
+"""What a metric has gathered so far, as plain data: an epoch that is resumed in its middle counts all of it.
+
+Each attribute becomes one entry, a dict with a single key that tells what it was:
+
+    {"value": 3}                    numbers, strings, None, tensors, and lists and dicts of nothing else
+    {"metric": {name: entry}}       an object that gathers something by itself: another metric, a meter, a dataclass
+    {"parts": {name: entry}}        a torch.nn.Module that contains metrics: a ModuleList, a ModuleDict
+    {"list": [entry]}               also "tuple", "set", "deque"; None in the place of what stays as it is
+    {"dict": [[key, entry]]}        also a Counter, a defaultdict and other subclasses, and any kind of key
+    {"array": tensor}               a numpy array; "scalar" for one of numpy's numbers
+    {"enum": value}                 a member of an enum, by its value; "class" tells which enum
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from enum import Enum
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from dengine.launch.world import world
+from dengine.metrics.core.kinds import MetricLike
+from dengine.metrics.core.metric import Metric
+
+__all__ = ["give_back", "held"]
+
+Entry: TypeAlias = dict[str, Any]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
+
+
+def held(metric: Any) -> dict[str, Entry]:
+    """The entries of what the attributes of `metric` hold, tensors copied to the CPU, and of metrics inside it, however
+    they are nested. Anything else is what the metric was built with, and stays.
+    """
+    return _held(metric, set())
+
+
+def give_back(metric: Any, state: dict[str, Entry]) -> None:
+    """Set the attributes of `metric` to what `held` gave, tensors on the devices where they are now."""
+    if isinstance(metric, Metric):
+        metric.settle()  # what waits there belongs to what is replaced
+    now = _attributes(metric)
+    for name, entry in state.items():
+        if "metric" in entry or "parts" in entry:
+            if name in now:
+                _restored(entry, now[name])
+        else:
+            _set(metric, name, _restored(entry, now.get(name)))
+
+
+# -- out -----------------------------------------------------------------------------------------------------------
+
+
+def _held(metric: Any, seen: set[int]) -> dict[str, Entry]:
+    seen.add(id(metric))
+    if isinstance(metric, Metric):
+        metric.settle()
+    return _entries(_attributes(metric), seen)
+
+
+def _entries(parts: dict[str, Any], seen: set[int]) -> dict[str, Entry]:
+    found = ((name, _entry(value, seen)) for name, value in parts.items())
+    return {name: entry for name, entry in found if entry is not None}
+
+
+def _entry(value: Any, seen: set[int]) -> Entry | None:
+    """What is to be kept of `value`; None where that is nothing. `seen` holds what is on its way, for cycles."""
+    if _is_plain(value, seen):
+        device = _device_of(value)
+        return {"value": _copied(value)} if device is None else {"value": _copied(value), "device": device}
+    if isinstance(value, Enum):
+        return _enum_entry(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return _array_entry(value)
+    if id(value) in seen:
+        return None
+    if _gathers(value):
+        return {"metric": _held(value, seen)}
+    if isinstance(value, torch.nn.Module):
+        seen.add(id(value))
+        parts = _entries(dict(value.named_children()), seen)
+        return {"parts": parts} if parts else None
+    if isinstance(value, dict | list | tuple | set | frozenset | deque):
+        return _container_entry(value, seen | {id(value)})
+    return None
+
+
+def _container_entry(value: Any, seen: set[int]) -> Entry | None:
+    """Of a container of more than plain values; None where nothing in it is to be kept."""
+    if isinstance(value, dict):
+        pairs = [[_entry(key, seen), _entry(each, seen)] for key, each in value.items()]
+        pairs = [pair for pair in pairs if None not in pair]
+        return {"dict": pairs} if pairs or not value else None
+    entries = [_entry(each, seen) for each in value]
+    kind = next(name for name, one in _SEQUENCES.items() if isinstance(value, one))
+    return {kind: entries} if not entries or any(entries) else None
+
+
+def _enum_entry(value: Enum) -> Entry | None:
+    kind = type(value)
+    if type(value.value) not in _PLAIN:
+        return None
+    return {"enum": value.value, "class": f"{kind.__module__}:{kind.__qualname__}"}
+
+
+def _array_entry(value: "np.ndarray[Any, Any] | np.generic") -> Entry | None:
+    try:
+        tensor = torch.from_numpy(np.array(value))
+    except (TypeError, ValueError):  # strings, objects, dates; bytes in another order
+        return None
+    return {"array" if isinstance(value, np.ndarray) else "scalar": tensor}
+
+
+def _gathers(value: Any) -> bool:
+    """Whether it is an object whose own attributes are a state: a metric, a meter (`reset`, `update`), a dataclass."""
+    if isinstance(value, type):
+        return False
+    if isinstance(value, MetricLike):
+        return True
+    if isinstance(value, torch.nn.Module | dict):
+        return False
+    if is_dataclass(value):
+        return not getattr(value, "__dataclass_params__").frozen  # noqa: B009 - unknown to type checkers
+    return callable(getattr(value, "reset", None)) and callable(getattr(value, "update", None))
+
+
+def _is_plain(value: Any, seen: set[int]) -> bool:
+    """Exactly these types: a subclass, such as an enum of strings, could be brought back by a pickle only."""
+    kind = type(value)
+    if kind in _PLAIN or isinstance(value, torch.Tensor):
+        return True
+    if (kind is not list and kind is not dict) or id(value) in seen:
+        return False
+    inside = seen | {id(value)}
+    if kind is list:
+        return all(_is_plain(each, inside) for each in value)
+    return all(type(key) in (str, int) and _is_plain(each, inside) for key, each in value.items())
+
+
+def _device_of(value: Any) -> str | None:
+    """The kind of device of the tensors in a list or dict: what is empty after a reset cannot tell it."""
+    if isinstance(value, torch.Tensor):
+        return None if value.is_cpu else value.device.type
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((device for part in parts if (device := _device_of(part))), None)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, list):
+        return [_copied(each) for each in value]
+    return {key: _copied(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+# -- and back ------------------------------------------------------------------------------------------------------
+
+
+def _restored(entry: Entry, now: Any) -> Any:
+    """The value of an entry. Lists and dicts are filled anew, as another attribute may refer to the same one."""
+    (kind, kept), *_ = entry.items()
+    if kind in _SEQUENCES:
+        return _restored_sequence(_SEQUENCES[kind], kept, now)
+    return _RESTORE[kind](kept, now, entry)
+
+
+def _restored_value(kept: Any, now: Any, entry: Entry) -> Any:
+    placed = _placed(kept, now.device if isinstance(now, torch.Tensor) else _own_device(entry.get("device")))
+    if type(now) is type(placed) is list:
+        now[:] = placed
+        return now
+    return _refilled(now, placed) if type(now) is type(placed) is dict else placed
+
+
+def _restored_metric(kept: dict[str, Entry], now: Any, _: Entry) -> Any:
+    if now is not None:  # a container that had fewer of them when it was built
+        give_back(now, kept)
+    return now
+
+
+def _restored_parts(kept: dict[str, Entry], now: Any, _: Entry) -> Any:
+    children = dict(now.named_children())
+    for name, entry in kept.items():
+        if name in children:
+            _restored(entry, children[name])
+    return now
+
+
+def _restored_dict(kept: list[list[Entry]], now: Any, _: Entry) -> Any:
+    keys = [_restored(key, None) for key, _ in kept]
+    before = dict(now) if isinstance(now, dict) else {}
+    values = [_restored(entry, before.get(key)) for key, (_, entry) in zip(keys, kept, strict=True)]
+    fresh = dict(zip(keys, values, strict=True))
+    # What could not be kept stays: the dict was built with it.
+    stays = {key: value for key, value in before.items() if key not in fresh and _entry(value, set()) is None}
+    return _refilled(now, {**stays, **fresh}) if isinstance(now, dict) else fresh
+
+
+def _restored_sequence(kind: type, kept: list[Entry | None], now: Any) -> Any:
+    ordered = isinstance(now, list | tuple | deque)
+    before: Iterator[Any] = iter(now if ordered else ())
+    values = []
+    for entry in kept:
+        like = next(before, None)
+        values.append(like if entry is None else _restored(entry, like))
+    if isinstance(now, kind) and hasattr(now, "clear"):
+        now.clear()
+        (now.update if kind is set else now.extend)(values)  # type: ignore[attr-defined]
+        return now
+    return type(now)(*values) if isinstance(now, kind) and hasattr(now, "_fields") else kind(values)
+
+
+def _restored_array(kept: torch.Tensor, now: Any, _: Entry) -> Any:
+    return kept.clone().numpy()
+
+
+def _restored_scalar(kept: torch.Tensor, now: Any, _: Entry) -> Any:
+    return kept.numpy()[()]
+
+
+def _restored_enum(kept: Any, now: Any, entry: Entry) -> Any:
+    """A member of the enum of the same name, of a module that is there: nothing is imported for it."""
+    module, _, path = entry["class"].partition(":")
+    kind: Any = sys.modules.get(module)
+    for name in path.split("."):
+        kind = getattr(kind, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        kind = type(now)  # of a class inside a function
+    return kind(kept) if issubclass(kind, Enum) else kept
+
+
+_RESTORE: dict[str, Callable[[Any, Any, Entry], Any]] = {
+    "value": _restored_value,
+    "metric": _restored_metric,
+    "parts": _restored_parts,
+    "dict": _restored_dict,
+    "array": _restored_array,
+    "scalar": _restored_scalar,
+    "enum": _restored_enum,
+}
+
+
+def _refilled(now: dict[Any, Any], fresh: dict[Any, Any]) -> dict[Any, Any]:
+    now.clear()
+    for key, value in fresh.items():
+        now[key] = value
+    return now
+
+
+def _placed(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone() if device is None else value.to(device, copy=True)
+    if isinstance(value, list):
+        return [_placed(each, device) for each in value]
+    return {key: _placed(each, device) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _own_device(kind: str | None) -> torch.device | None:
+    """This rank's device of that kind; None where it has none."""
+    own = world().device
+    return own if kind == own.type else None
+
+
+# -- attributes ----------------------------------------------------------------------------------------------------
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Also those in slots, and the children of a `torch.nn.Module` (torchmetrics), which keeps them apart."""
+    slots = [name for base in type(value).__mro__ for name in _slots(base) if hasattr(value, name)]
+    found = {**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})}
+    children = found.pop("_modules", None) if isinstance(value, torch.nn.Module) else None
+    return {**found, **(children or {})}
+
+
+def _slots(kind: type) -> list[str]:
+    slots = kind.__dict__.get("__slots__", ())
+    names = [slots] if isinstance(slots, str) else list(slots)
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
+
+
+def _set(metric: Any, name: str, value: Any) -> None:
+    # Past __setattr__, by which torchmetrics guards its own.
+    if hasattr(metric, "__dict__") and not any(name in _slots(base) for base in type(metric).__mro__):
+        vars(metric)[name] = value
+    else:
+        object.__setattr__(metric, name, value)

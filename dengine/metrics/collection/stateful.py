@@ -1,0 +1,174 @@
+"""The kinds of metric that hold states, alike to the reduction: declared, computed per rank, torchmetrics', merging."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from dengine.distributed import world
+from dengine.errors import NotComputableError
+from dengine.metrics.builtin.distributed import DistributedMetric
+from dengine.metrics.collection.merging import MergingLeaf
+from dengine.metrics.core.computed import Computed, Form, checked, laid_out, put_together
+from dengine.metrics.core.kinds import is_mergeable
+from dengine.metrics.core.metric import Metric
+from dengine.metrics.core.transform import is_torchmetrics
+from dengine.metrics.core.updates import Seen
+from dengine.metrics.reduction.reduce import Item
+
+__all__ = ["Leaf", "leaf_of", "tells_what_it_saw"]
+
+
+class Leaf(Protocol):
+    """A metric's states on their way out, and the metric that comes back from the reduced ones."""
+
+    def items(self) -> list[Item]: ...
+
+    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Any: ...
+
+
+def leaf_of(metric: Any, label: str, *, is_alone: bool, seen: Seen | None) -> Leaf:
+    """The leaf of `metric`, known to the user by `label`.
+
+    Args:
+        is_alone: there is one rank, so nothing is averaged.
+        seen: what a metric was given that does not count it by itself; None where nobody knows.
+    """
+    if isinstance(metric, DistributedMetric):
+        told = Seen(metric.num_updates, int(metric.has_samples))
+        return ValueLeaf(metric, label, metric.reduce_op, told, is_alone=is_alone)
+    if isinstance(metric, Metric) and metric.states:
+        return DeclaredLeaf(metric, label)
+    if is_torchmetrics(metric):
+        from dengine.metrics.adapters.torchmetrics import TorchmetricsLeaf
+
+        return TorchmetricsLeaf(metric, label, is_alone=is_alone)
+    if is_mergeable(metric):
+        return MergingLeaf(metric, label, is_alone=is_alone, is_seen=seen is None or seen.num_updates > 0)
+    if not is_alone:
+        _warn_once(metric, label)
+    return ValueLeaf(metric, label, "mean", _told(metric, seen), is_alone=is_alone)
+
+
+def tells_what_it_saw(metric: Any) -> bool:
+    """Whether the states that travel tell it; of the others, whoever updates them has to count."""
+    has_states = isinstance(metric, Metric) and bool(metric.states)
+    return has_states or isinstance(metric, DistributedMetric) or is_torchmetrics(metric)
+
+
+def _told(metric: Any, seen: Seen | None) -> Seen:
+    """What an undeclared metric was given, by its set or by hand. Nobody knowing, one update of no known samples."""
+    num_updates = metric.num_updates if isinstance(metric, Metric) else 0
+    if seen is None:
+        return Seen(num_updates if isinstance(metric, Metric) else 1, 0)
+    return Seen(max(num_updates, seen.num_updates), seen.num_samples)
+
+
+class DeclaredLeaf:
+    """A metric with declared states."""
+
+    def __init__(self, metric: Metric, label: str) -> None:
+        self._metric = metric
+        self._label = label
+
+    def items(self) -> list[Item]:
+        self._metric.settle()
+        is_seen = self._metric.num_updates > 0
+        return [
+            Item(self._label, name, spec.reduce, _tensor(getattr(self._metric, name), self._label, name), is_seen)
+            for name, spec in self._metric.states.items()
+        ]
+
+    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Metric:
+        return self._metric.with_states(dict(zip(self._metric.states, values, strict=True)))
+
+
+class ValueLeaf:
+    """A metric that is computed per rank, its values then reduced: a mean weighted by what each rank saw, or an op.
+
+    One that was not updated is not asked for its value: it may divide by what it counts.
+    """
+
+    def __init__(self, metric: Any, label: str, op: str, told: Seen, *, is_alone: bool) -> None:
+        self._metric = metric
+        self._label = label
+        self._op = op
+        self._told = told
+        self._is_alone = is_alone
+        self._failure: str | None = None
+
+    def items(self) -> list[Item]:
+        if self._is_alone:
+            return []
+        value, weight = self._value_and_weight()
+        is_seen = value is not None
+        neutral = {"mean": 0.0, "sum": 0.0, "max": -torch.inf, "min": torch.inf}[self._op]
+        flat, form = laid_out(value if is_seen else neutral)
+        op: Any = "sum" if self._op == "mean" else self._op
+        return [
+            Item(self._label, "value", op, flat * weight if self._op == "mean" else flat, is_seen, form),
+            Item(self._label, "weight", "sum", torch.tensor(weight, dtype=torch.float64), is_seen),
+        ]
+
+    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Computed:
+        if self._is_alone:
+            return self._computed(self._value())
+        value, weight = values
+        if weight == 0:
+            return self._computed(None)
+        return Computed(put_together(value / weight if self._op == "mean" else value, forms[0]))
+
+    def _value_and_weight(self) -> tuple[Any, float]:
+        value = self._value()
+        if value is None:
+            return None, 0.0
+        is_weighted = isinstance(self._metric, DistributedMetric)
+        weight = self._metric.weight if is_weighted else float(self._told.num_updates)
+        # The mean over an empty batch is often nan, which would be nan times 0 as well.
+        return (value, weight) if weight else (None, 0.0)
+
+    def _value(self) -> Any:
+        """None where there is none: not updated, or with empty batches only."""
+        if not self._told.num_updates:
+            return None
+        try:
+            return checked(self._metric.compute(), self._label)
+        except NotComputableError as error:
+            self._failure = error.reason
+        except ZeroDivisionError as error:
+            if self._told.num_samples:
+                raise
+            self._failure = f"no sample was seen, and compute() raised {error!r}"
+        return None
+
+    def _computed(self, value: Any) -> Computed:
+        return Computed(value) if self._failure is None else Computed(value, self._failure)
+
+
+def _tensor(value: Any, label: str, name: str) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, list):
+        parts = [_row(torch.as_tensor(part).detach()) for part in value]
+        return torch.cat(parts) if parts else torch.empty(0)
+    if isinstance(value, (int, float)):
+        return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+    raise TypeError(f"State {name!r} of metric {label} must be a number, a tensor or a list, but is {value!r}.")
+
+
+def _row(part: torch.Tensor) -> torch.Tensor:
+    return part if part.ndim else part.reshape(1)
+
+
+def _warn_once(metric: Any, label: str) -> None:
+    if world().rank != 0 or getattr(type(metric), "_dengine_has_warned", False):
+        return
+    type(metric)._dengine_has_warned = True
+    warnings.warn(
+        f"Metric {label} declares no states, so it is computed per rank and averaged by the number of its updates, "
+        "which is not exact for every metric. Declare its states with add_state(name, default, reduce=...) to have "
+        "it computed over all samples.",
+        UserWarning,
+        stacklevel=2,
+    )

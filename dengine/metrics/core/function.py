@@ -1,0 +1,99 @@
+"""A function of metrics' values, as a metric: what arithmetic between metrics gives, and any other function."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dengine.metrics.core.kinds import evaluated, is_metric, leaves_of, shows_live
+from dengine.metrics.core.metric import Metric
+from dengine.metrics.core.updates import default_transform, update_of
+from dengine.types import MetricValue
+
+__all__ = ["MetricFunction"]
+
+
+class MetricFunction(Metric):
+    """`function` of the values of metrics, over the samples of all ranks; `2 * p * r / (p + r)` is one, too.
+
+    The metrics may be any that `add_metric` takes. Each is updated once, however many functions read it, and may be
+    attached under a name of its own as well. If the function gives a mapping, its entries are `name/key` in
+    `engine.state.metrics`.
+
+    Cost: that of the metrics; the function is called once an epoch, on every rank.
+
+    Args:
+        function: takes the metrics' values in their order: floats, and tensors on the CPU.
+        metrics: at least one metric; numbers among them are given to the function as they are.
+
+    Raises:
+        TypeError: `function` cannot be called, or there is no metric.
+
+    Example:
+        >>> import torch
+        >>> from dengine.metrics import MAE, RMSE
+        >>> spread = MetricFunction(lambda rmse, mae: {"rmse": rmse, "ratio": rmse / mae}, RMSE(), MAE())
+        >>> spread.update((torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])))
+        >>> spread.compute()
+        {'rmse': 1.0, 'ratio': 1.0}
+    """
+
+    has_leaves_of_inner = True
+
+    def __init__(self, function: Callable[..., Any], *metrics: Any) -> None:
+        if not callable(function) or is_metric(function):
+            raise TypeError(f"MetricFunction() takes a function and then metrics, but the first is {function!r}.")
+        self._function = function
+        self._operands = metrics
+        if not self.metrics_within():
+            raise TypeError(f"MetricFunction() needs at least one metric, but got {metrics!r}.")
+
+    def metrics_within(self) -> tuple[Any, ...]:
+        return tuple(operand for operand in self._operands if is_metric(operand))
+
+    def leaves(self) -> tuple[Any, ...]:
+        found = [leaf for part in self.metrics_within() for leaf in leaves_of(part)]
+        return tuple({id(leaf): leaf for leaf in found}.values())
+
+    @property
+    def shows_live(self) -> bool:  # type: ignore[override]
+        return all(map(shows_live, self.leaves()))
+
+    def has_live_value(self) -> bool:
+        return all(leaf.has_live_value() for leaf in self.leaves())
+
+    def reset(self) -> None:
+        for leaf in self.leaves():
+            leaf.reset()
+
+    def update(self, output: Any) -> None:
+        for leaf in self.leaves():
+            update_of(leaf, default_transform(leaf))(output)
+
+    def replace_leaf(self, leaf: Metric, stand_in: Metric) -> None:
+        for part in self.metrics_within():
+            if isinstance(part, Metric):
+                part.replace_leaf(leaf, stand_in)
+
+    def compute(self) -> MetricValue:
+        return self.evaluate({id(leaf): leaf for leaf in self.leaves()})
+
+    def live_value(self) -> MetricValue:
+        return self.evaluate({id(leaf): _Live(leaf) for leaf in self.leaves()})
+
+    def evaluate(self, reduced: Mapping[int, Any]) -> MetricValue:
+        values = [evaluated(part, reduced) if is_metric(part) else part for part in self._operands]
+        result: MetricValue = self._function(*values)
+        return result
+
+    def __repr__(self) -> str:
+        name = getattr(self._function, "__name__", type(self._function).__name__).lstrip("_")
+        return f"MetricFunction({', '.join([name, *map(repr, self._operands)])})"
+
+
+class _Live:
+    """A leaf whose value is read while its epoch is under way."""
+
+    def __init__(self, leaf: Metric) -> None:
+        self._leaf = leaf
+
+    def compute(self) -> MetricValue:
+        return self._leaf.live_value()

@@ -1,0 +1,167 @@
+"""Predictions and targets as metrics take them: numbers or tensors, checked by shape, never by value."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from dengine.checks import whole_number
+from dengine.metrics.core.transform import prediction_and_target
+
+__all__ = [
+    "as_pair",
+    "as_real",
+    "as_tensor",
+    "checked_ignore_index",
+    "is_kept",
+    "is_number",
+    "num_samples",
+    "shape_error",
+    "what_it_got",
+]
+
+
+def as_pair(output: Any, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(prediction, target)` as tensors of at least one dimension, detached, on one device. No wait for the device.
+
+    A mapping is read by its keys, as a step's output is.
+
+    Raises:
+        TypeError: not a pair of real numbers or tensors; it says how to make one.
+    """
+    if isinstance(output, Mapping):
+        output = prediction_and_target(output)
+    if not isinstance(output, (tuple, list)) or len(output) != 2:
+        raise TypeError(
+            f"{metric} takes a (prediction, target) pair, but got {what_it_got(output)}: pass output_transform=, a "
+            "function of the step's output that gives the pair."
+        )
+    prediction, target = _row(as_real(output[0], metric)), _row(as_real(output[1], metric))
+    if prediction.device != target.device:
+        # Towards the accelerator: the other way would wait for it.
+        if prediction.device.type == "cpu":
+            prediction = prediction.to(target.device, non_blocking=True)
+        else:
+            target = target.to(prediction.device, non_blocking=True)
+    return prediction, target
+
+
+def as_real(part: Any, metric: str) -> torch.Tensor:
+    """`as_tensor`, of real numbers.
+
+    Raises:
+        TypeError: as `as_tensor`, or complex numbers.
+    """
+    tensor = as_tensor(part, metric)
+    if tensor.is_complex():
+        raise TypeError(
+            f"{metric} takes real numbers, but got {tensor.dtype}, which is complex: pass output_transform=, a "
+            "function of the step's output that gives real ones (abs(), real, or view_as_real)."
+        )
+    return tensor
+
+
+def as_tensor(part: Any, metric: str) -> torch.Tensor:
+    """A detached tensor of any dimension. Python's floats keep their 64 bits.
+
+    Raises:
+        TypeError: neither number, array nor tensor, or a tensor of a lazy module that has no shape yet; or a list of
+        tensors, which could be read on the host only.
+    """
+    if isinstance(part, torch.Tensor):
+        if is_lazy(part):
+            raise TypeError(
+                f"{metric} got a {type(part).__name__}: its lazy module has not seen a batch yet. Call the module once "
+                "before."
+            )
+        return part.detach() if part.requires_grad else part
+    if isinstance(part, Mapping):
+        raise TypeError(
+            f"{metric} takes numbers or tensors, but got {what_it_got(part)}: pass output_transform=, a function of "
+            "the step's output that takes one of its entries, as in lambda output: (output['pred']['logits'], "
+            "output['label'])."
+        )
+    if isinstance(part, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in part):
+        raise TypeError(f"{metric} takes numbers or tensors, but got a list of tensors: torch.stack() or cat() them.")
+    try:
+        tensor = torch.as_tensor(part)
+        is_rounded = tensor.dtype == torch.float32 and not hasattr(part, "dtype")
+        return torch.as_tensor(part, dtype=torch.float64) if is_rounded else tensor
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{metric} takes numbers or tensors, but got {part!r}.") from None
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is one of Python's own numbers, so that no tensor is needed."""
+    return isinstance(value, (int, float))
+
+
+def checked_ignore_index(ignore_index: object) -> int | None:
+    """Raises TypeError unless `ignore_index` is a whole number or None."""
+    return None if ignore_index is None else whole_number("ignore_index", ignore_index, least=-(2**63))
+
+
+def is_kept(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Which labels are not `ignore_index`. No wait for the device."""
+    is_counted = not (labels.is_floating_point() or labels.dtype == torch.bool)
+    if is_counted and not torch.iinfo(labels.dtype).min <= ignore_index <= torch.iinfo(labels.dtype).max:
+        return torch.ones_like(labels, dtype=torch.bool)  # a byte is never -100, but torch would compare with 156
+    return labels != ignore_index
+
+
+def num_samples(target: Any, prediction: Any) -> int | None:
+    """The samples of a batch: the first dimension of its target, or of what that is made of; None: it cannot be told.
+
+    A list or tuple of tensors may be several targets of all samples or one target for each: what the prediction has
+    decides. A number is one sample; where there is no target at all, the prediction tells.
+    """
+    if is_number(target) or getattr(target, "ndim", None) == 0:
+        return 1
+    sizes, lengths = _sizes(target)
+    of_prediction = set().union(*_sizes(prediction))
+    if len(sizes) == 1 and (sizes & of_prediction or not lengths & of_prediction):
+        return sizes.pop()
+    told = (sizes | lengths) & of_prediction if sizes or lengths else of_prediction
+    return told.pop() if len(told) == 1 else None
+
+
+def _sizes(value: Any) -> tuple[set[int], set[int]]:
+    """What may be a number of samples: the first dimensions inside `value`, and lengths of lists of tensors."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return {int(size) for size in shape[:1]}, set()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name, None) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return _joined_sizes(list(value.values()))
+    if not isinstance(value, (tuple, list)):
+        return set(), set()
+    parts = [part for part in value if isinstance(getattr(part, "shape", None), tuple) and part.shape]
+    if not parts:
+        return {len(value)}, set()
+    sizes, _ = _joined_sizes(parts)
+    return sizes, {len(value)}
+
+
+def _joined_sizes(parts: list[Any]) -> tuple[set[int], set[int]]:
+    pairs = [_sizes(part) for part in parts]
+    return set().union(*(sizes for sizes, _ in pairs)), set().union(*(lengths for _, lengths in pairs))
+
+
+def what_it_got(output: Any) -> str:
+    """For an error: the type of a step's output and, of a mapping, the keys that there are."""
+    keys = f" with the keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+    return f"a {type(output).__qualname__}{keys}"
+
+
+def shape_error(metric: str, prediction: torch.Tensor, target: torch.Tensor, takes: str) -> ValueError:
+    return ValueError(
+        f"{metric} got predictions of shape {tuple(prediction.shape)} and targets of shape {tuple(target.shape)}; it "
+        f"takes {takes}."
+    )
+
+
+def _row(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.ndim else tensor.reshape(1)

@@ -1,0 +1,76 @@
+"""What counts as a metric, whoever wrote it, and which metrics are inside of others."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from dengine.metrics.core.metric import Metric
+from dengine.metrics.core.transform import is_torchmetrics
+
+__all__ = [
+    "AnyMetric",
+    "MetricLike",
+    "evaluated",
+    "is_mergeable",
+    "is_metric",
+    "is_tracker",
+    "leaves_of",
+    "shows_live",
+    "updaters",
+]
+
+
+@runtime_checkable
+class MetricLike(Protocol):
+    """Anything with the three methods of a metric."""
+
+    def reset(self) -> Any: ...
+
+    def update(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def compute(self) -> Any: ...
+
+
+AnyMetric: TypeAlias = Metric | MetricLike
+
+
+def is_metric(value: object) -> bool:
+    return isinstance(value, MetricLike) and not isinstance(value, type)
+
+
+def is_mergeable(metric: object) -> bool:
+    """Whether `metric` is reduced by its own `merge_state(others)`, as torcheval's are."""
+    is_known = isinstance(metric, Metric) or is_torchmetrics(metric)
+    return not is_known and callable(getattr(metric, "merge_state", None))
+
+
+def is_tracker(metric: object) -> bool:
+    """Whether `metric` is torchmetrics' list of copies, one for each epoch."""
+    package = sys.modules.get("torchmetrics")
+    return package is not None and isinstance(metric, package.wrappers.MetricTracker)
+
+
+def shows_live(metric: object) -> bool:
+    """Whether the value of `metric` is shown while the epoch is under way."""
+    return isinstance(metric, Metric) and metric.shows_live
+
+
+def leaves_of(metric: Any) -> tuple[Any, ...]:
+    """The metrics that hold the states which `metric` is computed from."""
+    return metric.leaves() if isinstance(metric, Metric) else (metric,)
+
+
+def evaluated(metric: Any, reduced: Mapping[int, Any]) -> Any:
+    """The value of `metric`, given the reduced copies of its leaves by the leaves' `id`."""
+    return metric.evaluate(reduced) if isinstance(metric, Metric) else reduced[id(metric)].compute()
+
+
+def updaters(metric: Any, updater: Any = None) -> Iterator[tuple[Any, Any]]:
+    """`metric` and each metric inside of it, with the one through which it is updated: itself, or one around it."""
+    own = metric if updater is None else updater
+    yield metric, own
+    if is_torchmetrics(metric):
+        yield from ((each, own) for each in metric.modules() if each is not metric and is_torchmetrics(each))
+    elif isinstance(metric, Metric):
+        for part in metric.metrics_within():
+            yield from updaters(part, updater if metric.has_leaves_of_inner else own)

@@ -1,0 +1,291 @@
+"""What a metric is: a few states with declared reductions, and a value computed from them. It knows no rank."""
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from functools import wraps
+from inspect import isfunction
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from dengine.errors import NotComputableError
+from dengine.metrics.core.shown import shown_settings
+from dengine.metrics.core.transform import prediction_and_target
+from dengine.types import MetricValue
+
+__all__ = ["Metric", "OutputTransform", "StateOp", "StateSpec", "counts_updates"]
+
+OutputTransform: TypeAlias = Callable[[Any], Any]
+StateOp: TypeAlias = Literal["sum", "mean", "min", "max", "cat", "gather"]
+_STATE_OPS = ("sum", "mean", "min", "max", "cat", "gather")
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One declared state: its value after `reset()`, and how the ranks' values become one."""
+
+    default: Any
+    reduce: StateOp
+
+
+class Metric(ABC):
+    """Base class of metrics: `reset`, `update(output)` and `compute`.
+
+    A metric declares its states, and is then exact over any number of ranks, in one all-reduce together with all other
+    metrics of its engine. One that declares nothing works too: it is computed per rank, and averaged by the number of
+    its updates.
+
+    Args:
+        output_transform: turns the step's output into what `update` takes. By default a `(prediction, target)` pair
+            stays, a mapping is read by its keys (`pred | y_pred | preds | logits` and
+            `label | labels | y | target | targets`), and anything else reaches `update` as it is. A subclass that
+            never calls this constructor gets the step's whole output.
+
+    Example:
+        >>> class Positives(Metric):
+        ...     def __init__(self):
+        ...         super().__init__(output_transform=lambda output: output)
+        ...         self.add_state("count", 0, reduce="sum")
+        ...     def update(self, output):
+        ...         self.count += sum(value > 0 for value in output)
+        ...     def compute(self):
+        ...         return float(self.count)
+        >>> metric = Positives()
+        >>> metric.update([1, -1, 2])
+        >>> metric.compute()
+        2.0
+    """
+
+    # Class attributes, so that a subclass that never calls __init__ has them.
+    transform: OutputTransform | None = None
+    num_updates: int = 0  # since the last reset
+    has_leaves_of_inner: bool = False  # whether the metrics within it are updated each by itself
+    shows_live: bool = False  # whether its value is shown while the epoch is under way
+    adds_to_no_graph: bool = False  # whether `update` sees to that; elsewhere an engine calls it without gradients
+    _states: Mapping[str, StateSpec] = {}
+
+    def __init__(self, output_transform: OutputTransform | None = None) -> None:
+        if output_transform is not None and not callable(output_transform):
+            raise TypeError(f"output_transform={output_transform!r} must be callable, as output_transform(output).")
+        self.has_own_transform = output_transform is not None
+        self.transform = self.default_transform if output_transform is None else output_transform
+
+    has_own_transform: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Whether a rank saw anything decides how it counts in a reduction, and an `update` that a user wrote, here or
+        # in a mix-in, cannot be asked to keep the number.
+        given = {name for name in _WRAPPERS if _is_to_be_wrapped(cls, name)}
+        for name in given:
+            setattr(cls, name, _wrapped(name, getattr(cls, name)))
+        if {"update", "default_transform"} & {*given, *cls.__dict__} and "adds_to_no_graph" not in cls.__dict__:
+            cls.adds_to_no_graph = False  # what a base class says of its own
+
+    def default_transform(self, output: Any) -> Any:
+        """What a step's output becomes where no `output_transform` is given."""
+        return prediction_and_target(output)
+
+    def add_state(self, name: str, default: Any, reduce: StateOp = "sum") -> None:
+        """Declare the attribute `name`: `default` after `reset()`, and `reduce`d over the ranks.
+
+        Args:
+            default: a number or a tensor; `[]` for "cat". A tensor without elements is one whose shape the first
+                update will tell.
+            reduce: "sum", "min", "max"; "mean", plain over the ranks that saw anything; "cat", a list of tensors
+                joined along their first dimension; "gather", the ranks' tensors stacked, (ranks, ...).
+
+        Raises:
+            ValueError: an unknown `reduce`, or a default that does not go with it. TypeError: no number nor tensor.
+        """
+        if reduce not in _STATE_OPS:
+            raise ValueError(f"reduce={reduce!r} of state {name!r} must be one of {', '.join(_STATE_OPS)}.")
+        if (reduce == "cat") != (isinstance(default, list) and not default):
+            raise ValueError(f"State {name!r} has reduce={reduce!r} and default {default!r}: 'cat' goes with [].")
+        if not isinstance(default, (int, float, torch.Tensor, list)):
+            raise TypeError(f"The default of state {name!r} must be a number or a tensor, but is {default!r}.")
+        self._states = {**self._states, name: StateSpec(default, reduce)}
+        setattr(self, name, _fresh(default))
+
+    @property
+    def states(self) -> Mapping[str, StateSpec]:
+        """The declared states by name; empty where the metric declares nothing."""
+        return self._states
+
+    def reset(self) -> None:
+        """Back to the defaults."""
+        for name, spec in self._states.items():
+            setattr(self, name, _fresh(spec.default))
+        self.num_updates = 0
+
+    @abstractmethod
+    def update(self, output: Any) -> None:
+        """Take in one step's output, after `output_transform`. Must not wait for the device."""
+
+    @abstractmethod
+    def compute(self) -> MetricValue:
+        """The value of what this rank has seen since the last `reset()`.
+
+        Raises:
+            NotComputableError: nothing was seen.
+        """
+
+    def with_states(self, values: Mapping[str, Any]) -> "Metric":
+        """A copy that holds `values` as its states; this one goes on accumulating untouched."""
+        reduced = copy(self)
+        for name, value in values.items():
+            setattr(reduced, name, value)
+        return reduced
+
+    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+        """Called before the states are read, for a reduction or a checkpoint: to put in what is known only now, as a
+        clock's time."""
+
+    def live_value(self) -> MetricValue:
+        """The present value of what this rank has seen, if `shows_live`: asked for while the epoch is under way."""
+        return self.compute()
+
+    def has_live_value(self) -> bool:
+        """Whether there is a present value. Must not wait for the device."""
+        return self.num_updates > 0
+
+    def num_counted(self) -> Any:
+        """How many things the value is a mean of, as a number or a tensor; None where it is no such mean."""
+        return None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({shown_settings(self)})"
+
+    # -- composition ---------------------------------------------------------------------------------------------
+
+    def metrics_within(self) -> tuple[Any, ...]:
+        """The metrics that this one is made of: whoever updates it, updates them."""
+        return ()
+
+    def leaves(self) -> tuple["Metric", ...]:
+        """The metrics that hold the states this one is computed from: itself, unless it is made of others."""
+        return (self,)
+
+    def evaluate(self, reduced: Mapping[int, Any]) -> MetricValue:
+        """The value, given the reduced copies of the leaves by the leaves' `id`."""
+        value: MetricValue = reduced[id(self)].compute()
+        return value
+
+    def covers(self, other: "Metric") -> bool:
+        """Whether this leaf's states tell all that `other` would count of the same outputs, so that one is enough."""
+        return False
+
+    def replace_leaf(self, leaf: "Metric", stand_in: "Metric") -> None:  # noqa: B027 - most read no leaf but themselves
+        """Compute from `stand_in`, which covers it, what was computed from `leaf`."""
+
+    def __add__(self, other: Any) -> "Metric":
+        return _function(operator.add, self, other)
+
+    def __radd__(self, other: Any) -> "Metric":
+        return _function(operator.add, other, self)
+
+    def __sub__(self, other: Any) -> "Metric":
+        return _function(operator.sub, self, other)
+
+    def __rsub__(self, other: Any) -> "Metric":
+        return _function(operator.sub, other, self)
+
+    def __mul__(self, other: Any) -> "Metric":
+        return _function(operator.mul, self, other)
+
+    def __rmul__(self, other: Any) -> "Metric":
+        return _function(operator.mul, other, self)
+
+    def __truediv__(self, other: Any) -> "Metric":
+        return _function(_divided, self, other)
+
+    def __rtruediv__(self, other: Any) -> "Metric":
+        return _function(_divided, other, self)
+
+    def __pow__(self, other: Any) -> "Metric":
+        return _function(operator.pow, self, other)
+
+    def __neg__(self) -> "Metric":
+        return _function(operator.neg, self)
+
+    def __abs__(self) -> "Metric":
+        return _function(abs, self)
+
+    def __getitem__(self, index: Any) -> "Metric":
+        return _function(operator.getitem, self, index)
+
+
+def _fresh(default: Any) -> Any:
+    if isinstance(default, torch.Tensor):
+        return default.detach().clone()
+    return list(default) if isinstance(default, list) else default
+
+
+# Above the class that they are already applied to while this module is read.
+def _counting(update: Callable[..., None]) -> Callable[..., None]:
+    @wraps(update)
+    def counted(self: Metric, *args: Any, **kwargs: Any) -> None:
+        before = self.num_updates
+        update(self, *args, **kwargs)
+        # Once, however many base classes counted the same call; anew, if it was a reset as well.
+        self.num_updates = min(before, self.num_updates) + 1
+
+    return counted
+
+
+def _uncounting(reset: Callable[..., None]) -> Callable[..., None]:
+    @wraps(reset)
+    def uncounted(self: Metric, *args: Any, **kwargs: Any) -> None:
+        reset(self, *args, **kwargs)
+        self.num_updates = 0
+
+    return uncounted
+
+
+def _named(compute: Callable[..., MetricValue]) -> Callable[..., MetricValue]:
+    @wraps(compute)
+    def named(self: Metric) -> MetricValue:
+        try:
+            return compute(self)
+        except NotComputableError as error:
+            name = type(self).__name__
+            raise NotComputableError(f"{name} cannot be computed: {error.reason}.", reason=error.reason) from None
+
+    return named
+
+
+_WRAPPERS: dict[str, Callable[..., Any]] = {"update": _counting, "reset": _uncounting, "compute": _named}
+_IS_WRAPPED = "_dengine_is_wrapped"
+
+
+def _is_to_be_wrapped(cls: type, name: str) -> bool:
+    found = getattr(cls, name)
+    return isfunction(found) and found is not getattr(Metric, name) and not hasattr(found, _IS_WRAPPED)
+
+
+def _wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    wrapped: Callable[..., Any] = _WRAPPERS[name](function)
+    setattr(wrapped, _IS_WRAPPED, True)
+    return wrapped
+
+
+def counts_updates(metric: Metric) -> bool:
+    """Whether `metric.num_updates` counts the calls of `metric.update`. Not if `update` was set on the object."""
+    return getattr(metric.update, _IS_WRAPPED, False)
+
+
+def _function(function: Callable[..., Any], *operands: Any) -> Metric:
+    from dengine.metrics.core.function import MetricFunction  # a metric itself: it cannot be read before this module
+
+    return MetricFunction(function, *operands)
+
+
+def _divided(first: Any, second: Any) -> Any:
+    """`first / second` as tensors divide: 0 / 0 is nan, and ends no run."""
+    try:
+        return first / second
+    except ZeroDivisionError:
+        return float(torch.tensor(first, dtype=torch.float64) / second)

@@ -1,0 +1,113 @@
+"""How a metric is updated with a step's output, whatever its `update` takes, and how often it was."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import Signature, signature
+from typing import Any
+
+import torch
+
+from dengine.metrics.core.kinds import is_mergeable
+from dengine.metrics.core.metric import Metric, OutputTransform, counts_updates
+from dengine.metrics.core.transform import is_torchmetrics, prediction_and_target
+
+__all__ = ["Seen", "check_update", "default_transform", "samples_in", "takes_pair", "update_of"]
+
+
+@dataclass
+class Seen:
+    """What a metric that cannot tell by itself was given since its last reset."""
+
+    num_updates: int = 0
+    num_samples: int = 0
+
+    def counting(self, update: Callable[[Any], None]) -> Callable[[Any], None]:
+        def counted(output: Any) -> None:
+            update(output)
+            self.num_updates += 1
+            self.num_samples += samples_in(output)
+
+        return counted
+
+    def clear(self) -> None:
+        self.num_updates = self.num_samples = 0
+
+
+def update_of(metric: Any, transform: OutputTransform | None) -> Callable[[Any], None]:
+    """`metric.update` as a function of a step's output."""
+    if takes_pair(metric):
+
+        def update_spread(output: Any) -> None:
+            arguments = transform(output) if transform is not None else output
+            metric.update(*arguments) if isinstance(arguments, (tuple, list)) else metric.update(arguments)
+
+        return update_spread
+    update: Callable[[Any], None] = metric.update
+    if isinstance(metric, Metric) and not counts_updates(metric):
+        update = _counted(metric)
+    if transform is None:
+        return update
+    return lambda output: update(transform(output))
+
+
+def default_transform(metric: Any) -> OutputTransform | None:
+    """What a step's output goes through where the user gives nothing."""
+    if isinstance(metric, Metric):
+        return metric.transform
+    return prediction_and_target if takes_pair(metric) else None
+
+
+def takes_pair(metric: Any) -> bool:
+    """Whether `update` takes prediction and target as two arguments: torchmetrics', torcheval's, and others alike."""
+    if isinstance(metric, Metric):
+        return False
+    if is_torchmetrics(metric) or is_mergeable(metric):
+        return True
+    takes = _signature(metric)
+    return takes is not None and not _fits(takes, 1) and _fits(takes, 2)
+
+
+def check_update(name: str, metric: Any) -> None:
+    """Raises: TypeError: `metric.update` can be called neither with an output nor with prediction and target."""
+    takes = _signature(metric)
+    if takes is None or _fits(takes, 1) or (_fits(takes, 2) and not isinstance(metric, Metric)):
+        return
+    raise TypeError(
+        f"Metric {name!r} ({type(metric).__qualname__}) must have an update(output), which takes a step's output (a "
+        f"(prediction, target) pair as one argument), but has update{takes}."
+    )
+
+
+def samples_in(output: Any) -> int:
+    """Samples in one update: the first dimension of the last tensor of a pair (the target), 1 for numbers."""
+    output = prediction_and_target(output)
+    if isinstance(output, dict):
+        parts = list(output.values())
+    else:
+        parts = list(output) if isinstance(output, (tuple, list)) else [output]
+    tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.ndim]
+    return int(tensors[-1].shape[0]) if tensors else 1
+
+
+def _counted(metric: Metric) -> Callable[[Any], None]:
+    def counted(output: Any) -> None:
+        before = metric.num_updates
+        metric.update(output)
+        metric.num_updates = min(before, metric.num_updates) + 1
+
+    return counted
+
+
+def _signature(metric: Any) -> Signature | None:
+    try:
+        return signature(metric.update)
+    except (TypeError, ValueError):  # written in C, or a callable that does not tell
+        return None
+
+
+def _fits(takes: Signature, num_arguments: int) -> bool:
+    try:
+        takes.bind(*range(num_arguments))
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""All states of all metrics in one all-reduce."""

@@ -1,0 +1,245 @@
+"""The course of a visit to the doctor: who measures what, in which order, and who judges."""
+
+import argparse
+import os
+import shutil
+import socket
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dengine.errors import LaunchError
+from dengine.launch.env import Choice, Launch, choose_launch
+from dengine.tools.arguments import a_path
+from dengine.tools.doctor import clock, devices, folder, group, interfaces, launcher, limits, master, software
+from dengine.tools.doctor.board import Board, BoardLostError, open_board
+from dengine.tools.doctor.master import MasterError
+from dengine.tools.doctor.report import Finding, Header, Report, Verdict, ranks_text
+
+__all__ = ["configure", "run"]
+
+_STEP_S = 20.0  # for what all ranks do at once
+_SLACK_S = 3.0
+_JUDGES = (  # of what each rank measures by itself
+    launcher.judge_variables,
+    software.judge_versions,
+    software.judge_code,
+    devices.judge_devices,
+    devices.judge_threads,
+    interfaces.judge_interfaces,
+    limits.judge_files,
+    limits.judge_memory,
+    limits.judge_shared_memory,
+    limits.judge_signals,
+)
+
+
+@dataclass(frozen=True)
+class _Visitor:
+    """This process, what it measured by itself, and where it meets the others."""
+
+    options: argparse.Namespace
+    board: Board
+    facts: dict[str, Any]
+
+
+class _RanksLostError(Exception):
+    """Ranks that came, and then stopped answering."""
+
+    def __init__(self, ranks: set[int], doing: str) -> None:
+        super().__init__(f"{ranks_text(ranks)} stopped answering at: {doing}")
+        self.ranks = tuple(sorted(ranks))
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=a_path, default=Path(), help="where checkpoints go (default: this folder)")
+    parser.add_argument(
+        "--code",
+        type=a_path,
+        nargs="+",
+        default=[],
+        help="files or folders that must be equal on all ranks",
+    )
+    parser.add_argument("--wait", type=float, default=20.0, metavar="S", help="seconds for ranks to come (default: 20)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+
+
+def run(options: argparse.Namespace) -> int:
+    """0: a training would work; 1: it would fail, and the report says why; 2: arguments that make no sense."""
+    report = Report(sys.stdout, as_json=options.json)
+    try:
+        if not options.wait > 0:
+            raise ValueError(f"--wait {options.wait} is no number of seconds above 0.")
+        code = software.code_facts(options.code)
+    except (OSError, ValueError) as error:
+        print(f"{error} See python -m dengine doctor --help.", file=sys.stderr)
+        return 2
+    try:
+        choice = choose_launch(os.environ)
+    except LaunchError as error:
+        facts = _measured(Choice(None, "half set"), code)
+        return _alone(options, report, facts, launcher.half_set(error), launcher.told_rank(os.environ))
+    facts = _measured(choice, code)
+    rank = 0 if choice.launch is None else choice.launch.rank
+    try:
+        facts["master"] = master.reach_master(choice.launch, options.wait)
+        board = open_board(choice.launch, options.wait)
+    except (MasterError, RuntimeError, OSError) as error:
+        return _alone(options, report, facts, master.unmet(error), rank)
+    try:
+        return _ended(_visit(_Visitor(options, board, facts), report))
+    except (BoardLostError, TimeoutError) as error:
+        return _ended(_whisper(rank, f"the others stopped answering: {error}"))
+
+
+def _ended(code: int) -> int:
+    if group.is_hanging():
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _measured(choice: Choice, code: dict[str, str]) -> dict[str, Any]:
+    launch: Launch | None = choice.launch
+    return {
+        "host": socket.gethostname(),
+        "launch": launcher.launch_facts(choice, os.environ),
+        "master": {},
+        "versions": software.version_facts(),
+        "code": code,
+        "device": devices.device_facts(launch),
+        "threads": devices.thread_facts(),
+        "interfaces": interfaces.interface_facts(launch),
+        "limits": limits.limit_facts(),
+        "signals": limits.signal_facts(),
+    }
+
+
+# -- together ----------------------------------------------------------------------------------------------------
+
+
+def _visit(visitor: _Visitor, report: Report) -> int:
+    board, wait_s = visitor.board, visitor.options.wait
+    if board.count(f"taken/{board.rank}") > 1:
+        board.answer(f"twice/{board.rank}", f"rank {board.rank}, on {visitor.facts['host']} (pid {os.getpid()})")
+        return _whisper(board.rank, "another process is this rank too: each needs a RANK of its own")
+    board.post("facts", visitor.facts)
+    came = board.collect("facts", range(board.size), wait_s)
+    # Whoever looks first says who is here, so that all go on with the same ranks.
+    plan = board.decide("plan", {"here": sorted(came), "meeting": uuid.uuid4().hex[:8]})
+    if board.rank not in plan["here"]:
+        return _whisper(board.rank, f"came after the others had stopped waiting ({wait_s:g} s): try a longer --wait")
+    probe = folder.probe_folder(visitor.options.folder, plan["meeting"], board.rank)
+    try:
+        if board.rank == plan["here"][0]:
+            return _preside(visitor, report, plan, probe)
+        return _attend(visitor, plan, probe)
+    finally:
+        folder.leave_folder(probe, board.rank)
+
+
+def _attend(visitor: _Visitor, plan: dict[str, Any], probe: dict[str, Any]) -> int:
+    """A rank that is asked, in the order in which `_preside` asks."""
+    board, chair = visitor.board, plan["here"][0]
+    board.post("clock", clock.ask_clock(board, turn_s=_STEP_S))
+    board.post("folder", probe)
+    has_written = "error" not in board.read("folder", chair, _STEP_S)
+    board.post("shared", has_written and folder.look_for_chair(probe, plan["meeting"], chair))
+    backend = board.wait("backend", _STEP_S)
+    if backend:
+        board.post("group", group.exercise(backend, Path(probe["part"])))
+    code = int(board.wait("code", _STEP_S + group.LIMIT_S))
+    folder.leave_folder(probe, board.rank)
+    board.post("left", True)
+    return code
+
+
+def _preside(visitor: _Visitor, report: Report, plan: dict[str, Any], probe: dict[str, Any]) -> int:
+    """The rank that asks the others, judges and prints."""
+    board = visitor.board
+    others = set(plan["here"]) - {board.rank}
+    try:
+        _examine(visitor, report, plan, probe)
+    except _RanksLostError as error:
+        others -= set(error.ranks)
+        advice = "look at what they printed themselves: they were killed, crashed or hang."
+        report.add(Finding("ranks", Verdict.FAIL, str(error), advice, error.ranks))
+    except (BoardLostError, TimeoutError) as error:
+        advice = "torchrun's agent, or whoever hosts the store, ended: look at what it printed."
+        report.add(Finding("master", Verdict.FAIL, f"it stopped answering: {error}", advice))
+    code = 1 if report.verdict is Verdict.FAIL else 0
+    report.close()
+    board.answer("code", str(code))
+    board.collect("left", others, _STEP_S)  # the store goes with this process
+    shutil.rmtree(probe["part"], ignore_errors=True)
+    return code
+
+
+def _examine(visitor: _Visitor, report: Report, plan: dict[str, Any], probe: dict[str, Any]) -> None:
+    board = visitor.board
+    here: list[int] = plan["here"]
+    others = [rank for rank in here if rank != board.rank]
+    facts = _all(board, "facts", here)
+    hosts = {rank: str(each["host"]) for rank, each in facts.items()}
+    report.open(Header(visitor.facts["launch"]["launcher"], board.size, tuple(dict.fromkeys(hosts.values()))))
+    came = launcher.judge_came(facts, board, visitor.options.wait, hosts)
+    report.add(launcher.judge_launcher(facts, hosts), master.judge_master(facts, hosts), came)
+    report.add(*(judge(facts, hosts) for judge in _JUDGES))
+    try:
+        clock.answer_clock(board, others)
+    except TimeoutError as error:
+        raise _RanksLostError({int(str(error).split("/")[2])}, "clock") from error
+    report.add(clock.judge_clock(_all(board, "clock", others), board.rank, hosts))
+    board.post("folder", probe)
+    probes = _all(board, "folder", here)
+    report.add(folder.judge_folder(probes, hosts))
+    report.add(folder.judge_shared(_all(board, "shared", others), probes, board.rank, hosts))
+    backend = "" if came.verdict is Verdict.FAIL else _backend(report)
+    board.answer("backend", backend)
+    if not backend:
+        report.add(Finding("join", Verdict.SKIP, "a process group needs all ranks"))
+        return
+    until = time.monotonic() + group.LIMIT_S + _SLACK_S
+    board.post("group", group.exercise(backend, Path(probe["part"])))
+    report.add(*group.judge_group(_all(board, "group", here, until - time.monotonic()), hosts))
+
+
+def _all(board: Board, topic: str, ranks: list[int], timeout_s: float | None = None) -> dict[int, Any]:
+    found = board.collect(topic, ranks, _STEP_S if timeout_s is None else timeout_s)
+    if len(found) < len(ranks):
+        raise _RanksLostError(set(ranks) - found.keys(), topic)
+    return found
+
+
+def _backend(report: Report) -> str:
+    """NCCL would only hang or fail where the devices are not one for each rank: try the rest without it."""
+    is_bad = any(finding.check == "devices" and finding.verdict is Verdict.FAIL for finding in report.findings)
+    return "gloo" if is_bad else "auto"
+
+
+# -- where there is no together ----------------------------------------------------------------------------------
+
+
+def _alone(options: argparse.Namespace, report: Report, facts: dict[str, Any], finding: Finding, rank: int) -> int:
+    """What can be said by a process that finds no others: rank 0 all that it knows, the others one line each."""
+    if rank != 0:
+        return _whisper(rank, f"{finding.figure}\n  -> {finding.advice}")
+    alone, hosts = {0: facts}, {0: str(facts["host"])}
+    report.open(Header("alone", 1, (hosts[0],)))
+    if finding.check != "launcher":
+        report.add(launcher.judge_launcher(alone, hosts))
+    report.add(finding, *(judge(alone, hosts) for judge in _JUDGES))
+    probe = folder.probe_folder(options.folder, uuid.uuid4().hex[:8], 0)
+    report.add(folder.judge_folder({0: probe}, hosts))
+    folder.leave_folder(probe, 0)
+    report.add(Finding("join", Verdict.SKIP, "the ranks cannot meet"))
+    report.close()
+    return 1
+
+
+def _whisper(rank: int, message: str) -> int:
+    print(f"dengine doctor: rank {rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
+    return 1

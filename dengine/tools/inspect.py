@@ -1,0 +1,266 @@
+"""`python -m dengine inspect PATH`: what is in a checkpoint, or in a folder of some, with every byte checked."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import indent
+from typing import Any, TextIO
+
+import torch
+
+from dengine.checkpoint import Entry, verify
+from dengine.checkpoint.catalogue import manifest
+from dengine.checkpoint.catalogue.manifest import entry_of
+from dengine.checkpoint.catalogue.paths import printable
+from dengine.checkpoint.disk.regular import check_archive, open_regular
+from dengine.checkpoint.formats.sharded.files import METADATA, Chunk, read_metadata
+from dengine.checkpoint.formats.sharded.tree import decoded, path_text
+from dengine.checkpoint.formats.sharded.verify import check_file, holds_shards, is_shard_folder
+from dengine.checkpoint.states.plain import check_loaded
+from dengine.checkpoint.states.snapshot import RANDOM, RESERVED
+from dengine.errors import CheckpointError, CorruptCheckpointError
+from dengine.tools.arguments import a_path
+
+__all__ = ["configure", "run"]
+
+_WIDEST = 60  # of a value in a table
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=a_path, help="a checkpoint (.pt), or a folder: of shards, or with checkpoints")
+
+
+def run(options: argparse.Namespace) -> int:
+    """0: intact; 1: something is corrupt; 2: there is nothing to inspect."""
+    try:
+        return _inspected(options.path)
+    except OSError as error:
+        return _refused(f"{options.path} cannot be read: {error}.")
+
+
+def _inspected(path: Path) -> int:
+    if is_shard_folder(path, alone=True) or holds_shards(path):
+        return _shards(path)
+    if path.is_dir():
+        return _folder(path)
+    if not path.exists():
+        return _refused(f"{path} does not exist.")
+    if path.name == manifest.FILE_NAME or (path.suffix != ".pt" and holds_shards(path.parent)):
+        return _refused(f"{path} is a part of {path.parent}, which can be inspected.")
+    return _file(path)
+
+
+def _refused(reason: str) -> int:
+    _say(f"{reason} `python -m dengine inspect` takes a checkpoint or a folder with checkpoints.", sys.stderr)
+    return 2
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Print what comes out of files: nothing in it commands the terminal, or is more than the terminal can show."""
+    file = sys.stdout if file is None else file
+    shown = "\n".join(map(printable, text.split("\n")))
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
+
+
+# -- a folder ----------------------------------------------------------------------------------------------------
+
+
+def _folder(folder: Path) -> int:
+    found = manifest.survey(folder)
+    rows, problems = [], []
+    for entry in sorted((*found.entries, *found.damaged), key=lambda each: (each.prefix, each.step or 0, each.name)):
+        reason = _damage(folder / entry.name)
+        rows.append([*_described(entry), "CORRUPT" if reason else "intact"])
+        problems += [reason] if reason else []
+    for name in found.unknown:
+        if (reason := _damage(folder / name)) is not None:  # whole, where it was replaced at this moment
+            rows.append([name, "", "", "?", "?", "?", "?", "CORRUPT"])
+            problems.append(reason)
+    for entry in found.lost:
+        rows.append([*_described(entry), "LOST"])
+        problems.append(f"{entry.name} is listed in the manifest, but not there.")
+    if not rows:
+        return _refused(f"{folder} holds no checkpoint.")
+    _say(_table(["file", "step", "score", "size", "ranks", "dengine", "torch", "verified"], rows))
+    if found.problem is not None:
+        problems.append(f"{manifest.FILE_NAME} {found.problem}; the next save rebuilds it.")
+    _print_below(problems)
+    return 1 if problems else 0
+
+
+def _print_below(problems: list[str]) -> None:
+    """Sentences are too long for a column."""
+    for number, each in enumerate(problems):
+        _say(f"{'' if number else chr(10)}{each}")
+
+
+def _described(entry: Entry) -> list[str]:
+    score = "" if entry.score is None else f"{entry.score_name}={entry.score:g}"
+    step, ranks = ("" if number is None else str(number) for number in (entry.step, entry.world_size or None))
+    versions = [entry.versions.get(name, "?") for name in ("dengine", "torch")]
+    return [entry.name, step, score, _size(entry.num_bytes) if entry.num_bytes else "?", ranks or "?", *versions]
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        verify(path)
+    except CheckpointError as error:
+        return str(error).replace(str(path), path.name)
+    return None
+
+
+# -- one file ----------------------------------------------------------------------------------------------------
+
+
+def _file(path: Path) -> int:
+    try:
+        entry = verify(path)
+    except CorruptCheckpointError as error:
+        _say(f"CORRUPT: {error}")
+        return 1
+    except CheckpointError as error:
+        return _refused(str(error))
+    try:
+        states = _states(path)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__qualname__])[0]
+        _say(f"CORRUPT: {path} is as it was saved, but cannot be loaded without executing a pickle: {reason}")
+        return 1
+    _say(f"{path}: intact, SHA-256 {entry.sha256}")
+    _say(_headline(entry))
+    for name, state in states.items():
+        leaves = [] if name == RESERVED else list(_leaves(state, ""))
+        rows = [[key, *_shown(value)] for key, value in leaves]
+        _print_state(name, state, leaves, ["name", "shape", "dtype", "size"], rows)
+    return 0
+
+
+def _states(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        check_archive(file)
+    # Mapped, so that only what is shown is read again.
+    states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    check_loaded(states)
+    return states
+
+
+def _headline(entry: Entry) -> str:
+    score = "" if entry.score is None else f", {entry.score_name}={entry.score:g}"
+    step = "no step" if entry.step is None else f"step {entry.step}"
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(entry.versions.items()))
+    return f"{step}{score}; {_size(entry.num_bytes)}; saved by {_ranks(entry.world_size)}; {versions}"
+
+
+def _print_state(name: str, state: Any, leaves: list[tuple[str, Any]], head: list[str], rows: list[list[str]]) -> None:
+    if name == RESERVED:  # the states of generators, by rank, are long and say nothing
+        entry: dict[str, Any] = state if isinstance(state, dict) else {}
+        found = entry.get(RANDOM)
+        of_ranks: dict[str, Any] = found if isinstance(found, dict) else {}
+        drawn = ", ".join(f"of {owner} on {_ranks(len(each))}" for owner, each in of_ranks.items()) or "none"
+        _say(f"\n{name}: format {entry.get('format', '?')}; random number generators: {drawn}")
+        return
+    total = sum(value.nbytes for _, value in leaves if isinstance(value, torch.Tensor))
+    values = "1 value" if len(leaves) == 1 else f"{len(leaves)} values"
+    _say(f"\n{name} ({values}, {_size(total)} in tensors)")
+    _say(indent(_table(head, rows), "  "))
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
+
+
+# -- one folder of shards ----------------------------------------------------------------------------------------
+
+
+def _shards(path: Path) -> int:
+    try:
+        metadata, entry = read_metadata(path), entry_of(path)
+    except CorruptCheckpointError as error:
+        _say(f"CORRUPT: {error}")
+        return 1
+    except (OSError, ValueError) as error:
+        return _refused(str(error))
+    damages = {name: _shard_damage(path, name, *expected) for name, expected in metadata.files.items()}
+    verdicts = {name: "CORRUPT" if damage else "intact" for name, damage in damages.items()}
+    damaged = [name for name, damage in damages.items() if damage]
+    state = f"CORRUPT ({', '.join(damaged)})" if damaged else "intact"
+    _say(f"{path}: {state}, SHA-256 of {METADATA} {entry.sha256}")
+    _say(f"{_headline(entry)}\n")
+    sizes = [[name, _size(num_bytes), verdicts[name]] for name, (num_bytes, _) in metadata.files.items()]
+    _say(_table(["file", "size", "verified"], sizes))
+    _print_below([damage for damage in damages.values() if damage])
+
+    def placeholder(where: tuple[Any, ...], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device="meta")  # has a shape, and takes no memory
+        holders[id(tensor)] = metadata.chunks.get(path_text(where), [])
+        alive.append(tensor)
+        return tensor
+
+    holders: dict[int, list[Chunk]] = {}
+    alive: list[torch.Tensor] = []
+    for name, state_of in decoded(metadata.states, placeholder).items():
+        leaves = [] if name == RESERVED else list(_leaves(state_of, ""))
+        rows = [[key, *_shown(value), *_held(holders.get(id(value), []), verdicts)] for key, value in leaves]
+        _print_state(name, state_of, leaves, ["name", "shape", "dtype", "size", "ranks", "verified"], rows)
+    return 1 if damaged else 0
+
+
+def _shard_damage(folder: Path, name: str, num_bytes: int, sha256: str) -> str | None:
+    try:
+        check_file(folder / name, num_bytes, sha256)
+    except (CorruptCheckpointError, OSError) as error:
+        return str(error).replace(str(folder / name), name)
+    return None
+
+
+def _held(chunks: list[Chunk], verdicts: dict[str, str]) -> list[str]:
+    """The ranks that wrote the parts of a tensor, and whether their files are as they were."""
+    if not chunks:
+        return ["", "intact"]  # in metadata.json, which has been checked
+    files = sorted({chunk.file for chunk in chunks})
+    ranks = ",".join(str(int(file.removeprefix("rank_").removesuffix(".bin"))) for file in files)
+    return [ranks, "intact" if all(verdicts.get(file) == "intact" for file in files) else "CORRUPT"]
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Each value inside `value` that is no dict or list, with the way to it."""
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from _leaves(part, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(part, dict | list | torch.Tensor) for part in value):
+        for index, part in enumerate(value):
+            yield from _leaves(part, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _shown(value: Any) -> list[str]:
+    if isinstance(value, torch.Tensor):
+        return [
+            "x".join(map(str, value.shape)) or "scalar",
+            str(value.dtype).removeprefix("torch."),
+            _size(value.nbytes),
+        ]
+    text = repr(value)
+    return [text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "...", type(value).__name__, ""]
+
+
+# -- text --------------------------------------------------------------------------------------------------------
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
