@@ -62,6 +62,8 @@ def test_a_missing_key_is_still_caught_as_it_was() -> None:
         ("dengine", "idist", "dengine.distributed"),
         ("dengine.handlers", "EMAHandler", "EMA"),
         ("dengine.handlers", "ModelCheckpoint", "Checkpoint"),
+        ("dengine.metrics", "MeanSquaredError", r"MSE\(\)"),
+        ("dengine.metrics", "MetricsLambda", "MetricFunction"),
         ("dengine.distributed", "auto_model", "prepare_model"),
         ("dengine.distributed", "get_rank", r"world\(\)\.rank"),
         ("dengine.distributed", "one_rank_first", "rank_zero_first"),
@@ -74,3 +76,26 @@ def test_a_name_of_another_library_in_a_module_is_translated(module: str, name: 
         getattr(found, name)
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'$"):
         found.nonsense  # noqa: B018
+
+
+def test_what_other_libraries_call_on_a_metric_is_translated() -> None:
+    metric = dengine.metrics.Accuracy()
+    assert not hasattr(metric, "attach")
+    with pytest.raises(AttributeError, match=r"'attach': write engine\.add_metric\(metric, name\)"):
+        metric.attach(dengine.Engine(lambda engine, batch: batch), "acc")
+    for kind in (dengine.metrics.Accuracy, dengine.metrics.Recall, dengine.metrics.ConfusionMatrix):
+        with pytest.raises(TypeError, match=r'takes no is_multilabel=: write task="multilabel"'):
+            kind(is_multilabel=True)
+
+
+def test_a_metric_of_ones_own_may_have_such_a_name() -> None:
+    class Mine(dengine.metrics.Metric):
+        def attach(self) -> str:
+            return "mine"
+
+        def reset(self) -> None: ...
+        def update(self, output: object) -> None: ...
+        def compute(self) -> float:
+            return 0.0
+
+    assert Mine().attach() == "mine"

@@ -11,6 +11,7 @@ from dengine.metrics.builtin.labels import Answers, ClassSettings, LabelMetric, 
 from dengine.metrics.core.derived import View
 from dengine.metrics.core.inputs import as_pair, checked_ignore_index, is_number
 from dengine.metrics.core.metric import OutputTransform
+from dengine.naming import other_keywords
 from dengine.types import MetricValue
 
 __all__ = ["Accuracy", "TopKAccuracy"]
@@ -53,6 +54,11 @@ class Accuracy(View):
         0.75
     """
 
+    @other_keywords(
+        is_multilabel='write task="multilabel"',
+        device="states are kept where the data are",
+        labels="pass num_classes=, and average=None for a value of each class",
+    )
     def __init__(
         self,
         task: Task | None = None,

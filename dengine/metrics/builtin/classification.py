@@ -10,6 +10,7 @@ from dengine.metrics.builtin.labels import ClassSettings, LabelMetric, Task
 from dengine.metrics.builtin.sample_ratios import SampleRatios
 from dengine.metrics.core.derived import View
 from dengine.metrics.core.metric import OutputTransform
+from dengine.naming import other_keywords
 from dengine.types import MetricValue
 
 __all__ = ["ConfusionMatrix", "F1Score", "Precision", "Recall"]
@@ -20,6 +21,11 @@ AverageOrAuto: TypeAlias = Average | Literal["auto"]
 class _ClassRatio(View):
     """Base of what is a ratio of counts in each class, and then an average over the classes."""
 
+    @other_keywords(
+        is_multilabel='write task="multilabel"',
+        device="states are kept where the data are",
+        labels="pass num_classes=, and average=None for a value of each class",
+    )
     def __init__(
         self,
         task: Task | None = None,
@@ -153,6 +159,11 @@ class ConfusionMatrix(View):
                 [0, 1]])
     """
 
+    @other_keywords(
+        is_multilabel='write task="multilabel"',
+        device="states are kept where the data are",
+        labels="pass num_classes=, and average=None for a value of each class",
+    )
     def __init__(
         self,
         task: Task | None = None,

@@ -14,6 +14,7 @@ import torch
 from dengine.errors import NotComputableError
 from dengine.metrics.core.shown import shown_settings
 from dengine.metrics.core.transform import prediction_and_target
+from dengine.naming import other_names
 from dengine.types import MetricValue
 
 __all__ = ["Metric", "OutputTransform", "StateOp", "StateSpec", "counts_updates"]
@@ -31,6 +32,12 @@ class StateSpec:
     reduce: StateOp
 
 
+@other_names(
+    attach="write engine.add_metric(metric, name)",
+    detach="an engine keeps its metrics: make an engine without it",
+    is_attached="engine.metric_names lists the metrics of an engine",
+    iteration_completed="an engine calls update(output) with what the step returned",
+)
 class Metric(ABC):
     """Base class of metrics: `reset`, `update(output)` and `compute`.
 
