@@ -1,7 +1,7 @@
 """Keeps an exponential moving average of a model's weights."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -38,7 +38,9 @@ class EMA:
     averaged without its wrapper, one sharded by FSDP2 shard by shard, and its copy is sharded alike.
     Buffers of a rank are its own, as in the model: `evaluating(ema.model)` takes rank 0's.
 
-    Weights in bfloat16 or float16 are too coarse for a decay near 1: average float32 ones.
+    Of weights in bfloat16 or float16, which are too coarse for a decay near 1, the average is kept in float32, and
+    `ema.model` has it rounded to the model's own dtype; the state has it as it is kept. To change such an average, load
+    a state: what is written into `ema.model` is overwritten by the next call.
 
     Args:
         model: on its device already, wrapped or not.
@@ -86,7 +88,8 @@ class EMA:
         self.num_updates = 0
         self._is_sharded = bool(_shards(self.model))
         own, source = _slots(self.model), _slots(self._source)
-        self._pairs = [(*own[name], *source[name]) for name in own]
+        self._pairs = [(name, *own[name], *source[name]) for name in own]
+        self._wide: dict[str, Tensor] = {}  # the averages, by name, that the model has in a coarser dtype
 
     def __repr__(self) -> str:
         return shown(self, self.model, decay=self._decay, num_updates=self.num_updates)
@@ -96,9 +99,11 @@ class EMA:
         if self._is_sharded:
             _reshard(self.model)  # what an evaluation has gathered would be used by the next one
         averaged: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-        for own, own_key, others, key in self._pairs:
+        for name, own, own_key, others, key in self._pairs:
             target, source = _local(own[own_key]), _local(others[key])
-            if source.is_floating_point() or source.is_complex():
+            if _is_coarse(target):
+                self._average_wide(name, target, source)
+            elif source.is_floating_point() or source.is_complex():
                 targets, sources = averaged.setdefault((target.dtype, target.device), ([], []))
                 targets.append(target)
                 sources.append(source if source.dtype == target.dtype else source.to(target.dtype))
@@ -111,13 +116,32 @@ class EMA:
                 torch._foreach_lerp_(targets, sources, 1 - self._decay)
         self.num_updates += 1
 
+    def _average_wide(self, name: str, target: Tensor, source: Tensor) -> None:
+        # One by one, so that a wide copy of one tensor is all that is needed for a moment.
+        if self.num_updates == 0 or name not in self._wide:
+            self._wide[name] = (source if self.num_updates == 0 else target).to(target.device, torch.float32)
+        wide = self._wide[name]
+        if wide.device != target.device:  # the copy was moved
+            wide = self._wide[name] = wide.to(target.device)
+        if self.num_updates:
+            wide.lerp_(source.to(wide.dtype), 1 - self._decay)
+        target.copy_(wide)
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of calls, and the state of `ema.model`, by the names that it has uncompiled."""
+        """The number of calls, and the state of `ema.model`, by the names that it has uncompiled.
+
+        Averages of weights in 16 bits are in float32, as they are kept.
+        """
         if self._is_sharded:
             _reshard(self.model)
-        return {"num_updates": self.num_updates, "model": aligned(self.model.state_dict(), {})}
+        state: dict[str, Any] = self.model.state_dict()
+        for names, value, slot in self._coarse():
+            wide = self._wide.get(slot)
+            kept = value.detach().float() if wide is None else _placed(wide, value)
+            state.update({name: kept for name in names if name in state})
+        return {"num_updates": self.num_updates, "model": aligned(state, {})}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict()` gave; whole tensors are cut up for a sharded model. No collective.
@@ -137,7 +161,21 @@ class EMA:
         own = self.model.state_dict()
         fitting = _fitted(aligned(state_dict["model"], own), own)
         self.model.load_state_dict(fitting)
+        self._wide = {}
+        for names, value, slot in self._coarse():
+            if (given := next((fitting[name] for name in names if name in fitting), None)) is not None:
+                self._wide[slot] = _local(given).detach().to(_local(value).device, torch.float32, copy=True)
         self.num_updates = num_updates
+
+    def _coarse(self) -> Iterator[tuple[list[str], Any, str]]:
+        """Of `ema.model`, the tensors whose average is kept in float32: names in a state, and the slot's."""
+        names: dict[int, list[str]] = {}
+        for named in (self.model.named_parameters, self.model.named_buffers):
+            for name, value in named(remove_duplicate=False):
+                names.setdefault(id(value), []).append(name)
+        for slot, own, key, *_ in self._pairs:
+            if _is_coarse(_local(own[key])):
+                yield names.get(id(own[key]), []), own[key], slot
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
@@ -224,6 +262,20 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 def _is_sharded(value: Any) -> bool:
     return hasattr(value, "to_local")  # a DTensor
+
+
+def _is_coarse(value: Tensor) -> bool:
+    """Whether it is of floats in which an average would not move by a small share."""
+    return value.is_floating_point() and value.dtype.itemsize < 4
+
+
+def _placed(local: Tensor, like: Any) -> Any:
+    """`local` as this rank's part, where `like` is sharded."""
+    if not _is_sharded(like):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def _local(value: Any) -> Tensor:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dengine.checks import takes
+from dengine.metrics.core.class_loss import class_loss, count_of, num_probabilities, option
 from dengine.naming import describe
 from dengine.parallel.gradients import Count
 
 __all__ = [
+    "ClassWeight",
     "LossFunction",
     "ModelFunction",
     "OutputFunction",
@@ -24,6 +26,8 @@ __all__ = [
     "check_calls",
     "checked_pair",
     "checked_weight",
+    "counts_samples",
+    "default_weight",
     "detached",
     "num_samples",
     "pair_on_device",
@@ -105,6 +109,38 @@ def num_samples(inputs: Any, targets: Any) -> int:
         f"The number of samples cannot be told from inputs of {type(inputs).__qualname__} and targets of "
         f"{type(targets).__qualname__}: pass weight=, a function (inputs, targets) -> number."
     )
+
+
+def default_weight(loss_fn: LossFunction) -> WeightFunction:
+    """What a batch counts where the user says nothing: what `loss_fn` divides by, if it tells, else its samples."""
+    source = class_loss(loss_fn)
+    return num_samples if source is None or option(source, "reduction") != "mean" else ClassWeight(source)
+
+
+class ClassWeight:
+    """What a batch of a loss over classes counts: the labels that the loss does not ignore, or their class weights.
+
+    Of one label a sample, without class weights and with torch's own `ignore_index` of -100, these are the samples:
+    what is known of many batches at once need not be agreed upon at each one.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self.is_plain = option(source, "weight") is None and option(source, "ignore_index") == -100
+
+    def __call__(self, inputs: Any, targets: Any) -> Count:
+        if not isinstance(targets, Tensor) or (self.is_plain and targets.ndim == 1):
+            return num_samples(inputs, targets)
+        return num_probabilities(targets) if targets.is_floating_point() else count_of(self._source, targets)
+
+    def counts_samples(self, targets: Any) -> bool:
+        """Whether batches with `targets` like these count their samples, whatever their values."""
+        return self.is_plain and not (isinstance(targets, Tensor) and targets.ndim > 1)
+
+
+def counts_samples(weight: WeightFunction, targets: Any) -> bool:
+    """Whether a batch with such targets counts its samples, as far as is known without a look at their values."""
+    return weight is num_samples or (isinstance(weight, ClassWeight) and weight.counts_samples(targets))
 
 
 def _refuse_one_a_sample(*lists: Any) -> None:

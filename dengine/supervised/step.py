@@ -13,10 +13,12 @@ from dengine.distributed import unwrap_model, world
 from dengine.engine import Absent, Engine, EventEnum, Events
 from dengine.parallel.gradients import Count
 from dengine.supervised.batches import (
+    ClassWeight,
     LossFunction,
     ModelFunction,
     PrepareBatch,
     WeightFunction,
+    counts_samples,
     detached,
     num_samples,
     pair_on_device,
@@ -73,7 +75,10 @@ class TrainStep(ABC):
         self._has_stepped = False
         self._saves: list[Callable[[], None]] = []  # of the step, behind what other handlers do in its iteration
         # Where nobody but the data decides how many samples a batch has, it may be known of many at once.
-        is_told_by_data = functions.weight is num_samples and functions.prepare_batch is pair_on_device
+        weight = functions.weight
+        is_told_by_data = (
+            weight is num_samples or (isinstance(weight, ClassWeight) and weight.is_plain)
+        ) and functions.prepare_batch is pair_on_device
         self._looks_ahead = is_told_by_data and update.takes_counts and not update.is_alone
         self._num_alike = self._count_alike = 0  # the first batches of the epoch that count alike on all ranks
 
@@ -220,7 +225,8 @@ class _StepOfMany(TrainStep):
         if not is_absent and self._update.takes_counts:
             count = self._functions.weight(inputs, targets)
         if number == 1 and self._looks_ahead:
-            self._num_alike, self._count_alike = num_alike(engine.state.dataloader, int(count)), int(count)
+            known = int(count) if counts_samples(self._functions.weight, targets) else 0
+            self._num_alike, self._count_alike = num_alike(engine.state.dataloader, known), known
         is_known = number <= self._num_alike
         if is_known and count != self._count_alike:
             self._refuse_other_count(number, count)

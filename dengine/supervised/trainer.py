@@ -18,7 +18,7 @@ from dengine.supervised.batches import (
     check_calls,
     checked_pair,
     checked_weight,
-    num_samples,
+    default_weight,
     pair_on_device,
 )
 from dengine.supervised.deepspeed import cast_around, configured_num_batches, is_engine, is_placeholder
@@ -70,8 +70,11 @@ def create_supervised_trainer(
         output_transform: `(inputs, targets, pred, loss) -> output`, instead of the output above.
         prepare_batch: `(batch, device) -> (inputs, targets)`; by default the batch is that pair.
         model_fn: `(model, inputs) -> pred`; by default `model(inputs)`.
-        weight: `(inputs, targets) -> number or 0-d tensor`, what a batch counts: for a loss per token,
-            `lambda inputs, targets: (targets != -100).sum()`. By default its samples. It is only called where it
+        weight: `(inputs, targets) -> number or 0-d tensor`, what a batch counts: for a loss per token of your own,
+            `lambda inputs, targets: (targets != -100).sum()`. By default, of `cross_entropy` and `nll_loss` (as a
+            function, a module, or `functools.partial` of one), what they divide by: the labels that are not their
+            `ignore_index`, or the sum of their class weights; of one label a sample without class weights, and with
+            an `ignore_index` of -100 as torch has it, all samples, as of any other loss. It is only called where it
             matters: with several ranks, or an accumulation.
 
     With DeepSpeed the batches of one accumulation count alike, as it adds them up as they come: `weight` takes one
@@ -121,7 +124,7 @@ def create_supervised_trainer(
         loss=loss_fn,
         prepare_batch=checked_pair(prepare_batch) if prepare_batch else pair_on_device,
         model=cast_around(model_fn) if is_deepspeed else model_fn,
-        weight=checked_weight(weight) if weight else num_samples,
+        weight=checked_weight(weight) if weight else default_weight(loss_fn),
         output=output_transform,
     )
     update = update_for(model, optimizer, accelerator, num_batches, max_grad_norm)

@@ -1,13 +1,12 @@
 """The mean of a loss function over samples, each batch weighted by what its own mean was divided by."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, nll_loss
 
 from dengine.metrics.builtin.average import Amount, WeightedMean, accumulable
+from dengine.metrics.core.class_loss import class_loss, num_probabilities, option, source_of, weight_of
 from dengine.metrics.core.inputs import (
     as_real,
     as_tensor,
@@ -19,12 +18,9 @@ from dengine.metrics.core.inputs import (
 )
 from dengine.metrics.core.metric import OutputTransform
 from dengine.metrics.core.transform import prediction_and_target
-from dengine.types import accumulator_dtype, is_short_float, summable
+from dengine.types import is_short_float, summable
 
 __all__ = ["Loss"]
-
-_CLASS_LOSSES = (cross_entropy, nll_loss)
-_CLASS_MODULES = (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)
 
 
 class Loss(WeightedMean):
@@ -77,9 +73,8 @@ class Loss(WeightedMean):
         self._loss_fn = loss_fn
         self._batch_size = batch_size
         self._ignore_index = checked_ignore_index(ignore_index)
-        source = _source(loss_fn)
-        self._source = source if _is_class_loss(source) else None
-        self._check(source)
+        self._source = class_loss(loss_fn)
+        self._check(source_of(loss_fn))
 
     def update(self, output: Any) -> None:
         prediction, target = _pair(output)
@@ -105,14 +100,14 @@ class Loss(WeightedMean):
             if self._ignore_index is not None:
                 raise ValueError("Loss() takes batch_size= or ignore_index=, not both: each says what a batch counts.")
             return
-        if _option(source, "reduction") == "sum":
+        if option(source, "reduction") == "sum":
             raise ValueError(
                 'Loss() takes a loss_fn that gives the mean over its batch, but this one has reduction="sum": pass '
                 'reduction="mean", or batch_size=, what the sum of a batch counts for.'
             )
         if self._source is None or self._ignore_index is None:
             return
-        own = _option(source, "ignore_index")
+        own = option(source, "ignore_index")
         if own != self._ignore_index:
             raise ValueError(
                 f"Loss(ignore_index={self._ignore_index}) has a loss_fn with ignore_index={own}, whose means have "
@@ -129,15 +124,15 @@ class Loss(WeightedMean):
         if self._source is not None and isinstance(target, torch.Tensor):
             if target.is_floating_point():
                 return None, self._num_probabilities(target)
-            ignore_index = _option(self._source, "ignore_index")
-            weight = _option(self._source, "weight") if _option(self._source, "reduction") == "mean" else None
+            ignore_index = option(self._source, "ignore_index")
+            weight = option(self._source, "weight") if option(self._source, "reduction") == "mean" else None
         if ignore_index is None:
             return None, _first_dimension(prediction, target)
         labels = as_tensor(target, "Loss")
         if not labels.numel():
             return None, 0
         kept = is_kept(labels, ignore_index)
-        count = kept.sum() if weight is None else _weight_of(labels, kept, weight)
+        count = kept.sum() if weight is None else weight_of(labels, kept, weight)
         return kept, count.item() if count.is_cpu else count
 
     def _num_probabilities(self, target: torch.Tensor) -> int:
@@ -146,7 +141,7 @@ class Loss(WeightedMean):
                 f"Loss(ignore_index={self._ignore_index}) got targets of shape {tuple(target.shape)} that are class "
                 "probabilities; only labels of a whole-number dtype can be left out."
             )
-        return target.numel() // target.shape[1] if target.ndim > 1 and target.shape[1] else 1
+        return num_probabilities(target)
 
     def _add_mean(self, mean: Any, count: Amount) -> None:
         total = self.value_sum
@@ -196,35 +191,3 @@ def _mean_of_each(losses: torch.Tensor, kept: torch.Tensor | None, count: Amount
             f"{tuple(kept.shape)}; it takes one loss for each target, or their mean."
         )
     return torch.where(kept, accumulable(losses), 0.0).sum() / count
-
-
-# -- what a loss function says about its mean --------------------------------------------------------------------
-
-
-def _source(loss_fn: Any) -> Any:
-    """The function, module or partial behind a bound method or a compiled module."""
-    owner = getattr(loss_fn, "__self__", None)
-    source = owner if isinstance(owner, torch.nn.Module) else loss_fn
-    return getattr(source, "_orig_mod", source)
-
-
-def _is_class_loss(source: Any) -> bool:
-    function = source.func if isinstance(source, partial) else source
-    return isinstance(function, _CLASS_MODULES) or function in _CLASS_LOSSES
-
-
-def _option(source: Any, name: str) -> Any:
-    """An option of a loss function, as it is now: the weights of a module move with it to another device."""
-    default = {"weight": None, "ignore_index": -100, "reduction": "mean"}[name]
-    if isinstance(source, partial):
-        if name in source.keywords:
-            return source.keywords[name]
-        source = source.func
-    return getattr(source, name, default) if isinstance(source, torch.nn.Module) else default
-
-
-def _weight_of(labels: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    # A label outside the classes is for the loss function to refuse.
-    index = torch.where(kept, labels, 0).long().clamp(0, weight.numel() - 1)
-    weights = weight.detach().to(labels.device, accumulator_dtype(labels.device), non_blocking=True)[index]
-    return torch.where(kept, weights, 0.0).sum()

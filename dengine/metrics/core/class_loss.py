@@ -1,0 +1,60 @@
+"""What the mean of a loss over classes is divided by, as the loss function itself says it."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, nll_loss
+
+from dengine.metrics.core.inputs import is_kept
+from dengine.types import accumulator_dtype
+
+__all__ = ["class_loss", "count_of", "num_probabilities", "option", "source_of", "weight_of"]
+
+_CLASS_LOSSES = (cross_entropy, nll_loss)
+_CLASS_MODULES = (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)
+
+
+def class_loss(loss_fn: Any) -> Any:
+    """The function, module or partial behind `loss_fn` if that is `cross_entropy` or `nll_loss`, else None."""
+    source = source_of(loss_fn)
+    function = source.func if isinstance(source, partial) else source
+    is_one = isinstance(function, _CLASS_MODULES) or any(function is each for each in _CLASS_LOSSES)
+    return source if is_one else None
+
+
+def source_of(loss_fn: Any) -> Any:
+    """The function, module or partial behind a bound method or a compiled module."""
+    owner = getattr(loss_fn, "__self__", None)
+    source = owner if isinstance(owner, torch.nn.Module) else loss_fn
+    return getattr(source, "_orig_mod", source)
+
+
+def option(source: Any, name: str) -> Any:
+    """An option of a loss function, as it is now: the weights of a module move with it to another device."""
+    default = {"weight": None, "ignore_index": -100, "reduction": "mean"}[name]
+    if isinstance(source, partial):
+        if name in source.keywords:
+            return source.keywords[name]
+        source = source.func
+    return getattr(source, name, default) if isinstance(source, torch.nn.Module) else default
+
+
+def count_of(source: Any, labels: torch.Tensor) -> torch.Tensor:
+    """What a class loss divides the mean over `labels` by: those that count, or their weights."""
+    kept = is_kept(labels, option(source, "ignore_index"))
+    weight = option(source, "weight")
+    return kept.sum() if weight is None else weight_of(labels, kept, weight)
+
+
+def num_probabilities(target: torch.Tensor) -> int:
+    """What a class loss divides the mean over targets by that are class probabilities."""
+    return target.numel() // target.shape[1] if target.ndim > 1 and target.shape[1] else 1
+
+
+def weight_of(labels: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The sum of the class weights of those labels that are kept."""
+    # A label outside the classes is for the loss function to refuse.
+    index = torch.where(kept, labels, 0).long().clamp(0, weight.numel() - 1)
+    weights = weight.detach().to(labels.device, accumulator_dtype(labels.device), non_blocking=True)[index]
+    return torch.where(kept, weights, 0.0).sum()
