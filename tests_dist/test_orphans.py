@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from dengine import Engine, distributed
 from dengine.handlers import Preemption
-from dengine.launch.parent_death import end_with_agent
+from dengine.launch.parent_death import set_parent_death_signal
 
 AGENT = """
 import subprocess, sys, time
@@ -24,8 +24,8 @@ time.sleep(600)
 """
 RANK = """
 import os, signal, sys, time
-from dengine.launch.parent_death import end_with_agent
-end_with_agent({} if sys.argv[1] == "other" else {"TORCHELASTIC_RUN_ID": "none"})
+from dengine.launch.parent_death import set_parent_death_signal
+set_parent_death_signal({} if sys.argv[1] == "other" else {"TORCHELASTIC_RUN_ID": "none"})
 def save(*_):
     open(sys.argv[2], "a").write("saved")
     sys.exit()
@@ -78,7 +78,7 @@ def test_a_process_that_torchrun_did_not_start_outlives_its_parent_as_always(tmp
 
 def test_it_does_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    end_with_agent({"TORCHELASTIC_RUN_ID": "none"})
+    set_parent_death_signal({"TORCHELASTIC_RUN_ID": "none"})
 
 
 STORE = """

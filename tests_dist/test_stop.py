@@ -8,7 +8,8 @@ from ranks import run_ranks
 
 from dengine import Engine, Events, distributed
 from dengine.control import stop as runs
-from dengine.control.stop import END, Run, place
+from dengine.control.stop import END, Run
+from dengine.control.stop import position as place
 from dengine.metrics import Average
 
 
@@ -165,7 +166,7 @@ def asked_whether_any_rank_has_a_batch(rank: int, size: int) -> list[int]:
 
     class Noted(Run):
         def has_any_rank_batches(self, epoch: int) -> bool:
-            begun.append(self.begun)
+            begun.append(self.started)
             return super().has_any_rank_batches(epoch)
 
     with distributed.process_group(timeout=300):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import DistError
 
-from dengine.comm.nested import ReduceOp, grouped, shown, split, take_apart
+from dengine.comm.nested import ReduceOp, flatten, grouped, signature, split
 from dengine.comm.rank_zero import refuse_on_rank_zero_alone
 from dengine.control.call_log import call_site
 from dengine.control.failure import repr_of
@@ -79,9 +79,9 @@ def _exempt() -> Iterator[None]:
     if not isinstance(plane, Control):
         yield
         return
-    key = exempt_key(plane.link.here.rank)
+    key = exempt_key(plane.context.here.rank)
     with suppress(DistError):  # the store is gone, and nobody can ask
-        plane.link.store.set(key, "yes")  # for those who ask while it holds the interpreter, and answers nobody
+        plane.context.store.set(key, "yes")  # for those who ask while it holds the interpreter, and answers nobody
     plane.num_exempt += 1
     try:
         yield
@@ -90,7 +90,7 @@ def _exempt() -> Iterator[None]:
         plane.num_exempt -= 1
         if not plane.num_exempt:
             with suppress(DistError):
-                plane.link.store.delete_key(key)
+                plane.context.store.delete_key(key)
 
 
 def from_rank_zero(action: Callable[[], T], purpose: str) -> T:
@@ -117,7 +117,7 @@ def from_rank_zero(action: Callable[[], T], purpose: str) -> T:
 
 
 @contextmanager
-def _joined(what: str, *, site: str = "") -> Iterator[Any]:
+def _collective(what: str, *, site: str = "") -> Iterator[Any]:
     """Inside a collective: refused on rank 0 alone and after a failure, compared with the other ranks' calls.
 
     Gives the group for tensors on the CPU; None is the default one.
@@ -128,11 +128,11 @@ def _joined(what: str, *, site: str = "") -> Iterator[Any]:
         yield None
         return
     plane.failures.check()
-    plane.ledger.enter(what, site)
+    plane.call_log.enter(what, site)
     try:
-        yield plane.link.group
+        yield plane.context.group
     finally:
-        plane.ledger.leave()
+        plane.call_log.leave()
 
 
 def _group_of(tensor: torch.Tensor, cpu_group: Any) -> Any:
@@ -167,14 +167,14 @@ def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
     if op not in _OPS:
         raise ValueError(f"op={op!r} must be one of {', '.join(_OPS)}.")
     leaves: list[torch.Tensor] = []
-    rebuild = take_apart(value, leaves, op)
-    with _joined(f"all_reduce({name or shown(value)}, {op!r})", site=name or _line()) as group:
+    rebuild = flatten(value, leaves, op)
+    with _collective(f"all_reduce({name or signature(value)}, {op!r})", site=name or _user_site()) as group:
         return rebuild(_reduced(leaves, op, group))  # type: ignore[no-any-return]
 
 
 def all_gather_object(value: T) -> list[T]:
     """Every rank's `value`, in the order of ranks. Collective. The value must pickle. Cost: two small gathers."""
-    with _joined("all_gather_object") as group:
+    with _collective("all_gather_object") as group:
         if world().size == 1:
             return [value]
         gathered: list[Any] = [None] * world().size
@@ -184,7 +184,7 @@ def all_gather_object(value: T) -> list[T]:
 
 def broadcast_object(value: T, source: int = 0) -> T:
     """Rank `source`'s `value`, on every rank. Collective. The value must pickle. Cost: two small broadcasts."""
-    with _joined(f"broadcast_object from rank {source}") as group:
+    with _collective(f"broadcast_object from rank {source}") as group:
         if world().size == 1:
             return value
         holder = [value]
@@ -198,7 +198,7 @@ def barrier(name: str = "barrier") -> None:
     Raises:
         RankZeroCollectiveError: only rank 0 runs here.
     """
-    with _joined(f"barrier({name!r})") as group:
+    with _collective(f"barrier({name!r})") as group:
         if world().size > 1:
             # An all-reduce of one number rather than dist.barrier(): that one picks a device of its own with NCCL.
             _sum(torch.zeros(1, device=_transport(torch.device("cpu"))), group)
@@ -214,7 +214,7 @@ def broadcast_tensors(
             other, in each of which this rank's group takes part.
     """
     start = f"from rank {source}" if within is None else "within a mesh"
-    with _joined(f"broadcast_tensors({len(tensors)} tensors) {start}") as group:
+    with _collective(f"broadcast_tensors({len(tensors)} tensors) {start}") as group:
         if world().size == 1:
             return
         for indices in grouped(tensors).values():
@@ -233,7 +233,7 @@ def broadcast_tensors(
 def sum_tensor(tensor: torch.Tensor, here: World, *, what: str = "the sum of the metrics") -> torch.Tensor:
     """The sum over the ranks of `here`, in place. Collective: one all-reduce."""
     if here.size > 1:
-        with _joined(f"{what}, {tensor.numel()} numbers") as group:
+        with _collective(f"{what}, {tensor.numel()} numbers") as group:
             _sum(tensor, group)
     return tensor
 
@@ -241,7 +241,7 @@ def sum_tensor(tensor: torch.Tensor, here: World, *, what: str = "the sum of the
 def max_tensor(tensor: torch.Tensor, here: World, *, what: str = "the extrema of the metrics") -> torch.Tensor:
     """The maximum over the ranks of `here`, in place. Collective: one all-reduce."""
     if here.size > 1:
-        with _joined(f"{what}, {tensor.numel()} numbers") as group:
+        with _collective(f"{what}, {tensor.numel()} numbers") as group:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_group_of(tensor, group))
     return tensor
 
@@ -259,7 +259,7 @@ def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torc
     padded = mine.new_zeros(longest)
     padded[: mine.numel()] = mine
     gathered = [torch.empty_like(padded) for _ in sizes]
-    with _joined(f"the gather of the metrics, {longest} bytes") as group:
+    with _collective(f"the gather of the metrics, {longest} bytes") as group:
         dist.all_gather(gathered, padded, group=_group_of(padded, group))
     return [row[:size] for row, size in zip(gathered, sizes, strict=True)]
 
@@ -267,7 +267,7 @@ def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torc
 # -- helpers -----------------------------------------------------------------------------------------------------
 
 
-def _line() -> str:
+def _user_site() -> str:
     """Where the user calls from, where ranks compare it."""
     return call_site() if isinstance(control(), Control) else ""
 

@@ -63,8 +63,8 @@ class Start(NamedTuple):
 def compare_start(entries: Sequence[str], *, batches: int = 0, data: str = "") -> Start:
     """Compare `entries` and `data`, and find the largest `batches`. Collective. Cost: an all-reduce of 5 numbers."""
     mine, samples = _digest_of(entries), _digest_of([data])
-    told = torch.tensor([mine, -mine, samples, -samples, batches])
-    found = max_tensor(told, world(), what=START_OF_RUN).tolist()
+    numbers = torch.tensor([mine, -mine, samples, -samples, batches])
+    found = max_tensor(numbers, world(), what=START_OF_RUN).tolist()
     # All are equal if the largest is the smallest.
     return Start(found[0] == -found[1], found[4], found[2] == -found[3])
 
@@ -76,9 +76,9 @@ def same_on_all_ranks(entries: Sequence[str], what: str) -> bool:
     return bool(both[0] == -both[1])
 
 
-def any_rank(is_so: bool, what: str) -> bool:
+def any_rank(value: bool, what: str) -> bool:
     """Whether it is so on any rank. Collective. Cost: an all-reduce of one number."""
-    return bool(max_tensor(torch.tensor([int(is_so)]), world(), what=what)[0])
+    return bool(max_tensor(torch.tensor([int(value)]), world(), what=what)[0])
 
 
 def _digest_of(entries: Sequence[str]) -> int:
@@ -92,9 +92,9 @@ def refuse_differences(compared: Sequence[Compared]) -> None:
     Raises:
         ConsistencyError: on every rank, naming a rank that is not with the majority, and the first entry that differs.
     """
-    told = all_gather_object([list(each.entries) for each in compared])
-    for place, each in enumerate(compared):
-        entries = {rank: theirs[place] for rank, theirs in enumerate(told) if theirs[place] or not each.may_lack}
+    gathered = all_gather_object([list(each.entries) for each in compared])
+    for slot, each in enumerate(compared):
+        entries = {rank: theirs[slot] for rank, theirs in enumerate(gathered) if theirs[slot] or not each.may_lack}
         _refuse(entries, each.subject, each.advice)
 
 
@@ -105,30 +105,30 @@ def refuse_different_models(parameters: Mapping[int, Sequence[str]]) -> None:
     Raises:
         ConsistencyError: as `refuse_differences`.
     """
-    told = all_gather_object(dict(parameters))
-    common = sorted(set.intersection(*map(set, told)))
-    entries = {rank: [entry for number in common for entry in each[number]] for rank, each in enumerate(told)}
+    gathered = all_gather_object(dict(parameters))
+    common = sorted(set.intersection(*map(set, gathered)))
+    entries = {rank: [entry for number in common for entry in each[number]] for rank, each in enumerate(gathered)}
     _refuse(entries, "The parameters of the models", _BUILD_ALIKE)
 
 
-def _refuse(told: Mapping[int, Sequence[str]], subject: str, advice: str) -> None:
-    ranks = list(told)
+def _refuse(gathered: Mapping[int, Sequence[str]], subject: str, advice: str) -> None:
+    ranks = list(gathered)
     if not ranks:
         return
-    odd, common = _odd_one(["\n".join(each) for each in told.values()])
+    odd, common = _odd_one(["\n".join(each) for each in gathered.values()])
     if odd is None:
         return
     rank, model = ranks[odd], ranks[common]
-    for mine, theirs in zip(told[model], told[rank], strict=False):
+    for mine, theirs in zip(gathered[model], gathered[rank], strict=False):
         if mine != theirs:
             raise ConsistencyError(
                 f"{subject} differ between ranks: rank {rank} has {theirs}, but rank {model} has {mine}. {advice}"
             )
-    shorter, longer = sorted((rank, model), key=lambda each: len(told[each]))
+    shorter, longer = sorted((rank, model), key=lambda each: len(gathered[each]))
     raise ConsistencyError(
-        f"{subject} differ between ranks: rank {rank} has {len(told[rank])} of them, rank {model} has "
-        f"{len(told[model])}. Rank {longer} has {told[longer][len(told[shorter])]}, which rank {shorter} has not. "
-        f"{advice}"
+        f"{subject} differ between ranks: rank {rank} has {len(gathered[rank])} of them, rank {model} has "
+        f"{len(gathered[model])}. Rank {longer} has {gathered[longer][len(gathered[shorter])]}, which rank {shorter} "
+        f"has not. {advice}"
     )
 
 
@@ -168,10 +168,10 @@ def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
     both = max_tensor(both, world(), what=f"the comparison of {len(compared)} tensors")
     if bool((both[0] == -both[1]).all()):
         return
-    told = all_gather_object(dict(zip(held, digests_P.tolist(), strict=True)))
+    gathered = all_gather_object(dict(zip(held, digests_P.tolist(), strict=True)))
     for name, start, end in zip(compared, starts, starts[1:], strict=False):
-        for place in range(start, end):
-            _refuse_odd_one({rank: each[place] for rank, each in enumerate(told) if place in each}, name, subject)
+        for slot in range(start, end):
+            _refuse_odd_one({rank: each[slot] for rank, each in enumerate(gathered) if slot in each}, name, subject)
 
 
 def _refuse_odd_one(digests: Mapping[int, int], name: str, subject: str) -> None:
@@ -229,8 +229,8 @@ def _digest(tensor: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.int64, device=words.device)
         for start in range(0, words.numel(), _CHUNK):
             chunk = words[start : start + _CHUNK]
-            places = torch.arange(start, start + chunk.numel(), device=words.device)
-            total = total + _mixed(chunk ^ _mixed(places)).sum()
+            positions = torch.arange(start, start + chunk.numel(), device=words.device)
+            total = total + _mixed(chunk ^ _mixed(positions)).sum()
         return total
 
 

@@ -5,23 +5,23 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-__all__ = ["ReduceOp", "grouped", "shown", "split", "take_apart"]
+__all__ = ["ReduceOp", "flatten", "grouped", "signature", "split"]
 
 ReduceOp: TypeAlias = Literal["sum", "mean", "min", "max"]
 
 
-def shown(value: Any) -> str:
+def signature(value: Any) -> str:
     """What is reduced, in a form that all ranks share: names, types and shapes, not values."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {shown(value[key])}" for key in sorted(value, key=repr)) + "}"
+        return "{" + ", ".join(f"{key!r}: {signature(value[key])}" for key in sorted(value, key=repr)) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(shown, value)) + "]"
+        return "[" + ", ".join(map(signature, value)) + "]"
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return type(value).__name__
 
 
-def take_apart(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable[[list[torch.Tensor]], Any]:
+def flatten(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable[[list[torch.Tensor]], Any]:
     """Append the tensors in `value` to `leaves`; the function that comes back puts reduced ones in their places.
 
     Raises:
@@ -29,10 +29,10 @@ def take_apart(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable
     """
     if isinstance(value, dict):
         # By key, so that two ranks that filled theirs in another order still reduce like with like.
-        parts = {key: take_apart(value[key], leaves, op) for key in sorted(value, key=repr)}
+        parts = {key: flatten(value[key], leaves, op) for key in sorted(value, key=repr)}
         return lambda reduced: {key: parts[key](reduced) for key in value}
     if isinstance(value, list | tuple):
-        rebuilds = [take_apart(part, leaves, op) for part in value]
+        rebuilds = [flatten(part, leaves, op) for part in value]
         return lambda reduced: type(value)([rebuild(reduced) for rebuild in rebuilds])
     if not isinstance(value, torch.Tensor | int | float):
         raise TypeError(f"all_reduce() takes numbers and tensors, nested or not, but got {value!r}.")
@@ -44,11 +44,11 @@ def take_apart(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable
         )
     if tensor.dtype == torch.bool and op == "sum":
         raise ValueError("The sum of booleans is not one: convert them to int first, or use op='max' for 'any'.")
-    place = len(leaves)
+    index = len(leaves)
     leaves.append(tensor)
     if isinstance(value, torch.Tensor):
-        return lambda reduced: reduced[place]
-    return lambda reduced: type(value)(reduced[place].item())
+        return lambda reduced: reduced[index]
+    return lambda reduced: type(value)(reduced[index].item())
 
 
 def grouped(tensors: list[torch.Tensor]) -> dict[tuple[torch.dtype, torch.device], list[int]]:

@@ -19,21 +19,21 @@ from torch.distributed import DistError
 
 from dengine.control.deadlock import START_OF_RUN
 from dengine.errors import ConsistencyError
-from dengine.launch.parsing import parse_object, tells
+from dengine.launch.parsing import has_fields, parse_object
 from dengine.launch.world import World
 
-__all__ = ["Ledger", "call_site", "num_joined", "user_line"]
+__all__ = ["CallLog", "call_site", "num_joined", "user_line"]
 
 _CHECKED_RANKS = 64  # of more ranks, so many check each call, in turn: what the store sees does not grow with them
-_KEPT = 1024  # entries; no rank can be further behind
-_NOT_THE_USERS = (
+_NUM_KEPT = 1024  # entries; no rank can be further behind
+_NOT_USER_CODE = (
     os.path.dirname(os.path.dirname(__file__)) + os.sep,
     os.path.dirname(torch.__file__) + os.sep,
     contextlib.__file__,
 )
 
 
-class Ledger:
+class CallLog:
     """The collectives that this rank has called.
 
     Attributes:
@@ -46,7 +46,7 @@ class Ledger:
         self._here = here
         self._store = store
         self._stride = -(-here.size // _CHECKED_RANKS)
-        self._part = "0"
+        self._section = "0"
         self.num_calls = 0
         self.current = ""
         self.is_inside = False
@@ -77,23 +77,24 @@ class Ledger:
     def leave(self) -> None:
         self.is_inside = False
 
-    def begin_anew(self, run: int) -> None:
+    def restart(self, run: int) -> None:
         """After a failure of `run` that all ranks have left by: they may have got to different places in it."""
-        self._part = f"after/{run}"
+        self._section = f"after/{run}"
         self.num_calls = 0
 
     def _first_call(self, mine: dict[str, Any]) -> dict[str, Any]:
         """What the rank that came first has entered: `mine` where this one did."""
-        told = b""
+        entry = b""
         with suppress(DistError):  # the store is gone, and with it what there was to compare
-            told = self._store.compare_set(self._key(self.num_calls), "", json.dumps(mine))
-            if self._here.rank == 0 and self.num_calls > _KEPT:
-                self._store.delete_key(self._key(self.num_calls - _KEPT))
-        first = parse_object(told) if told else None
-        return first if first is not None and tells(first, what=str, site=str, rank=int) and "from" in first else mine
+            entry = self._store.compare_set(self._key(self.num_calls), "", json.dumps(mine))
+            if self._here.rank == 0 and self.num_calls > _NUM_KEPT:
+                self._store.delete_key(self._key(self.num_calls - _NUM_KEPT))
+        first = parse_object(entry) if entry else None
+        is_call = first is not None and has_fields(first, what=str, site=str, rank=int) and "from" in first
+        return first if first is not None and is_call else mine
 
     def _key(self, number: int) -> str:
-        return f"collective/{self._part}/{number}"
+        return f"collective/{self._section}/{number}"
 
 
 def num_joined(size: int, *, but: Any = None) -> int:
@@ -113,7 +114,7 @@ def call_site() -> str:
 
 def user_line(frame: FrameType) -> str:
     """The line of the user's code that led to `frame`, not in torch or in this package."""
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_USER_CODE):
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
 

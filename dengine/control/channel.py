@@ -13,15 +13,15 @@ from dengine.control.sockets import Connections
 from dengine.launch.parsing import parse_object
 from dengine.launch.world import World
 
-__all__ = ["LOOK_S", "Link", "Meeting", "Messages"]
+__all__ = ["POLL_S", "ControlContext", "Messages", "StoreEndpoint"]
 
-LOOK_S = 0.002  # how often a thread looks that has something to collect, and cannot sleep until there is a message
+POLL_S = 0.002  # how often a thread looks that has something to collect, and cannot sleep until there is a message
 _FOR_EVER = timedelta(days=365)
-_KEPT = 1024  # messages; nobody is further behind, since whoever is asked must have answered before much is said
+_NUM_KEPT = 1024  # messages; nobody is further behind, since whoever is asked must have answered before much is said
 
 
 @dataclass(frozen=True)
-class Meeting:
+class StoreEndpoint:
     """Where the ranks meet: the store's address, the part of it that is theirs, and whether rank 0 hosts it."""
 
     host: str
@@ -37,7 +37,7 @@ class Meeting:
 
 
 @dataclass(frozen=True)
-class Link:
+class ControlContext:
     """What joins this rank to the others: `store` to tell them something, `connections` of the group to wait for them.
 
     `group` is the process group of this package's own collectives, for tensors on the CPU. In a common one a rank that
@@ -45,7 +45,7 @@ class Link:
     """
 
     here: World
-    meeting: Meeting
+    endpoint: StoreEndpoint
     store: Any
     connections: Connections
     group: Any
@@ -60,11 +60,11 @@ class Messages:
         reader: the reading thread's connection to the store.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, context: ControlContext) -> None:
         self.number = 0
-        self.reader = link.meeting.connect()
-        self._store = link.store
-        self._is_janitor = link.here.rank == 0  # removes what all have read
+        self.reader = context.endpoint.connect()
+        self._store = context.store
+        self._deletes_old = context.here.rank == 0  # removes what all have read
 
     def publish(self, **message: Any) -> None:
         """Say something to all ranks.
@@ -94,10 +94,10 @@ class Messages:
         if may_sleep:
             self.reader.wait([key], _FOR_EVER)
         elif not self.reader.check([key]):
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
             return None
         text = self.reader.get(key)
-        if self._is_janitor and self.number >= _KEPT:
-            self.reader.delete_key(f"message/{self.number - _KEPT}")
+        if self._deletes_old and self.number >= _NUM_KEPT:
+            self.reader.delete_key(f"message/{self.number - _NUM_KEPT}")
         self.number += 1
         return parse_object(text)

@@ -15,7 +15,7 @@ from dengine.launch.world import control, world
 
 __all__ = ["Mailbox"]
 
-_LOOK_S = 0.01  # how often rank 0 looks for notes
+_POLL_S = 0.01  # how often rank 0 looks for notes
 # How long rank 0 goes on looking after a failure: from a rank that is gone nothing will come; one that raised is alive,
 # and has a thread that may still be at work.
 _GONE_S = 2.0
@@ -35,13 +35,13 @@ class Mailbox:
         self._is_leaving = is_leaving
         self._here = world()
         plane = control()
-        self._standing = plane.standing if isinstance(plane, Control) else None
+        self._status = plane.status if isinstance(plane, Control) else None
         self._prefix = f"mailbox/{name}"
         self._store: Any = None
         if self._here.size > 1:
             # In a group that somebody else made, its own store.
             common = dist.distributed_c10d._get_default_store
-            self._store = plane.link.store if isinstance(plane, Control) else common()
+            self._store = plane.context.store if isinstance(plane, Control) else common()
         self._own: str | None = None
 
     @property
@@ -81,14 +81,14 @@ class Mailbox:
                 if time.monotonic() >= end:
                     missing = next(rank for rank in range(self._here.size) if rank not in notes)
                     raise RemoteRankError(f"Rank {missing} has not told that its part is written.", rank=missing)
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
         return [notes[rank] for rank in range(self._here.size)]
 
     def _patience_s(self) -> float:
         """How much longer a note may take, as things stand."""
-        failure = None if self._standing is None else self._standing.failure
+        failure = None if self._status is None else self._status.failure
         if failure is not None and failure.kind != "raised":
             return _GONE_S
         if failure is not None or self._is_leaving.is_set():
             return _RAISED_S
-        return _UNWATCHED_S if self._standing is None else math.inf
+        return _UNWATCHED_S if self._status is None else math.inf

@@ -49,9 +49,9 @@ class Level:
     handler: str | None = None
 
     @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> "Level":
+    def from_dict(cls, fields: dict[str, Any]) -> "Level":
         """Raises: TypeError: it is none."""
-        level = cls(**told)
+        level = cls(**fields)
         text_or_none = (str, type(None))
         _check_types(level, epoch=int, iteration=int, doing=str, event=text_or_none, handler=text_or_none)
         return level
@@ -70,7 +70,7 @@ class Failure:
     where: tuple[Level, ...] = ()  # outermost engine first
     traceback: str = ""
     run: int | None = None
-    begun: int = -1  # how far that run was begun
+    started: int = -1  # how far that run was begun
     is_frozen: bool = False  # it does not even answer
     is_interrupt: bool = False  # Ctrl-C
 
@@ -106,10 +106,10 @@ class Failure:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> "Failure":
+    def from_dict(cls, fields: dict[str, Any]) -> "Failure":
         """Raises: TypeError, ValueError, KeyError: it is none."""
-        failure = cls(**{**told, "where": tuple(Level.from_dict(level) for level in told["where"])})
-        _check_types(failure, rank=int, error=str, traceback=str, run=(int, type(None)), begun=int)
+        failure = cls(**{**fields, "where": tuple(Level.from_dict(level) for level in fields["where"])})
+        _check_types(failure, rank=int, error=str, traceback=str, run=(int, type(None)), started=int)
         _check_types(failure, is_frozen=bool, is_interrupt=bool)
         if failure.kind not in get_args(Kind):
             raise ValueError(f"kind={failure.kind!r}")

@@ -9,15 +9,15 @@ from typing import Any
 from dengine.control.call_log import num_joined, user_line
 from dengine.control.deadlock import cause, is_certain, waits_in
 from dengine.control.failure import Failure, where_text
-from dengine.control.heartbeat import Presence, levels_of
+from dengine.control.heartbeat import Heartbeat, levels_of
 from dengine.control.plane import Control
 from dengine.launch.console import say
 from dengine.launch.parsing import parse_object
 
-__all__ = ["RollCall", "exempt_key"]
+__all__ = ["LivenessProbe", "exempt_key"]
 
 _ANSWER_S = 2.0  # a living rank's thread answers within milliseconds; this is for a machine under load
-_LOOK_S = 0.02
+_POLL_S = 0.02
 _IDLE_S = 2.0  # a rank that moved just now is at work; it may be noticed a second late
 _NUM_SHOWN = 64
 _UNREADABLE: dict[str, Any] = {
@@ -34,156 +34,158 @@ _UNREADABLE: dict[str, Any] = {
 }
 
 
-class RollCall:
+class LivenessProbe:
     """Cost: two requests to the store a rank, and as many as there are ranks for the one who asks."""
 
-    def __init__(self, control: Control, presence: Presence) -> None:
+    def __init__(self, control: Control, heartbeat: Heartbeat) -> None:
         self._control = control
-        self._presence = presence
-        self._here = control.link.here
-        self._store = control.link.store
+        self._heartbeat = heartbeat
+        self._here = control.context.here
+        self._store = control.context.store
         self._suspected: dict[int, dict[str, Any]] = {}  # what the ranks answered, where it looked like a deadlock
         control.answer = self._answer
-        control.failures.find_late = self.late
+        control.failures.find_late = self.find_late
 
-    def find_the_vanished(self) -> None:
+    def report_vanished(self) -> None:
         """A connection was closed: name who is gone, unless it has said why, or all have left."""
-        standing, told = self._control.standing, self._presence.told
-        gone = [rank for rank in self._presence.neighbours() if self._presence.is_seen_dead(told(rank))]
+        status, latest = self._control.status, self._heartbeat.latest
+        gone = [rank for rank in self._heartbeat.ranks_on_host() if self._heartbeat.is_known_dead(latest(rank))]
         # One that told why it goes did so before it went; what it told may still be on its way.
-        time.sleep(_LOOK_S)
-        if standing.failure is not None or standing.is_over or self._control.has_all_left():
+        time.sleep(_POLL_S)
+        if status.failure is not None or status.has_ended or self._control.has_all_left():
             return
         if not gone:
-            present = self._call()
+            answers = self._ask_all()
             # One of this host that lives is only slow.
-            missing = [rank for rank in range(self._here.size) if rank not in present and rank != self._here.rank]
-            gone = [rank for rank in missing if not self._presence.is_seen_alive(told(rank))]
-        if gone and standing.failure is None and not self._control.has_all_left():
+            missing = [rank for rank in range(self._here.size) if rank not in answers and rank != self._here.rank]
+            gone = [rank for rank in missing if not self._heartbeat.is_known_alive(latest(rank))]
+        if gone and status.failure is None and not self._control.has_all_left():
             failure = self._vanished(gone)
             # At once, and not only by the exception: a launcher may end this process right now.
             say(f"dengine: {failure.message()}\n")
             self._control.failures.report(failure)
 
-    def stalled(self, timeout_s: float, *, leeway_s: float) -> tuple[Failure | None, float]:
+    def find_stalled(self, timeout_s: float, *, leeway_s: float) -> tuple[Failure | None, float]:
         """The rank that the others wait for, where none has moved for `timeout_s`; and for how long none has.
 
         `leeway_s` is how late a rank may notice that it stands still.
         """
-        answers = self._call()
+        answers = self._ask_all()
         missing = [rank for rank in range(self._here.size) if rank not in answers]
         # One that does not answer, but told its place not long ago, holds the interpreter for a while.
-        silent_s = [time.time() - self._presence.told(rank).get("time_s", 0.0) for rank in missing]
+        silent_s = [time.time() - self._heartbeat.latest(rank).get("time_s", 0.0) for rank in missing]
         if any(self._store.check([exempt_key(rank)]) for rank in missing):
             return None, 0.0
         idle_s = min([answer["idle_s"] for answer in answers.values()] + silent_s)
         if idle_s < timeout_s - leeway_s:
             return None, idle_s
-        return self._culprit(answers, missing, timeout_s, "stall_timeout="), idle_s
+        return self._stall_failure(answers, missing, timeout_s, "stall_timeout="), idle_s
 
-    def late(self) -> Failure | None:
+    def find_late(self) -> Failure | None:
         """The one rank for which a collective waited in vain until the group's timeout; None if it cannot be told."""
-        answers = self._call()
+        answers = self._ask_all()
         missing = [rank for rank in range(self._here.size) if rank not in answers]
         if any(self._store.check([exempt_key(rank)]) for rank in missing):
             return None
         if missing:
-            silent_s = time.time() - self._presence.told(missing[0]).get("time_s", 0.0)
-            return self._culprit(answers, missing, round(silent_s), "timeout=")
+            silent_s = time.time() - self._heartbeat.latest(missing[0]).get("time_s", 0.0)
+            return self._stall_failure(answers, missing, round(silent_s), "timeout=")
         first, second = sorted(answers, key=lambda each: answers[each]["progress"])[:2]
         is_behind = answers[first]["progress"][:-1] < answers[second]["progress"][:-1]
         idle_s = answers[first]["idle_s"]
         if not is_behind or first == self._here.rank or idle_s < _IDLE_S:
             return None
-        return self._culprit(answers, [], round(idle_s), "timeout=")
+        return self._stall_failure(answers, [], round(idle_s), "timeout=")
 
     def _answer(self, number: int) -> None:
         """By the thread that reads: somebody wants to know who is there."""
         control = self._control
-        place = self._presence.place()
-        self._presence.note_progress(place)
+        position = self._heartbeat.position()
+        self._heartbeat.note_progress(position)
         shared = control.runs.shared()
         answer = {
-            "where": [asdict(level) for level in place],
-            "collective": control.ledger.current if control.ledger.is_inside else "",
-            **self._waiting(),
-            "idle_s": 0.0 if control.num_exempt else time.monotonic() - self._presence.progressed_at_s,
+            "where": [asdict(level) for level in position],
+            "collective": control.call_log.current if control.call_log.is_inside else "",
+            **self._wait_details(),
+            "idle_s": 0.0 if control.num_exempt else time.monotonic() - self._heartbeat.progressed_at_s,
             # Who is behind: fewer of DDP's collectives joined, fewer runs begun or ended, less of the run begun, fewer
             # of this package's collectives joined; in the end, who waits in none.
             "progress": [
-                num_joined(self._here.size, but=control.link.group),
+                num_joined(self._here.size, but=control.context.group),
                 control.runs.num_turns,
-                shared[-1].begun if shared else 0,
-                control.ledger.num_calls,
-                int(control.ledger.is_inside),
+                shared[-1].started if shared else 0,
+                control.call_log.num_calls,
+                int(control.call_log.is_inside),
             ],
         }
         self._store.set(f"here/{number}/{self._here.rank}", json.dumps(answer))
         self._store.add(f"here/{number}", 1)
 
-    def _waiting(self) -> dict[str, Any]:
+    def _wait_details(self) -> dict[str, Any]:
         """What deadlock.py reads of this rank."""
         frame = sys._current_frames().get(self._control.runs.thread_id)
         return {
             "waits_in": waits_in(frame),
             "is_ahead": "nccl" in self._here.backend,  # the process goes on while the device waits
             "site": "" if frame is None else user_line(frame),
-            "joined": num_joined(self._here.size, but=self._control.link.group),
-            "calls": self._control.ledger.num_calls,
+            "joined": num_joined(self._here.size, but=self._control.context.group),
+            "calls": self._control.call_log.num_calls,
             "cpu_s": time.process_time(),
             "time_s": time.monotonic(),
         }
 
-    def deadlocked(self) -> tuple[Failure | None, bool]:
+    def find_deadlock(self) -> tuple[Failure | None, bool]:
         """By a rank that waits in a collective: the failure, where all ranks wait and none can go on; and whether it
         looks like one, so that it is worth to look again in a moment.
         """
-        before, answers = self._suspected, self._call()
-        found = _crossed(answers) if len(answers) == self._here.size else None
+        before, answers = self._suspected, self._ask_all()
+        found = _deadlock_failure(answers) if len(answers) == self._here.size else None
         self._suspected = {} if found is None else answers
         return found if is_certain(before, answers) else None, found is not None
 
-    def _call(self) -> dict[int, dict[str, Any]]:
+    def _ask_all(self) -> dict[int, dict[str, Any]]:
         """The answers of all ranks, by rank; whose thread does not answer is missing."""
         number = self._store.add("calls", 1)
         self._control.messages.publish(kind="call", number=number)
         end = time.monotonic() + _ANSWER_S
         while self._store.add(f"here/{number}", 0) < self._here.size and time.monotonic() < end:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         answers = {}
         for rank in range(self._here.size):
             key = f"here/{number}/{rank}"
             if self._store.check([key]):
                 answer = parse_object(self._store.get(key))
                 # One that cannot be read is there, at least: it is not the one that does not answer.
-                answers[rank] = answer if answer is not None and _is_whole(answer) else dict(_UNREADABLE)
+                answers[rank] = answer if answer is not None and _is_complete(answer) else dict(_UNREADABLE)
                 self._store.delete_key(key)
         return answers
 
     def _vanished(self, gone: list[int]) -> Failure:
-        told = self._presence.told(gone[0])
+        beat = self._heartbeat.latest(gone[0])
         error = "its process ended without an exception (killed, out of memory, or os._exit)"
-        if told:
-            error += f"; what it told last was {max(time.time() - told['time_s'], 0):.1f} s before"
+        if beat:
+            error += f"; what it told last was {max(time.time() - beat['time_s'], 0):.1f} s before"
         if len(gone) > 1:
             error += f"; gone are ranks {', '.join(map(str, gone[:_NUM_SHOWN]))}"
-        return Failure("vanished", gone[0], error, levels_of(told))
+        return Failure("vanished", gone[0], error, levels_of(beat))
 
-    def _culprit(self, answers: dict[int, dict[str, Any]], missing: list[int], timeout_s: float, limit: str) -> Failure:
+    def _stall_failure(
+        self, answers: dict[int, dict[str, Any]], missing: list[int], timeout_s: float, limit: str
+    ) -> Failure:
         rank = missing[0] if missing else min(answers, key=lambda each: answers[each]["progress"])
-        told = self._presence.told(rank) if missing else answers[rank]
-        if not missing and (crossed := _crossed(answers)) is not None:
+        beat = self._heartbeat.latest(rank) if missing else answers[rank]
+        if not missing and (crossed := _deadlock_failure(answers)) is not None:
             return crossed
-        unreached = ", or its host is not reached" if missing and self._presence.may_be_unreached(told) else ""
+        unreachable = ", or its host is not reached" if missing and self._heartbeat.may_be_unreachable(beat) else ""
         error = (
             f"Rank {rank} has made no progress for {timeout_s:g} s, and the others wait for it."
-            + (f" It does not answer: its process is stopped or holds the interpreter{unreached}." if missing else "")
-            + "".join(f"\n  rank {each}: {_shown(answers[each])}" for each in sorted(answers)[:_NUM_SHOWN])
+            + (f" It does not answer: its process is stopped or holds the interpreter{unreachable}." if missing else "")
+            + "".join(f"\n  rank {each}: {_answer_text(answers[each])}" for each in sorted(answers)[:_NUM_SHOWN])
             + "\n  If a step, a handler, or a part of the script outside of a run may take so long, raise "
             f"{limit} of process_group(), or call distributed.progress() in it; the inside of rank_zero_first() may "
             "take longer than stall_timeout=."
         )
-        return Failure("stalled", rank, error, levels_of(told), is_frozen=bool(missing))
+        return Failure("stalled", rank, error, levels_of(beat), is_frozen=bool(missing))
 
 
 def exempt_key(rank: int) -> str:
@@ -191,7 +193,7 @@ def exempt_key(rank: int) -> str:
     return f"exempt/{rank}"
 
 
-def _is_whole(answer: dict[str, Any]) -> bool:
+def _is_complete(answer: dict[str, Any]) -> bool:
     is_whole = all(
         name in answer and isinstance(answer[name], (int, float) if isinstance(default, float) else type(default))
         for name, default in _UNREADABLE.items()
@@ -199,13 +201,13 @@ def _is_whole(answer: dict[str, Any]) -> bool:
     return is_whole and all(isinstance(each, int) for each in answer["progress"])
 
 
-def _crossed(answers: dict[int, dict[str, Any]]) -> Failure | None:
+def _deadlock_failure(answers: dict[int, dict[str, Any]]) -> Failure | None:
     """The failure that ranks wait for each other in different places; None where they do not."""
     found = cause(answers, min(answers, key=lambda each: answers[each]["progress"]))
     return None if found is None else Failure("stalled", found[0], found[1], levels_of(answers[found[0]]))
 
 
-def _shown(answer: dict[str, Any]) -> str:
+def _answer_text(answer: dict[str, Any]) -> str:
     where = where_text(levels_of(answer))
     if not answer["where"] and answer["site"]:
         where += f" ({answer['site']})"

@@ -16,14 +16,14 @@ from typing import Any
 from torch import nn
 from torch.distributed import DistError
 
-from dengine.control.call_log import Ledger
-from dengine.control.channel import LOOK_S, Link, Messages
+from dengine.control.call_log import CallLog
+from dengine.control.channel import POLL_S, ControlContext, Messages
 from dengine.control.deadlock import END_OF_GROUP
 from dengine.control.failure import Failure
 from dengine.control.propagation import Failures
-from dengine.control.status import Standing
+from dengine.control.status import GroupStatus
 from dengine.control.stop import Runs, Scope
-from dengine.launch.parsing import complain, parse_numbers, tells
+from dengine.launch.parsing import has_fields, parse_numbers, warn_malformed
 
 __all__ = ["Control"]
 
@@ -42,13 +42,13 @@ class Control:
             gets samples of its own; has_warned_of_shared_data. All three are comm/mesh.py's.
     """
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, context: ControlContext) -> None:
+        self.context = context
         self.runs = Runs(self)
-        self.standing = Standing(self.runs.look)
-        self.ledger = Ledger(link.here, link.store)
-        self.messages = Messages(link)
-        self.failures = Failures(link, self.messages, self.ledger, self.standing, self.runs)
+        self.status = GroupStatus(self.runs.wake)
+        self.call_log = CallLog(context.here, context.store)
+        self.messages = Messages(context)
+        self.failures = Failures(context, self.messages, self.call_log, self.status, self.runs)
         self.num_ticks = 0
         self.num_exempt = 0
         self.answer: Callable[[int], None] = lambda number: None
@@ -56,7 +56,7 @@ class Control:
         self.deals_to_all_ranks = self.has_warned_of_shared_data = False
         self._models: dict[int, weakref.ref[nn.Module]] = {}  # by their number in the order of being prepared
         self._num_models = 0
-        self._wishes: dict[int, dict[str, Any]] = {}  # rank 0: those whose answers are not all there
+        self._stop_requests: dict[int, dict[str, Any]] = {}  # rank 0: those whose answers are not all there
         self._thread = threading.Thread(target=self._read_all, name="dengine-control", daemon=True)
 
     def start(self) -> None:
@@ -77,59 +77,59 @@ class Control:
 
     def _read_all(self) -> None:
         try:
-            while not self.standing.is_over:
+            while not self.status.has_ended:
                 number = self.messages.number
-                message = self.messages.next(may_sleep=not self._wishes)
+                message = self.messages.next(may_sleep=not self._stop_requests)
                 if message is not None:
-                    self._take(number, message)
-                self._collect()
+                    self._receive(number, message)
+                self._decide_stops()
             self.messages.reader.add("gone", 1)
         except Exception as error:  # the store is gone, with the process that hosted it
-            self.failures.lose(error)
+            self.failures.lose_store(error)
 
-    def _take(self, number: int, message: dict[str, Any]) -> None:
+    def _receive(self, number: int, message: dict[str, Any]) -> None:
         try:
             self._handle(number, message)
         except DistError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError):
-            complain(message)
+            warn_malformed(message)
 
     def _handle(self, number: int, message: dict[str, Any]) -> None:
         match message["kind"]:
             case "failed":
                 failure = Failure.from_dict(message["failure"])
-                if not 0 <= failure.rank < self.link.here.size:
+                if not 0 <= failure.rank < self.context.here.size:
                     raise ValueError(f"rank={failure.rank}")
-                self.failures.hear(failure)
-            case "empty" if tells(message, run=int, epoch=int):
-                self.runs.numbered(message["run"]).hear_empty(message["epoch"], self.messages.reader)
-            case "call" if tells(message, number=int):
+                self.failures.receive(failure)
+            case "empty" if has_fields(message, run=int, epoch=int):
+                self.runs.numbered(message["run"]).receive_empty(message["epoch"], self.messages.reader)
+            case "call" if has_fields(message, number=int):
                 self.answer(message["number"])
             case "left":
-                self.standing.note(all_left=True, is_over=True)
+                self.status.update(all_left=True, has_ended=True)
             case "end":
-                if self.standing.failure is not None:
-                    self.failures.break_group()
-                self.standing.note(is_over=True)
-            case "decided" if tells(message, run=int, target=int, reason=str):
-                self.runs.numbered(message["run"]).decide(_key(message), message["target"], message["reason"])
-            case "stop" if tells(message, run=int, reason=str):
+                if self.status.failure is not None:
+                    self.failures.abort()
+                self.status.update(has_ended=True)
+            case "decided" if has_fields(message, run=int, target=int, reason=str):
+                self.runs.numbered(message["run"]).set_target(_key(message), message["target"], message["reason"])
+            case "stop" if has_fields(message, run=int, reason=str):
                 run = self.runs.numbered(message["run"])
-                is_new = run.hear(_key(message), number, self.messages.reader)
-                if is_new and self.link.here.rank == 0:
-                    self._wishes[number] = message
+                is_new = run.receive_stop(_key(message), number, self.messages.reader)
+                if is_new and self.context.here.rank == 0:
+                    self._stop_requests[number] = message
             case _:
-                complain(message)
+                warn_malformed(message)
 
-    def _collect(self) -> None:
+    def _decide_stops(self) -> None:
         """On rank 0: where every rank has told how far it has begun, decide for the furthest."""
         reader = self.messages.reader
-        for number, message in list(self._wishes.items()):
-            if reader.add(f"begun/{number}/count", 0) == self.link.here.size:
+        for number, message in list(self._stop_requests.items()):
+            if reader.add(f"begun/{number}/count", 0) == self.context.here.size:
                 target = max(parse_numbers(reader.get(f"begun/{number}")))
                 self.messages.publish(**{**message, "kind": "decided", "target": target})
-                del self._wishes[number]
+                del self._stop_requests[number]
                 for key in (f"begun/{number}", f"begun/{number}/count"):
                     reader.delete_key(key)
 
@@ -141,71 +141,71 @@ class Control:
 
         Collective. Raises: RemoteRankError, StallError where a rank fails meanwhile; LaunchError: the store is gone.
         """
-        store = self.link.store
+        store = self.context.store
         try:
-            if store.add("left", 1) == self.link.here.size:
+            if store.add("left", 1) == self.context.here.size:
                 store.set("all_left", "yes")  # before anybody hears of it, and closes
                 self.messages.publish(kind="left")
         except DistError as error:
             raise self.failures.without_store("they cannot leave together", error) from None
-        self.ledger.wait(END_OF_GROUP)
+        self.call_log.wait(END_OF_GROUP)
         try:
             self._wait_until_all_left()
         finally:
-            self.ledger.leave()
+            self.call_log.leave()
 
     def _wait_until_all_left(self) -> None:
-        standing = self.standing
-        while not standing.all_left:
+        status = self.status
+        while not status.all_left:
             self.failures.check()
-            if standing.is_lost:
+            if status.is_store_lost:
                 raise self.failures.without_store("they cannot leave together")
-            if standing.is_over and not standing.all_left:
+            if status.has_ended and not status.all_left:
                 raise RuntimeError("The ranks could not leave together: another one has left by an error.")
-            standing.wait_for(lambda: standing.all_left or standing.failure is not None or standing.is_over, 1.0)
-            if not standing.all_left and not standing.is_lost:
-                self._look_whether_all_left()
+            status.wait_for(lambda: status.all_left or status.failure is not None or status.has_ended, 1.0)
+            if not status.all_left and not status.is_store_lost:
+                self._check_all_left()
 
-    def _look_whether_all_left(self) -> None:
+    def _check_all_left(self) -> None:
         """The last one to come may have been killed just before it said that all have."""
-        store, mine = self.link.store, str(self.link.here.rank)
+        store, mine = self.context.store, str(self.context.here.rank)
         try:
             if self.has_all_left():
                 if store.compare_set("who_says_left", "", mine).decode() == mine:
                     self.messages.publish(kind="left")
-                self.standing.note(all_left=True)
+                self.status.update(all_left=True)
         except DistError as error:
             raise self.failures.without_store("they cannot leave together", error) from None
 
     def has_all_left(self) -> bool:
-        return self.standing.all_left or self.link.store.check(["all_left"])
+        return self.status.all_left or self.context.store.check(["all_left"])
 
     def close(self, *, is_failing: bool) -> None:
         """End the threads; where this rank fails, free those who wait for it. Cost: 2.3 s at most, on rank 0 4.3 s."""
-        self.standing.is_closed = True
-        self.link.connections.wake()
+        self.status.is_closed = True
+        self.context.connections.wake()
         with suppress(DistError):  # the store is gone
             if is_failing:
-                if not self.standing.is_broken:  # else all others break off by themselves
-                    self.link.connections.hang_up()
-                elif self.standing.is_lost:  # at once, and they may be late
+                if not self.status.is_aborted:  # else all others break off by themselves
+                    self.context.connections.hang_up()
+                elif self.status.is_store_lost:  # at once, and they may be late
                     time.sleep(_LATE_S)
-                if not self.standing.is_lost and self.link.store.add("ended", 1) == 1:
+                if not self.status.is_store_lost and self.context.store.add("ended", 1) == 1:
                     self.messages.publish(kind="end")
             self._thread.join(timeout=_LEAVE_S)  # else it would be cut down at the process's end, and take it along
-            if self.link.meeting.is_hosted_by_rank_zero and self.link.here.rank == 0:
+            if self.context.endpoint.is_hosted_by_rank_zero and self.context.here.rank == 0:
                 self._wait_for_the_others()
 
     def _wait_for_the_others(self) -> None:
         """This process takes the store with it: the others are to have heard all that there is to hear."""
         end = time.monotonic() + _LEAVE_S
-        failure = self.standing.failure
+        failure = self.status.failure
         is_one_lost = failure is not None and (failure.kind == "vanished" or failure.is_frozen)
-        while self.link.store.add("gone", 0) < self.link.here.size - is_one_lost and time.monotonic() < end:
-            time.sleep(LOOK_S)
+        while self.context.store.add("gone", 0) < self.context.here.size - is_one_lost and time.monotonic() < end:
+            time.sleep(POLL_S)
 
 
 def _key(message: dict[str, Any]) -> tuple[Scope, int]:
-    if message["scope"] not in ("run", "epoch") or not tells(message, epoch=int):
+    if message["scope"] not in ("run", "epoch") or not has_fields(message, epoch=int):
         raise ValueError("no scope, or no epoch")
     return message["scope"], message["epoch"]

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch.distributed as dist
 
-__all__ = ["Connections", "abort_group", "found", "recorded"]
+__all__ = ["Connections", "abort_group", "existing_connections", "new_connections"]
 
 _Address: TypeAlias = tuple[str, int]
 _Ends: TypeAlias = tuple[_Address, _Address]  # here, there
@@ -30,7 +30,7 @@ _left_open: list[socket.socket] = []
 
 
 @contextmanager
-def recorded(store_port: int) -> Iterator[list[socket.socket]]:
+def new_connections(store_port: int) -> Iterator[list[socket.socket]]:
     """The connections that are made inside the `with` block, but for those to the store. Linux only; else none.
 
     They are duplicates: a number of our own cannot come to mean another file when the group closes its one.
@@ -44,9 +44,9 @@ def recorded(store_port: int) -> Iterator[list[socket.socket]]:
                 made.extend(_connection(number, store_port))
 
 
-def found(exchange: Callable[[list[_Ends]], list[list[_Ends]]], store_port: int) -> list[socket.socket]:
+def existing_connections(exchange: Callable[[list[_Ends]], list[list[_Ends]]], store_port: int) -> list[socket.socket]:
     """The connections between ranks that were made before, but for those to the store: those of whose two ends this
-    process has one, and another rank the other. Duplicates, as in `recorded`.
+    process has one, and another rank the other. Duplicates, as in `new_connections`.
 
     Collective: `exchange` gives the ends of all ranks, in their order, for those of this one.
     """
@@ -101,7 +101,7 @@ class Connections:
         with suppress(OSError):
             self._waker.send(b"!")
 
-    def break_off(self) -> None:
+    def abort(self) -> None:
         """Free whoever waits in a collective of the group on this rank, now and later. He sees an error there."""
         self._shut(socket.SHUT_RD)
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from dengine.control.failure import Failure
 
-__all__ = ["Standing"]
+__all__ = ["GroupStatus"]
 
 
-class Standing:
-    """What this rank has heard, and where it is itself on the way out. Who waits wakes up at every change of `note`.
+class GroupStatus:
+    """What this rank has heard, and where it is itself on the way out. Who waits wakes up at every change of `update`.
 
     Attributes:
         failure: the first failure that any rank told of, until it is forgiven; all ranks name the same one.
@@ -21,43 +21,43 @@ class Standing:
         is_leaving: this rank's run is on its way out, by an error.
     """
 
-    def __init__(self, look: Callable[[], None]) -> None:
-        """`look` wakes those up that wait in another way: loops whose run is being decided about."""
+    def __init__(self, wake_loops: Callable[[], None]) -> None:
+        """`wake_loops` wakes those up that wait in another way: loops whose run is being decided about."""
         self.failure: Failure | None = None
-        self.is_broken = False
-        self.is_lost = False
+        self.is_aborted = False
+        self.is_store_lost = False
         self.all_left = False
-        self.is_over = False
+        self.has_ended = False
         self.is_closed = False
         self.is_leaving = False
-        self._look = look
+        self._wake_loops = wake_loops
         self._changed = threading.Condition()
 
-    def note(
+    def update(
         self,
         *,
         failure: Failure | None = None,
-        is_broken: bool = False,
-        is_lost: bool = False,
+        is_aborted: bool = False,
+        is_store_lost: bool = False,
         all_left: bool = False,
-        is_over: bool = False,
+        has_ended: bool = False,
     ) -> None:
         with self._changed:
             self.failure = self.failure or failure
-            self.is_broken |= is_broken
-            self.is_lost |= is_lost
+            self.is_aborted |= is_aborted
+            self.is_store_lost |= is_store_lost
             self.all_left |= all_left
-            self.is_over |= is_over
+            self.has_ended |= has_ended
             self._changed.notify_all()
-        self._look()
+        self._wake_loops()
 
-    def forget_failure(self) -> None:
+    def clear_failure(self) -> None:
         with self._changed:
             self.failure = None
             self.is_leaving = False
             self._changed.notify_all()
 
-    def wait_for(self, is_so: Callable[[], object], timeout_s: float) -> bool:
-        """Wait until `is_so()`, asked again at every change; whether it is, after `timeout_s` at the latest."""
+    def wait_for(self, predicate: Callable[[], object], timeout_s: float) -> bool:
+        """Wait until `predicate()`, asked again at every change; whether it is, after `timeout_s` at the latest."""
         with self._changed:
-            return bool(self._changed.wait_for(is_so, timeout_s))
+            return bool(self._changed.wait_for(predicate, timeout_s))

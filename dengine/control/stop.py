@@ -28,21 +28,21 @@ from dengine.control.ddp_errors import explain
 from dengine.control.failure import Failure, Level
 from dengine.launch.world import control
 
-__all__ = ["END", "Run", "Runs", "Scope", "begin_run", "place"]
+__all__ = ["END", "Run", "Runs", "Scope", "begin_run", "position"]
 
 Scope: TypeAlias = Literal["run", "epoch"]
 _Key: TypeAlias = tuple[Scope, int]  # a scope, and the epoch that is to be left (0 for a run)
 
 _EPOCH_BITS = 40
 END = (1 << _EPOCH_BITS) - 1  # as an iteration: the end of the epoch, with its metrics and EPOCH_COMPLETED
-_KEPT_RUNS = 256  # that have ended; no rank is further behind
+_NUM_KEPT_RUNS = 256  # that have ended; no rank is further behind
 _EMPTY_PAUSE_S = 0.002
-_LOOK_S = 0.1  # how often a waiting loop looks whether the others can still be reached
+_POLL_S = 0.1  # how often a waiting loop looks whether the others can still be reached
 
 
-class _Standing(Protocol):
+class _Status(Protocol):
     failure: Failure | None
-    is_lost: bool
+    is_store_lost: bool
 
 
 class _Failures(Protocol):
@@ -58,14 +58,14 @@ class _Messages(Protocol):
 class _Control(Protocol):
     """What a run needs of plane.py, which builds on this file."""
 
-    link: Any
-    standing: _Standing
+    context: Any
+    status: _Status
     failures: _Failures
     messages: _Messages
     runs: Runs
 
 
-def place(epoch: int, iteration: int) -> int:
+def position(epoch: int, iteration: int) -> int:
     """A place in a run, as one number that grows: iteration `iteration` of `epoch`, from 1; 0 is before the first."""
     return (epoch << _EPOCH_BITS) + iteration
 
@@ -88,44 +88,44 @@ def begin_run(*, is_shared: bool, where: Callable[[Iterable[FrameType]], list[Le
 class Run:
     """One run of an engine, as the ranks agree about it. In a world of one every request is granted where it is made.
 
-    `begun` is the furthest place that the loop may have begun. The loop writes it, in every iteration, before it asks
+    `started` is the furthest place that the loop may have begun. The loop writes it, in every iteration, before it asks
     whether it may go on. `number` counts the runs that all ranks share; None is this rank's own.
     """
 
     def __init__(self, number: int | None = None, control: _Control | None = None) -> None:
-        self.begun = -1
+        self.started = -1
         self.number = number
         self.reason = ""  # why the run is left, as the rank that asked first said
         self.interrupt: Callable[[], None] = _nothing  # has the loop look whether it may go on
         self.where: Callable[[Iterable[FrameType]], list[Level]] = lambda frames: []
         self.on_end: Callable[[Run], None] = lambda run: None
         self._control = control
-        self.heard: set[_Key] = set()  # by the thread
-        self._asked: set[_Key] = set()
+        self.received: set[_Key] = set()  # by the thread
+        self._requested: set[_Key] = set()
         self._decided: dict[_Key, int] = {}
         self._changed = threading.Condition()
         self._last_with_batches = -1  # epoch in which this rank had one, of those that it has left
-        self._asked_about: set[int] = set()  # epochs in which another rank had none, and wants to know who had
+        self._inquired_about: set[int] = set()  # epochs in which another rank had none, and wants to know who had
 
-    def ask(self, scope: Scope, epoch: int, reason: str = "") -> None:
+    def request_stop(self, scope: Scope, epoch: int, reason: str = "") -> None:
         """Ask all ranks to leave the run or the epoch. The loop hears by `interrupt`.
 
         Raises: LaunchError: the store is gone, by which they would hear.
         """
         key = (scope, epoch if scope == "epoch" else 0)
         if self._control is None:
-            self.decide(key, self.begun, reason)
-        elif self._hold(key):
+            self.set_target(key, self.started, reason)
+        elif self._mark_requested(key):
             try:
                 # All ranks may ask at once: the first one's wish is told.
-                if self._control.link.store.add(f"asked/{self.number}/{scope}/{key[1]}", 1) == 1:
+                if self._control.context.store.add(f"asked/{self.number}/{scope}/{key[1]}", 1) == 1:
                     message = {"run": self.number, "scope": scope, "epoch": key[1], "reason": reason}
                     self._control.messages.publish(kind="stop", **message)
             except DistError as error:
                 raise self._control.failures.without_store("they cannot agree where to stop", error) from None
         self.interrupt()
 
-    def bounds(self, epoch: int) -> tuple[int, int | None]:
+    def stop_targets(self, epoch: int) -> tuple[int, int | None]:
         """The furthest places that may be begun: of the run, and of `epoch` where it is to be left (else None).
 
         Waits while a wish to stop is being decided.
@@ -137,11 +137,11 @@ class Run:
             if self._control is not None:
                 self._control.failures.check()
             with self._changed:
-                if not self._asked:
+                if not self._requested:
                     return self._decided.get(("run", 0), sys.maxsize), self._decided.get(("epoch", epoch))
-                if self._control is not None and self._control.standing.is_lost:
+                if self._control is not None and self._control.status.is_store_lost:
                     raise self._control.failures.without_store("they cannot agree where to stop")
-                self._changed.wait(_LOOK_S)
+                self._changed.wait(_POLL_S)
 
     def failed(self, error: BaseException) -> BaseException:
         """What is to be raised where `error` leaves the run, the other ranks having been told of it."""
@@ -159,14 +159,14 @@ class Run:
     def note_batches(self, epoch: int) -> None:
         """By the loop, as it leaves `epoch`, in which it had a batch. Cost: a request to the store, if one asked."""
         self._last_with_batches = epoch
-        if self._asked_about and self._control is not None:
+        if self._inquired_about and self._control is not None:
             with suppress(DistError):  # the store is gone, and who asked notices
-                self._tell_of_batches(self._control.link.store)
+                self._report_batches(self._control.context.store)
 
-    def hear_empty(self, epoch: int, store: Any) -> None:
+    def receive_empty(self, epoch: int, store: Any) -> None:
         """By the thread: another rank had no batch in `epoch`. Tell it if this one had; else the loop will."""
-        self._asked_about.add(epoch)
-        self._tell_of_batches(store)
+        self._inquired_about.add(epoch)
+        self._report_batches(store)
 
     def has_any_rank_batches(self, epoch: int) -> bool:
         """Whether any rank has a batch in `epoch`, where this one has none. Waits until one has, or until all have not.
@@ -176,26 +176,26 @@ class Run:
         """
         if self._control is None or self.number is None:
             return True
-        store, size = self._control.link.store, self._control.link.here.size
+        store, size = self._control.context.store, self._control.context.here.size
         count, answer = f"empty/{self.number}/{epoch}", f"batches/{self.number}/{epoch}"
         pause_s, asked_s, wait_s = _EMPTY_PAUSE_S, time.monotonic(), 0.0
         try:
             store.add(count, 1)
-            while not self.is_asked and not store.check([answer]) and store.add(count, 0) < size:
+            while not self.must_check and not store.check([answer]) and store.add(count, 0) < size:
                 if time.monotonic() - asked_s >= wait_s:
                     self._control.messages.publish(kind="empty", run=self.number, epoch=epoch)
                     asked_s, wait_s = time.monotonic(), 2 * wait_s + 1.0
                 time.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LOOK_S)
+                pause_s = min(2 * pause_s, _POLL_S)
             # Asked last: another rank that has seen it has left the run by now, and may have told so.
             return bool(store.add(count, 0) < size)
         except DistError as error:
             raise self._control.failures.without_store("they cannot tell whether any has a batch", error) from None
 
-    def _tell_of_batches(self, store: Any) -> None:
-        for epoch in list(self._asked_about):
-            if self._last_with_batches >= epoch or place(epoch, 2) <= self.begun < place(epoch, END):
-                self._asked_about.discard(epoch)
+    def _report_batches(self, store: Any) -> None:
+        for epoch in list(self._inquired_about):
+            if self._last_with_batches >= epoch or position(epoch, 2) <= self.started < position(epoch, END):
+                self._inquired_about.discard(epoch)
                 store.set(f"batches/{self.number}/{epoch}", "yes")
 
     @property
@@ -204,41 +204,41 @@ class Run:
         return 1 if self._control is None else len(self._control.runs.shared())
 
     @property
-    def is_asked(self) -> bool:
+    def must_check(self) -> bool:
         """Whether a decision is due or there, or a rank has failed: whether the loop has to look."""
-        return bool(self._asked or self._decided) or (
-            self._control is not None and self._control.standing.failure is not None
+        return bool(self._requested or self._decided) or (
+            self._control is not None and self._control.status.failure is not None
         )
 
-    def hear(self, key: _Key, number: int, store: Any) -> bool:
+    def receive_stop(self, key: _Key, number: int, store: Any) -> bool:
         """By the thread: message `number` is a wish to stop. Tell how far the loop has begun; False: known already."""
-        if key in self.heard:
+        if key in self.received:
             return False
-        self.heard.add(key)
-        self._hold(key)
+        self.received.add(key)
+        self._mark_requested(key)
         self.interrupt()
-        store.append(f"begun/{number}", f"{self.begun} ")
+        store.append(f"begun/{number}", f"{self.started} ")
         store.add(f"begun/{number}/count", 1)
         return True
 
-    def decide(self, key: _Key, target: int, reason: str = "") -> None:
+    def set_target(self, key: _Key, target: int, reason: str = "") -> None:
         with self._changed:
-            self._asked.discard(key)
+            self._requested.discard(key)
             self._decided.setdefault(key, target)
             self.reason = self.reason or reason
             self._changed.notify_all()
 
-    def look(self) -> None:
+    def wake(self) -> None:
         """Have a loop that waits for a decision look around."""
         with self._changed:
             self._changed.notify_all()
 
-    def _hold(self, key: _Key) -> bool:
+    def _mark_requested(self, key: _Key) -> bool:
         """Have the loop wait for the decision about `key`; False where it is there already."""
         with self._changed:
-            if key in self._decided or key in self._asked:
+            if key in self._decided or key in self._requested:
                 return False
-            self._asked.add(key)
+            self._requested.add(key)
             return True
 
 
@@ -256,7 +256,7 @@ class Runs:
         self.num_turns = 0
         self.thread_id = threading.get_ident()
         self._control = control
-        self._known: dict[int, Run] = {}  # that all ranks share
+        self._by_number: dict[int, Run] = {}  # that all ranks share
         self._num_shared = 0
         self._lock = threading.Lock()
 
@@ -275,11 +275,11 @@ class Runs:
         with self._lock:
             run = self._next_shared() if is_shared else Run()
             run.where = where
-            run.on_end = self._ended
+            run.on_end = self._remove
             self.under_way = [*self.under_way, run]
             self.num_turns += is_shared
             self.thread_id = threading.get_ident()
-        self._control.link.connections.wake()
+        self._control.context.connections.wake()
         return run
 
     def shared(self) -> list[Run]:
@@ -289,29 +289,29 @@ class Runs:
     def numbered(self, number: int) -> Run:
         """Known here or not yet: another rank may speak of a run that this one has still to begin."""
         with self._lock:
-            return self._known.setdefault(number, Run(number, self._control))
+            return self._by_number.setdefault(number, Run(number, self._control))
 
     def where(self, frames: Iterable[FrameType]) -> tuple[Level, ...]:
         """The engines that run in these frames, outermost first."""
         under_way = self.under_way
         return tuple(under_way[0].where(frames)) if under_way else ()
 
-    def look(self) -> None:
+    def wake(self) -> None:
         """Have every loop that waits for a decision look around."""
-        for run in list(self._known.values()):
-            run.look()
+        for run in list(self._by_number.values()):
+            run.wake()
 
     def _next_shared(self) -> Run:
-        run = self._known.setdefault(self._num_shared, Run(self._num_shared, self._control))
+        run = self._by_number.setdefault(self._num_shared, Run(self._num_shared, self._control))
         # One that has ended here goes on telling how far it got, to ranks that are still in it.
-        ended = self._known.pop(self._num_shared - _KEPT_RUNS, None)
-        if ended is not None and ended.heard and self._control.link.here.rank == 0:
-            for scope, epoch in ended.heard:
-                self._control.link.store.delete_key(f"asked/{ended.number}/{scope}/{epoch}")
+        ended = self._by_number.pop(self._num_shared - _NUM_KEPT_RUNS, None)
+        if ended is not None and ended.received and self._control.context.here.rank == 0:
+            for scope, epoch in ended.received:
+                self._control.context.store.delete_key(f"asked/{ended.number}/{scope}/{epoch}")
         self._num_shared += 1
         return run
 
-    def _ended(self, run: Run) -> None:
+    def _remove(self, run: Run) -> None:
         with self._lock:
             self.under_way = [each for each in self.under_way if each is not run]
             if run.number is not None:

@@ -8,7 +8,7 @@ __all__ = ["undisturbed"]
 
 T = TypeVar("T")
 
-_LOOK_S = 1.0  # a lock is given back at once; this only bounds what a lost wake-up would cost
+_POLL_S = 1.0  # a lock is given back at once; this only bounds what a lost wake-up would cost
 _START_S = 1.0  # for a thread whose start was interrupted, to show that it has started
 
 
@@ -33,7 +33,7 @@ def undisturbed(action: Callable[[], T]) -> tuple[T, BaseException | None]:
         interruption = error if not isinstance(error, RuntimeError) or work.is_in_thread else None
     while not work.is_done:
         try:
-            work.end.acquire(timeout=_LOOK_S)
+            work.end.acquire(timeout=_POLL_S)
         except BaseException as error:
             interruption = interruption or error
     if work.error is not None:

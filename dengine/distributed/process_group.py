@@ -16,19 +16,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore  # type: ignore[attr-defined]
 
-from dengine.control.channel import Link, Meeting
+from dengine.control.channel import ControlContext, StoreEndpoint
 from dengine.control.ddp_errors import explain
 from dengine.control.failure import line_of, traceback_of, write_error_file
 from dengine.control.plane import Control
-from dengine.control.sockets import Connections, abort_group, found, recorded
+from dengine.control.sockets import Connections, abort_group, existing_connections, new_connections
 from dengine.control.undisturbed import undisturbed
-from dengine.control.watchdog import Watch
+from dengine.control.watchdog import Watchdog
 from dengine.errors import LaunchError
 from dengine.launch.env import Launch, find_launch, is_agents_store
 from dengine.launch.network import chosen_interface
-from dengine.launch.parent_death import end_with_agent
+from dengine.launch.parent_death import set_parent_death_signal
 from dengine.launch.process import identity
-from dengine.launch.rendezvous import meet
+from dengine.launch.rendezvous import rendezvous
 from dengine.launch.world import World, default_device, enter, external_world, leave
 from dengine.launch.world import control as current_control
 
@@ -80,7 +80,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     launch = None if is_external or is_alone else find_launch(os.environ)
     control: Control | None = None
     if launch is not None:
-        end_with_agent(os.environ)
+        set_parent_death_signal(os.environ)
         opened, connections = _join(launch, backend, timeout, stall_timeout)
         if launch.size > 1:
             try:
@@ -96,7 +96,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
         control = _control_beside(opened, timeout) if current_control() is None else None
     else:
         opened = World(device=default_device(0))
-    watch = None if control is None else _start(control, stall_timeout)
+    watchdog = None if control is None else _start(control, stall_timeout)
     enter(opened, None if is_alone else control or current_control())
     is_failing = True
     try:
@@ -105,7 +105,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
             control.leave_together()
         is_failing = False
     except BaseException as error:
-        raised = _told(error, control)
+        raised = _report(error, control)
         if raised is error:
             raise
         if raised.__cause__ is not None:  # a signal's handler raised it while the others were told of `error`
@@ -114,29 +114,29 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     finally:
         leave()
         try:
-            if control is not None and watch is not None:
-                _close(control, watch, is_failing=is_failing)
+            if control is not None and watchdog is not None:
+                _close(control, watchdog, is_failing=is_failing)
         finally:
             if launch is not None:
                 _destroy(opened, is_failing)
             elif control is not None:
-                dist.destroy_process_group(control.link.group)
+                dist.destroy_process_group(control.context.group)
 
 
-def _close(control: Control, watch: Watch, *, is_failing: bool) -> None:
+def _close(control: Control, watchdog: Watchdog, *, is_failing: bool) -> None:
     def close() -> None:
         if is_failing:
-            watch.wait_for_stacks()
+            watchdog.wait_for_stacks()
         control.close(is_failing=is_failing)
-        watch.stop()
-        control.link.connections.close(is_failing=is_failing)
+        watchdog.stop()
+        control.context.connections.close(is_failing=is_failing)
 
     _, interruption = undisturbed(close)
     if interruption is not None:
         raise interruption
 
 
-def _told(error: BaseException, control: Control | None) -> BaseException:
+def _report(error: BaseException, control: Control | None) -> BaseException:
     """What to raise for `error`, the others having been told of it."""
     explain(error)
     if control is None:
@@ -162,8 +162,8 @@ def _join(launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if (interface := chosen_interface(os.environ, launch)) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # which Gloo reads for each group that is made
-    store, name = meet(launch, timeout_s, stall_timeout_s)
-    with recorded(launch.master_port) as connections, _told_of_shared_gpu(launch):
+    store, name = rendezvous(launch, timeout_s, stall_timeout_s)
+    with new_connections(launch.master_port) as connections, _explaining_shared_gpu(launch):
         dist.init_process_group(
             backend,
             store=PrefixStore(f"dengine/group/{name}", store),
@@ -192,10 +192,14 @@ def _control(launch: Launch, here: World, connections: list[socket.socket], time
     dist.broadcast_object_list(holder, src=0)
     name, host_process = holder
     is_hosted = not is_agents_store(os.environ)
-    meeting = Meeting(launch.master_addr, launch.master_port, f"dengine/{name}", is_hosted)
-    with recorded(launch.master_port) as more:
+    endpoint = StoreEndpoint(launch.master_addr, launch.master_port, f"dengine/{name}", is_hosted)
+    with new_connections(launch.master_port) as gloo_connections:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return Control(Link(here, meeting, meeting.connect(), Connections([*connections, *more]), group, host_process))
+    return Control(
+        ControlContext(
+            here, endpoint, endpoint.connect(), Connections([*connections, *gloo_connections]), group, host_process
+        )
+    )
 
 
 def _control_beside(here: World, timeout_s: float) -> Control | None:
@@ -212,44 +216,44 @@ def _control_beside(here: World, timeout_s: float) -> Control | None:
             "all ranks.",
             stacklevel=4,
         )
-    if here.size == 1 or not all(_exchanged(is_launched or (is_part and is_agents_store(os.environ)))):
+    if here.size == 1 or not all(_gathered(is_launched or (is_part and is_agents_store(os.environ)))):
         return None
     assert launch is not None
-    connections = found(_exchanged, launch.master_port)
+    connections = existing_connections(_gathered, launch.master_port)
     control = None
     with suppress(DistError):  # the store of the launcher is not reached
         control = _control(launch, here, connections, timeout_s)
-    return control if all(_exchanged(control is not None)) else None
+    return control if all(_gathered(control is not None)) else None
 
 
 def _launcher_of(launch: Launch) -> str:
     return "srun" if launch.launcher == "slurm" else launch.launcher
 
 
-def _exchanged(value: T) -> list[T]:
-    told = [value] * dist.get_world_size()
-    dist.all_gather_object(told, value)
-    return told
+def _gathered(value: T) -> list[T]:
+    gathered = [value] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
-def _start(control: Control, stall_timeout_s: float) -> Watch:
-    watch = Watch(control, stall_timeout_s)
+def _start(control: Control, stall_timeout_s: float) -> Watchdog:
+    watchdog = Watchdog(control, stall_timeout_s)
     control.start()
-    watch.start()
+    watchdog.start()
     # Where the block is never left (a notebook), the threads must be gone before the interpreter is.
-    atexit.register(_leave_at_exit, weakref.ref(control), weakref.ref(watch))
-    return watch
+    atexit.register(_leave_at_exit, weakref.ref(control), weakref.ref(watchdog))
+    return watchdog
 
 
-def _leave_at_exit(control: "weakref.ref[Control]", watch: "weakref.ref[Watch]") -> None:
-    plane, dog = control(), watch()
-    if plane is not None and dog is not None and not plane.standing.is_closed:
+def _leave_at_exit(control: "weakref.ref[Control]", watchdog: "weakref.ref[Watchdog]") -> None:
+    plane, watched = control(), watchdog()
+    if plane is not None and watched is not None and not plane.status.is_closed:
         plane.close(is_failing=True)
-        dog.stop()
+        watched.stop()
 
 
 @contextmanager
-def _told_of_shared_gpu(launch: Launch) -> Iterator[None]:
+def _explaining_shared_gpu(launch: Launch) -> Iterator[None]:
     try:
         yield
     except dist.DistBackendError as error:

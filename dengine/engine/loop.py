@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeAlias, TypeVar, overload
 
 from dengine.checks import whole_number
-from dengine.control.stop import END, Run, begin_run, place
+from dengine.control.stop import END, Run, begin_run, position
 from dengine.distributed import rank_zero_only as only_on_rank_zero
 from dengine.distributed import world
 from dengine.engine.data import Absent, Feed, check_data
@@ -348,14 +348,14 @@ class Engine:
         In a run that ends anyway before that, it changes nothing.
         """
         if self._run is not None:
-            self._run.ask("run", self.state.epoch)
+            self._run.request_stop("run", self.state.epoch)
 
     def preempt(self) -> None:
         """As `terminate()`, for a job that is to go on elsewhere: `state.preempted` is true, on every rank, from
         `TERMINATED` on, and `COMPLETED` does not fire. `Preemption` calls it.
         """
         if self._run is not None:
-            self._run.ask("run", self.state.epoch, reason=_PREEMPTED)
+            self._run.request_stop("run", self.state.epoch, reason=_PREEMPTED)
 
     def terminate_epoch(self) -> None:
         """Leave the epoch after the current iteration, on every rank at the same one; it counts as completed.
@@ -363,8 +363,8 @@ class Engine:
         Called in `EPOCH_STARTED`, it skips the epoch's iterations; outside an epoch it does nothing. Otherwise as
         `terminate`.
         """
-        if self._run is not None and self._run.begun >= 0:  # not in STARTED
-            self._run.ask("epoch", self.state.epoch)
+        if self._run is not None and self._run.started >= 0:  # not in STARTED
+            self._run.request_stop("epoch", self.state.epoch)
 
     # -- the levels of the loop ------------------------------------------------------------------------------------
 
@@ -394,7 +394,7 @@ class Engine:
         is_new = state.epoch < state.epochs_completed or state.iteration == 0
         if is_new and state.iteration >= self._max_iterations:
             return False
-        if not self._may_begin(place(state.epochs_completed, 0 if is_new else state.epoch_iteration)):
+        if not self._may_begin(position(state.epochs_completed, 0 if is_new else state.epoch_iteration)):
             return False
         if is_new:
             state._epoch, state._epoch_iteration = state.epochs_completed, 0
@@ -409,7 +409,7 @@ class Engine:
         state.batch = None
         if state.epoch_iteration:
             self._current_run().note_batches(state.epoch)
-        may_end = self._may_begin(place(state.epoch, END))
+        may_end = self._may_begin(position(state.epoch, END))
         if not has_ended or not may_end:
             return False
         if not state.epoch_iteration:  # its end is begun by now: a rank without a batch holds up nobody's stop
@@ -432,7 +432,7 @@ class Engine:
         if feed.length == 0:
             feed.refuse_no_batch()
         end = NEVER if feed.length is None else epoch_start + feed.length
-        run.begun = place(state.epoch, state.epoch_iteration + 1)
+        run.started = position(state.epoch, state.epoch_iteration + 1)
         if not self._goes_on(end):
             return self._has_ended(end)
         self._announce_fetch()
@@ -485,7 +485,7 @@ class Engine:
         get_batch_started, get_batch_completed, started, completed = self._loop_channels
         iteration = state.iteration
         epoch_offset = iteration - state.epoch_iteration
-        next_place = place(state.epoch, 1) - epoch_offset
+        next_place = position(state.epoch, 1) - epoch_offset
         fetch_started_offset, fetch_completed_offset = self._fetch_started_offset, self._fetch_completed_offset
         for batch in batches:
             state.batch = batch
@@ -502,7 +502,7 @@ class Engine:
                 self._metrics.update(state.output)
             if iteration >= completed.due:
                 completed.fire(self, iteration)
-            run.begun = next_place + iteration  # told before it is asked for: see control/stop.py
+            run.started = next_place + iteration  # told before it is asked for: see control/stop.py
             if iteration >= self._stop_at:
                 return False
             if iteration + 1 - fetch_started_offset >= get_batch_started.due:
@@ -537,7 +537,7 @@ class Engine:
         Raises: ValueError: none had, which all of them raise.
         """
         run, state = self._current_run(), self.state
-        if not run.is_asked and not run.has_any_rank_batches(state.epoch):
+        if not run.must_check and not run.has_any_rank_batches(state.epoch):
             feed.refuse_empty_epoch(state.epoch, state.iteration)
 
     # -- how far the loop may go ---------------------------------------------------------------------------------
@@ -545,8 +545,8 @@ class Engine:
     def _may_begin(self, next_place: int) -> bool:
         """Tell that `next_place` is begun, an epoch or its end, unless all ranks leave the run before it."""
         run = self._current_run()
-        run.begun = next_place
-        if run.is_asked and next_place > run.bounds(self.state.epoch)[0]:
+        run.started = next_place
+        if run.must_check and next_place > run.stop_targets(self.state.epoch)[0]:
             self._is_terminated = True
             self.state._preempted = run.reason == _PREEMPTED
         return not self._is_terminated
@@ -555,11 +555,11 @@ class Engine:
         """Whether there is another iteration in this epoch, which ends at `end` unless it is to be left before."""
         state, run = self.state, self._current_run()
         stop_at = self._stop_at = min(end, self._max_iterations)
-        if run.is_asked:
+        if run.must_check:
             epoch_start = state.iteration - state.epoch_iteration
-            for bound in run.bounds(state.epoch):
-                if bound is not None:
-                    num_iterations = max(bound - place(state.epoch, 0), 0)
+            for target in run.stop_targets(state.epoch):
+                if target is not None:
+                    num_iterations = max(target - position(state.epoch, 0), 0)
                     num_iterations += -num_iterations % self._stop_every
                     stop_at = min(stop_at, epoch_start + num_iterations)
             # The thread may set it to 0 again right after: then the loop only comes here once more.
@@ -569,13 +569,13 @@ class Engine:
     def _has_ended(self, end: int) -> bool:
         """Whether the epoch that was left has come to its end, or was ended by `terminate_epoch()`."""
         run = self._current_run()
-        is_left = run.is_asked and run.bounds(self.state.epoch)[1] is not None
+        is_left = run.must_check and run.stop_targets(self.state.epoch)[1] is not None
         return self.state.iteration >= end or is_left
 
     def _values(self, *, is_whole: bool) -> dict[str, MetricValue]:
         """The metrics of the epoch. None where it was skipped, or resumed (not `is_whole`) at its very end."""
         run = self._current_run()
-        if run.is_asked and run.bounds(self.state.epoch)[1] == place(self.state.epoch, 0):
+        if run.must_check and run.stop_targets(self.state.epoch)[1] == position(self.state.epoch, 0):
             return {}  # left without an iteration on any rank
         try:
             return self._metrics.compute(distributed=self.distributed)

@@ -60,13 +60,13 @@ def _in_handler(engine: Engine, fire: FrameType) -> Level:
 def _doing(engine: Engine) -> str:
     """What the loop is at, by the numbers that it keeps: how far it has begun, and how far it has got."""
     state, run = engine.state, engine._run
-    begun = -1 if run is None or run.begun < 0 else run.begun & END
-    if begun <= 0:
-        return "at the start of the run" if begun < 0 else "at the start of the epoch"
-    if begun == END:
+    started = -1 if run is None or run.started < 0 else run.started & END
+    if started <= 0:
+        return "at the start of the run" if started < 0 else "at the start of the epoch"
+    if started == END:
         return "at the epoch's end, with its metrics"
-    if begun > state.epoch_iteration:
-        return f"fetching batch {begun} of the epoch"
+    if started > state.epoch_iteration:
+        return f"fetching batch {started} of the epoch"
     if engine._iterations_done < state.iteration:
         return f"in the step {describe(engine._step)}"
     return "updating the metrics"

@@ -88,8 +88,8 @@ def choose_launch(env: Mapping[str, str]) -> Choice:
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         by = "torchrun set RANK and WORLD_SIZE" if "TORCHELASTIC_RUN_ID" in env else "RANK and WORLD_SIZE are set"
-        beside = "; they win over SLURM's, which are set too" if "SLURM_JOB_ID" in env else ""
-        return Choice(_from_torchrun(env), by + beside)
+        suffix = "; they win over SLURM's, which are set too" if "SLURM_JOB_ID" in env else ""
+        return Choice(_from_torchrun(env), by + suffix)
     if "SLURM_PROCID" in env or "SLURM_JOB_ID" in env:
         return _choose_in_slurm(env)
     if "LOCAL_RANK" in env:

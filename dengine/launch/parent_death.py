@@ -6,12 +6,12 @@ import signal
 import sys
 from collections.abc import Mapping
 
-__all__ = ["end_with_agent"]
+__all__ = ["set_parent_death_signal"]
 
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
-def end_with_agent(env: Mapping[str, str]) -> None:
+def set_parent_death_signal(env: Mapping[str, str]) -> None:
     """Have Linux send this process SIGTERM when the agent of torchrun, which is its parent, is no more.
 
     torchrun starts its ranks in sessions of their own. Killed by SIGKILL, as for lack of memory, it tells them nothing,

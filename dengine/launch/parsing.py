@@ -8,16 +8,16 @@ from typing import Any
 
 from dengine.launch.console import say
 
-__all__ = ["complain", "parse_numbers", "parse_object", "parse_ranks", "tells"]
+__all__ = ["has_fields", "parse_numbers", "parse_object", "parse_ranks", "warn_malformed"]
 
 _SHOWN_CHARS = 80
-_complaints: list[str] = []
+_warned: list[str] = []
 
 
-def complain(what: object) -> None:
+def warn_malformed(what: object) -> None:
     """Say that something in the store was left out; once for all such things."""
-    if not _complaints:
-        _complaints.append(str(what))
+    if not _warned:
+        _warned.append(str(what))
         say(
             f"dengine: left out what is no message of these ranks: {str(what)[:_SHOWN_CHARS]!r}. Another program may "
             "be writing to the port of their store (MASTER_PORT).\n"
@@ -32,7 +32,7 @@ def parse_object(text: bytes) -> dict[str, Any] | None:
         value = None
     if isinstance(value, dict):
         return value
-    complain(text)
+    warn_malformed(text)
     return None
 
 
@@ -41,7 +41,7 @@ def parse_numbers(text: bytes) -> list[int]:
     words = text.decode(errors="replace").split()
     numbers = [int(word) for word in words if word.isascii() and word.removeprefix("-").isdigit() and len(word) < 20]
     if len(numbers) < len(words):
-        complain(text)
+        warn_malformed(text)
     return numbers
 
 
@@ -50,6 +50,6 @@ def parse_ranks(text: bytes, size: int) -> set[int]:
     return {number for number in parse_numbers(text) if 0 <= number < size}
 
 
-def tells(value: dict[str, Any], **types: type | tuple[type, ...]) -> bool:
+def has_fields(value: dict[str, Any], **types: type | tuple[type, ...]) -> bool:
     """Whether `value` has entries of these names and types."""
     return all(name in value and isinstance(value[name], kind) for name, kind in types.items())

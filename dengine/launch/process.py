@@ -20,10 +20,10 @@ def identity() -> dict[str, Any]:
     return {"host": host, "pid": os.getpid(), "start": _start_of(os.getpid())}
 
 
-def is_alive(told: Mapping[str, Any]) -> bool:
+def is_alive(process: Mapping[str, Any]) -> bool:
     """Whether the process of this host that told this lives."""
-    start: str = told["start"]
-    return start != "" and start == _start_of(told["pid"])
+    start: str = process["start"]
+    return start != "" and start == _start_of(process["pid"])
 
 
 def _start_of(pid: int) -> str:

@@ -29,15 +29,15 @@ from torch.distributed import DistError, PrefixStore  # type: ignore[attr-define
 from dengine.errors import LaunchError, StallError
 from dengine.launch.env import Launch, is_agents_store
 from dengine.launch.network import is_reached_by_name, network_of_this_host
-from dengine.launch.parsing import parse_object, tells
+from dengine.launch.parsing import has_fields, parse_object
 from dengine.launch.store import open_store
 
-__all__ = ["meet"]
+__all__ = ["rendezvous"]
 
-_LOOK_S = 0.01  # how often rank 0 looks who has come
+_POLL_S = 0.01  # how often rank 0 looks who has come
 _LEAST_STALL_S = 30.0  # ranks do not begin at once: each imports what it needs
-_LATER_S = 2.0  # how much longer than rank 0 the others wait for it to say who has not
-_READ_S = 2.0  # how long they take to hear it
+_EXTRA_WAIT_S = 2.0  # how much longer than rank 0 the others wait for it to say who has not
+_ACKNOWLEDGE_S = 2.0  # how long they take to hear it
 _NUM_SHOWN = 64
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ _stores: dict[tuple[str, int], Any] = {}
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Peer:
     """What rank 0 is told of a rank, to see whether the others can reach it."""
 
     rank: int
@@ -56,7 +56,7 @@ class _Place:
     is_reached: bool
 
 
-def meet(launch: Launch, timeout_s: float, stall_timeout_s: float = math.inf) -> tuple[Any, str]:
+def rendezvous(launch: Launch, timeout_s: float, stall_timeout_s: float = math.inf) -> tuple[Any, str]:
     """The store of this launch, and a name in it that its ranks share and none ever had before.
 
     `stall_timeout_s`: as of `process_group()`. Ranks begin at different times, so it is no less than 30 s here.
@@ -69,25 +69,25 @@ def meet(launch: Launch, timeout_s: float, stall_timeout_s: float = math.inf) ->
             hosts and Gloo would give the others an address that leads nowhere. StallError instead, naming one that has
             not come, where the shorter one of both limits was `stall_timeout_s`.
     """
-    patience = _Patience(timeout_s, max(stall_timeout_s, _LEAST_STALL_S))
+    deadline = _Deadline(timeout_s, max(stall_timeout_s, _LEAST_STALL_S))
     try:
-        store = within(patience.limit_s, lambda: _store(launch, timeout_s))
+        store = within(deadline.limit_s, lambda: _store_of(launch, timeout_s))
         if launch.size == 1:
             return store, uuid.uuid4().hex
         common = PrefixStore("dengine/meet", store)
-        return store, (_receive if launch.rank == 0 else _arrive)(common, launch, patience)
+        return store, (_coordinate if launch.rank == 0 else _join)(common, launch, deadline)
     except (DistError, OSError) as error:
         who = "torchrun's agent" if is_agents_store(os.environ) else "rank 0"
         text = (
-            f"Rank {launch.rank} of {launch.size} did not meet the others within {patience.shown} s in the store at "
+            f"Rank {launch.rank} of {launch.size} did not meet the others within {deadline.shown} s in the store at "
             f"{launch.master_addr}:{launch.master_port}, which {who} hosts: {error}. See that MASTER_ADDR is the "
             "address of that host on every rank, that its port is free, and that rank 0 has started; "
             "`python -m dengine doctor`, started like this, tells more."
         )
-        raise patience.error(text, 0) from error
+        raise deadline.error(text, 0) from error
 
 
-class _Patience:
+class _Deadline:
     """How long a rank waits for the others, and what it raises then."""
 
     def __init__(self, timeout_s: float, stall_timeout_s: float) -> None:
@@ -125,7 +125,7 @@ def within(timeout_s: float, action: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def _store(launch: Launch, timeout_s: float) -> Any:
+def _store_of(launch: Launch, timeout_s: float) -> Any:
     """One for all groups: a second one that rank 0 hosts on the same port could be taken for the first by a rank that
     comes early.
     """
@@ -137,84 +137,84 @@ def _store(launch: Launch, timeout_s: float) -> Any:
     return store
 
 
-def _arrive(store: Any, launch: Launch, patience: _Patience) -> str:
-    number = uuid.uuid4().hex
-    store.set(f"number/{launch.rank}", number)
-    name = _read(store, f"answer/{number}", patience.end_s)
-    store.set(f"{name}/{launch.rank}", json.dumps(asdict(_place(launch))))
+def _join(store: Any, launch: Launch, deadline: _Deadline) -> str:
+    token = uuid.uuid4().hex
+    store.set(f"number/{launch.rank}", token)
+    name = _read(store, f"answer/{token}", deadline.end_s)
+    store.set(f"{name}/{launch.rank}", json.dumps(asdict(_this_peer(launch))))
     store.add(f"{name}/come", 1)
     try:
-        refusal = _read(store, f"{name}/refusal", patience.end_s + _LATER_S)
+        refusal = _read(store, f"{name}/refusal", deadline.end_s + _EXTRA_WAIT_S)
     except DistError:  # rank 0 came later, and waits on
         missing = [rank for rank in range(1, launch.size) if not store.check([f"{name}/{rank}"])]
         if not missing:
             raise
-        raise patience.error(_absence(missing, launch, patience), missing[0]) from None
+        raise deadline.error(_absence_text(missing, launch, deadline), missing[0]) from None
     store.add(f"{name}/heard", 1)
     if refusal:
         missing = [rank for rank in range(1, launch.size) if not store.check([f"{name}/{rank}"])]
-        raise _refused(refusal, missing, patience)
+        raise _refusal_error(refusal, missing, deadline)
     return name
 
 
-def _refused(refusal: str, missing: Sequence[int], patience: _Patience) -> LaunchError | StallError:
-    return patience.error(refusal, missing[0]) if missing else LaunchError(refusal)
+def _refusal_error(refusal: str, missing: Sequence[int], deadline: _Deadline) -> LaunchError | StallError:
+    return deadline.error(refusal, missing[0]) if missing else LaunchError(refusal)
 
 
-def _receive(store: Any, launch: Launch, patience: _Patience) -> str:
+def _coordinate(store: Any, launch: Launch, deadline: _Deadline) -> str:
     name = uuid.uuid4().hex
     others = range(1, launch.size)
-    missing = set(_answer(store, name, others, patience.end_s))
-    places = [_place(launch)]
-    places += [_told_place(store.get(f"{name}/{rank}"), rank, launch) for rank in others if rank not in missing]
-    refusal = _absence(sorted(missing), launch, patience) if missing else _unreached(places)
+    missing = set(_answer_others(store, name, others, deadline.end_s))
+    peers = [_this_peer(launch)]
+    peers += [_read_peer(store.get(f"{name}/{rank}"), rank, launch) for rank in others if rank not in missing]
+    refusal = _absence_text(sorted(missing), launch, deadline) if missing else _unreachable_text(peers)
     store.set(f"{name}/refusal", refusal)
     # This process may take the store with it: the others are to have read that it ends, and why.
-    _wait_until(lambda: store.add(f"{name}/heard", 0) >= len(places) - 1, time.monotonic() + _READ_S)
+    _wait_until(lambda: store.add(f"{name}/heard", 0) >= len(peers) - 1, time.monotonic() + _ACKNOWLEDGE_S)
     if refusal:
-        raise _refused(refusal, sorted(missing), patience)
+        raise _refusal_error(refusal, sorted(missing), deadline)
     for rank in others:
         store.delete_key(f"{name}/{rank}")
     return name
 
 
-def _told_place(text: bytes, rank: int, launch: Launch) -> _Place:
+def _read_peer(text: bytes, rank: int, launch: Launch) -> _Peer:
     """Raises: LaunchError: what lies there is none."""
-    told = parse_object(text)
-    if told is None or not tells(told, rank=int, host=str, network=str, is_reached=bool):
+    fields = parse_object(text)
+    if fields is None or not has_fields(fields, rank=int, host=str, network=str, is_reached=bool):
         raise LaunchError(
             f"What lies for rank {rank} in the store at {launch.master_addr}:{launch.master_port} is not its own: "
             "another program writes to that port. Set MASTER_PORT to one that nobody else uses."
         )
-    return _Place(told["rank"], told["host"], told["network"], told["is_reached"])
+    return _Peer(fields["rank"], fields["host"], fields["network"], fields["is_reached"])
 
 
-def _answer(store: Any, name: str, others: Sequence[int], end_s: float) -> list[int]:
+def _answer_others(store: Any, name: str, others: Sequence[int], end_s: float) -> list[int]:
     """Answer every number with `name` until all of the others have come under it; who has not, when the time is up."""
     answered: dict[int, str] = {}
 
-    def have_all_come() -> bool:
+    def have_all_joined() -> bool:
         for rank in others:
             key = f"number/{rank}"
-            number = store.get(key).decode() if store.check([key]) else ""
+            token = store.get(key).decode() if store.check([key]) else ""
             # One that has come and failed meanwhile is there again for the next group, not for this one.
-            if number and answered.get(rank) != number and not store.check([f"{name}/{rank}"]):
-                answered[rank] = number
-                store.set(f"answer/{number}", name)
+            if token and answered.get(rank) != token and not store.check([f"{name}/{rank}"]):
+                answered[rank] = token
+                store.set(f"answer/{token}", name)
         return bool(store.add(f"{name}/come", 0) == len(others))
 
-    is_complete = _wait_until(have_all_come, end_s)
-    for number in answered.values():
+    is_complete = _wait_until(have_all_joined, end_s)
+    for token in answered.values():
         if is_complete:
-            store.delete_key(f"answer/{number}")
+            store.delete_key(f"answer/{token}")
     return [] if is_complete else [rank for rank in others if not store.check([f"{name}/{rank}"])]
 
 
-def _wait_until(is_so: Callable[[], bool], end_s: float) -> bool:
-    while not is_so():
+def _wait_until(predicate: Callable[[], bool], end_s: float) -> bool:
+    while not predicate():
         if time.monotonic() >= end_s:
             return False
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)
     return True
 
 
@@ -223,28 +223,28 @@ def _read(store: Any, key: str, end_s: float) -> str:
     return str(store.get(key).decode())
 
 
-def _place(launch: Launch) -> _Place:
-    return _Place(launch.rank, socket.gethostname(), network_of_this_host(), is_reached_by_name(os.environ))
+def _this_peer(launch: Launch) -> _Peer:
+    return _Peer(launch.rank, socket.gethostname(), network_of_this_host(), is_reached_by_name(os.environ))
 
 
-def _absence(missing: Sequence[int], launch: Launch, patience: _Patience) -> str:
+def _absence_text(missing: Sequence[int], launch: Launch, deadline: _Deadline) -> str:
     shown = ", ".join(map(str, missing[:_NUM_SHOWN])) + (", ..." if len(missing) > _NUM_SHOWN else "")
     who = f"ranks {shown} of {launch.size} have" if len(missing) > 1 else f"rank {shown} of {launch.size} has"
     return (
-        f"The process group was not made, as {who} not come within the {patience.shown} s of process_group(): not "
+        f"The process group was not made, as {who} not come within the {deadline.shown} s of process_group(): not "
         f"started, ended before, or without a way to the store at {launch.master_addr}:{launch.master_port}. See what "
         "it printed."
     )
 
 
-def _unreached(places: Sequence[_Place]) -> str:
+def _unreachable_text(peers: Sequence[_Peer]) -> str:
     """Why Gloo would connect hosts in vain, if so; "" else. Its own attempt may outlast the group's timeout."""
-    if len({place.network for place in places}) == 1:
+    if len({peer.network for peer in peers}) == 1:
         return ""
-    alone = {place.network: f"{place.host} (rank {place.rank})" for place in reversed(places) if not place.is_reached}
-    if not alone:
+    unreachable = {peer.network: f"{peer.host} (rank {peer.rank})" for peer in reversed(peers) if not peer.is_reached}
+    if not unreachable:
         return ""
-    hosts = " and ".join(reversed(alone.values()))
+    hosts = " and ".join(reversed(unreachable.values()))
     return (
         f"Gloo would not connect the hosts, since on {hosts} the host's own name stands for no address by which others "
         "reach it, as with the line 127.0.1.1 of Debian's /etc/hosts, and it was not to be found which interface leads "

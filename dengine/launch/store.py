@@ -52,13 +52,13 @@ def _listening(address: tuple[str, int], *, is_one_host: bool) -> socket.socket 
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
         return None  # torch's error says so
-    addresses = [str(place[0]) for family, *_, place in found if family == socket.AF_INET]
+    addresses = [str(sockaddr[0]) for family, *_, sockaddr in found if family == socket.AF_INET]
     if addresses and not is_one_host:
         addresses = [each for each in addresses if not each.startswith("127.")]
         if not addresses:
             return None
     is_ipv6 = not addresses
-    own = addresses or [str(place[0]) for _, *_, place in found]
+    own = addresses or [str(sockaddr[0]) for _, *_, sockaddr in found]
     try:
         for each in dict.fromkeys(own):
             with suppress(_NotOurs):

@@ -340,7 +340,7 @@ def hears_nonsense(rank: int, size: int) -> list[int]:
 
         def step(engine: Engine, batch: int) -> None:
             if rank == 1 and batch == 1:
-                store, number = plane().link.store, plane().messages.number
+                store, number = plane().context.store, plane().messages.number
                 for text in MALFORMED:
                     while store.compare_set(f"message/{number}", "", text.decode("latin-1")) == b"":
                         pass
