@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "dengine"
 FILES = sorted(ROOT.rglob("*.py"))
 
+PAGE = (ROOT.parent / "docs" / "architecture.md").read_text()
 _ROW = re.compile(r"^\| (\d+) \| `([a-z_.]+)` \|", re.MULTILINE)
 # Sub-package, or module at the top -> its layer.
-LAYERS = {name: int(layer) for layer, name in _ROW.findall((ROOT.parent / "docs" / "architecture.md").read_text())}
+LAYERS = {name: int(layer) for layer, name in _ROW.findall(PAGE)}
 
 HEAVY = {
     "accelerate",
@@ -161,6 +163,57 @@ def test_the_reader_of_imports_finds_what_it_should(module: str, source: str, nu
     if source.endswith("import dengine.tools"):
         source += "\n        finally:\n            pass"
     assert len(violations(source, module)) == num_violations
+
+
+# -- what the page names -----------------------------------------------------------------------------------------
+
+NAMED_FILES = sorted(set(re.findall(r"`([\w/]+\.py)`", PAGE)))
+NAMED_FUNCTIONS = sorted(set(re.findall(r"`([\w.]+)\(\)`", PAGE)))
+# "`function()` in `file.py`", "`function()` of `file.py`" and "`file.py`: `function()`".
+PLACED_FUNCTIONS = sorted(
+    set(re.findall(r"`([\w.]+)\(\)`\s+(?:in|of)\s+`([\w/]+\.py)`", PAGE))
+    | {(function, file) for file, function in re.findall(r"`([\w/]+\.py)`:\s+`([\w.]+)\(\)`", PAGE)}
+)
+
+
+def defined_in(path: Path) -> set[str]:
+    """The functions of a file, methods with and without the name of their class."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)}
+    return names
+
+
+def files_by_function() -> dict[str, list[Path]]:
+    found = defaultdict(list)
+    for path in FILES:
+        for name in defined_in(path):
+            found[name].append(path)
+    return found
+
+
+def path_of(file: str) -> Path:
+    """Files are named from the package on, those of the tests from the root on."""
+    return ROOT.parent / file if file.startswith("tests") else ROOT / file
+
+
+@pytest.mark.parametrize("file", NAMED_FILES)
+def test_every_file_that_the_page_names_exists(file: str) -> None:
+    assert path_of(file).is_file()
+
+
+def test_every_function_that_the_page_names_exists() -> None:
+    assert NAMED_FUNCTIONS
+    defined = files_by_function()
+    assert [name for name in NAMED_FUNCTIONS if name not in defined] == []
+
+
+@pytest.mark.parametrize(("function", "file"), PLACED_FUNCTIONS)
+def test_a_function_is_in_the_file_where_the_page_says(function: str, file: str) -> None:
+    assert function in defined_in(path_of(file))
 
 
 # -- what is loaded, and what is started -------------------------------------------------------------------------

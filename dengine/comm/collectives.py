@@ -1,6 +1,6 @@
-"""Every collective of the package. One place, so that it can be refused where only rank 0 runs.
+"""Every collective of the package. One place, so that it can be refused if only rank 0 runs it.
 
-A lone process runs the same code; what would be sent is handed back.
+A lone process runs the same code, and gets its own values back.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,13 +45,14 @@ _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "min": dist.ReduceO
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Run the body on rank 0, and on the others once rank 0 has finished it: for preparing a data set. It may take
-    longer than the `stall_timeout` of `process_group()`.
+    """Run the body on rank 0 first, and on the others once rank 0 has finished it: to prepare a data set, say.
+
+    It may take longer than the `stall_timeout` of `process_group()`.
 
     Collective: enter it on all ranks. Cost: one object broadcast; two requests to the store.
 
     Raises:
-        RemoteRankError: on the other ranks, where the body failed on rank 0.
+        RemoteRankError: on the other ranks, if the body failed on rank 0.
     """
     if world().rank == 0:
         failure: str | None = "left by an exception that is no Exception"
@@ -74,14 +75,14 @@ def rank_zero_first() -> Iterator[None]:
 
 @contextmanager
 def _exempt() -> Iterator[None]:
-    """Inside it this rank may take as long as it likes: it is not taken for one that hangs."""
+    """Inside the `with` block this rank may take as long as it likes, and does not count as hanging."""
     plane = control()
     if not isinstance(plane, Control):
         yield
         return
     key = exempt_key(plane.context.here.rank)
     with suppress(DistError):  # the store is gone, and nobody can ask
-        plane.context.store.set(key, "yes")  # for those who ask while it holds the interpreter, and answers nobody
+        plane.context.store.set(key, "yes")  # for those who ask while this rank holds the interpreter
     plane.num_exempt += 1
     try:
         yield
@@ -94,12 +95,13 @@ def _exempt() -> Iterator[None]:
 
 
 def from_rank_zero(action: Callable[[], T], purpose: str) -> T:
-    """Rank 0's result of `action`, on every rank; where it fails, rank 0 raises its error and the others say so.
+    """Run `action` on rank 0 and give its result, or its failure, to every rank.
 
     Collective: call on all ranks. The result must pickle. Cost: one object broadcast.
 
     Raises:
-        RemoteRankError: on the other ranks, where `action` failed on rank 0; "Rank 0 could not {purpose}".
+        RemoteRankError: on the other ranks, if `action` failed on rank 0: "Rank 0 could not {purpose}". Rank 0 raises
+            the error itself.
     """
     refuse_on_rank_zero_alone(f"To {purpose} on rank 0 for all ranks")
     if world().rank != 0:
@@ -118,9 +120,9 @@ def from_rank_zero(action: Callable[[], T], purpose: str) -> T:
 
 @contextmanager
 def _collective(what: str, *, site: str = "") -> Iterator[Any]:
-    """Inside a collective: refused on rank 0 alone and after a failure, compared with the other ranks' calls.
+    """Enter a collective, unless only rank 0 runs here or a rank has failed, and compare it with the others' calls.
 
-    Gives the group for tensors on the CPU; None is the default one.
+    Gives the group for tensors on the CPU; None is the default group.
     """
     refuse_on_rank_zero_alone(what)
     plane = control()
@@ -140,7 +142,7 @@ def _group_of(tensor: torch.Tensor, cpu_group: Any) -> Any:
 
 
 def progress() -> None:
-    """Tell that this rank is at work: call it now and then in a step or a handler that may take longer than
+    """Report that this rank is at work: call it now and then in a step or a handler that may take longer than
     `stall_timeout`. Never communicates. Iterations of any engine, handlers and collectives are progress by themselves.
     """
     plane = control()
@@ -268,12 +270,12 @@ def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torc
 
 
 def _user_site() -> str:
-    """Where the user calls from, where ranks compare it."""
+    """The line that the user calls from, if ranks compare it; else ""."""
     return call_site() if isinstance(control(), Control) else ""
 
 
 def _transport(device: torch.device) -> torch.device:
-    """Where a tensor of `device` must lie to be sent: a group of NCCL alone takes no CPU tensors."""
+    """The device on which a tensor of `device` must lie to be sent: a group of NCCL alone takes no CPU tensors."""
     here = world()
     has_gloo = "gloo" in here.backend or isinstance(control(), Control)
     return here.device if device.type == "cpu" and not has_gloo and here.size > 1 else device

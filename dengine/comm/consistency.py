@@ -1,4 +1,4 @@
-"""Whether the ranks hold the same: names and shapes before a run, the parameters themselves where that is asked for."""
+"""Whether the ranks hold the same: names and shapes before each run, and parameters bit by bit on request."""
 
 import hashlib
 import math
@@ -77,12 +77,12 @@ def same_on_all_ranks(entries: Sequence[str], what: str) -> bool:
 
 
 def any_rank(value: bool, what: str) -> bool:
-    """Whether it is so on any rank. Collective. Cost: an all-reduce of one number."""
+    """Whether `value` is true on any rank. Collective. Cost: an all-reduce of one number."""
     return bool(max_tensor(torch.tensor([int(value)]), world(), what=what)[0])
 
 
 def _digest_of(entries: Sequence[str]) -> int:
-    """63 bits that depend on every character."""
+    """A digest of `entries`, of 63 bits."""
     return int.from_bytes(hashlib.sha256("\n".join(entries).encode()).digest()[:8], "big") >> 1
 
 
@@ -99,8 +99,10 @@ def refuse_differences(compared: Sequence[Compared]) -> None:
 
 
 def refuse_different_models(parameters: Mapping[int, Sequence[str]]) -> None:
-    """Raise where the `parameters` of a prepared model, by its number, differ between ranks. One that is gone on some
-    rank is passed over: when a garbage collector has come to it says nothing. Collective. Cost: one object gather.
+    """Raise if the `parameters` of a prepared model, by its number, differ between ranks.
+
+    A model that is gone on some rank is passed over: when a garbage collector took it says nothing. Collective. Cost:
+    one object gather.
 
     Raises:
         ConsistencyError: as `refuse_differences`.
@@ -145,13 +147,13 @@ def parameters_of(model: nn.Module) -> list[str]:
 
 
 def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
-    """Raise where a tensor or number differs between ranks, bit by bit.
+    """Raise if a tensor or number differs between ranks, bit by bit.
 
     A sharded tensor (DTensor) is compared piece by piece between the ranks that hold the same piece: the replicas of
     HSDP, the copies of a tensor-parallel group. A tensor of which every rank holds another piece has no copies.
 
     Collective: call on all ranks with the same names. Cost: reads every tensor once, one all-reduce of 16 bytes for
-    each tensor or piece, one wait for the device; a gather where something differs.
+    each tensor or piece, one wait for the device; a gather if something differs.
 
     Raises:
         ConsistencyError: on every rank, naming a rank that is not with the majority, and the first name that differs.
@@ -161,7 +163,7 @@ def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
     starts = list(accumulate((num_pieces for _, num_pieces in compared.values()), initial=0))
     held = [
         start + piece for start, (piece, _) in zip(starts, compared.values(), strict=False)
-    ]  # a place for each piece
+    ]  # a slot for each piece
     digests_P = _digests(named[name] for name in compared)
     both = torch.full((2, starts[-1]), torch.iinfo(torch.int64).min)  # what this rank does not hold counts for nothing
     both[:, held] = torch.stack([digests_P, -digests_P])
@@ -175,7 +177,7 @@ def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
 
 
 def _refuse_odd_one(digests: Mapping[int, int], name: str, subject: str) -> None:
-    """`digests` by rank, of those that must have the same."""
+    """Raise if the `digests`, by rank, are not all the same."""
     odd, common = _odd_one(list(digests.values()))
     if odd is None:
         return
@@ -188,7 +190,7 @@ def _refuse_odd_one(digests: Mapping[int, int], name: str, subject: str) -> None
 
 
 def _odd_one(values: Sequence[Any]) -> tuple[int | None, int]:
-    """A rank whose value is not the commonest, and one whose value is; None where all are the same."""
+    """The index of a value that is not the commonest (None if all are the same), and of one that is."""
     if not values:
         return None, 0
     commonest, _ = Counter(values).most_common(1)[0]  # of equals the first, so that rank 0 is right in doubt
@@ -221,7 +223,7 @@ def _number(value: Any) -> torch.Tensor:
 
 
 def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    """64 bits that any changed bit changes. Shapes: result () int64, on the tensor's device."""
+    """A digest of 64 bits, which any changed bit changes. Shapes: result () int64, on the tensor's device."""
     with torch.no_grad():
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         data = local.detach().contiguous().reshape(-1).view(torch.uint8)

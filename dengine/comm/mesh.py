@@ -1,7 +1,7 @@
-"""Models that somebody has laid out over a mesh by hand: what is refused of them, and what is said about their data.
+"""Models that the user has laid out over a mesh: which ones are refused, and when to warn about their data.
 
-Ranks that share a sample, as those of a tensor-parallel group do, must be given the same data. Nothing here knows which
-ranks those are before a model tells it: by parameters that are DTensors, or by the mesh that it was prepared with.
+Ranks that share a sample, as those of a tensor-parallel group do, must be given the same data. Which ranks
+those are is known only from a model: by parameters that are DTensors, or by the mesh that it was prepared with.
 """
 
 import warnings
@@ -21,7 +21,10 @@ _SHARED = ("tp", "cp", "pp", "sp", "mp", "etp", "tensor", "context", "pipe", "pi
 
 
 def refuse_laid_out(model: nn.Module, strategy: str) -> None:
-    """Raises: ValueError: a parameter is a DTensor, which neither DDP nor a broadcast from rank 0 takes."""
+    """Refuse a model that is sharded already.
+
+    Raises: ValueError: a parameter is a DTensor, which neither DDP nor a broadcast from rank 0 takes.
+    """
     for name, parameter in model.named_parameters():
         if (mesh := getattr(parameter, "device_mesh", None)) is not None:
             raise ValueError(
@@ -33,7 +36,10 @@ def refuse_laid_out(model: nn.Module, strategy: str) -> None:
 
 
 def check_mesh(mesh: Any) -> None:
-    """Raises: TypeError: `mesh` is no DeviceMesh. ValueError: it is of other ranks, or its dimensions lack names."""
+    """Check the argument `mesh=`.
+
+    Raises: TypeError: it is no DeviceMesh. ValueError: it is of other ranks, or its dimensions lack names.
+    """
     if not hasattr(mesh, "get_coordinate"):
         raise TypeError(f"mesh= takes a torch DeviceMesh, as init_device_mesh() gives it, but got {mesh!r}.")
     if mesh.get_coordinate() is None:
@@ -46,7 +52,7 @@ def check_mesh(mesh: Any) -> None:
 
 
 def sources_of(mesh: Any) -> list[tuple[int, Any]]:
-    """For each dimension of the mesh, the rank that has the first place in it, and its group.
+    """For each dimension of the mesh, its first rank and its group.
 
     Broadcasts over them, one after the other, give every rank of the mesh what its very first rank has.
     """
@@ -55,19 +61,19 @@ def sources_of(mesh: Any) -> list[tuple[int, Any]]:
 
 
 def spreads_part(what: str, mesh_size: int, here: World) -> None:
-    """A model is spread over `mesh_size` of the ranks: `what` says by which option."""
+    """Note that a model is spread over `mesh_size` of the ranks; `what` says by which option."""
     if mesh_size < here.size:
         _note_sharing(f"{what} spreads a model over {mesh_size} of the {here.size} ranks")
 
 
 def spreads_model(model: nn.Module) -> None:
-    """A model that was laid out by hand is used."""
+    """Note that `model` is used, which may have been laid out by hand."""
     if isinstance(control(), Control) and (shared := _shared_by(model)) is not None:
         _note_sharing(shared)
 
 
 def deals_to_all_ranks() -> None:
-    """Data are dealt out to all ranks, each of which gets other samples."""
+    """Note that data are dealt out to all ranks, each of which gets other samples."""
     if isinstance(plane := control(), Control):
         plane.deals_to_all_ranks = True
         for model in plane.living_models().values():  # which may have been laid out after it was prepared

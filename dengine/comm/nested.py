@@ -1,4 +1,4 @@
-"""Numbers and tensors in nested dicts, lists and tuples: taken apart for a collective, and put together again. Pure."""
+"""Flatten nested dicts, lists and tuples of numbers and tensors for a collective, and rebuild them. Pure."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -11,7 +11,7 @@ ReduceOp: TypeAlias = Literal["sum", "mean", "min", "max"]
 
 
 def signature(value: Any) -> str:
-    """What is reduced, in a form that all ranks share: names, types and shapes, not values."""
+    """The signature of `value`, which all ranks must share: names, types and shapes, not values."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {signature(value[key])}" for key in sorted(value, key=repr)) + "}"
     if isinstance(value, list | tuple):
@@ -22,7 +22,7 @@ def signature(value: Any) -> str:
 
 
 def flatten(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable[[list[torch.Tensor]], Any]:
-    """Append the tensors in `value` to `leaves`; the function that comes back puts reduced ones in their places.
+    """Append the tensors in `value` to `leaves`; gives a function that rebuilds `value` from the reduced tensors.
 
     Raises:
         TypeError, ValueError: a leaf that is neither a number nor a tensor, or that `op` cannot reduce.
@@ -52,7 +52,7 @@ def flatten(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable[[l
 
 
 def grouped(tensors: list[torch.Tensor]) -> dict[tuple[torch.dtype, torch.device], list[int]]:
-    """The places of those that can be sent as one: of one dtype, on one device."""
+    """The indices of the tensors that can be sent as one, by dtype and device."""
     groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, tensor in enumerate(tensors):
         groups.setdefault((tensor.dtype, tensor.device), []).append(index)

@@ -1,4 +1,4 @@
-"""What only rank 0 runs, and why no collective may be called in it: the other ranks would never join."""
+"""Functions that only rank 0 runs. They may call no collective: the other ranks would never join it."""
 
 import functools
 import threading
@@ -15,7 +15,7 @@ P = ParamSpec("P")
 
 
 class _Scope(threading.local):
-    """Names of the rank-0-only functions this thread is inside of."""
+    """The names of the rank-0-only functions that this thread is inside of."""
 
     def __init__(self) -> None:
         self.names: list[str] = []

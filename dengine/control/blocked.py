@@ -1,4 +1,7 @@
-"""How long a rank has done nothing but wait in a collective. Once its connections are shut, that should be no time."""
+"""The blocked-in-collective detector: how long a rank has done nothing but wait for others.
+
+Once its connections are shut, a rank should not wait at all.
+"""
 
 import os
 import sys
@@ -8,7 +11,7 @@ from dengine.control.stop import Runs
 
 __all__ = ["BlockedDetector"]
 
-# Where a thread waits for other ranks, in torch or for what it has begun itself; it computes there, too.
+# The files in which a thread waits for other ranks. It may compute there, too: hence the look at the processor time.
 _WAITING_FILES = tuple(
     part.replace("/", os.sep)
     for part in ("/torch/autograd/", "/torch/distributed/", "/torch/nn/parallel/", "/dengine/parallel/gradients.py")
@@ -17,9 +20,10 @@ _MIN_LOAD = 0.1  # of one core: a process below it computes nothing. Gloo's own 
 
 
 class BlockedDetector:
-    """Of the thread whose loop runs; asked again and again, by another one. Linux and others; no request, no wait.
+    """For how long the thread of the loop has been blocked, as another thread sees it that asks again and again.
 
-    A wait for an asynchronous collective that the script began, in the script's own code, is not seen as one.
+    Does not see a wait in the script's own code for an asynchronous collective that the script started.
+    Cost: no request to the store, no wait.
     """
 
     def __init__(self, runs: Runs) -> None:
@@ -28,7 +32,7 @@ class BlockedDetector:
         self._cpu_s = time.process_time()
 
     def blocked_s(self) -> float:
-        """For how long all that was seen since was a wait for others, in a process that computes nothing."""
+        """For how many seconds every look has found the thread waiting, in a process that computes nothing."""
         now_s, cpu_s = time.monotonic(), time.process_time()
         frame = sys._current_frames().get(self._runs.thread_id)
         is_waiting = frame is not None and any(part in frame.f_code.co_filename for part in _WAITING_FILES)

@@ -1,8 +1,8 @@
-"""Which collective of the package each rank calls, one after the other: whether all call the same one.
+"""The log of collective calls: whether all ranks call the same collectives of the package in the same order.
 
-Two ranks that reduce loss and accuracy in another order give both of them wrong numbers, and nothing on the wire can
-tell: type and size are the same. So each call is entered in the store before it is made, by whoever comes first, and
-compared with that entry by all others. No rank waits for another one there.
+Two ranks that reduce loss and accuracy in another order give both of them wrong numbers, and nothing on the wire shows
+it: type and size are the same. So the first rank to make a call enters it in the store before, and all others compare
+theirs with that entry. No rank waits for another one there.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from dengine.launch.world import World
 __all__ = ["CallLog", "call_site", "num_joined", "user_line"]
 
 _CHECKED_RANKS = 64  # of more ranks, so many check each call, in turn: what the store sees does not grow with them
-_NUM_KEPT = 1024  # entries; no rank can be further behind
+_NUM_KEPT = 1024  # entries; no rank can lag by more
 _NOT_USER_CODE = (
     os.path.dirname(os.path.dirname(__file__)) + os.sep,
     os.path.dirname(torch.__file__) + os.sep,
@@ -34,12 +34,12 @@ _NOT_USER_CODE = (
 
 
 class CallLog:
-    """The collectives that this rank has called.
+    """The collectives that this rank has called, one after the other.
 
     Attributes:
         num_calls: so many so far.
-        current: the one it is in, or was in last; "" before the first.
-        is_inside: whether it is in it still.
+        current: the one that it is in, or was in last; "" before the first.
+        is_inside: whether it is still in it.
     """
 
     def __init__(self, here: World, store: Any) -> None:
@@ -55,7 +55,7 @@ class CallLog:
         """Note that this rank calls `what`; a `site` that is not empty must be the same on all ranks too.
 
         Cost: one request to the store, of 0.03 ms on one host.
-        Raises: ConsistencyError, where another rank has called something else; it names both call sites.
+        Raises: ConsistencyError: another rank has called something else; both call sites are named.
         """
         self.num_calls += 1
         self.current = what
@@ -69,7 +69,7 @@ class CallLog:
             raise ConsistencyError(_difference(first, mine))
 
     def wait(self, what: str) -> None:
-        """Note that this rank waits for all others, in what is no collective."""
+        """Note that this rank waits for all others, although not in a collective."""
         self.num_calls += 1
         self.current = what
         self.is_inside = True
@@ -78,12 +78,12 @@ class CallLog:
         self.is_inside = False
 
     def restart(self, run: int) -> None:
-        """After a failure of `run` that all ranks have left by: they may have got to different places in it."""
+        """Count anew after all ranks have left `run` by a failure: they may have got to different places in it."""
         self._section = f"after/{run}"
         self.num_calls = 0
 
     def _first_call(self, mine: dict[str, Any]) -> dict[str, Any]:
-        """What the rank that came first has entered: `mine` where this one did."""
+        """What the first rank to make this call entered: `mine` if it was this one."""
         entry = b""
         with suppress(DistError):  # the store is gone, and with it what there was to compare
             entry = self._store.compare_set(self._key(self.num_calls), "", json.dumps(mine))
@@ -108,12 +108,12 @@ def num_joined(size: int, *, but: Any = None) -> int:
 
 
 def call_site() -> str:
-    """Where the user's code calls from: the innermost line that is not the package's own."""
+    """The line of the user's code that calls: the innermost one outside of this package and of torch."""
     return user_line(sys._getframe(1))
 
 
 def user_line(frame: FrameType) -> str:
-    """The line of the user's code that led to `frame`, not in torch or in this package."""
+    """The line of the user's code that led to `frame`: the innermost one outside of this package and of torch."""
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_USER_CODE):
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"

@@ -1,4 +1,4 @@
-"""One list of messages on the store, which a thread of each rank reads in one order. It sleeps while there is none."""
+"""One list of messages in the store, which a thread of each rank reads in order. It sleeps until there is a message."""
 
 import json
 import time
@@ -15,14 +15,14 @@ from dengine.launch.world import World
 
 __all__ = ["POLL_S", "ControlContext", "Messages", "StoreEndpoint"]
 
-POLL_S = 0.002  # how often a thread looks that has something to collect, and cannot sleep until there is a message
+POLL_S = 0.002  # how often a thread looks that has answers to collect, and so cannot sleep until there is a message
 _FOR_EVER = timedelta(days=365)
-_NUM_KEPT = 1024  # messages; nobody is further behind, since whoever is asked must have answered before much is said
+_NUM_KEPT = 1024  # messages; no rank lags by more, since all must have answered a probe before many others come
 
 
 @dataclass(frozen=True)
 class StoreEndpoint:
-    """Where the ranks meet: the store's address, the part of it that is theirs, and whether rank 0 hosts it."""
+    """The store of the ranks: its address, the prefix of their keys, and whether rank 0 hosts it."""
 
     host: str
     port: int
@@ -30,7 +30,7 @@ class StoreEndpoint:
     is_hosted_by_rank_zero: bool
 
     def connect(self, timeout_s: float = 60.0) -> Any:
-        """A connection of its own: a thread that waits on one keeps everybody else off it."""
+        """A new connection. Each thread that waits needs its own: it keeps all others off the one it waits on."""
         timeout = timedelta(seconds=timeout_s)
         store = TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
         return PrefixStore(self.prefix, store)
@@ -38,10 +38,11 @@ class StoreEndpoint:
 
 @dataclass(frozen=True)
 class ControlContext:
-    """What joins this rank to the others: `store` to tell them something, `connections` of the group to wait for them.
+    """What links this rank to the others: the `store`, and the `connections` of the group, which close if a peer dies.
 
-    `group` is the process group of this package's own collectives, for tensors on the CPU. In a common one a rank that
-    is a collective ahead would join in one of DDP's, and both would get wrong numbers. `host_process` is rank 0's.
+    `group` is the process group of this package's own collectives, for tensors on the CPU. If DDP shared it, a rank
+    that is one collective ahead would join one of DDP's, and both would get wrong numbers. `host_process` is the
+    identity of rank 0's process.
     """
 
     here: World
@@ -53,7 +54,7 @@ class ControlContext:
 
 
 class Messages:
-    """The list. `publish` is for any thread, the rest for the one that reads.
+    """The list of messages. Any thread may call `publish`; the rest is for the thread that reads.
 
     Attributes:
         number: of the message that is read next.
@@ -67,7 +68,7 @@ class Messages:
         self._deletes_old = context.here.rank == 0  # removes what all have read
 
     def publish(self, **message: Any) -> None:
-        """Say something to all ranks.
+        """Append a message for all ranks.
 
         A message takes its number and is there by one request: of two, the second one would never come from a process
         that is killed in between, and all would wait for that number for ever.
@@ -80,16 +81,14 @@ class Messages:
         self._store.set(f"message/{number}", text)
 
     def _claim(self, number: int, text: str) -> str:
-        """What message `number` is now: `text`, unless there was one before.
+        """Store `text` as message `number` unless there is one already; gives what message `number` is now.
 
         torch's older store (USE_LIBUV=0) wakes nobody up by this request, but by writing the same once more.
         """
         return str(self._store.compare_set(f"message/{number}", "", text).decode(errors="replace"))
 
     def next(self, *, may_sleep: bool) -> dict[str, Any] | None:
-        """The next message. Waits for it or, unless it `may_sleep`, for a moment only: None, if there is none, or if
-        what lies there is malformed.
-        """
+        """The next message; None if it is malformed or, unless this `may_sleep` until there is one, not there yet."""
         key = f"message/{self.number}"
         if may_sleep:
             self.reader.wait([key], _FOR_EVER)

@@ -1,4 +1,4 @@
-"""Errors of DistributedDataParallel that speak of its own arguments, in the words of `prepare_model()`."""
+"""Explain the errors of DistributedDataParallel that name its own arguments, in terms of `prepare_model()`."""
 
 import re
 import traceback
@@ -15,8 +15,9 @@ _NUM_SHOWN = 8
 
 
 def explain(error: BaseException) -> None:
-    """Put before the message of `error`, if it is one of DDP's that we know, what to do. In place: it stays the same
-    exception, with its traceback. What follows is DDP's own message.
+    """Put what to do in front of the message of `error`, if it is one of DDP's that we know.
+
+    Changes it in place: it stays the same exception, with its traceback and DDP's own message after ours.
     """
     text = error.args[0] if type(error) is RuntimeError and error.args else ""
     if not isinstance(text, str) or not text.startswith((_UNUSED, _TWICE)):
@@ -51,7 +52,7 @@ def _model_of(error: BaseException) -> Any:
 
 
 def _names(model: Any, text: str) -> str:
-    """Of the parameters that DDP tells by their numbers; "" where that cannot be told."""
+    """The names of the parameters whose numbers DDP's message gives; "" if they cannot be found."""
     found = re.search(r"did not receive grad for rank \d+: ((?:\d+ ?)+)", text)
     if model is None or found is None:
         return ""

@@ -1,6 +1,6 @@
-"""Ranks that wait for each other in different places: whether none of them can go on, and what the script has done.
+"""Deadlocks: whether ranks that wait in different places can never go on, and what the script has done.
 
-Pure: it reads what all ranks answered to a roll call, once or twice.
+Pure: it reads what all ranks answered to a liveness probe, once or twice.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ _Answers = Mapping[int, Mapping[str, Any]]
 
 
 def waits_in(frame: FrameType | None) -> str:
-    """What of torch this innermost frame is in that may wait for other ranks; "" where it is in nothing of the kind."""
+    """What this innermost frame waits for in torch, if it is in something that may wait for other ranks; else ""."""
     if frame is None:
         return ""
     file = frame.f_code.co_filename.replace("\\", "/")
@@ -36,7 +36,7 @@ def waits_in(frame: FrameType | None) -> str:
 
 
 def is_certain(before: _Answers, now: _Answers) -> bool:
-    """Whether no rank can go on any more, as two roll calls show that lie some seconds apart.
+    """Whether no rank can ever go on, as two liveness probes show that lie some seconds apart.
 
     Some wait in a collective of this package, which all ranks have to join. All the others wait, without work for their
     processor, in one of torch's, in which those have not joined: neither can happen before the other. Or they wait at
@@ -49,8 +49,9 @@ def is_certain(before: _Answers, now: _Answers) -> bool:
 
 
 def cause(answers: _Answers, behind: int) -> tuple[int, str] | None:
-    """The rank that is where the others are not, and what keeps all from going on and what to do; None where they do
-    not wait for each other. `behind`: the rank that has got least far.
+    """The culprit of a deadlock, and a text that says what keeps all ranks from going on and what to do.
+
+    None if they do not wait for each other. `behind`: the rank that has got least far.
     """
     if not _is_crossed(answers):
         return None
@@ -106,7 +107,7 @@ def _pair(answers: _Answers) -> tuple[int, int]:
 
 
 def _alone(answers: _Answers, first: int, other: int) -> int:
-    """Of those who wait in a collective and those who wait at the end of the group, one of the fewer."""
+    """A rank of the smaller group: of those who wait in a collective and those who wait at the end of the group."""
     num_first = sum(answers[rank]["collective"] == answers[first]["collective"] for rank in answers)
     num_other = len(answers) - num_first
     if num_first == num_other:

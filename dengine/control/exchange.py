@@ -1,5 +1,6 @@
-"""Notes that a thread of each rank leaves for rank 0: through the store, so that no collective of a thread can mix with
-those of the training.
+"""Notes that a thread of each rank leaves for rank 0.
+
+They go through the store, since a collective of a thread could mix with those of the training.
 """
 
 import math
@@ -16,11 +17,11 @@ from dengine.launch.world import control, world
 __all__ = ["Mailbox"]
 
 _POLL_S = 0.01  # how often rank 0 looks for notes
-# How long rank 0 goes on looking after a failure: from a rank that is gone nothing will come; one that raised is alive,
-# and has a thread that may still be at work.
+# How much longer rank 0 waits after a failure: a rank that is gone leaves no note; one that raised is alive, and its
+# thread may still be at work.
 _GONE_S = 2.0
 _RAISED_S = 30.0
-_UNWATCHED_S = 1800.0  # where nobody can tell of a failure: as long as a collective of torch waits
+_UNWATCHED_S = 1800.0  # if there is no control plane that reports failures: as long as a collective of torch waits
 
 
 class Mailbox:
@@ -28,7 +29,7 @@ class Mailbox:
     else is for one thread of each. No collective. Cost: one request to the store a note, and one look in 10 ms.
 
     Args:
-        is_leaving: set where this rank leaves its run by an error, so that what does not come is not waited for.
+        is_leaving: set once this rank leaves its run by an error: then a note that is missing is not waited for.
     """
 
     def __init__(self, name: str, is_leaving: threading.Event) -> None:
@@ -76,16 +77,16 @@ class Mailbox:
                     self._store.delete_key(key)
             if len(notes) < self._here.size:
                 patience_s = self._patience_s()
-                # A failure that is forgiven meanwhile limits nothing.
+                # A failure that was recovered from meanwhile sets no limit.
                 end = math.inf if math.isinf(patience_s) else min(end, time.monotonic() + patience_s)
                 if time.monotonic() >= end:
                     missing = next(rank for rank in range(self._here.size) if rank not in notes)
-                    raise RemoteRankError(f"Rank {missing} has not told that its part is written.", rank=missing)
+                    raise RemoteRankError(f"Rank {missing} has not reported that its part is written.", rank=missing)
                 time.sleep(_POLL_S)
         return [notes[rank] for rank in range(self._here.size)]
 
     def _patience_s(self) -> float:
-        """How much longer a note may take, as things stand."""
+        """How many more seconds a note may take, given the status of the group."""
         failure = None if self._status is None else self._status.failure
         if failure is not None and failure.kind != "raised":
             return _GONE_S

@@ -1,4 +1,4 @@
-"""What a rank tells the others of a failure, and what they raise for it."""
+"""What a rank reports to the others about a failure, and what they raise for it."""
 
 import builtins
 import json
@@ -40,7 +40,7 @@ _BACKEND_WORDS = ("gloo", "nccl", "processgroup", "c10d", "tcpstore", "closed by
 
 @dataclass(frozen=True)
 class Level:
-    """Where one engine stands; `doing` says it in words. An engine in a handler of another is one more level."""
+    """The position of one engine; `doing` says it in words. An engine in a handler of another is one more level."""
 
     epoch: int
     iteration: int
@@ -50,7 +50,7 @@ class Level:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Level":
-        """Raises: TypeError: it is none."""
+        """The level that `to_dict` gave. Raises: TypeError: it is something else."""
         level = cls(**fields)
         text_or_none = (str, type(None))
         _check_types(level, epoch=int, iteration=int, doing=str, event=text_or_none, handler=text_or_none)
@@ -70,7 +70,7 @@ class Failure:
     where: tuple[Level, ...] = ()  # outermost engine first
     traceback: str = ""
     run: int | None = None
-    started: int = -1  # how far that run was begun
+    started: int = -1  # how far the rank had started that run, see `Run.started`
     is_frozen: bool = False  # it does not even answer
     is_interrupt: bool = False  # Ctrl-C
 
@@ -107,7 +107,7 @@ class Failure:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Failure":
-        """Raises: TypeError, ValueError, KeyError: it is none."""
+        """The failure that `to_dict` gave. Raises: TypeError, ValueError, KeyError: it is something else."""
         failure = cls(**{**fields, "where": tuple(Level.from_dict(level) for level in fields["where"])})
         _check_types(failure, rank=int, error=str, traceback=str, run=(int, type(None)), started=int)
         _check_types(failure, is_frozen=bool, is_interrupt=bool)
@@ -127,7 +127,7 @@ def where_text(where: Iterable[Level]) -> str:
 
 
 def traceback_of(error: BaseException) -> str:
-    """The traceback of `error` and of what it came of, whatever its own methods do and however they are linked."""
+    """The traceback of `error` and of its causes. Never raises, whatever the methods and links of the exceptions do."""
     chain = cause_chain(error)
     try:
         text = _plain_traceback(chain) if len(chain) > _CHAIN_LENGTH else "".join(traceback.format_exception(error))
@@ -137,7 +137,7 @@ def traceback_of(error: BaseException) -> str:
 
 
 def _plain_traceback(chain: list[BaseException]) -> str:
-    """The frames and the text of each of `chain`, without anything that its exceptions may have of their own."""
+    """The frames and the text of each of `chain`, without calling any formatting of their own."""
     half = _CHAIN_LENGTH // 2
     shown = [*chain[:half], None, *chain[-half:]] if len(chain) > _CHAIN_LENGTH else [*chain]
     parts = []
@@ -151,7 +151,7 @@ def _plain_traceback(chain: list[BaseException]) -> str:
 
 
 def cause_chain(error: BaseException, *, with_context: bool = True) -> list[BaseException]:
-    """`error` and what it came of, as a traceback shows it: each once, where they name each other in a circle."""
+    """`error` and its causes, in the order of a traceback; each once, even if they name each other in a circle."""
     chain: list[BaseException] = []
     seen = set[int]()
     at: BaseException | None = error
@@ -176,8 +176,9 @@ def frames_of(error: BaseException, here: FrameType) -> list[FrameType]:
 
 
 def is_of_backend(error: BaseException) -> bool:
-    """Whether `error` may be a broken connection: what a rank sees of another one's failure. A group of exceptions is
-    if all of them are.
+    """Whether `error` may be a broken connection, which is what a rank sees when another one fails.
+
+    A group of exceptions counts if all of them do.
     """
     return any(all(map(_is_backends, _leaves_of(each))) for each in cause_chain(error, with_context=False))
 
@@ -191,7 +192,7 @@ def _is_backends(error: BaseException) -> bool:
 
 
 def _leaves_of(error: BaseException) -> list[BaseException]:
-    """The exceptions of a group, of groups within it too; one that is no group is its own."""
+    """The exceptions of a group, and of groups within it; `error` itself if it is no group."""
     leaves: list[BaseException] = []
     waiting, seen = [error], set[int]()
     while waiting and len(seen) < _NUM_LEAVES:
@@ -217,7 +218,7 @@ def line_of(error: BaseException) -> str:
 
 
 def repr_of(error: BaseException) -> str:
-    """`repr(error)`, or its line where that fails."""
+    """`repr(error)`, or `line_of(error)` if that fails."""
     try:
         return repr(error)
     except Exception:
@@ -225,17 +226,17 @@ def repr_of(error: BaseException) -> str:
 
 
 def remove_error_file() -> None:
-    """The failure was handled: what comes later must not be shown with its traceback."""
+    """Remove the file for torchrun: the failure was handled, and a later one must not be shown with its traceback."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             os.remove(path)
 
 
 def write_error_file(message: str, traceback_text: str, *, is_cause: bool) -> None:
-    """Tell torchrun what its summary is to show for this process, as `torch.distributed.elastic`'s `@record` would.
+    """Write what torchrun's summary is to show for this process, as `torch.distributed.elastic`'s `@record` would.
 
-    The summary calls the earliest failure the root cause: where this rank stops only because another one failed
-    (not `is_cause`), its own comes a minute later. It shows the traceback alone, so what tells who the cause was stands
+    The summary calls the earliest failure the root cause: if this rank stops only because another one failed
+    (not `is_cause`), its own comes a minute later. It shows the traceback alone, so the culprit's name stands
     there too: a process that ends with exit code 0 is no failure to torchrun, and then an innocent rank stands there.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -1,4 +1,4 @@
-"""Where each rank is, as it tells the store now and then, and whether its process lives."""
+"""The heartbeat: each rank publishes its position about once a second, and reads whether the others are alive."""
 
 import json
 import sys
@@ -15,13 +15,13 @@ __all__ = ["Heartbeat", "levels_of"]
 
 
 class Heartbeat:
-    """What this rank tells of itself, and what the others have told.
+    """Publishes the position of this rank, and reads what the others have published.
 
-    The loop pays nothing: its place is read from the integers that it keeps anyway.
+    The loop pays nothing: its position is read from the integers that it keeps anyway.
 
     Attributes:
         progressed_at_s: when this rank was first seen where it is (of `time.monotonic()`).
-        told_by_host: what rank 0 told last, where it hosts the store, which could not be asked afterwards.
+        latest_of_host: the last heartbeat of rank 0 if it hosts the store, which could not be read afterwards.
     """
 
     def __init__(self, control: Control) -> None:
@@ -39,10 +39,10 @@ class Heartbeat:
     # -- this rank -----------------------------------------------------------------------------------------------
 
     def position(self) -> tuple[Level, ...]:
-        """Where the loop is; empty outside of a run."""
+        """The position of the loop; empty outside of a run."""
         try:
             return self._position_by_stack()
-        except Exception:  # frames of another thread, which goes on: what it tells is not worth a failure
+        except Exception:  # frames of another thread, which goes on meanwhile: no reason to fail
             return ()
 
     def _position_by_stack(self) -> tuple[Level, ...]:
@@ -62,9 +62,7 @@ class Heartbeat:
             self.progressed_at_s = time.monotonic()
 
     def publish_when_due(self, period_s: float) -> bool:
-        """Tell the store once a period and, so that a run is known soon after it began, between two runs; whether it
-        was time to.
-        """
+        """Publish once a period, and soon after a run has begun or ended. Gives whether it did."""
         is_new_turn = self._control.runs.num_turns != self._published_turn
         is_due = time.monotonic() >= self._published_at_s + (period_s / 10 if is_new_turn else period_s)
         if is_due:
@@ -72,7 +70,7 @@ class Heartbeat:
         return is_due
 
     def publish(self) -> None:
-        """Tell the store. Cost: one small request; two where rank 0 hosts the store."""
+        """Publish the position of this rank. Cost: one small request; two if rank 0 hosts the store."""
         self._published_at_s, self._published_turn = time.monotonic(), self._control.runs.num_turns
         position, call_log = self.position(), self._control.call_log
         beat = {
@@ -91,33 +89,33 @@ class Heartbeat:
     # -- the others ----------------------------------------------------------------------------------------------
 
     def latest(self, rank: int) -> dict[str, Any]:
-        """What `rank` told last; empty where it never did."""
+        """The last heartbeat of `rank`; empty if there is none."""
         key = f"at/{rank}"
         beat = parse_object(self._store.get(key)) if self._store.check([key]) else None
         return beat if beat is not None and _is_complete(beat) else {}
 
     def ranks_on_host(self) -> set[int]:
-        """The other ranks of this host that have told so; none where it cannot be told which host this is."""
+        """The other ranks of this host that have registered; none if this host has no identity (not Linux)."""
         host = self._identity["host"]
         ranks = parse_ranks(self._store.get(f"on/{host}"), self._here.size) if host else set()
         return ranks - {self._here.rank}
 
     def is_known_dead(self, beat: dict[str, Any]) -> bool:
-        """Whether the process that told this was one of this host, and has ended."""
+        """Whether the process that sent `beat` was one of this host, and has ended."""
         return self._is_of_this_host(beat) and not is_alive(beat)
 
     def is_known_alive(self, beat: dict[str, Any]) -> bool:
         return self._is_of_this_host(beat) and is_alive(beat)
 
     def may_be_unreachable(self, beat: dict[str, Any]) -> bool:
-        """Whether a network lies between this process and the one that told this: then that may be what is broken."""
+        """Whether the process that sent `beat` is on another host, so that the network may be what is broken."""
         return bool(beat) and beat["host"] != self._identity["host"]
 
     def _is_of_this_host(self, beat: dict[str, Any]) -> bool:
         return bool(beat) and bool(beat["host"]) and beat["host"] == self._identity["host"]
 
     def watch_host_processes(self) -> bool:
-        """Have the end of each process of this host noticed, once it has told which one it is: whether all have."""
+        """Watch for the end of each process of this host that has published. Gives whether all of them have."""
         for rank in self.ranks_on_host() - self._watched:
             beat = self.latest(rank)
             if beat:
@@ -128,7 +126,7 @@ class Heartbeat:
 
 
 def levels_of(beat: dict[str, Any]) -> tuple[Level, ...]:
-    """Where a rank told that it is; empty outside of a run."""
+    """The position in a heartbeat or an answer; empty outside of a run."""
     try:
         return tuple(Level.from_dict(level) for level in beat.get("where", ()))
     except TypeError:

@@ -1,4 +1,4 @@
-"""Asking all ranks who is there and where: who is gone, and who is it that the others wait for?"""
+"""The liveness probe: asks all ranks where they are, to find out who is gone and whom the others wait for."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from dengine.launch.parsing import parse_object
 
 __all__ = ["LivenessProbe", "exempt_key"]
 
-_ANSWER_S = 2.0  # a living rank's thread answers within milliseconds; this is for a machine under load
+_ANSWER_S = 2.0  # a living rank's thread answers within milliseconds, unless its machine is under load
 _POLL_S = 0.02
 _IDLE_S = 2.0  # a rank that moved just now is at work; it may be noticed a second late
 _NUM_SHOWN = 64
@@ -35,28 +35,28 @@ _UNREADABLE: dict[str, Any] = {
 
 
 class LivenessProbe:
-    """Cost: two requests to the store a rank, and as many as there are ranks for the one who asks."""
+    """Asks all ranks where they are. Cost: two requests to the store a rank, and one for each rank on the asker."""
 
     def __init__(self, control: Control, heartbeat: Heartbeat) -> None:
         self._control = control
         self._heartbeat = heartbeat
         self._here = control.context.here
         self._store = control.context.store
-        self._suspected: dict[int, dict[str, Any]] = {}  # what the ranks answered, where it looked like a deadlock
+        self._suspected: dict[int, dict[str, Any]] = {}  # the last answers, if they looked like a deadlock
         control.answer = self._answer
         control.failures.find_late = self.find_late
 
     def report_vanished(self) -> None:
-        """A connection was closed: name who is gone, unless it has said why, or all have left."""
+        """After a connection was closed: report who is gone, unless it has reported why, or all ranks have left."""
         status, latest = self._control.status, self._heartbeat.latest
         gone = [rank for rank in self._heartbeat.ranks_on_host() if self._heartbeat.is_known_dead(latest(rank))]
-        # One that told why it goes did so before it went; what it told may still be on its way.
+        # A rank that reports why it leaves does so first; its report may still be on its way.
         time.sleep(_POLL_S)
         if status.failure is not None or status.has_ended or self._control.has_all_left():
             return
         if not gone:
             answers = self._ask_all()
-            # One of this host that lives is only slow.
+            # One of this host whose process is alive is only slow.
             missing = [rank for rank in range(self._here.size) if rank not in answers and rank != self._here.rank]
             gone = [rank for rank in missing if not self._heartbeat.is_known_alive(latest(rank))]
         if gone and status.failure is None and not self._control.has_all_left():
@@ -66,13 +66,13 @@ class LivenessProbe:
             self._control.failures.report(failure)
 
     def find_stalled(self, timeout_s: float, *, leeway_s: float) -> tuple[Failure | None, float]:
-        """The rank that the others wait for, where none has moved for `timeout_s`; and for how long none has.
+        """The failure of the rank that all others await, if none has moved for `timeout_s`; and for how long none has.
 
         `leeway_s` is how late a rank may notice that it stands still.
         """
         answers = self._ask_all()
         missing = [rank for rank in range(self._here.size) if rank not in answers]
-        # One that does not answer, but told its place not long ago, holds the interpreter for a while.
+        # One that does not answer but published not long ago only holds the interpreter for a while.
         silent_s = [time.time() - self._heartbeat.latest(rank).get("time_s", 0.0) for rank in missing]
         if any(self._store.check([exempt_key(rank)]) for rank in missing):
             return None, 0.0
@@ -82,7 +82,7 @@ class LivenessProbe:
         return self._stall_failure(answers, missing, timeout_s, "stall_timeout="), idle_s
 
     def find_late(self) -> Failure | None:
-        """The one rank for which a collective waited in vain until the group's timeout; None if it cannot be told."""
+        """The failure of the rank for which a collective waited until the group's timeout; None if no one rank is."""
         answers = self._ask_all()
         missing = [rank for rank in range(self._here.size) if rank not in answers]
         if any(self._store.check([exempt_key(rank)]) for rank in missing):
@@ -98,7 +98,7 @@ class LivenessProbe:
         return self._stall_failure(answers, [], round(idle_s), "timeout=")
 
     def _answer(self, number: int) -> None:
-        """By the thread that reads: somebody wants to know who is there."""
+        """Answer probe `number`. Called by the thread that reads messages."""
         control = self._control
         position = self._heartbeat.position()
         self._heartbeat.note_progress(position)
@@ -108,8 +108,8 @@ class LivenessProbe:
             "collective": control.call_log.current if control.call_log.is_inside else "",
             **self._wait_details(),
             "idle_s": 0.0 if control.num_exempt else time.monotonic() - self._heartbeat.progressed_at_s,
-            # Who is behind: fewer of DDP's collectives joined, fewer runs begun or ended, less of the run begun, fewer
-            # of this package's collectives joined; in the end, who waits in none.
+            # The least is least far: fewer of torch's collectives joined, fewer runs begun or ended, less of the run
+            # started, fewer of this package's collectives called, and at last: waits in none.
             "progress": [
                 num_joined(self._here.size, but=control.context.group),
                 control.runs.num_turns,
@@ -122,7 +122,7 @@ class LivenessProbe:
         self._store.add(f"here/{number}", 1)
 
     def _wait_details(self) -> dict[str, Any]:
-        """What deadlock.py reads of this rank."""
+        """The part of the answer that deadlock.py reads."""
         frame = sys._current_frames().get(self._control.runs.thread_id)
         return {
             "waits_in": waits_in(frame),
@@ -135,8 +135,9 @@ class LivenessProbe:
         }
 
     def find_deadlock(self) -> tuple[Failure | None, bool]:
-        """By a rank that waits in a collective: the failure, where all ranks wait and none can go on; and whether it
-        looks like one, so that it is worth to look again in a moment.
+        """The failure if all ranks wait and none can go on; and whether it looks so, which is worth another look.
+
+        Called by a rank that waits in a collective.
         """
         before, answers = self._suspected, self._ask_all()
         found = _deadlock_failure(answers) if len(answers) == self._here.size else None
@@ -144,7 +145,7 @@ class LivenessProbe:
         return found if is_certain(before, answers) else None, found is not None
 
     def _ask_all(self) -> dict[int, dict[str, Any]]:
-        """The answers of all ranks, by rank; whose thread does not answer is missing."""
+        """The answers by rank; a rank whose thread does not answer is missing."""
         number = self._store.add("calls", 1)
         self._control.messages.publish(kind="call", number=number)
         end = time.monotonic() + _ANSWER_S
@@ -155,7 +156,7 @@ class LivenessProbe:
             key = f"here/{number}/{rank}"
             if self._store.check([key]):
                 answer = parse_object(self._store.get(key))
-                # One that cannot be read is there, at least: it is not the one that does not answer.
+                # A malformed answer is an answer: that rank is not the one that is silent.
                 answers[rank] = answer if answer is not None and _is_complete(answer) else dict(_UNREADABLE)
                 self._store.delete_key(key)
         return answers
@@ -164,7 +165,7 @@ class LivenessProbe:
         beat = self._heartbeat.latest(gone[0])
         error = "its process ended without an exception (killed, out of memory, or os._exit)"
         if beat:
-            error += f"; what it told last was {max(time.time() - beat['time_s'], 0):.1f} s before"
+            error += f"; its last report was {max(time.time() - beat['time_s'], 0):.1f} s before"
         if len(gone) > 1:
             error += f"; gone are ranks {', '.join(map(str, gone[:_NUM_SHOWN]))}"
         return Failure("vanished", gone[0], error, levels_of(beat))
@@ -189,7 +190,7 @@ class LivenessProbe:
 
 
 def exempt_key(rank: int) -> str:
-    """There while `rank` is in a part of the script that may take as long as it likes."""
+    """The key that exists while `rank` is in a part of the script that may take as long as it likes."""
     return f"exempt/{rank}"
 
 
@@ -202,7 +203,7 @@ def _is_complete(answer: dict[str, Any]) -> bool:
 
 
 def _deadlock_failure(answers: dict[int, dict[str, Any]]) -> Failure | None:
-    """The failure that ranks wait for each other in different places; None where they do not."""
+    """The failure if ranks wait for each other in different places; None if they do not."""
     found = cause(answers, min(answers, key=lambda each: answers[each]["progress"]))
     return None if found is None else Failure("stalled", found[0], found[1], levels_of(answers[found[0]]))
 

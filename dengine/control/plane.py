@@ -1,9 +1,9 @@
-"""How ranks leave together: this rank's end of the control plane.
+"""The control plane: this rank's end of what lets all ranks leave together.
 
 A thread sleeps until there is a message (channel.py); no loop waits for a rank, and no rank asks another one for
 anything while all goes well. What becomes of a failure is in propagation.py, how a run stops at one iteration on all
-ranks in stop.py, and what a rank does by itself now and then (tell where it is, look whether somebody is gone or hangs)
-in watchdog.py.
+ranks in stop.py, and what a rank does by itself now and then (publish its position, look whether somebody is gone or
+hangs) in watchdog.py.
 """
 
 import threading
@@ -35,10 +35,10 @@ class Control:
     """This rank's end of the control plane. Cost: a thread that sleeps, two connections to the store.
 
     Attributes:
-        num_ticks: of `distributed.progress()`.
-        num_exempt: entered parts of the script that may take as long as they like (`rank_zero_first()`).
-        answer: to an inquiry: liveness.py's.
-        shared_data: why some ranks need the same samples, once a model has told; deals_to_all_ranks: whether each rank
+        num_ticks: calls of `distributed.progress()`.
+        num_exempt: how many parts of the script this rank is in that may take as long as they like.
+        answer: answers a liveness probe; set by liveness.py.
+        shared_data: why some ranks need the same samples, once a model shows it; deals_to_all_ranks: whether each rank
             gets samples of its own; has_warned_of_shared_data. All three are comm/mesh.py's.
     """
 
@@ -56,7 +56,7 @@ class Control:
         self.deals_to_all_ranks = self.has_warned_of_shared_data = False
         self._models: dict[int, weakref.ref[nn.Module]] = {}  # by their number in the order of being prepared
         self._num_models = 0
-        self._stop_requests: dict[int, dict[str, Any]] = {}  # rank 0: those whose answers are not all there
+        self._stop_requests: dict[int, dict[str, Any]] = {}  # rank 0: those that not all ranks have answered
         self._thread = threading.Thread(target=self._read_all, name="dengine-control", daemon=True)
 
     def start(self) -> None:
@@ -68,7 +68,7 @@ class Control:
         self._num_models += 1
 
     def living_models(self) -> dict[int, nn.Module]:
-        """By number. Which ones still live depends on this rank's garbage collector."""
+        """The models of `add_model` that still live, by number. Which do depends on this rank's garbage collector."""
         living = {number: model for number, each in self._models.items() if (model := each()) is not None}
         self._models = {number: self._models[number] for number in living}
         return living
@@ -123,7 +123,7 @@ class Control:
                 warn_malformed(message)
 
     def _decide_stops(self) -> None:
-        """On rank 0: where every rank has told how far it has begun, decide for the furthest."""
+        """On rank 0: once every rank has reported how far it is, publish the furthest position as the target."""
         reader = self.messages.reader
         for number, message in list(self._stop_requests.items()):
             if reader.add(f"begun/{number}/count", 0) == self.context.here.size:
@@ -136,15 +136,15 @@ class Control:
     # -- leaving -------------------------------------------------------------------------------------------------
 
     def leave_together(self) -> None:
-        """Wait until all ranks are here. Not over the group: a rank that left its loop early would join in a collective
-        that the others are still in.
+        """Wait until all ranks are here. Uses the store and not the group: a rank that left its loop early would join a
+        collective that the others are still in.
 
-        Collective. Raises: RemoteRankError, StallError where a rank fails meanwhile; LaunchError: the store is gone.
+        Collective. Raises: RemoteRankError, StallError: a rank fails meanwhile. LaunchError: the store is gone.
         """
         store = self.context.store
         try:
             if store.add("left", 1) == self.context.here.size:
-                store.set("all_left", "yes")  # before anybody hears of it, and closes
+                store.set("all_left", "yes")  # before any rank reads the message, and closes
                 self.messages.publish(kind="left")
         except DistError as error:
             raise self.failures.without_store("they cannot leave together", error) from None
@@ -167,7 +167,7 @@ class Control:
                 self._check_all_left()
 
     def _check_all_left(self) -> None:
-        """The last one to come may have been killed just before it said that all have."""
+        """Look into the store: the last rank to come may have been killed just before it published that all have."""
         store, mine = self.context.store, str(self.context.here.rank)
         try:
             if self.has_all_left():
@@ -181,23 +181,23 @@ class Control:
         return self.status.all_left or self.context.store.check(["all_left"])
 
     def close(self, *, is_failing: bool) -> None:
-        """End the threads; where this rank fails, free those who wait for it. Cost: 2.3 s at most, on rank 0 4.3 s."""
+        """End the threads; if this rank fails, free those who wait for it. Cost: 2.3 s at most, on rank 0 4.3 s."""
         self.status.is_closed = True
         self.context.connections.wake()
         with suppress(DistError):  # the store is gone
             if is_failing:
-                if not self.status.is_aborted:  # else all others break off by themselves
+                if not self.status.is_aborted:  # else all others abort by themselves
                     self.context.connections.hang_up()
                 elif self.status.is_store_lost:  # at once, and they may be late
                     time.sleep(_LATE_S)
                 if not self.status.is_store_lost and self.context.store.add("ended", 1) == 1:
                     self.messages.publish(kind="end")
-            self._thread.join(timeout=_LEAVE_S)  # else it would be cut down at the process's end, and take it along
+            self._thread.join(timeout=_LEAVE_S)  # a thread that is killed with the interpreter can crash the process
             if self.context.endpoint.is_hosted_by_rank_zero and self.context.here.rank == 0:
                 self._wait_for_the_others()
 
     def _wait_for_the_others(self) -> None:
-        """This process takes the store with it: the others are to have heard all that there is to hear."""
+        """Give the others time to read all messages: this process takes the store with it."""
         end = time.monotonic() + _LEAVE_S
         failure = self.status.failure
         is_one_lost = failure is not None and (failure.kind == "vanished" or failure.is_frozen)

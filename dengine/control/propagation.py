@@ -1,9 +1,9 @@
 """How one rank's failure becomes everybody's, and which one does not.
 
-The rank that raises tells the others first, then raises. Each rank hears of it, and its loops stop before their next
-iteration. Whoever is in a collective waits for the failed rank in C++: the connections are shut under it, unless within
-a moment all ranks have left the run by an exception: one that all of them raise alike, and may handle, ends nothing but
-the run.
+The rank that raises reports first, then raises. Each rank receives the report, and its loops stop before their next
+iteration. A rank that waits in a collective waits for the failed rank in C++: its connections are shut, unless within
+a moment all ranks have left the run by an exception. One that all of them raise alike, and may handle, ends only the
+run.
 """
 
 import threading
@@ -37,22 +37,22 @@ from dengine.launch.console import say
 __all__ = ["Failures"]
 
 _RESOLVE_S = 2.0  # how long the other ranks may take to leave the run by an exception of their own
-_DELIVERY_S = 0.5  # how long a failure takes, at most, from the one who tells it to those who hear it
+_DELIVERY_S = 0.5  # how long a report takes, at most, from one rank to the others
 _POLL_S = 0.02
 _INQUIRE_S = 4.0  # how long it takes, at most, to find out who is gone
-_REPORTS_PER_RUN = 8  # all ranks may fail at once: the first ones name the cause
-_MARK = "_dengine_told"  # on an exception that the others know of: the run that it left
+_REPORTS_PER_RUN = 8  # all ranks may fail at once: the first reports name the cause
+_MARK = "_dengine_told"  # attribute of an exception that was reported: the run that it left
 _OUTSIDE = -1  # of any run
 
 
 class Failures:
-    """The failures that ranks told of, and what becomes of each: it is forgiven, or it breaks the group.
+    """The failures that ranks have reported. Each is resolved: the ranks recover from it, or the group is aborted.
 
     Attributes:
-        inquire: has somebody find out who is gone: liveness.py's.
-        find_late: whom a collective waited for in vain: liveness.py's.
-        meet_stall: what is to be done of a stall before anybody hears of it, and leaves: watchdog.py's.
-        last_seen_of_rank_zero: where the host of the store was; the store could not tell afterwards.
+        inquire: starts a search for who is gone; set by watchdog.py.
+        find_late: finds the rank that a collective waited for in vain; set by liveness.py.
+        on_stall: called with a stall before the loop learns of it, and leaves; set by watchdog.py.
+        last_seen_of_rank_zero: the last position of rank 0 if it hosts the store, which cannot be read afterwards.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Failures:
         self._status = status
         self._runs = runs
         self._received_at_s = 0.0
-        self._queued: list[Failure] = []  # heard while another one was not settled yet
+        self._queued: list[Failure] = []  # received while another one was not resolved yet
         self._receive_lock = threading.Lock()
         self._left_by_error: set[int] = set()  # runs that this rank has left so
         self._recovered: set[int] = set()
@@ -79,16 +79,16 @@ class Failures:
     # -- this rank's own -----------------------------------------------------------------------------------------
 
     def failed(self, error: BaseException, run: int | None, here: FrameType) -> BaseException:
-        """What this rank is to raise where `error` leaves a run (or, `run` being None, the process group).
+        """Report `error`, which leaves a run (or, if `run` is None, the process group); gives what to raise for it.
 
-        The others are told of `error`, unless it is only what another rank's failure looks like from here: then it is
-        that failure. What the handler of a signal raises meanwhile disturbs none of this, and is what to raise then.
-        Cost: two requests to the store; where a connection broke, up to 5 s to find out who is gone.
+        If `error` is only what another rank's failure looks like from here, nothing is reported, and that failure is
+        given. If the handler of a signal raises meanwhile, all this is finished first, and that error is given.
+        Cost: two requests to the store; after a broken connection, up to 5 s to find out who is gone.
         """
         raised, interruption = undisturbed(lambda: self._failed(error, run, here))
         if interruption is None or interruption is error:
             return raised
-        _mark(interruption, _mark_of(raised))  # it came of what was told: not once more
+        _mark(interruption, _mark_of(raised))  # it was raised on the way out: not reported once more
         if interruption.__cause__ is None:
             interruption.__cause__ = raised
         return interruption
@@ -96,7 +96,7 @@ class Failures:
     def _failed(self, error: BaseException, run: int | None, here: FrameType) -> BaseException:
         self._status.is_leaving = True
         raised = error
-        reported_run = _mark_of(error)  # the run of which it was told; it may come from one within this one
+        reported_run = _mark_of(error)  # it may come from a run within this one
         is_known = reported_run is not None and reported_run not in self._recovered
         is_others = reported_run is None and isinstance(error, RemoteRankError | StallError)
         if not is_known and not is_others:
@@ -131,22 +131,23 @@ class Failures:
             self.report(Failure("raised", self._here.rank, line, where, text, run, started, is_interrupt=is_interrupt))
 
     def _remote_cause(self) -> Failure | None:
-        """The failure behind a broken connection. None where all ranks are there: then it is this rank's own; and where
-        nobody can be asked.
+        """The failure that broke a connection.
+
+        None if all ranks are there, since then it is this rank's own, and if nobody can be asked.
         """
         status = self._status
         if not status.wait_for(lambda: status.failure or status.is_store_lost, _DELIVERY_S):
             number = self._num_inquiries
             self.inquire()
             status.wait_for(lambda: status.failure or status.is_store_lost or self._num_inquiries > number, _INQUIRE_S)
-            if status.failure is None:  # what was found out is on its way, through the store
+            if status.failure is None:  # the report is on its way, through the store
                 status.wait_for(lambda: status.failure or status.is_store_lost, _DELIVERY_S)
         failure = status.failure
         is_mine = failure is not None and failure.rank == self._here.rank and failure.kind == "raised"
         return None if is_mine else failure
 
     def _late_rank(self, is_timeout: bool) -> Failure | None:
-        """The rank that the others waited for until the group's own timeout. One of those who see it end asks."""
+        """The failure of the rank that the others awaited until the group's own timeout. The first to time out asks."""
         status = self._status
         with suppress(DistError):  # the store is gone
             if is_timeout and self._store.add("late", 1) == 1:
@@ -165,7 +166,7 @@ class Failures:
         return None if failure is None or failure.rank == self._here.rank else failure
 
     def end_inquiry(self) -> None:
-        """Nobody is gone, or whoever is has been told of."""
+        """Wake up those who wait for `inquire`: nobody is gone, or whoever is has been reported."""
         self._num_inquiries += 1
         self._status.update()
 
@@ -183,7 +184,7 @@ class Failures:
     # -- everybody's ---------------------------------------------------------------------------------------------
 
     def report(self, failure: Failure) -> None:
-        """Tell all ranks of a failure."""
+        """Report a failure to all ranks."""
         if self._store.add(f"failures/{failure.run}", 1) <= _REPORTS_PER_RUN:
             self._messages.publish(kind="failed", failure=failure.to_dict())
 
@@ -208,9 +209,9 @@ class Failures:
         self._context.connections.wake()
 
     def check(self) -> None:
-        """Raise what another rank's failure is raised as here, if there is one.
+        """Raise another rank's failure here, if there is one.
 
-        Where all ranks may yet turn out to have left a run alike (see `resolve`), it waits for that.
+        Waits while all ranks may yet turn out to have left a run alike (see `resolve`).
         """
         if self._left_by_error:
             self._status.wait_for(self._is_resolved, _RESOLVE_S + _DELIVERY_S)
@@ -225,30 +226,30 @@ class Failures:
         return is_recovered or self._status.is_aborted or self._status.all_left
 
     def _has_all_left_alike(self) -> bool:
-        """All ranks came to the end of the block, before anybody looked whether they had left the run alike: so it
-        was, as else one of them would have been freed by breaking the group.
+        """Whether all ranks came to the end of the block before the failure was resolved. Then they left the run alike,
+        as otherwise one of them would have been freed by aborting the group.
         """
         return self._status.all_left and not self._status.is_aborted
 
     def _may_still_fail_alike(self, failure: Failure) -> bool:
-        """Whether this rank has still to come to where another one failed: it goes on, since it may fail there too, as
-        ranks do that check the same thing one after the other. Who waits there is freed by `resolve`.
+        """Whether this rank has not yet come to where another one failed. Then it goes on: it may fail there too, as
+        ranks do that check the same thing one after the other. If it waits there, `resolve` frees it.
         """
         if self._status.is_aborted or failure.run is None or failure.rank == self._here.rank:
             return False
         return any(run.number == failure.run and run.started <= failure.started for run in self._runs.under_way)
 
     def resolve(self) -> None:
-        """Forgive a failure, where all ranks have left its run by an exception; break the group, where they have not.
+        """Recover from a failure if all ranks have left its run by an exception; else abort the group.
 
-        One rank decides, whichever comes first.
+        The first rank to come here decides for all.
         """
         failure = self._status.failure
         if failure is None or self._status.is_aborted:
             return
         is_out = failure.run is not None and self._store.add(f"out/{failure.run}", 0) == self._here.size
         if is_out and self._store.check([f"out/{failure.run}/is_skewed"]):
-            is_out = False  # one has joined in a collective that another one has not: the next would not fit
+            is_out = False  # one rank has joined a collective that another has not: the next ones would not match
         elif failure.run is not None and not is_out and time.monotonic() < self._received_at_s + _RESOLVE_S:
             return
         verdict = "recovered" if is_out else "aborted"
@@ -263,20 +264,20 @@ class Failures:
         if failure.rank == self._here.rank:
             remove_error_file()
         with self._receive_lock:
-            self._recovered.add(failure.run)  # before it is forgotten: who looks in between must not raise it
+            self._recovered.add(failure.run)  # before it is cleared: a look in between must not raise it
             self._status.clear_failure()
             queued, self._queued = self._queued, []
         for each in queued:
             self.receive(each)
 
     def abort(self) -> None:
-        """Free whoever waits in a collective on this rank, for the failure that there is; the others do so as well."""
+        """Abort the collectives of this rank, so that whoever waits in one is freed. All ranks do so together."""
         failure = self._status.failure
         assert failure is not None
         if failure.rank != self._here.rank:
             write_error_file(failure.message(), failure.traceback, is_cause=False)
         self._status.update(is_aborted=True)
-        for run in self._runs.under_way:  # who went on, to fail alike, goes no further
+        for run in self._runs.under_way:  # a run that went on, to fail alike, stops here
             run.interrupt()
         self._context.connections.abort()
         if "nccl" in self._here.backend:
@@ -285,7 +286,7 @@ class Failures:
     # -- the store is gone ---------------------------------------------------------------------------------------
 
     def lose_store(self, error: Exception) -> None:
-        """The store is gone: nobody can be told or asked any more."""
+        """Note that the store is gone: no rank can report or be asked any more."""
         status, endpoint = self._status, self._context.endpoint
         if status.is_closed or status.has_ended or status.is_store_lost:
             return
@@ -300,7 +301,7 @@ class Failures:
             self.abort()
 
     def without_store(self, consequence: str, error: Exception | None = None) -> BaseException:
-        """What is to be raised where the ranks have to agree and cannot. `error`: how it was noticed, if not before."""
+        """What to raise if ranks have to agree and the store is gone. `error`: how that was noticed, if only now."""
         if error is not None:
             self.lose_store(error)
         if self._status.failure is not None:
@@ -314,7 +315,7 @@ class Failures:
         )
 
     def lose_host(self, timeout_s: float, *, may_be_unreachable: bool) -> None:
-        """Rank 0's process, which hosts the store, does not answer: nobody can be asked who hangs."""
+        """Blame rank 0, whose process hosts the store and does not answer: nobody can be asked who hangs."""
         text = f"Rank 0, which hosts the store, has not answered for {timeout_s:g} s: its process is stopped or hangs"
         text += ", or its host is not reached." if may_be_unreachable else "."
         self.receive(Failure("stalled", 0, text, self.last_seen_of_rank_zero, is_frozen=True), is_store_lost=True)
@@ -322,7 +323,7 @@ class Failures:
 
 
 def _mark_of(error: BaseException) -> int | None:
-    """Not by getattr(): an exception may answer any name."""
+    """The run that `error` was reported for; None if it was not. Without getattr(), which a class may override."""
     reported_run = error.__dict__.get(_MARK)
     return reported_run if isinstance(reported_run, int) else None
 

@@ -1,9 +1,9 @@
-"""The connections of a process group: who notices that a peer is gone, and how a rank that waits in one is freed.
+"""The sockets of a process group: how a rank notices that a peer is gone, and how one that waits is freed.
 
 Gloo's wait is in C++ and ends only when a connection closes or the group's timeout passes: neither a signal nor
 `abort()` on the group frees it, nor does destroying the group once DDP holds it. Shutting the sockets does, at once.
 
-Only for reading, though: where a write fails, Gloo keeps what it was about to send until the socket can be written
+Only for reading, though: if a write fails, Gloo keeps what it was about to send until the socket can be written
 again, closes the connection at the next read, and leaves whoever waits for that send waiting (pair.cc, where
 `signalException` passes over what is queued in `tx_`). So nothing is done by which a rank that comes late to a
 collective could meet a connection that can no longer be written to.
@@ -25,15 +25,15 @@ _Ends: TypeAlias = tuple[_Address, _Address]  # here, there
 
 _FOLDER = "/proc/self/fd"
 
-# The sockets of groups that were left by a failure: closed, they would refuse what a late rank has still to send.
+# The sockets of groups that were left by a failure: if closed, they would refuse what a late rank has yet to send.
 _left_open: list[socket.socket] = []
 
 
 @contextmanager
 def new_connections(store_port: int) -> Iterator[list[socket.socket]]:
-    """The connections that are made inside the `with` block, but for those to the store. Linux only; else none.
+    """The connections that are made inside the `with` block, except those to the store. Linux only; else none.
 
-    They are duplicates: a number of our own cannot come to mean another file when the group closes its one.
+    They are duplicates: the number of a descriptor of our own is not reused when the group closes its own one.
     """
     made: list[socket.socket] = []
     before = set(_socket_numbers().values())
@@ -45,8 +45,9 @@ def new_connections(store_port: int) -> Iterator[list[socket.socket]]:
 
 
 def existing_connections(exchange: Callable[[list[_Ends]], list[list[_Ends]]], store_port: int) -> list[socket.socket]:
-    """The connections between ranks that were made before, but for those to the store: those of whose two ends this
-    process has one, and another rank the other. Duplicates, as in `new_connections`.
+    """The connections between ranks that exist already, except those to the store; as duplicates.
+
+    They are those with one end in this process and the other in another rank.
 
     Collective: `exchange` gives the ends of all ranks, in their order, for those of this one.
     """
@@ -64,7 +65,7 @@ def existing_connections(exchange: Callable[[list[_Ends]], list[list[_Ends]]], s
 
 
 class Connections:
-    """The connections of one group, and a way to sleep until one of them hangs up."""
+    """The connections of one group, and a way to sleep until a peer closes one of them."""
 
     def __init__(self, sockets: list[socket.socket]) -> None:
         while _left_open:  # all ranks are here, so none is left in a group before this one
@@ -79,7 +80,7 @@ class Connections:
             self._poll.register(each, select.POLLRDHUP)
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until `wake()`, or until a peer hangs up: whether one did. Each is told of once."""
+        """Sleep until `wake()`, or until a peer hangs up. Gives whether one did; each counts once."""
         has_hung_up = False
         for number, _ in self._poll.poll(timeout_s * 1000):
             if number == self._woken.fileno():
@@ -91,7 +92,7 @@ class Connections:
         return has_hung_up
 
     def watch_process(self, pid: int) -> None:
-        """Have `wait` tell of the end of a process of this host too: what it forked may hold its connections open."""
+        """Have `wait` also return when this process of this host ends: its children may hold its connections open."""
         with suppress(OSError, AttributeError):  # it has ended, or the system has no such thing (Linux 5.3)
             number = os.pidfd_open(pid)
             self._processes.append(number)
@@ -102,11 +103,11 @@ class Connections:
             self._waker.send(b"!")
 
     def abort(self) -> None:
-        """Free whoever waits in a collective of the group on this rank, now and later. He sees an error there."""
+        """Free whoever waits in a collective of the group on this rank, now and later, by an error there."""
         self._shut(socket.SHUT_RD)
 
     def hang_up(self) -> None:
-        """Have the peers notice that this rank, which is in no collective any more, takes no further part."""
+        """Have the peers notice that this rank, which is in no collective, takes no further part."""
         self._shut(socket.SHUT_WR)
 
     def _shut(self, way: int) -> None:
@@ -115,8 +116,8 @@ class Connections:
                 each.shutdown(way)
 
     def close(self, *, is_failing: bool) -> None:
-        """Forget the connections. What the group itself still holds stays open; where this rank is failing, all of
-        them, until this process ends or is in another group.
+        """Close our duplicates of the connections. If this rank is failing they stay open until this process ends or is
+        in another group.
         """
         for each in (self._waker, self._woken):
             each.close()
@@ -131,17 +132,17 @@ class Connections:
 
 
 def abort_group() -> None:
-    """End what is under way on the device, without waiting for it: NCCL's connections are none of these."""
+    """Abort what is under way on the device, without waiting for it: NCCL's connections are not among the sockets."""
     with suppress(Exception):  # nothing more can be done for a rank that waits on the device
         dist.distributed_c10d._abort_process_group()
 
 
 def _address(name: tuple[Any, ...]) -> _Address:
-    return name[0].removeprefix("::ffff:"), name[1]  # as IPv4, where it is that within IPv6
+    return name[0].removeprefix("::ffff:"), name[1]  # as IPv4, if it is IPv4 within IPv6
 
 
 def _socket_numbers() -> dict[int, str]:
-    """The descriptors of this process that are sockets, and the kernel's name of each."""
+    """The kernel's name of each socket of this process, by its descriptor."""
     numbers = {}
     with suppress(FileNotFoundError):
         for number in os.listdir(_FOLDER):

@@ -1,4 +1,4 @@
-"""How things stand between the ranks, as this one knows it: written by several threads, waited for by others."""
+"""The status of the group, as this rank knows it: several threads write it, and others wait for a change."""
 
 import threading
 from collections.abc import Callable
@@ -9,20 +9,20 @@ __all__ = ["GroupStatus"]
 
 
 class GroupStatus:
-    """What this rank has heard, and where it is itself on the way out. Who waits wakes up at every change of `update`.
+    """What this rank knows of the group, and where it is on its own way out. `update` wakes up whoever waits.
 
     Attributes:
-        failure: the first failure that any rank told of, until it is forgiven; all ranks name the same one.
-        is_broken: the connections are shut: nobody waits in a collective any more, and none can be joined.
-        is_lost: the store cannot be reached any more.
+        failure: the first failure that any rank reported, until all recover from it; the same one on all ranks.
+        is_aborted: the connections are shut: nobody waits in a collective any more, and none can be joined.
+        is_store_lost: the store cannot be reached any more.
         all_left: all ranks have come to the end of the block.
-        is_over: nobody says anything any more.
+        has_ended: no more messages will come.
         is_closed: this rank has left the block.
         is_leaving: this rank's run is on its way out, by an error.
     """
 
     def __init__(self, wake_loops: Callable[[], None]) -> None:
-        """`wake_loops` wakes those up that wait in another way: loops whose run is being decided about."""
+        """`wake_loops` wakes up the loops that wait for a decision about their run."""
         self.failure: Failure | None = None
         self.is_aborted = False
         self.is_store_lost = False
@@ -58,6 +58,6 @@ class GroupStatus:
             self._changed.notify_all()
 
     def wait_for(self, predicate: Callable[[], object], timeout_s: float) -> bool:
-        """Wait until `predicate()`, asked again at every change; whether it is, after `timeout_s` at the latest."""
+        """Wait until `predicate()` holds, for `timeout_s` at most; asks at every change. Gives whether it holds."""
         with self._changed:
             return bool(self._changed.wait_for(predicate, timeout_s))

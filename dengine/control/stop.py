@@ -1,13 +1,13 @@
 """How ranks agree when to leave a run, without waiting for each other while nobody wants to.
 
-Every rank's thread reads one list of messages, in one order (channel.py). Where a rank asks to stop, each rank's
-thread tells how far its loop has *begun*; the furthest is where all stop, and it is within reach of everybody: who is
-behind goes on, who is there waits for the word. No loop ever waits for a rank that waits for it in a collective, since
-the threads answer, not the loops.
+Every rank's thread reads one list of messages, in one order (channel.py). If a rank asks to stop, each rank's thread
+reports how far its loop has *started*. The furthest position is where all stop, and every rank can reach it: whoever is
+before it goes on, whoever is there waits for the decision. No loop ever waits for a rank that waits for it in a
+collective, since the threads answer, not the loops.
 
     loop                                          thread
-    tells that it begins a step, then looks       raises the flag, then reads how far
-    whether the flag is up                        the loop has begun
+    writes that it starts a step, then looks      raises the flag, then reads how far
+    whether the flag is up                        the loop has started
 
 Whichever comes first, either the loop sees the flag, or the thread sees the step.
 """
@@ -35,7 +35,7 @@ _Key: TypeAlias = tuple[Scope, int]  # a scope, and the epoch that is to be left
 
 _EPOCH_BITS = 40
 END = (1 << _EPOCH_BITS) - 1  # as an iteration: the end of the epoch, with its metrics and EPOCH_COMPLETED
-_NUM_KEPT_RUNS = 256  # that have ended; no rank is further behind
+_NUM_KEPT_RUNS = 256  # that have ended; no rank lags by more
 _EMPTY_PAUSE_S = 0.002
 _POLL_S = 0.1  # how often a waiting loop looks whether the others can still be reached
 
@@ -56,7 +56,7 @@ class _Messages(Protocol):
 
 
 class _Control(Protocol):
-    """What a run needs of plane.py, which builds on this file."""
+    """What a run needs from plane.py, which imports this file."""
 
     context: Any
     status: _Status
@@ -66,17 +66,17 @@ class _Control(Protocol):
 
 
 def position(epoch: int, iteration: int) -> int:
-    """A place in a run, as one number that grows: iteration `iteration` of `epoch`, from 1; 0 is before the first."""
+    """A position in a run, as one number that grows: `iteration` of `epoch`, from 1; 0 is before the first."""
     return (epoch << _EPOCH_BITS) + iteration
 
 
 def begin_run(*, is_shared: bool, where: Callable[[Iterable[FrameType]], list[Level]]) -> Run:
-    """The next run of an engine, one that all ranks run or (not `is_shared`) this rank's own. Never communicates.
+    """Begin the next run of an engine: one that all ranks run or (not `is_shared`) this rank's own. No communication.
 
     Outside `process_group()`, and with a group whose store cannot be reached, the run is this rank's own.
 
     Args:
-        where: tells of the engines that run in some frames, for reports.
+        where: gives the positions of the engines that run in some frames, for reports.
 
     Raises:
         RemoteRankError, StallError: a rank has failed before.
@@ -86,16 +86,16 @@ def begin_run(*, is_shared: bool, where: Callable[[Iterable[FrameType]], list[Le
 
 
 class Run:
-    """One run of an engine, as the ranks agree about it. In a world of one every request is granted where it is made.
+    """One run of an engine, as the ranks agree about it. In a world of one every request is granted at once.
 
-    `started` is the furthest place that the loop may have begun. The loop writes it, in every iteration, before it asks
-    whether it may go on. `number` counts the runs that all ranks share; None is this rank's own.
+    `started` is the furthest position that the loop may have started. The loop writes it, in every iteration, before it
+    looks whether it may go on. `number` counts the runs that all ranks share; None for this rank's own.
     """
 
     def __init__(self, number: int | None = None, control: _Control | None = None) -> None:
         self.started = -1
         self.number = number
-        self.reason = ""  # why the run is left, as the rank that asked first said
+        self.reason = ""  # why the run is left, given by the rank that asked first
         self.interrupt: Callable[[], None] = _nothing  # has the loop look whether it may go on
         self.where: Callable[[Iterable[FrameType]], list[Level]] = lambda frames: []
         self.on_end: Callable[[Run], None] = lambda run: None
@@ -108,16 +108,16 @@ class Run:
         self._inquired_about: set[int] = set()  # epochs in which another rank had none, and wants to know who had
 
     def request_stop(self, scope: Scope, epoch: int, reason: str = "") -> None:
-        """Ask all ranks to leave the run or the epoch. The loop hears by `interrupt`.
+        """Ask all ranks to leave the run or the epoch. The loop learns of it by `interrupt`.
 
-        Raises: LaunchError: the store is gone, by which they would hear.
+        Raises: LaunchError: the store is gone, by which they would learn of it.
         """
         key = (scope, epoch if scope == "epoch" else 0)
         if self._control is None:
             self.set_target(key, self.started, reason)
         elif self._mark_requested(key):
             try:
-                # All ranks may ask at once: the first one's wish is told.
+                # All ranks may ask at once: only the first request is published.
                 if self._control.context.store.add(f"asked/{self.number}/{scope}/{key[1]}", 1) == 1:
                     message = {"run": self.number, "scope": scope, "epoch": key[1], "reason": reason}
                     self._control.messages.publish(kind="stop", **message)
@@ -126,9 +126,9 @@ class Run:
         self.interrupt()
 
     def stop_targets(self, epoch: int) -> tuple[int, int | None]:
-        """The furthest places that may be begun: of the run, and of `epoch` where it is to be left (else None).
+        """The furthest positions that may be started: in the run, and in `epoch` if that is to be left (else None).
 
-        Waits while a wish to stop is being decided.
+        Waits while a stop request is being decided.
 
         Raises:
             RemoteRankError, StallError: a rank has failed. LaunchError: the other ranks cannot be reached.
@@ -144,35 +144,35 @@ class Run:
                 self._changed.wait(_POLL_S)
 
     def failed(self, error: BaseException) -> BaseException:
-        """What is to be raised where `error` leaves the run, the other ranks having been told of it."""
+        """Report `error`, which leaves the run, to the other ranks; gives what to raise for it."""
         explain(error)
         if self._control is None:
             return error
         return self._control.failures.failed(error, self.number, sys._getframe(1))
 
     def end(self) -> None:
-        """The loop is over: nobody is to be interrupted any more, nor kept alive."""
+        """Note that the loop is over: this run interrupts nobody any more, and keeps nobody waiting."""
         self.interrupt = _nothing
         self.note_batches(END)  # nobody is to wait for this rank
         self.on_end(self)
 
     def note_batches(self, epoch: int) -> None:
-        """By the loop, as it leaves `epoch`, in which it had a batch. Cost: a request to the store, if one asked."""
+        """Note that this rank had a batch in `epoch`, which it leaves. Cost: a request to the store, if one asked."""
         self._last_with_batches = epoch
         if self._inquired_about and self._control is not None:
             with suppress(DistError):  # the store is gone, and who asked notices
                 self._report_batches(self._control.context.store)
 
     def receive_empty(self, epoch: int, store: Any) -> None:
-        """By the thread: another rank had no batch in `epoch`. Tell it if this one had; else the loop will."""
+        """Take in that another rank had no batch in `epoch`: report now if this one had, else once the loop knows."""
         self._inquired_about.add(epoch)
         self._report_batches(store)
 
     def has_any_rank_batches(self, epoch: int) -> bool:
-        """Whether any rank has a batch in `epoch`, where this one has none. Waits until one has, or until all have not.
+        """Whether any rank has a batch in `epoch`, in which this one has none. Waits until that is known.
 
-        Where it cannot be told, as the run is being left, it is taken to be so. Who has batches pays nothing while
-        nobody asks. Raises: RemoteRankError, StallError: a rank has failed. LaunchError: the store is gone.
+        True if it cannot be known, as the run is being left. A rank with batches pays nothing while nobody asks.
+        Raises: RemoteRankError, StallError: a rank has failed. LaunchError: the store is gone.
         """
         if self._control is None or self.number is None:
             return True
@@ -187,7 +187,7 @@ class Run:
                     asked_s, wait_s = time.monotonic(), 2 * wait_s + 1.0
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _POLL_S)
-            # Asked last: another rank that has seen it has left the run by now, and may have told so.
+            # Asked last: another rank that has seen it has left the run by now, and may have reported so.
             return bool(store.add(count, 0) < size)
         except DistError as error:
             raise self._control.failures.without_store("they cannot tell whether any has a batch", error) from None
@@ -205,13 +205,13 @@ class Run:
 
     @property
     def must_check(self) -> bool:
-        """Whether a decision is due or there, or a rank has failed: whether the loop has to look."""
+        """Whether the loop has to look: a stop was requested or decided, or a rank has failed."""
         return bool(self._requested or self._decided) or (
             self._control is not None and self._control.status.failure is not None
         )
 
     def receive_stop(self, key: _Key, number: int, store: Any) -> bool:
-        """By the thread: message `number` is a wish to stop. Tell how far the loop has begun; False: known already."""
+        """Take in message `number`, a stop request: report how far the loop has started. False if it is known."""
         if key in self.received:
             return False
         self.received.add(key)
@@ -229,12 +229,12 @@ class Run:
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Have a loop that waits for a decision look around."""
+        """Wake up a loop that waits for a decision."""
         with self._changed:
             self._changed.notify_all()
 
     def _mark_requested(self, key: _Key) -> bool:
-        """Have the loop wait for the decision about `key`; False where it is there already."""
+        """Have the loop wait for the decision about `key`; False if it was requested or decided before."""
         with self._changed:
             if key in self._decided or key in self._requested:
                 return False
@@ -247,7 +247,7 @@ class Runs:
 
     Attributes:
         under_way: outermost first.
-        num_turns: runs begun and ended so far: who has the fewer of them is behind.
+        num_turns: how many runs were begun plus how many were ended: the rank with fewer has got less far.
         thread_id: of the thread whose loop runs.
     """
 
@@ -287,23 +287,23 @@ class Runs:
         return [run for run in self.under_way if run.number is not None]
 
     def numbered(self, number: int) -> Run:
-        """Known here or not yet: another rank may speak of a run that this one has still to begin."""
+        """The shared run of this number. Another rank may name one that this rank has yet to begin."""
         with self._lock:
             return self._by_number.setdefault(number, Run(number, self._control))
 
     def where(self, frames: Iterable[FrameType]) -> tuple[Level, ...]:
-        """The engines that run in these frames, outermost first."""
+        """The positions of the engines that run in these frames, outermost first."""
         under_way = self.under_way
         return tuple(under_way[0].where(frames)) if under_way else ()
 
     def wake(self) -> None:
-        """Have every loop that waits for a decision look around."""
+        """Wake up every loop that waits for a decision."""
         for run in list(self._by_number.values()):
             run.wake()
 
     def _next_shared(self) -> Run:
         run = self._by_number.setdefault(self._num_shared, Run(self._num_shared, self._control))
-        # One that has ended here goes on telling how far it got, to ranks that are still in it.
+        # A run that has ended here still reports how far it got, to ranks that are in it.
         ended = self._by_number.pop(self._num_shared - _NUM_KEPT_RUNS, None)
         if ended is not None and ended.received and self._control.context.here.rank == 0:
             for scope, epoch in ended.received:

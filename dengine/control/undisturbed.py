@@ -1,4 +1,4 @@
-"""Doing something to its end, whatever the handlers of signals raise meanwhile."""
+"""Run something to its end, whatever the handlers of signals raise meanwhile."""
 
 import threading
 from collections.abc import Callable
@@ -13,8 +13,9 @@ _START_S = 1.0  # for a thread whose start was interrupted, to show that it has 
 
 
 def undisturbed(action: Callable[[], T]) -> tuple[T, BaseException | None]:
-    """What `action` gives, and what the handler of a signal raised meanwhile, if one did. What `action` raises is
-    raised.
+    """The result of `action`, and what the handler of a signal raised meanwhile (None if nothing).
+
+    Raises: what `action` raises.
 
     Python runs handlers in the main thread alone, between any two steps of what it does, and they may raise: Ctrl-C,
     and torch's DataLoader for a worker that was killed. So `action` runs in another thread, and the main one waits.
@@ -42,7 +43,7 @@ def undisturbed(action: Callable[[], T]) -> tuple[T, BaseException | None]:
 
 
 class _Work(Generic[T]):
-    """Done once, by whoever comes first."""
+    """An action that is run once, by whichever thread comes first."""
 
     def __init__(self, action: Callable[[], T]) -> None:
         self.result: T | None = None

@@ -1,6 +1,6 @@
-"""What a rank does by itself now and then: tell where it is, and find out who is gone or who hangs.
+"""The watchdog of a rank: it publishes the heartbeat, and finds out who is gone or hangs.
 
-One thread that sleeps on the group's connections: it wakes up where a peer hangs up, and once a period.
+One thread that sleeps on the group's connections: it wakes up if a peer hangs up, and once a period.
 """
 
 import faulthandler
@@ -26,23 +26,23 @@ __all__ = ["Watchdog"]
 _PERIOD_S = 1.0
 _MAX_REPORTS_PER_S = 500  # of all ranks together: what the store can take without noticing it
 _DEADLOCK_S = 5.0
-_RECHECK_S = 3.0  # between two looks that must agree
+_RECHECK_S = 3.0  # between two probes that must agree
 _MAX_PROBED_PER_S = 100
 _FAST_PERIOD_S = 0.02
 _ABORTED_PERIOD_S = 0.25
 _START_S = 5.0
 _JOIN_S = 2.0
-_PAUSE_S = 1.0  # later than that, a sleep was no sleep but a pause of the process
+_PAUSE_S = 1.0  # a sleep that took so much longer was a pause of the process
 _EXIT_S = 3.0  # after a stall was named: then a rank that still hangs is ended
-# How long a rank may take to come out of a collective whose connections are shut. Gloo has some wait for ever, where a
+# How long a rank may take to come out of a collective whose connections are shut. In Gloo some wait for ever, if a
 # connection breaks while they are about to send.
 _FREED_S = 1.5
 _STACKS_S = 3.0  # how long the others wait for the stacks of the one that hangs
-_STACKS = "stacks"  # in the store: whether it has shown them
+_STACKS = "stacks"  # key in the store: the rank that hangs has shown its stacks
 
 
 class Watchdog:
-    """The watchdog of this rank.
+    """Publishes this rank's heartbeat, looks for ranks that are gone or hang, and ends this process if it is stuck.
 
     Cost: one small message to the store a period, which is a second for up to 500 ranks and grows with their number
     (20 s for 10 000), so that all ranks together send 500 a second.
@@ -56,13 +56,13 @@ class Watchdog:
         self._period_s = min(max(_PERIOD_S, self._here.size / _MAX_REPORTS_PER_S), max(stall_timeout_s / 4, 0.05))
         self._heartbeat = Heartbeat(control)
         self._probe = LivenessProbe(control, self._heartbeat)
-        self._probe_at_s = 0.0  # whether all stand still; no sooner than this rank has for long enough
+        self._probe_at_s = 0.0  # when to ask next whether all stand still
         self._knows_host_ranks = False
         self._num_probes = 0
-        # How long this rank waits in a collective before it looks whether that can ever end, and when it does so next.
+        # How long this rank waits in a collective before it looks for a deadlock, and when it looks next.
         self._patience_s = min(max(_DEADLOCK_S, self._here.size / _MAX_PROBED_PER_S), stall_timeout_s / 2)
         self._deadlock_check_s = self._patience_s
-        self._deadlock_call, self._is_prober = 0, False  # of those who wait in one collective, one looks for all
+        self._deadlock_call, self._is_prober = 0, False  # of the ranks that wait in one collective, one asks for all
         self._is_asked_to_inquire = False
         self._aborted_at_s: float | None = None
         self._blocked: BlockedDetector | None = None  # since then
@@ -88,7 +88,7 @@ class Watchdog:
         status = self._status
         end_of_start_s = time.monotonic() + _START_S
         while not status.is_closed:
-            # At the start the others are about to tell who they are.
+            # At the start the others are about to publish who they are.
             is_starting = not self._knows_host_ranks and time.monotonic() < end_of_start_s
             is_urgent = is_starting or (status.failure is not None and not status.is_aborted)
             period_s = min(self._period_s, _ABORTED_PERIOD_S) if status.is_aborted else self._period_s
@@ -119,7 +119,7 @@ class Watchdog:
         self._control.failures.resolve()
 
     def _watch_host(self) -> None:
-        """A request to a store whose process is stopped never returns: so another thread looks after the first."""
+        """Watch the first thread, as the host watchdog: its request to a store never returns if that is stopped."""
         waited_s = time.monotonic()
         while not self._stopped.wait(self._period_s):
             now_s = time.monotonic()
@@ -140,7 +140,7 @@ class Watchdog:
         return has_hung_up
 
     def _discount_pause(self, late_s: float) -> None:
-        """A job that was suspended as a whole, or a machine that was, has not stalled meanwhile."""
+        """Do not count the time for which the whole job, or its machine, was suspended."""
         if late_s > _PAUSE_S:
             self._heartbeat.progressed_at_s += late_s
             self._probe_at_s += late_s
@@ -153,9 +153,9 @@ class Watchdog:
     # -- who hangs -----------------------------------------------------------------------------------------------
 
     def _look_for_a_deadlock(self) -> None:
-        """Where this rank has waited in a collective for a while: whether the others wait elsewhere, for this one.
+        """If this rank has waited in a collective for a while, look whether the others wait elsewhere, for this one.
 
-        Cost: a roll call after 5 s, and each time that it has waited twice as long.
+        Cost: a liveness probe after 5 s, and each time that it has waited twice as long.
         """
         status, call_log = self._status, self._control.call_log
         idle_s = time.monotonic() - self._heartbeat.progressed_at_s
@@ -182,7 +182,7 @@ class Watchdog:
             return
         if now_s < max(self._probe_at_s, self._heartbeat.progressed_at_s + self._stall_timeout_s):
             return
-        # All who wait come here at about the same time: one of them asks for all.
+        # All ranks that wait come here at about the same time: one of them asks for all.
         self._probe_at_s = now_s + self._stall_timeout_s
         self._num_probes += 1
         if self._control.context.store.add(f"stall/{self._control.runs.num_turns}/{self._num_probes}", 1) == 1:
@@ -193,11 +193,11 @@ class Watchdog:
                 self._control.failures.report(failure)
 
     def _is_waiting(self) -> bool:
-        """Whether it matters to this rank that the others move: in a run, and while it waits for them outside."""
+        """Whether a stall of the others matters to this rank: it is in a run, or waits for them outside of one."""
         return bool(self._control.runs.shared()) or self._control.call_log.is_inside
 
     def _kill_if_stuck(self) -> None:
-        """After a failure: end a process that cannot leave by itself."""
+        """End this process if it cannot leave by itself after a failure."""
         failure = self._status.failure
         if failure is None or not self._status.is_aborted:
             return
@@ -209,7 +209,7 @@ class Watchdog:
         is_leaving, is_in_run = self._status.is_leaving, bool(self._control.runs.under_way)
         is_stuck = failure.kind == "stalled" and not is_leaving
         if not is_in_run and not is_stuck:
-            return  # the script may have caught what it was told, and have other things to do
+            return  # the script may have caught the error, and have other things to do
         is_stuck = is_stuck and (is_in_run or failure.rank == self._here.rank)
         since_s = self._aborted_at_s if is_stuck else max(self._aborted_at_s, self._heartbeat.progressed_at_s)
         patience_s = _EXIT_S if is_stuck else max(self._stall_timeout_s, _EXIT_S)
@@ -221,8 +221,8 @@ class Watchdog:
             os._exit(1)
 
     def _on_stall(self, failure: Failure, is_store_lost: bool) -> None:
-        """Show where this rank is, and end the process that hangs if it cannot do so by itself. Before this rank hears
-        of the stall: afterwards it may be gone at any moment.
+        """Print where this rank is, and kill the process that hangs if it is frozen. Before the loop learns of the
+        stall: afterwards this process may be gone at any moment.
         """
         say(f"dengine: rank {self._here.rank} is {where_text(self._heartbeat.position())}\n{_stacks()}")
         try:
@@ -234,7 +234,7 @@ class Watchdog:
             pass
 
     def wait_for_stacks(self) -> None:
-        """Before this rank leaves: let the one that hangs show its stacks. A launcher ends it once this one is gone."""
+        """Wait, before this rank leaves, until the one that hangs has shown its stacks: then the launcher ends it."""
         failure, status = self._status.failure, self._status
         if failure is None or failure.kind != "stalled" or failure.is_frozen or failure.rank == self._here.rank:
             return

@@ -49,7 +49,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
 
     Inside it ranks leave together: where one raises, vanishes or hangs, all others raise what happened and where. Who
     waits in a group that the script makes inside the block (`new_group()`) cannot be freed: within a run its process is
-    ended, with the same message; outside of one it is told when the failed rank's process ends.
+    ended, with the same message; outside of one it gets an error when the failed rank's process ends.
 
     Args:
         backend: "auto" is NCCL for CUDA tensors with Gloo beside it for CPU tensors, and Gloo alone without CUDA;
@@ -108,7 +108,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
         raised = _report(error, control)
         if raised is error:
             raise
-        if raised.__cause__ is not None:  # a signal's handler raised it while the others were told of `error`
+        if raised.__cause__ is not None:  # a signal's handler raised it while `error` was being reported
             raise raised from raised.__cause__
         raise raised from None  # `error` is only what the failure of the other rank looks like from here
     finally:
@@ -137,7 +137,7 @@ def _close(control: Control, watchdog: Watchdog, *, is_failing: bool) -> None:
 
 
 def _report(error: BaseException, control: Control | None) -> BaseException:
-    """What to raise for `error`, the others having been told of it."""
+    """Report `error` to the other ranks; gives what to raise for it."""
     explain(error)
     if control is None:
         write_error_file(line_of(error), traceback_of(error), is_cause=True)
@@ -145,7 +145,7 @@ def _report(error: BaseException, control: Control | None) -> BaseException:
     frame = sys._getframe(1)
     try:
         return control.failures.failed(error, None, frame)
-    except BaseException as other:  # a signal's handler, just before: of that the others are told
+    except BaseException as other:  # a signal's handler raised just before: that is reported
         return control.failures.failed(other, None, frame)
 
 

@@ -7,7 +7,7 @@ __all__ = ["say"]
 
 
 def say(text: str) -> None:
-    """One write, so that the lines of several ranks do not mix."""
+    """Print `text` on stderr in one write, so that the lines of several ranks do not mix."""
     with suppress(OSError, ValueError):
         sys.stderr.write(text)
         sys.stderr.flush()

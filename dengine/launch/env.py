@@ -14,7 +14,7 @@ __all__ = ["Choice", "Launch", "choose_launch", "find_launch", "is_agents_store"
 class Launch:
     """One process as its launcher started it.
 
-    `has_own_gpus`: it is shown no GPU but its own, so that its local rank is no index of one.
+    `has_own_gpus`: it sees no GPU but its own, so its local rank is not the index of a GPU.
     """
 
     launcher: str
@@ -58,7 +58,7 @@ def find_launch(env: Mapping[str, str]) -> Launch | None:
 
 
 def shared_start(env: Mapping[str, str]) -> str | None:
-    """Who started this process together with others, and as which one, in words; None where it is alone."""
+    """Who started this process together with others, and as which rank, in words; None if it is alone."""
     try:
         launch = find_launch(env)
     except LaunchError:  # half set: process_group() says what is missing
@@ -82,7 +82,7 @@ def is_agents_store(env: Mapping[str, str]) -> bool:
 
 
 def choose_launch(env: Mapping[str, str]) -> Choice:
-    """As `find_launch`, with the reason; a launcher whose variables are not read counts as none.
+    """The launch as `find_launch` gives it, with the reason. A launcher whose variables are not read counts as none.
 
     Raises: LaunchError: variables that are half set or no numbers.
     """
@@ -98,7 +98,7 @@ def choose_launch(env: Mapping[str, str]) -> Choice:
 
 
 def _by_another_launcher(env: Mapping[str, str]) -> tuple[str, str] | None:
-    """The launcher of several processes whose own variables are not read, and what to do; None if there is none."""
+    """The launcher that started several processes without variables that we read, and what to do; None if none did."""
     if _is_above_one(env, "SUBMITIT_LOCAL_NTASKS"):
         export = "call submitit.helpers.TorchDistributedEnvironment().export() before process_group()"
         return "submitit's local executor", export
@@ -147,7 +147,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
 
 def _from_slurm(env: Mapping[str, str]) -> Launch | None:
     given = [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS") if env.get(name)]
-    # The step's own number of tasks, where there is one: a job's may be larger.
+    # The step's own number of tasks, if there is one: a job's may be larger.
     size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     rank, size = _number(env, "SLURM_PROCID", given), _number(env, size_name, given)
     if size == 1:

@@ -1,4 +1,4 @@
-"""Which network interface leads to the other hosts, where the name of this one does not say it."""
+"""Which network interface leads to the other hosts, if the name of this host does not say so."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ _OUTSIDE = "192.0.2.1"
 
 
 def chosen_interface(env: Mapping[str, str], launch: Launch | None) -> str | None:
-    """The interface for Gloo: `GLOO_SOCKET_IFNAME` or, with several hosts, one that is found. None: its own choice."""
+    """The interface for Gloo: `GLOO_SOCKET_IFNAME` or, with several hosts, one found here. None: Gloo chooses."""
     named = env.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if named or launch is None or launch.local_size == launch.size:
         return named or None
@@ -33,11 +33,11 @@ def chosen_interface(env: Mapping[str, str], launch: Launch | None) -> str | Non
 
 
 def interface_to(master_addr: str) -> str | None:
-    """The name of the interface by which this host and the others reach each other, or None where Gloo finds it itself.
+    """The name of the interface by which this host and the others reach each other; None if Gloo finds it itself.
 
     Gloo takes the address that the host's own name stands for. Debian gives it 127.0.1.1, some images none at all:
     then each host tells the others to look for it on themselves. Here it is the interface that leads to the master;
-    on the master, the one that leads out, or the only one there is. Meant for `GLOO_SOCKET_IFNAME` where that is not
+    on the master, the one that leads out, or the only one there is. Meant for `GLOO_SOCKET_IFNAME` if that is not
     set. Linux; None elsewhere.
     """
     if sys.platform != "linux" or not _is_loopback(socket.gethostname()):
@@ -51,12 +51,12 @@ def interface_to(master_addr: str) -> str | None:
 
 
 def is_reached_by_name(env: Mapping[str, str]) -> bool:
-    """Whether Gloo, left to itself or told by `GLOO_SOCKET_IFNAME`, tells other hosts an address that is not theirs."""
+    """Whether Gloo, by itself or by `GLOO_SOCKET_IFNAME`, gives other hosts an address that is not a loopback."""
     return bool(env.get("GLOO_SOCKET_IFNAME")) or sys.platform != "linux" or not _is_loopback(socket.gethostname())
 
 
 def network_of_this_host() -> str:
-    """The same for two processes where one's loopback is the other's. By its name, where the system is not Linux."""
+    """An identifier that two processes share if they share a loopback. The host's name if the system is not Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return boot + os.readlink("/proc/self/ns/net")  # containers of one machine may have networks of their own
@@ -65,7 +65,7 @@ def network_of_this_host() -> str:
 
 
 def address_towards(target: str) -> str:
-    """The address of this host from which packets to `target` would leave; "" where none can. Sends nothing."""
+    """The address of this host from which packets to `target` would leave; "" if none could. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
         probe.connect((target, 9))
         return str(probe.getsockname()[0])
@@ -73,7 +73,7 @@ def address_towards(target: str) -> str:
 
 
 def interfaces() -> dict[str, str]:
-    """IPv4 addresses by the name of the interface. Linux; else none."""
+    """The IPv4 address of each interface, by the name of the interface. Empty if the system is not Linux."""
     if sys.platform != "linux":
         return {}
     import fcntl  # not on every system
@@ -88,7 +88,7 @@ def interfaces() -> dict[str, str]:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether the name stands for no other address. Not for all of 127/8: some is in use as hosts on one machine."""
+    """Whether `host` stands for loopback addresses only. Not all of 127/8 counts: some play hosts on one machine."""
     try:
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except socket.gaierror:

@@ -1,4 +1,4 @@
-"""Reading what others have left in the store. What is malformed is left out, and said once: it says nothing of a rank.
+"""Read what others left in the store. Malformed content is left out with one warning: it says nothing about a rank.
 
 Whoever reaches the store's port can write there: a program that mistook the port, a scanner. See SECURITY.md.
 """
@@ -15,7 +15,7 @@ _warned: list[str] = []
 
 
 def warn_malformed(what: object) -> None:
-    """Say that something in the store was left out; once for all such things."""
+    """Warn that something in the store was left out as malformed. Only the first call in a process prints."""
     if not _warned:
         _warned.append(str(what))
         say(
@@ -25,7 +25,7 @@ def warn_malformed(what: object) -> None:
 
 
 def parse_object(text: bytes) -> dict[str, Any] | None:
-    """A JSON object; None for anything else."""
+    """The JSON object in `text`; None if it holds anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -37,7 +37,7 @@ def parse_object(text: bytes) -> dict[str, Any] | None:
 
 
 def parse_numbers(text: bytes) -> list[int]:
-    """The whole numbers in `text`; what else stands there is left out."""
+    """The whole numbers in `text`; anything else in it is left out."""
     words = text.decode(errors="replace").split()
     numbers = [int(word) for word in words if word.isascii() and word.removeprefix("-").isdigit() and len(word) < 20]
     if len(numbers) < len(words):
@@ -46,7 +46,7 @@ def parse_numbers(text: bytes) -> list[int]:
 
 
 def parse_ranks(text: bytes, size: int) -> set[int]:
-    """The ranks below `size` in `text`; what else stands there is left out."""
+    """The ranks below `size` in `text`; anything else in it is left out."""
     return {number for number in parse_numbers(text) if 0 <= number < size}
 
 

@@ -1,4 +1,4 @@
-"""Which process this is, so that another one of the same host can find out whether it lives."""
+"""The identity of a process, by which another process of the same host can find out whether it is alive."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ __all__ = ["identity", "is_alive"]
 
 
 def identity() -> dict[str, Any]:
-    """This process, so that a process of the same host can find out whether it lives. Linux only; else no host."""
+    """This process as `is_alive` takes it. The host is "" if the system is not Linux."""
     host = ""
     with suppress(OSError):
         # The namespace too: two containers of one host see each other's numbers as other processes.
@@ -21,13 +21,13 @@ def identity() -> dict[str, Any]:
 
 
 def is_alive(process: Mapping[str, Any]) -> bool:
-    """Whether the process of this host that told this lives."""
+    """Whether `process`, which is of this host, is alive."""
     start: str = process["start"]
     return start != "" and start == _start_of(process["pid"])
 
 
 def _start_of(pid: int) -> str:
-    """When a living process began, in the kernel's ticks; "" where there is none. A number may be used again."""
+    """When a living process started, in the kernel's ticks; "" if it is dead. Tells apart two that had one number."""
     with suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         if state not in "ZX":

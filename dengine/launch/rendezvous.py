@@ -1,15 +1,15 @@
-"""How the ranks of one start find each other, in a store that may hold what those before them have left there.
+"""How the ranks of one start find each other, in a store that may still hold what an earlier start left there.
 
 torchrun's agent keeps its store when it starts its ranks again, and a rank that reads there where its peer listens may
-read of one that has ended. Nothing that a launcher sets tells one start from another: an agent that joins anew counts
-its restarts from 0. So each rank comes with a number of its own that nobody has had before, and rank 0 answers that:
+read the address of one that has ended. Nothing that a launcher sets tells one start from another: an agent that joins
+again counts its restarts from 0. So each rank brings a unique token, and rank 0 answers that token:
 
     every rank                                    rank 0
-    leaves its number, over an older one
-                                                  reads what lies there, and answers each number with a name
-    reads the answer to its own number,
-    and says under that name that it has come
-                                                  says under that name that all have, or who has not
+    publishes its token, over an older one
+                                                  reads the tokens, and answers each with the name of this start
+    reads the answer to its own token,
+    and reports under that name that it is there
+                                                  publishes under that name that all are, or who is missing
 """
 
 import json
@@ -34,10 +34,10 @@ from dengine.launch.store import open_store
 
 __all__ = ["rendezvous"]
 
-_POLL_S = 0.01  # how often rank 0 looks who has come
+_POLL_S = 0.01  # how often rank 0 looks for new ranks
 _LEAST_STALL_S = 30.0  # ranks do not begin at once: each imports what it needs
-_EXTRA_WAIT_S = 2.0  # how much longer than rank 0 the others wait for it to say who has not
-_ACKNOWLEDGE_S = 2.0  # how long they take to hear it
+_EXTRA_WAIT_S = 2.0  # how much longer than rank 0 the others wait, for its answer
+_ACKNOWLEDGE_S = 2.0  # how long rank 0 waits until the others have read its answer
 _NUM_SHOWN = 64
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ _stores: dict[tuple[str, int], Any] = {}
 
 @dataclass(frozen=True)
 class _Peer:
-    """What rank 0 is told of a rank, to see whether the others can reach it."""
+    """What a rank reports about itself, from which rank 0 sees whether the others can reach it."""
 
     rank: int
     host: str
@@ -57,7 +57,7 @@ class _Peer:
 
 
 def rendezvous(launch: Launch, timeout_s: float, stall_timeout_s: float = math.inf) -> tuple[Any, str]:
-    """The store of this launch, and a name in it that its ranks share and none ever had before.
+    """Find the other ranks: the store of this launch, and a name in it that is new and shared by its ranks alone.
 
     `stall_timeout_s`: as of `process_group()`. Ranks begin at different times, so it is no less than 30 s here.
 
@@ -65,9 +65,9 @@ def rendezvous(launch: Launch, timeout_s: float, stall_timeout_s: float = math.i
     the store, by rank 0.
 
     Raises:
-        LaunchError: on every rank that has come, where not all have after `timeout_s`, or where they are on several
-            hosts and Gloo would give the others an address that leads nowhere. StallError instead, naming one that has
-            not come, where the shorter one of both limits was `stall_timeout_s`.
+        LaunchError: on every rank that is there, if not all are after `timeout_s`, or if they are on several hosts and
+            Gloo would give the others an address that leads nowhere.
+        StallError: instead, naming a missing rank, if `stall_timeout_s` was the shorter of the two limits.
     """
     deadline = _Deadline(timeout_s, max(stall_timeout_s, _LEAST_STALL_S))
     try:
@@ -88,7 +88,7 @@ def rendezvous(launch: Launch, timeout_s: float, stall_timeout_s: float = math.i
 
 
 class _Deadline:
-    """How long a rank waits for the others, and what it raises then."""
+    """Until when a rank waits for the others, and what it raises then."""
 
     def __init__(self, timeout_s: float, stall_timeout_s: float) -> None:
         self.limit_s = min(timeout_s, stall_timeout_s)
@@ -97,15 +97,16 @@ class _Deadline:
         self.shown = f"{'stall_timeout' if self._is_stall else 'timeout'}={self.limit_s:g}"
 
     def error(self, text: str, rank: int) -> LaunchError | StallError:
-        """`rank`: the first one that has not come."""
+        """The error to raise. `rank`: the first one that is missing."""
         return StallError(text, rank=rank) if self._is_stall else LaunchError(text)
 
 
 def within(timeout_s: float, action: Callable[[], T]) -> T:
-    """What `action` gives or raises, in a thread that is left to itself if it takes longer: torch's store takes up to
-    three times as long as its own timeout to give up, and for ever where what listens there says nothing.
+    """The result of `action`, run in a thread that is abandoned after `timeout_s`.
 
-    Raises: TimeoutError.
+    torch's store takes up to three times its own timeout to give up, and for ever if what listens there is silent.
+
+    Raises: TimeoutError, and what `action` raises.
     """
     outcome: list[T | BaseException] = []
 
@@ -126,8 +127,8 @@ def within(timeout_s: float, action: Callable[[], T]) -> T:
 
 
 def _store_of(launch: Launch, timeout_s: float) -> Any:
-    """One for all groups: a second one that rank 0 hosts on the same port could be taken for the first by a rank that
-    comes early.
+    """The store of this launch, one for all groups: a rank that is early could take a second one, which rank 0 hosts on
+    the same port, for the first.
     """
     address = (launch.master_addr, launch.master_port)
     if address not in _stores:
@@ -145,7 +146,7 @@ def _join(store: Any, launch: Launch, deadline: _Deadline) -> str:
     store.add(f"{name}/come", 1)
     try:
         refusal = _read(store, f"{name}/refusal", deadline.end_s + _EXTRA_WAIT_S)
-    except DistError:  # rank 0 came later, and waits on
+    except DistError:  # rank 0 started later, and still waits
         missing = [rank for rank in range(1, launch.size) if not store.check([f"{name}/{rank}"])]
         if not missing:
             raise
@@ -169,7 +170,7 @@ def _coordinate(store: Any, launch: Launch, deadline: _Deadline) -> str:
     peers += [_read_peer(store.get(f"{name}/{rank}"), rank, launch) for rank in others if rank not in missing]
     refusal = _absence_text(sorted(missing), launch, deadline) if missing else _unreachable_text(peers)
     store.set(f"{name}/refusal", refusal)
-    # This process may take the store with it: the others are to have read that it ends, and why.
+    # This process may take the store with it: let the others read first that it ends, and why.
     _wait_until(lambda: store.add(f"{name}/heard", 0) >= len(peers) - 1, time.monotonic() + _ACKNOWLEDGE_S)
     if refusal:
         raise _refusal_error(refusal, sorted(missing), deadline)
@@ -179,7 +180,7 @@ def _coordinate(store: Any, launch: Launch, deadline: _Deadline) -> str:
 
 
 def _read_peer(text: bytes, rank: int, launch: Launch) -> _Peer:
-    """Raises: LaunchError: what lies there is none."""
+    """What `rank` reported about itself. Raises: LaunchError: it is something else."""
     fields = parse_object(text)
     if fields is None or not has_fields(fields, rank=int, host=str, network=str, is_reached=bool):
         raise LaunchError(
@@ -190,14 +191,14 @@ def _read_peer(text: bytes, rank: int, launch: Launch) -> _Peer:
 
 
 def _answer_others(store: Any, name: str, others: Sequence[int], end_s: float) -> list[int]:
-    """Answer every number with `name` until all of the others have come under it; who has not, when the time is up."""
+    """Answer every token with `name` until all others have joined under it. Gives the ranks missing at `end_s`."""
     answered: dict[int, str] = {}
 
     def have_all_joined() -> bool:
         for rank in others:
             key = f"number/{rank}"
             token = store.get(key).decode() if store.check([key]) else ""
-            # One that has come and failed meanwhile is there again for the next group, not for this one.
+            # A rank that joined and failed meanwhile is here again for the next group, not for this one.
             if token and answered.get(rank) != token and not store.check([f"{name}/{rank}"]):
                 answered[rank] = token
                 store.set(f"answer/{token}", name)
@@ -238,7 +239,7 @@ def _absence_text(missing: Sequence[int], launch: Launch, deadline: _Deadline) -
 
 
 def _unreachable_text(peers: Sequence[_Peer]) -> str:
-    """Why Gloo would connect hosts in vain, if so; "" else. Its own attempt may outlast the group's timeout."""
+    """Why Gloo could not connect the hosts; "" if it can. Its own attempt may outlast the group's timeout."""
     if len({peer.network for peer in peers}) == 1:
         return ""
     unreachable = {peer.network: f"{peer.host} (rank {peer.rank})" for peer in reversed(peers) if not peer.is_reached}

@@ -1,4 +1,4 @@
-"""What SLURM's variables say, in its own notation: lists of hosts, tasks on each node, steps that are a shell, GPUs.
+"""Parse SLURM's variables: lists of hosts, tasks on each node, steps that are a shell, GPUs.
 
 Pure: reads a mapping only.
 """
@@ -19,7 +19,7 @@ _PART_OF_NAME = re.compile(r"\[([^\[\]]*)\]")
 
 
 def host_names(node_list: str) -> list[str]:
-    """All hosts of a node list, in its order: `gpu[08-10,2],cpu1` gives gpu08, gpu09, gpu10, gpu2, cpu1.
+    """The hosts of a node list, in its order: `gpu[08-10,2],cpu1` gives gpu08, gpu09, gpu10, gpu2, cpu1.
 
     Raises: LaunchError: it is no such list.
     """
@@ -58,7 +58,7 @@ def is_shell(env: Mapping[str, str]) -> bool:
 
 
 def shell_of(env: Mapping[str, str]) -> str:
-    """Whose shell it is, where `is_shell`."""
+    """Whose shell this is, in words, if `is_shell`."""
     step = env.get("SLURM_STEP_ID", "")
     if env.get("ENVIRONMENT") == "BATCH" and step != str(_INTERACTIVE_STEP):
         return "an sbatch script"
@@ -71,14 +71,14 @@ def step_port(job: int, step: str) -> int:
 
 
 def has_own_gpus(env: Mapping[str, str]) -> bool:
-    """Whether each task is shown only the GPUs that are its own: they count from 0 in every task then.
+    """Whether each task sees only its own GPUs: then they count from 0 in every task.
 
     So it is with `--gpus-per-task`, `--ntasks-per-gpu` and other bindings, but not with `--gpus-per-node` alone.
     """
     bound = env.get("SLURMD_TRES_BIND", "")
     if bound:
         return any(kind in bound for kind in ("per_task", "single", "map", "mask"))
-    # Before SLURM 22.05. Where nothing is bound, the second variable is not set, or lists the GPUs of all tasks.
+    # Before SLURM 22.05. If nothing is bound, CUDA_VISIBLE_DEVICES is not set, or lists the GPUs of all tasks.
     shown = env.get("CUDA_VISIBLE_DEVICES", "")
     return shown != "" and env.get("SLURM_GPUS_PER_TASK", "") == str(len(shown.split(",")))
 

@@ -17,9 +17,9 @@ _BACKLOG = 4096  # ranks may all come at once; the kernel's own limit is the low
 
 
 def open_store(launch: Launch, timeout_s: float) -> TCPStore:
-    """A new connection to the store: the agent's under torchrun; else rank 0 hosts it, for as long as one is open.
+    """A new connection to the store: the agent's under torchrun; else rank 0's, for as long as a connection is open.
 
-    It does not wait for the other ranks: who has not come is to be named.
+    Does not wait for the other ranks, so that the caller can name those that are missing.
 
     Raises: OSError, DistError: it cannot be hosted, or not be reached within `timeout_s`.
     """
@@ -33,17 +33,17 @@ def open_store(launch: Launch, timeout_s: float) -> TCPStore:
         "multi_tenant": is_host,
     }
     if is_host and (listener := _listening(address, is_one_host=launch.local_size == launch.size)) is not None:
-        options["master_listen_fd"] = listener.detach()  # the store's, even where it cannot be made
+        options["master_listen_fd"] = listener.detach()  # the store's, even if it cannot be made
     return TCPStore(*address, launch.size, **options)
 
 
 def _listening(address: tuple[str, int], *, is_one_host: bool) -> socket.socket | None:
-    """A socket for the store to listen at: at the address by which the ranks know its host, and at no other one. On all
+    """A socket for the store to listen on, at the address by which the ranks know its host and at no other. On all
     interfaces if that address is none of this host's own (a forwarded one), or if this host of several knows its own
     name only as loopback. None: torch is to open its own; the port is taken, by this process maybe, or other hosts may
     know the master by an address of IPv6 that this one does not know.
 
-    Of IPv4, where the master has an address of that. The store's own socket is of both kinds and shows clients of IPv4
+    Of IPv4, if the master has an IPv4 address. The store's own socket is of both kinds and shows clients of IPv4
     as `::ffff:127.0.0.1`, which no /etc/hosts lists; the store looks up the name of each client, by the thread that
     answers all requests, so that a name server which does not answer stops it for 5 s and more.
     """

@@ -24,7 +24,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size` over all nodes, `local_rank` of `local_size` on node `node_rank`.
+    """This process among the others: `rank` of `size` over all nodes, `local_rank` of `local_size` on node `node_rank`.
 
     `device` is where this rank computes; `launcher` is "torchrun", "slurm", "external" (a process group that was
     there already) or "single".
@@ -80,14 +80,14 @@ def external_world() -> World:
 
 
 def default_device(index: int) -> torch.device:
-    """The GPU of this rank, or the CPU where there is none. Where only one is shown it is that, whatever `index`."""
+    """The GPU of this rank, or the CPU if there is none. If only one GPU is visible it is that, whatever `index`."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else index)
 
 
 def control() -> object:
-    """The `Control` of the world that was opened; None in a world of one, or of a group that somebody else made."""
+    """The control plane (`Control`) of the world that is open; None in a world of one or a group made elsewhere."""
     return _entered[-1][1] if _entered else None
 
 
@@ -102,7 +102,7 @@ def leave() -> None:
 
 
 def refuse_forgotten_group(call: str) -> None:
-    """Raise where a launcher started several processes, and this one would do `call` as if it were alone.
+    """Raise if a launcher started several processes and this one would do `call` as if it were alone.
 
     Raises: LaunchError: no process group has been opened in this process. Never communicates.
     """
