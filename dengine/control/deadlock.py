@@ -40,7 +40,7 @@ def is_certain(before: _Answers, now: _Answers) -> bool:
 
     Some wait in a collective of this package, which all ranks have to join. All the others wait, without work for their
     processor, in one of torch's, in which those have not joined: neither can happen before the other. Or they wait at
-    the end of the process group, where nobody joins in anything any more. Who is merely slow does work, or is
+    the end of the process group, where no collective comes any more. A rank that is merely slow does work, or is
     elsewhere.
     """
     if not _is_crossed(before) or not _is_crossed(now) or before.keys() != now.keys():

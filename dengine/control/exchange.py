@@ -40,7 +40,7 @@ class Mailbox:
         self._prefix = f"mailbox/{name}"
         self._store: Any = None
         if self._here.size > 1:
-            # In a group that somebody else made, its own store.
+            # A group that was made elsewhere has a store of its own.
             common = dist.distributed_c10d._get_default_store
             self._store = plane.context.store if isinstance(plane, Control) else common()
         self._own: str | None = None

@@ -237,7 +237,7 @@ def write_error_file(message: str, traceback_text: str, *, is_cause: bool) -> No
 
     The summary calls the earliest failure the root cause: if this rank stops only because another one failed
     (not `is_cause`), its own comes a minute later. It shows the traceback alone, so the culprit's name stands
-    there too: a process that ends with exit code 0 is no failure to torchrun, and then an innocent rank stands there.
+    there too: a process that ends with exit code 0 is no failure to torchrun, which then shows an innocent rank.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:

@@ -68,7 +68,7 @@ class LivenessProbe:
     def find_stalled(self, timeout_s: float, *, leeway_s: float) -> tuple[Failure | None, float]:
         """The failure of the rank that all others await, if none has moved for `timeout_s`; and for how long none has.
 
-        `leeway_s` is how late a rank may notice that it stands still.
+        `leeway_s`: how late a rank may notice that it makes no progress.
         """
         answers = self._ask_all()
         missing = [rank for rank in range(self._here.size) if rank not in answers]

@@ -42,7 +42,7 @@ _POLL_S = 0.02
 _INQUIRE_S = 4.0  # how long it takes, at most, to find out who is gone
 _REPORTS_PER_RUN = 8  # all ranks may fail at once: the first reports name the cause
 _MARK = "_dengine_told"  # attribute of an exception that was reported: the run that it left
-_OUTSIDE = -1  # of any run
+_OUTSIDE = -1  # in place of the number of a run: outside of any run
 
 
 class Failures:
@@ -72,7 +72,7 @@ class Failures:
         self._received_at_s = 0.0
         self._queued: list[Failure] = []  # received while another one was not resolved yet
         self._receive_lock = threading.Lock()
-        self._left_by_error: set[int] = set()  # runs that this rank has left so
+        self._left_by_error: set[int] = set()  # runs that this rank has left by an exception
         self._recovered: set[int] = set()
         self._num_inquiries = 0
 
@@ -131,9 +131,9 @@ class Failures:
             self.report(Failure("raised", self._here.rank, line, where, text, run, started, is_interrupt=is_interrupt))
 
     def _remote_cause(self) -> Failure | None:
-        """The failure that broke a connection.
+        """The failure of another rank that broke a connection.
 
-        None if all ranks are there, since then it is this rank's own, and if nobody can be asked.
+        None if all ranks are there, so that the failure is this rank's own, or if nobody can be asked.
         """
         status = self._status
         if not status.wait_for(lambda: status.failure or status.is_store_lost, _DELIVERY_S):
@@ -157,7 +157,7 @@ class Failures:
             if not self._store.check(["late"]):
                 return None
             end_s = time.monotonic() + _INQUIRE_S
-            # Not by wait(), which keeps the thread that is to answer who is there off the store.
+            # Not by wait(), which would keep the thread that answers probes off the store.
             while not (is_known := self._store.check(["late_is_known"])) and time.monotonic() < end_s:
                 time.sleep(_POLL_S)
             if is_known and self._store.get("late_is_known") == b"yes":
@@ -171,7 +171,7 @@ class Failures:
         self._status.update()
 
     def _count_out(self, run: int) -> None:
-        """Count this rank among those that left `run` by an exception, and note whether all left it at one place."""
+        """Count this rank among those that left `run` by an exception, and note if they left at different calls."""
         if self._status.is_aborted or self._status.has_ended or self._status.is_store_lost:
             return
         joined = f"{num_joined(self._here.size)} {self._call_log.num_calls}"

@@ -39,7 +39,7 @@ def new_connections(store_port: int) -> Iterator[list[socket.socket]]:
     before = set(_socket_numbers().values())
     yield made
     for number, name in _socket_numbers().items():
-        if name not in before:  # by name: the number of one that is closed meanwhile is given to the next
+        if name not in before:  # by name: the number of a closed socket is reused
             with suppress(OSError):
                 made.extend(_connection(number, store_port))
 

@@ -23,16 +23,16 @@ from dengine.launch.parsing import warn_malformed
 
 __all__ = ["Watchdog"]
 
-_PERIOD_S = 1.0
-_MAX_REPORTS_PER_S = 500  # of all ranks together: what the store can take without noticing it
-_DEADLOCK_S = 5.0
+_PERIOD_S = 1.0  # between two heartbeats, of up to 500 ranks
+_MAX_REPORTS_PER_S = 500  # of all ranks together: what the store takes without effort
+_DEADLOCK_S = 5.0  # how long a rank waits in a collective before it looks for a deadlock, at least
 _RECHECK_S = 3.0  # between two probes that must agree
-_MAX_PROBED_PER_S = 100
-_FAST_PERIOD_S = 0.02
-_ABORTED_PERIOD_S = 0.25
-_START_S = 5.0
-_JOIN_S = 2.0
-_PAUSE_S = 1.0  # a sleep that took so much longer was a pause of the process
+_MAX_PROBED_PER_S = 100  # ranks: with more of them it looks for a deadlock later
+_FAST_PERIOD_S = 0.02  # between two looks at the start, and while a failure is being resolved
+_ABORTED_PERIOD_S = 0.25  # between two looks after the group was aborted
+_START_S = 5.0  # how long the start may take, until all ranks of the host have published
+_JOIN_S = 2.0  # how long the end waits for the thread
+_PAUSE_S = 1.0  # a sleep that takes so much longer means that the process was paused
 _EXIT_S = 3.0  # after a stall was named: then a rank that still hangs is ended
 # How long a rank may take to come out of a collective whose connections are shut. In Gloo some wait for ever, if a
 # connection breaks while they are about to send.
@@ -103,7 +103,7 @@ class Watchdog:
                     self._look(has_hung_up, is_starting)
             except DistError as error:  # the store is gone
                 self._control.failures.lose_store(error)
-            except Exception as error:  # what was read made no sense: that is no rank's failure
+            except Exception as error:  # what was read makes no sense: not a failure of any rank
                 warn_malformed(repr(error))
 
     def _look(self, has_hung_up: bool, is_starting: bool) -> None:
@@ -119,7 +119,7 @@ class Watchdog:
         self._control.failures.resolve()
 
     def _watch_host(self) -> None:
-        """Watch the first thread, as the host watchdog: its request to a store never returns if that is stopped."""
+        """The host watchdog: notices if the first thread gets no answer, as the store's process is stopped."""
         waited_s = time.monotonic()
         while not self._stopped.wait(self._period_s):
             now_s = time.monotonic()
@@ -221,8 +221,9 @@ class Watchdog:
             os._exit(1)
 
     def _on_stall(self, failure: Failure, is_store_lost: bool) -> None:
-        """Print where this rank is, and kill the process that hangs if it is frozen. Before the loop learns of the
-        stall: afterwards this process may be gone at any moment.
+        """Print where this rank is, and kill the process that hangs if it is frozen.
+
+        Comes before the loop learns of the stall: afterwards this process may be gone at any moment.
         """
         say(f"dengine: rank {self._here.rank} is {where_text(self._heartbeat.position())}\n{_stacks()}")
         try:
@@ -234,7 +235,7 @@ class Watchdog:
             pass
 
     def wait_for_stacks(self) -> None:
-        """Wait, before this rank leaves, until the one that hangs has shown its stacks: then the launcher ends it."""
+        """Wait until the rank that hangs has shown its stacks: once this one leaves, the launcher ends that one."""
         failure, status = self._status.failure, self._status
         if failure is None or failure.kind != "stalled" or failure.is_frozen or failure.rank == self._here.rank:
             return
@@ -252,7 +253,7 @@ class Watchdog:
         elif rank == 0:
             beat = self._heartbeat.latest_of_host
         else:
-            return  # nobody can be asked any more which process that is
+            return  # there is no way left to find out which process that is
         if self._heartbeat.is_known_alive(beat):
             with suppress(OSError):
                 os.kill(beat["pid"], signal.SIGKILL)

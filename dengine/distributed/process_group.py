@@ -43,19 +43,19 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
 
     Finds a process group that is initialised already, else torchrun's variables, else SLURM's; without any of them
     this process is a world of one, and no group is made. Leaving it destroys what it created: once all ranks are
-    there where all went well, and without waiting for anybody where this rank is failing.
+    there if all went well, and without waiting for any if this rank is failing.
 
-    A rank that torchrun started gets SIGTERM where that torchrun is killed: it does not train on unwatched.
+    A rank that torchrun started gets SIGTERM if that torchrun is killed: it does not train on unwatched.
 
-    Inside it ranks leave together: where one raises, vanishes or hangs, all others raise what happened and where. Who
-    waits in a group that the script makes inside the block (`new_group()`) cannot be freed: within a run its process is
+    Inside it ranks leave together: if one raises, vanishes or hangs, all others raise what happened and where. A rank
+    that waits in a group made inside the block (`new_group()`) cannot be freed: within a run its process is
     ended, with the same message; outside of one it gets an error when the failed rank's process ends.
 
     Args:
         backend: "auto" is NCCL for CUDA tensors with Gloo beside it for CPU tensors, and Gloo alone without CUDA;
             "none" makes this process a world of one, whatever started it (a sweep under srun); else one of torch's
             names.
-        timeout: seconds after which a collective that others do not join fails, and entering, where not all come.
+        timeout: seconds after which a collective fails that others do not join, and entering if ranks are missing.
         stall_timeout: seconds without progress on any rank, while a run is under way or a rank waits for the others in
             a collective of this package, on entering (30 s at least, as ranks begin at different times) or on leaving,
             after which the rank that the others wait for is named and all end. Iterations of any engine, handlers,
@@ -68,9 +68,9 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
             store is gone.
         ValueError: a timeout is not above 0.
         StallError: on entering, not all ranks have come within `stall_timeout`.
-        RemoteRankError, StallError: on leaving, where another rank failed.
+        RemoteRankError, StallError: on leaving, if another rank failed.
 
-    Cost: collective on entry; two threads that sleep (three where rank 0 hosts the store); one process pays nothing.
+    Cost: collective on entry; two threads that sleep (three if rank 0 hosts the store); one process pays nothing.
     """
     for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
         if not value > 0:
@@ -85,7 +85,7 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
         if launch.size > 1:
             try:
                 control = _control(launch, opened, connections, timeout)
-            except BaseException:  # else the next try would take the group for somebody else's
+            except BaseException:  # else the next try would take the group for one made elsewhere
                 _destroy(opened, is_failing=True)
                 raise
         else:

@@ -59,7 +59,7 @@ class _Peer:
 def rendezvous(launch: Launch, timeout_s: float, stall_timeout_s: float = math.inf) -> tuple[Any, str]:
     """Find the other ranks: the store of this launch, and a name in it that is new and shared by its ranks alone.
 
-    `stall_timeout_s`: as of `process_group()`. Ranks begin at different times, so it is no less than 30 s here.
+    `stall_timeout_s`: as in `process_group()`, but at least 30 s, since ranks start at different times.
 
     Collective. Cost: at most a hundredth of a second after the last rank has come; two requests a rank in that time to
     the store, by rank 0.

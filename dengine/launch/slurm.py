@@ -21,7 +21,7 @@ _PART_OF_NAME = re.compile(r"\[([^\[\]]*)\]")
 def host_names(node_list: str) -> list[str]:
     """The hosts of a node list, in its order: `gpu[08-10,2],cpu1` gives gpu08, gpu09, gpu10, gpu2, cpu1.
 
-    Raises: LaunchError: it is no such list.
+    Raises: LaunchError: it is not such a list.
     """
     names: list[str] = []
     for part in re.findall(r"(?:\[[^\]]*\]|[^,\[\]])+", node_list):
@@ -35,7 +35,7 @@ def host_names(node_list: str) -> list[str]:
 def tasks_per_node(text: str) -> list[int]:
     """`4(x2),3`: two nodes of four tasks, then one of three.
 
-    Raises: LaunchError: it is no such list.
+    Raises: LaunchError: it is not such a list.
     """
     counts: list[int] = []
     for part in text.split(","):

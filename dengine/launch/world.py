@@ -48,8 +48,8 @@ _left: list[World] = []  # of several ranks: what a script does after them, it d
 def world() -> World:
     """This process's `World`, from anywhere. Never communicates.
 
-    Inside `process_group()` it is that one's; with a process group of the user's own, it is read from that;
-    else it is a world of one.
+    Inside `process_group()` it is that group's; else it is read from a process group of the user's own, if there is
+    one; else it is a world of one.
     """
     if _entered:
         return _entered[-1][0]
