@@ -154,7 +154,9 @@ def progress() -> None:
 
 
 def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
-    """`value` reduced over all ranks: a number, a tensor, or nested dicts, lists and tuples of them.
+    """`value` reduced over all ranks: a number, a tensor, or nested containers of them.
+
+    A container is a dict or another mapping, a list, a tuple, a named tuple or a dataclass, and comes back as one.
 
     Collective: call on all ranks with the same structure, from the same line or with the same `name`: two ranks that
     reduce different things at a time (one its loss, the other its accuracy) are told apart by that. The same types,

@@ -1,11 +1,11 @@
 """Finds out whether all ranks train the same model."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from dengine import trees
 from dengine.comm.consistency import compare_tensors
 from dengine.distributed import unwrap_model
 from dengine.engine import Engine
@@ -55,15 +55,6 @@ class ConsistencyCheck:
     def __call__(self, engine: Engine) -> None:
         compared: dict[str, Any] = dict(unwrap_model(self._model).named_parameters())
         if self._optimizer is not None:
-            compared.update(_named("optimizer", self._optimizer.state_dict()))
+            state = trees.named_leaves(self._optimizer.state_dict(), "optimizer")
+            compared.update((path, value) for path, value in state if value is not None)
         compare_tensors(compared, "The parameters")
-
-
-def _named(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The tensors and numbers in `value` by the path that leads to them."""
-    if isinstance(value, dict | list | tuple):
-        parts = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, part in parts:
-            yield from _named(f"{path}.{key}", part)
-    elif value is not None:
-        yield path, value

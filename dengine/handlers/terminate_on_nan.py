@@ -1,14 +1,14 @@
 """Ends a run whose numbers have gone wrong."""
 
-import dataclasses
 import numbers
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from dengine import trees
 from dengine.engine import Engine
 from dengine.handlers.arguments import check_function
 from dengine.naming import other_names, shown
@@ -74,13 +74,10 @@ class TerminateOnNan:
             engine.terminate()
 
     def _note(self, value: Any) -> bool:
-        """Note what is in `value`; True where it can be told at once that something is wrong."""
-        if isinstance(value, Mapping):
-            return any(self._note(part) for part in value.values())
-        if isinstance(value, list | tuple):
-            return any(self._note(part) for part in value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return any(self._note(getattr(value, field.name, None)) for field in dataclasses.fields(value))
+        """Note what is in `value`; True if it can be told at once that something is wrong."""
+        return any(self._note_leaf(leaf) for leaf in trees.leaves(value))
+
+    def _note_leaf(self, value: Any) -> bool:
         if isinstance(value, torch.Tensor):
             self._note_tensor(value.detach())
             return False

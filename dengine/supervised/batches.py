@@ -1,8 +1,5 @@
 """From a batch to inputs and targets, and from those to a step's output, where the user says nothing."""
 
-import copy
-import dataclasses
-from collections import UserDict
 from collections.abc import Callable, Mapping, Sized
 from typing import Any, TypeAlias
 
@@ -10,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dengine import trees
 from dengine.checks import takes
 from dengine.metrics.core.class_loss import class_loss, count_of, num_probabilities, option
 from dengine.naming import describe
@@ -55,38 +53,30 @@ def pair_on_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """Tensors in dicts, lists and tuples on `device`; from pinned memory without a wait."""
+    """Tensors in nested containers on `device`; from pinned memory without a wait."""
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: on_device(part, device) for key, part in value.items()}
-    if callable(getattr(value, "to", None)):  # a tuple may know better: a PackedSequence leaves its sizes on the host
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        parts = [on_device(part, device) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+    return trees.map_leaves(lambda leaf: _leaf_on_device(leaf, device), value, is_leaf=_moves_itself)
+
+
+def _leaf_on_device(leaf: Any, device: torch.device) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
+    return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
+
+
+def _moves_itself(container: Any) -> bool:
+    """A tuple or a dataclass may know better: a PackedSequence leaves its sizes on the host."""
+    return callable(getattr(container, "to", None)) and not isinstance(container, Mapping)
 
 
 def detached(value: Any) -> Any:
     """`value` without the graph behind it, so that a step's output keeps no activations."""
-    if isinstance(value, Tensor):
-        return value.detach() if value.requires_grad else value
-    if isinstance(value, (dict, UserDict)):
-        new = value.copy()  # an ordered dict, a model's output class
-        for key, part in value.items():
-            new[key] = detached(part)
-        return new
-    if isinstance(value, (tuple, list)):
-        parts = [detached(part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        copied = copy.copy(value)
-        for field in dataclasses.fields(value):
-            if hasattr(value, field.name):
-                object.__setattr__(copied, field.name, detached(getattr(value, field.name)))  # it may be frozen
-        return copied
-    return value
+    return trees.map_leaves(_detached_leaf, value)
+
+
+def _detached_leaf(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
 def num_samples(inputs: Any, targets: Any) -> int:

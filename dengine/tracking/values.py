@@ -5,12 +5,13 @@ import math
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+
+from dengine import trees
 
 __all__ = ["RowMaker", "Scalar", "encode", "plain", "scalar", "to_json"]
 
@@ -94,12 +95,9 @@ def plain(value: Any, keys: Sequence[object] = ()) -> Any:
         return value
     if isinstance(value, Namespace):
         value = vars(value)
-    elif is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(each, (*keys, key)) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each, (*keys, index)) for index, each in enumerate(value)]
+    if (parts := trees.parts(value)) is not None:
+        entries = {str(key): plain(each, (*keys, key)) for key, each in parts}
+        return entries if trees.has_names(value) else list(entries.values())
     if isinstance(value, (set, frozenset)):
         return [plain(each, (*keys, index)) for index, each in enumerate(sorted(value, key=repr))]
     if isinstance(value, PurePath):

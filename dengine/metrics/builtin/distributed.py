@@ -4,6 +4,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from dengine import trees
 from dengine.metrics.builtin.accuracy import Accuracy
 from dengine.metrics.core.kinds import is_metric, is_tracker, shows_live
 from dengine.metrics.core.metric import Metric
@@ -124,11 +125,4 @@ class DistributedAccuracy(DistributedMetric):
 def _moved(output: Any, device: torch.device | None) -> Any:
     if device is None:
         return output
-    if isinstance(output, torch.Tensor):
-        return output.to(device)
-    if isinstance(output, (tuple, list)):
-        parts = [_moved(part, device) for part in output]
-        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
-    if isinstance(output, dict):
-        return {key: _moved(part, device) for key, part in output.items()}
-    return output
+    return trees.map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, output)

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from dengine import trees
 from dengine.launch.world import world
 from dengine.metrics.core.kinds import MetricLike
 from dengine.metrics.core.metric import Metric
@@ -144,18 +145,15 @@ def _is_plain(value: Any, seen: set[int]) -> bool:
 
 def _device_of(value: Any) -> str | None:
     """The kind of device of the tensors in a list or dict: what is empty after a reset cannot tell it."""
-    if isinstance(value, torch.Tensor):
-        return None if value.is_cpu else value.device.type
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((device for part in parts if (device := _device_of(part))), None)
+    return next((device for part in trees.leaves(value) if (device := _device_of_leaf(part))), None)
+
+
+def _device_of_leaf(leaf: Any) -> str | None:
+    return leaf.device.type if isinstance(leaf, torch.Tensor) and not leaf.is_cpu else None
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, list):
-        return [_copied(each) for each in value]
-    return {key: _copied(each) for key, each in value.items()} if isinstance(value, dict) else value
+    return trees.map_leaves(lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 # -- and back ------------------------------------------------------------------------------------------------------
@@ -253,11 +251,12 @@ def _refilled(now: dict[Any, Any], fresh: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _placed(value: Any, device: torch.device | None) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone() if device is None else value.to(device, copy=True)
-    if isinstance(value, list):
-        return [_placed(each, device) for each in value]
-    return {key: _placed(each, device) for key, each in value.items()} if isinstance(value, dict) else value
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.clone() if device is None else leaf.to(device, copy=True)
+
+    return trees.map_leaves(place, value)
 
 
 def _own_device(kind: str | None) -> torch.device | None:

@@ -1,12 +1,12 @@
 """Predictions and targets as metrics take them: numbers or tensors, checked by shape, never by value."""
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
+from dengine import trees
 from dengine.checks import whole_number
 from dengine.metrics.core.transform import prediction_and_target
 
@@ -132,17 +132,17 @@ def _sizes(value: Any) -> tuple[set[int], set[int]]:
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple):
         return {int(size) for size in shape[:1]}, set()
-    if is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name, None) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return _joined_sizes(list(value.values()))
-    if not isinstance(value, (tuple, list)):
+    inside = trees.parts(value)
+    if inside is None:
         return set(), set()
-    parts = [part for part in value if isinstance(getattr(part, "shape", None), tuple) and part.shape]
-    if not parts:
-        return {len(value)}, set()
-    sizes, _ = _joined_sizes(parts)
-    return sizes, {len(value)}
+    parts = [part for _, part in inside]
+    if trees.has_names(value):
+        return _joined_sizes(parts)
+    with_rows = [part for part in parts if isinstance(getattr(part, "shape", None), tuple) and part.shape]
+    if not with_rows:
+        return {len(parts)}, set()
+    sizes, _ = _joined_sizes(with_rows)
+    return sizes, {len(parts)}
 
 
 def _joined_sizes(parts: list[Any]) -> tuple[set[int], set[int]]:
