@@ -16,7 +16,7 @@ from dengine.checks import takes, whole_number
 from dengine.naming import describe, other_keywords
 
 if TYPE_CHECKING:
-    from dengine.engine.loop import Engine
+    from dengine.engine.engine import Engine
 
 __all__ = [
     "AnyEvent",

@@ -9,16 +9,40 @@ from typing import TYPE_CHECKING
 
 from dengine.control.failure import Level
 from dengine.control.stop import END
-from dengine.engine.dispatch import Channel
+from dengine.engine.handler_list import HandlerList
+from dengine.engine.state import State
 from dengine.naming import describe
 
 if TYPE_CHECKING:
-    from dengine.engine.loop import Engine
+    from dengine.engine.engine import Engine
+    from dengine.engine.loop import Loop
 
-__all__ = ["frames_here", "levels", "running"]
+__all__ = ["levels", "loops_here"]
 
 
-def frames_here() -> Iterator[FrameType]:
+def loops_here(code: CodeType) -> list[Loop]:
+    """The loops that run in this thread, the innermost first. `code` is what a loop runs in."""
+    return [frame.f_locals["self"] for frame in _frames_here() if frame.f_code is code]
+
+
+def levels(code: CodeType, frames: Iterable[FrameType]) -> list[Level]:
+    """The engines that run in `frames` (outermost first), in that order. `code` is what a loop runs in."""
+    found: list[Level] = []
+    loop: Loop | None = None
+    for frame in frames:
+        if frame.f_code is code:
+            loop = frame.f_locals["self"]
+            found.append(_level(loop.state, _doing(loop)))
+        elif loop is not None and _fires_for(loop.engine, frame):
+            found[-1] = _in_handler(loop.state, frame)
+    return found
+
+
+def _fires_for(engine: Engine, frame: FrameType) -> bool:
+    return frame.f_code is HandlerList.fire.__code__ and frame.f_locals["engine"] is engine
+
+
+def _frames_here() -> Iterator[FrameType]:
     """The frames of this thread, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -26,47 +50,29 @@ def frames_here() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def running(loop: CodeType, frames: Iterable[FrameType]) -> list[Engine]:
-    """The engines that run in `frames`, in that order. `loop` is the code that an engine runs in."""
-    return [frame.f_locals["self"] for frame in frames if frame.f_code is loop]
+def _level(state: State, doing: str, event: str | None = None, handler: str | None = None) -> Level:
+    return Level(state.epoch, state.iteration, doing, event, handler)
 
 
-def levels(loop: CodeType, frames: Iterable[FrameType]) -> list[Level]:
-    """The engines that run in `frames` (outermost first), in that order. `loop` is the code that an engine runs in."""
-    found: list[Level] = []
-    engine: Engine | None = None
-    for frame in frames:
-        if frame.f_code is loop:
-            engine = frame.f_locals["self"]
-            found.append(_level(engine, _doing(engine)))
-        elif engine is not None and frame.f_code is Channel.fire.__code__ and frame.f_locals["engine"] is engine:
-            found[-1] = _in_handler(engine, frame)
-    return found
-
-
-def _level(engine: Engine, doing: str, event: str | None = None, handler: str | None = None) -> Level:
-    return Level(engine.state.epoch, engine.state.iteration, doing, event, handler)
-
-
-def _in_handler(engine: Engine, fire: FrameType) -> Level:
+def _in_handler(state: State, fire: FrameType) -> Level:
     event = str(fire.f_locals["self"].event).removeprefix("Events.")
     called = fire.f_locals.get("handler")
     if called is None and "subscription" in fire.f_locals:
         called = fire.f_locals["subscription"].handler
     handler = describe(called)
-    return _level(engine, f"in handler {handler} of {event}", event, handler)
+    return _level(state, f"in handler {handler} of {event}", event, handler)
 
 
-def _doing(engine: Engine) -> str:
-    """What the loop is at, by the numbers that it keeps: how far it has begun, and how far it has got."""
-    state, run = engine.state, engine._run
-    started = -1 if run is None or run.started < 0 else run.started & END
+def _doing(loop: Loop) -> str:
+    """What the loop is at, by the numbers that it keeps: how far it has started, and how far it has got."""
+    state, run = loop.state, loop.limits.run
+    started = -1 if run.started < 0 else run.started & END
     if started <= 0:
         return "at the start of the run" if started < 0 else "at the start of the epoch"
     if started == END:
         return "at the epoch's end, with its metrics"
     if started > state.epoch_iteration:
         return f"fetching batch {started} of the epoch"
-    if engine._iterations_done < state.iteration:
-        return f"in the step {describe(engine._step)}"
+    if state._under_way:
+        return f"in the step {describe(loop.step)}"
     return "updating the metrics"

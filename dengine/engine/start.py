@@ -1,24 +1,79 @@
-"""What all ranks must have alike when they begin a run, and what is said where they work for nothing."""
+"""What is checked as a run begins: its arguments, what all ranks must have alike, and whether they work for nothing."""
+
+from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+from dengine.checks import whole_number
 from dengine.comm.consistency import Compared
-from dengine.control.stop import Run
 from dengine.data.alike import is_whole_on_every_rank, samples_of, shard_entries
 from dengine.distributed import world
-from dengine.engine.dispatch import Dispatcher
+from dengine.engine.data import EpochIterator, check_data
+from dengine.launch.world import refuse_forgotten_group
 
-__all__ = ["must_be_alike", "samples_if_whole", "warn_of_whole_data"]
+if TYPE_CHECKING:
+    from dengine.engine.loop import Loop
+
+__all__ = ["checked_data", "checked_limits", "compare_start"]
 
 _WARNED = "_dengine_warned"  # on a loader
 
 
-def must_be_alike(
-    data: object, run: Run, dispatcher: Dispatcher, *, stop_every: int, epochs_completed: int
-) -> list[Compared]:
+def checked_limits(max_epochs: Any, max_iterations: Any) -> tuple[int | None, int | None]:
+    """
+    Raises: TypeError, ValueError: one is wrong, or there is none.
+    """
+    if max_epochs is None and max_iterations is None:
+        raise ValueError("max_epochs=None runs without an end: pass max_iterations= as well.")
+    checked = [
+        None if value is None else whole_number(name, value, least=1)
+        for name, value in (("max_epochs", max_epochs), ("max_iterations", max_iterations))
+    ]
+    return checked[0], checked[1]
+
+
+def checked_data(data: Iterable[Any], epoch_length: Any, *, is_joined: bool, distributed: bool) -> EpochIterator:
+    """
+    Raises:
+        TypeError, ValueError: it cannot be iterated over, has no batch, or `epoch_length` is wrong.
+        LaunchError: a launcher started several processes, but no process group is open.
+    """
+    check_data(data)
+    if distributed:
+        refuse_forgotten_group("run() of an Engine")
+    if epoch_length is not None:
+        epoch_length = whole_number("epoch_length", epoch_length, least=1)
+    may_be_empty = distributed and world().size > 1
+    epochs = EpochIterator(data, epoch_length, is_joined=is_joined, may_be_empty=may_be_empty)
+    if epochs.length == 0:
+        epochs.emptiness.refuse_no_batch()
+    return epochs
+
+
+def compare_start(loop: Loop) -> None:
+    """Have the ranks compare what they must have alike, before anything of the run happens. Collective.
+
+    Raises:
+        MetricStateError, ConsistencyError: on every rank, naming the rank and the first thing that differs.
+        ValueError: no rank has a batch; on every rank.
+    """
+    if world().size == 1:
+        loop.metrics.agree()
+        return
+    data, emptiness = loop.epochs.data, loop.epochs.emptiness
+    start = loop.metrics.agree(_must_be_alike(loop), batches=emptiness.expected(), data=_samples_if_whole(data))
+    emptiness.take(start.most_batches)
+    if start.is_same_data:
+        _warn_of_whole_data(data)
+
+
+def _must_be_alike(loop: Loop) -> list[Compared]:
     """All that the ranks compare beside metrics and models. In the order in which a difference is looked for."""
-    nesting = "run() in a handler or step of another run" if run.depth > 1 else "run() outside of any other run"
+    nesting = (
+        "run() in a handler or step of another run" if loop.limits.run.depth > 1 else "run() outside of any other run"
+    )
     return [
         Compared(
             "The places where this run begins",
@@ -28,22 +83,22 @@ def must_be_alike(
         ),
         Compared(
             "The settings of the engine",
-            [f"stop_every={stop_every} (a supervised trainer's gradient_accumulation_steps)"],
+            [f"stop_every={loop.limits.stop_every} (a supervised trainer's gradient_accumulation_steps)"],
         ),
         Compared(
             "The places where this run goes on",
-            [f"epochs_completed={epochs_completed}"],
+            [f"epochs_completed={loop.state.epochs_completed}"],
             "Load the state on every rank, as Checkpoint.resume() does.",
         ),
         Compared(
             "The handlers that all ranks take part in",
-            dispatcher.collectives(),
+            loop.dispatcher.collectives(),
             "Attach it on every rank, not under `if world.rank == 0:`: what it does on rank 0 alone, such as writing "
             "a file, it does there by itself.",
         ),
         Compared(
             "The data of the run",
-            shard_entries(data),
+            shard_entries(loop.epochs.data),
             "Build the data set, its transforms and the loader alike on every rank, with the same arguments to "
             "prepare_data_loader(): the shards are parts of one order of samples.",
             may_lack=True,
@@ -51,12 +106,12 @@ def must_be_alike(
     ]
 
 
-def samples_if_whole(data: Any) -> str:
+def _samples_if_whole(data: Any) -> str:
     """Which samples `data` goes through, to be compared if it looks as if no rank had a shard of them; else ""."""
     return samples_of(data) if is_whole_on_every_rank(data) and _WARNED not in vars(data) else ""
 
 
-def warn_of_whole_data(data: Any) -> None:
+def _warn_of_whole_data(data: Any) -> None:
     """Warn, once for a loader, if every rank goes through all samples. On rank 0 only."""
     here = world()
     if here.rank != 0 or not is_whole_on_every_rank(data) or _WARNED in vars(data):

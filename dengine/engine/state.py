@@ -92,6 +92,7 @@ class State:
         self._preempted = False
         self.exception: BaseException | None = None
         self._persisted: list[str] = []
+        self._iterations_done = 0  # `iteration` counts one that is still under way
 
     def __repr__(self) -> str:
         """Where the run stands. Values on a device are not read: of metrics it has the names."""
@@ -132,10 +133,32 @@ class State:
         _check(state_dict)
         for name in _POSITION:
             setattr(self, f"_{name}", state_dict[name])
+        self._iterations_done = self._iteration
         self.data_state = deepcopy(state_dict["data"])
         for name, value in state_dict["persisted"].items():
             setattr(self, name, deepcopy(value))  # the run goes on changing it
         self.persist(*state_dict["persisted"])
+
+    @property
+    def _under_way(self) -> int:
+        """How many iterations have been begun, but not done: 1 or 0."""
+        return self._iteration - self._iterations_done
+
+    def _begin_run(
+        self, data: Iterable[Any], max_epochs: int | None, epoch_length: int | None, *, is_resumed: bool
+    ) -> None:
+        """As a run begins, afresh or from where it was left."""
+        if not is_resumed:
+            self._epoch = self._iteration = self._epoch_iteration = self._epochs_completed = 0
+            self._iterations_done = 0
+        self._max_epochs = max_epochs
+        if epoch_length is not None or not is_resumed:
+            self._epoch_length = epoch_length
+        self._dataloader = data
+        # New dicts: who kept those of an earlier run keeps its values.
+        self.metrics, self.times = MetricValues(), {}
+        self.output = self.batch = self.exception = None
+        self._preempted = False
 
     def _plain_attribute(self, name: str) -> Any:
         if not hasattr(self, name):

@@ -6,7 +6,7 @@ import torch
 
 from dengine.distributed import all_reduce
 from dengine.engine import Engine, Events
-from dengine.engine.dispatch import collective
+from dengine.engine.handler_checks import collective
 from dengine.handlers.arguments import check_engine
 from dengine.naming import shown
 

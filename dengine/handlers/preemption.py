@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 from dengine.engine import Engine, Events
-from dengine.engine.dispatch import collective
+from dengine.engine.handler_checks import collective
 from dengine.handlers.arguments import check_engine
 from dengine.naming import shown
 

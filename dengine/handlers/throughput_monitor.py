@@ -9,7 +9,7 @@ import torch
 
 from dengine.distributed import all_reduce, world
 from dengine.engine import Absent, Engine, Events
-from dengine.engine.dispatch import collective
+from dengine.engine.handler_checks import collective
 from dengine.handlers.arguments import check_engine, check_function
 from dengine.handlers.peaks import peak_flops_per_s
 from dengine.metrics.core.inputs import num_samples

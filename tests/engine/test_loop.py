@@ -628,7 +628,7 @@ def test_the_iterator_over_the_data_is_closed_when_the_epoch_is_left(engine: Eng
 
 
 def test_the_examples_in_the_docstrings_print_what_they_say() -> None:
-    modules = [f"dengine.engine.{name}" for name in ("loop", "events", "state", "data", "dispatch")]
+    modules = [f"dengine.engine.{name}" for name in ("engine", "loop", "events", "state", "data", "dispatch")]
     code = (
         f"import doctest, importlib; assert not sum(doctest.testmod(importlib.import_module(m))[0] for m in {modules})"
     )

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dengine.data.passes import capture_passes, restore_passes
-from dengine.engine.data import Feed
+from dengine.engine.data import EpochIterator
+from dengine.engine.described import changes_of, check_unchanged, described
 from dengine.engine.own_state import OwnState
+from dengine.engine.state import State
 from dengine.random_state import RandomState, capture, restore
 
 __all__ = ["Resuming", "passes_of"]
@@ -19,6 +21,7 @@ class Resuming:
     """Keeps the state of one engine's data and generators while a run is under way, and takes it over for the next."""
 
     def __init__(self) -> None:
+        self.is_resumed = False  # the next run goes on from the state that was loaded
         self._own: OwnState | None = None
         self._at_start: RandomState | None = None  # of the epoch under way (a one-shot iterator), before it began
         self._saved: RandomState | None = None
@@ -36,12 +39,18 @@ class Resuming:
         """What the run under way has yet to return to."""
         return self._saved
 
-    def saved_data(self, of_rank_zero: dict[str, Any] | None) -> dict[str, Any] | None:
-        """What the interrupted run said of its data, on this rank where that is known."""
-        if self._saved is not None and self._saved.get("data_state") is not None:
-            of_rank: dict[str, Any] = self._saved["data_state"]
-            return of_rank
-        return of_rank_zero
+    def check_data(self, state: State, epochs: EpochIterator, *, allow_changed_data: bool) -> None:
+        """Note what the data are.
+
+        Raises: ValueError: a resumed run is to go on with other data than it was begun with.
+        """
+        epoch = state.epochs_completed
+        if self.is_resumed and not allow_changed_data:
+            saved = self._saved_data(state.data_state)
+            if saved is not None and changes_of(saved, described(epochs.data, epoch)):
+                epochs.set_epoch(saved.get("epoch", epoch))  # data may grow from epoch to epoch
+                check_unchanged(saved, described(epochs.data, epoch))
+        state.data_state = described(epochs.data, epoch)
 
     def state(self, *, is_epoch_begun: bool) -> RandomState:
         """For `load`: as of now. `is_epoch_begun`: an iteration of the epoch is done."""
@@ -50,54 +59,62 @@ class Resuming:
             return {"now": self._at_start, "epoch_start": None}
         return {"now": self._moment(), "epoch_start": self._at_start}
 
-    def begin_run(self, feed: Feed) -> None:
-        self._own = OwnState(feed.data)
+    def begin_run(self, epochs: EpochIterator) -> None:
+        self.is_resumed = False
+        self._own = OwnState(epochs.data)
         self._at_start = None
-        self._is_one_shot = feed.is_one_shot
-        feed.is_restored = bool(self._restored) and feed.iterates_over(self._restored)
+        self._is_one_shot = epochs.is_one_shot
+        epochs.is_restored = bool(self._restored) and epochs.iterates_over(self._restored)
         self._restored = []
 
     def end_run(self) -> None:
         self._saved = None
 
-    def return_between_epochs(self, feed: Feed) -> None:
+    def return_between_epochs(self, epochs: EpochIterator) -> None:
         """An epoch begins anew, or no more does."""
         if self._saved is not None and self._saved["now"] is not None:
-            self._return_to(self._saved["now"], feed)
+            self._return_to(self._saved["now"], epochs)
             # A one-shot iterator is yet to be wound forward, from its beginning.
-            self._saved = {**self._saved, "now": None} if feed.is_one_shot and self._saved["epoch_start"] else None
+            self._saved = {**self._saved, "now": None} if epochs.is_one_shot and self._saved["epoch_start"] else None
 
-    def first_batches(self, feed: Feed, *, skip: int, consumed: int) -> Iterator[Any]:
+    def first_batches(self, epochs: EpochIterator, *, skip: int, consumed: int) -> Iterator[Any]:
         """The batches of the epoch from its batch `skip` on, the generators set as they were then."""
         saved, self._saved = self._saved, None
         if saved is None:
-            self._begin_epoch(feed)
-            return feed.start(skip=skip, consumed=consumed)
+            self._begin_epoch(epochs)
+            return epochs.start(skip=skip, consumed=consumed)
         now = saved["now"] or self._moment()
-        self._return_to(saved["epoch_start"] or now, feed)
-        self._begin_epoch(feed)
-        batches = feed.start(skip=skip, consumed=consumed)
+        self._return_to(saved["epoch_start"] or now, epochs)
+        self._begin_epoch(epochs)
+        batches = epochs.start(skip=skip, consumed=consumed)
         if saved["epoch_start"]:
-            self._return_to(now, feed, is_begun=True)
+            self._return_to(now, epochs, is_begun=True)
         return batches
 
-    def end_epoch(self, feed: Feed) -> None:
-        if not feed.is_one_shot:
+    def end_epoch(self, epochs: EpochIterator) -> None:
+        if not epochs.is_one_shot:
             self._at_start = None
 
-    def _begin_epoch(self, feed: Feed) -> None:
-        if self._at_start is None or not feed.is_one_shot:
+    def _saved_data(self, of_rank_zero: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What the interrupted run said of its data, on this rank if that is known."""
+        if self._saved is not None and self._saved.get("data_state") is not None:
+            of_rank: dict[str, Any] = self._saved["data_state"]
+            return of_rank
+        return of_rank_zero
+
+    def _begin_epoch(self, epochs: EpochIterator) -> None:
+        if self._at_start is None or not epochs.is_one_shot:
             self._at_start = self._moment()
 
     def _moment(self) -> RandomState:
         """Cost: 0.05 ms, 11 kB; no wait for a device."""
         return {**capture(), "passes": capture_passes(), "data": [] if self._own is None else self._own.capture()}
 
-    def _return_to(self, state: RandomState, feed: Feed, *, is_begun: bool = False) -> None:
+    def _return_to(self, state: RandomState, epochs: EpochIterator, *, is_begun: bool = False) -> None:
         if "python" in state:  # a rank that the interrupted run did not have gets no generators
             restore(state)
-        restore_passes(state.get("passes", []), told=feed.told)
-        if self._own is not None and not feed.is_restored:
+        restore_passes(state.get("passes", []), told=epochs.counters)
+        if self._own is not None and not epochs.is_restored:
             self._own.restore(state.get("data", []), counts=not is_begun)
 
 

@@ -1,0 +1,361 @@
+"""The engine, as its users see it: handlers and metrics are added, a run is begun and left, its state is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from enum import Enum
+from functools import partial
+from typing import Any, TypeVar, overload
+
+from dengine.checks import whole_number
+from dengine.control.stop import begin_run
+from dengine.distributed import world
+from dengine.engine import foreign_names
+from dengine.engine.data import EpochIterator
+from dengine.engine.dispatch import Dispatcher, HandlerHandle
+from dengine.engine.events import AnyEvent, Events, Subscribable
+from dengine.engine.handler_checks import check_process_function
+from dengine.engine.handler_list import Handler
+from dengine.engine.limits import PREEMPTED, Limits
+from dengine.engine.loop import Loop, ProcessFunction
+from dengine.engine.position import levels
+from dengine.engine.resume import Resuming, passes_of
+from dengine.engine.start import checked_data, checked_limits
+from dengine.engine.state import State
+from dengine.metrics.collection.metric_set import AnyMetric, MetricSet
+from dengine.metrics.core.metric import OutputTransform
+from dengine.naming import other_keywords, other_names, shown
+from dengine.random_state import RandomState
+
+__all__ = ["Engine", "ProcessFunction"]
+
+_H = TypeVar("_H", bound=Handler)
+
+
+@other_names(**foreign_names.ENGINE)
+class Engine:
+    """Runs `process_function(engine, batch)` over data and fires events; handlers attach to them.
+
+    Args:
+        process_function: one step. What it returns is `state.output`.
+        distributed: False makes the engine this rank's own (an evaluation on rank 0 only): its metrics are not
+            reduced, its stops are its own, and it takes part in no collective.
+        joined: ranks whose data ends before that of others take part in the iterations that they lack, with an
+            `Absent` as `state.batch`, so that a step may hold collectives (DDP, FSDP). Metrics are not updated in them.
+            Of data that has a length. Cost: one small all-reduce an epoch.
+        stop_every: iterations of an epoch that belong together (an accumulation of gradients): `terminate()`,
+            `terminate_epoch()` and `preempt()` leave after a multiple of so many, or at the epoch's end.
+
+    Raises:
+        TypeError: `process_function` cannot be called as `process_function(engine, batch)`; it names its signature.
+        TypeError, ValueError: `stop_every` is no whole number of at least 1.
+
+    Example:
+        >>> trainer = Engine(lambda engine, batch: 2 * batch)
+        >>> @trainer.on(Events.ITERATION_COMPLETED(every=2))
+        ... def show(engine):
+        ...     print(engine.state.iteration, engine.state.output)
+        >>> state = trainer.run([1, 2, 3, 4])
+        2 4
+        4 8
+    """
+
+    def __init__(
+        self,
+        process_function: ProcessFunction,
+        *,
+        distributed: bool = True,
+        joined: bool = False,
+        stop_every: int = 1,
+    ) -> None:
+        check_process_function(process_function)
+        self.state = State()
+        self.distributed = distributed
+        self.firing: AnyEvent | None = None  # the event whose handlers are running
+        # What is to be saved behind the handlers of the event that this one is fired in; None: at once.
+        self.saves_later: list[Callable[[], None]] | None = None
+        self._step = process_function
+        self._is_joined = joined and distributed
+        self._stop_every = whole_number("stop_every", stop_every, least=1)
+        self._metrics = MetricSet()
+        self._dispatcher = Dispatcher(Events)
+        self._resuming = Resuming()
+        self._loop: Loop | None = None  # of the run under way
+
+    def __repr__(self) -> str:
+        """What it is; where its run stands is in the repr of its state."""
+        return shown(
+            self,
+            self._step,
+            metrics=self.metric_names or None,
+            distributed=None if self.distributed else False,
+            joined=self._is_joined or None,
+            stop_every=self._stop_every if self._stop_every > 1 else None,
+        )
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    @overload
+    def on(
+        self, event: Subscribable, handler: None = None, *, priority: int = 0, rank_zero_only: bool = False
+    ) -> Callable[[_H], _H]: ...
+
+    @overload
+    def on(
+        self, event: Subscribable, handler: Handler, *, priority: int = 0, rank_zero_only: bool = False
+    ) -> HandlerHandle: ...
+
+    def on(
+        self,
+        event: Subscribable,
+        handler: Handler | None = None,
+        *,
+        priority: int = 0,
+        rank_zero_only: bool = False,
+    ) -> HandlerHandle | Callable[[_H], _H]:
+        """Have `handler(engine)` called at `event`; without a handler, a decorator that does so.
+
+        Higher `priority` first, registration order within one priority, but for a `Checkpoint`, which comes last in
+        its priority: it saves what the others have done. Attached while its event is being fired, a handler is called
+        from the next firing on.
+
+        Args:
+            event: an event, one with options (`Events.X(every=100)`), or several joined by `|`.
+            rank_zero_only: call it on rank 0 alone; a collective of this package inside it raises
+                `RankZeroCollectiveError` instead of waiting for ever.
+
+        Returns:
+            A handle whose `remove()` detaches the handler; the decorator returns the function unchanged.
+
+        Raises:
+            TypeError: the handler cannot be called as `handler(engine)`, or `event` is no event.
+            ValueError: the event is not registered.
+        """
+        if handler is not None:
+            return self._dispatcher.attach(event, handler, priority=priority, rank_zero_only=rank_zero_only)
+        self._dispatcher.parts(event)  # an event that is not registered is refused at once
+
+        def attach(function: _H) -> _H:
+            self.on(event, function, priority=priority, rank_zero_only=rank_zero_only)
+            return function
+
+        return attach
+
+    def register_events(self, *events: type[Enum] | Enum | str) -> None:
+        """Let `on` and `fire_event` accept events of your own: enum classes, single members, or strings.
+
+        Raises:
+            TypeError: something else was given; nothing is registered then.
+        """
+        self._dispatcher.register(*events)
+
+    def fire_event(self, event: AnyEvent) -> None:
+        """Run the handlers of `event` now.
+
+        Raises:
+            ValueError: the event is not registered; the message lists those that are and names the closest.
+            TypeError: an event with options was given: options belong to `on`.
+        """
+        if not isinstance(event, (Enum, str)):
+            raise TypeError(
+                f"fire_event() takes a bare event, but got {event!r}; options such as every= belong to on()."
+            )
+        self._dispatcher.fire(self, event)
+
+    # -- metrics -------------------------------------------------------------------------------------------------
+
+    def add_metric(self, metric: AnyMetric, name: str, output_transform: OutputTransform | None = None) -> None:
+        """Compute `metric` over each epoch, as `state.metrics[name]`.
+
+        It is reset when an epoch starts, updated with each step's output, and computed before the handlers of
+        `EPOCH_COMPLETED`, over the samples of all ranks. Cost: all metrics of an engine share one all-reduce an epoch.
+
+        Args:
+            output_transform: turns the step's output into what `update` takes; for metrics that have none of their
+                own (torchmetrics').
+
+        Raises:
+            TypeError: `metric` has no `reset`, `update` and `compute`, or the name is no string.
+            ValueError: the name is taken, the metric has an `output_transform` already, or it would count twice:
+                another engine that is alive has it, or a metric of this one has it inside.
+        """
+        self._metrics.add(name, metric, output_transform)
+
+    def add_metrics(self, metrics: Mapping[str, AnyMetric]) -> None:
+        """`add_metric` for each of `{name: metric}`; all of them or, on an error, none."""
+        self._metrics.add_all(metrics)
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of the metrics, also of those that have no value yet."""
+        return self._metrics.names
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    @other_keywords(**foreign_names.RUN)
+    def run(
+        self,
+        data: Iterable[Any],
+        max_epochs: int | None = 1,
+        *,
+        max_iterations: int | None = None,
+        epoch_length: int | None = None,
+        allow_changed_data: bool = False,
+    ) -> State:
+        """Run over `data` until `max_epochs` or `max_iterations` is reached, whichever comes first.
+
+        Starts afresh (epoch 0, iteration 0), unless `load_state_dict()` was called since the last run: then it goes
+        on from there, in the middle of an epoch where that is where it was (whose `EPOCH_STARTED` has been and does
+        not fire again).
+
+        Args:
+            data: any iterable; each epoch iterates over it anew. A one-shot iterator goes on where it is.
+                To a resumed run it is given anew, at its beginning, and wound forward.
+            max_epochs: the total, so that a resumed run does what is left of it; None: only `max_iterations` counts.
+            max_iterations: the total over all epochs, within `max_epochs` (1, where it is not given). An epoch that it
+                cuts short is not completed: no `EPOCH_COMPLETED`, no metrics.
+            epoch_length: iterations of an epoch; by default what `len(data)` says, else until the data ends.
+                Longer than the data: it is iterated again; shorter: each epoch takes the first ones.
+            allow_changed_data: go on although the data have another length than the run was begun with, or a loader of
+                `prepare_data_loader` another global batch or seed; without it, that is a ValueError.
+
+        Returns:
+            `engine.state`.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong (nothing has been changed then), or there is not a single
+                batch (with several ranks an empty shard is legal, as long as another rank has a batch in that epoch).
+            LaunchError: a launcher started several processes, but no process group is open.
+            ConsistencyError: what all ranks must have alike differs: metrics, models, prepared data, handlers that are
+                collective.
+            RuntimeError: this engine is running already, or a one-shot iterator ran dry.
+            Any exception of a step, a handler or the data, after `EXCEPTION_RAISED`.
+            RemoteRankError, StallError: another rank failed, vanished or hangs; it tells which one, and where it was.
+
+        Cost: over several ranks, one all-reduce of 5 numbers at the start (what must be alike), one more of 1 number
+        over data of which no rank knows the length, and one all-reduce an epoch if there are metrics.
+        """
+        self._refuse_while_running("run()")
+        max_epochs, max_iterations = checked_limits(max_epochs, max_iterations)
+        epochs = checked_data(data, epoch_length, is_joined=self._is_joined, distributed=self.distributed)
+        self._resuming.check_data(self.state, epochs, allow_changed_data=allow_changed_data)
+        self._loop = self._begun(epochs, max_epochs, max_iterations)
+        try:
+            self._loop.run()
+        finally:
+            self._loop = None
+        return self.state
+
+    # -- leaving a run ---------------------------------------------------------------------------------------------
+
+    def terminate(self) -> None:
+        """Leave the run after the current iteration, on every rank at the same one. Without a run it does nothing.
+
+        Call it on any rank, or on several. Where others have begun a further iteration by then, all ranks do that one
+        too: with steps that wait for each other (DDP) it is one or two, without, as many as fit into some milliseconds.
+        In a run that ends anyway before that, it changes nothing.
+        """
+        if self._loop is not None:
+            self._loop.limits.run.request_stop("run", self.state.epoch)
+
+    def preempt(self) -> None:
+        """As `terminate()`, for a job that is to go on elsewhere: `state.preempted` is true, on every rank, from
+        `TERMINATED` on, and `COMPLETED` does not fire. `Preemption` calls it.
+        """
+        if self._loop is not None:
+            self._loop.limits.run.request_stop("run", self.state.epoch, reason=PREEMPTED)
+
+    def terminate_epoch(self) -> None:
+        """Leave the epoch after the current iteration, on every rank at the same one; it counts as completed.
+
+        Called in `EPOCH_STARTED`, it skips the epoch's iterations; outside an epoch it does nothing. Otherwise as
+        `terminate`.
+        """
+        if self._loop is not None and self._loop.limits.run.started >= 0:  # not in STARTED
+            self._loop.limits.run.request_stop("epoch", self.state.epoch)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, as plain numbers, strings, lists and dicts.
+
+        An iteration that is still under way (in its step, or in `ITERATION_STARTED`) counts as not begun, so that a
+        resumed run does it again.
+        """
+        state_dict = self.state.state_dict()
+        under_way = self.state._under_way
+        state_dict["iteration"] -= under_way
+        state_dict["epoch_iteration"] -= under_way
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Have the next `run()` go on from where `state_dict` was taken.
+
+        Raises:
+            ValueError: a wrong, missing or unknown entry, named; the engine is unchanged.
+            RuntimeError: the engine is running.
+        """
+        self._refuse_while_running("load_state_dict()")
+        self.state.load_state_dict(state_dict)
+        self._resuming.is_resumed = True
+
+    def random_state(self) -> RandomState:
+        """What a resumed run needs of this rank: its random number generators, as they are now and as they were when
+        the epoch's iterator began, and what the metrics have gathered of the epoch.
+
+        Of tensors, numbers, strings, lists and dicts. A `Checkpoint` saves it of every rank.
+        """
+        return {
+            **self._resuming.state(is_epoch_begun=self.state.epoch_iteration > self.state._under_way),
+            "data_state": deepcopy(self.state.data_state),
+            "metrics": self._metrics.held() if self.distributed else [],
+            "world_size": world().size,
+        }
+
+    def load_random_state(self, random_state: RandomState, *, data_only: bool = False) -> None:
+        """Have the next `run()` go on, on this rank, with the generators and metrics that `random_state()` gave.
+
+        Args:
+            data_only: it is of another rank, so that only how often the data were passed over counts.
+
+        Raises:
+            RuntimeError: the engine is running.
+        """
+        self._refuse_while_running("load_random_state()")
+        self._resuming.load(passes_of(random_state) if data_only else random_state)
+
+    def data_restored(self, objects: Iterable[Any]) -> None:
+        """Have the next `run()` take its data as they are where they iterate over one of `objects`, which were restored
+        to their position by a state of their own. `Checkpoint.resume` calls it with all that it has loaded.
+
+        Raises:
+            RuntimeError: the engine is running.
+        """
+        self._refuse_while_running("data_restored()")
+        self._resuming.data_restored(objects)
+
+    # -- parts of a run --------------------------------------------------------------------------------------------
+
+    def _begun(self, epochs: EpochIterator, max_epochs: int | None, max_iterations: int | None) -> Loop:
+        """The loop of a new run, the state and the counts of events being those of its beginning."""
+        run = begin_run(is_shared=self.distributed, where=partial(levels, Loop.run_epochs.__code__))
+        limits = Limits(self.state, run, max_iterations=max_iterations, stop_every=self._stop_every)
+        self.state._begin_run(epochs.data, max_epochs, epochs.length, is_resumed=self._resuming.is_resumed)
+        self._resuming.begin_run(epochs)
+        self._dispatcher.rewind()
+        run.interrupt = limits.interrupt
+        return Loop(
+            engine=self,
+            state=self.state,
+            step=self._step,
+            dispatcher=self._dispatcher,
+            metrics=self._metrics,
+            resuming=self._resuming,
+            epochs=epochs,
+            limits=limits,
+        )
+
+    def _refuse_while_running(self, call: str) -> None:
+        if self._loop is not None:
+            raise RuntimeError(f"{call} was called while this engine is running: use a second Engine inside a handler.")

@@ -1,0 +1,41 @@
+"""What the loop does with the metrics of an epoch, where it begins, ends, is resumed or is cut short."""
+
+import warnings
+
+from dengine.engine.state import State
+from dengine.errors import NotComputableError
+from dengine.launch.world import world
+from dengine.metrics.collection.live import MetricValues
+from dengine.metrics.collection.metric_set import MetricSet
+from dengine.random_state import RandomState
+from dengine.types import MetricValue
+
+__all__ = ["compute", "end_live", "restore"]
+
+
+def compute(metrics: MetricSet, *, distributed: bool, is_whole: bool) -> dict[str, MetricValue]:
+    """The metrics of the epoch; none if it was resumed (not `is_whole`) at its very end. Collective."""
+    try:
+        return metrics.compute(distributed=distributed)
+    except NotComputableError:
+        if is_whole:
+            raise
+        return {}
+
+
+def end_live(state: State, *, is_read: bool) -> None:
+    """The values of an epoch that was cut short are what they are now; none goes on with the next run."""
+    if isinstance(state.metrics, MetricValues):
+        state.metrics.settle(is_read=is_read)
+
+
+def restore(metrics: MetricSet, saved: RandomState, epoch: int) -> None:
+    """Have the metrics go on from what they had gathered of `epoch`; warn if they cannot."""
+    is_whole = saved["world_size"] == world().size and metrics.give_back(saved["metrics"])
+    if not is_whole and world().rank == 0:
+        warnings.warn(
+            f"The metrics of epoch {epoch} are of what is left of it: the run was begun with other "
+            "metrics or another number of ranks.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

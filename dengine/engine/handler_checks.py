@@ -1,0 +1,117 @@
+"""What can be a handler or a step, what a handler says of itself, and the warnings of handlers that fail or idle."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from dengine.naming import describe
+
+__all__ = [
+    "check_handler",
+    "check_process_function",
+    "collective",
+    "is_collective",
+    "owner_of",
+    "warn_of_failure",
+    "warn_of_idle",
+]
+
+_C = TypeVar("_C", bound="Callable[..., Any]")
+
+
+def check_handler(handler: object) -> None:
+    """Refuse what cannot be called as `handler(engine)`.
+
+    Raises:
+        TypeError: naming the handler and its signature.
+    """
+    if not callable(handler):
+        hint = ""
+        if hasattr(handler, "attach"):
+            hint = f": it needs several events, so attach it by {type(handler).__qualname__}(...).attach(engine)"
+        raise TypeError(f"A handler is called as handler(engine), but {handler!r} is not callable{hint}.")
+    _check_call("Handler", handler, ("engine",), "Bind what else it needs, e.g. with functools.partial or a lambda.")
+
+
+def check_process_function(function: object) -> None:
+    """Refuse what cannot be called as `process_function(engine, batch)`.
+
+    Raises:
+        TypeError: naming the function and its signature.
+    """
+    if not callable(function):
+        raise TypeError(f"Engine() takes a function (engine, batch) -> output, but got {function!r}.")
+    _check_call(
+        "The process function", function, ("engine", "batch"), "Its first argument is the engine, its second the batch."
+    )
+
+
+def _check_call(what: str, function: Callable[..., Any], arguments: tuple[str, ...], way_out: str) -> None:
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{what} {describe(function)} is an async function: a call of it would run nothing.")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-ins tell nothing about their arguments
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        called = f"{'handler' if len(arguments) == 1 else 'process_function'}({', '.join(arguments)})"
+        raise TypeError(
+            f"{what} {describe(function)}{signature} cannot be called as {called}: {error}. {way_out}"
+        ) from None
+
+
+def collective(method: _C) -> _C:
+    """Mark `method`, which is attached as a handler, as one that all ranks take part in: they compare which ones they
+    have at the start of a run. A handler that is an object says so by an attribute `is_collective`.
+    """
+    method.is_collective = True  # type: ignore[attr-defined]
+    return method
+
+
+def is_collective(handler: object) -> bool:
+    """Whether all ranks must have `handler`, as it says itself (see `collective`)."""
+    return bool(getattr(_inside(handler), "is_collective", False))
+
+
+def _inside(handler: Any) -> Any:
+    """The object or function that is called in the end: in a `functools.partial`, or by its `__call__`."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    is_call = getattr(handler, "__name__", "") == "__call__"
+    return getattr(handler, "__self__", handler) if is_call else handler
+
+
+def owner_of(handler: Any) -> str:
+    """The name of the class that `handler` is a method of, or its own."""
+    inside = _inside(handler)
+    owner = getattr(inside, "__self__", None)
+    return describe(inside) if owner is None else type(owner).__qualname__
+
+
+def warn_of_failure(failure: Exception, handler: Callable[..., Any], error: BaseException) -> None:
+    with suppress(RuntimeWarning):  # where warnings are errors, it must still be `error` that is raised
+        warnings.warn(
+            f"Handler {describe(handler)} of EXCEPTION_RAISED failed itself with {failure!r}, "
+            f"while handling {error!r}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_idle(idle: list[str]) -> None:
+    """Say that these handlers, shown with how often their event came, could not be called in a whole run."""
+    more = f"; and {len(idle) - 3} more" if len(idle) > 3 else ""
+    warnings.warn(
+        f"The counts of this run did not reach some handlers: {'; '.join(idle[:3])}{more}. Counts begin anew with each "
+        "run. On an evaluator, ask for the trainer's: filter=lambda engine, count: trainer.state.epoch >= 5; "
+        "EarlyStopping has start_after=. This is said once.",
+        RuntimeWarning,
+        stacklevel=4,
+    )

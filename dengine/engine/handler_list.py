@@ -1,0 +1,167 @@
+"""The handlers of one event: compiled when they are attached, and the loop over those who are due."""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from dengine.engine.events import AnyEvent, FilteredEvent
+from dengine.engine.handler_checks import warn_of_failure
+
+if TYPE_CHECKING:
+    from dengine.engine.engine import Engine
+
+__all__ = ["NEVER", "Handler", "HandlerList", "Subscription"]
+
+Handler: TypeAlias = "Callable[[Engine], Any]"
+
+# The count at which nobody is ever due.
+NEVER = sys.maxsize
+
+
+class Subscription:
+    """One handler on one event, its options turned into integers that are compared in place."""
+
+    __slots__ = (
+        "due",
+        "filter",
+        "first",
+        "handler",
+        "is_known_idle",
+        "is_plain",
+        "last",
+        "once",
+        "options",
+        "place",
+        "step",
+    )
+
+    def __init__(self, handler: Handler, options: FilteredEvent, priority: float) -> None:
+        self.handler = handler
+        self.options = options
+        self.is_known_idle = False  # the counts of a run do not reach it, and that has been said
+        # What saves comes behind the others of its priority: else what they do then would be lost to a resumed run.
+        self.place = (-priority, bool(getattr(handler, "saves_state", False)))
+        self.step = options.every or 1
+        self.once = options.once
+        self.first = 0 if options.after is None else options.after + 1
+        self.last = NEVER if options.before is None else options.before - 1
+        self.filter = options.filter
+        self.is_plain = options == FilteredEvent(options.event)
+        # No count below it needs a look; 0 means: look at the next one, whatever it is.
+        self.due = 0
+
+    def call(self, engine: Engine, count: int) -> None:
+        if self.filter is None or self.filter(engine, count):
+            self.handler(engine)
+
+    def admits(self, count: int) -> bool:
+        """Whether the integer options allow `count`; `filter` is asked later, when the handler's turn has come."""
+        if self.once is not None and count not in self.once:
+            return False
+        return self.first <= count <= self.last and count % self.step == 0
+
+    def due_after(self, count: int) -> int:
+        """The smallest count above `count` that the integer options may allow."""
+        if self.is_plain:
+            return 0
+        following = max(count + 1, self.first)
+        if self.once is not None:
+            place = bisect_right(self.once, following - 1)
+            following = self.once[place] if place < len(self.once) else NEVER
+        else:
+            following += -following % self.step
+        return following if following <= self.last else NEVER
+
+
+class HandlerList:
+    """One event's subscriptions, as one tuple in the order of calling.
+
+    `due` is the smallest count at which anybody wants to be called: the loop compares with it and needs nothing else
+    of a handlers in an iteration in which nobody is due.
+    """
+
+    __slots__ = ("count", "due", "due_with_options", "event", "plain_handlers", "subscriptions")
+
+    def __init__(self, event: AnyEvent) -> None:
+        self.event = event
+        self.count = 0  # times fired in this run; the loop keeps the counts of iterations and epochs itself
+        self.due = NEVER
+        self.due_with_options = NEVER  # the same of those that have options, to which nobody has to look before
+        self.subscriptions: tuple[Subscription, ...] = ()
+        self.plain_handlers: tuple[Handler, ...] = ()  # of those without options
+
+    def add(self, subscription: Subscription) -> None:
+        # sorted() is stable: registration order within one priority.
+        self._set(tuple(sorted((*self.subscriptions, subscription), key=lambda each: each.place)))
+
+    def remove(self, subscription: Subscription) -> None:
+        self._set(tuple(each for each in self.subscriptions if each is not subscription))
+
+    def idle(self, count: int) -> list[Subscription]:
+        """Who could not be called in a run whose last count was `count`, all their counts being higher; each once."""
+        found = []
+        for subscription in self.subscriptions:
+            if subscription.due_after(0) > count > 0 and not subscription.is_known_idle:
+                subscription.is_known_idle = True
+                found.append(subscription)
+        return found
+
+    def rewind(self) -> None:
+        """Counts begin anew, or may jump: have everybody looked at on the next firing."""
+        for subscription in self.subscriptions:
+            subscription.due = 0
+        self._look_for_due()
+
+    def fire(self, engine: Engine, count: int) -> None:
+        """Call everybody who is due at `count`. Who is called is settled before the first call."""
+        outer, engine.firing = engine.firing, self.event
+        try:
+            if count < self.due_with_options:
+                for handler in self.plain_handlers:
+                    handler(engine)
+            else:
+                for subscription in self.ready(count):
+                    subscription.call(engine, count)
+        finally:
+            engine.firing = outer
+
+    def fire_despite(self, engine: Engine, error: BaseException) -> None:
+        """Call everybody for `error`. What one of them raises must not hide it, nor keep others from being called."""
+        engine.firing = self.event
+        try:
+            for subscription in self.ready(1):
+                _call_despite(subscription, engine, error)
+        finally:
+            engine.firing = None
+
+    def ready(self, count: int) -> list[Subscription]:
+        """Those who are due at `count`, but for their `filter`, which is asked when their turn has come."""
+        ready = []
+        for subscription in self.subscriptions:
+            if subscription.due <= count:
+                if subscription.admits(count):
+                    ready.append(subscription)
+                subscription.due = subscription.due_after(count)
+        self._look_for_due()
+        return ready
+
+    def _set(self, subscriptions: tuple[Subscription, ...]) -> None:
+        # New tuples, never a changed one: a firing under way goes on with the tuple it began with.
+        self.subscriptions = subscriptions
+        self.plain_handlers = tuple(each.handler for each in subscriptions if each.is_plain)
+        self._look_for_due()
+
+    def _look_for_due(self) -> None:
+        self.due_with_options = min((each.due for each in self.subscriptions if not each.is_plain), default=NEVER)
+        self.due = 0 if self.plain_handlers else self.due_with_options
+
+
+def _call_despite(subscription: Subscription, engine: Engine, error: BaseException) -> None:
+    try:
+        subscription.call(engine, 1)
+    except Exception as failure:
+        if failure is not error:
+            warn_of_failure(failure, subscription.handler, error)

@@ -1,0 +1,70 @@
+"""Ranks whose data ends before that of others: how long a pass is on all of them, and what stands for a batch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from dengine.distributed import all_reduce, broadcast_object, world
+
+__all__ = ["Absent", "Pass", "agreed_pass", "with_own_spare", "with_sent_spare"]
+
+
+@dataclass(frozen=True)
+class Absent:
+    """What a rank of a joined engine gets as a batch where its data has ended and another rank's goes on.
+
+    `spare` is a batch that was counted before, or another rank's: something to take part with, to be given no weight.
+    Metrics are not updated with what the step makes of it.
+    """
+
+    spare: Any
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the data, as all ranks agree about it. `length` is None where it is not joined."""
+
+    length: int | None = None
+    is_even: bool = True
+    is_empty_somewhere: bool = False
+    source: int = 0  # the first rank that has a batch
+
+
+def agreed_pass(own: int | None) -> Pass:
+    """Collective: one small all-reduce."""
+    here = world()
+    told = {
+        "longest": -1 if own is None else own,
+        "shortest": 1 if own is None else -own,
+        "source": -here.rank if own else -here.size,
+    }
+    found = all_reduce(told, "max", name="the length of a pass over the data")
+    longest, shortest = found["longest"], -found["shortest"]
+    if shortest < 0 or longest < 0:
+        return Pass()
+    return Pass(longest, longest == shortest, shortest == 0, -found["source"])
+
+
+def with_own_spare(batches: Iterator[Any], num_absent: int, any_batch: Callable[[], Any]) -> Iterator[Any]:
+    last = None
+    for last in batches:
+        yield last
+    if num_absent:
+        # A run resumed behind the end of its own data has drawn none of it.
+        spare = any_batch() if last is None else last
+        for _ in range(num_absent):
+            yield Absent(spare)
+
+
+def with_sent_spare(
+    batches: Iterator[Any], own: int, num_absent: int, source: int, any_batch: Callable[[], Any]
+) -> Iterator[Any]:
+    """Some rank has no batch at all: the first rank that has one, `source`, sends it. Collective: one object broadcast.
+
+    Args:
+        own: how many batches this rank has in a pass.
+    """
+    first = list(islice(batches, 1))
+    spare = broadcast_object((first or [any_batch()])[0] if own else None, source)
+    return chain(first, batches, (Absent(spare) for _ in range(num_absent)))

@@ -1,0 +1,67 @@
+"""How far the loop of a run may go: what the arguments of `run()` allow, and what the ranks have agreed upon."""
+
+from __future__ import annotations
+
+from dengine.control.stop import Run, position
+from dengine.engine.handler_list import NEVER
+from dengine.engine.state import State
+
+__all__ = ["PREEMPTED", "Limits"]
+
+PREEMPTED = "preempted"  # as the reason why a run is left
+
+
+class Limits:
+    """The end of one run and of its epochs, whoever decides it.
+
+    The loop leaves the epoch if `iteration >= stop_at`: one comparison for all who may end it. A rank's thread sets it
+    to 0 (`interrupt`), so that the loop comes here and asks.
+    """
+
+    def __init__(self, state: State, run: Run, *, max_iterations: int | None, stop_every: int) -> None:
+        self.run = run
+        self.max_iterations = NEVER if max_iterations is None else max_iterations
+        self.stop_every = stop_every
+        self.stop_at = NEVER
+        self.is_terminated = False
+        self._state = state
+
+    def interrupt(self) -> None:
+        """Have the loop ask whether it may go on, after the iteration under way."""
+        self.stop_at = 0
+
+    def may_begin(self, next_position: int) -> bool:
+        """Publish that `next_position` is started, an epoch or its end, unless all ranks leave the run before it."""
+        run = self.run
+        run.started = next_position
+        if run.must_check and next_position > run.stop_targets(self._state.epoch)[0]:
+            self.is_terminated = True
+            self._state._preempted = run.reason == PREEMPTED
+        return not self.is_terminated
+
+    def may_go_on(self, end: int) -> bool:
+        """Whether there is another iteration in this epoch, which ends at `end` unless it is to be left before."""
+        state, run = self._state, self.run
+        stop_at = self.stop_at = min(end, self.max_iterations)
+        if run.must_check:
+            epoch_start = state.iteration - state.epoch_iteration
+            for target in run.stop_targets(state.epoch):
+                if target is not None:
+                    num_iterations = max(target - position(state.epoch, 0), 0)
+                    num_iterations += -num_iterations % self.stop_every
+                    stop_at = min(stop_at, epoch_start + num_iterations)
+            # The thread may set it to 0 again right after: then the loop only comes here once more.
+            self.stop_at = stop_at
+        return state.iteration < stop_at
+
+    def has_ended(self, end: int) -> bool:
+        """Whether the epoch that was left has come to its end, or was ended by `terminate_epoch()`."""
+        is_left = self._epoch_target() is not None  # asked in any case: it raises if another rank has failed
+        return self._state.iteration >= end or is_left
+
+    def is_skipped(self) -> bool:
+        """Whether the epoch was left without an iteration on any rank."""
+        return self._epoch_target() == position(self._state.epoch, 0)
+
+    def _epoch_target(self) -> int | None:
+        return self.run.stop_targets(self._state.epoch)[1] if self.run.must_check else None

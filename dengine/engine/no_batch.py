@@ -1,0 +1,67 @@
+"""Data without a batch: whether that is an error, and what it says."""
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from torch.utils.data import IterableDataset
+
+from dengine.data.alike import empties_together
+from dengine.engine.described import length_of
+
+__all__ = ["NO_BATCH", "SOME_BATCHES", "Emptiness"]
+
+# What a rank knows of its batches before a run, and the ranks together by the largest of it.
+NO_BATCH, PERHAPS_BATCHES, SOME_BATCHES = 0, 1, 2
+
+
+class Emptiness:
+    """What is known of whether `data` have a batch. They must, unless they are one shard of several (`may_be_empty`),
+    and even then one rank must have one.
+    """
+
+    def __init__(self, data: Iterable[Any], *, may_be_empty: bool) -> None:
+        self.may_be_empty = may_be_empty
+        self.is_unsure = False  # whether any rank has a batch
+        self._data = data
+
+    def expected(self) -> int:
+        """What can be told of this rank's batches before there is one: `NO_BATCH`, `SOME_BATCHES`, or neither."""
+        own = length_of(self._data)
+        if own is None or isinstance(getattr(self._data, "dataset", None), IterableDataset):
+            return PERHAPS_BATCHES  # a stream may say how long it is, and be empty all the same
+        return SOME_BATCHES if own else NO_BATCH
+
+    def take(self, expected: int) -> None:
+        """What the ranks together expect, `expected` being the largest of theirs.
+
+        Raises: ValueError: no rank has a batch. It is raised alike on every rank.
+        """
+        if expected == NO_BATCH:
+            self.refuse("no batch on any rank" if self.may_be_empty else "no batch")
+        self.is_unsure = self.may_be_empty and expected == PERHAPS_BATCHES
+
+    def refuse_no_batch(self) -> None:
+        """Raises: ValueError: there is no batch, and there has to be one."""
+        if not self.may_be_empty:
+            self.refuse("no batch")
+        if empties_together(self._data):
+            self.refuse("no batch on any rank")
+
+    def refuse_empty_epoch(self, epoch: int, iterations: int) -> NoReturn:
+        """Raises: ValueError: no rank has a batch in `epoch`. RuntimeError: the same in a world of one, where there
+        were batches before.
+        """
+        if iterations == 0:
+            self.refuse("no batch on any rank" if self.may_be_empty else "no batch")
+        text = f"in epoch {epoch} after {iterations} iterations"
+        again = f"iterating over this {type(self._data).__qualname__} again must begin anew"
+        if self.may_be_empty:
+            raise ValueError(f"The data gave no batch on any rank {text}: {again}, and give some batches.")
+        raise RuntimeError(f"The data gave no batch {text}: {again}.")
+
+    def refuse(self, nothing: str) -> NoReturn:
+        """Raises: ValueError: the data gave `nothing`."""
+        raise ValueError(
+            f"The data ({type(self._data).__qualname__}) gave {nothing}: there is nothing to run over. "
+            "Check the data set's size, and drop_last with a batch size above it."
+        )

@@ -1,0 +1,74 @@
+"""How an iteration over data is begun in the middle: by a sampler that skips, or by drawing and dropping batches."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+from dengine.data.loader import pass_counters
+from dengine.distributed import world
+
+__all__ = ["dropping", "jumps", "skipped_by_sampler", "warn_of_drawing"]
+
+
+@runtime_checkable
+class _Skips(Protocol):
+    """A sampler that can begin in the middle of an epoch without drawing what comes before."""
+
+    def skip(self, num_samples: int) -> None: ...
+
+
+def jumps(data: Iterable[Any]) -> bool:
+    """Whether a pass over the data is the same however often they were passed over before in this epoch."""
+    return bool(pass_counters(data)) or isinstance(data, Sequence) or _skipping(data) is not None
+
+
+def skipped_by_sampler(data: Iterable[Any], num_batches: int) -> Iterator[Any] | None:
+    """The batches after the first `num_batches`, the iterator having begun; None if the sampler cannot skip."""
+    skipping = _skipping(data)
+    if skipping is None:
+        return None
+    sampler, batch_size = skipping
+    sampler.skip(num_batches * batch_size)
+    return _begun(iter(data))
+
+
+def dropping(begin: Callable[[], Iterator[Any]], num_batches: int) -> Iterator[Any]:
+    """Draw and drop `num_batches`, passing over the data (`begin`) as often as an epoch longer than the data does."""
+    iterator = begin()
+    while num_batches:
+        drawn = sum(1 for _ in islice(iterator, num_batches))
+        num_batches -= drawn
+        if num_batches and drawn == 0:
+            break
+        if num_batches:
+            iterator = begin()
+    return iterator
+
+
+def warn_of_drawing(data: Iterable[Any], num_batches: int) -> None:
+    """Warn, on rank 0, that so many batches are drawn for nothing."""
+    if not num_batches or world().rank != 0:
+        return
+    warnings.warn(
+        f"To go on where the run was left, {num_batches} batches are drawn from the "
+        f"{type(data).__qualname__} and dropped. A DataLoader that prepare_data_loader() gave begins at any "
+        "batch at once, and its data draw the same random numbers whatever the workers have drawn before.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _skipping(data: Iterable[Any]) -> tuple[_Skips, int] | None:
+    sampler = getattr(data, "sampler", None)
+    batch_size = getattr(data, "batch_size", None)
+    return (sampler, batch_size) if isinstance(sampler, _Skips) and isinstance(batch_size, int) else None
+
+
+def _begun(iterator: Iterator[Any]) -> Iterator[Any]:
+    while True:  # not `yield from`: that calls iter() once more
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        yield batch
