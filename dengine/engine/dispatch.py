@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dengine.distributed import rank_zero_only as only_on_rank_zero
 from dengine.engine.events import AnyEvent, Events, FilteredEvent, Subscribable, event_parts, event_text
-from dengine.engine.handler_checks import check_handler, is_collective, owner_of, warn_of_idle
+from dengine.engine.handler_checks import check_handler, is_collective, owner_of, phase_of, warn_of_idle
 from dengine.engine.handler_list import Handler, HandlerList, Subscription
 from dengine.engine.state import State
 from dengine.naming import describe
@@ -73,8 +73,9 @@ class Dispatcher:
         check_handler(handler)
         if isinstance(priority, bool) or not isinstance(priority, (int, float)):
             raise TypeError(f"priority={priority!r} must be a number.")
+        phase = phase_of(handler)
         called: Handler = only_on_rank_zero(handler) if rank_zero_only else handler
-        attached = [(handlers, Subscription(called, options, priority)) for handlers, options in parts]
+        attached = [(handlers, Subscription(called, options, priority, phase)) for handlers, options in parts]
         for handlers, subscription in attached:
             handlers.add(subscription)
         return HandlerHandle(attached)

@@ -19,6 +19,7 @@ from dengine.engine.handler_checks import check_process_function
 from dengine.engine.handler_list import Handler
 from dengine.engine.limits import PREEMPTED, Limits
 from dengine.engine.loop import Loop, ProcessFunction
+from dengine.engine.phases import SavePhase
 from dengine.engine.position import levels
 from dengine.engine.resume import Resuming, passes_of
 from dengine.engine.start import checked_data, checked_limits
@@ -73,8 +74,7 @@ class Engine:
         self.state = State()
         self.distributed = distributed
         self.firing: AnyEvent | None = None  # the event whose handlers are running
-        # What is to be saved behind the handlers of the event that this one is fired in; None: at once.
-        self.saves_later: list[Callable[[], None]] | None = None
+        self.save_phase = SavePhase()  # of that event
         self._step = process_function
         self._is_joined = joined and distributed
         self._stop_every = whole_number("stop_every", stop_every, least=1)

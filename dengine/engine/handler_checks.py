@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from dengine.engine.phases import Phase
 from dengine.naming import describe
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "collective",
     "is_collective",
     "owner_of",
+    "phase_of",
     "warn_of_failure",
     "warn_of_idle",
 ]
@@ -78,6 +80,12 @@ def collective(method: _C) -> _C:
 def is_collective(handler: object) -> bool:
     """Whether all ranks must have `handler`, as it says itself (see `collective`)."""
     return bool(getattr(_inside(handler), "is_collective", False))
+
+
+def phase_of(handler: object) -> Phase:
+    """The phase of an event that `handler` belongs to, as it says itself."""
+    phase: Phase = getattr(_inside(handler), "phase", Phase.ACT)
+    return phase
 
 
 def _inside(handler: Any) -> Any:

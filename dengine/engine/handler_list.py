@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dengine.engine.events import AnyEvent, FilteredEvent
 from dengine.engine.handler_checks import warn_of_failure
+from dengine.engine.phases import Phase
 
 if TYPE_CHECKING:
     from dengine.engine.engine import Engine
@@ -34,16 +35,15 @@ class Subscription:
         "last",
         "once",
         "options",
-        "place",
         "step",
+        "turn",
     )
 
-    def __init__(self, handler: Handler, options: FilteredEvent, priority: float) -> None:
+    def __init__(self, handler: Handler, options: FilteredEvent, priority: float, phase: Phase) -> None:
         self.handler = handler
         self.options = options
         self.is_known_idle = False  # the counts of a run do not reach it, and that has been said
-        # What saves comes behind the others of its priority: else what they do then would be lost to a resumed run.
-        self.place = (-priority, bool(getattr(handler, "saves_state", False)))
+        self.turn = (-priority, phase)
         self.step = options.every or 1
         self.once = options.once
         self.first = 0 if options.after is None else options.after + 1
@@ -95,7 +95,7 @@ class HandlerList:
 
     def add(self, subscription: Subscription) -> None:
         # sorted() is stable: registration order within one priority.
-        self._set(tuple(sorted((*self.subscriptions, subscription), key=lambda each: each.place)))
+        self._set(tuple(sorted((*self.subscriptions, subscription), key=lambda each: each.turn)))
 
     def remove(self, subscription: Subscription) -> None:
         self._set(tuple(each for each in self.subscriptions if each is not subscription))

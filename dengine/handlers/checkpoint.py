@@ -24,7 +24,9 @@ from dengine.checks import whole_number
 from dengine.comm.collectives import from_rank_zero
 from dengine.distributed import world
 from dengine.engine import Engine, Events
+from dengine.engine.phases import Phase
 from dengine.errors import CheckpointError
+from dengine.handlers.priorities import Priority
 from dengine.handlers.score import check_score_function, score_of
 from dengine.handlers.step import StepTransform, check_step_transform, step_to_save
 from dengine.naming import other_keywords, other_names, shown
@@ -103,7 +105,7 @@ class Checkpoint:
     """
 
     is_collective = True
-    saves_state = True  # so that an engine calls it behind the other handlers of its priority
+    phase = Phase.SAVE
 
     @other_keywords(
         dirname="it is called save_dir=",
@@ -185,9 +187,9 @@ class Checkpoint:
                 "This engine is one rank's own (distributed=False), but saving takes all ranks: attach the Checkpoint "
                 "to an engine that runs on all of them."
             )
-        if engine.saves_later is not None:
-            engine.saves_later.append(lambda: self(engine))
-            return
+        engine.save_phase.call(self._save_if_due, engine)
+
+    def _save_if_due(self, engine: Engine) -> None:
         self._watch(engine)
         report, due = from_rank_zero(lambda: self._plan(engine), "plan a checkpoint")
         self._take(report)
@@ -261,9 +263,9 @@ class Checkpoint:
         """Be told when the run ends: there is no other place where all ranks pass afterwards."""
         if self._is_asynchronous and engine not in self._watched:
             self._watched.add(engine)
-            engine.on(Events.COMPLETED, lambda engine: self.wait(), priority=-sys.maxsize)
-            engine.on(Events.TERMINATED, self._wait_if_preempted, priority=-sys.maxsize)
-            engine.on(Events.EXCEPTION_RAISED, self._wait_alone, priority=-sys.maxsize)
+            engine.on(Events.COMPLETED, lambda engine: self.wait(), priority=Priority.FINISHED)
+            engine.on(Events.TERMINATED, self._wait_if_preempted, priority=Priority.FINISHED)
+            engine.on(Events.EXCEPTION_RAISED, self._wait_alone, priority=Priority.FINISHED)
 
     def _wait_if_preempted(self, engine: Engine) -> None:
         """Then `COMPLETED` does not come."""

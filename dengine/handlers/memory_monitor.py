@@ -8,12 +8,12 @@ from dengine.distributed import all_reduce
 from dengine.engine import Engine, Events
 from dengine.engine.handler_checks import collective
 from dengine.handlers.arguments import check_engine
+from dengine.handlers.priorities import Priority
 from dengine.naming import shown
 
 __all__ = ["MemoryMonitor"]
 
 _BYTES_PER_MIB = 2**20
-_BEFORE_OTHERS = 2000  # so that trackers, bars and the user's own handlers of EPOCH_COMPLETED see the values
 
 
 class MemoryMonitor:
@@ -47,7 +47,7 @@ class MemoryMonitor:
         for name in ("peak_host_mib", "peak_device_mib"):
             if name in engine.metric_names:
                 raise ValueError(f"The engine has a metric {name!r}, as MemoryMonitor calls what it finds: rename it.")
-        engine.on(Events.EPOCH_COMPLETED, self._measure, priority=_BEFORE_OTHERS)
+        engine.on(Events.EPOCH_COMPLETED, self._measure, priority=Priority.VALUES)
 
     @collective
     def _measure(self, engine: Engine) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from dengine.engine import Engine, Events
 from dengine.engine.handler_checks import collective
 from dengine.handlers.arguments import check_engine
+from dengine.handlers.priorities import Priority
 from dengine.naming import shown
 
 __all__ = ["Preemption"]
@@ -77,13 +78,13 @@ class Preemption:
         Raises: TypeError: it is no Engine.
         """
         check_engine(self, engine)
-        engine.on(Events.STARTED, self._begin, priority=_FIRST)
+        engine.on(Events.STARTED, self._begin, priority=Priority.SETUP)
         engine.on(Events.ITERATION_COMPLETED, self._look)
         # Last: a signal that comes while the handlers of an epoch's end evaluate is not to wait for one more iteration.
-        engine.on(Events.EPOCH_COMPLETED, self._look, priority=-_FIRST)
+        engine.on(Events.EPOCH_COMPLETED, self._look, priority=Priority.CLEANUP)
         engine.on(Events.TERMINATED, self._save_together if self._is_collective else self._save)
         for event in (Events.TERMINATED, Events.COMPLETED, Events.EXCEPTION_RAISED):
-            engine.on(event, self._end, priority=-_FIRST)
+            engine.on(event, self._end, priority=Priority.CLEANUP)
 
     def _begin(self, engine: Engine) -> None:
         self._received, self._previous = None, {}
@@ -130,6 +131,3 @@ class Preemption:
         previous = self._previous[number]
         owner = getattr(previous, "__self__", None)
         return owner._before(number) if isinstance(owner, Preemption) and not owner._is_listening else previous
-
-
-_FIRST = 1_000_000  # as a priority

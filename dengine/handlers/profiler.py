@@ -10,11 +10,10 @@ from dengine.checks import path_of, whole_number
 from dengine.distributed import world
 from dengine.engine import Engine, Events
 from dengine.handlers.arguments import check_engine
+from dengine.handlers.priorities import Priority
 from dengine.naming import shown
 
 __all__ = ["Profiler"]
-
-_LAST = -2000  # an iteration ends behind its other handlers, so that they are in the trace
 
 
 class Profiler:
@@ -90,9 +89,9 @@ class Profiler:
         check_engine(self, engine)
         if world().rank != 0:
             return
-        engine.on(Events.STARTED, self._start, priority=_LAST)
-        engine.on(Events.ITERATION_COMPLETED, self._step, priority=_LAST)
-        engine.on(Events.COMPLETED | Events.EXCEPTION_RAISED, self._stop, priority=_LAST)
+        engine.on(Events.STARTED, self._start, priority=Priority.TRACE_END)
+        engine.on(Events.ITERATION_COMPLETED, self._step, priority=Priority.TRACE_END)
+        engine.on(Events.COMPLETED | Events.EXCEPTION_RAISED, self._stop, priority=Priority.TRACE_END)
 
     def _start(self, engine: Engine) -> None:
         self._stop(engine)  # a run that was left without an event, by a failing handler of STARTED

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dengine.distributed import world
 from dengine.engine import Engine, Events
 from dengine.handlers.arguments import MetricNames, as_number, check_engine, check_function, checked_names
+from dengine.handlers.priorities import Priority
 from dengine.handlers.tracking_handler import metrics_and_outputs
 from dengine.naming import other_keywords, shown
 
@@ -105,12 +106,12 @@ class _Display:
         self._is_open = False  # iterations were made that no line or finished bar tells of
 
     def attach(self, engine: Engine) -> None:
-        engine.on(Events.STARTED | Events.EPOCH_STARTED, self._begin, priority=1000)
+        engine.on(Events.STARTED | Events.EPOCH_STARTED, self._begin, priority=Priority.EARLY)
         # At the end of an iteration after the other handlers; at the end of an epoch before them, so that what they
         # print stands below the bar.
-        engine.on(Events.ITERATION_COMPLETED, self._advance, priority=-1000)
-        engine.on(Events.EPOCH_COMPLETED, self._finish, priority=1000)
-        engine.on(Events.COMPLETED | Events.EXCEPTION_RAISED, self._leave, priority=1000)
+        engine.on(Events.ITERATION_COMPLETED, self._advance, priority=Priority.LATE)
+        engine.on(Events.EPOCH_COMPLETED, self._finish, priority=Priority.EARLY)
+        engine.on(Events.COMPLETED | Events.EXCEPTION_RAISED, self._leave, priority=Priority.EARLY)
 
     # -- handlers ------------------------------------------------------------------------------------------------
 

@@ -12,14 +12,13 @@ from dengine.engine import Absent, Engine, Events
 from dengine.engine.handler_checks import collective
 from dengine.handlers.arguments import check_engine, check_function
 from dengine.handlers.peaks import peak_flops_per_s
+from dengine.handlers.priorities import Priority
 from dengine.metrics.core.inputs import num_samples
 from dengine.naming import shown
 from dengine.types import summable
 
 __all__ = ["ThroughputMonitor"]
 
-_FIRST, _LAST = 1_500_000, -1_500_000  # as priorities
-_BEFORE_OTHERS = 2000  # so that trackers and the user's own handlers of EPOCH_COMPLETED see the values
 _COUNTED_STEP = 2  # the first one of a run may compile, or build what is built once
 
 
@@ -87,13 +86,13 @@ class ThroughputMonitor:
     def attach(self, engine: Engine) -> None:
         """Measure the runs of `engine`: from behind the handlers of an event to before those of the next one."""
         check_engine(self, engine)
-        engine.on(Events.EPOCH_STARTED, self._begin, priority=_LAST)
-        engine.on(Events.GET_BATCH_STARTED, self._fetch, priority=_LAST)
-        engine.on(Events.GET_BATCH_COMPLETED, self._fetched, priority=_FIRST)
-        engine.on(Events.ITERATION_STARTED, self._step_begins, priority=_LAST)
-        engine.on(Events.ITERATION_COMPLETED, self._step_ended, priority=_FIRST)
-        engine.on(Events.EPOCH_COMPLETED, self._report, priority=_BEFORE_OTHERS)
-        engine.on(Events.EXCEPTION_RAISED, self._stop_counting, priority=_FIRST)
+        engine.on(Events.EPOCH_STARTED, self._begin, priority=Priority.CLOCK_LAST)
+        engine.on(Events.GET_BATCH_STARTED, self._fetch, priority=Priority.CLOCK_LAST)
+        engine.on(Events.GET_BATCH_COMPLETED, self._fetched, priority=Priority.CLOCK_FIRST)
+        engine.on(Events.ITERATION_STARTED, self._step_begins, priority=Priority.CLOCK_LAST)
+        engine.on(Events.ITERATION_COMPLETED, self._step_ended, priority=Priority.CLOCK_FIRST)
+        engine.on(Events.EPOCH_COMPLETED, self._report, priority=Priority.VALUES)
+        engine.on(Events.EXCEPTION_RAISED, self._stop_counting, priority=Priority.CLOCK_FIRST)
 
     # -- handlers ------------------------------------------------------------------------------------------------
 

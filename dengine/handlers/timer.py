@@ -10,11 +10,10 @@ import torch
 from dengine.engine import Engine, Events
 from dengine.engine.events import Subscribable
 from dengine.handlers.arguments import check_engine
+from dengine.handlers.priorities import Priority
 from dengine.naming import shown
 
 __all__ = ["Timer"]
-
-_FIRST, _LAST = 1000, -1000
 
 
 class Timer:
@@ -69,11 +68,11 @@ class Timer:
         """
         check_engine(self, engine)
         wanted = [
-            (start, self._start, _FIRST),
-            (pause, self._pause, _FIRST),
-            (step, self._step, _FIRST),
-            (resume, self._resume, _LAST),
-            (Events.COMPLETED | Events.EXCEPTION_RAISED, self._pause, _FIRST),
+            (start, self._start, Priority.EARLY),
+            (pause, self._pause, Priority.EARLY),
+            (step, self._step, Priority.EARLY),
+            (resume, self._resume, Priority.LATE),
+            (Events.COMPLETED | Events.EXCEPTION_RAISED, self._pause, Priority.EARLY),
         ]
         attached = []
         try:

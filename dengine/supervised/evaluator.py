@@ -9,6 +9,7 @@ from torch import nn
 
 from dengine.distributed import evaluating, unwrap_model, world
 from dengine.engine import Absent, Engine, Events
+from dengine.handlers.priorities import Priority
 from dengine.metrics.collection.metric_set import AnyMetric
 from dengine.parallel.gradients import find_fsdp
 from dengine.supervised.accelerator import accelerator_for, distributed_kind
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["create_supervised_evaluator"]
-
-_FIRST = 1_000_000  # as a priority
 
 
 def create_supervised_evaluator(
@@ -78,9 +77,9 @@ def create_supervised_evaluator(
     step = _EvaluationStep(model, accelerator, prepare, model_fn, output_transform)
     evaluator = Engine(step, joined=step.is_collective and world().size > 1)
     evaluator.add_metrics(metrics or {})
-    evaluator.on(Events.STARTED, step.enter, priority=_FIRST)
+    evaluator.on(Events.STARTED, step.enter, priority=Priority.SETUP)
     # Whichever comes first; a preempted run fires no COMPLETED.
-    evaluator.on(Events.TERMINATED | Events.COMPLETED | Events.EXCEPTION_RAISED, step.leave, priority=_FIRST)
+    evaluator.on(Events.TERMINATED | Events.COMPLETED | Events.EXCEPTION_RAISED, step.leave, priority=Priority.SETUP)
     return evaluator
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dengine.distributed import unwrap_model, world
 from dengine.engine import Absent, Engine, EventEnum, Events
+from dengine.handlers.priorities import Priority
 from dengine.parallel.gradients import Count
 from dengine.supervised.batches import (
     ClassWeight,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["Functions", "SupervisedEvents", "train_step"]
-
-_FIRST, _LAST = 1_000_000, -1_000_000  # as priorities
 
 
 class SupervisedEvents(EventEnum):
@@ -73,7 +72,6 @@ class TrainStep(ABC):
         self._num_pending = 0  # batches whose gradients no step has used yet
         self._spare: Any = None  # the last one of these
         self._has_stepped = False
-        self._saves: list[Callable[[], None]] = []  # of the step, behind what other handlers do in its iteration
         # Where nobody but the data decides how many samples a batch has, it may be known of many at once.
         weight = functions.weight
         is_told_by_data = (
@@ -84,14 +82,14 @@ class TrainStep(ABC):
 
     def attach(self, engine: Engine) -> None:
         engine.register_events(SupervisedEvents)
-        engine.on(Events.STARTED, self._begin, priority=_FIRST)
-        engine.on(Events.EPOCH_STARTED, self._train_mode, priority=_FIRST)
+        engine.on(Events.STARTED, self._begin, priority=Priority.SETUP)
+        engine.on(Events.EPOCH_STARTED, self._train_mode, priority=Priority.SETUP)
         # Not within the step: an iteration under way is one that a resumed run does again.
-        engine.on(Events.ITERATION_COMPLETED, self._tell, priority=_FIRST)
+        engine.on(Events.ITERATION_COMPLETED, self._tell, priority=Priority.SETUP)
         # Before whatever looks at the model then: an accumulation that was cut short is stepped with what it has.
         ends = Events.EPOCH_COMPLETED | Events.TERMINATED | Events.COMPLETED
-        engine.on(ends, self._finish, priority=_FIRST)
-        engine.on(Events.ITERATION_COMPLETED | ends, self._save, priority=_LAST)
+        engine.on(ends, self._finish, priority=Priority.SETUP)
+        engine.on(Events.ITERATION_COMPLETED | ends, self._save, priority=Priority.CLEANUP)
         if self._update.scaler is not None:
             engine.state.grad_scaler = self._update.scaler.state_dict()  # type: ignore[attr-defined]
             engine.state.persist("grad_scaler")
@@ -142,7 +140,8 @@ class TrainStep(ABC):
 
     def _begin(self, engine: Engine) -> None:
         state = engine.state
-        self._num_pending, self._spare, self._saves = 0, None, []  # of a run that failed
+        self._num_pending, self._spare = 0, None  # of a run that failed
+        engine.save_phase.waiting = []
         self._num_alike = 0  # an epoch that is gone on with may do so in other batches
         self._update.forget()
         self._train_mode(engine)
@@ -166,17 +165,15 @@ class TrainStep(ABC):
     def _tell(self, engine: Engine) -> None:
         if self._has_stepped:
             self._has_stepped = False
-            engine.saves_later = self._saves
+            engine.save_phase.is_put_off = True  # until the other handlers of the iteration have done their work
             try:
                 engine.fire_event(SupervisedEvents.OPTIMIZER_STEP_COMPLETED)
             finally:
-                engine.saves_later = None
+                engine.save_phase.is_put_off = False
 
     def _save(self, engine: Engine) -> None:
-        if self._saves:
-            saves, self._saves = self._saves, []
-            for save in saves:
-                save()
+        if engine.save_phase.waiting:
+            engine.save_phase.run(engine)
 
     def _finish(self, engine: Engine) -> None:
         """Step with what an accumulation has where nobody knew that its last batch was the last one."""

@@ -1,0 +1,45 @@
+"""The phases of an event: who, among the handlers of one priority, is called when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dengine.engine.engine import Engine
+
+__all__ = ["Phase", "SavePhase"]
+
+
+class Phase(IntEnum):
+    """A handler says which one it belongs to by an attribute `phase`; without it, it is `ACT`."""
+
+    ACT = 0  # in the order in which the handlers were attached
+    SAVE = 1  # after the others of its priority: what they do then would be lost to a resumed run
+
+
+class SavePhase:
+    """The `SAVE` phase of the event that an engine fires.
+
+    An event that is fired within another one (an optimizer's step within `ITERATION_COMPLETED`) has none of its own,
+    if whoever fires it says so (`is_put_off`): what saves then waits for the one of the event around it (`run`), since
+    the handlers of that event are yet to come.
+    """
+
+    def __init__(self) -> None:
+        self.is_put_off = False
+        self.waiting: list[Callable[[Engine], Any]] = []
+
+    def call(self, action: Callable[[Engine], Any], engine: Engine) -> None:
+        """Call `action(engine)`: now, or in the phase of the event around this one."""
+        if self.is_put_off:
+            self.waiting.append(action)
+        else:
+            action(engine)
+
+    def run(self, engine: Engine) -> None:
+        """Call what has been put off."""
+        waiting, self.waiting = self.waiting, []
+        for action in waiting:
+            action(engine)

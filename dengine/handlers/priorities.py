@@ -1,0 +1,24 @@
+"""The priorities of the handlers that come with the package, from the first to the last of an event.
+
+A handler of the user's has priority 0, and few ever need another one. Within one priority there are phases
+(dengine/engine/phases.py): what saves comes after the others.
+"""
+
+import sys
+from enum import IntEnum
+
+__all__ = ["Priority"]
+
+
+class Priority(IntEnum):
+    """When a handler is called, the highest first."""
+
+    CLOCK_FIRST = 1_500_000  # reads the clock before any handler takes time
+    SETUP = 1_000_000  # brings the model, an optimizer or the signals into the state that all other handlers expect
+    VALUES = 2_000  # gives values that trackers, bars and the user's own handlers read
+    EARLY = 1_000  # timers that stop, and bars
+    LATE = -1_000  # timers that go on, and bars that show what the user's own handlers have done
+    TRACE_END = -2_000  # an iteration ends after its other handlers, so that they are in the trace
+    CLEANUP = -1_000_000  # what SETUP has prepared comes to its end
+    CLOCK_LAST = -1_500_000  # reads the clock after all handlers have taken their time
+    FINISHED = -sys.maxsize  # waits for what all of the others have begun
