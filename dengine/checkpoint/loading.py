@@ -23,7 +23,7 @@ from dengine.checkpoint.states.partial import Fitting, LeftOut
 from dengine.checkpoint.states.plain import check_loaded
 from dengine.checkpoint.states.restore import Restoring, give_random_states
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, States, bare, check_objects
-from dengine.comm.collectives import from_rank_zero
+from dengine.comm.outcome import from_rank_zero
 from dengine.distributed import all_gather_object, world
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.types import Stateful

@@ -3,7 +3,7 @@
 A lone process runs the same code, and gets its own values back.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -27,7 +27,6 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "broadcast_tensors",
-    "from_rank_zero",
     "gather_bytes",
     "max_tensor",
     "progress",
@@ -92,30 +91,6 @@ def _exempt() -> Iterator[None]:
         if not plane.num_exempt:
             with suppress(DistError):
                 plane.context.store.delete_key(key)
-
-
-def from_rank_zero(action: Callable[[], T], purpose: str) -> T:
-    """Run `action` on rank 0 and give its result, or its failure, to every rank.
-
-    Collective: call on all ranks. The result must pickle. Cost: one object broadcast.
-
-    Raises:
-        RemoteRankError: on the other ranks, if `action` failed on rank 0: "Rank 0 could not {purpose}". Rank 0 raises
-            the error itself.
-    """
-    refuse_on_rank_zero_alone(f"To {purpose} on rank 0 for all ranks")
-    if world().rank != 0:
-        result, failure = broadcast_object((None, None))
-        if failure is not None:
-            raise RemoteRankError(f"Rank 0 could not {purpose}, so this rank stops too: {failure}", rank=0)
-        return result  # type: ignore[return-value]
-    try:
-        mine = action()
-    except Exception as error:
-        broadcast_object((None, repr_of(error)))
-        raise
-    broadcast_object((mine, None))
-    return mine
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from dengine.checkpoint.formats.folder import copy_folder, write_folder
 from dengine.checkpoint.requests import Due, Order, Report, write_file
 from dengine.checkpoint.states.snapshot import Collected, HostCopy, States, check_objects, collect
 from dengine.checks import whole_number
-from dengine.comm.collectives import from_rank_zero
+from dengine.comm.outcome import from_rank_zero
 from dengine.distributed import world
 from dengine.engine import Engine, Events
 from dengine.engine.phases import Phase

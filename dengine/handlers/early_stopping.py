@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from dengine.checks import whole_number
-from dengine.comm.collectives import from_rank_zero
+from dengine.comm.outcome import from_rank_zero
 from dengine.engine import Engine, Events
 from dengine.handlers.score import check_score_function, score_of
 from dengine.naming import other_keywords, other_names, shown

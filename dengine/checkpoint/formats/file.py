@@ -27,7 +27,7 @@ from dengine.checkpoint.disk.hashing import DigestedFile
 from dengine.checkpoint.formats.sharded.tree import all_tensors
 from dengine.checkpoint.states.plain import refuse_pickles
 from dengine.checkpoint.states.snapshot import States
-from dengine.comm.collectives import from_rank_zero
+from dengine.comm.outcome import from_rank_zero
 from dengine.distributed import world
 from dengine.errors import CheckpointError
 
@@ -148,19 +148,7 @@ def agree(action: Callable[[], T], path: Path) -> T:
     Raises:
         CheckpointError: on every rank, where it failed, with the reason.
     """
-    cause: list[Exception] = []
-
-    def outcome() -> tuple[T | None, str | None]:
-        try:
-            return action(), None
-        except Exception as error:
-            cause.append(error)
-            return None, failure_text(path, error)
-
-    result, failure = from_rank_zero(outcome, f"save {path}")
-    if failure is not None:
-        raise CheckpointError(failure) from (cause[0] if cause else None)
-    return result  # type: ignore[return-value]
+    return from_rank_zero(action, f"save {path}", lambda error: (CheckpointError, failure_text(path, error)))
 
 
 def failure_text(path: Path, error: BaseException) -> str:

@@ -23,7 +23,7 @@ from dengine.checkpoint.formats.sharded.names import (
     named_optimizer_state,
     numbered_optimizer_state,
 )
-from dengine.checkpoint.formats.sharded.plan import ShardPlan, on_all_ranks, plan_shards, read_shards, write_shards
+from dengine.checkpoint.formats.sharded.plan import ShardPlan, plan_shards, read_shards, shared_by_all, write_shards
 from dengine.checkpoint.formats.sharded.read import LikeTensors
 from dengine.checkpoint.formats.sharded.verify import read_outline
 from dengine.checkpoint.states.snapshot import RESERVED, HostCopy, States, bare
@@ -145,7 +145,7 @@ def _committing(path: Path, entry: Entry, dropped: Sequence[Entry]) -> Callable[
 def _by_name(path: Path, states: States, objects: Mapping[str, Stateful]) -> States:
     """Collective: one small gather, so that all raise where one does."""
     by_name: States = {}
-    on_all_ranks(lambda: by_name.update(_named(states, objects)), f"save {path}")
+    shared_by_all(lambda: by_name.update(_named(states, objects)), f"save {path}")
     return by_name
 
 
@@ -160,7 +160,7 @@ def read_folder(path: Path, into: Mapping[str, Stateful]) -> States:
     """
     like: dict[str, Any] = {}
     try:
-        on_all_ranks(lambda: like.update(_layouts(into)), f"read {path}")
+        shared_by_all(lambda: like.update(_layouts(into)), f"read {path}")
         return read_shards(path, like)
     except CorruptCheckpointError:
         raise

@@ -28,11 +28,11 @@ from dengine.checkpoint.formats.sharded.files import (
 from dengine.checkpoint.formats.sharded.read import read_states
 from dengine.checkpoint.formats.sharded.tree import encoded
 from dengine.checkpoint.formats.sharded.verify import is_shard_folder
-from dengine.comm.collectives import from_rank_zero
-from dengine.distributed import all_gather_object, rank_zero_only, world
+from dengine.comm.outcome import Failure, from_rank_zero, on_all_ranks
+from dengine.distributed import rank_zero_only, world
 from dengine.errors import CheckpointError, CorruptCheckpointError
 
-__all__ = ["ShardPlan", "on_all_ranks", "plan_shards", "read_shards", "write_shards"]
+__all__ = ["ShardPlan", "plan_shards", "read_shards", "shared_by_all", "write_shards"]
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ def write_shards(
     """
     plan = plan_shards(Path(folder), states, may_exist=commit is not None)
     try:
-        written = on_all_ranks(plan.write, f"write {folder}")
+        written = shared_by_all(plan.write, f"write {folder}")
         return _on_rank_zero(lambda: plan.finish(written, about, commit), f"commit {folder}")
     except BaseException:
         _discard(plan.temporary)
@@ -127,7 +127,7 @@ def plan_shards(folder: Path, states: Mapping[str, Any], *, may_exist: bool) -> 
         trees.append(encoded(dict(states), tensors))
         return {name: _held_box(name, tensor) for name, tensor in tensors.items()}, storage.temporary_path(folder)
 
-    plans = on_all_ranks(plan, f"plan {folder}")
+    plans = shared_by_all(plan, f"plan {folder}")
     boxes, temporary = [boxes for boxes, _ in plans], plans[0][1]
     mine = {name: tensors[name] for name in _writers(boxes)[world().rank]}
     storage.begin(temporary)
@@ -237,51 +237,31 @@ def read_shards(folder: Path, like: Mapping[str, Any] | None = None) -> dict[str
     """
     folder = Path(folder)
     read: list[dict[str, Any]] = []
-    on_all_ranks(lambda: read.append(read_states(folder, like)), f"read {folder}")
+    shared_by_all(lambda: read.append(read_states(folder, like)), f"read {folder}")
     return read[0]
 
 
-# -- agreement ---------------------------------------------------------------------------------------------------
-
-
-def on_all_ranks(action: Callable[[], T], purpose: str) -> list[T]:
-    """Every rank's result of `action`; where it fails on any, all raise. Collective: one gather of objects.
+def shared_by_all(action: Callable[[], T], purpose: str) -> list[T]:
+    """Every rank's result of `action`. Collective: one gather of objects.
 
     Raises:
-        CheckpointError, or what `_KEPT_CLASSES` has of the failure: names the first rank that failed.
+        CheckpointError, or what `_KEPT_CLASSES` has of the failure: on all ranks, if it fails on one.
     """
-    result: T | None = None
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    outcomes = all_gather_object((result, None if failure is None else _told(failure)))
-    for rank, (_, told) in enumerate(outcomes):
-        if told is not None:
-            kind, message = told
-            raise kind(f"Rank {rank} could not {purpose}: {message}") from failure
-    return [value for value, _ in outcomes]  # type: ignore[misc]
+    return on_all_ranks(action, purpose, lambda error: _failure(error, purpose))
+
+
+def _failure(error: Exception, purpose: str) -> Failure:
+    """As every rank can raise it."""
+    start = f"Rank {world().rank} could not {purpose}: "
+    for kind in _KEPT_CLASSES:
+        if isinstance(error, kind):
+            return kind, f"{start}{error}"
+    return CheckpointError, f"{start}{type(error).__qualname__}: {error}"
 
 
 def _on_rank_zero(action: Callable[[], T], purpose: str) -> T:
-    """Rank 0's result of `action`; where it fails, all ranks raise CheckpointError. Collective: one broadcast."""
-
-    def attempt() -> tuple[T | None, str | None]:
-        try:
-            return action(), None
-        except Exception as error:
-            return None, f"{type(error).__qualname__}: {error}"
-
-    result, told = from_rank_zero(attempt, purpose)
-    if told is not None:
-        raise CheckpointError(f"Rank 0 could not {purpose}: {told}")
-    return result  # type: ignore[return-value]
-
-
-def _told(failure: Exception) -> tuple[type[Exception], str]:
-    """A failure as the other ranks can raise it."""
-    for kind in _KEPT_CLASSES:
-        if isinstance(failure, kind):
-            return kind, str(failure)
-    return CheckpointError, f"{type(failure).__qualname__}: {failure}"
+    return from_rank_zero(
+        action,
+        purpose,
+        lambda error: (CheckpointError, f"Rank 0 could not {purpose}: {type(error).__qualname__}: {error}"),
+    )

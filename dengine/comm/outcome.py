@@ -1,0 +1,70 @@
+"""What runs on one rank or on all of them, and whose result, or failure, every rank gets."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypeVar
+
+from dengine.comm.collectives import all_gather_object, broadcast_object
+from dengine.comm.rank_zero import refuse_on_rank_zero_alone
+from dengine.control.failure import repr_of
+from dengine.errors import RemoteRankError
+from dengine.launch.world import world
+
+__all__ = ["Failure", "from_rank_zero", "on_all_ranks"]
+
+T = TypeVar("T")
+
+# As every rank raises it. What is sent is the class and the text, since not every exception can be pickled.
+Failure: TypeAlias = tuple[type[Exception], str]
+
+
+def from_rank_zero(action: Callable[[], T], purpose: str, failure: Callable[[Exception], Failure] | None = None) -> T:
+    """Rank 0's result of `action`, on every rank; if it fails, rank 0 raises its error and the others say so or, with
+    `failure`, all raise what that makes of the error.
+
+    Collective: call on all ranks. The result must pickle. Cost: one object broadcast.
+
+    Raises:
+        RemoteRankError: on the other ranks, if `action` failed on rank 0; "Rank 0 could not {purpose}".
+    """
+    refuse_on_rank_zero_alone(f"To {purpose} on rank 0 for all ranks")
+    return _shared(action, purpose, failure, [0])[0]
+
+
+def on_all_ranks(
+    action: Callable[[], T], purpose: str, failure: Callable[[Exception], Failure] | None = None
+) -> list[T]:
+    """Every rank's result of `action`; if it fails on any, all raise as in `from_rank_zero`, and name the first rank
+    that failed.
+
+    Collective: call on all ranks. The results must pickle. Cost: one gather of objects.
+    """
+    return _shared(action, purpose, failure, range(world().size))
+
+
+def _shared(
+    action: Callable[[], T], purpose: str, failure: Callable[[Exception], Failure] | None, ranks: Sequence[int]
+) -> list[T]:
+    """What `action` gave on each of `ranks`, which are all of them or rank 0 alone."""
+    result: T | None = None
+    error: Exception | None = None
+    failed: tuple[type[Exception] | None, str] | None = None
+    if world().rank in ranks:
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+            failed = (None, repr_of(error)) if failure is None else failure(error)
+    try:
+        outcomes = [broadcast_object((result, failed))] if len(ranks) < 2 else all_gather_object((result, failed))
+        for rank, (_, told) in zip(ranks, outcomes, strict=True):
+            if told is None:
+                continue
+            kind, text = told
+            if kind is not None:
+                raise kind(text) from error
+            if error is not None:
+                raise error
+            raise RemoteRankError(f"Rank {rank} could not {purpose}, so this rank stops too: {text}", rank=rank)
+    finally:
+        del error  # which holds this frame
+    return [value for value, _ in outcomes]  # type: ignore[misc]
