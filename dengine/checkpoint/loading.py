@@ -14,7 +14,7 @@ from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.catalogue.manifest import Entry
 from dengine.checkpoint.catalogue.paths import no_folder_of_checkpoints, path_of, printable
 from dengine.checkpoint.disk import atomic as storage
-from dengine.checkpoint.disk.footer import check_seal, read_seal
+from dengine.checkpoint.disk.footer import check_footer, read_footer
 from dengine.checkpoint.disk.regular import check_archive, open_regular
 from dengine.checkpoint.formats.folder import numbered, read_folder
 from dengine.checkpoint.formats.sharded.verify import holds_shards
@@ -321,15 +321,15 @@ def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO | None, _Seen]:
             return None, _Seen(entry.sha256, entry.objects, other=_other(entry, path))
         file = stack.enter_context(open_regular(path))
         # The ranks of a node read the same pages: the first one checks them for all.
-        seal = check_seal(file, path) if world().local_rank == 0 else read_seal(file, path)
-        entry = manifest.from_seal(seal, path)
+        footer = check_footer(file, path) if world().local_rank == 0 else read_footer(file, path)
+        entry = manifest.from_footer(footer, path)
     except CorruptCheckpointError as error:
         return None, _Seen(corrupt=_explained(error, path))
     except FileNotFoundError as error:
         return None, _Seen(missing=str(error))
     except OSError as error:
         return None, _Seen(corrupt=_UnreadableError(f"{path} cannot be read: {error}."))
-    return file, _Seen(sha256=seal.sha256, other=_other(entry, path))
+    return file, _Seen(sha256=footer.sha256, other=_other(entry, path))
 
 
 def _other(entry: Entry, path: Path) -> str | None:

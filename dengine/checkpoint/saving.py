@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dengine.checkpoint.catalogue import manifest
-from dengine.checkpoint.catalogue.manifest import Entry
 from dengine.checkpoint.catalogue.paths import path_of
-from dengine.checkpoint.formats.file import agree, commit, planned, write
-from dengine.checkpoint.formats.folder import write_folder
-from dengine.checkpoint.states.snapshot import check_objects, collect, put_together
+from dengine.checkpoint.formats.base import Format, SavePlan, new_entry
+from dengine.checkpoint.formats.file import FileFormat
+from dengine.checkpoint.formats.folder import FolderFormat
+from dengine.checkpoint.states.snapshot import check_objects, collect
 
 __all__ = ["save"]
 
@@ -46,16 +46,12 @@ def save(path: str | Path, objects: Mapping[str, Any]) -> None:
             f"{path} must end with .pt, or have no ending (a folder, for sharded models), and not be hidden: that is "
             "how checkpoints are found again."
         )
-    states = collect(checked).states
-    if path.suffix == "":
-        entry = agree(lambda: _entry(path, tuple(checked)), path)
-        write_folder(path, states, checked, entry, ())
-        return
-    states = put_together(states)
-    agree(lambda: commit(*write(states, path, _entry(path, tuple(checked))), ()), path)
+    format: Format = FolderFormat() if path.suffix == "" else FileFormat()
+    format.save(path, collect(checked), checked, lambda: _plan(path, tuple(checked)))
 
 
-def _entry(path: Path, objects: tuple[str, ...]) -> Entry:
+def _plan(path: Path, objects: tuple[str, ...]) -> SavePlan:
     found = manifest.from_name(path)
     prefix, step = (path.stem, None) if found is None else (found.prefix, found.step)
-    return planned(path, prefix, step, None, None, objects, manifest.survey(path.parent).next_sequence)
+    sequence = manifest.survey(path.parent).next_sequence
+    return SavePlan(path, new_entry(path, prefix, step, None, None, objects, sequence), [], [])

@@ -1,11 +1,10 @@
 """When to save and what to keep. How a file reaches the disk, and comes back, is in dengine/checkpoint/."""
 
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from dengine.checkpoint.catalogue.manifest import Entry
 from dengine.checkpoint.catalogue.paths import path_of
 from dengine.checkpoint.catalogue.retention import is_kept, own, to_drop
 from dengine.checkpoint.catalogue.rivals import Rivals
-from dengine.checkpoint.disk.background import Writing
-from dengine.checkpoint.formats.file import agree, failure_text, planned
-from dengine.checkpoint.formats.folder import copy_folder, write_folder
-from dengine.checkpoint.requests import Due, Order, Report, write_file
-from dengine.checkpoint.states.snapshot import Collected, HostCopy, States, check_objects, collect
+from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, SaveRequest, new_entry
+from dengine.checkpoint.formats.file import FileFormat
+from dengine.checkpoint.formats.folder import FolderFormat
+from dengine.checkpoint.states.snapshot import check_objects, collect
 from dengine.checks import whole_number
 from dengine.comm.outcome import from_rank_zero
 from dengine.distributed import world
@@ -146,9 +144,7 @@ class Checkpoint:
         self._rivals = Rivals()
         self._has_looked = False  # into the folder, so that it holds what is kept
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
-        self._copy = HostCopy()
-        self._is_leaving = threading.Event()
-        self._writing: tuple[Writing[Entry | None], Order] | None = None  # beside rank 0, of a folder only
+        self._background = Background()  # beside rank 0, busy with folders only
         self._has_said_that_it_waits = False
 
     def __repr__(self) -> str:
@@ -191,17 +187,18 @@ class Checkpoint:
 
     def _save_if_due(self, engine: Engine) -> None:
         self._watch(engine)
-        report, due = from_rank_zero(lambda: self._plan(engine), "plan a checkpoint")
-        self._take(report)
-        if due is None:
+        outcome, request = from_rank_zero(lambda: self._request(engine), "plan a checkpoint")
+        self._take(outcome)
+        if request is None:
             return
         try:
-            self._save(due)
+            self._save(request)
         except BaseException:
             self._has_looked = False  # an interrupt may have come before the file had its name, or after
             raise
         finally:
-            self._go()  # last, and with the states given up: from here on the thread takes turns of the interpreter
+            # Last, and with the states given up: from here on the thread takes turns of the interpreter.
+            self._background.go()
         if engine.firing in (Events.COMPLETED, Events.EXCEPTION_RAISED):
             self.wait()  # nobody will be told of the end any more
 
@@ -219,45 +216,25 @@ class Checkpoint:
 
     # -- on every rank -------------------------------------------------------------------------------------------
 
-    def _path(self, due: Due, ending: str) -> Path:
-        score = "" if due.score is None else f"_{self._score_name}={due.score:.4f}"
-        return self._save_dir / f"{self._prefix}_{due.step}{score}{ending}"
-
-    def _save(self, due: Due) -> None:
+    def _save(self, request: SaveRequest) -> None:
         collected = collect(self._objects)
-        states, path = collected.states, self._path(due, "" if collected.is_sharded else ".pt")
+        format: Format = FolderFormat() if collected.is_sharded else FileFormat()
+        path = self._path(request, format.ending)
         if self._is_asynchronous:
-            self._hold(collected, due, path)
-        elif collected.is_sharded:
-            order = agree(lambda: self._order(due, path), path)
-            entry = write_folder(path, states, self._objects, order.entry, order.dropped)
-            self._kept, self.last_path = [*order.kept, entry], path
-        else:
-            self._take(agree(lambda: self._save_file(states, self._order(due, path)), path))
+            self._settle()  # this rank's part of the one before, which rank 0 has settled
+        where = self._background if self._is_asynchronous else None
+        outcome = format.save(path, collected, self._objects, lambda: self._plan(request, path), where)
+        if outcome is not None:
+            self._take(outcome)
 
-    def _hold(self, collected: Collected, due: Due, path: Path) -> None:
-        """Copy, and leave the rest to a thread: rank 0's for a file, one of each rank for a folder."""
-        self._settle()  # this rank's part of the one before, which rank 0 has settled
-        states = collected.states
-        if collected.is_sharded:
-            order = agree(lambda: self._order(due, path), path)
-            self._writing = Writing(lambda: self._copied_folder(states, order)), order
-        else:
-            agree(lambda: self._hold_file(states, self._order(due, path)), path)
+    def _path(self, request: SaveRequest, ending: str) -> Path:
+        score = "" if request.score is None else f"_{self._score_name}={request.score:.4f}"
+        return self._save_dir / f"{self._prefix}_{request.step}{score}{ending}"
 
-    def _go(self) -> None:
-        if self._writing is not None:
-            self._writing[0].go()
-
-    def _copied_folder(self, states: States, order: Order) -> Callable[[], Entry | None]:
-        self._is_leaving.clear()
-        what = order.path, states, self._objects, order.entry, order.dropped
-        return copy_folder(*what, self._copy, self._is_leaving)
-
-    def _take(self, report: Report) -> None:
-        self._kept, self.last_path = report.kept, report.last
-        if report.failure is not None:
-            raise CheckpointError(report.failure)
+    def _take(self, outcome: SaveOutcome) -> None:
+        self._kept, self.last_path = outcome.kept, outcome.last
+        if outcome.failure is not None:
+            raise CheckpointError(outcome.failure)
 
     def _watch(self, engine: Engine) -> None:
         """Be told when the run ends: there is no other place where all ranks pass afterwards."""
@@ -274,79 +251,56 @@ class Checkpoint:
 
     def _wait_alone(self, engine: Engine) -> None:
         """After an exception the other ranks may not come: no collective. What is raised here becomes a warning."""
-        self._is_leaving.set()
-        if self._writing is not None and not self._writing[0].is_done_within(_PATIENCE_S):
-            path = self._writing[1].path
-            warnings.warn(f"{path} is still being written: the run ends once it is safe.", stacklevel=2)
+        self._background.is_leaving.set()
+        if not self._background.is_done_within(_PATIENCE_S):
+            warnings.warn(
+                f"{self._background.path} is still being written: the run ends once it is safe.", stacklevel=2
+            )
         if (failure := self._settle().failure) is not None:
             raise CheckpointError(failure)
 
     # -- on rank 0 -----------------------------------------------------------------------------------------------
 
-    def _plan(self, engine: Engine) -> tuple[Report, Due | None]:
-        """What to save now; None where the score is not among the best, or the last write has failed."""
-        if self._writing is not None and self._writing[0].is_done and (report := self._settle()).failure:
-            return report, None
+    def _request(self, engine: Engine) -> tuple[SaveOutcome, SaveRequest | None]:
+        """What to save now; None if the score is not among the best, or the last write has failed."""
+        if self._background.is_busy and self._background.is_done and (outcome := self._settle()).failure:
+            return outcome, None
         found = None if self._has_looked else self._survey()
         score = None if self._score_function is None else score_of(engine, self._score_function, "a Checkpoint")
         # One that is still being written counts as saved: where it fails, the run ends.
         if not is_kept(score, self._expected(), self._n_saved):
-            return self._report(), None
+            return self._known(), None
         step = step_to_save(engine, self._step_transform, self._objects.values())
-        if self._writing is not None:
+        if self._background.is_busy:
             self._say_that_it_waits()
-            if (report := self._settle()).failure is not None:
-                return report, None
+            if (outcome := self._settle()).failure is not None:
+                return outcome, None
         if found is not None:
             self._warn_of_later(found, step)
-        return self._report(), Due(step, score)
+        return self._known(), SaveRequest(step, score)
 
-    def _order(self, due: Due, path: Path) -> Order:
+    def _plan(self, request: SaveRequest, path: Path) -> SavePlan:
         found = manifest.survey(self._save_dir)
         self._rivals.check(path, own(found.entries, self._prefix, self._score_name))
         names, writer = tuple(self._objects), self._rivals.writer
-        what = path, self._prefix, due.step, due.score, self._score_name, names, found.next_sequence
-        entry = planned(*what, writer)
+        what = path, self._prefix, request.step, request.score, self._score_name, names, found.next_sequence
+        entry = new_entry(*what, writer)
         dropped = to_drop(self._kept, entry, self._n_saved)
         kept = [each for each in self._kept if each not in dropped and each.name != entry.name]
-        return Order(path, entry, kept, dropped)
+        return SavePlan(path, entry, kept, dropped)
 
-    def _save_file(self, states: States, order: Order) -> Report:
-        return self._kept_now(order, write_file(states, order))
+    def _settle(self) -> SaveOutcome:
+        """Wait for what is being written, and note what became of it."""
+        outcome = self._background.settle(self._known())
+        self._kept, self.last_path = outcome.kept, outcome.last
+        return outcome
 
-    def _hold_file(self, states: States, order: Order) -> None:
-        def copied() -> Callable[[], Entry | None]:
-            copies = self._copy.take(states)
-            return lambda: write_file(copies, order)
-
-        self._writing = Writing(copied), order
-
-    def _settle(self) -> Report:
-        """Wait for the writer, if it is at work, and say what became of it."""
-        if self._writing is None:
-            return self._report()
-        writing, order = self._writing
-        try:
-            entry = writing.result()
-        except Exception as error:
-            return replace(self._report(), failure=failure_text(order.path, error))
-        finally:
-            if writing.is_done:  # else the waiting was interrupted, and it goes on
-                self._writing = None
-        return self._report() if entry is None else self._kept_now(order, entry)  # None: rank 0 tells what became of it
-
-    def _kept_now(self, order: Order, entry: Entry) -> Report:
-        self._kept, self.last_path = [*order.kept, entry], order.path
-        return self._report()
-
-    def _report(self) -> Report:
-        return Report(self._kept, self.last_path)
+    def _known(self) -> SaveOutcome:
+        return SaveOutcome(self._kept, self.last_path)
 
     def _expected(self) -> list[Entry]:
-        if self._writing is None:
-            return self._kept
-        order = self._writing[1]
-        return [*order.kept, order.entry]
+        plan = self._background.plan if self._background.is_busy else None
+        return self._kept if plan is None else [*plan.kept, plan.entry]
 
     def _survey(self) -> list[Entry]:
         """What an earlier run has left of its own."""
@@ -366,11 +320,11 @@ class Checkpoint:
             )
 
     def _say_that_it_waits(self) -> None:
-        if self._writing is None or self._writing[0].is_done or self._has_said_that_it_waits:
+        if self._background.is_done or self._has_said_that_it_waits:
             return
         self._has_said_that_it_waits = True
         warnings.warn(
-            f"{self._writing[1].path} is still being written, so this save and the training wait for it: the disk is "
+            f"{self._background.path} is still being written, so this save and the training wait for it: the disk is "
             "slower than the saves come. Save less often. This is said once.",
             stacklevel=2,
         )

@@ -16,7 +16,7 @@ from dengine import Engine, Events
 from dengine.checkpoint import latest, load, save, verify
 from dengine.checkpoint.disk import atomic as storage
 from dengine.checkpoint.disk import room as disk
-from dengine.checkpoint.disk.hashing import DigestedFile
+from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
 
@@ -118,7 +118,7 @@ def test_a_read_only_disk_is_named_and_still_read(small_disk: Path, ending: str)
 def test_a_file_has_all_that_was_written_in_order_and_its_digest(tmp_path: Path, sizes: list[int]) -> None:
     parts = [os.urandom(size) for size in sizes]
     descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
-    with DigestedFile(descriptor, sum(sizes)) as file:
+    with HashingWriter(descriptor, sum(sizes)) as file:
         for part in parts:
             buffer = bytearray(part)
             file.write(memoryview(buffer))
@@ -136,7 +136,7 @@ def test_the_end_of_a_file_can_be_taken_back_and_is_neither_written_nor_digested
 ) -> None:
     parts = [os.urandom(size) for size in sizes]
     descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
-    with DigestedFile(descriptor) as file:
+    with HashingWriter(descriptor) as file:
         for part in parts:
             file.write(part)
         assert file.take_back(22) == parts[-1]

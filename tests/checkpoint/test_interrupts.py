@@ -16,7 +16,7 @@ from dengine import Engine, Events
 from dengine.checkpoint import load, verify
 from dengine.checkpoint.disk.atomic import write_beside
 from dengine.checkpoint.disk.background import Writing
-from dengine.checkpoint.disk.hashing import DigestedFile
+from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.handlers import Checkpoint
 
 # The disk waits for two interrupts, in a step and while the run waits for the disk, and then for a moment more.
@@ -125,7 +125,7 @@ def test_an_interrupt_within_a_save_is_no_failure_of_it(
         if "digest" in where:
             patched.setattr(threading.Thread, "start", interrupted)
         else:
-            patched.setattr(DigestedFile, "write", interrupted)
+            patched.setattr(HashingWriter, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             trainer.run([1, 1], max_epochs=2)
     assert verify(tmp_path / "checkpoint_1.pt").step == 1

@@ -20,7 +20,7 @@ from dengine.__main__ import main
 from dengine.checkpoint import latest, load, save, verify
 from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.disk.footer import SealedFile
-from dengine.checkpoint.disk.hashing import DigestedFile
+from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.checkpoint.formats.sharded import files as shard_files
 from dengine.checkpoint.formats.sharded.check import check_declared
 from dengine.errors import CheckpointError, CorruptCheckpointError
@@ -52,7 +52,7 @@ def about(step: Any = 2, **changes: Any) -> dict[str, Any]:
 
 def sealed(path: Path, archive: bytes, description: Any) -> None:
     """A file with a right digest around any archive and any description."""
-    with open(path, "wb") as file, DigestedFile(file.fileno()) as digested:
+    with open(path, "wb") as file, HashingWriter(file.fileno()) as digested:
         whole = SealedFile(digested)
         whole.write(archive[:-22])
         whole.write(archive[-22:])

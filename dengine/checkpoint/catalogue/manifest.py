@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dengine.checkpoint.disk.footer import Seal, check_seal, read_seal
+from dengine.checkpoint.disk.footer import Footer, check_footer, read_footer
 from dengine.checkpoint.disk.regular import open_regular, read_regular
 from dengine.checkpoint.formats.sharded.files import read_metadata
 from dengine.checkpoint.formats.sharded.verify import holds_shards, is_shard_folder, read_outline, verify_shards
@@ -28,8 +28,8 @@ __all__ = [
     "Survey",
     "about",
     "entry_of",
+    "from_footer",
     "from_name",
-    "from_seal",
     "listed_beside",
     "listing",
     "manifest_text",
@@ -119,18 +119,18 @@ def entry_of(path: Path, *, proven: bool = False) -> Entry:
     if path.is_dir():
         if proven:
             verify_shards(path)
-        return from_seal(read_outline(path), path)
+        return from_footer(read_outline(path), path)
     with open_regular(path) as file:
-        return from_seal(check_seal(file, path) if proven else read_seal(file, path), path)
+        return from_footer(check_footer(file, path) if proven else read_footer(file, path), path)
 
 
-def from_seal(seal: Seal, path: Path) -> Entry:
+def from_footer(footer: Footer, path: Path) -> Entry:
     """
     Raises:
         CorruptCheckpointError: the description lacks something, or is of a later format.
     """
     try:
-        return _parsed({**seal.about, "name": path.name, "sha256": seal.sha256, "num_bytes": seal.num_bytes})
+        return _parsed({**footer.about, "name": path.name, "sha256": footer.sha256, "num_bytes": footer.num_bytes})
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptCheckpointError(
             f"{path} has a damaged description, or one of a later dengine: {error!r}."

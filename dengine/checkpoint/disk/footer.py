@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dengine.checkpoint.disk.hashing import DigestedFile
+from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.errors import CorruptCheckpointError
 
-__all__ = ["Seal", "SealedFile", "check_seal", "read_seal"]
+__all__ = ["Footer", "check_footer", "read_footer", "write_footer"]
 
 _MAGIC = b"dengine1"
 _LENGTH = re.compile(rb"[0-9a-f]{8}")
@@ -32,7 +32,7 @@ _READ_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class Seal:
+class Footer:
     """What a file says about itself: `about` (its JSON), its digest as text, its length in bytes."""
 
     about: dict[str, Any]
@@ -40,46 +40,28 @@ class Seal:
     num_bytes: int
 
 
-class SealedFile:
-    """What `torch.save` writes into: passes the archive on to a file, and ends it with the seal."""
+def write_footer(file: HashingWriter, about: dict[str, Any]) -> Footer:
+    """End the archive that `torch.save` has written with `about` and the digest; `file` is complete then, but not on
+    the disk.
 
-    def __init__(self, file: DigestedFile) -> None:
-        self._file = file
-        self.error: OSError | None = None  # torch.save raises one of its own instead
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        try:
-            self._file.write(view)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is held back here. `torch.save` asks for the method."""
-
-    def seal(self, about: dict[str, Any]) -> Seal:
-        """Write the archive's end with `about` and the digest; the file is complete then, but not flushed.
-
-        Raises:
-            ValueError: `about` does not fit into a zip comment (64 kB). OSError: the disk is full.
-        """
-        text = json.dumps(about, sort_keys=True, separators=(",", ":")).encode()
-        length = len(text) + _FOOTER_BYTES
-        if length > 0xFFFF:
-            raise ValueError(f"The description of a checkpoint takes {length} bytes, of which 65535 can be kept.")
-        end = self._file.take_back(_ZIP_END_BYTES)  # torch.save writes it as a part of its own
-        assert end.startswith(b"PK\x05\x06"), "torch.save wrote something else than a zip archive"
-        assert end.endswith(b"\0\0"), "the zip archive has a comment already"
-        self._file.write(end[:-2] + length.to_bytes(2, "little") + text + _MAGIC + b"%08x" % len(text))
-        digest = self._file.digest()
-        self._file.write(digest.encode())
-        self._file.flush()
-        return Seal(about, digest, self._file.num_bytes)
+    Raises:
+        ValueError: `about` does not fit into a zip comment (64 kB). OSError: the disk is full.
+    """
+    text = json.dumps(about, sort_keys=True, separators=(",", ":")).encode()
+    length = len(text) + _FOOTER_BYTES
+    if length > 0xFFFF:
+        raise ValueError(f"The description of a checkpoint takes {length} bytes, of which 65535 can be kept.")
+    end = file.take_back(_ZIP_END_BYTES)  # torch.save writes it as a part of its own
+    assert end.startswith(b"PK\x05\x06"), "torch.save wrote something else than a zip archive"
+    assert end.endswith(b"\0\0"), "the zip archive has a comment already"
+    file.write(end[:-2] + length.to_bytes(2, "little") + text + _MAGIC + b"%08x" % len(text))
+    digest = file.digest()
+    file.write(digest.encode())
+    file.write_gathered()
+    return Footer(about, digest, file.num_bytes)
 
 
-def read_seal(file: BinaryIO, path: Path) -> Seal:
+def read_footer(file: BinaryIO, path: Path) -> Footer:
     """What the file says about itself, not yet proven. Cost: two reads at its end.
 
     Raises:
@@ -101,7 +83,7 @@ def read_seal(file: BinaryIO, path: Path) -> Seal:
         about = json.loads(file.read(num_bytes - _FOOTER_BYTES - start))
         if not isinstance(about, dict):
             raise ValueError(about)
-        return Seal(about, digest.decode("ascii"), num_bytes)
+        return Footer(about, digest.decode("ascii"), num_bytes)
     except (ValueError, OSError, RecursionError) as error:  # no number, a place before the file, no text, no JSON
         if isinstance(error, OSError) and error.errno != 22:
             raise
@@ -111,26 +93,26 @@ def read_seal(file: BinaryIO, path: Path) -> Seal:
         ) from None
 
 
-def check_seal(file: BinaryIO, path: Path) -> Seal:
+def check_footer(file: BinaryIO, path: Path) -> Footer:
     """Read all of the file, and hold it against its digest. Cost: one read, one SHA-256 (about 1 GB/s).
 
     Raises:
         CorruptCheckpointError: a byte is missing or not what it was. OSError: it cannot be read.
     """
-    seal = read_seal(file, path)
+    footer = read_footer(file, path)
     found = hashlib.sha256()
     file.seek(0)
     buffer = memoryview(bytearray(_READ_BYTES))
-    left = seal.num_bytes - _DIGEST_BYTES
+    left = footer.num_bytes - _DIGEST_BYTES
     while left > 0:
         count = file.readinto(buffer[: min(left, _READ_BYTES)])  # type: ignore[attr-defined]
         if not count:
             raise CorruptCheckpointError(f"{path} was truncated while it was read: {left} bytes are missing.")
         found.update(buffer[:count])
         left -= count
-    if found.hexdigest() != seal.sha256:
+    if found.hexdigest() != footer.sha256:
         raise CorruptCheckpointError(
-            f"{path} was changed after it was saved: its {seal.num_bytes} bytes have SHA-256 "
-            f"{found.hexdigest()[:16]}..., but it says {seal.sha256[:16]}... ."
+            f"{path} was changed after it was saved: its {footer.num_bytes} bytes have SHA-256 "
+            f"{found.hexdigest()[:16]}..., but it says {footer.sha256[:16]}... ."
         )
-    return seal
+    return footer

@@ -13,7 +13,7 @@ from typing import Any
 from dengine.checkpoint.disk import room as disk
 from dengine.checkpoint.disk.background import at_work
 
-__all__ = ["DigestedFile"]
+__all__ = ["HashingWriter"]
 
 # Smaller parts are gathered to that much: each part by itself would cost the threads a turn of the interpreter.
 _PART_BYTES = 1 << 20
@@ -23,8 +23,9 @@ _THREAD_BYTES = 1 << 17
 _FLUSH_BYTES = 4 << 20
 
 
-class DigestedFile:
+class HashingWriter:
     """Appends to `descriptor`, with the SHA-256 of all of it. Use it as a context: its thread ends with that.
+    `torch.save` writes into it, too.
 
     Args:
         expected_bytes: at least so many will come; room for them is taken at once.
@@ -35,6 +36,7 @@ class DigestedFile:
 
     def __init__(self, descriptor: int, expected_bytes: int = 0) -> None:
         self.num_bytes = 0  # so far
+        self.error: OSError | None = None  # torch.save raises one of its own instead
         self._descriptor = descriptor
         self._num_unflushed = 0
         self._digest = _Digest()
@@ -44,25 +46,33 @@ class DigestedFile:
         self._is_other_digested = _DONE
         disk.reserve(descriptor, expected_bytes)
 
-    def __enter__(self) -> "DigestedFile":
+    def __enter__(self) -> "HashingWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._digest.end()
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Nothing reads `data` any more when it returns, with an error too."""
-        end = self._num_gathered + len(data)
-        if end > _PART_BYTES:
-            self.flush()
-            if len(data) >= _PART_BYTES:
-                self._write_large(memoryview(data))
-                return
-            end = len(data)
-        self._memory[self._num_gathered : end] = data
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """The number of bytes. Nothing reads `data` any more when it returns, with an error too."""
+        view = memoryview(data).cast("B")
+        try:
+            if self._num_gathered + len(view) > _PART_BYTES:
+                self.write_gathered()
+            if len(view) >= _PART_BYTES:
+                self._write_large(view)
+                return len(view)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        end = self._num_gathered + len(view)
+        self._memory[self._num_gathered : end] = view
         self._num_gathered = end
+        return len(view)
 
     def flush(self) -> None:
+        """Nothing: the last bytes can still be taken back. `torch.save` asks for the method."""
+
+    def write_gathered(self) -> None:
         """Write what was gathered; whether it is on the disk is another question."""
         if not self._num_gathered:
             return
@@ -86,7 +96,7 @@ class DigestedFile:
 
     def digest(self) -> str:
         """Of all that was written so far."""
-        self.flush()
+        self.write_gathered()
         return self._digest.hexdigest()
 
     def _write_large(self, view: memoryview) -> None:

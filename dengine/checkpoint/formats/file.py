@@ -1,20 +1,13 @@
-"""A checkpoint's way to the disk: collect, write, commit, agree, prune. folder.py has that of sharded ones.
+"""A checkpoint that is one file, which rank 0 writes."""
 
-`collect` (states/snapshot.py) is for all ranks; `write`, `commit` and `prune` are for the one that writes and touch no
-rank; `agree` tells all ranks what became of it.
-"""
-
-import functools
-import os
 import threading
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,45 +15,56 @@ from torch import nn
 from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.catalogue.manifest import Entry
 from dengine.checkpoint.disk import atomic as storage
-from dengine.checkpoint.disk.footer import SealedFile
-from dengine.checkpoint.disk.hashing import DigestedFile
+from dengine.checkpoint.disk.footer import write_footer
+from dengine.checkpoint.disk.hashing import HashingWriter
+from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, publish
 from dengine.checkpoint.formats.sharded.tree import all_tensors
 from dengine.checkpoint.states.plain import refuse_pickles
-from dengine.checkpoint.states.snapshot import States
-from dengine.comm.outcome import from_rank_zero
-from dengine.distributed import world
-from dengine.errors import CheckpointError
+from dengine.checkpoint.states.snapshot import Collected, States, gather_full
+from dengine.types import Stateful
 
-__all__ = ["agree", "commit", "failure_text", "planned", "prune", "write"]
-
-T = TypeVar("T")
+__all__ = ["FileFormat"]
 
 # One file is written at a time by a process: its switch for torch's own checksums is one for all threads.
 _writing = threading.Lock()
-# The manifest is read, changed and replaced: two threads at once would lose what one of them adds.
-_listing = threading.Lock()
-
 
 _PLAIN_LEAVES = (torch.Tensor, nn.Parameter, str, bool, int, float, type(None))
 
 
-def planned(
-    path: Path,
-    prefix: str,
-    step: int | None,
-    score: float | None,
-    score_name: str | None,
-    objects: tuple[str, ...],
-    sequence: int,
-    writer: str = "",
-) -> Entry:
-    """The entry of a file that is yet to be written by this process."""
-    versions = {"dengine": _version(), "torch": str(torch.__version__)}
-    return Entry(path.name, prefix, step, score, score_name, sequence, objects, world().size, versions, writer=writer)
+class FileFormat(Format):
+    """`{name: state_dict}` as `torch.load(path, weights_only=True)` reads it; sharded tensors are gathered whole.
+
+    Cost: one small broadcast, and the gathers of sharded tensors.
+    """
+
+    ending = ".pt"
+
+    def save(
+        self,
+        path: Path,
+        collected: Collected,
+        objects: Mapping[str, Stateful],
+        plan: Callable[[], SavePlan],
+        background: Background | None = None,
+    ) -> SaveOutcome | None:
+        states = gather_full(collected.states) if collected.is_sharded else collected.states
+
+        def on_rank_zero() -> SaveOutcome | None:
+            made = plan()
+            if background is None:
+                return _save(states, made)
+            background.start(made, lambda: partial(_save, background.copies.take(states), made))
+            return None
+
+        return agree(on_rank_zero, path)
 
 
-def write(states: States, path: Path, entry: Entry) -> tuple[Path, Path, Entry]:
-    """Write the temporary file beside `path`, down to the disk: its path, `path`, and the entry with its digest.
+def _save(states: States, plan: SavePlan) -> SaveOutcome:
+    return publish(*_write(states, plan))
+
+
+def _write(states: States, plan: SavePlan) -> tuple[Path, SavePlan, Entry]:
+    """Write a temporary file beside its path, down to the disk: that, the plan, and the entry with its digest.
 
     What could not be loaded again is refused before a byte is written. Leftovers of killed runs are removed first: they
     may be what fills the disk.
@@ -70,89 +74,24 @@ def write(states: States, path: Path, entry: Entry) -> tuple[Path, Path, Entry]:
     """
     for name, state in states.items():
         _check_loadable(name, state)
-    if path.parent.is_dir():
-        storage.remove_leftovers(path.parent)
+    if plan.path.parent.is_dir():
+        storage.remove_leftovers(plan.path.parent)
 
     def fill(descriptor: int) -> Entry:
-        with DigestedFile(descriptor, _num_bytes(states)) as digested:
-            file = SealedFile(digested)
+        with HashingWriter(descriptor, _num_bytes(states)) as file:
             try:
                 with _without_checksums():
                     torch.save(states, file)  # type: ignore[arg-type]
-                seal = file.seal(manifest.about(entry))
+                footer = write_footer(file, manifest.about(plan.entry))
             except Exception:
                 if file.error is not None:
                     raise file.error from None
                 raise
-        return replace(entry, sha256=seal.sha256, num_bytes=seal.num_bytes)
+        return replace(plan.entry, sha256=footer.sha256, num_bytes=footer.num_bytes)
 
     with _writing:
-        temporary, sealed = storage.write_beside(path, fill)
-    return temporary, path, sealed
-
-
-def commit(temporary: Path, path: Path, entry: Entry, dropped: Sequence[Entry]) -> Entry:
-    """Give the file or folder its name, then list it in the manifest, without those that are to go. Gives `entry`.
-
-    The manifest is written before either gets its name, so that a full disk is met before anything has changed. What
-    fails is undone; an interrupt undoes nothing, and leaves what a kill would: a whole file, which is listed or found.
-    """
-    folder = path.parent
-    with _listing:
-        try:
-            names = {one.name for one in dropped}
-            text = manifest.manifest_text(manifest.listing(folder, [entry], names))
-            listed, _ = storage.write_beside(folder / manifest.FILE_NAME, lambda descriptor: _put(descriptor, text))
-        except BaseException:
-            _give_up(temporary)
-            raise
-        is_new = not path.exists()
-        try:
-            storage.commit(temporary, path)
-        except BaseException:
-            _give_up(listed)
-            raise
-        try:
-            storage.commit(listed, folder / manifest.FILE_NAME)
-        except Exception:
-            if is_new:
-                _take_back(path)
-            raise
-    return entry
-
-
-def _give_up(temporary: Path) -> None:
-    storage.discard(temporary)
-    storage.end(temporary)
-
-
-def _take_back(path: Path) -> None:
-    """Remove the file or folder, and the manifest where it lists that already: it is rebuilt from what there is."""
-    if path.name in manifest.survey(path.parent).listed:
-        storage.discard(path.parent / manifest.FILE_NAME)
-    storage.remove(path)
-
-
-def prune(folder: Path, dropped: Sequence[Entry]) -> None:
-    """Remove what the new file has made superfluous. What cannot be is warned of, and tried again after a restart."""
-    for one in dropped:
-        try:
-            storage.remove(folder / one.name)
-        except OSError as error:
-            warnings.warn(f"The superfluous checkpoint {folder / one.name} stays: {error}", stacklevel=2)
-
-
-def agree(action: Callable[[], T], path: Path) -> T:
-    """Rank 0's result of `action`, on every rank. Collective: one small broadcast.
-
-    Raises:
-        CheckpointError: on every rank, where it failed, with the reason.
-    """
-    return from_rank_zero(action, f"save {path}", lambda error: (CheckpointError, failure_text(path, error)))
-
-
-def failure_text(path: Path, error: BaseException) -> str:
-    return f"{path} could not be saved, and nothing was changed: {type(error).__qualname__}: {error}"
+        temporary, entry = storage.write_beside(plan.path, fill)
+    return temporary, plan, entry
 
 
 def _check_loadable(name: str, state: Any) -> None:
@@ -199,16 +138,3 @@ def _without_checksums() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
-
-
-def _put(descriptor: int, text: bytes) -> None:
-    while text:
-        text = text[os.write(descriptor, text) :]
-
-
-@functools.cache
-def _version() -> str:
-    try:
-        return version("dengine")
-    except PackageNotFoundError:
-        return "unknown"

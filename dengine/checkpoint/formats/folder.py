@@ -4,18 +4,19 @@ sharded/plan.py has the bytes; here are the objects they belong to, and the plac
 """
 
 import json
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dengine.checkpoint.catalogue.manifest import Entry, about
+from dengine.checkpoint.catalogue.manifest import about
 from dengine.checkpoint.disk import atomic as storage
-from dengine.checkpoint.formats.file import commit, failure_text, prune
+from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, failure_text, publish
 from dengine.checkpoint.formats.sharded.files import Written, local_part
 from dengine.checkpoint.formats.sharded.names import (
     LikeParameters,
@@ -26,102 +27,90 @@ from dengine.checkpoint.formats.sharded.names import (
 from dengine.checkpoint.formats.sharded.plan import ShardPlan, plan_shards, read_shards, shared_by_all, write_shards
 from dengine.checkpoint.formats.sharded.read import LikeTensors
 from dengine.checkpoint.formats.sharded.verify import read_outline
-from dengine.checkpoint.states.snapshot import RESERVED, HostCopy, States, bare
+from dengine.checkpoint.states.snapshot import RESERVED, Collected, States, bare
 from dengine.control.exchange import Mailbox
 from dengine.distributed import unwrap_model
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.types import Stateful
 
-__all__ = ["copy_folder", "numbered", "read_folder", "write_folder"]
-
-_REFUSED = (CheckpointError, FileNotFoundError, TypeError, ValueError)
+__all__ = ["FolderFormat", "numbered", "read_folder"]
 
 
-def write_folder(
-    path: Path, states: States, objects: Mapping[str, Stateful], entry: Entry, dropped: Sequence[Entry]
-) -> Entry:
-    """Write `states` of `objects` to the folder `path`, list it, and only then remove what is `dropped`.
+class FolderFormat(Format):
+    """Raw bytes of tensors, and what they are. The states of optimizers are kept by the names of their parameters, so
+    that they fit any other sharding. A folder of the same name is replaced.
 
-    The states of optimizers are kept by the names of their parameters, so that they fit any other sharding. A folder of
-    the same name is replaced.
-
-    Collective: call on all ranks, with rank 0's `entry`. Gives that entry with its digest. Cost: as `write_shards`, and
-    one small gather.
-
-    Raises:
-        CheckpointError: on every rank, where one cannot write, or no model has the parameters of an optimizer; nothing
-            is changed then.
+    Cost: six small collectives. With a background: two small gathers, two broadcasts, and one copy of the bytes that
+    this rank writes; the ranks' threads tell rank 0's through the store how they fared, and it commits.
     """
+
+    ending = ""
+
+    def save(
+        self,
+        path: Path,
+        collected: Collected,
+        objects: Mapping[str, Stateful],
+        plan: Callable[[], SavePlan],
+        background: Background | None = None,
+    ) -> SaveOutcome | None:
+        made = agree(plan, path)
+        if background is not None:
+            background.start(made, lambda: _copied(made, collected.states, objects, background))
+            return None
+        with _refused(path):
+            by_name = _by_name(path, collected.states, objects)
+            return write_shards(path, by_name, about=about(made.entry), commit=partial(_publish, made))
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
     try:
-        by_name = _by_name(path, states, objects)
-        done = write_shards(path, by_name, about=about(entry), commit=_committing(path, entry, dropped))
-    except _REFUSED as error:
+        yield
+    except (CheckpointError, FileNotFoundError, TypeError, ValueError) as error:
         raise CheckpointError(failure_text(path, error)) from error
-    assert done is not None
-    return done
 
 
-def copy_folder(
-    path: Path,
-    states: States,
-    objects: Mapping[str, Stateful],
-    entry: Entry,
-    dropped: Sequence[Entry],
-    copies: HostCopy,
-    is_leaving: threading.Event,
-) -> Callable[[], Entry | None]:
-    """As `write_folder`, in two parts: what is to be written is copied now, and written by what comes back, which is
-    for a thread of each rank. That one is no collective; the ranks' threads tell rank 0's through the store how they
-    fared, and it commits. On rank 0 it gives the entry, or raises what failed, on whichever rank; elsewhere None. With
-    `is_leaving` set, it does not wait long for ranks that may be gone.
-
-    Collective: call on all ranks, with rank 0's `entry`. Cost: two small gathers, one broadcast, one copy of the bytes
-    that this rank writes.
-
-    Raises:
-        CheckpointError: on every rank, as `write_folder`; nothing is changed then.
-    """
+def _copied(
+    plan: SavePlan, states: States, objects: Mapping[str, Stateful], background: Background
+) -> Callable[[], SaveOutcome | None]:
+    """What the thread of this rank is to call, after its part is copied. On rank 0 it gives the outcome, or raises what
+    failed, on whichever rank; elsewhere None. Collective: two small gathers, one broadcast."""
+    with _refused(plan.path):
+        shards = plan_shards(plan.path, _by_name(plan.path, states, objects), may_exist=True)
+    mailbox = Mailbox(shards.temporary.name, background.is_leaving)
     try:
-        plan = plan_shards(path, _by_name(path, states, objects), may_exist=True)
-    except _REFUSED as error:
-        raise CheckpointError(failure_text(path, error)) from error
-    mailbox = Mailbox(plan.temporary.name, is_leaving)
-    try:
-        copied = copies.take({name: local_part(tensor) for name, tensor in plan.mine.items()})
+        copied = background.copies.take({name: local_part(tensor) for name, tensor in shards.mine.items()})
     except BaseException as error:
         mailbox.post(_failed(error))
-        storage.end(plan.temporary)
+        storage.end(shards.temporary)
         raise
-    plan = replace(plan, mine=copied)
-    return lambda: _write_and_commit(plan, mailbox, about(entry), _committing(path, entry, dropped))
+    return partial(_write, replace(shards, mine=copied), mailbox, plan)
 
 
-def _write_and_commit(
-    plan: ShardPlan, mailbox: Mailbox, description: Mapping[str, Any], commit: Callable[[Path], Entry]
-) -> Entry | None:
+def _write(shards: ShardPlan, mailbox: Mailbox, plan: SavePlan) -> SaveOutcome | None:
     try:
-        mailbox.post(_fared(plan))
+        mailbox.post(_fared(shards))
         if not mailbox.is_mine:
             return None
         notes = [json.loads(each) for each in mailbox.collect()]
         for rank, each in enumerate(notes):
             if "failure" in each:
                 raise CheckpointError(f"Rank {rank} could not write its part: {each['failure']}")
-        return plan.finish(
-            [each["written"] and Written.from_dict(each["written"]) for each in notes], description, commit
-        )
+        written = [each["written"] and Written.from_dict(each["written"]) for each in notes]
+        return shards.finish(written, about(plan.entry), partial(_publish, plan))
     except BaseException:
         if mailbox.is_mine:
-            storage.discard(plan.temporary)
+            storage.discard(shards.temporary)
         raise
     finally:
-        storage.end(plan.temporary)
+        storage.end(shards.temporary)
 
 
-def _fared(plan: ShardPlan) -> str:
+def _fared(shards: ShardPlan) -> str:
     """Write this rank's part, and say in a note what it is."""
     try:
-        written = plan.write()
+        written = shards.write()
     except Exception as error:
         return _failed(error)
     return json.dumps({"written": written and asdict(written)})
@@ -131,15 +120,9 @@ def _failed(error: BaseException) -> str:
     return json.dumps({"failure": f"{type(error).__qualname__}: {error}"})
 
 
-def _committing(path: Path, entry: Entry, dropped: Sequence[Entry]) -> Callable[[Path], Entry]:
-    def finish(temporary: Path) -> Entry:
-        outline = read_outline(temporary)
-        done = replace(entry, sha256=outline.sha256, num_bytes=outline.num_bytes)
-        commit(temporary, path, done, dropped)
-        prune(path.parent, dropped)
-        return done
-
-    return finish
+def _publish(plan: SavePlan, temporary: Path) -> SaveOutcome:
+    outline = read_outline(temporary)
+    return publish(temporary, plan, replace(plan.entry, sha256=outline.sha256, num_bytes=outline.num_bytes))
 
 
 def _by_name(path: Path, states: States, objects: Mapping[str, Stateful]) -> States:

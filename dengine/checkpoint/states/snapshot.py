@@ -27,9 +27,9 @@ __all__ = [
     "bare",
     "check_objects",
     "collect",
+    "gather_full",
     "is_sharded",
     "mapped",
-    "put_together",
 ]
 
 RESERVED = "dengine"
@@ -180,7 +180,7 @@ def _agree_on_names(names: Sequence[list[str]], what: str = "") -> None:
             )
 
 
-def put_together(states: States) -> States:
+def gather_full(states: States) -> States:
     """`states` with each sharded tensor whole on every rank. Collective: one gather of each sharded tensor."""
     return mapped(states, _whole)  # type: ignore[no-any-return]
 

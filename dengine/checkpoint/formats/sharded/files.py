@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dengine.checkpoint.disk.atomic import sync_folder
-from dengine.checkpoint.disk.hashing import DigestedFile
+from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.checkpoint.disk.regular import open_regular, read_regular
 from dengine.checkpoint.formats.sharded.check import check_declared
 from dengine.checkpoint.formats.sharded.tree import Node, dtype_name
@@ -158,7 +158,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], boxes: Mappin
     start = 0
     num_bytes = sum(local_part(tensor).nbytes for tensor in tensors.values())
     with open(path, "xb", buffering=0) as file:
-        with DigestedFile(file.fileno(), num_bytes) as written:
+        with HashingWriter(file.fileno(), num_bytes) as written:
             for name, tensor in tensors.items():
                 content = _bytes_of(local_part(tensor))
                 written.write(content)

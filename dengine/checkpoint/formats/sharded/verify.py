@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from dengine.checkpoint.disk.footer import Seal
+from dengine.checkpoint.disk.footer import Footer
 from dengine.checkpoint.disk.regular import open_regular
 from dengine.checkpoint.formats.sharded.files import FILE_NAME, METADATA, as_corrupt, read_metadata, read_whole
 from dengine.errors import CorruptCheckpointError
@@ -39,7 +39,7 @@ def holds_shards(path: Path) -> bool:
     return True
 
 
-def read_outline(folder: Path) -> Seal:
+def read_outline(folder: Path) -> Footer:
     """What the folder says of itself, not proven: with the SHA-256 of `metadata.json`, and the bytes of all files.
 
     Cost: `metadata.json` is read, but only its beginning is parsed.
@@ -54,7 +54,7 @@ def read_outline(folder: Path) -> Seal:
             raise ValueError("it does not begin with what it is about")
         about, _ = json.JSONDecoder().raw_decode(raw[len(_ABOUT) : len(_ABOUT) + _ABOUT_BYTES].decode("ascii"))
         num_bytes = sum(each.stat().st_size for each in folder.iterdir())
-        return Seal(dict(about), hashlib.sha256(raw).hexdigest(), num_bytes)
+        return Footer(dict(about), hashlib.sha256(raw).hexdigest(), num_bytes)
 
 
 def verify_shards(folder: Path) -> None:

@@ -1,0 +1,256 @@
+"""A save on its way: `SaveRequest -> plan -> states -> Format.save: write, commit, agree, prune`.
+
+Here is what the formats have in common. Whether a save is asynchronous says only where write and commit run.
+"""
+
+import functools
+import os
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import torch
+
+from dengine.checkpoint.catalogue import manifest
+from dengine.checkpoint.catalogue.manifest import Entry
+from dengine.checkpoint.disk import atomic as storage
+from dengine.checkpoint.disk.background import Writing
+from dengine.checkpoint.states.snapshot import Collected, HostCopy
+from dengine.comm.outcome import from_rank_zero
+from dengine.distributed import world
+from dengine.errors import CheckpointError
+from dengine.types import Stateful
+
+__all__ = [
+    "Background",
+    "Format",
+    "SaveOutcome",
+    "SavePlan",
+    "SaveRequest",
+    "agree",
+    "failure_text",
+    "new_entry",
+    "publish",
+]
+
+T = TypeVar("T")
+
+# The manifest is read, changed and replaced: two threads at once would lose what one of them adds.
+_listing = threading.Lock()
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """What is to be saved now. `score` is None if the newest are kept rather than the best."""
+
+    step: int
+    score: float | None
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """Where it is saved, what stays beside it, and what goes after it is safe. Made on rank 0."""
+
+    path: Path
+    entry: Entry
+    kept: list[Entry]
+    dropped: list[Entry]
+
+
+@dataclass(frozen=True)
+class SaveOutcome:
+    """What all ranks know: what is safe and kept, the last one, and what failed."""
+
+    kept: list[Entry]
+    last: Path | None
+    failure: str | None = None
+
+
+class Background:
+    """Where write and commit run if the loop is not to wait: a thread, one save at a time, with copies of the states.
+
+    Attributes:
+        copies: of what is written, in host memory that the next save uses again.
+        is_leaving: set if the run ends by an exception, so that nobody waits long for ranks that may be gone.
+        plan: of the save that is written, or was last.
+    """
+
+    def __init__(self) -> None:
+        self.copies = HostCopy()
+        self.is_leaving = threading.Event()
+        self.plan: SavePlan | None = None
+        self._writing: Writing[SaveOutcome | None] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is a save of which nobody has asked what became of it."""
+        return self._writing is not None
+
+    @property
+    def path(self) -> Path | None:
+        """What is written, or was last."""
+        return None if self.plan is None else self.plan.path
+
+    @property
+    def is_done(self) -> bool:
+        return self._writing is None or self._writing.is_done
+
+    def is_done_within(self, timeout_s: float) -> bool:
+        return self._writing is None or self._writing.is_done_within(timeout_s)
+
+    def start(self, plan: SavePlan, prepare: Callable[[], Callable[[], SaveOutcome | None]]) -> None:
+        """Copy at once, by `prepare`, and have what it gives write and commit in the thread, from `go` on."""
+        self.is_leaving.clear()
+        self._writing, self.plan = Writing(prepare), plan
+
+    def go(self) -> None:
+        if self._writing is not None:
+            self._writing.go()
+
+    def settle(self, before: SaveOutcome) -> SaveOutcome:
+        """Wait for the thread, and say what became of the save; `before` if there is none, or rank 0 will tell."""
+        if self._writing is None or self.plan is None:
+            return before
+        writing = self._writing
+        try:
+            return writing.result() or before
+        except Exception as error:
+            return replace(before, failure=failure_text(self.plan.path, error))
+        finally:
+            if writing.is_done:  # else the waiting was interrupted, and it goes on
+                self._writing = None
+
+
+class Format(ABC):
+    """How states become one checkpoint.
+
+    Attributes:
+        ending: of the checkpoint's name.
+    """
+
+    ending: ClassVar[str]
+
+    @abstractmethod
+    def save(
+        self,
+        path: Path,
+        collected: Collected,
+        objects: Mapping[str, Stateful],
+        plan: Callable[[], SavePlan],
+        background: Background | None = None,
+    ) -> SaveOutcome | None:
+        """Write the states that were `collected` from `objects`, commit, and only then prune, as rank 0's `plan()` has
+        it. With `background`, copy them, and leave the rest to it: None then.
+
+        Collective: call on all ranks.
+
+        Raises:
+            CheckpointError: on every rank, if it cannot be written; what was there before is untouched.
+        """
+
+
+def new_entry(
+    path: Path,
+    prefix: str,
+    step: int | None,
+    score: float | None,
+    score_name: str | None,
+    objects: tuple[str, ...],
+    sequence: int,
+    writer: str = "",
+) -> Entry:
+    """The entry of a file that is yet to be written by this process."""
+    versions = {"dengine": _version(), "torch": str(torch.__version__)}
+    return Entry(path.name, prefix, step, score, score_name, sequence, objects, world().size, versions, writer=writer)
+
+
+def publish(temporary: Path, plan: SavePlan, entry: Entry) -> SaveOutcome:
+    """Give what is complete its name, list it, and only then remove what the plan drops. This rank's own.
+
+    Raises:
+        Exception: it cannot be committed; nothing is changed then.
+    """
+    _commit(temporary, plan.path, entry, plan.dropped)
+    _prune(plan.path.parent, plan.dropped)
+    return SaveOutcome([*plan.kept, entry], plan.path)
+
+
+def agree(action: Callable[[], T], path: Path) -> T:
+    """Rank 0's result of `action`, on every rank. Collective: one small broadcast.
+
+    Raises:
+        CheckpointError: on every rank, where it failed, with the reason.
+    """
+    return from_rank_zero(action, f"save {path}", lambda error: (CheckpointError, failure_text(path, error)))
+
+
+def failure_text(path: Path, error: BaseException) -> str:
+    return f"{path} could not be saved, and nothing was changed: {type(error).__qualname__}: {error}"
+
+
+def _commit(temporary: Path, path: Path, entry: Entry, dropped: Sequence[Entry]) -> None:
+    """Give the file or folder its name, then list it in the manifest, without those that are to go.
+
+    The manifest is written before either gets its name, so that a full disk is met before anything has changed. What
+    fails is undone; an interrupt undoes nothing, and leaves what a kill would: a whole file, which is listed or found.
+    """
+    folder = path.parent
+    with _listing:
+        try:
+            names = {one.name for one in dropped}
+            text = manifest.manifest_text(manifest.listing(folder, [entry], names))
+            listed, _ = storage.write_beside(folder / manifest.FILE_NAME, lambda descriptor: _put(descriptor, text))
+        except BaseException:
+            _give_up(temporary)
+            raise
+        is_new = not path.exists()
+        try:
+            storage.commit(temporary, path)
+        except BaseException:
+            _give_up(listed)
+            raise
+        try:
+            storage.commit(listed, folder / manifest.FILE_NAME)
+        except Exception:
+            if is_new:
+                _take_back(path)
+            raise
+
+
+def _give_up(temporary: Path) -> None:
+    storage.discard(temporary)
+    storage.end(temporary)
+
+
+def _take_back(path: Path) -> None:
+    """Remove the file or folder, and the manifest where it lists that already: it is rebuilt from what there is."""
+    if path.name in manifest.survey(path.parent).listed:
+        storage.discard(path.parent / manifest.FILE_NAME)
+    storage.remove(path)
+
+
+def _prune(folder: Path, dropped: Sequence[Entry]) -> None:
+    """Remove what the new file has made superfluous. What cannot be is warned of, and tried again after a restart."""
+    for one in dropped:
+        try:
+            storage.remove(folder / one.name)
+        except OSError as error:
+            warnings.warn(f"The superfluous checkpoint {folder / one.name} stays: {error}", stacklevel=2)
+
+
+def _put(descriptor: int, text: bytes) -> None:
+    while text:
+        text = text[os.write(descriptor, text) :]
+
+
+@functools.cache
+def _version() -> str:
+    try:
+        return version("dengine")
+    except PackageNotFoundError:
+        return "unknown"
