@@ -15,7 +15,7 @@ from torch import nn
 
 from dengine import Engine, Events, distributed
 from dengine.checkpoint import load, verify
-from dengine.checkpoint.catalogue.manifest import survey
+from dengine.checkpoint.catalogue.manifest import scan
 from dengine.control.exchange import Mailbox
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
@@ -95,7 +95,7 @@ def test_what_is_written_later_is_what_was_saved_and_the_one_before_stays_until_
         assert seen["last"] == str(tmp_path / "checkpoint_2")
         assert seen["loaded"] == seen["at_two"] != seen["at four"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    assert survey(tmp_path).listed == {"checkpoint_2": verify(tmp_path / "checkpoint_2")}
+    assert scan(tmp_path).listed == {"checkpoint_2": verify(tmp_path / "checkpoint_2")}
 
 
 def failing_writer(rank: int, size: int, folder: Path, victim: int, is_at_the_end: bool) -> tuple[int, str, list[str]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from dengine import Engine, Events, distributed
 from dengine.checkpoint import latest, load, save, verify
-from dengine.checkpoint.catalogue.manifest import survey
+from dengine.checkpoint.catalogue.manifest import scan
 from dengine.checkpoint.disk import atomic as storage
 from dengine.checkpoint.formats.sharded.plan import read_shards
 from dengine.errors import CheckpointError, CorruptCheckpointError
@@ -97,7 +97,7 @@ def test_what_three_ranks_saved_goes_on_on_three_bit_for_bit_and_is_whole_on_two
     (at_three, at_six), *_ = run_ranks(saved, 3, tmp_path, deadline_s=120)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint_3", "manifest.json"}
     entry = verify(tmp_path / "checkpoint_3")
-    assert survey(tmp_path).listed == {"checkpoint_3": entry}
+    assert scan(tmp_path).listed == {"checkpoint_3": entry}
     assert (entry.step, entry.world_size, entry.objects) == (3, 3, ("optimizer", "model", "trainer"))
     path = str(tmp_path / "checkpoint_3")
     assert run_ranks(resumed, 3, tmp_path, "fsdp", deadline_s=120) == [(path, at_three, at_six)] * 3
@@ -193,7 +193,7 @@ def watched(rank: int, size: int, folder: Path) -> tuple[list[tuple[str, list[st
     real = storage.remove
 
     def remove(path: Path) -> None:
-        listed = [name for name in survey(folder).listed if verify(folder / name)]
+        listed = [name for name in scan(folder).listed if verify(folder / name)]
         removals.append((path.name, listed))
         real(path)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from dengine import Engine, Events
 from dengine.checkpoint import latest, verify
-from dengine.checkpoint.catalogue.manifest import survey
+from dengine.checkpoint.catalogue.manifest import scan
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
 
@@ -146,7 +146,7 @@ def wrong_after(folder: Path, done: int, asynchronous: bool) -> str | None:
     wanted = [f"best_{end}_s={end:.4f}.pt", f"checkpoint_{end - 1}.pt", f"checkpoint_{end}.pt", "manifest.json"]
     if there != wanted:
         return f"after the restart there is {there}, not {wanted}"
-    found = survey(folder)
+    found = scan(folder)
     if found.problem or {*found.listed} != {*wanted[:-1]} or str(latest(folder)) != str(folder / wanted[2]):
         return f"the manifest is off: {found.problem} {sorted(found.listed)}"
     return None

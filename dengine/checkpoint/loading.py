@@ -22,7 +22,7 @@ from dengine.checkpoint.states.external_state import refuse_to_load
 from dengine.checkpoint.states.partial import Fitting, LeftOut
 from dengine.checkpoint.states.plain import check_loaded
 from dengine.checkpoint.states.restore import Restoring, give_random_states
-from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, States, bare, check_objects
+from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, States, check_objects, unwrapped
 from dengine.comm.outcome import from_rank_zero
 from dengine.distributed import all_gather_object, world
 from dengine.errors import CheckpointError, CorruptCheckpointError
@@ -75,7 +75,7 @@ def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
 def newest_first(folder: Path, prefix: str) -> list[Entry]:
     """Checkpoints of `prefix` by the time they were saved, the damaged and lost ones at the place that was theirs."""
     try:
-        found = manifest.survey(folder)
+        found = manifest.scan(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
@@ -147,7 +147,7 @@ def load(path: str | Path, into: Mapping[str, Any], *, partial: bool = False) ->
         failure, cause, kind = None, None, CheckpointError
         try:
             for name, value in targets.items():
-                refuse_to_load(name, bare(value))
+                refuse_to_load(name, unwrapped(value))
             states = _numbered(states, wanted, fitting) if file is None else _read_file(file)
             if fitting is not None:
                 wanted = _there(list(states), wanted, fitting if file is not None else None)
@@ -248,10 +248,10 @@ def _found(folder: Path, prefix: str) -> tuple[list[Entry], list[str]] | str:
     try:
         if (reason := no_folder_of_checkpoints(folder, "resume")) is not None:
             return reason
-        storage.put_back(folder)
+        storage.recover(folder)
         if entries := newest_first(folder, prefix):
             return entries, []
-        found = manifest.survey(folder)
+        found = manifest.scan(folder)
     except (OSError, CheckpointError) as error:
         return f"{folder} cannot be read: {error}"
     return [], sorted({each.prefix for each in (*found.entries, *found.damaged)})
@@ -374,12 +374,12 @@ def _agree_on_file(path: Path, seen: Sequence[_Seen]) -> None:
 def _explained(error: CorruptCheckpointError, path: Path) -> CheckpointError:
     """The error, with what the manifest beside the file remembers of it; or that no checkpoint is meant by `path`."""
     with suppress(OSError):
-        if path.is_dir() and not holds_shards(path) and manifest.survey(path).has_any:
+        if path.is_dir() and not holds_shards(path) and manifest.scan(path).has_any:
             return CheckpointError(
                 f"{path} is a folder of checkpoints, not a checkpoint: Checkpoint.resume({str(path)!r}, ...) loads the "
                 "newest intact one, and dengine.checkpoint.latest() gives its path."
             )
-        listed = manifest.survey(path.parent).listed.get(path.name)
+        listed = manifest.scan(path.parent).listed.get(path.name)
         size = path.stat().st_size
         if listed is not None and path.is_file() and listed.num_bytes != size:
             return CorruptCheckpointError(f"{error} The manifest knows it with {listed.num_bytes} bytes.")

@@ -53,5 +53,6 @@ def save(path: str | Path, objects: Mapping[str, Any]) -> None:
 def _plan(path: Path, objects: tuple[str, ...]) -> SavePlan:
     found = manifest.from_name(path)
     prefix, step = (path.stem, None) if found is None else (found.prefix, found.step)
-    sequence = manifest.survey(path.parent).next_sequence
-    return SavePlan(path, new_entry(path, prefix, step, None, None, objects, sequence), [], [])
+    seen = manifest.scan(path.parent)
+    entry = new_entry(path, prefix, step, None, None, objects, seen.next_sequence)
+    return SavePlan(path, entry, kept=[], dropped=[], seen=seen)

@@ -197,8 +197,9 @@ class Checkpoint:
             self._has_looked = False  # an interrupt may have come before the file had its name, or after
             raise
         finally:
-            # Last, and with the states given up: from here on the thread takes turns of the interpreter.
-            self._background.go()
+            if self._background.plan is not None:
+                # Last, and with the states given up: from here on the thread takes turns of the interpreter.
+                self._background.go()
         if engine.firing in (Events.COMPLETED, Events.EXCEPTION_RAISED):
             self.wait()  # nobody will be told of the end any more
 
@@ -252,10 +253,8 @@ class Checkpoint:
     def _wait_alone(self, engine: Engine) -> None:
         """After an exception the other ranks may not come: no collective. What is raised here becomes a warning."""
         self._background.is_leaving.set()
-        if not self._background.is_done_within(_PATIENCE_S):
-            warnings.warn(
-                f"{self._background.path} is still being written: the run ends once it is safe.", stacklevel=2
-            )
+        if (plan := self._background.plan) is not None and not self._background.is_done_within(_PATIENCE_S):
+            warnings.warn(f"{plan.path} is still being written: the run ends once it is safe.", stacklevel=2)
         if (failure := self._settle().failure) is not None:
             raise CheckpointError(failure)
 
@@ -263,15 +262,15 @@ class Checkpoint:
 
     def _request(self, engine: Engine) -> tuple[SaveOutcome, SaveRequest | None]:
         """What to save now; None if the score is not among the best, or the last write has failed."""
-        if self._background.is_busy and self._background.is_done and (outcome := self._settle()).failure:
+        if self._background.plan is not None and self._background.is_done and (outcome := self._settle()).failure:
             return outcome, None
-        found = None if self._has_looked else self._survey()
+        found = None if self._has_looked else self._scan()
         score = None if self._score_function is None else score_of(engine, self._score_function, "a Checkpoint")
         # One that is still being written counts as saved: where it fails, the run ends.
         if not is_kept(score, self._expected(), self._n_saved):
             return self._known(), None
         step = step_to_save(engine, self._step_transform, self._objects.values())
-        if self._background.is_busy:
+        if self._background.plan is not None:
             self._say_that_it_waits()
             if (outcome := self._settle()).failure is not None:
                 return outcome, None
@@ -280,14 +279,14 @@ class Checkpoint:
         return self._known(), SaveRequest(step, score)
 
     def _plan(self, request: SaveRequest, path: Path) -> SavePlan:
-        found = manifest.survey(self._save_dir)
-        self._rivals.check(path, own(found.entries, self._prefix, self._score_name))
+        seen = manifest.scan(self._save_dir)
+        self._rivals.check(path, own(seen.entries, self._prefix, self._score_name))
         names, writer = tuple(self._objects), self._rivals.writer
-        what = path, self._prefix, request.step, request.score, self._score_name, names, found.next_sequence
+        what = path, self._prefix, request.step, request.score, self._score_name, names, seen.next_sequence
         entry = new_entry(*what, writer)
         dropped = to_drop(self._kept, entry, self._n_saved)
         kept = [each for each in self._kept if each not in dropped and each.name != entry.name]
-        return SavePlan(path, entry, kept, dropped)
+        return SavePlan(path, entry, kept, dropped, seen)
 
     def _settle(self) -> SaveOutcome:
         """Wait for what is being written, and note what became of it."""
@@ -299,12 +298,12 @@ class Checkpoint:
         return SaveOutcome(self._kept, self.last_path)
 
     def _expected(self) -> list[Entry]:
-        plan = self._background.plan if self._background.is_busy else None
+        plan = self._background.plan
         return self._kept if plan is None else [*plan.kept, plan.entry]
 
-    def _survey(self) -> list[Entry]:
+    def _scan(self) -> list[Entry]:
         """What an earlier run has left of its own."""
-        found = own(manifest.survey(self._save_dir).entries, self._prefix, self._score_name)
+        found = own(manifest.scan(self._save_dir).entries, self._prefix, self._score_name)
         self._kept = self._rivals.first_look(self._save_dir, found)
         self._has_looked = True
         return self._kept
@@ -320,11 +319,12 @@ class Checkpoint:
             )
 
     def _say_that_it_waits(self) -> None:
-        if self._background.is_done or self._has_said_that_it_waits:
+        plan = self._background.plan
+        if plan is None or self._background.is_done or self._has_said_that_it_waits:
             return
         self._has_said_that_it_waits = True
         warnings.warn(
-            f"{self._background.path} is still being written, so this save and the training wait for it: the disk is "
+            f"{plan.path} is still being written, so this save and the training wait for it: the disk is "
             "slower than the saves come. Save less often. This is said once.",
             stacklevel=2,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dengine.checkpoint.states.external_state import keep_elsewhere
+from dengine.checkpoint.states.external_state import mark_external
 from dengine.parallel.gradients import Count, GradientMean, check_loss
 from dengine.supervised.batches import ModelFunction
 from dengine.types import is_short_float
@@ -120,10 +120,10 @@ def keep_states_out(engine: Any, optimizer: Any, accelerator: "Accelerator") -> 
     stage = engine.zero_optimization_stage()
     if stage == 0 and accelerator.mixed_precision == "no":
         return
-    keep_elsewhere(engine.module, is_whole=stage < 3)
+    mark_external(engine.module, is_whole=stage < 3)
     for each in (engine.basic_optimizer, optimizer):  # another one where it is offloaded
         if isinstance(each, torch.optim.Optimizer):
-            keep_elsewhere(each, is_whole=False)
+            mark_external(each, is_whole=False)
 
 
 def _config(accelerator: "Accelerator") -> dict[str, Any]:

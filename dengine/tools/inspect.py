@@ -68,7 +68,7 @@ def _say(text: str, file: TextIO | None = None) -> None:
 
 
 def _folder(folder: Path) -> int:
-    found = manifest.survey(folder)
+    found = manifest.scan(folder)
     rows, problems = [], []
     for entry in sorted((*found.entries, *found.damaged), key=lambda each: (each.prefix, each.step or 0, each.name)):
         reason = _damage(folder / entry.name)

@@ -57,7 +57,7 @@ def value_of(model: nn.Linear) -> float:
 
 def check_listing(folder: Path) -> None:
     """The manifest lists nothing that is not there, and what is there proves itself."""
-    found = manifest.survey(folder)
+    found = manifest.scan(folder)
     assert (found.lost, found.damaged, found.unknown) == ((), (), ())
     for entry in found.entries:
         verify(folder / entry.name)

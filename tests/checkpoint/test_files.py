@@ -17,7 +17,7 @@ from torch import nn
 
 from dengine import Engine, Events
 from dengine.checkpoint import latest, load, save, verify
-from dengine.checkpoint.catalogue.manifest import survey
+from dengine.checkpoint.catalogue.manifest import scan
 from dengine.checkpoint.disk.atomic import remove_leftovers
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.handlers import Checkpoint
@@ -129,7 +129,7 @@ def test_a_damaged_manifest_changes_nothing_and_is_rebuilt(tmp_path: Path, cut: 
         if not cut:
             changed[place] ^= 1 << (place % 8)
         manifest.write_bytes(changed)
-        found = survey(tmp_path)
+        found = scan(tmp_path)
         # White space in a JSON text says nothing; all else is noticed.
         assert found.problem is not None or found.listed == survey_of(tmp_path, content)
         assert Checkpoint.resume(tmp_path, {"model": model}) == tmp_path / "checkpoint_2.pt"
@@ -137,12 +137,12 @@ def test_a_damaged_manifest_changes_nothing_and_is_rebuilt(tmp_path: Path, cut: 
     manifest.write_bytes(content[:-20])
     with pytest.warns(UserWarning, match=r"manifest\.json .*: it is rebuilt from the intact files"):
         saved(tmp_path, "checkpoint_3.pt", 3.0)
-    assert survey(tmp_path).listed.keys() == {"checkpoint_1.pt", "checkpoint_2.pt", "checkpoint_3.pt"}
+    assert scan(tmp_path).listed.keys() == {"checkpoint_1.pt", "checkpoint_2.pt", "checkpoint_3.pt"}
 
 
 def survey_of(folder: Path, manifest: bytes) -> Any:
     (folder / "manifest.json").write_bytes(manifest)
-    return survey(folder).listed
+    return scan(folder).listed
 
 
 def test_a_rebuilt_manifest_lists_only_what_is_intact(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_rebuilt_manifest_lists_only_what_is_intact(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").unlink()
     with pytest.warns(UserWarning, match="is missing: it is rebuilt"):
         saved(tmp_path, "checkpoint_3.pt")
-    assert survey(tmp_path).listed.keys() == {"checkpoint_1.pt", "checkpoint_3.pt"}
+    assert scan(tmp_path).listed.keys() == {"checkpoint_1.pt", "checkpoint_3.pt"}
     assert latest(tmp_path) == tmp_path / "checkpoint_3.pt"
 
 

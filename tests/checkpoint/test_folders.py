@@ -13,7 +13,7 @@ from torch import nn
 
 from dengine.__main__ import main
 from dengine.checkpoint import latest, load, save, verify
-from dengine.checkpoint.catalogue.manifest import survey
+from dengine.checkpoint.catalogue.manifest import scan
 from dengine.checkpoint.disk import atomic as storage
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.handlers import Checkpoint
@@ -36,7 +36,7 @@ def value_of(model: nn.Module) -> float:
 def test_files_and_folders_stand_in_one_order_and_the_newest_intact_one_is_taken(tmp_path: Path) -> None:
     for step, name in enumerate(["c_1.pt", "c_2", "c_3.pt", "c_4"], start=1):
         save(tmp_path / name, {"model": filled(step)})
-    found = survey(tmp_path)
+    found = scan(tmp_path)
     assert [entry.name for entry in found.entries] == ["c_1.pt", "c_2", "c_3.pt", "c_4"]
     assert {entry.name: entry for entry in found.entries} == found.listed
     for name, value in [("c_4", 4), ("c_3.pt", 3), ("c_2", 2)]:
@@ -60,7 +60,7 @@ def test_a_damaged_description_makes_a_folder_damaged_not_invisible(tmp_path: Pa
         with pytest.warns(UserWarning, match=r"Resuming from .*c_1"):
             assert Checkpoint.resume(tmp_path, {"model": nn.Linear(4, 3)}, "c") == tmp_path / "c_1"
     path.unlink()
-    assert [entry.name for entry in survey(tmp_path).damaged] == ["c_2"]
+    assert [entry.name for entry in scan(tmp_path).damaged] == ["c_2"]
 
 
 def test_a_folder_of_something_else_is_neither_a_checkpoint_nor_replaced(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_folder_of_something_else_is_neither_a_checkpoint_nor_replaced(tmp_pat
         with pytest.raises(CheckpointError, match="is there already"):
             save(tmp_path / name, {"model": filled(1)})
         assert (tmp_path / name / "notes.txt").read_text() == "mine"
-    assert survey(tmp_path).entries == ()
+    assert scan(tmp_path).entries == ()
 
 
 def test_missing_and_differing_names_are_all_listed_and_nothing_is_changed(tmp_path: Path) -> None:

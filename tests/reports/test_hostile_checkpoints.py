@@ -19,7 +19,7 @@ from torch import nn
 from dengine.__main__ import main
 from dengine.checkpoint import latest, load, save, verify
 from dengine.checkpoint.catalogue import manifest
-from dengine.checkpoint.disk.footer import SealedFile
+from dengine.checkpoint.disk.footer import write_footer
 from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.checkpoint.formats.sharded import files as shard_files
 from dengine.checkpoint.formats.sharded.check import check_declared
@@ -52,11 +52,10 @@ def about(step: Any = 2, **changes: Any) -> dict[str, Any]:
 
 def sealed(path: Path, archive: bytes, description: Any) -> None:
     """A file with a right digest around any archive and any description."""
-    with open(path, "wb") as file, HashingWriter(file.fileno()) as digested:
-        whole = SealedFile(digested)
+    with open(path, "wb") as file, HashingWriter(file.fileno()) as whole:
         whole.write(archive[:-22])
         whole.write(archive[-22:])
-        whole.seal(description)
+        write_footer(whole, description)
 
 
 def archive_of(states: Any) -> bytes:
@@ -362,7 +361,7 @@ def test_a_pipe_or_a_device_is_never_read(tmp_path: Path, place: str, kind: str)
     elif place == "manifest.json" and kind != "folder":
         with pytest.warns(UserWarning, match="rebuilt"):
             save(tmp_path / "c_3.pt", {"model": model})
-        assert manifest.survey(tmp_path).problem is None
+        assert manifest.scan(tmp_path).problem is None
 
 
 @pytest.mark.parametrize("name", ["c_2.pt", "c_2"])

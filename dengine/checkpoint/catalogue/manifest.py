@@ -25,7 +25,7 @@ from dengine.errors import CorruptCheckpointError
 __all__ = [
     "FILE_NAME",
     "Entry",
-    "Survey",
+    "Scan",
     "about",
     "entry_of",
     "from_footer",
@@ -34,7 +34,7 @@ __all__ = [
     "listing",
     "manifest_text",
     "refuse_other",
-    "survey",
+    "scan",
 ]
 
 FILE_NAME = "manifest.json"
@@ -77,7 +77,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Survey:
+class Scan:
     """What a folder holds. `entries`: those with a readable end, oldest first, their bytes not proven yet.
     `damaged`: files with a checkpoint's name and an unreadable end; `lost`: listed, but not there.
     `unknown`: names of `*.pt` files and folders of shards with an unreadable end, of which nothing tells the prefix.
@@ -137,7 +137,7 @@ def from_footer(footer: Footer, path: Path) -> Entry:
         ) from None
 
 
-def survey(folder: Path) -> Survey:
+def scan(folder: Path) -> Scan:
     """What `folder` holds. Cost: the manifest, the end of each `*.pt` file, each folder's `metadata.json`.
 
     Raises:
@@ -167,7 +167,7 @@ def survey(folder: Path) -> Survey:
         problem = "is missing"
     entries.sort(key=_order)
     damaged.sort(key=_order)
-    return Survey(tuple(entries), tuple(damaged), lost, tuple(unknown), listed, problem)
+    return Scan(tuple(entries), tuple(damaged), lost, tuple(unknown), listed, problem)
 
 
 def _is_candidate(path: Path) -> bool:
@@ -211,13 +211,15 @@ def refuse_other(entry: Entry, listed: Entry | None, path: Path) -> None:
         )
 
 
-def listing(folder: Path, new: Sequence[Entry], dropped: Collection[str]) -> list[Entry]:
+def listing(folder: Path, new: Sequence[Entry], dropped: Collection[str], seen: Scan | None = None) -> list[Entry]:
     """What the next manifest lists: what was listed and is there, whole files that were not, and `new`, oldest first.
+    What was `seen` in the folder before counts, unless something else has written a manifest since.
 
     Files that were not listed are read whole, so that the manifest names only what is proven; that happens after a
     kill, or where the manifest was lost, of which a warning tells.
     """
-    found = survey(folder)
+    is_same = seen is not None and seen.problem is None and _listed(folder) == (seen.listed, None)
+    found = seen if seen is not None and is_same else scan(folder)
     if found.problem is not None:
         warnings.warn(f"{folder / FILE_NAME} {found.problem}: it is rebuilt from the intact files.", stacklevel=2)
     taken = {entry.name for entry in new}

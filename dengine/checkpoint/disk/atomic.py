@@ -20,7 +20,7 @@ __all__ = [
     "discard",
     "end",
     "make_folder",
-    "put_back",
+    "recover",
     "remove",
     "remove_leftovers",
     "sync_folder",
@@ -96,7 +96,7 @@ def commit(temporary: Path, path: Path) -> None:
     """Give the finished file or folder its name. From here on it survives a power cut.
 
     A folder takes no other's place in one step: one that has the name steps aside before, and goes afterwards. A kill
-    between the two renames leaves it aside, where `put_back` finds it.
+    between the two renames leaves it aside, where `recover` finds it.
 
     Raises:
         OSError: it cannot be renamed, or the folder not be flushed; the temporary file is gone then, and `path` is as
@@ -156,7 +156,7 @@ def discard(path: Path) -> None:
             os.unlink(path)
 
 
-def put_back(folder: Path) -> None:
+def recover(folder: Path) -> None:
     """Give the folders in `folder` their names again that a kill has left aside, in the midst of being replaced."""
     for aside in folder.glob(f".*{_REPLACED}"):
         path = folder / aside.name.removeprefix(".").removesuffix(_REPLACED)

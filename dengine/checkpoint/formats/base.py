@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from dengine.checkpoint.catalogue import manifest
-from dengine.checkpoint.catalogue.manifest import Entry
+from dengine.checkpoint.catalogue.manifest import Entry, Scan
 from dengine.checkpoint.disk import atomic as storage
 from dengine.checkpoint.disk.background import Writing
 from dengine.checkpoint.states.snapshot import Collected, HostCopy
@@ -54,12 +54,17 @@ class SaveRequest:
 
 @dataclass(frozen=True)
 class SavePlan:
-    """Where it is saved, what stays beside it, and what goes after it is safe. Made on rank 0."""
+    """Where it is saved, what stays beside it, and what goes after it is safe. Rank 0 makes it from a scan of the
+    folder, which it keeps to itself."""
 
     path: Path
     entry: Entry
     kept: list[Entry]
     dropped: list[Entry]
+    seen: Scan | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "seen": None}
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Background:
     Attributes:
         copies: of what is written, in host memory that the next save uses again.
         is_leaving: set if the run ends by an exception, so that nobody waits long for ranks that may be gone.
-        plan: of the save that is written, or was last.
+        plan: of the save that is written, until somebody asks what became of it.
     """
 
     def __init__(self) -> None:
@@ -85,16 +90,6 @@ class Background:
         self.is_leaving = threading.Event()
         self.plan: SavePlan | None = None
         self._writing: Writing[SaveOutcome | None] | None = None
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether there is a save of which nobody has asked what became of it."""
-        return self._writing is not None
-
-    @property
-    def path(self) -> Path | None:
-        """What is written, or was last."""
-        return None if self.plan is None else self.plan.path
 
     @property
     def is_done(self) -> bool:
@@ -114,16 +109,16 @@ class Background:
 
     def settle(self, before: SaveOutcome) -> SaveOutcome:
         """Wait for the thread, and say what became of the save; `before` if there is none, or rank 0 will tell."""
-        if self._writing is None or self.plan is None:
+        writing, plan = self._writing, self.plan
+        if writing is None or plan is None:
             return before
-        writing = self._writing
         try:
             return writing.result() or before
         except Exception as error:
-            return replace(before, failure=failure_text(self.plan.path, error))
+            return replace(before, failure=failure_text(plan.path, error))
         finally:
             if writing.is_done:  # else the waiting was interrupted, and it goes on
-                self._writing = None
+                self._writing = self.plan = None
 
 
 class Format(ABC):
@@ -175,7 +170,7 @@ def publish(temporary: Path, plan: SavePlan, entry: Entry) -> SaveOutcome:
     Raises:
         Exception: it cannot be committed; nothing is changed then.
     """
-    _commit(temporary, plan.path, entry, plan.dropped)
+    _commit(temporary, plan, entry)
     _prune(plan.path.parent, plan.dropped)
     return SaveOutcome([*plan.kept, entry], plan.path)
 
@@ -193,17 +188,17 @@ def failure_text(path: Path, error: BaseException) -> str:
     return f"{path} could not be saved, and nothing was changed: {type(error).__qualname__}: {error}"
 
 
-def _commit(temporary: Path, path: Path, entry: Entry, dropped: Sequence[Entry]) -> None:
+def _commit(temporary: Path, plan: SavePlan, entry: Entry) -> None:
     """Give the file or folder its name, then list it in the manifest, without those that are to go.
 
     The manifest is written before either gets its name, so that a full disk is met before anything has changed. What
     fails is undone; an interrupt undoes nothing, and leaves what a kill would: a whole file, which is listed or found.
     """
-    folder = path.parent
+    path, folder = plan.path, plan.path.parent
     with _listing:
         try:
-            names = {one.name for one in dropped}
-            text = manifest.manifest_text(manifest.listing(folder, [entry], names))
+            dropped = {one.name for one in plan.dropped}
+            text = manifest.manifest_text(manifest.listing(folder, [entry], dropped, plan.seen))
             listed, _ = storage.write_beside(folder / manifest.FILE_NAME, lambda descriptor: _put(descriptor, text))
         except BaseException:
             _give_up(temporary)
@@ -229,7 +224,7 @@ def _give_up(temporary: Path) -> None:
 
 def _take_back(path: Path) -> None:
     """Remove the file or folder, and the manifest where it lists that already: it is rebuilt from what there is."""
-    if path.name in manifest.survey(path.parent).listed:
+    if manifest.listed_beside(path) is not None:
         storage.discard(path.parent / manifest.FILE_NAME)
     storage.remove(path)
 

@@ -27,7 +27,7 @@ from dengine.checkpoint.formats.sharded.names import (
 from dengine.checkpoint.formats.sharded.plan import ShardPlan, plan_shards, read_shards, shared_by_all, write_shards
 from dengine.checkpoint.formats.sharded.read import LikeTensors
 from dengine.checkpoint.formats.sharded.verify import read_outline
-from dengine.checkpoint.states.snapshot import RESERVED, Collected, States, bare
+from dengine.checkpoint.states.snapshot import RESERVED, Collected, States, unwrapped
 from dengine.control.exchange import Mailbox
 from dengine.distributed import unwrap_model
 from dengine.errors import CheckpointError, CorruptCheckpointError
@@ -184,5 +184,5 @@ def _layouts(into: Mapping[str, Stateful]) -> dict[str, Any]:
         elif hasattr(value, "load_random_state"):  # an engine: numbers alone
             layouts[name] = None
         else:
-            layouts[name] = LikeTensors.of(bare(value).state_dict())
+            layouts[name] = LikeTensors.of(unwrapped(value).state_dict())
     return layouts

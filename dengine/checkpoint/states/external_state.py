@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from dengine.errors import CheckpointError
 
-__all__ = ["keep_elsewhere", "refuse_to_load", "refuse_to_save"]
+__all__ = ["mark_external", "refuse_to_load", "refuse_to_save"]
 
 # Of DeepSpeed's own, whoever made them.
 _NAMES = {"DeepSpeedEngine", "DeepSpeedOptimizer", "DeepSpeedOptimizerWrapper"}
@@ -17,7 +17,7 @@ _NAMES = {"DeepSpeedEngine", "DeepSpeedOptimizer", "DeepSpeedOptimizerWrapper"}
 _kept: WeakKeyDictionary[nn.Module | Optimizer, bool] = WeakKeyDictionary()
 
 
-def keep_elsewhere(value: nn.Module | Optimizer, *, is_whole: bool) -> None:
+def mark_external(value: nn.Module | Optimizer, *, is_whole: bool) -> None:
     """See that `value`, whose state DeepSpeed keeps, is not loaded and, unless `is_whole`, not saved; of a model, that
     no part of it is."""
     for each in value.modules() if isinstance(value, nn.Module) else [value]:

@@ -49,7 +49,7 @@ class Fitting:
         if isinstance(own, torch.Tensor):
             if isinstance(saved, torch.Tensor) and saved.shape == own.shape:
                 return saved
-        elif not is_by_name and not any(True for _ in all_tensors(own)):
+        elif not is_by_name and not all_tensors(own):
             return saved
         elif isinstance(own, dict) and isinstance(saved, Mapping):
             return self._merged_dict(saved, own, path)

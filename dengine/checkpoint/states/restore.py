@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dengine.checkpoint.states.partial import Fitting
-from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, HostCopy, States, bare
+from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, HostCopy, States, unwrapped
 from dengine.compiled_names import aligned
 from dengine.distributed import world
 from dengine.types import Stateful
@@ -43,7 +43,7 @@ class Restoring:
             there = ", ".join(sorted(states.keys() - {RESERVED}))
             raise KeyError(f"there is no {', '.join(missing)} in it; it holds {there}.")
         for name, value in self._into.items():
-            target = bare(value)
+            target = unwrapped(value)
             keeps_itself = hasattr(value, "load_random_state")
             before = HostCopy().take({name: _state_of(name, target)})[name]
             if not keeps_itself:
@@ -59,7 +59,7 @@ class Restoring:
     def undo(self) -> None:
         """Return the states that `load` replaced, the last one first."""
         for name, state in reversed(self._before.items()):
-            target = bare(self._into[name])
+            target = unwrapped(self._into[name])
             try:
                 target.load_state_dict(_fitted(target, state))
             except Exception as error:

@@ -24,12 +24,12 @@ __all__ = [
     "Collected",
     "HostCopy",
     "States",
-    "bare",
     "check_objects",
     "collect",
     "gather_full",
     "is_sharded",
     "mapped",
+    "unwrapped",
 ]
 
 RESERVED = "dengine"
@@ -148,9 +148,9 @@ class _Mine:
 
 def _unfit(name: str, value: Stateful, mine: _Mine) -> str | None:
     """Put what `value` has to give into `mine`; why it cannot be saved, or None."""
-    unwrapped = bare(value)
-    refuse_to_save(name, unwrapped)
-    state = unwrapped.state_dict()
+    inner = unwrapped(value)
+    refuse_to_save(name, inner)
+    state = inner.state_dict()
     random = value.random_state() if hasattr(value, "load_random_state") else None  # type: ignore[attr-defined]
     try:
         taken = plain(name, state)
@@ -238,7 +238,7 @@ class HostCopy:
         self._layouts[place : place + 1] = [layout]
 
 
-def bare(value: Stateful) -> Stateful:
+def unwrapped(value: Stateful) -> Stateful:
     """A model without its wrappers; anything else as it is."""
     return unwrap_model(value) if isinstance(value, nn.Module) else value
 

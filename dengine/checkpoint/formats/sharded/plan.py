@@ -193,7 +193,7 @@ def _make_room(folder: Path, temporary: Path, *, may_exist: bool) -> None:
     storage.make_folder(folder.parent)
     wait_for_room()
     storage.remove_leftovers(folder.parent)
-    storage.put_back(folder.parent)
+    storage.recover(folder.parent)
     temporary.mkdir()
 
 

@@ -85,17 +85,18 @@ def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor
             yield from tensors_in(part, (*path, index))
 
 
-def all_tensors(value: Any) -> Iterator[torch.Tensor]:
+def all_tensors(value: Any) -> list[torch.Tensor]:
     """The tensors in `value`, in no particular order: what a save asks of each costs less than their paths would."""
-    left = [value]
+    left, tensors = [value], []
     while left:
         each = left.pop()
         if isinstance(each, torch.Tensor):
-            yield each
+            tensors.append(each)
         elif isinstance(each, (dict, Mapping)):
             left.extend(each.values())
         elif isinstance(each, (list, tuple)):
             left.extend(each)
+    return tensors
 
 
 def path_text(path: Path) -> str:
