@@ -18,13 +18,14 @@ Failure: TypeAlias = tuple[type[Exception], str]
 
 
 def from_rank_zero(action: Callable[[], T], purpose: str, failure: Callable[[Exception], Failure] | None = None) -> T:
-    """Rank 0's result of `action`, on every rank; if it fails, rank 0 raises its error and the others say so or, with
-    `failure`, all raise what that makes of the error.
+    """Run `action` on rank 0 and give its result, or its failure, to every rank; with `failure`, all raise what that
+    makes of the error.
 
     Collective: call on all ranks. The result must pickle. Cost: one object broadcast.
 
     Raises:
-        RemoteRankError: on the other ranks, if `action` failed on rank 0; "Rank 0 could not {purpose}".
+        RemoteRankError: on the other ranks, if `action` failed on rank 0: "Rank 0 could not {purpose}". Rank 0 raises
+            the error itself.
     """
     refuse_on_rank_zero_alone(f"To {purpose} on rank 0 for all ranks")
     return _shared(action, purpose, failure, [0])[0]
@@ -33,8 +34,8 @@ def from_rank_zero(action: Callable[[], T], purpose: str, failure: Callable[[Exc
 def on_all_ranks(
     action: Callable[[], T], purpose: str, failure: Callable[[Exception], Failure] | None = None
 ) -> list[T]:
-    """Every rank's result of `action`; if it fails on any, all raise as in `from_rank_zero`, and name the first rank
-    that failed.
+    """Run `action` on every rank and give all results to every rank. If it fails on any, all raise as in
+    `from_rank_zero`, and name the first rank that failed.
 
     Collective: call on all ranks. The results must pickle. Cost: one gather of objects.
     """
