@@ -18,7 +18,7 @@ from dengine.control.failure import repr_of
 from dengine.control.liveness import exempt_key
 from dengine.control.plane import Control
 from dengine.errors import RemoteRankError
-from dengine.launch.world import World, control, world
+from dengine.launch.world import World, control, refuse_forgotten_group, world
 
 __all__ = [
     "ReduceOp",
@@ -27,6 +27,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "broadcast_tensors",
+    "collective",
     "gather_bytes",
     "max_tensor",
     "progress",
@@ -52,7 +53,9 @@ def rank_zero_first() -> Iterator[None]:
 
     Raises:
         RemoteRankError: on the other ranks, if the body failed on rank 0.
+        LaunchError: a launcher started several processes, but no process group is open.
     """
+    refuse_forgotten_group("rank_zero_first()")
     if world().rank == 0:
         failure: str | None = "left by an exception that is no Exception"
         try:
@@ -94,7 +97,7 @@ def _exempt() -> Iterator[None]:
 
 
 @contextmanager
-def _collective(what: str, *, site: str = "") -> Iterator[Any]:
+def collective(what: str, *, site: str = "") -> Iterator[Any]:
     """Enter a collective, unless only rank 0 runs here or a rank has failed, and compare it with the others' calls.
 
     Gives the group for tensors on the CPU; None is the default group.
@@ -142,18 +145,20 @@ def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
         ValueError: an unknown `op`; the mean of whole numbers, which would not be one.
         TypeError: a leaf that is neither a number nor a tensor.
         ConsistencyError: another rank calls something else; both call sites are named.
+        LaunchError: a launcher started several processes, but no process group is open.
     """
+    refuse_forgotten_group("all_reduce()")
     if op not in _OPS:
         raise ValueError(f"op={op!r} must be one of {', '.join(_OPS)}.")
     leaves: list[torch.Tensor] = []
     rebuild = flatten(value, leaves, op)
-    with _collective(f"all_reduce({name or signature(value)}, {op!r})", site=name or _user_site()) as group:
+    with collective(f"all_reduce({name or signature(value)}, {op!r})", site=name or _user_site()) as group:
         return rebuild(_reduced(leaves, op, group))  # type: ignore[no-any-return]
 
 
 def all_gather_object(value: T) -> list[T]:
     """Every rank's `value`, in the order of ranks. Collective. The value must pickle. Cost: two small gathers."""
-    with _collective("all_gather_object") as group:
+    with collective("all_gather_object") as group:
         if world().size == 1:
             return [value]
         gathered: list[Any] = [None] * world().size
@@ -163,7 +168,7 @@ def all_gather_object(value: T) -> list[T]:
 
 def broadcast_object(value: T, source: int = 0) -> T:
     """Rank `source`'s `value`, on every rank. Collective. The value must pickle. Cost: two small broadcasts."""
-    with _collective(f"broadcast_object from rank {source}") as group:
+    with collective(f"broadcast_object from rank {source}") as group:
         if world().size == 1:
             return value
         holder = [value]
@@ -176,8 +181,10 @@ def barrier(name: str = "barrier") -> None:
 
     Raises:
         RankZeroCollectiveError: only rank 0 runs here.
+        LaunchError: a launcher started several processes, but no process group is open.
     """
-    with _collective(f"barrier({name!r})") as group:
+    refuse_forgotten_group("barrier()")
+    with collective(f"barrier({name!r})") as group:
         if world().size > 1:
             # An all-reduce of one number rather than dist.barrier(): that one picks a device of its own with NCCL.
             _sum(torch.zeros(1, device=_transport(torch.device("cpu"))), group)
@@ -193,7 +200,7 @@ def broadcast_tensors(
             other, in each of which this rank's group takes part.
     """
     start = f"from rank {source}" if within is None else "within a mesh"
-    with _collective(f"broadcast_tensors({len(tensors)} tensors) {start}") as group:
+    with collective(f"broadcast_tensors({len(tensors)} tensors) {start}") as group:
         if world().size == 1:
             return
         for indices in grouped(tensors).values():
@@ -212,7 +219,7 @@ def broadcast_tensors(
 def sum_tensor(tensor: torch.Tensor, here: World, *, what: str = "the sum of the metrics") -> torch.Tensor:
     """The sum over the ranks of `here`, in place. Collective: one all-reduce."""
     if here.size > 1:
-        with _collective(f"{what}, {tensor.numel()} numbers") as group:
+        with collective(f"{what}, {tensor.numel()} numbers") as group:
             _sum(tensor, group)
     return tensor
 
@@ -220,7 +227,7 @@ def sum_tensor(tensor: torch.Tensor, here: World, *, what: str = "the sum of the
 def max_tensor(tensor: torch.Tensor, here: World, *, what: str = "the extrema of the metrics") -> torch.Tensor:
     """The maximum over the ranks of `here`, in place. Collective: one all-reduce."""
     if here.size > 1:
-        with _collective(f"{what}, {tensor.numel()} numbers") as group:
+        with collective(f"{what}, {tensor.numel()} numbers") as group:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_group_of(tensor, group))
     return tensor
 
@@ -238,7 +245,7 @@ def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torc
     padded = mine.new_zeros(longest)
     padded[: mine.numel()] = mine
     gathered = [torch.empty_like(padded) for _ in sizes]
-    with _collective(f"the gather of the metrics, {longest} bytes") as group:
+    with collective(f"the gather of the metrics, {longest} bytes") as group:
         dist.all_gather(gathered, padded, group=_group_of(padded, group))
     return [row[:size] for row, size in zip(gathered, sizes, strict=True)]
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import sysconfig
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -30,7 +31,10 @@ _NOT_USER_CODE = (
     os.path.dirname(os.path.dirname(__file__)) + os.sep,
     os.path.dirname(torch.__file__) + os.sep,
     contextlib.__file__,
+    "<frozen ",
 )
+_STDLIB = sysconfig.get_path("stdlib") + os.sep
+_PACKAGES = f"{os.sep}site-packages{os.sep}"  # they lie within the standard library's folder
 
 
 class CallLog:
@@ -113,10 +117,16 @@ def call_site() -> str:
 
 
 def user_line(frame: FrameType) -> str:
-    """The line of the user's code that led to `frame`: the innermost one outside of this package and of torch."""
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_USER_CODE):
+    """The line of the user's code that led to `frame`: the innermost one outside of this package, of torch and of the
+    standard library.
+    """
+    while frame.f_back is not None and not _is_users(frame.f_code.co_filename):
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith(_NOT_USER_CODE) and (not file.startswith(_STDLIB) or _PACKAGES in file)
 
 
 def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:

@@ -53,16 +53,28 @@ def cause(answers: _Answers, behind: int) -> tuple[int, str] | None:
 
     None if they do not wait for each other. `behind`: the rank that has got least far.
     """
+    if _waits_elsewhere(answers):
+        return behind, (
+            "The ranks wait for each other in different collectives of torch, so that none of them can go on:"
+            f"{_all_shown(answers)}\n"
+            "Call the same ones in the same order on every rank, none of them under `if world.rank == 0:` or in a "
+            "branch of a step that only some ranks take. If these lines do belong together, as send() and recv() do, "
+            "it is the network that hangs."
+        )
     if not _is_crossed(answers):
         return None
     first, other = _pair(answers)
     culprit = _alone(answers, first, other) if len(_inside(answers)) == len(answers) else behind
     return culprit, (
         f"Rank {culprit} has come to another place than the others, and they wait for each other, so that none of them "
-        "can go on:"
-        + "".join(f"\n  rank {rank}: {_shown(answers[rank])}" for rank in sorted(answers)[:_NUM_SHOWN])
-        + f"\n{_advice(first, other, answers)}"
+        f"can go on:{_all_shown(answers)}\n{_advice(first, other, answers)}"
     )
+
+
+def _waits_elsewhere(answers: _Answers) -> bool:
+    """Whether all ranks wait in collectives of torch, and not in the same line of the script."""
+    are_waiting = all(each["waits_in"] and not each["collective"] for each in answers.values())
+    return are_waiting and len({(each["site"], each["waits_in"]) for each in answers.values()}) > 1
 
 
 def _is_crossed(answers: _Answers) -> bool:
@@ -119,6 +131,10 @@ def _levels(answer: Mapping[str, Any]) -> list[Level]:
     return [Level(**level) for level in answer["where"]]
 
 
+def _all_shown(answers: _Answers) -> str:
+    return "".join(f"\n  rank {rank}: {_shown(answers[rank])}" for rank in sorted(answers)[:_NUM_SHOWN])
+
+
 def _shown(answer: Mapping[str, Any]) -> str:
     waits = answer["collective"] or answer["waits_in"]
     site = f" ({answer['site']})" if answer["site"] else ""
@@ -148,11 +164,17 @@ def _advice(first: int, other: int, answers: _Answers) -> str:
             "number of batches, by distributed.prepare_data_loader() with the same batch_size on every rank."
         )
     if is_behind:
+        is_same_step = mine == theirs and one["collective"] != END_OF_GROUP
+        only_here = (
+            f" Or rank {other} does not call {one['collective']}: call it on every rank." if is_same_step else ""
+        )
         return (
             f"Rank {first} has taken part in fewer of torch's collectives than rank {other} ({_joined(one)}, not "
             f"{_joined(two)}). Either it skipped backward() in a step, or its loss did not touch the model: call "
             "backward() in every step on every rank, with a loss times 0 rather than without one. Or it had fewer "
-            "batches: prepare the data by distributed.prepare_data_loader(), with the same batch_size on every rank."
+            "batches: prepare the data by distributed.prepare_data_loader(), with the same batch_size on every rank, "
+            f"and give run() the same limits. Or rank {other} calls a collective of torch.distributed that rank "
+            f"{first} does not call.{only_here}"
         )
     return (
         f"Rank {first} calls a collective that rank {other} does not call: call it on every rank, not under "

@@ -211,7 +211,7 @@ def line_of(error: BaseException) -> str:
     """`error` in one line, whatever its `__str__` does."""
     try:
         text = str(error)
-    except Exception as failure:
+    except BaseException as failure:  # one that exits the process would be told in place of `error`
         text = f"(its text cannot be had: {type(failure).__qualname__})"
     text = text if len(text) <= _LINE_CHARS else text[:_LINE_CHARS] + " ..."
     return f"{type(error).__qualname__}: {text}" if text else type(error).__qualname__
@@ -221,7 +221,7 @@ def repr_of(error: BaseException) -> str:
     """`repr(error)`, or `line_of(error)` if that fails."""
     try:
         return repr(error)
-    except Exception:
+    except BaseException:
         return line_of(error)
 
 

@@ -163,7 +163,10 @@ class LivenessProbe:
 
     def _vanished(self, gone: list[int]) -> Failure:
         beat = self._heartbeat.latest(gone[0])
-        error = "its process ended without an exception (killed, out of memory, or os._exit)"
+        error = (
+            "its process ended without an exception (killed, out of memory, os._exit, or by C++ code that failed, and "
+            "printed why)"
+        )
         if beat:
             error += f"; its last report was {max(time.time() - beat['time_s'], 0):.1f} s before"
         if len(gone) > 1:
@@ -210,7 +213,7 @@ def _deadlock_failure(answers: dict[int, dict[str, Any]]) -> Failure | None:
 
 def _answer_text(answer: dict[str, Any]) -> str:
     where = where_text(levels_of(answer))
-    if not answer["where"] and answer["site"]:
+    if answer["site"]:
         where += f" ({answer['site']})"
     inside = f", in {answer['collective']}" if answer["collective"] else ""
     return f"{where}{inside}, for {answer['idle_s']:.0f} s"

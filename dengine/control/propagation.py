@@ -74,6 +74,7 @@ class Failures:
         self._receive_lock = threading.Lock()
         self._left_by_error: set[int] = set()  # runs that this rank has left by an exception
         self._recovered: set[int] = set()
+        self._summed_up: int | None = None  # for torchrun: the run that this rank's last failure left
         self._num_inquiries = 0
 
     # -- this rank's own -----------------------------------------------------------------------------------------
@@ -124,6 +125,7 @@ class Failures:
         text = traceback_of(error)
         line = line_of(error)
         where = self._runs.where(frames_of(error, here))
+        self._summed_up = run
         write_error_file(f"{line} ({where_text(where)})", text, is_cause=True)
         with suppress(DistError):  # the store is gone
             started = next((each.started for each in self._runs.under_way if each.number == run), -1)
@@ -261,7 +263,7 @@ class Failures:
     def _recover(self, failure: Failure) -> None:
         assert failure.run is not None
         self._call_log.restart(failure.run)
-        if failure.rank == self._here.rank:
+        if self._summed_up == failure.run:
             remove_error_file()
         with self._receive_lock:
             self._recovered.add(failure.run)  # before it is cleared: a look in between must not raise it
@@ -274,8 +276,9 @@ class Failures:
         """Abort the collectives of this rank, so that whoever waits in one is freed. All ranks do so together."""
         failure = self._status.failure
         assert failure is not None
-        if failure.rank != self._here.rank:
-            write_error_file(failure.message(), failure.traceback, is_cause=False)
+        is_cause = failure.rank == self._here.rank
+        if not is_cause or failure.kind == "stalled":  # what it raised itself stands there already
+            write_error_file(failure.message(), failure.traceback, is_cause=is_cause)
         self._status.update(is_aborted=True)
         for run in self._runs.under_way:  # a run that went on, to fail alike, stops here
             run.interrupt()

@@ -110,7 +110,7 @@ def refuse_forgotten_group(call: str) -> None:
         return
     if (started := shared_start(os.environ)) is not None:
         raise LaunchError(
-            f"{started}, but {call} is called outside of a process group, so that each process would train by itself. "
+            f"{started}, but {call} is called outside of a process group, so that each process would act by itself. "
             "Put the script into `with distributed.process_group():`. If every process is to work alone, open "
             '`process_group("none")`, which makes each a world of one; a single engine is made so by '
             "Engine(..., distributed=False)."

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dengine.comm.collectives import broadcast_tensors
+from dengine.comm.collectives import broadcast_tensors, collective
 from dengine.comm.consistency import Compared, parameters_of, refuse_differences, same_on_all_ranks
 from dengine.comm.mesh import check_mesh, refuse_laid_out, sources_of, spreads_model, spreads_part
 from dengine.control.plane import Control
@@ -106,8 +106,9 @@ def prepare_model(
     if strategy == "auto" and not any(parameter.requires_grad for parameter in model.parameters()):
         return model
     device_ids = None if here.device.type == "cpu" else [here.device]
-    wrapped = DistributedDataParallel(model, device_ids=device_ids, **kwargs)
-    settle_buckets(wrapped)
+    with collective("the wrapping in DistributedDataParallel by prepare_model()"):
+        wrapped = DistributedDataParallel(model, device_ids=device_ids, **kwargs)
+        settle_buckets(wrapped)
     if gradient_compression is not None:
         wrapped.register_comm_hook(None, _hook(gradient_compression))
     return wrapped

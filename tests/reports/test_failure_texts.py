@@ -1,10 +1,13 @@
 """What is told of an exception, whatever it came of and whatever its own methods do."""
 
 import builtins
+import queue
+import sys
 
 import pytest
 
-from dengine.control.failure import Failure, cause_chain, is_of_backend, line_of, traceback_of
+from dengine.control.call_log import user_line
+from dengine.control.failure import Failure, cause_chain, is_of_backend, line_of, repr_of, traceback_of
 from dengine.control.undisturbed import undisturbed
 from dengine.launch.parsing import parse_numbers, parse_object
 
@@ -48,6 +51,13 @@ class Mute(RuntimeError):
     __repr__ = __str__
 
 
+class Exits(ValueError):
+    def __str__(self) -> str:
+        sys.exit(5)
+
+    __repr__ = __str__
+
+
 class LongTalk(ValueError):
     def __str__(self) -> str:
         return "x" * 10_000_000
@@ -58,6 +68,26 @@ def test_an_exception_without_a_text_and_one_with_a_long_one_are_told() -> None:
     assert "Mute" in traceback_of(Mute())
     assert not is_of_backend(Mute())
     assert len(line_of(LongTalk())) < 3_000
+
+
+def test_an_exception_whose_text_ends_the_process_is_told_by_its_own_name() -> None:
+    assert "Exits" in line_of(Exits())
+    assert "Exits" in repr_of(Exits())
+    assert "Exits" in traceback_of(Exits())
+
+
+def test_the_line_of_a_wait_is_the_scripts_own_and_not_one_of_the_standard_library() -> None:
+    found: list[str] = []
+
+    class Queue(queue.Queue[int]):
+        def _qsize(self) -> int:
+            frame = sys._getframe(1)  # in queue.py
+            found.append(user_line(frame))
+            return 1
+
+    Queue().qsize()
+    assert "test_failure_texts.py" in found[0], found
+    assert "in test_the_line_of_a_wait" in found[0], found
 
 
 def test_a_group_is_a_broken_connection_if_all_of_it_is() -> None:

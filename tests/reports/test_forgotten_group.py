@@ -46,6 +46,9 @@ DOORS = {
     "prepare_model()": lambda: distributed.prepare_model(torch.nn.Linear(1, 1)),
     "prepare_data_loader()": lambda: distributed.prepare_data_loader(DataLoader([1, 2])),  # type: ignore[arg-type]
     "run()": lambda: Engine(nothing).run([1]),
+    "all_reduce()": lambda: distributed.all_reduce(1.0),
+    "barrier()": lambda: distributed.barrier(),
+    "rank_zero_first()": lambda: distributed.rank_zero_first().__enter__(),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Outcome, run_ranks
 from torch import nn
 
@@ -91,6 +92,33 @@ def test_a_stall_tells_the_true_cause_and_the_way_out(tmp_path: Path, fault: str
     check(run_ranks(crossed, 2, fault, 3, str(tmp_path), init=False, expect_failures=True, deadline_s=90), fault)
 
 
+def calls_alone(rank: int, size: int, what: str) -> None:
+    with distributed.process_group(timeout=120, stall_timeout=3):
+        model = distributed.prepare_model(nn.Linear(4, 1))
+
+        def step(engine: Engine, batch: torch.Tensor) -> None:
+            if rank == 1 and engine.state.iteration == 3:
+                dist.barrier() if what == "torch" else distributed.barrier("alone")
+            model(batch).sum().backward()
+
+        Engine(step).run([torch.ones(2, 4)] * 5)
+
+
+WORDS = {
+    "torch": ("different collectives of torch", "in backward()", "in step)", "same order on every rank"),
+    "own": ("Or rank 0 does not call barrier('alone'): call it on every rank",),
+}
+
+
+@pytest.mark.parametrize("what", WORDS)
+def test_a_collective_that_one_rank_calls_alone_in_a_step_is_told(what: str) -> None:
+    for outcome in run_ranks(calls_alone, 2, what, init=False, expect_failures=True, deadline_s=60):
+        assert outcome.error_type == "StallError", outcome
+        for words in WORDS[what]:
+            assert words in outcome.error_message, (words, outcome.error_message)
+        assert "raise stall_timeout" not in outcome.error_message
+
+
 def works_long(rank: int, size: int) -> int:
     """Rank 0 works and sleeps in a handler, in a step and in its data, while rank 1 waits, in each way it can."""
     with distributed.process_group(timeout=120, stall_timeout=3600):
@@ -160,6 +188,11 @@ def test_only_ranks_that_stand_still_and_cannot_meet_are_taken_for_a_deadlock() 
     waits = {0: evaluates, 1: answer(waits_in="backward()")}  # for a third rank, it may be
     assert not is_certain(waits, later(waits))
     assert cause(waits, 0) is None
+    at_one_line = {rank: answer(waits_in="backward()", site="train.py:7 in step") for rank in range(2)}
+    assert cause(at_one_line, 0) is None
+    elsewhere = {**at_one_line, 1: answer(waits_in="a collective of torch.distributed", site="train.py:5 in step")}
+    assert not is_certain(elsewhere, later(elsewhere))
+    assert "different collectives" in str(cause(elsewhere, 0))
     one_of_three = {**stuck, 2: answer(joined=6)}
     assert not is_certain(one_of_three, later(one_of_three))
     together = {0: evaluates, 1: evaluates}

@@ -1,22 +1,25 @@
 """No failure is swallowed, nobody waits without limit, and who is named is the one to blame."""
 
 import builtins
+import json
 import os
 import re
 import signal
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 from ranks import free_port, run_ranks, torchrun
+from torch import nn
 
 from dengine import Engine, Events, distributed
 from dengine.control.plane import Control
-from dengine.errors import RemoteRankError, StallError
+from dengine.errors import ConsistencyError, RemoteRankError, StallError
 from dengine.launch import rendezvous as meeting
 from dengine.launch.world import control
 
@@ -159,6 +162,77 @@ def test_a_rank_that_hangs_outside_of_a_run_is_named_and_ended(where: str) -> No
             assert outcome.error_type == "StallError", outcome
             assert outcome.error_message.startswith("Rank 1 has made no progress"), outcome.error_message
             assert "in hang" in outcome.error_message, outcome.error_message
+
+
+def hangs_in_wrapping(rank: int, size: int) -> None:
+    if rank == 1:
+        nn.parallel.DistributedDataParallel.__init__ = lambda *args, **kwargs: hang()  # type: ignore[method-assign]
+    with distributed.process_group(timeout=120, stall_timeout=2.0):
+        distributed.prepare_model(nn.Linear(2, 1), strategy="ddp")
+
+
+def test_a_rank_that_hangs_while_a_model_is_wrapped_is_named() -> None:
+    waiting, hanging = run_ranks(hangs_in_wrapping, 2, init=False, expect_failures=True, deadline_s=30)
+    assert hanging.error_type == "ProcessDied", hanging
+    assert waiting.error_type == "StallError", waiting
+    assert waiting.error_message.startswith("Rank 1 has made no progress"), waiting.error_message
+    assert "wrapping" in waiting.error_message
+
+
+def wraps_otherwise(rank: int, size: int) -> str:
+    try:
+        with distributed.process_group(timeout=60):
+            distributed.prepare_model(nn.Linear(2, 1), strategy="ddp" if rank else "none")
+            distributed.barrier("prepared")
+    except ConsistencyError as error:
+        return str(error)
+    except RemoteRankError as error:
+        return str(error)
+    return "fine"
+
+
+def test_a_model_that_only_some_ranks_wrap_is_told() -> None:
+    for told in run_ranks(wraps_otherwise, 2, init=False, deadline_s=30):
+        assert "wrapping" in told, told
+        assert "barrier('prepared')" in told, told
+
+
+def stalls_in_a_step(rank: int, size: int, folder: str) -> None:
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/{rank}.json"
+
+    def step(engine: Engine, batch: int) -> None:
+        if rank == 1:
+            hang()
+        distributed.barrier("step")
+
+    with distributed.process_group(timeout=120, stall_timeout=2.0):
+        Engine(step).run(range(3))
+
+
+def test_who_hangs_is_the_root_cause_in_torchruns_summary_and_says_so(tmp_path: Path) -> None:
+    run_ranks(stalls_in_a_step, 2, str(tmp_path), init=False, expect_failures=True, deadline_s=30)
+    waiting, hanging = (json.loads((tmp_path / f"{rank}.json").read_text())["message"] for rank in range(2))
+    assert "Rank 1 has made no progress" in hanging["extraInfo"]["py_callstack"]
+    assert "in hang" in hanging["extraInfo"]["py_callstack"]
+    assert int(hanging["extraInfo"]["timestamp"]) < int(waiting["extraInfo"]["timestamp"])
+
+
+def fail_alike(rank: int, size: int, folder: str) -> bool:
+    path = Path(folder, f"{rank}.json")
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(path)
+
+    def step(engine: Engine, batch: int) -> None:
+        raise ValueError("as on every rank")
+
+    with distributed.process_group(timeout=60):
+        with suppress(ValueError):
+            Engine(step).run(range(3))
+        Engine(lambda engine, batch: None).run(range(3))
+    return path.exists()
+
+
+def test_a_failure_that_all_ranks_have_handled_is_in_no_summary_of_a_later_one(tmp_path: Path) -> None:
+    assert run_ranks(fail_alike, 3, str(tmp_path), init=False, deadline_s=30) == [False] * 3
 
 
 def is_late(rank: int, size: int) -> None:
