@@ -79,7 +79,7 @@ def memory_copy(sources: list[torch.Tensor]) -> Contestant:
 
 
 def bare_write(folder: Path, num_bytes: int) -> Contestant:
-    content = memoryview(torch.randint(0, 255, (num_bytes,), dtype=torch.uint8).numpy())
+    content = memoryview(torch.randint(0, 255, (num_bytes,), dtype=torch.uint8).numpy())  # type: ignore[arg-type]
 
     def write() -> None:
         descriptor = os.open(folder / "bare", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -41,7 +41,6 @@ def in_turn(kinds: list[Callable[[], Any]], count: int) -> list[Any]:
 
 
 def dengine_metrics(count: int) -> tuple[Callable[[Any], None], Callable[[], Any]]:
-    averages = ("macro", "weighted", "micro", None)
     kinds: list[Callable[[], Any]] = [
         Accuracy,
         lambda: Precision(num_classes=NUM_CLASSES, average="macro"),
@@ -50,7 +49,7 @@ def dengine_metrics(count: int) -> tuple[Callable[[Any], None], Callable[[], Any
         lambda: TopKAccuracy(k=5),
         lambda: F1Score(num_classes=NUM_CLASSES, average="weighted"),
         lambda: Loss(torch.nn.CrossEntropyLoss()),
-        lambda: Precision(num_classes=NUM_CLASSES, average=averages[2]),
+        lambda: Precision(num_classes=NUM_CLASSES, average="micro"),
     ]
     together = MetricSet()
     together.add_all({f"m{index}": metric for index, metric in enumerate(in_turn(kinds, count))})
@@ -61,7 +60,7 @@ def dengine_metrics(count: int) -> tuple[Callable[[Any], None], Callable[[], Any
 def dengine_reduction(count: int) -> tuple[Callable[[Any], None], Callable[[], Any]]:
     """The reduction alone, without the values being computed from what it gives."""
     update, compute = dengine_metrics(count)
-    together = compute.__closure__[0].cell_contents  # type: ignore[index]
+    together = compute.__closure__[0].cell_contents
     return update, lambda: together._reduced(distributed.world())
 
 

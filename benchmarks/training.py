@@ -97,7 +97,7 @@ WORKS = {"mlp": mlp, "conv": conv}
 # -- contestants: each gives a function that trains one epoch -----------------------------------------------------
 
 
-def bare(work: Work, folder: Path) -> Callable[[], None]:
+def bare(work: Work, folder: Path) -> Callable[[], object]:
     model, optimizer = work.model_and_optimizer()
     if distributed.world().size > 1:
         model = DistributedDataParallel(model)
@@ -112,7 +112,7 @@ def bare(work: Work, folder: Path) -> Callable[[], None]:
     return epoch
 
 
-def dengine(work: Work, folder: Path) -> Callable[[], None]:
+def dengine(work: Work, folder: Path) -> Callable[[], object]:
     model, optimizer = work.model_and_optimizer()
     model = distributed.prepare_model(model)
     trainer = create_supervised_trainer(model, optimizer, cross_entropy)
@@ -124,7 +124,7 @@ def dengine(work: Work, folder: Path) -> Callable[[], None]:
     log = TrackingHandler(run, output_transform=lambda output: {"loss": output["loss"]})
     trainer.on(Events.ITERATION_COMPLETED(every=LOG_EVERY), log)
     trainer.on(Events.EPOCH_COMPLETED, TrackingHandler(run, metric_names="all"))
-    return lambda: trainer.run(work.batches) and None
+    return lambda: trainer.run(work.batches)
 
 
 class Rows:
@@ -139,7 +139,7 @@ class Rows:
             self.file.flush()
 
 
-def ignite(work: Work, folder: Path) -> Callable[[], None]:
+def ignite(work: Work, folder: Path) -> Callable[[], object]:
     from ignite.contrib.handlers import ProgressBar as IgniteBar
     from ignite.engine import Events as IgniteEvents
     from ignite.engine import create_supervised_trainer as create
@@ -173,7 +173,9 @@ def ignite(work: Work, folder: Path) -> Callable[[], None]:
     return lambda: trainer.run(work.batches, max_epochs=1) and None
 
 
-def by_hand(work: Work, folder: Path, prepared: Callable[[nn.Module, Any], tuple[Any, Any, Any]]) -> Callable[[], None]:
+def by_hand(
+    work: Work, folder: Path, prepared: Callable[[nn.Module, Any], tuple[Any, Any, Any]]
+) -> Callable[[], object]:
     """The loop that users of accelerate and Fabric write: torchmetrics, tqdm, a log and torch.save around theirs."""
     from torchmetrics import MeanMetric
     from torchmetrics.classification import MulticlassAccuracy
@@ -208,7 +210,7 @@ def by_hand(work: Work, folder: Path, prepared: Callable[[nn.Module, Any], tuple
     return epoch
 
 
-def accelerate(work: Work, folder: Path) -> Callable[[], None]:
+def accelerate(work: Work, folder: Path) -> Callable[[], object]:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=distributed.world().device.type == "cpu")
@@ -219,7 +221,7 @@ def accelerate(work: Work, folder: Path) -> Callable[[], None]:
     return by_hand(work, folder, prepared)
 
 
-def fabric(work: Work, folder: Path) -> Callable[[], None]:
+def fabric(work: Work, folder: Path) -> Callable[[], object]:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
@@ -235,7 +237,7 @@ def fabric(work: Work, folder: Path) -> Callable[[], None]:
     return by_hand(work, folder, prepared)
 
 
-def lightning(work: Work, folder: Path) -> Callable[[], None]:
+def lightning(work: Work, folder: Path) -> Callable[[], object]:
     import lightning as pl
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger

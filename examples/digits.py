@@ -72,7 +72,7 @@ def run(cfg, world, train_set, val_set):
     def judge(checkpoint):
         bare_model.load_state_dict(torch.load(checkpoint, map_location=world.device, weights_only=True)["model"])
         validate()
-        correct = round(evaluator.state.metrics["acc"] * len(val_set))
+        correct = round(float(evaluator.state.metrics["acc"]) * len(val_set))
         say(f"\nValidation accuracy: {correct}/{len(val_set)} = {correct / len(val_set)}")
 
     if cfg.evaluate_only:
@@ -94,8 +94,9 @@ def run(cfg, world, train_set, val_set):
     trainer.add_metrics({"loss": Average(), "samples_per_s": Throughput(lambda output: output["label"])})
     ProgressBar().attach(trainer, output_transform=lambda output: {"loss": output["loss"]})
 
-    options = {"config": Conf.to_dict(cfg), "dir": str(cfg.output), "backend": cfg.backend or ()}
-    with Track.run("digits", resume=unfinished_run("digits", cfg), **options) as record:
+    config, backend = Conf.to_dict(cfg), cfg.backend or ()
+    resume = unfinished_run("digits", cfg)
+    with Track.run("digits", config=config, dir=str(cfg.output), backend=backend, resume=resume) as record:
         folder = distributed.broadcast_object(record.dir)  # rank 0 records, and all ranks save into its folder
         trainer.on(Events.EPOCH_COMPLETED, validate)  # after an epoch, what is attached first runs first
 
@@ -107,9 +108,11 @@ def run(cfg, world, train_set, val_set):
             record.log(row, step=engine.state.iteration)
             say("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
 
-        accuracy = {"score_function": lambda engine: evaluator.state.metrics["acc"]}
-        best = Checkpoint({"model": model}, folder, "best", score_name="acc", **accuracy)
-        stop = EarlyStopping(cfg.patience, trainer=trainer, **accuracy)
+        def accuracy(engine):
+            return evaluator.state.metrics["acc"]
+
+        best = Checkpoint({"model": model}, folder, "best", score_function=accuracy, score_name="acc")
+        stop = EarlyStopping(cfg.patience, accuracy, trainer)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.3, patience=2)
         schedule = LRScheduler(plateau, metric_name="acc", metric_engine=evaluator)
         objects = {"model": model, "optimizer": optimizer, "stop": stop, "schedule": schedule, "trainer": trainer}

@@ -42,6 +42,10 @@ def new_critic(width: int = 128, dropout: float = 0.3) -> nn.Module:
 class PixelDistance(Metric):
     """Fréchet distance of the pixels of images to those of `real`, as if both were normal: FID without a network."""
 
+    total: torch.Tensor
+    products: torch.Tensor
+    count: int
+
     def __init__(self, real: torch.Tensor) -> None:
         super().__init__(output_transform=lambda images: images)
         pixels = real.flatten(1).double().cpu()

@@ -334,15 +334,15 @@ def load_example(name: str) -> ModuleType:
 # -- CIFAR-10 ----------------------------------------------------------------------------------------------------
 
 
-class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined, misc]
+class Python2Pickler(pickle._Pickler):
     """Pickles as Python 2 did, which wrote the published files: every string is one of bytes."""
 
-    dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
     def save_bytes(self, text: str | bytes) -> None:
         raw = text if isinstance(text, bytes) else text.encode("latin1")
-        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
-        self.memoize(text)
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)  # type: ignore[attr-defined]
+        self.memoize(text)  # type: ignore[attr-defined]
 
     dispatch[bytes] = dispatch[str] = save_bytes
 

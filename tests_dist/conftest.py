@@ -10,11 +10,11 @@ import pytest
 
 # pytest's importlib mode adds nothing. Not in a fixture: test modules import `ranks` while they are collected.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().with_name("support")))
 
 from ranks import TAG, find_processes, kill_processes, new_tag, start_server
 
-PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+PATHS = [str(Path(__file__).resolve().with_name("support")), str(Path(__file__).resolve().parents[1])]
 SETTLE_S = 2.0  # a process that was told to stop just before the test's end may need a moment
 
 

@@ -67,7 +67,7 @@ def held_back(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
     def hold(engine: Engine) -> None:
         checkpoint.wait()
-        os.fsync = waiting  # type: ignore[assignment]
+        os.fsync = waiting
 
     def look(engine: Engine) -> None:
         seen["while held"] = names(folder)
@@ -110,7 +110,7 @@ def failing_writer(rank: int, size: int, folder: Path, victim: int, is_at_the_en
     def fill(engine: Engine) -> None:
         checkpoint.wait()
         if rank == victim:
-            os.fsync = full  # type: ignore[assignment]
+            os.fsync = full
 
     trainer.on(Events.ITERATION_COMPLETED(once=3), fill)
     try:

@@ -265,7 +265,7 @@ def taken_back(rank: int, size: int, folder: Path) -> tuple[bool, str]:
     save(folder / "c_1", {"model": model, "optimizer": optimizer})
     other, _ = prepared("fsdp", seed=2)
     before = bits(other, optimizer)
-    torch.optim.Optimizer.load_state_dict = lambda self, state: 1 / 0  # type: ignore[method-assign, assignment]
+    torch.optim.Optimizer.load_state_dict = lambda self, state: 1 / 0
     try:
         load(folder / "c_1", {"model": other, "optimizer": torch.optim.AdamW([*other.parameters()])})
     except CheckpointError as error:

@@ -37,7 +37,7 @@ def training(folder: Path, steps: range, asynchronous: bool, told: Callable[[int
     trainer = Engine(lambda engine, batch: [parameter.data.fill_(batch) for parameter in model.parameters()])
     objects = {"model": model, "trainer": trainer}
     last = Checkpoint(objects, folder, n_saved=N_SAVED, asynchronous=asynchronous, global_step_transform=step_of)
-    best = Checkpoint(objects, folder, "best", 1, step_of, "s", step_of, asynchronous)  # type: ignore[arg-type]
+    best = Checkpoint(objects, folder, "best", 1, step_of, "s", step_of, asynchronous)
     for number, checkpoint in enumerate((last, best)):
         trainer.on(Events.ITERATION_COMPLETED, checkpoint, priority=-2 * number)
         trainer.on(

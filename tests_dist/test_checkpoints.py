@@ -97,7 +97,7 @@ def failing_writer(rank: int, size: int, folder: str, is_at_the_end: bool) -> tu
 
     def fill(engine: Engine) -> None:
         checkpoint.wait()
-        storage_module.os.fsync = full_disk  # type: ignore[assignment, attr-defined]
+        storage_module.os.fsync = full_disk  # type: ignore[attr-defined]
 
     trainer.on(Events.ITERATION_COMPLETED(once=4), fill)
     try:
@@ -119,13 +119,13 @@ def test_an_error_of_the_writing_thread_is_raised_on_every_rank(tmp_path: Path, 
 
 
 def slow_writer(rank: int, size: int, folder: str) -> tuple[list[str], str | None]:
-    real = storage_module.os.fsync
+    real = os.fsync
 
     def slow(descriptor: int) -> None:
         time.sleep(0.3)
         real(descriptor)
 
-    storage_module.os.fsync = slow  # type: ignore[attr-defined]
+    os.fsync = slow
     trainer = Engine(lambda engine, batch: None)
     checkpoint = Checkpoint({"model": nn.Linear(1, 1)}, folder, asynchronous=True)
     trainer.on(Events.ITERATION_COMPLETED(once=3), checkpoint)
@@ -246,8 +246,8 @@ def other_names_wanted(rank: int, size: int, folder: str, extra: str, who: int) 
         else:
             Checkpoint.resume(folder, wanted)
     except CheckpointError as error:
-        return str(error), torch.equal(before, model.weight)
-    return "loaded", torch.equal(before, model.weight)
+        return str(error), torch.equal(before, model.get_parameter("weight"))
+    return "loaded", torch.equal(before, model.get_parameter("weight"))
 
 
 @pytest.mark.parametrize("extra", ["both", "older", "none"])

@@ -26,21 +26,21 @@ def checked(rank: int, size: int, culprit: int, what: str) -> str:
         net(torch.randn(8, 4)).sum().backward()
         optimizer.step()
         bare = distributed.unwrap_model(net)
-        bare[1].running_mean += rank  # type: ignore[operator,index]
+        bare[1].running_mean += rank
         if rank == culprit:
             with torch.no_grad():
                 if what == "parameter":
                     # The last bit of one number.
-                    bare[2].weight.view(torch.int32)[1, 2] ^= 1  # type: ignore[index,operator,union-attr]
+                    bare[2].weight.view(torch.int32)[1, 2] ^= 1
                 elif what == "sign of zero":
-                    bare[0].bias.zero_()[0] = -0.0  # type: ignore[index,operator,union-attr]
+                    bare[0].bias.zero_()[0] = -0.0
                 elif what == "moment":
-                    optimizer.state[bare[0].weight]["exp_avg_sq"] *= 2  # type: ignore[index,union-attr]
+                    optimizer.state[bare[0].weight]["exp_avg_sq"] *= 2
                 elif what == "rate":
                     optimizer.param_groups[0]["lr"] = 0.5
         if what == "sign of zero" and rank != culprit:
             with torch.no_grad():
-                bare[0].bias.zero_()  # type: ignore[index,operator,union-attr]
+                bare[0].bias.zero_()
         trainer = Engine(lambda engine, batch: None)
         trainer.on(Events.ITERATION_COMPLETED(every=2), ConsistencyCheck(net, optimizer))
         try:

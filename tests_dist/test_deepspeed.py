@@ -34,7 +34,9 @@ CASES: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
     "accumulated": (SHORTER, {"gradient_accumulation_steps": 2}),
     "bf16": (UNEVEN, {"mixed_precision": "bf16"}),
 }
-ON_GPU = [(UNEVEN[:1], {"max_grad_norm": 0.05, "mixed_precision": precision}) for precision in ("no", "bf16", "fp16")]
+ON_GPU: list[tuple[list[list[int]], dict[str, Any]]] = [
+    (UNEVEN[:1], {"max_grad_norm": 0.05, "mixed_precision": precision}) for precision in ("no", "bf16", "fp16")
+]
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -123,7 +125,7 @@ def second_trainer(rank: int) -> tuple[dict[str, Tensor], int, float]:
     model.eval()  # a trainer trains
     found = trained_in("one batch a step", rank, model, sgd_of(model))
     assert model.training, "the model was left in eval mode"
-    assert float(model.mine) == 0.0, "rank 0's buffer must win"
+    assert float(model.get_buffer("mine")) == 0.0, "rank 0's buffer must win"
     return found
 
 
@@ -183,7 +185,7 @@ def trained_in(case: str, rank: int, model: nn.Module, optimizer: Any) -> tuple[
     accuracy = evaluator.run(batches_of(rank, shards[rank], is_masked=False, dtype=torch.float32)).metrics["acc"]
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         weights = {name: value.detach().float().clone() for name, value in model.named_parameters()}
-    return weights, trainer.state.iteration, accuracy
+    return weights, trainer.state.iteration, float(accuracy)
 
 
 def test_deepspeed_takes_the_mean_over_all_ranks(tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def complaints(rank: int, size: int, folder: str) -> dict[str, str]:
     found["3: save a part"] = complaint(lambda: save(f"{folder}/part.pt", {"model": model[0]}))  # of stage 3
     for strategy in ("ddp", "fsdp"):
         configured(2)
-        wrapped = distributed.prepare_model(net(), strategy)  # type: ignore[arg-type]
+        wrapped = distributed.prepare_model(net(), strategy)
         found[strategy] = complaint(lambda wrapped=wrapped: trainer_of(wrapped, sgd_of(wrapped)))
 
     configured(2)

@@ -55,7 +55,7 @@ def as_list(samples: list[Any]) -> list[Any]:
 def loader_of(kind: str, num_workers: int, global_batch: int, length: int = LENGTH, seed: int = 7) -> DataLoader[Any]:
     is_stream = kind == "stream"
     loader: DataLoader[Any] = DataLoader(
-        Stream() if is_stream else Augmented(length),  # type: ignore[arg-type]
+        Stream() if is_stream else Augmented(length),
         shuffle=None if is_stream else True,
         collate_fn=as_list,
         num_workers=min(num_workers, 1) if is_stream else num_workers,  # each worker would read all of it

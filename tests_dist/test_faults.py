@@ -168,7 +168,7 @@ def summary_of(done: Completed) -> str:
 @pytest.mark.parametrize(("fault", "culprit"), [("raise", 1), ("kill", 1), ("sleep", 0)])
 def test_the_summary_of_torchrun_names_the_cause(tmp_path: Path, fault: str, culprit: int, run: int) -> None:
     done = torchrun(
-        HERE / "faults.py",
+        HERE / "support" / "faults.py",
         2,
         fault,
         "step",

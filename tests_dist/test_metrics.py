@@ -227,6 +227,12 @@ def test_a_number_of_classes_that_one_rank_cannot_know_is_agreed_upon_once() -> 
 class Extremes(Metric):
     """Every reduction at once; big numbers, and a rank that may see nothing."""
 
+    low: Any
+    high: Any
+    labels: Any
+    scores: Any
+    big: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.add_state("low", math.inf, "min")

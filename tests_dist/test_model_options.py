@@ -36,7 +36,7 @@ def trained(rank: int, size: int, strategy: str, options: dict[str, Any]) -> dic
         options = {"blocks": (Block,), **options}
     model = distributed.prepare_model(model, strategy, **options)  # type: ignore[arg-type]
     dtypes: list[torch.dtype] = []  # one for each call
-    inner = distributed.unwrap_model(model)[0].inner  # type: ignore[index]
+    inner = distributed.unwrap_model(model)[0].inner
     inner.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
     trainer = create_supervised_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy)
     trainer.run([batch_of(rank)])
@@ -49,7 +49,7 @@ def by_hand(size: int) -> dict[str, Tensor]:
     model = net()
     inputs, targets = (torch.cat(parts) for parts in zip(*map(batch_of, range(size)), strict=True))
     cross_entropy(model(inputs), targets).backward()
-    return {name: value.detach() - 0.1 * value.grad for name, value in model.named_parameters()}  # type: ignore[operator]
+    return {name: value.detach() - 0.1 * value.grad for name, value in model.named_parameters()}
 
 
 @pytest.mark.parametrize(

@@ -313,8 +313,8 @@ def test_leaks():
 def test_in_a_subfolder_of_another_pytest_ranks_work_and_a_leak_is_an_error(tmp_path: Path, options: list[str]) -> None:
     folder = tmp_path / "tests_dist" / "below"
     folder.mkdir(parents=True)
-    for name in ("ranks.py", "conftest.py"):
-        shutil.copy(HERE / name, folder.parent)
+    shutil.copytree(HERE / "support", folder.parent / "support")
+    shutil.copy(HERE / "conftest.py", folder.parent)
     folder.joinpath("test_inner.py").write_text(INNER)
     done = run_python(
         "-m",

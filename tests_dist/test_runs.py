@@ -46,7 +46,7 @@ def test_rank_zero_decides_when_to_stop_and_all_stop_together() -> None:
 
 def failing_score(rank: int, size: int) -> None:
     trainer = Engine(lambda engine, batch: batch)
-    trainer.on(Events.EPOCH_COMPLETED, EarlyStopping(2, lambda engine: {}["acc"], trainer))
+    trainer.on(Events.EPOCH_COMPLETED, EarlyStopping(2, lambda engine: dict[str, float]()["acc"], trainer))
     trainer.run([1])
 
 

@@ -12,9 +12,9 @@ from ranks import Outcome, run_ranks
 from torch import nn
 
 from dengine import distributed
-from dengine.checkpoint.formats.sharded import plan as sharded
 from dengine.checkpoint.formats.sharded.names import LikeParameters, named_optimizer_state, numbered_optimizer_state
 from dengine.checkpoint.formats.sharded.plan import read_shards, write_shards
+from dengine.checkpoint.formats.sharded.read import read_states
 from dengine.checkpoint.formats.sharded.verify import verify_shards
 from dengine.errors import CorruptCheckpointError
 
@@ -46,7 +46,10 @@ def prepared(strategy: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer
     model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 2, bias=False)).to(torch.float32)
     model[1].register_parameter("scale", nn.Parameter(torch.rand(1)))
     model = distributed.prepare_model(model, strategy)  # type: ignore[arg-type]
-    groups = [{"params": [*model.parameters()][:2], "lr": 0.3}, {"params": [*model.parameters()][2:]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [*model.parameters()][:2], "lr": 0.3},
+        {"params": [*model.parameters()][2:]},
+    ]
     return model, torch.optim.AdamW(groups, lr=0.1)
 
 
@@ -190,14 +193,14 @@ def test_any_layout_is_read_as_any_other(tmp_path: Path) -> None:
 def read_counted(rank: int, size: int, folder: Path) -> int:
     """Bytes of tensors that this rank takes from the folder."""
     counted = 0
-    original = sharded.read_states.__globals__["checked_chunk"]
+    original = read_states.__globals__["checked_chunk"]
 
     def counting(where: Path, chunk: Any, dtype: torch.dtype) -> torch.Tensor:
         nonlocal counted
         counted += chunk.num_bytes
-        return original(where, chunk, dtype)  # type: ignore[no-any-return]
+        return original(where, chunk, dtype)
 
-    sharded.read_states.__globals__["checked_chunk"] = counting
+    read_states.__globals__["checked_chunk"] = counting
     read_shards(folder, {"big": sharded_rows(size)})
     return counted
 
@@ -248,9 +251,9 @@ def failing(rank: int, size: int, folder: Path, failure: str) -> None:
 
     states: dict[str, Any] = {"x": [torch.ones(3) for _ in range(6)], "rows": sharded_rows(size)}
     if failure == "disk" and rank == 1:
-        os.fsync = no_space  # type: ignore[assignment]
+        os.fsync = no_space
     if failure == "commit" and rank == 0:
-        os.rename = read_only  # type: ignore[assignment]
+        os.rename = read_only
     if failure == "object" and rank == 1:
         states["x"].append(object())
     if failure == "differ" and rank == 1:

@@ -194,7 +194,7 @@ def overflowing(rank: int, size: int) -> list[tuple[list[bool], list[float]]]:
     for strategy in ("ddp", "fsdp"):
         accelerator = Accelerator(cpu=True)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        model = distributed.prepare_model(net(), strategy)  # type: ignore[arg-type]
+        model = distributed.prepare_model(net(), strategy)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
         trainer = create_supervised_trainer(model, optimizer, cross_entropy, accelerator=accelerator)
         changes: list[bool] = []
@@ -287,7 +287,7 @@ def bare_steps(model: nn.Module, batches: list[Batch]) -> None:
 def num_collectives(rank: int, size: int) -> dict[str, int]:
     """Joined in the default group by DDP and by this package: 6 steps of the optimizer each, after some to warm up."""
     counts = {}
-    for name, accumulation, kwargs in [
+    cases: list[tuple[str, int, dict[str, Any]]] = [
         ("bare", 1, {}),
         ("1 batch a step", 1, {}),
         ("4 batches a step", 4, {}),
@@ -297,7 +297,8 @@ def num_collectives(rank: int, size: int) -> dict[str, int]:
         ("weighted, 4 batches a step", 4, {}),
         ("loader", 1, {}),
         ("loader, collated by hand", 1, {}),
-    ]:
+    ]
+    for name, accumulation, kwargs in cases:
         model = distributed.prepare_model(net(), "ddp", **kwargs)
         batches: Any = batches_of(rank, [3] * 6 * accumulation, is_masked=False)
         if "loader" in name:  # 17 samples a rank
@@ -341,7 +342,7 @@ def changed_midway(rank: int, size: int) -> None:
     @trainer.on(Events.ITERATION_COMPLETED(once=2))
     def cut(engine: Engine) -> None:
         if rank == 1:
-            batches[3] = tuple(part[:2] for part in batches[3])  # type: ignore[assignment]
+            batches[3] = tuple(part[:2] for part in batches[3])
 
     with distributed.process_group():
         trainer.run(batches)

@@ -46,7 +46,7 @@ def evaluated(rank: int, size: int, strategy: str) -> list[tuple[dict[str, Any],
     model = distributed.prepare_model(net(), strategy)  # type: ignore[arg-type]
     bare = distributed.unwrap_model(model)
     if rank > 0:
-        bare[1].running_mean.fill_(100.0)  # type: ignore[operator, union-attr, index]
+        bare[1].running_mean.fill_(100.0)
     evaluator = create_supervised_evaluator(model, {name: make() for name, make in METRICS.items()})
     found = []
     for length in LENGTHS:
@@ -54,7 +54,7 @@ def evaluated(rank: int, size: int, strategy: str) -> list[tuple[dict[str, Any],
         loader = distributed.prepare_data_loader(loader, exact=True)
         before = num_joined(size)
         metrics = evaluator.run(loader).metrics
-        kept = bare[1].running_mean[0].item() == (100.0 if rank else 0.0)  # type: ignore[operator, union-attr, index]
+        kept = bare[1].running_mean[0].item() == (100.0 if rank else 0.0)
         found.append((dict(metrics), num_joined(size) - before, kept and model.training))
     return found
 
@@ -81,7 +81,7 @@ def test_an_evaluation_in_ddp_talks_at_its_beginning_and_its_end_only() -> None:
 
 def validated_while_training(rank: int, size: int) -> tuple[float, list[bool], Tensor]:
     bare = net()
-    bare[1].eval()  # type: ignore[index]  # batches of a single sample have no statistics
+    bare[1].eval()  # batches of a single sample have no statistics
     model = distributed.prepare_model(bare)
     trainer = create_supervised_trainer(model, torch.optim.SGD(model.parameters(), lr=0.0), cross_entropy)
     evaluator = create_supervised_evaluator(model, {"acc": Accuracy()})

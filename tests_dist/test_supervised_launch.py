@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from dengine import create_supervised_trainer, distributed
 
-JOB = Path(__file__).with_name("supervised_job.py")
+JOB = Path(__file__).with_name("support") / "supervised_job.py"
 
 
 def found(done: Completed, ranks: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DistError, PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore
 
 from dengine.control.channel import ControlContext, StoreEndpoint
 from dengine.control.ddp_errors import explain

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from operator import attrgetter
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dengine.metrics.collection.live import MetricValues
 from dengine.types import MetricValue
@@ -93,6 +93,11 @@ class State:
         self.exception: BaseException | None = None
         self._persisted: list[str] = []
         self._iterations_done = 0  # `iteration` counts one that is still under way
+
+    if TYPE_CHECKING:
+        # What users keep here: see persist().
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __repr__(self) -> str:
         """Where the run stands. Values on a device are not read: of metrics it has the names."""

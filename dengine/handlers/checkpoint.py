@@ -28,6 +28,7 @@ from dengine.handlers.priorities import Priority
 from dengine.handlers.score import check_score_function, score_of
 from dengine.handlers.step import StepTransform, check_step_transform, step_to_save
 from dengine.naming import other_keywords, other_names, shown
+from dengine.types import MetricValue
 
 __all__ = ["Checkpoint", "Saved"]
 
@@ -120,7 +121,7 @@ class Checkpoint:
         save_dir: str | Path,
         filename_prefix: str = "checkpoint",
         n_saved: int | None = 1,
-        score_function: Callable[[Engine], float] | None = None,
+        score_function: Callable[[Engine], MetricValue] | None = None,
         score_name: str | None = None,
         global_step_transform: StepTransform | None = None,
         asynchronous: bool = False,

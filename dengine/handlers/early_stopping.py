@@ -9,6 +9,7 @@ from dengine.comm.outcome import from_rank_zero
 from dengine.engine import Engine, Events
 from dengine.handlers.score import check_score_function, score_of
 from dengine.naming import other_keywords, other_names, shown
+from dengine.types import MetricValue
 
 __all__ = ["EarlyStopping"]
 
@@ -57,7 +58,7 @@ class EarlyStopping:
     def __init__(
         self,
         patience: int,
-        score_function: Callable[[Engine], float],
+        score_function: Callable[[Engine], MetricValue],
         trainer: Engine,
         min_delta: float = 0.0,
         cumulative_delta: bool = False,

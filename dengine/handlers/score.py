@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from dengine.engine import Engine
 from dengine.handlers.arguments import check_function
+from dengine.types import MetricValue
 
 __all__ = ["check_score_function", "score_of"]
 
@@ -18,7 +19,7 @@ def check_score_function(value: object) -> None:
     check_function("score_function", value, "engine")
 
 
-def score_of(engine: Engine, score_function: Callable[[Engine], float], purpose: str) -> float:
+def score_of(engine: Engine, score_function: Callable[[Engine], MetricValue], purpose: str) -> float:
     """What `score_function(engine)` gives; a tensor of one element is waited for.
 
     Raises:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from torch.distributed import DistError, PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore
 
 from dengine.errors import LaunchError, StallError
 from dengine.launch.env import Launch, is_agents_store

@@ -91,7 +91,7 @@ class TrainStep(ABC):
         engine.on(ends, self._finish, priority=Priority.SETUP)
         engine.on(Events.ITERATION_COMPLETED | ends, self._save, priority=Priority.CLEANUP)
         if self._update.scaler is not None:
-            engine.state.grad_scaler = self._update.scaler.state_dict()  # type: ignore[attr-defined]
+            engine.state.grad_scaler = self._update.scaler.state_dict()
             engine.state.persist("grad_scaler")
 
     @abstractmethod
@@ -127,7 +127,7 @@ class TrainStep(ABC):
         self._update.step()
         self._num_pending, self._spare = 0, None
         if self._update.scaler is not None:
-            engine.state.grad_scaler = self._update.scaler.state_dict()  # type: ignore[attr-defined]
+            engine.state.grad_scaler = self._update.scaler.state_dict()
         self._has_stepped = True
 
     def _output(self, inputs: Any, targets: Any, pred: Any, loss: Tensor) -> Any:
@@ -146,7 +146,7 @@ class TrainStep(ABC):
         self._update.forget()
         self._train_mode(engine)
         if state.iteration and self._update.scaler is not None:
-            self._update.scaler.load_state_dict(state.grad_scaler)  # type: ignore[attr-defined]
+            self._update.scaler.load_state_dict(state.grad_scaler)
         is_within = state.epochs_completed == state.epoch and state.epoch_iteration != state.epoch_length
         if (lost := state.epoch_iteration % self._num_batches) and is_within and world().rank == 0:
             warnings.warn(

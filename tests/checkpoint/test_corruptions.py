@@ -91,7 +91,7 @@ def damage(path: Path, kind: object, draw: random.Random, mark: Path) -> bool:
     if kind == "gone":
         path.unlink()
         return True
-    after = pickle.dumps(Bomb(mark)) if kind == "bomb" else kind(before, draw)  # type: ignore[operator]
+    after = pickle.dumps(Bomb(mark)) if kind == "bomb" else kind(before, draw)
     path.write_bytes(after)
     return bool(after != before)
 

@@ -96,7 +96,7 @@ def test_each_sample_of_each_epoch_has_random_numbers_of_its_own() -> None:
 def test_numpy_and_torch_which_draw_by_one_algorithm_do_not_draw_the_same_numbers() -> None:
     def raw_31_bits() -> tuple[int, int]:
         of_torch = torch.empty(1, dtype=torch.int32).random_().item()
-        return int(of_torch), int(np.random.get_bit_generator().random_raw()) % 2**31
+        return int(of_torch), int(np.random.get_bit_generator().random_raw()) % 2**31  # type: ignore[attr-defined]
 
     np.random.seed(5)
     torch.manual_seed(5)
@@ -229,7 +229,7 @@ def test_what_a_collate_function_draws_does_not_depend_on_the_workers(dataset: A
 
 def test_a_collate_function_draws_other_numbers_than_the_samples_of_its_batch() -> None:
     (epoch,) = seen(Augmented(), num_epochs=1, batch_size=1, collate_fn=mixed_by_length)
-    assert all(samples[0][1:] != drawn[0] for samples, drawn in epoch)  # type: ignore[misc]
+    assert all(samples[0][1:] != drawn[0] for samples, drawn in epoch)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -237,7 +237,7 @@ def test_samples_without_batches_are_collated_reproducibly_too(num_workers: int)
     expected = seen(Augmented(), num_epochs=2, batch_size=None, collate_fn=unmixed)  # type: ignore[arg-type]
     found = seen(Augmented(), num_epochs=2, batch_size=None, collate_fn=unmixed, num_workers=num_workers)  # type: ignore[arg-type]
     assert found == expected
-    assert len({drawn for epoch in found for _, drawn in epoch}) == 20  # type: ignore[misc]
+    assert len({drawn for epoch in found for _, drawn in epoch}) == 20
 
 
 def test_a_collate_function_leaves_a_stream_s_draws_alone_in_a_worker_or_not() -> None:
@@ -245,8 +245,8 @@ def test_a_collate_function_leaves_a_stream_s_draws_alone_in_a_worker_or_not() -
     plain = seen(Stream())
     for options in ({}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}):
         found = seen(Stream(), collate_fn=mixed_by_length, **options)
-        assert [[samples for samples, _ in epoch] for epoch in found] == plain  # type: ignore[misc]
-        assert len({repr(drawn) for epoch in found for _, drawn in epoch}) == 3 * 4  # type: ignore[misc]
+        assert [[samples for samples, _ in epoch] for epoch in found] == plain
+        assert len({repr(drawn) for epoch in found for _, drawn in epoch}) == 3 * 4
         assert found == seen(Stream(), collate_fn=mixed_by_length)
 
 
@@ -361,7 +361,7 @@ class WithFile(Augmented):
 
 
 def open_file(worker: int) -> None:
-    get_worker_info().dataset.file = f"opened by {worker}"  # type: ignore[union-attr]
+    get_worker_info().dataset.file = f"opened by {worker}"
 
 
 def test_a_worker_sets_attributes_on_the_data_set_inside() -> None:

@@ -3,9 +3,10 @@
 import socket
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, TCPStore
 
 from dengine.launch.env import Launch
 from dengine.launch.store import _listening, open_store
@@ -39,7 +40,12 @@ def test_the_store_listens_by_ipv4_where_the_master_has_such_an_address(host: st
 def test_a_process_that_hosts_a_store_there_already_shares_it(is_torchs: bool) -> None:
     """As the doctor's board, or init_process_group() of the user's own, has left one."""
     port = free_port()
-    options = {"is_master": True, "wait_for_workers": False, "multi_tenant": True, "timeout": timedelta(seconds=5)}
+    options: dict[str, Any] = {
+        "is_master": True,
+        "wait_for_workers": False,
+        "multi_tenant": True,
+        "timeout": timedelta(seconds=5),
+    }
     first = TCPStore("127.0.0.1", port, 1, **options) if is_torchs else open_store(at(port), 5.0)
     first.set("said", "1")
     assert open_store(at(port), 5.0).get("said") == b"1"

@@ -23,7 +23,7 @@ def test_plain_python_is_a_world_of_one_and_makes_no_group() -> None:
 
 def test_the_world_is_frozen() -> None:
     with pytest.raises(AttributeError):
-        distributed.world().rank = 1  # type: ignore[misc]
+        distributed.world().rank = 1
 
 
 def test_a_timeout_that_is_none_is_refused() -> None:
@@ -43,9 +43,9 @@ def test_values_come_back_as_they_went_in(op: str) -> None:
     reduced = distributed.all_reduce(value, op)  # type: ignore[arg-type]
     assert reduced["a"] == 1.5
     assert type(reduced["a"]) is float
-    assert reduced["b"][0].tolist() == [1.0, 1.0]  # type: ignore[index]
-    assert reduced["b"][1]["c"].dtype == torch.float16  # type: ignore[index]
-    assert reduced["b"][0] is not value["b"][0]  # type: ignore[index]
+    assert reduced["b"][0].tolist() == [1.0, 1.0]
+    assert reduced["b"][1]["c"].dtype == torch.float16
+    assert reduced["b"][0] is not value["b"][0]
 
 
 def test_whole_numbers_stay_whole() -> None:
@@ -93,7 +93,7 @@ def test_the_body_of_rank_zero_first_may_raise() -> None:
 def test_a_collective_in_a_rank_zero_handler_is_refused_and_the_handler_named(collective: object) -> None:
     @distributed.rank_zero_only
     def save_samples() -> None:
-        collective()  # type: ignore[operator]
+        collective()
 
     with pytest.raises(RankZeroCollectiveError, match="save_samples runs on rank 0 only"):
         save_samples()
@@ -112,7 +112,7 @@ def test_an_evaluation_of_rank_zeros_own_is_no_collective() -> None:
 def test_a_model_in_one_process_is_the_plain_module() -> None:
     model = nn.Linear(2, 2)
     for strategy in ("auto", "ddp", "fsdp", "none"):
-        assert distributed.prepare_model(model, strategy) is model  # type: ignore[arg-type]
+        assert distributed.prepare_model(model, strategy) is model
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ RESTARTABLE: dict[str, Callable[[], Any]] = {
     "shorter than it says": lambda: Claims(10, 3),
     "longer than it says": lambda: Claims(3, 10),
     "tensor": lambda: torch.arange(3),
-    "loader": lambda: DataLoader([0, 1, 2], batch_size=None),
+    "loader": lambda: DataLoader([0, 1, 2], batch_size=None),  # type: ignore[arg-type]
     "loader over a stream": lambda: DataLoader(Unsizing(), batch_size=None),
 }
 
@@ -236,8 +236,8 @@ def test_the_same_generator_may_go_on_in_a_second_run(engine: Engine) -> None:
         lambda: iter([]),
         lambda: Unsized(0),
         lambda: Claims(5, 0),
-        lambda: DataLoader([], batch_size=2),
-        lambda: DataLoader([1], batch_size=2, drop_last=True),
+        lambda: DataLoader([], batch_size=2),  # type: ignore[arg-type]
+        lambda: DataLoader([1], batch_size=2, drop_last=True),  # type: ignore[arg-type]
     ],
 )
 def test_data_without_a_batch_is_a_value_error(
@@ -509,7 +509,7 @@ def test_a_sampler_that_can_skip_is_asked_to_and_no_sample_is_loaded_in_vain() -
 def test_a_seeded_shuffling_loader_resumes_in_the_same_order() -> None:
     def loader() -> Any:
         generator = torch.Generator().manual_seed(7)
-        sampler = RandomSampler(range(8), generator=generator)  # type: ignore[arg-type]
+        sampler = RandomSampler(range(8), generator=generator)
         return DataLoader(range(8), batch_size=2, sampler=sampler)  # type: ignore[arg-type]
 
     full = torch.cat(batches_of(loader(), max_epochs=1)[0])

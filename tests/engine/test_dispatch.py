@@ -169,7 +169,7 @@ class WrongCall:
         (keyword_needed, r"keyword_needed\(engine.*\*, extra"),
         (keywords_only, r"keywords_only\(\*, engine"),
         (lambda: None, r"<lambda>\(\)"),
-        (partial(two_arguments, 1, 2), r"two_arguments\(\)"),
+        (partial(two_arguments, 1, 2), r"two_arguments\(\)"),  # type: ignore[arg-type]
         (WrongCall(), r"WrongCall\(engine.*extra"),
         (WrongCall().method, r"WrongCall\.method\(\)"),
         (decorated(two_arguments), r"two_arguments\(engine.*extra"),
@@ -495,6 +495,7 @@ def test_a_handler_removed_while_its_event_is_fired_is_called_this_once_more(
     engine: Engine, own: dict[str, Any], removed: dict[str, Any]
 ) -> None:
     called: list[int] = []
+    handle: Any
     engine.on(
         subscribed(Events.ITERATION_COMPLETED, own),
         lambda engine: handle.remove() if engine.state.iteration == 2 else None,

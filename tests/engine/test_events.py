@@ -73,7 +73,8 @@ def test_an_option_that_is_no_whole_number_is_a_type_error_that_names_it(
 @pytest.mark.parametrize("option", ["after", "before"])
 def test_a_negative_bound_is_a_value_error(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option}=-1"):
-        Events.ITERATION_COMPLETED(**{option: -1})
+        options: dict[str, Any] = {option: -1}
+        Events.ITERATION_COMPLETED(**options)
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -110,7 +111,7 @@ def test_a_filter_with_the_wrong_signature_is_a_type_error_at_once(function: Any
 
 def test_options_are_given_by_name() -> None:
     with pytest.raises(TypeError):
-        Events.ITERATION_COMPLETED(100)  # type: ignore[call-arg]
+        Events.ITERATION_COMPLETED(100)
 
 
 def test_an_unknown_option_is_a_type_error() -> None:
@@ -173,6 +174,7 @@ def test_events_of_equal_name_or_value_never_meet(engine: Engine, fired: Any) ->
     engine.register_events(Namesake, StrMixin, OtherStrMixin, StrEvents, IntMixin, OtherIntMixin)
     engine.register_events("started", "STARTED", "Events.STARTED")
     called: list[Any] = []
+    event: Any
     for event in NAMESAKES:
         engine.on(event, lambda engine, event=event: called.append(event))
     engine.fire_event(fired)
@@ -269,7 +271,7 @@ def test_a_filtered_event_says_what_it_is() -> None:
 def test_a_filtered_event_is_a_value() -> None:
     assert Events.STARTED(once=[2, 1, 2]) == Events.STARTED(once=[1, 2])
     with pytest.raises(AttributeError):
-        Events.STARTED(every=2).every = 3  # type: ignore[misc]
+        Events.STARTED(every=2).every = 3
 
 
 # -- which counts ------------------------------------------------------------------------------------------------
@@ -433,4 +435,4 @@ def test_joined_events_call_for_each_by_its_own_count(engine: Engine, joined: Ev
 
 def test_joining_with_something_that_is_no_event_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="no event"):
-        Events.STARTED | 3  # type: ignore[operator]
+        Events.STARTED | 3

@@ -406,7 +406,9 @@ def test_a_handler_that_raises_the_exception_again_raises_it_once(engine: Engine
     assert called == [1]
 
 
-@pytest.mark.parametrize("attached", [Events.EXCEPTION_RAISED, Events.EXCEPTION_RAISED(filter=lambda e, c: 1 // 0)])
+@pytest.mark.parametrize(
+    "attached", [Events.EXCEPTION_RAISED, Events.EXCEPTION_RAISED(filter=lambda e, c: bool(1 // 0))]
+)
 def test_the_exception_is_raised_even_where_warnings_are_errors(engine: Engine, attached: Any) -> None:
     def fail(engine: Engine) -> None:
         raise OSError("disk full")
@@ -454,6 +456,8 @@ def test_options_of_exception_raised_count_once_a_run(engine: Engine) -> None:
 
 
 class Total(Metric):
+    total: float
+
     def __init__(self) -> None:
         super().__init__(output_transform=lambda output: output)
         self.add_state("total", 0, reduce="sum")
@@ -469,7 +473,7 @@ class Total(Metric):
 def test_metrics_are_there_in_handlers_of_epoch_completed_whichever_was_attached_first(
     engine: Engine, is_metric_first: bool
 ) -> None:
-    values: list[float] = []
+    values: list[Any] = []
     if is_metric_first:
         engine.add_metric(Total(), "total")
     engine.on(Events.EPOCH_COMPLETED, lambda engine: values.append(engine.state.metrics["total"]), priority=10**6)

@@ -127,7 +127,7 @@ def with_metrics() -> tuple[Engine, list[Any], list[Any]]:
     trainer = Engine(lambda engine, batch: (batch, batch))
     f1 = F1Score(num_classes=10, average="macro", output_transform=lambda pair: (pair[0] % 3, pair[1]))
     trainer.add_metrics({"acc": Accuracy(), "f1": f1, "both": Accuracy() + f1, "total": Total()})
-    trainer.add_metric(DistributedMetric(Total()), "distributed")  # type: ignore[arg-type]
+    trainer.add_metric(DistributedMetric(Total()), "distributed")
     trainer.add_metric(BinaryAccuracy(), "torch", output_transform=lambda pair: (pair[0] % 2, pair[0] % 3 % 2))
     trainer.add_metric(CatMetric(), "cat", output_transform=lambda pair: (pair[0].float(),))
     values: list[Any] = []

@@ -290,7 +290,7 @@ def test_a_resumed_run_that_raises_is_not_resumed_by_the_next(engine: Engine) ->
 
 @pytest.mark.parametrize("options", [{"max_epochs": 1}, {"max_epochs": 2}, {"max_epochs": 9, "max_iterations": 6}])
 def test_a_resumed_run_with_nothing_left_fires_started_and_completed_only(
-    engine: Engine, recorded: Recorder, options: dict[str, int]
+    engine: Engine, recorded: Recorder, options: dict[str, Any]
 ) -> None:
     engine.run([1, 2, 3], max_epochs=2)
     engine.load_state_dict(engine.state_dict())
@@ -499,7 +499,7 @@ def test_the_batches_of_a_run_cut_anywhere_and_continued_are_those_of_the_whole_
     length: int, epoch_length: int | None, max_epochs: int, max_iterations: int | None, is_sized: bool, place: float
 ) -> None:
     data: Any = range(length) if is_sized else Unsized(length)
-    options = {"max_epochs": max_epochs, "epoch_length": epoch_length, "max_iterations": max_iterations}
+    options: dict[str, Any] = {"max_epochs": max_epochs, "epoch_length": epoch_length, "max_iterations": max_iterations}
 
     def steps_of(engine: Engine) -> list[tuple[int, int, int, int]]:
         steps: list[tuple[int, int, int, int]] = []

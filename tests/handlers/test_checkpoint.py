@@ -194,7 +194,7 @@ def test_wrong_arguments_are_named_at_once(
     tmp_path: Path, arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        Checkpoint(*arguments, tmp_path / "never made", **options)
+        Checkpoint(*arguments, tmp_path / "never made", **options)  # type: ignore[call-arg]
     assert names(tmp_path) == []
 
 

@@ -113,7 +113,7 @@ def test_a_score_that_is_no_number_is_named(score: Any) -> None:
 
 def test_its_state_can_be_read_without_a_pickle_and_a_score_may_be_a_tensor(tmp_path: Path) -> None:
     trainer = Engine(lambda engine, batch: batch)
-    stop = EarlyStopping(3, lambda engine: torch.tensor(0.5), trainer)  # type: ignore[arg-type, return-value]
+    stop = EarlyStopping(3, lambda engine: torch.tensor(0.5), trainer)
     trainer.on(Events.EPOCH_COMPLETED, stop)
     trainer.run([0], max_epochs=2)
     torch.save(stop.state_dict(), tmp_path / "stop.pt")
@@ -133,7 +133,7 @@ def test_its_state_can_be_read_without_a_pickle_and_a_score_may_be_a_tensor(tmp_
 def test_wrong_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     right = {"patience": 1, "score_function": lambda engine: 0.0, "trainer": Engine(lambda engine, batch: batch)}
     with pytest.raises(error, match=message):
-        EarlyStopping(**{**right, **options})  # type: ignore[arg-type]
+        EarlyStopping(**{**right, **options})
 
 
 def test_a_min_delta_that_is_no_number_is_refused() -> None:

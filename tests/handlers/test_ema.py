@@ -69,7 +69,7 @@ def test_mixed_dtypes_tied_weights_and_a_compiled_model() -> None:
         ema(ENGINE)
     assert {value.dtype for value in ema.model.parameters()} == {torch.float32, torch.float64, torch.bfloat16}
     assert all(value.eq(1.5).all() for value in ema.model.parameters())
-    assert ema.model[1].weight is ema.model[0].weight  # type: ignore[index]
+    assert ema.model[1].weight is ema.model[0].weight
     assert list(ema.model.state_dict()) == list(model.state_dict())
 
 

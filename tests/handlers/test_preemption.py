@@ -194,7 +194,7 @@ def test_outside_the_main_thread_it_says_that_it_hears_nothing() -> None:
     def run() -> None:
         with pytest.warns(RuntimeWarning, match="main thread") as warned:
             trainer.run([1])
-        caught.extend(each.message for each in warned)  # type: ignore[misc]
+        caught.extend(each.message for each in warned)
 
     thread = threading.Thread(target=run)
     thread.start()

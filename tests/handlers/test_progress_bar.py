@@ -149,7 +149,7 @@ def test_a_failing_run_closes_the_bar_in_a_terminal_and_reads_no_value_any_more(
     with pytest.raises(ZeroDivisionError):
         trainer.run([1, 1, 0])
     assert len(reads) == 2
-    assert len(tqdm._instances) == 0
+    assert len(tqdm._instances) == 0  # type: ignore[attr-defined]
 
 
 def test_an_epoch_that_is_cut_short_is_a_line_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,6 +174,7 @@ def test_a_scatter_adds_in_place_and_makes_nothing_as_large_as_the_matrix() -> N
     metric = ConfusionMatrix(num_classes=50)
     batch = torch.arange(6), torch.arange(6)
     metric.update(batch)
+    leaf: Any
     (leaf,) = metric.leaves()
     address = leaf.counts.data_ptr()
 

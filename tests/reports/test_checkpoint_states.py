@@ -177,7 +177,7 @@ class Wrapped(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, scale: torch.Tensor) -> "Wrapped":
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
 
     def __init__(self, inner: torch.Tensor, scale: torch.Tensor) -> None:
         self.inner, self.scale = inner, scale
@@ -190,7 +190,7 @@ class Wrapped(torch.Tensor):
         return Wrapped(inner["inner"], inner["scale"])
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
             return Wrapped(args[0].inner.clone(), args[0].scale.clone())
         if function is torch.ops.aten.copy_.default:
@@ -221,7 +221,7 @@ def test_a_tensor_made_of_others_is_saved_where_torch_may_load_it(tmp_path: Path
 def test_a_metric_with_an_enum_is_saved_in_the_midst_of_an_epoch(tmp_path: Path) -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
 
-    class Rough(torchmetrics.Metric):  # type: ignore[misc, name-defined]
+    class Rough(torchmetrics.Metric):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.mode, self.rate = Text.A, np.float32(0.5)
@@ -262,7 +262,7 @@ def test_a_model_without_data_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [".pt", ""])
 def test_numpy_numbers_in_the_groups_of_an_optimizer_are_saved(tmp_path: Path, ending: str) -> None:
     model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.5), momentum=np.float32(0.25))  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.5), momentum=np.float32(0.25))
     save(tmp_path / f"c_1{ending}", {"model": model, "optimizer": optimizer})
     other = torch.optim.SGD(model.parameters(), lr=1.0)
     load(tmp_path / f"c_1{ending}", {"model": model, "optimizer": other})

@@ -19,8 +19,8 @@ def build(is_compiled: bool) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), nn.Linear(3, 1))
     if is_compiled:
-        model[1] = torch.compile(model[1], backend="eager")  # type: ignore[assignment]
-        model[2] = torch.compile(model[2], backend="eager")  # type: ignore[assignment]
+        model[1] = torch.compile(model[1], backend="eager")
+        model[2] = torch.compile(model[2], backend="eager")
     return model
 
 
@@ -110,7 +110,7 @@ def test_the_average_tells_plain_names_and_takes_both() -> None:
     assert list(state["model"]) == list(build(False).state_dict())
     plain = EMA(build(False))
     plain.load_state_dict(state)
-    old = {"num_updates": 3, "model": copy.copy(ema.model.state_dict())}
+    old: dict[str, Any] = {"num_updates": 3, "model": copy.copy(ema.model.state_dict())}
     assert any("_orig_mod" in name for name in old["model"])
     for average in (plain, ema):
         average.load_state_dict(old)

@@ -44,7 +44,7 @@ class Slotted(Resetting):
     """Neither a hash nor weak references."""
 
     __slots__ = ()
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -213,7 +213,7 @@ def test_a_length_that_raises_is_not_known_yet(error: Exception) -> None:
 def test_a_length_that_is_none_is_not_known(length: Any) -> None:
     class Odd(Untold):
         def __len__(self) -> int:
-            return length  # type: ignore[no-any-return]
+            return length
 
     assert batches_of(Odd(ValueError())) == [[0, 1, 2]]
 

@@ -148,7 +148,7 @@ class Growing(Dataset[int]):
     def __len__(self) -> int:
         return 2 + 2 * self.epoch
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
+    def __getitem__(self, index: int) -> tuple[int, int]:  # type: ignore[override]
         return index, self.epoch
 
 

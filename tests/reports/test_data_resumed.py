@@ -52,7 +52,7 @@ class Stateful:
 
 
 class StatefulStream(Stateful, IterableDataset[int]):
-    __len__ = None  # type: ignore[assignment]
+    __len__ = None
 
 
 def stream() -> tuple[Any, Any]:
@@ -135,7 +135,7 @@ class CountsAtEnd:
 
 
 class CountingStream(CountsAtBegin, IterableDataset[int]):
-    __len__ = None  # type: ignore[assignment]
+    __len__ = None
 
 
 class CountingSampler(CountsAtBegin, Sampler[int]):
@@ -169,7 +169,7 @@ def with_generator() -> Any:
 
 
 def with_sampler_of_a_generator() -> Any:
-    sampler = RandomSampler(range(LENGTH), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    sampler = RandomSampler(range(LENGTH), generator=torch.Generator().manual_seed(0))
     return DataLoader(range(LENGTH), sampler=sampler)  # type: ignore[arg-type]
 
 

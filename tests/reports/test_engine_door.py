@@ -109,7 +109,7 @@ def test_a_subclass_may_have_such_a_method() -> None:
 
 def test_an_unknown_name_is_an_attribute_error_as_ever() -> None:
     with pytest.raises(AttributeError, match="nonsense"):
-        Engine(lambda engine, batch: batch).nonsense  # noqa: B018
+        Engine(lambda engine, batch: batch).nonsense  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -206,11 +206,11 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def tensor(body: dict[str, Any]) -> dict[str, Any]:
-    return body["states"]["items"][0][1]["items"][0][1]  # type: ignore[no-any-return]
+    return body["states"]["items"][0][1]["items"][0][1]
 
 
 def part(body: dict[str, Any]) -> dict[str, Any]:
-    return body["chunks"]["model/weight"][0]  # type: ignore[no-any-return]
+    return body["chunks"]["model/weight"][0]
 
 
 def overlapping(body: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ def test_the_weight_of_a_batch_may_be_a_scalar_of_numpys(kind: Any) -> None:
         mean.backward(model.weight.sum())
     assert mean._total == 200_000
     mean.finish(list(model.parameters()))
-    assert model.weight.grad.item() == pytest.approx(1.0, rel=1e-4)  # type: ignore[union-attr]
+    assert model.weight.grad.item() == pytest.approx(1.0, rel=1e-4)
 
 
 def test_weights_of_16_bits_give_the_gradient_that_whole_numbers_give() -> None:
@@ -185,6 +185,8 @@ def test_a_complex_loss_is_refused() -> None:
 
 def test_a_complex_state_of_a_users_metric_is_refused_by_name() -> None:
     class Spectrum(Metric):
+        total: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__(lambda output: output)
             self.add_state("total", torch.zeros((), dtype=torch.complex64))

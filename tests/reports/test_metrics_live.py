@@ -190,7 +190,7 @@ def test_the_speed_is_that_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_mapping_of_running_averages_is_live_under_its_keys() -> None:
     both = MetricFunction(lambda a: {"x": a, "y": {"z": 2 * a}}, RunningAverage(alpha=0.0))
-    trainer, seen = trainer_with(m=both, last=Average()), []
+    trainer, seen = trainer_with(m=both, last=Average()), list[Any]()
     trainer.on(Events.ITERATION_COMPLETED, lambda engine: seen.append(dict(engine.state.metrics)))
     trainer.on(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.metrics["m/y/z"]))
     values = trainer.run([1.0, 2.0], max_epochs=2).metrics

@@ -52,6 +52,9 @@ class Mean:
 
 
 class Updating:
+    total: Any
+    count: Any
+
     def update(self, output: Any) -> None:
         self.total, self.count = (
             self.total + float(torch.as_tensor(output).sum()),
@@ -102,7 +105,7 @@ class Delegating:
 
 def set_on_the_object() -> Any:
     metric = MixedIn()
-    metric.update = functools.partial(Updating.update, metric)  # type: ignore[method-assign]
+    metric.update = functools.partial(Updating.update, metric)
     return metric
 
 
@@ -172,6 +175,8 @@ def test_a_mix_in_with_declared_states_is_seen(over_ranks: Any) -> None:
             self.parts.append(output)  # type: ignore[attr-defined]
 
     class Gathered(Gathers, Metric):
+        parts: Any
+
         def __init__(self) -> None:
             super().__init__()
             self.add_state("parts", [], reduce="cat")
@@ -181,7 +186,7 @@ def test_a_mix_in_with_declared_states_is_seen(over_ranks: Any) -> None:
 
     def instance() -> Any:
         metric = Gathered()
-        metric.update = lambda output: metric.parts.append(output)  # type: ignore[method-assign]
+        metric.update = lambda output: metric.parts.append(output)
         return metric
 
     shards = [[torch.ones(2)], [torch.ones(3)]]

@@ -97,7 +97,7 @@ def numbers(store: Any) -> list[float]:
     if isinstance(store, (Totals, Meter)):
         return [store.total]
     if isinstance(store, np.ndarray):
-        return store.tolist()  # type: ignore[no-any-return]
+        return store.tolist()
     return [float(store.compute())] if hasattr(store, "compute") else [float(store)]
 
 
@@ -168,7 +168,7 @@ class Modules(nn.Module):
             part.update(output)
 
     def compute(self) -> torch.Tensor:
-        return torch.stack([self.count, *(part.compute() for part in self.all())])
+        return torch.stack([self.count, *(part.compute() for part in self.all())])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(

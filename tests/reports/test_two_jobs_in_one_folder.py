@@ -88,7 +88,7 @@ def test_two_in_one_process_are_told_of_but_not_stopped(tmp_path: Path) -> None:
 
 def test_another_prefix_or_a_score_is_no_rival(tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, {})
-    best = {"score_function": lambda engine: float(engine.state.iteration)}
+    best: dict[str, Any] = {"score_function": lambda engine: float(engine.state.iteration)}
     trainer.on(Events.ITERATION_COMPLETED, Checkpoint({"model": nn.Linear(1, 1)}, tmp_path, n_saved=9, **best))
     trainer.on(Events.ITERATION_COMPLETED, Checkpoint({"model": nn.Linear(1, 1)}, tmp_path, "other", n_saved=9))
     assert said_of(trainer, 3) == []

@@ -20,7 +20,7 @@ def ResNet50(num_classes: int) -> nn.Module:
     return distributed.prepare_model(net)
 
 
-def create_dataloader(cfg: Any, split: str) -> DataLoader:
+def create_dataloader(cfg: Any, split: str) -> DataLoader[Any]:
     device = distributed.world().device
     data = TensorDataset(*(part.to(device) for part in images_and_labels(split)))
     loader = DataLoader(data, batch_size=cfg.batch_size, shuffle=split == "train")

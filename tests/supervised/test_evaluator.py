@@ -52,7 +52,7 @@ def test_the_model_is_left_in_the_mode_it_was_in_however_the_run_ends(ending: st
             evaluator.run(batches())
     else:
         evaluator.run(batches())
-    assert [module.training for module in model] == [True, False, True]
+    assert [module.training for module in model.children()] == [True, False, True]
     assert model.training
 
 

@@ -42,7 +42,11 @@ def test_of_steps_done_twice_by_a_resumed_run_the_later_counts() -> None:
 
 
 def test_strings_are_no_curve_but_those_of_numbers_that_are_not_finite_are() -> None:
-    rows = [{"step": 0, "x": "NaN", "phase": "warm-up"}, {"step": 1, "x": "Infinity"}, {"step": 2, "x": 1}]
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "x": "NaN", "phase": "warm-up"},
+        {"step": 1, "x": "Infinity"},
+        {"step": 2, "x": 1},
+    ]
     ((_, points),) = found(rows).items()
     assert math.isnan(points[0][1])
     assert points[1:] == [(1, math.inf), (2, 1.0)]

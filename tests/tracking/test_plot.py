@@ -32,7 +32,7 @@ def test_a_run_becomes_a_picture_with_a_panel_for_each_metric(
     figure_module = pytest.importorskip("matplotlib.figure")
     figures: list[Any] = []
 
-    class Figure(figure_module.Figure):  # type: ignore[misc, name-defined]
+    class Figure(figure_module.Figure):  # type: ignore[name-defined]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             figures.append(self)

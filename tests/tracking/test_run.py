@@ -73,7 +73,8 @@ def test_a_row_has_a_step_a_time_and_its_values(tmp_path: Path) -> None:
 
 def test_without_a_step_they_count_on_and_a_step_may_go_back(tmp_path: Path) -> None:
     with Track.run("p", dir=tmp_path) as run:
-        for step in (None, None, 10, None, 3, np.int64(4), torch.tensor(5)):
+        steps: list[Any] = [None, None, 10, None, 3, np.int64(4), torch.tensor(5)]
+        for step in steps:
             run.log({"x": 1}, step=step)
     assert [row["step"] for row in rows_of(run)] == [0, 1, 10, 11, 3, 4, 5]
 
@@ -365,7 +366,7 @@ def test_what_contains_itself_is_refused_by_name_and_the_run_still_ends(tmp_path
 
 def test_a_run_says_that_it_ended_where_its_summary_is_none(tmp_path: Path) -> None:
     run = Track.run("p", dir=tmp_path)
-    run.summary = None  # type: ignore[assignment]
+    run.summary = None
     with pytest.raises(AttributeError):
         run.finish()
     assert read(run.dir, "status")["status"] == "finished"

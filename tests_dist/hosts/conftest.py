@@ -1,14 +1,10 @@
 """Two hosts for each test of this folder, where there is what it needs: what a test does to a host is its own."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from net_hosts import Hosts
 
 CANNOT = 77

@@ -9,7 +9,7 @@ import pytest
 from net_hosts import Command, Hosts, until
 from ranks import torchrun
 
-JOB = str(Path(__file__).parents[1] / "small_job.py")
+JOB = str(Path(__file__).parents[1] / "support" / "small_job.py")
 
 
 def everywhere(hosts: Hosts, script: str, *arguments: str, **environment: str) -> tuple[Command, Command]:

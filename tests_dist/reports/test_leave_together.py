@@ -323,7 +323,7 @@ def is_interrupted(rank: int, size: int) -> str:
                         time.sleep(0.2)
                     real(**message)
 
-                messages.publish = publish  # type: ignore[method-assign]
+                messages.publish = publish
             Engine(lambda engine, batch: 1 / (rank - 1) if rank else distributed.barrier("step")).run(range(3))
     except Exception as error:
         of = error.__cause__ or error.__context__
@@ -381,7 +381,7 @@ def is_killed_while_it_leaves(rank: int, size: int) -> str:
         distributed.barrier("all")
         if rank == 1:
             time.sleep(1.0)  # so that it comes last
-            plane().messages.publish = lambda **message: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+            plane().messages.publish = lambda **message: os.kill(os.getpid(), signal.SIGKILL)
     return "left"
 
 

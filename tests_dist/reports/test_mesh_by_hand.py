@@ -96,7 +96,7 @@ def compared(rank: int, size: int) -> dict[str, str]:
         both = fully_shard(tensor_parallel(mesh["tp"]), mesh=mesh["dp"])
         copies = tensor_parallel(mesh["tp"])
         spread = distributed.prepare_model(net(0), "fsdp")
-        models = {"hybrid": hybrid, "tp and fsdp": both, "copies": copies, "spread": spread}
+        models: dict[str, Any] = {"hybrid": hybrid, "tp and fsdp": both, "copies": copies, "spread": spread}
         for name, model in models.items():
             check = ConsistencyCheck(model)
             seen[f"{name}, alike"] = message(lambda check=check: check(engine))
@@ -134,7 +134,7 @@ def warned(rank: int, size: int, order: str) -> list[str]:
             ElasticSampler(range(8))
 
         def model() -> Any:
-            return distributed.prepare_model(fully_shard(tensor_parallel(mesh["tp"]), mesh=mesh["dp"]), "none")
+            return distributed.prepare_model(as_any(fully_shard(tensor_parallel(mesh["tp"]), mesh=mesh["dp"])), "none")
 
         if order == "data first":
             data()

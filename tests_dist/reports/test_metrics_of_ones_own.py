@@ -60,7 +60,7 @@ def values_of(rank: int, size: int) -> tuple[dict[str, Any], list[float]]:
             "smooth": RunningAverage(0.0, metric=Accuracy()),
         }
     )
-    live: list[float] = []
+    live: list[Any] = []
     evaluator.on(Events.ITERATION_COMPLETED, lambda engine: live.append(engine.state.metrics["smooth"]))
     state = evaluator.run([batch_of(number) for number in SIZES[rank]], max_epochs=2)
     return {key: torch.as_tensor(value).tolist() for key, value in state.metrics.items()}, live

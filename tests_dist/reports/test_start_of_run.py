@@ -304,7 +304,7 @@ def test_where_no_rank_has_a_batch_all_of_them_raise_before_any_epoch_is_complet
 def whole(rank: int, size: int) -> dict[str, int]:
     prepare, told = distributed.prepare_data_loader, {}
     with distributed.process_group(timeout=300):
-        cases = {
+        cases: dict[str, Any] = {
             "plain": loader(shuffle=True),
             "stream": DataLoader(Stream(8), batch_size=2),
             "prepared": prepare(loader()),

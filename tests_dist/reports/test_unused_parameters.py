@@ -1,5 +1,7 @@
 """A parameter without a gradient under DDP is told by name, with the option of prepare_model()."""
 
+from typing import Any
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -14,18 +16,18 @@ class Net(nn.Module):
         self.used, self.spare = nn.Linear(2, 1), nn.Linear(2, 1)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.used(inputs)  # type: ignore[no-any-return]
+        return self.used(inputs)
 
 
 def unused(rank: int, size: int, kind: str) -> int:
     with distributed.process_group(timeout=300):
-        options = {"find_unused_parameters": True} if kind == "option" else {}
+        options: dict[str, Any] = {"find_unused_parameters": True} if kind == "option" else {}
         model = distributed.prepare_model(Net(), **options)
 
         def step(engine: Engine, batch: torch.Tensor) -> None:
             loss = model(batch).sum()
             if kind == "on one rank" and rank == 0:
-                loss = loss + model.module.spare(batch).sum()  # type: ignore[operator,union-attr]
+                loss = loss + model.module.spare(batch).sum()
             loss.backward()
 
         batches, engine = [torch.ones(3, 2)] * 4, Engine(step)

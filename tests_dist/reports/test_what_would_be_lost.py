@@ -32,19 +32,19 @@ def subgroup(rank: int) -> Any:
 
 def ddp_over_all(rank: int) -> nn.Module:
     model = DistributedDataParallel(block(1.0))
-    model.module[1].running_mean.fill_(float(rank))  # type: ignore[index, operator, union-attr]
+    model.module[1].running_mean.fill_(float(rank))
     return model
 
 
 def compiled_in_ddp(rank: int) -> nn.Module:
     model = block(1.0)
-    model[0] = torch.compile(model[0], backend="eager")  # type: ignore[index, assignment]
+    model[0] = torch.compile(model[0], backend="eager")
     return DistributedDataParallel(model)
 
 
 def alike_by_hand(rank: int) -> nn.Module:
     model = block(1.0)
-    model[1].running_mean.fill_(float(rank))  # type: ignore[index, operator, union-attr]
+    model[1].running_mean.fill_(float(rank))
     return model
 
 
@@ -160,7 +160,7 @@ def sharded_compiled(rank: int, size: int, folder: str) -> list[bool]:
     for is_compiled in (True, False):
         model = block(1.0 + is_compiled)
         if is_compiled:
-            model[0] = torch.compile(model[0], backend="eager")  # type: ignore[index, assignment]
+            model[0] = torch.compile(model[0], backend="eager")
         model = distributed.prepare_model(model, "fsdp")
         optimizer = torch.optim.Adam(model.parameters())
         model(torch.ones(2, 4)).sum().backward()
@@ -170,7 +170,7 @@ def sharded_compiled(rank: int, size: int, folder: str) -> list[bool]:
         kept = [value.full_tensor().clone() for value in model.parameters()]  # type: ignore[attr-defined]
         other = block(7.0)
         if not is_compiled:
-            other[0] = torch.compile(other[0], backend="eager")  # type: ignore[index, assignment]
+            other[0] = torch.compile(other[0], backend="eager")
         other = distributed.prepare_model(other, "fsdp")
         load(path, {"model": other, "optimizer": torch.optim.Adam(other.parameters())})
         found = [value.full_tensor() for value in other.parameters()]  # type: ignore[attr-defined]
@@ -195,7 +195,7 @@ def one_rank_cannot_read(rank: int, size: int, folder: str) -> tuple[str, float,
 
     for step in (1, 2):
         save(Path(folder) / f"c_{step}.pt", {"model": block(step)})
-    os.open = refusing  # type: ignore[assignment]
+    os.open = refusing
     model = block(0)
     from dengine.handlers import Checkpoint
 

@@ -1,14 +1,10 @@
 """One SLURM cluster for all tests of this folder, where there is what it needs."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from ranks import find_processes
 from slurm_cluster import JOB, Cluster, Job, on
 

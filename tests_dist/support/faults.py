@@ -68,6 +68,8 @@ class Data:
 
 
 class Mean(Metric):
+    total: Any
+
     def __init__(self, faulty: Faulty) -> None:
         super().__init__()
         self.faulty = faulty

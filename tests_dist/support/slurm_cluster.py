@@ -1,4 +1,4 @@
-"""A real SLURM for tests, and its jobs. cluster.sh beside this file starts and ends it."""
+"""A real SLURM for tests, and its jobs. slurm/cluster.sh starts and ends it."""
 
 import os
 import re
@@ -14,8 +14,8 @@ from ranks import PATIENCE, TAG
 __all__ = ["JOB", "Cluster", "Job", "on", "until"]
 
 ROOT = Path(__file__).resolve().parents[2]
-JOB = str(ROOT / "tests_dist" / "small_job.py")
-SCRIPT = Path(__file__).with_name("cluster.sh")
+JOB = str(ROOT / "tests_dist" / "support" / "small_job.py")
+SCRIPT = ROOT / "tests_dist" / "slurm" / "cluster.sh"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL"}
 
 

@@ -1,4 +1,4 @@
-"""Hosts with addresses of their own for tests, and what runs on them. hosts.sh beside this file makes them."""
+"""Hosts with addresses of their own for tests, and what runs on them. hosts/hosts.sh makes them."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from ranks import PATIENCE
 __all__ = ["Command", "Hosts", "until"]
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = Path(__file__).with_name("hosts.sh")
+SCRIPT = ROOT / "tests_dist" / "hosts" / "hosts.sh"
 
 
 def until(is_so: Callable[[], object], deadline_s: float, told: Callable[[], object] = str) -> float:

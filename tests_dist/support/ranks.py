@@ -12,7 +12,7 @@
 
 How a test module gets into a rank: pytest's importlib mode leaves it without an importable name, so a rank loads it
 from its file and registers it under the name that it has in the parent; classes of the module then pickle both ways.
-It may import what is on `sys.path` (conftest.py puts this folder and the repository there): absolute imports only.
+It may import what is on `sys.path` (../conftest.py puts this folder and the repository there): absolute imports only.
 
 What differs from torchrun: ranks are forked from a server that has torch loaded (0.1 s instead of 7 s), so they share
 one hash seed: a bug in the order of a set shows only under `torchrun()`. An `assert` in a rank is not rewritten by

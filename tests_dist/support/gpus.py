@@ -37,5 +37,6 @@ def spread(model: nn.Module, strategy: str = "ddp", **options: Any) -> nn.Module
     if strategy == "fsdp":
         from torch.distributed.fsdp import fully_shard
 
-        return fully_shard(model)
+        fully_shard(model)  # in place
+        return model
     return DistributedDataParallel(model, **options)

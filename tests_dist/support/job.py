@@ -186,20 +186,20 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, strike: Striker) -
 def _save_and_resume(objects: dict[str, Any], trainer: Engine, folder: str, variant: Variant, strike: Striker) -> None:
     """The checkpoints, the evaluation and the history, in the order of a real script."""
     checkpoint = Checkpoint(objects, folder, n_saved=2, asynchronous=variant.asynchronous)
-    trainer.state.history = []  # type: ignore[attr-defined]
+    trainer.state.history = []
     trainer.state.persist("history")
     evaluator, held_out = _evaluator(objects["model"], trainer, strike)
 
     def evaluate(engine: Engine) -> None:
         with distributed.evaluating(objects["model"]):
             score = evaluator.run(held_out).metrics["loss"]
-        engine.state.history.append([float(engine.state.metrics["loss"]), float(score)])  # type: ignore[attr-defined]
+        engine.state.history.append([float(engine.state.metrics["loss"]), float(score)])
 
     best = Checkpoint(
         {"model": objects["model"]},
         folder,
         "best",
-        score_function=lambda engine: -engine.state.history[-1][1],  # type: ignore[attr-defined]
+        score_function=lambda engine: -engine.state.history[-1][1],
         asynchronous=variant.asynchronous,
     )
     trainer.on(Events.EPOCH_COMPLETED, evaluate)
@@ -216,7 +216,7 @@ def _evaluator(model: nn.Module, trainer: Engine, strike: Striker) -> tuple[Engi
     def judge(engine: Engine, batch: Any) -> torch.Tensor:
         strike.at("evaluating", trainer.state.epoch + 1)
         with torch.no_grad():
-            return distributed.unwrap_model(model)(batch).square().mean()  # type: ignore[no-any-return]
+            return distributed.unwrap_model(model)(batch).square().mean()
 
     evaluator = Engine(judge)
     evaluator.add_metric(Average(), "loss")
@@ -231,7 +231,7 @@ def _end(objects: dict[str, Any], trainer: Engine, rank: int) -> dict[str, Any]:
         "model": digest(net.state_dict() if rank == 0 else dict(net.named_parameters())),
         "optimizer": digest(objects["optimizer"].state_dict()),
         "schedule": digest(objects["schedule"].state_dict()),
-        "history": trainer.state.history,  # type: ignore[attr-defined]
+        "history": trainer.state.history,
         "place": (trainer.state.epoch, trainer.state.iteration, trainer.state.epochs_completed),
         "next draws": (random.random(), float(np.random.rand()), torch.rand(()).item()),
     }
