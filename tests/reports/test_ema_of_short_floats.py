@@ -69,7 +69,7 @@ def test_a_resumed_average_is_the_uninterrupted_one_to_the_last_bit(
     assert ours["num_updates"] == theirs["num_updates"] == 300
     for name, tensor in ours["model"].items():
         assert torch.equal(tensor, theirs["model"][name]), name
-    assert second.model[1].weight is second.model[0].weight  # type: ignore[index]
+    assert second.model[1].weight is second.model[0].weight
 
 
 @SHORT

@@ -82,10 +82,10 @@ def test_what_other_libraries_call_on_a_metric_is_translated() -> None:
     metric = dengine.metrics.Accuracy()
     assert not hasattr(metric, "attach")
     with pytest.raises(AttributeError, match=r"'attach': write engine\.add_metric\(metric, name\)"):
-        metric.attach(dengine.Engine(lambda engine, batch: batch), "acc")
+        metric.attach(dengine.Engine(lambda engine, batch: batch), "acc")  # type: ignore[attr-defined]
     for kind in (dengine.metrics.Accuracy, dengine.metrics.Recall, dengine.metrics.ConfusionMatrix):
         with pytest.raises(TypeError, match=r'takes no is_multilabel=: write task="multilabel"'):
-            kind(is_multilabel=True)
+            kind(is_multilabel=True)  # type: ignore[call-arg]
 
 
 def test_a_metric_of_ones_own_may_have_such_a_name() -> None:
