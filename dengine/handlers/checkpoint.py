@@ -14,7 +14,7 @@ from dengine.checkpoint.catalogue.manifest import Entry
 from dengine.checkpoint.catalogue.paths import path_of
 from dengine.checkpoint.catalogue.retention import is_kept, own, to_drop
 from dengine.checkpoint.catalogue.rivals import Rivals
-from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, SaveRequest, new_entry
+from dengine.checkpoint.formats.base import Background, Format, Job, SaveOutcome, SavePlan, SaveRequest, new_entry
 from dengine.checkpoint.formats.file import FileFormat
 from dengine.checkpoint.formats.folder import FolderFormat
 from dengine.checkpoint.states.snapshot import check_objects, collect
@@ -198,9 +198,9 @@ class Checkpoint:
             self._has_looked = False  # an interrupt may have come before the file had its name, or after
             raise
         finally:
-            if self._background.plan is not None:
+            if (job := self._background.job) is not None:
                 # Last, and with the states given up: from here on the thread takes turns of the interpreter.
-                self._background.go()
+                job.writing.go()
         if engine.firing in (Events.COMPLETED, Events.EXCEPTION_RAISED):
             self.wait()  # nobody will be told of the end any more
 
@@ -254,8 +254,8 @@ class Checkpoint:
     def _wait_alone(self, engine: Engine) -> None:
         """After an exception the other ranks may not come: no collective. What is raised here becomes a warning."""
         self._background.is_leaving.set()
-        if (plan := self._background.plan) is not None and not self._background.is_done_within(_PATIENCE_S):
-            warnings.warn(f"{plan.path} is still being written: the run ends once it is safe.", stacklevel=2)
+        if (job := self._background.job) is not None and not job.writing.is_done_within(_PATIENCE_S):
+            warnings.warn(f"{job.plan.path} is still being written: the run ends once it is safe.", stacklevel=2)
         if (failure := self._settle().failure) is not None:
             raise CheckpointError(failure)
 
@@ -263,7 +263,7 @@ class Checkpoint:
 
     def _request(self, engine: Engine) -> tuple[SaveOutcome, SaveRequest | None]:
         """What to save now; None if the score is not among the best, or the last write has failed."""
-        if self._background.plan is not None and self._background.is_done and (outcome := self._settle()).failure:
+        if (job := self._background.job) is not None and job.writing.is_done and (outcome := self._settle()).failure:
             return outcome, None
         found = None if self._has_looked else self._scan()
         score = None if self._score_function is None else score_of(engine, self._score_function, "a Checkpoint")
@@ -271,8 +271,8 @@ class Checkpoint:
         if not is_kept(score, self._expected(), self._n_saved):
             return self._known(), None
         step = step_to_save(engine, self._step_transform, self._objects.values())
-        if self._background.plan is not None:
-            self._say_that_it_waits()
+        if (job := self._background.job) is not None:
+            self._say_that_it_waits(job)
             if (outcome := self._settle()).failure is not None:
                 return outcome, None
         if found is not None:
@@ -299,8 +299,8 @@ class Checkpoint:
         return SaveOutcome(self._kept, self.last_path)
 
     def _expected(self) -> list[Entry]:
-        plan = self._background.plan
-        return self._kept if plan is None else [*plan.kept, plan.entry]
+        job = self._background.job
+        return self._kept if job is None else [*job.plan.kept, job.plan.entry]
 
     def _scan(self) -> list[Entry]:
         """What an earlier run has left of its own."""
@@ -319,13 +319,12 @@ class Checkpoint:
                 stacklevel=2,
             )
 
-    def _say_that_it_waits(self) -> None:
-        plan = self._background.plan
-        if plan is None or self._background.is_done or self._has_said_that_it_waits:
+    def _say_that_it_waits(self, job: Job) -> None:
+        if job.writing.is_done or self._has_said_that_it_waits:
             return
         self._has_said_that_it_waits = True
         warnings.warn(
-            f"{plan.path} is still being written, so this save and the training wait for it: the disk is "
+            f"{job.plan.path} is still being written, so this save and the training wait for it: the disk is "
             "slower than the saves come. Save less often. This is said once.",
             stacklevel=2,
         )

@@ -29,6 +29,7 @@ from dengine.types import Stateful
 __all__ = [
     "Background",
     "Format",
+    "Job",
     "SaveOutcome",
     "SavePlan",
     "SaveRequest",
@@ -76,49 +77,45 @@ class SaveOutcome:
     failure: str | None = None
 
 
+@dataclass(frozen=True)
+class Job:
+    """A save that is written beside the loop."""
+
+    writing: Writing[SaveOutcome | None]
+    plan: SavePlan
+
+
 class Background:
     """Where write and commit run if the loop is not to wait: a thread, one save at a time, with copies of the states.
 
     Attributes:
         copies: of what is written, in host memory that the next save uses again.
         is_leaving: set if the run ends by an exception, so that nobody waits long for ranks that may be gone.
-        plan: of the save that is written, until somebody asks what became of it.
+        job: what is written, until somebody asks what became of it.
     """
 
     def __init__(self) -> None:
         self.copies = HostCopy()
         self.is_leaving = threading.Event()
-        self.plan: SavePlan | None = None
-        self._writing: Writing[SaveOutcome | None] | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return self._writing is None or self._writing.is_done
-
-    def is_done_within(self, timeout_s: float) -> bool:
-        return self._writing is None or self._writing.is_done_within(timeout_s)
+        self.job: Job | None = None
 
     def start(self, plan: SavePlan, prepare: Callable[[], Callable[[], SaveOutcome | None]]) -> None:
-        """Copy at once, by `prepare`, and have what it gives write and commit in the thread, from `go` on."""
+        """Copy at once, by `prepare`; what that gives writes and commits in a thread, from `job.writing.go()` on."""
         self.is_leaving.clear()
-        self._writing, self.plan = Writing(prepare), plan
-
-    def go(self) -> None:
-        if self._writing is not None:
-            self._writing.go()
+        self.job = Job(Writing(prepare), plan)
 
     def settle(self, before: SaveOutcome) -> SaveOutcome:
         """Wait for the thread, and say what became of the save; `before` if there is none, or rank 0 will tell."""
-        writing, plan = self._writing, self.plan
-        if writing is None or plan is None:
+        job = self.job
+        if job is None:
             return before
         try:
-            return writing.result() or before
+            return job.writing.result() or before
         except Exception as error:
-            return replace(before, failure=failure_text(plan.path, error))
+            return replace(before, failure=failure_text(job.plan.path, error))
         finally:
-            if writing.is_done:  # else the waiting was interrupted, and it goes on
-                self._writing = self.plan = None
+            if job.writing.is_done:  # else the waiting was interrupted, and it goes on
+                self.job = None
 
 
 class Format(ABC):
