@@ -151,3 +151,9 @@ def test_it_runs_as_a_module(tmp_path: Path) -> None:
     printed = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (printed.returncode, printed.stderr) == (0, "")
     assert "c_1.pt" in printed.stdout
+
+
+def test_the_installed_command_is_this_main() -> None:
+    project = Path(__file__).resolve().parents[1].joinpath("pyproject.toml").read_text()
+    (command,) = re.findall(r'^\[project\.scripts\]\ndengine = "(.*)"$', project, re.MULTILINE)
+    assert command == f"{main.__module__}:{main.__name__}"

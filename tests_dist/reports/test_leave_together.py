@@ -166,7 +166,7 @@ def test_a_rank_that_hangs_outside_of_a_run_is_named_and_ended(where: str) -> No
 
 def hangs_in_wrapping(rank: int, size: int) -> None:
     if rank == 1:
-        nn.parallel.DistributedDataParallel.__init__ = lambda *args, **kwargs: hang()  # type: ignore[method-assign]
+        nn.parallel.DistributedDataParallel.__init__ = lambda *args, **kwargs: hang()
     with distributed.process_group(timeout=120, stall_timeout=2.0):
         distributed.prepare_model(nn.Linear(2, 1), strategy="ddp")
 
