@@ -18,7 +18,7 @@ from torch.distributed import DistError, PrefixStore
 
 from dengine.control.channel import ControlContext, StoreEndpoint
 from dengine.control.ddp_errors import explain
-from dengine.control.failure import line_of, traceback_of, write_error_file
+from dengine.control.failure import is_of_backend, line_of, traceback_of, write_error_file
 from dengine.control.plane import Control
 from dengine.control.sockets import Connections, abort_group, existing_connections, new_connections
 from dengine.control.undisturbed import undisturbed
@@ -64,8 +64,8 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
 
     Raises:
         LaunchError: the launcher's variables are half set, or do not fit this machine; not all ranks have come within
-            `timeout` (they are named), or Gloo could not connect their hosts; two ranks have one GPU; on leaving, the
-            store is gone.
+            `timeout` (they are named), or one ended meanwhile, or Gloo could not connect their hosts; two ranks have
+            one GPU; on leaving, the store is gone.
         ValueError: a timeout is not above 0.
         StallError: on entering, not all ranks have come within `stall_timeout`.
         RemoteRankError, StallError: on leaving, if another rank failed.
@@ -84,7 +84,8 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
         opened, connections = _join(launch, backend, timeout, stall_timeout)
         if launch.size > 1:
             try:
-                control = _control(launch, opened, connections, timeout)
+                with _explaining_lost_rank(launch):
+                    control = _control(launch, opened, connections, timeout)
             except BaseException:  # else the next try would take the group for one made elsewhere
                 _destroy(opened, is_failing=True)
                 raise
@@ -163,7 +164,7 @@ def _join(launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float
     if (interface := chosen_interface(os.environ, launch)) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # which Gloo reads for each group that is made
     store, name = rendezvous(launch, timeout_s, stall_timeout_s)
-    with new_connections(launch.master_port) as connections, _explaining_shared_gpu(launch):
+    with new_connections(launch.master_port) as connections, _explaining(launch):
         dist.init_process_group(
             backend,
             store=PrefixStore(f"dengine/group/{name}", store),
@@ -250,6 +251,28 @@ def _leave_at_exit(control: "weakref.ref[Control]", watchdog: "weakref.ref[Watch
     if plane is not None and watched is not None and not plane.status.is_closed:
         plane.close(is_failing=True)
         watched.stop()
+
+
+@contextmanager
+def _explaining(launch: Launch) -> Iterator[None]:
+    with _explaining_lost_rank(launch), _explaining_shared_gpu(launch):
+        yield
+
+
+@contextmanager
+def _explaining_lost_rank(launch: Launch) -> Iterator[None]:
+    """A connection that breaks on entering, when nobody can be asked yet who is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_lost = isinstance(error, dist.DistStoreError) or is_of_backend(error)
+        if isinstance(error, LaunchError | dist.DistBackendError) or not is_lost:  # NCCL says what it is
+            raise
+        raise LaunchError(
+            f"Rank {launch.rank} of {launch.size} lost another rank while process_group() connected them: its process "
+            "ended (killed, or by an error that it printed), or its host is not reached. What broke here: "
+            f"{line_of(error)}"
+        ) from error
 
 
 @contextmanager

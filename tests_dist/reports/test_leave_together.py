@@ -164,6 +164,20 @@ def test_a_rank_that_hangs_outside_of_a_run_is_named_and_ended(where: str) -> No
             assert "in hang" in outcome.error_message, outcome.error_message
 
 
+def dies_on_entering(rank: int, size: int) -> None:
+    if rank == 1:
+        dist.new_group = lambda *args, **kwargs: os._exit(9)
+    with distributed.process_group(timeout=4):
+        pass
+
+
+def test_a_rank_that_ends_while_the_others_enter_is_told_and_not_in_gloos_words_alone() -> None:
+    for outcome in run_ranks(dies_on_entering, 3, init=False, expect_failures=True, deadline_s=60):
+        if outcome.rank != 1:
+            assert outcome.error_type == "LaunchError", outcome
+            assert "lost another rank while process_group() connected them" in outcome.error_message
+
+
 def hangs_in_wrapping(rank: int, size: int) -> None:
     if rank == 1:
         nn.parallel.DistributedDataParallel.__init__ = lambda *args, **kwargs: hang()
