@@ -69,6 +69,9 @@ def prepare_data_loader(
     webdataset's with `split_by_node`, MosaicML's and LitData's `StreamingDataset`, any with `shards_itself = True`).
     How many batches a rank has is then up to that stream.
 
+    What comes back is a loader of torch's kind, also for torchdata's `StatefulDataLoader`: its position is saved with
+    the trainer, so there is no state to list.
+
     What the data set draws at random follows from `seed`, the epoch and the sample alone (`SeededDataset`; a stream's
     from its start), whatever the number of ranks and workers, also in a resumed run and in workers that outlive an
     epoch; what a `collate_fn` of your own draws, from the batch's first sample (`SeededCollate`). `prepared.dataset`
@@ -179,18 +182,16 @@ def _is_shared(epoch: object) -> bool:
 
 def _is_shuffled(loader: "DataLoader[Any]") -> bool:
     sampler: object = loader.sampler
-    if type(loader.batch_sampler) not in (BatchSampler, type(None)):
+    if type(loader.batch_sampler) not in (BatchSampler, type(None)) and not _is_torchdata(loader.batch_sampler):
         raise TypeError(
             f"This loader has a batch sampler of its own ({type(loader.batch_sampler).__qualname__}), which cannot be "
             "cut into shards from outside. Either build the loader with batch_size= and shuffle= instead, or have the "
             "batch sampler give this rank's batches (see dengine.distributed.world()) and use the loader as it is."
         )
-    if (
-        isinstance(sampler, RandomSampler)
-        and not sampler.replacement
-        and sampler.num_samples == len(sampler.data_source)
-    ):
-        return True
+    if isinstance(sampler, RandomSampler) or (type(sampler).__name__ == "RandomSampler" and _is_torchdata(sampler)):
+        drawn: Any = sampler
+        if not drawn.replacement and drawn.num_samples == len(drawn.data_source):
+            return True
     if type(sampler) is SequentialSampler:
         return False
     if isinstance(sampler, DistributedSampler):
@@ -200,6 +201,11 @@ def _is_shuffled(loader: "DataLoader[Any]") -> bool:
         "outside. Either build the loader with shuffle=True or False (some samples only: torch.utils.data.Subset), "
         "or have the sampler give this rank's samples (see dengine.distributed.world()) and use the loader as it is."
     )
+
+
+def _is_torchdata(sampler: object) -> bool:
+    """Whether it is one that a `StatefulDataLoader` makes: it does what torch's does, and keeps its position."""
+    return type(sampler).__module__ == "torchdata.stateful_dataloader.sampler"
 
 
 def _kept_sampler(loader: "DataLoader[Any]", here: World, *, exact: bool) -> ElasticSampler | KeptSampler | None:

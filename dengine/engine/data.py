@@ -15,7 +15,7 @@ from dengine.distributed import world
 from dengine.engine.described import length_of
 from dengine.engine.joined import Pass, agreed_pass, with_own_spare, with_sent_spare
 from dengine.engine.no_batch import Emptiness
-from dengine.engine.own_state import holds_any, parts_of
+from dengine.engine.own_state import holds_any, is_restored_by_hand, parts_of
 from dengine.engine.resetting import SelfResetting, may_reset_itself
 from dengine.engine.skipping import dropping, jumps, skipped_by_sampler, warn_of_drawing
 
@@ -57,6 +57,10 @@ class EpochIterator:
     def iterates_over(self, objects: Iterable[Any]) -> bool:
         """Whether the data are one of `objects`, or give the samples that one of them gives."""
         return holds_any(self.data, (each for each in objects if not _is_map_style(each)))
+
+    def goes_on(self) -> bool:
+        """Whether the data say that their next pass goes on where a state has them, that the user has loaded."""
+        return is_restored_by_hand(self.data)
 
     @property
     def counters(self) -> list[PassCounter]:

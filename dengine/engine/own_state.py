@@ -17,7 +17,7 @@ from torch import nn
 
 from dengine.data.loader import inside
 
-__all__ = ["OwnState", "SavedOwnState", "holds_any", "parts_of"]
+__all__ = ["OwnState", "SavedOwnState", "holds_any", "is_restored_by_hand", "parts_of"]
 
 SavedOwnState: TypeAlias = list[dict[str, Any]]  # one for each part; numbers, strings and tensors
 
@@ -84,6 +84,11 @@ def holds_any(data: Any, objects: Iterable[Any]) -> bool:
         if not level or len(seen) > _SEARCH_SIZE:
             return False
     return False
+
+
+def is_restored_by_hand(data: Any) -> bool:
+    """Whether `data` say that a state was loaded into them, from which their next pass goes on: torchdata's loader."""
+    return any(getattr(part, "next_iter_state", None) is not None for part in parts_of(data))
 
 
 def _is_leaf(value: Any) -> bool:

@@ -64,7 +64,7 @@ class Resuming:
         self._own = OwnState(epochs.data)
         self._at_start = None
         self._is_one_shot = epochs.is_one_shot
-        epochs.is_restored = bool(self._restored) and epochs.iterates_over(self._restored)
+        epochs.is_restored = epochs.goes_on() or (bool(self._restored) and epochs.iterates_over(self._restored))
         self._restored = []
 
     def end_run(self) -> None:

@@ -25,7 +25,16 @@ from dengine.metrics.collection.live import Live, MetricValues
 from dengine.metrics.collection.saved_state import give_back, held
 from dengine.metrics.collection.stateful import leaf_of, tells_what_it_saw
 from dengine.metrics.core.computed import flat
-from dengine.metrics.core.kinds import AnyMetric, evaluated, is_metric, is_tracker, leaves_of, shows_live, updaters
+from dengine.metrics.core.kinds import (
+    AnyMetric,
+    evaluated,
+    is_metric,
+    is_tracker,
+    leaves_of,
+    shows_live,
+    updated_through,
+    updaters,
+)
 from dengine.metrics.core.metric import Metric, OutputTransform, counts_updates
 from dengine.metrics.core.updates import Seen, check_update, default_transform, update_of
 from dengine.metrics.reduction.reduce import Item, Reduction
@@ -97,7 +106,7 @@ class MetricSet:
 
     def reset(self) -> None:
         for _, leaf in self._leaves.values():
-            leaf.reset()
+            updated_through(leaf).reset()
             if isinstance(leaf, Metric):
                 leaf.num_updates = 0  # a `reset` that was set on the object does not know of it
         for seen in self._seen.values():
@@ -236,7 +245,10 @@ class MetricSet:
                 self._add_leaf(name, metric, self._own_leaf(metric, leaf), output_transform)
         self._metrics[name] = metric
         self._adds_to_no_graph = all(
-            getattr(leaf, "adds_to_no_graph", False) and counts_updates(leaf) and self._given_transforms[key] is None
+            getattr(leaf, "adds_to_no_graph", False)
+            and updated_through(leaf) is leaf
+            and counts_updates(leaf)
+            and self._given_transforms[key] is None
             for key, (_, leaf) in self._leaves.items()
         )
         self.updates = tuple(self._update(key, leaf) for key, (_, leaf) in self._leaves.items())
@@ -255,7 +267,7 @@ class MetricSet:
         return own
 
     def _update(self, key: int, leaf: Any) -> Callable[[Any], None]:
-        update = update_of(leaf, self._transforms[key])
+        update = update_of(updated_through(leaf), self._transforms[key])
         return self._seen[key].counting(update) if key in self._seen else update
 
     def _add_leaf(self, name: str, metric: Any, leaf: Any, output_transform: OutputTransform | None) -> None:
@@ -271,7 +283,7 @@ class MetricSet:
                     self._drop_leaf(other, leaf)
         self._leaves[id(leaf)] = (f"{name!r} ({type(metric).__qualname__})", leaf)
         self._given_transforms[id(leaf)] = given
-        self._transforms[id(leaf)] = output_transform or default_transform(leaf)
+        self._transforms[id(leaf)] = output_transform or default_transform(updated_through(leaf))
         if self._counts_once and not tells_what_it_saw(leaf):
             self._seen[id(leaf)] = Seen()
 
@@ -339,7 +351,9 @@ def _claim(name: str, metric: Any, claims: dict[int, _Claim]) -> None:
 
 def _may_replace(stand_in: Any, leaf: Metric) -> bool:
     """Whether `leaf` can go: the other tells as much, and neither has counted yet."""
-    return isinstance(stand_in, Metric) and stand_in.covers(leaf) and not (stand_in.num_updates or leaf.num_updates)
+    if not isinstance(stand_in, Metric) or any(updated_through(each) is not each for each in (stand_in, leaf)):
+        return False
+    return stand_in.covers(leaf) and not (stand_in.num_updates or leaf.num_updates)
 
 
 def _value(name: str, metric: Any, reduced: Mapping[int, Any]) -> Any:

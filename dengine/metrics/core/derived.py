@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from dengine.metrics.core.metric import Metric, OutputTransform
@@ -11,11 +12,18 @@ __all__ = ["View"]
 
 
 class View(Metric):
-    """Base of metrics that are computed from a leaf. An engine lets views of like leaves read one, updated once."""
+    """Base of metrics that are computed from a leaf. An engine lets views of like leaves read one, updated once.
+
+    Where a subclass has an `update`, `reset` or `default_transform` of its own, its leaf is its own too, and is updated
+    through it.
+    """
 
     def __init__(self, leaf: Metric, output_transform: OutputTransform | None) -> None:
         super().__init__(output_transform)
         self._leaf = leaf
+        own = type(self)
+        if (own.update, own.reset, own.default_transform) != (View.update, View.reset, View.default_transform):
+            leaf.updated_by = self
 
     @abstractmethod
     def value_of(self, leaf: Any) -> MetricValue:
@@ -41,4 +49,6 @@ class View(Metric):
         return self._leaf.num_counted()
 
     def evaluate(self, reduced: Mapping[int, Any]) -> MetricValue:
-        return self.value_of(reduced[id(self._leaf)])
+        whole = copy(self)
+        whole._leaf = reduced[id(self._leaf)]
+        return whole.compute()  # which a subclass may have written anew

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dengine.metrics.core.kinds import evaluated, is_metric, leaves_of, shows_live
+from dengine.metrics.core.kinds import evaluated, is_metric, leaves_of, shows_live, updated_through
 from dengine.metrics.core.metric import Metric
 from dengine.metrics.core.updates import default_transform, update_of
 from dengine.types import MetricValue
@@ -62,10 +62,10 @@ class MetricFunction(Metric):
 
     def reset(self) -> None:
         for leaf in self.leaves():
-            leaf.reset()
+            updated_through(leaf).reset()
 
     def update(self, output: Any) -> None:
-        for leaf in self.leaves():
+        for leaf in map(updated_through, self.leaves()):
             update_of(leaf, default_transform(leaf))(output)
 
     def replace_leaf(self, leaf: Metric, stand_in: Metric) -> None:

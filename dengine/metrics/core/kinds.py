@@ -16,6 +16,7 @@ __all__ = [
     "is_tracker",
     "leaves_of",
     "shows_live",
+    "updated_through",
     "updaters",
 ]
 
@@ -58,6 +59,11 @@ def shows_live(metric: object) -> bool:
 def leaves_of(metric: Any) -> tuple[Any, ...]:
     """The metrics that hold the states which `metric` is computed from."""
     return metric.leaves() if isinstance(metric, Metric) else (metric,)
+
+
+def updated_through(leaf: Any) -> Any:
+    """What is called in place of `leaf` to reset and update it: itself, or a user's own metric around it."""
+    return (leaf.updated_by or leaf) if isinstance(leaf, Metric) else leaf
 
 
 def evaluated(metric: Any, reduced: Mapping[int, Any]) -> Any:

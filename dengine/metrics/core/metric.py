@@ -72,6 +72,8 @@ class Metric(ABC):
     has_leaves_of_inner: bool = False  # whether the metrics within it are updated each by itself
     shows_live: bool = False  # whether its value is shown while the epoch is under way
     adds_to_no_graph: bool = False  # whether `update` sees to that; elsewhere an engine calls it without gradients
+    # What a user's own subclass of a view writes goes on around its leaf: the view that the leaf is updated through.
+    updated_by: "Metric | None" = None
     _states: Mapping[str, StateSpec] = {}
 
     def __init__(self, output_transform: OutputTransform | None = None) -> None:
