@@ -9,9 +9,11 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+from dengine.torch_internals import HIDDEN_BY_COMPILE
+
 __all__ = ["HIDDEN", "aligned", "without_compiled"]
 
-HIDDEN = "_orig_mod."
+HIDDEN = f"{HIDDEN_BY_COMPILE}."
 
 
 def without_compiled(name: str) -> str:
@@ -19,7 +21,7 @@ def without_compiled(name: str) -> str:
     if HIDDEN not in name:
         return name
     *parts, last = name.split(".")
-    return ".".join([part for part in parts if part != "_orig_mod"] + [last])
+    return ".".join([part for part in parts if part != HIDDEN_BY_COMPILE] + [last])
 
 
 def aligned(state: Any, like: Any) -> Any:

@@ -7,15 +7,13 @@ import os
 import sys
 import time
 
+from dengine import torch_internals
 from dengine.control.stop import Runs
 
 __all__ = ["BlockedDetector"]
 
-# The files in which a thread waits for other ranks. It may compute there, too: hence the look at the processor time.
-_WAITING_FILES = tuple(
-    part.replace("/", os.sep)
-    for part in ("/torch/autograd/", "/torch/distributed/", "/torch/nn/parallel/", "/dengine/parallel/gradients.py")
-)
+# Besides torch's own files. It may compute there, too: hence the look at the processor time.
+_WAITING_FILES = ("/dengine/parallel/gradients.py".replace("/", os.sep),)
 _MIN_LOAD = 0.1  # of one core: a process below it computes nothing. Gloo's own threads look around a hundred times a s
 
 
@@ -35,7 +33,8 @@ class BlockedDetector:
         """For how many seconds every look has found the thread waiting, in a process that computes nothing."""
         now_s, cpu_s = time.monotonic(), time.process_time()
         frame = sys._current_frames().get(self._runs.thread_id)
-        is_waiting = frame is not None and any(part in frame.f_code.co_filename for part in _WAITING_FILES)
+        file = frame.f_code.co_filename if frame is not None else ""
+        is_waiting = torch_internals.is_waiting_file(file) or any(part in file for part in _WAITING_FILES)
         # The whole process: the thread that calls for a backward pass waits while another one computes on the GPU.
         if not is_waiting or cpu_s - self._cpu_s > _MIN_LOAD * (now_s - self._looked_at_s):
             self._since_s = now_s

@@ -15,9 +15,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed import DistError
 
+from dengine import torch_internals
 from dengine.control.deadlock import START_OF_RUN
 from dengine.errors import ConsistencyError
 from dengine.launch.parsing import has_fields, parse_object
@@ -105,9 +105,9 @@ def num_joined(size: int, *, but: Any = None) -> int:
     """How many collectives this rank has joined in groups of all `size` ranks: DDP's, FSDP's, the user's own."""
     total = 0
     with suppress(Exception):  # torch's own bookkeeping, which it does not promise
-        for group in dist.distributed_c10d._world.pg_map:
+        for group in torch_internals.process_groups():
             if group is not but and group.size() == size:
-                total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+                total += torch_internals.num_collectives(group)
     return total
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, TCPStore
-
 from dengine.control.sockets import Connections
 from dengine.launch.parsing import parse_object
 from dengine.launch.world import World
+from dengine.torch_internals import PrefixStore, TCPStore
 
 __all__ = ["POLL_S", "ControlContext", "Messages", "StoreEndpoint"]
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+from dengine import torch_internals
 from dengine.control.failure import Level, where_text
 
 __all__ = ["END_OF_GROUP", "START_OF_RUN", "cause", "is_certain", "waits_in"]
@@ -17,22 +18,12 @@ END_OF_GROUP = "the end of process_group()"
 # A rank that computes takes far more of a processor, even on a machine that is shared by many.
 _MAX_CPU_SHARE = 0.02
 _NUM_SHOWN = 64
-_BACKWARD = "backward()"
-_WAITS = {
-    "/torch/nn/parallel/distributed.py": "forward of DistributedDataParallel",
-    "/torch/distributed/": "a collective of torch.distributed",  # FSDP's, too
-}
 _Answers = Mapping[int, Mapping[str, Any]]
 
 
 def waits_in(frame: FrameType | None) -> str:
     """What this innermost frame waits for in torch, if it is in something that may wait for other ranks; else ""."""
-    if frame is None:
-        return ""
-    file = frame.f_code.co_filename.replace("\\", "/")
-    if file.endswith("torch/autograd/graph.py") and frame.f_code.co_name == "_engine_run_backward":
-        return _BACKWARD
-    return next((name for part, name in _WAITS.items() if part in file), "")
+    return "" if frame is None else torch_internals.wait_in(frame)
 
 
 def is_certain(before: _Answers, now: _Answers) -> bool:

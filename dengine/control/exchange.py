@@ -8,8 +8,7 @@ import threading
 import time
 from typing import Any
 
-import torch.distributed as dist
-
+from dengine import torch_internals
 from dengine.control.plane import Control
 from dengine.errors import RemoteRankError
 from dengine.launch.world import control, world
@@ -41,8 +40,7 @@ class Mailbox:
         self._store: Any = None
         if self._here.size > 1:
             # A group that was made elsewhere has a store of its own.
-            common = dist.distributed_c10d._get_default_store
-            self._store = plane.context.store if isinstance(plane, Control) else common()
+            self._store = plane.context.store if isinstance(plane, Control) else torch_internals.default_store()
         self._own: str | None = None
 
     @property

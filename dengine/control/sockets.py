@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias
 
-import torch.distributed as dist
+from dengine import torch_internals
 
 __all__ = ["Connections", "abort_group", "existing_connections", "new_connections"]
 
@@ -134,7 +134,7 @@ class Connections:
 def abort_group() -> None:
     """Abort what is under way on the device, without waiting for it: NCCL's connections are not among the sockets."""
     with suppress(Exception):  # nothing more can be done for a rank that waits on the device
-        dist.distributed_c10d._abort_process_group()
+        torch_internals.abort_process_groups()
 
 
 def _address(name: tuple[Any, ...]) -> _Address:

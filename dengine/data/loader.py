@@ -19,6 +19,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from dengine import torch_internals
 from dengine.checks import whole_number
 from dengine.comm.mesh import deals_to_all_ranks
 from dengine.data.passes import PassCounter
@@ -172,7 +173,7 @@ def renew_workers(data: object, epoch: int) -> None:
     if not callable(getattr(data.dataset, "set_epoch", None)) or _is_shared(getattr(data.dataset, "_epoch", None)):
         return
     if vars(data).get(_TOLD) != epoch:
-        data._iterator = None
+        torch_internals.drop_workers(data)
     vars(data)[_TOLD] = epoch
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DistError, PrefixStore
+from torch.distributed import DistError
 
 from dengine.control.channel import ControlContext, StoreEndpoint
 from dengine.control.ddp_errors import explain
@@ -31,6 +31,7 @@ from dengine.launch.process import identity
 from dengine.launch.rendezvous import rendezvous
 from dengine.launch.world import World, default_device, enter, external_world, leave
 from dengine.launch.world import control as current_control
+from dengine.torch_internals import PrefixStore
 
 __all__ = ["process_group"]
 

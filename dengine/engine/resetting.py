@@ -5,8 +5,7 @@ from itertools import chain, islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch.utils.data.dataloader import _BaseDataLoaderIter
-
+from dengine import torch_internals
 from dengine.engine.described import length_of
 
 __all__ = ["SelfResetting", "may_reset_itself"]
@@ -14,7 +13,7 @@ __all__ = ["SelfResetting", "may_reset_itself"]
 
 def may_reset_itself(data: Iterator[Any]) -> bool:
     """Whether it is an iterator with a length: one that says how much it gives before it begins anew."""
-    return not isinstance(data, _BaseDataLoaderIter) and length_of(data) is not None
+    return not torch_internals.is_loader_iterator(data) and length_of(data) is not None
 
 
 class _Standing:

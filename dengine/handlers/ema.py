@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dengine import torch_internals
 from dengine.checks import whole_number
 from dengine.compiled_names import aligned
 from dengine.distributed import unwrap_model
@@ -14,8 +15,6 @@ from dengine.engine import Engine
 from dengine.naming import other_keywords, other_names, shown
 
 __all__ = ["EMA"]
-
-_NOTES_OF_FSDP = ("__composable_api", "_is_fsdp", "_fsdp_")  # attributes that `fully_shard` leaves on a module
 
 
 @other_names(
@@ -229,7 +228,7 @@ def _sharded_copy(model: nn.Module) -> nn.Module:
         memo[id(module)] = _bare_copy(module, memo)
     copied: nn.Module = copy.deepcopy(model, memo)
     for module in copied.modules():
-        module._load_state_dict_post_hooks.clear()  # FSDP2's, which would reset the model instead of its copy
+        torch_internals.clear_load_hooks(module)
     for module in sharded:
         shards: list[Any] = list(_shards(module).values())
         mesh = shards[0].device_mesh if shards else None
@@ -247,11 +246,11 @@ def _sharded_copy(model: nn.Module) -> nn.Module:
 
 def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy of the class that the module had before `fully_shard`, without the hooks that it added."""
-    kind: Any = type(module).__mro__[2]  # FSDPLinear(FSDPModule, Linear)
+    kind: Any = torch_internals.class_before_fsdp(module)
     bare: nn.Module = kind.__new__(kind)
-    attributes = {name: value for name, value in vars(module).items() if not name.startswith(_NOTES_OF_FSDP)}
-    hooks = {name: type(value)() for name, value in attributes.items() if "_hooks" in name}
-    kept = {name: value for name, value in attributes.items() if name not in hooks}
+    own = {name: value for name, value in vars(module).items() if not name.startswith(torch_internals.FSDP_ATTRIBUTES)}
+    hooks = {name: type(value)() for name, value in own.items() if "_hooks" in name}
+    kept = {name: value for name, value in own.items() if name not in hooks}
     bare.__dict__.update(copy.deepcopy(kept, memo), **hooks)
     return bare
 

@@ -24,13 +24,14 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from torch.distributed import DistError, PrefixStore
+from torch.distributed import DistError
 
 from dengine.errors import LaunchError, StallError
 from dengine.launch.env import Launch, is_agents_store
 from dengine.launch.network import is_reached_by_name, network_of_this_host
 from dengine.launch.parsing import has_fields, parse_object
 from dengine.launch.store import open_store
+from dengine.torch_internals import PrefixStore
 
 __all__ = ["rendezvous"]
 

@@ -7,9 +7,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore
-
 from dengine.launch.env import Launch, is_agents_store
+from dengine.torch_internals import TCPStore
 
 __all__ = ["open_store"]
 

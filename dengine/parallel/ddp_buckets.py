@@ -5,9 +5,10 @@ the order in which a number's summands are added depends on its place in a bucke
 still in the first layout, would round differently from that of a run never interrupted.
 """
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from dengine import torch_internals
 
 __all__ = ["settle_buckets"]
 
@@ -38,21 +39,19 @@ def settle_buckets(model: DistributedDataParallel) -> None:
     try:
         for each in parameters:
             each.grad = None
-        model.reducer.prepare_for_backward([])
-        for each in reversed(parameters):
-            torch.autograd.backward(each, torch.zeros_like(each))
+        torch_internals.build_ddp_buckets(model, parameters)
     finally:
         for each, gradient in zip(parameters, before, strict=True):
             each.grad = gradient
 
 
 def _can_settle(model: DistributedDataParallel) -> bool:
-    if getattr(model, _IS_SETTLED, False) or getattr(model, "_has_rebuilt_buckets", False) or model._comm_hooks:
+    if getattr(model, _IS_SETTLED, False) or torch_internals.has_final_buckets(model):
         return False
     is_sparse = any(getattr(each, "sparse", False) for each in model.modules() if isinstance(each, _EMBEDDINGS))
     is_other = model.find_unused_parameters or model.static_graph or model.mixed_precision
-    has_hooks = any(each._backward_hooks or each._post_accumulate_grad_hooks for each in model.module.parameters())
-    return not (is_other or is_sparse or has_hooks or model._delay_all_reduce_all_params)
+    has_hooks = any(map(torch_internals.has_gradient_hooks, model.module.parameters()))
+    return not (is_other or is_sparse or has_hooks)
 
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dengine import torch_internals
 from dengine.comm.collectives import all_reduce
 from dengine.launch.world import world
 from dengine.types import accumulator_dtype, summable
@@ -178,13 +179,13 @@ def check_loss(loss: Tensor) -> None:
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     """The DDP wrapper that `model` is, or has inside `torch.compile`'s."""
-    inner = getattr(model, "_orig_mod", model)
+    inner = torch_internals.inside_compile(model)
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
 def find_fsdp(model: nn.Module) -> Any:
     """The model that `fully_shard` has cut up, or None."""
-    inner = getattr(model, "_orig_mod", model)
+    inner = torch_internals.inside_compile(model)
     # Importing the class costs 0.3 s.
     return inner if any(base.__name__ == "FSDPModule" for base in type(inner).__mro__) else None
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from dengine import torch_internals
 from dengine.comm.collectives import broadcast_tensors, collective
 from dengine.comm.consistency import Compared, parameters_of, refuse_differences, same_on_all_ranks
 from dengine.comm.mesh import check_mesh, refuse_laid_out, sources_of, spreads_model, spreads_part
@@ -118,14 +119,7 @@ def _compile(model: nn.Module, options: Mapping[str, Any]) -> None:
     if not type(model).forward.__module__.startswith("torch.nn."):
         model.compile(**options)
         return
-    # torch looks into no frame of its own, so that it would leave an nn.Sequential as it is, in silence.
-    call: Any = model._call_impl
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
-
-    called.__code__ = called.__code__.replace()  # what is compiled is kept by code: each model has its own
-    model._compiled_call_impl = torch.compile(called, **options)
+    torch_internals.compiles_own_call(model, **options)  # else left as it is, in silence
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -133,8 +127,8 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's wrapper
-            model = model._orig_mod  # type: ignore[assignment]
+        elif (inner := torch_internals.inside_compile(model)) is not model and isinstance(inner, nn.Module):
+            model = inner
         else:
             return model
 

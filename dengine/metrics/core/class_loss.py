@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, nll_loss
 
+from dengine import torch_internals
 from dengine.metrics.core.inputs import is_kept
 from dengine.types import accumulator_dtype
 
@@ -27,7 +28,7 @@ def source_of(loss_fn: Any) -> Any:
     """The function, module or partial behind a bound method or a compiled module."""
     owner = getattr(loss_fn, "__self__", None)
     source = owner if isinstance(owner, torch.nn.Module) else loss_fn
-    return getattr(source, "_orig_mod", source)
+    return torch_internals.inside_compile(source)
 
 
 def option(source: Any, name: str) -> Any:

@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import HashStore, PrefixStore
-
 from dengine.launch.env import Launch
 from dengine.launch.store import open_store
+from dengine.torch_internals import HashStore, PrefixStore
 
 __all__ = ["Board", "BoardLostError", "open_board"]
 

@@ -1,0 +1,165 @@
+"""Every use of a private name of torch, and of behaviour that it does not promise: one function or constant for each.
+
+`tests/test_canaries.py` has a test for each, which fails if torch changes it and says what then no longer holds;
+`bash launch/test.sh -m canary` runs these alone.
+"""
+
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import HashStore, PrefixStore, TCPStore
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import DataLoader
+
+__all__ = [
+    "FSDP_ATTRIBUTES",
+    "HIDDEN_BY_COMPILE",
+    "HashStore",
+    "PrefixStore",
+    "TCPStore",
+    "abort_process_groups",
+    "build_ddp_buckets",
+    "class_before_fsdp",
+    "clear_load_hooks",
+    "compiles_own_call",
+    "default_store",
+    "drop_workers",
+    "has_final_buckets",
+    "has_gradient_hooks",
+    "inside_compile",
+    "is_loader_iterator",
+    "is_waiting_file",
+    "num_collectives",
+    "process_groups",
+    "wait_in",
+]
+
+HIDDEN_BY_COMPILE = "_orig_mod"  # the attribute of torch.compile's wrapper that holds the module
+FSDP_ATTRIBUTES = ("__composable_api", "_is_fsdp", "_fsdp_")  # how those begin that `fully_shard` leaves on a module
+
+_BACKWARD = "backward()"
+_WAITS = {
+    "/torch/nn/parallel/distributed.py": "forward of DistributedDataParallel",
+    "/torch/distributed/": "a collective of torch.distributed",  # FSDP's, too
+}
+_WAITING_FOLDERS = ("/torch/autograd/", "/torch/distributed/", "/torch/nn/parallel/")
+
+
+# -- process groups ----------------------------------------------------------------------------------------------
+
+
+def process_groups() -> list[Any]:
+    """All process groups of this process, the default one included."""
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def num_collectives(group: Any) -> int:
+    """How many collectives this rank has joined in `group`."""
+    return int(group._get_sequence_number_for_group())
+
+
+def default_store() -> Any:
+    """The store by which the default process group was made."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def abort_process_groups() -> None:
+    """Abort what is under way on the device in any group, without waiting for it."""
+    dist.distributed_c10d._abort_process_group()
+
+
+# -- where a thread waits ----------------------------------------------------------------------------------------
+
+
+def is_waiting_file(file: str) -> bool:
+    """Whether it is a file of torch in which a thread waits for other ranks; it computes there, too."""
+    return any(folder in file.replace("\\", "/") for folder in _WAITING_FOLDERS)
+
+
+def wait_in(frame: FrameType) -> str:
+    """What this innermost frame waits for in torch, if it may wait for other ranks; else ""."""
+    file = frame.f_code.co_filename.replace("\\", "/")
+    if file.endswith("torch/autograd/graph.py") and frame.f_code.co_name == "_engine_run_backward":
+        return _BACKWARD
+    return next((name for part, name in _WAITS.items() if part in file), "")
+
+
+# -- DistributedDataParallel -------------------------------------------------------------------------------------
+
+
+def has_final_buckets(model: "DistributedDataParallel") -> bool:
+    """Whether DDP has laid out its buckets anew already, or is told not to: by a hook, or to reduce after the pass."""
+    return bool(
+        getattr(model, "_has_rebuilt_buckets", False) or model._comm_hooks or model._delay_all_reduce_all_params
+    )
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether something is to run once the gradient of `parameter` is there."""
+    hooks: Any = parameter
+    return bool(hooks._backward_hooks or hooks._post_accumulate_grad_hooks)
+
+
+def build_ddp_buckets(model: "DistributedDataParallel", parameters: list[nn.Parameter]) -> None:
+    """A backward pass of zeros through `parameters`, in reverse order, as DDP sees one. Collective: one all-reduce."""
+    import torch
+
+    model.reducer.prepare_for_backward([])
+    for each in reversed(parameters):
+        torch.autograd.backward(each, torch.zeros_like(each))
+
+
+# -- torch.compile -----------------------------------------------------------------------------------------------
+
+
+def inside_compile(model: Any) -> Any:
+    """What `torch.compile` has wrapped; anything else as it is."""
+    return getattr(model, HIDDEN_BY_COMPILE, model)
+
+
+def compiles_own_call(model: nn.Module, **options: Any) -> None:
+    """As `model.compile(**options)`, of a class of torch's own.
+
+    torch looks into no frame of its own, so that it would leave an nn.Sequential as it is, in silence.
+    """
+    import torch
+
+    call: Any = model._call_impl
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    called.__code__ = called.__code__.replace()  # what is compiled is kept by code: each model has its own
+    model._compiled_call_impl = torch.compile(called, **options)
+
+
+# -- FSDP2 -------------------------------------------------------------------------------------------------------
+
+
+def class_before_fsdp(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before `fully_shard`: FSDPLinear(FSDPModule, Linear)."""
+    return type(module).__mro__[2]
+
+
+def clear_load_hooks(module: nn.Module) -> None:
+    """Drop what runs once a state was loaded: FSDP2's would reset the model instead of its copy."""
+    module._load_state_dict_post_hooks.clear()
+
+
+# -- DataLoader --------------------------------------------------------------------------------------------------
+
+
+def is_loader_iterator(data: object) -> bool:
+    """Whether it is what `iter()` of a DataLoader gives."""
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+    return isinstance(data, _BaseDataLoaderIter)
+
+
+def drop_workers(loader: "DataLoader[Any]") -> None:
+    """End the persistent workers of `loader`, so that its next iteration starts others."""
+    loader._iterator = None

@@ -1,0 +1,292 @@
+"""What dengine uses of torch though torch does not promise it. Each docstring says what breaks if its test fails.
+
+A new torch is judged by `bash launch/test.sh -m canary`.
+"""
+
+import io
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from dengine import torch_internals
+
+pytestmark = pytest.mark.canary
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=torch_internals.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# -- process groups ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("group")
+def test_the_groups_of_a_process_are_listed_and_count_their_collectives() -> None:
+    """Else a hang names the rank that waits, and not the one that joined fewer collectives than the others."""
+    default, other = dist.group.WORLD, dist.new_group([0])
+    assert {default, other} <= set(torch_internals.process_groups())
+    before = torch_internals.num_collectives(default)
+    dist.all_reduce(torch.ones(1))
+    assert torch_internals.num_collectives(default) == before + 1
+
+
+@pytest.mark.usefixtures("group")
+def test_the_store_of_a_group_made_elsewhere_is_found() -> None:
+    """Else ranks of a process group that the user has made cannot leave notes for each other: checkpoints that are
+    written in the background would not be agreed upon."""
+    store = torch_internals.default_store()
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+
+
+@pytest.mark.usefixtures("group")
+def test_groups_can_be_aborted_without_a_wait() -> None:
+    """Else a rank whose peers have failed waits on its GPU until NCCL's own timeout, not for five seconds."""
+    assert callable(dist.distributed_c10d._abort_process_group)
+
+
+def test_stores_keep_compare_and_count_as_their_names_say() -> None:
+    """Else neither the control plane nor `doctor` has anywhere to write."""
+    store = torch_internals.PrefixStore("a", torch_internals.HashStore())
+    assert store.compare_set("key", "", "first") == b"first"
+    assert store.compare_set("key", "", "second") == b"first"
+    assert store.add("count", 2) == 2
+    assert store.check(["key"])
+    assert store.delete_key("key")
+    server = torch_internals.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    client = torch_internals.TCPStore("localhost", server.port, is_master=False, wait_for_workers=False)
+    client.set("key", "value")
+    assert server.get("key") == b"value"
+
+
+CONNECTIONS = """
+import sys
+import torch, torch.distributed as dist
+from dengine.control.sockets import new_connections
+rank, file = int(sys.argv[1]), sys.argv[2]
+with new_connections(0) as made:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    dist.all_reduce(torch.ones(1))
+print(len(made))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_gloo_connects_ranks_by_sockets_of_the_process_that_proc_lists(tmp_path: Path) -> None:
+    """Else a failing rank cannot shut its connections, and the others wait for it until Gloo's timeout instead of
+    leaving within five seconds."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CONNECTIONS, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    printed = [each.communicate(timeout=300)[0].split() for each in ranks]
+    assert all(int(words[-1]) >= 1 for words in printed)
+
+
+# -- where a thread waits ----------------------------------------------------------------------------------------
+
+
+def frames_during(action: Any) -> list[Any]:
+    """The innermost frames that another thread sees in this one during `action`, which calls what it is given."""
+    seen: list[Any] = []
+    here = threading.get_ident()
+
+    def look() -> None:
+        seen.append(sys._current_frames()[here])
+
+    def look_from_another_thread() -> None:
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+
+    action(look_from_another_thread)
+    return seen
+
+
+def test_a_backward_pass_is_waited_for_in_a_file_of_torch_autograd() -> None:
+    """Else a rank that waits for others inside `backward()` is not told from one that computes, and a deadlock of the
+    script is reported as a stall, after `stall_timeout`."""
+
+    def backward(look: Any) -> None:
+        tensor = torch.ones(2, requires_grad=True)
+        tensor.register_hook(lambda gradient: look())
+        tensor.sum().backward()
+
+    (frame,) = frames_during(backward)
+    found = []
+    while frame is not None:
+        found.append(torch_internals.wait_in(frame))
+        is_torchs = torch_internals.is_waiting_file(frame.f_code.co_filename)
+        assert is_torchs or not found[-1]
+        frame = frame.f_back
+    assert "backward()" in found
+
+
+def test_collectives_and_the_forward_of_ddp_are_in_the_files_that_are_looked_for() -> None:
+    """Else a rank that waits in them is not told from one that computes."""
+    for function, wait in (
+        (dist.all_reduce, "a collective of torch.distributed"),
+        (DistributedDataParallel.forward, "forward of DistributedDataParallel"),
+    ):
+        code = getattr(function, "__wrapped__", function).__code__
+        assert torch_internals.is_waiting_file(code.co_filename)
+        assert wait in [each for part, each in torch_internals._WAITS.items() if part in code.co_filename]
+
+
+# -- DistributedDataParallel -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("group")
+def test_a_backward_pass_of_zeros_settles_the_buckets_of_ddp() -> None:
+    """Else the first step after a resume rounds its sums of gradients otherwise than the run that was never
+    interrupted, on three ranks or more."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model = DistributedDataParallel(module)
+    assert not torch_internals.has_final_buckets(model)
+    torch_internals.build_ddp_buckets(model, list(module.parameters()))
+    model(torch.ones(1, 2)).sum().backward()  # DDP notes in its forward pass that they are new
+    assert torch_internals.has_final_buckets(model)
+
+
+def test_hooks_on_a_parameter_are_seen() -> None:
+    """Else the pass of zeros that settles the buckets would run them: an optimizer in the backward pass would step."""
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    parameters[1].register_hook(lambda gradient: None)
+    parameters[2].register_post_accumulate_grad_hook(lambda parameter: None)
+    assert [torch_internals.has_gradient_hooks(each) for each in parameters] == [False, True, True]
+
+
+# -- torch.compile -----------------------------------------------------------------------------------------------
+
+
+def test_the_wrapper_of_compile_has_the_module_under_the_name_that_is_taken_out_of_checkpoints() -> None:
+    """Else a checkpoint of a compiled model cannot be loaded into one that is not, and DDP inside it is not found."""
+    module = nn.Linear(1, 1)
+    compiled: Any = torch.compile(module)
+    assert torch_internals.inside_compile(compiled) is module
+    assert f"{torch_internals.HIDDEN_BY_COMPILE}.weight" in compiled.state_dict()
+
+
+def test_a_module_of_torch_s_own_is_called_through_what_was_compiled() -> None:
+    """Else `prepare_model(compile=True)` leaves an nn.Sequential as slow as it was, without a word."""
+    calls = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    module = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    expected = module(torch.ones(1, 2))
+    torch_internals.compiles_own_call(module, backend=backend)
+    assert torch.equal(module(torch.ones(1, 2)), expected)
+    assert calls
+
+
+# -- FSDP2 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("group")
+def test_fully_shard_puts_its_class_before_the_module_s_and_its_notes_under_known_names() -> None:
+    """Else EMA cannot copy a sharded model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    module = nn.Linear(2, 2)
+    before = set(vars(module))
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    assert torch_internals.class_before_fsdp(module) is nn.Linear
+    assert isinstance(module, FSDPModule)
+    assert any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+    added = set(vars(module)) - before
+    assert all(name.startswith(torch_internals.FSDP_ATTRIBUTES) for name in added)
+    torch_internals.clear_load_hooks(module)
+    assert not module._load_state_dict_post_hooks
+    assert all(hasattr(module.weight, name) for name in ("device_mesh", "placements", "to_local", "full_tensor"))
+
+
+# -- DataLoader --------------------------------------------------------------------------------------------------
+
+
+def test_the_iterator_of_a_loader_is_told_from_one_that_resets_itself() -> None:
+    """Else an epoch over `iter(loader)` is taken for one of data that begin anew, and asked for a batch too many."""
+    loader = DataLoader([1, 2])
+    assert torch_internals.is_loader_iterator(iter(loader))
+    assert not torch_internals.is_loader_iterator(iter([1, 2]))
+
+
+def test_workers_that_were_dropped_are_replaced_by_others() -> None:
+    """Else persistent workers go on with the data set as it was in the first epoch: each epoch has its samples."""
+    loader = DataLoader([1, 2], num_workers=1, persistent_workers=True)
+    first = iter(loader)
+    assert len(list(first)) == 2
+    assert iter(loader) is first
+    torch_internals.drop_workers(loader)
+    assert iter(loader) is not first
+
+
+# -- torch.save --------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_file_ends_with_the_record_of_a_zip_archive_without_a_comment() -> None:
+    """Else a checkpoint cannot take its description and digest as that comment: no save works, and says so."""
+    written: list[bytes] = []
+
+    class Sink(io.RawIOBase):
+        def write(self, data: Any) -> int:
+            written.append(bytes(data))
+            return len(data)
+
+    torch.save({"a": torch.ones(3)}, Sink())  # type: ignore[arg-type]
+    whole = b"".join(written)
+    assert whole[-22:].startswith(b"PK\x05\x06")
+    assert whole.endswith(b"\0\0")
+    with_comment = whole[:-2] + (5).to_bytes(2, "little") + b"notes"
+    assert zipfile.ZipFile(io.BytesIO(with_comment)).comment == b"notes"
+    assert torch.equal(torch.load(io.BytesIO(with_comment), weights_only=True)["a"], torch.ones(3))
+
+
+def test_checksums_of_tensors_can_be_left_out_of_a_saved_file() -> None:
+    """Else a save takes up to twice the time."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        file = io.BytesIO()
+        torch.save(torch.ones(3), file)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), torch.ones(3))
+
+
+def test_a_module_s_state_has_the_versions_of_its_parts_beside_its_items() -> None:
+    """Else a state that was loaded from a checkpoint is taken for one of the oldest version of each module."""
+    assert nn.BatchNorm1d(1).state_dict()._metadata[""]["version"] >= 2  # type: ignore[attr-defined]
+
+
+def test_tensors_are_copied_and_scaled_many_at_a_time() -> None:
+    """Else EMA, the scaling of gradients and snapshots of states fail."""
+    targets, sources = [torch.zeros(2), torch.zeros(3)], [torch.ones(2), torch.ones(3)]
+    torch._foreach_copy_(targets, sources)
+    torch._foreach_mul_(targets, 4.0)
+    torch._foreach_lerp_(targets, sources, 0.5)
+    assert [each.tolist() for each in targets] == [[2.5] * 2, [2.5] * 3]
