@@ -31,7 +31,7 @@ from dengine.checkpoint.states.snapshot import RESERVED, Collected, States, unwr
 from dengine.control.exchange import Mailbox
 from dengine.distributed import unwrap_model
 from dengine.errors import CheckpointError, CorruptCheckpointError
-from dengine.types import Stateful
+from dengine.types import Stateful, has_per_rank_state
 
 __all__ = ["FolderFormat", "numbered", "read_folder"]
 
@@ -181,7 +181,7 @@ def _layouts(into: Mapping[str, Stateful]) -> dict[str, Any]:
         if isinstance(value, torch.optim.Optimizer):
             model: nn.Module = unwrap_model(model_of(name, value, into))
             layouts[name] = LikeParameters.of(model)
-        elif hasattr(value, "load_random_state"):  # an engine: numbers alone
+        elif has_per_rank_state(value):  # an engine: numbers alone
             layouts[name] = None
         else:
             layouts[name] = LikeTensors.of(unwrapped(value).state_dict())

@@ -11,7 +11,7 @@ from dengine.checkpoint.states.partial import Fitting
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, HostCopy, States, unwrapped
 from dengine.compiled_names import aligned
 from dengine.distributed import world
-from dengine.types import Stateful
+from dengine.types import Stateful, has_per_rank_state, takes_restored
 
 __all__ = ["Restoring", "give_random_states"]
 
@@ -29,7 +29,7 @@ class Restoring:
     def __init__(self, into: Mapping[str, Stateful], fitting: Fitting | None = None) -> None:
         self._fitting = fitting  # where not all of each state is to be loaded
         # Last what checks before it changes anything, and remembers that it was loaded: the engine.
-        self._into = dict(sorted(into.items(), key=lambda item: hasattr(item[1], "load_random_state")))
+        self._into = dict(sorted(into.items(), key=lambda item: has_per_rank_state(item[1])))
         self._before: dict[str, Any] = {}
 
     def load(self, states: States) -> None:
@@ -44,7 +44,7 @@ class Restoring:
             raise KeyError(f"there is no {', '.join(missing)} in it; it holds {there}.")
         for name, value in self._into.items():
             target = unwrapped(value)
-            keeps_itself = hasattr(value, "load_random_state")
+            keeps_itself = has_per_rank_state(value)
             before = HostCopy().take({name: _state_of(name, target)})[name]
             if not keeps_itself:
                 state = aligned(states[name], before)
@@ -88,10 +88,10 @@ def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
     here = world()
     saved = states.get(RESERVED, {}).get(RANDOM, {})
     for name, value in into.items():
-        if hasattr(value, "data_restored"):
+        if takes_restored(value):
             value.data_restored([each for each in into.values() if each is not value])
         of_ranks = saved.get(name)
-        if not of_ranks or not hasattr(value, "load_random_state"):
+        if not of_ranks or not has_per_rank_state(value):
             continue
         if len(of_ranks) != here.size and here.rank == 0:
             warnings.warn(
@@ -101,7 +101,7 @@ def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
             )
         if here.rank < len(of_ranks):
             value.load_random_state(of_ranks[here.rank])
-        elif hasattr(value, "data_restored"):
+        elif takes_restored(value):
             value.load_random_state(of_ranks[0], data_only=True)
 
 

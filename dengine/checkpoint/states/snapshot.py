@@ -15,7 +15,7 @@ from dengine.checkpoint.states.plain import plain
 from dengine.checkpoint.states.replicas import Print, prints_of, refuse_lost
 from dengine.distributed import all_gather_object, unwrap_model, world
 from dengine.errors import CheckpointError
-from dengine.types import Stateful
+from dengine.types import Stateful, has_per_rank_state
 
 __all__ = [
     "FORMAT_VERSION",
@@ -151,7 +151,7 @@ def _unfit(name: str, value: Stateful, mine: _Mine) -> str | None:
     inner = unwrapped(value)
     refuse_to_save(name, inner)
     state = inner.state_dict()
-    random = value.random_state() if hasattr(value, "load_random_state") else None  # type: ignore[attr-defined]
+    random = value.random_state() if has_per_rank_state(value) else None
     try:
         taken = plain(name, state)
         if random is not None:
