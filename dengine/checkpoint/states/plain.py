@@ -7,7 +7,7 @@ however often it is referred to, and so ends for a state that contains itself.
 import io
 import sys
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import PurePath
@@ -31,6 +31,8 @@ _BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (float, float.__float__),
     (bytes, lambda value: bytes(bytearray(value))),
 )
+_WRAPPER = HIDDEN.removesuffix(".")  # as the whole name of a module has it, too
+_DEEPEST_PLAIN = 8  # those of models and optimizers are less deep
 _DEEPEST = 200  # containers within containers: pickle and deepcopy end a little below Python's limit
 _MOST_VALUES = 20_000_000
 # A tensor that declares more than it holds (an expanded one) may be that large.
@@ -50,12 +52,15 @@ def plain(name: str, state: Any) -> Plain:
     becomes a string or a number, a `frozenset` a set, another mapping a dict; and names lose what `torch.compile` has
     put into them.
 
-    Cost: one visit of each value.
+    Cost: one visit of each value; a second one where it is not of the commonest kinds alone.
 
     Raises:
         TypeError: a state that contains itself, or a tensor without data; it names the path within the state.
     """
     tensors: list[torch.Tensor] = []
+    if _is_plain(state, tensors, [_MOST_VALUES], _DEEPEST_PLAIN):
+        return Plain(state, tensors)
+    tensors.clear()
 
     def tensor(value: torch.Tensor) -> torch.Tensor:
         tensors.append(value)
@@ -65,6 +70,38 @@ def plain(name: str, state: Any) -> Plain:
         return Plain(_Walk(tensor, _as_base, without_compiled).of(state), tensors)
     except _Refused as refused:
         raise TypeError(refused.text(name)) from None
+
+
+def _is_plain(value: Any, tensors: list[torch.Tensor], budget: list[int], depth: int) -> bool:
+    """Whether `value` is made of dicts and lists, at most `depth` within each other, of no more values than the
+    `budget` has left, for which there is nothing to do; its tensors are put into `tensors`.
+
+    This is what a save costs for each tensor of a model and its optimizer, so it calls nothing for a tensor.
+    """
+    kind = type(value)
+    if kind is dict or kind is OrderedDict:
+        for key in value:
+            if type(key) is not int and (type(key) is not str or _WRAPPER in key):
+                return False
+        parts: Iterable[Any] = value.values()
+        if kind is OrderedDict and vars(value):  # of a module's state, the versions
+            parts = (*parts, vars(value))
+    elif kind is list or kind is tuple:
+        parts = value
+    else:
+        return False
+    budget[0] -= len(value)
+    if budget[0] < 0 or not depth:
+        return False
+    for part in parts:
+        kind = type(part)
+        if kind is torch.Tensor or kind is nn.Parameter:
+            if part.is_meta:
+                return False
+            tensors.append(part)
+        elif kind not in _CERTAIN and not _is_plain(part, tensors, budget, depth - 1):
+            return False
+    return True
 
 
 def refuse_pickles(name: str, state: Any) -> None:
