@@ -92,8 +92,16 @@ class Loop:
             self._fire(Events.TERMINATED)
         if not state.preempted:
             self._fire(Events.COMPLETED)
-        if not self.limits.is_terminated and is_fresh and (world().rank == 0 or not distributed):
+        is_whole = is_fresh and not self.limits.is_terminated
+        if is_whole and (world().rank == 0 or not distributed) and self._is_evaluation():
             self.dispatcher.warn_of_idle(state)
+
+    def _is_evaluation(self) -> bool:
+        """Whether the run looks like an evaluator's: one epoch, of which nothing was cut off unless a trainer is
+        around it. One of several epochs, or of a few iterations, may be the trial of a training that takes longer.
+        """
+        is_cut = self.epochs.is_length_given or self.limits.max_iterations != NEVER
+        return self.state.max_epochs == 1 and not (is_cut and not engines_around(self.engine))
 
     def _run_epoch(self) -> bool:
         """Run one epoch, or what is left of it. False if it was cut short, so that the run is over."""

@@ -26,7 +26,7 @@ from dengine.engine.phases import Phase
 from dengine.errors import CheckpointError
 from dengine.handlers.priorities import Priority
 from dengine.handlers.score import check_score_function, score_of
-from dengine.handlers.step import StepTransform, check_step_transform, step_to_save
+from dengine.handlers.step import StepTransform, check_step_transform, step_of
 from dengine.naming import other_keywords, other_names, shown
 from dengine.types import MetricValue
 
@@ -270,7 +270,7 @@ class Checkpoint:
         # One that is still being written counts as saved: where it fails, the run ends.
         if not is_kept(score, self._expected(), self._n_saved):
             return self._known(), None
-        step = step_to_save(engine, self._step_transform, self._objects.values())
+        step = step_of(engine, self._step_transform, self._objects.values())
         if (job := self._background.job) is not None:
             self._say_that_it_waits(job)
             if (outcome := self._settle()).failure is not None:

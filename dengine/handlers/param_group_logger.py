@@ -23,7 +23,7 @@ class ParamGroupLogger:
     Args:
         optimizer: any with `param_groups`.
         run: as `TrackingHandler` takes it.
-        global_step_transform: `(engine, event) -> int`; the engine's iteration by default.
+        global_step_transform: `(engine, event) -> int`; by default as for `TrackingHandler`.
 
     Raises:
         TypeError: `optimizer` has no `param_groups`, `run` cannot be logged to, or the transform cannot be called.

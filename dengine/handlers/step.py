@@ -8,7 +8,7 @@ from dengine.engine import Engine, Events
 from dengine.engine.loop import engines_around
 from dengine.handlers.arguments import check_function
 
-__all__ = ["StepTransform", "check_step_transform", "step_of", "step_to_save"]
+__all__ = ["StepTransform", "check_step_transform", "step_of"]
 
 StepTransform: TypeAlias = Callable[[Engine, Any], int]
 
@@ -21,27 +21,24 @@ def check_step_transform(name: str, value: object) -> None:
     check_function(name, value, "engine", "event")
 
 
-def step_of(engine: Engine, transform: StepTransform | None) -> int:
-    """The engine's iteration, or what `transform(engine, event)` gives.
+def step_of(engine: Engine, transform: StepTransform | None, saved: Iterable[object] = ()) -> int:
+    """What `transform(engine, event)` gives, or the engine's iteration; for an evaluator, whose iterations begin anew
+    with each run, that of its trainer.
+
+    An evaluator makes one epoch a run and is not among the objects that are `saved`. Its trainer is the engine among
+    them, or the one whose handler (or step) runs the evaluation. Of its single iterations it keeps its own count.
 
     Raises:
-        TypeError, ValueError: that is no whole number of at least 0.
+        TypeError, ValueError: `transform` gives no whole number of at least 0.
     """
-    if transform is None:
-        return engine.state.iteration
-    return whole_number("The step", transform(engine, engine.firing), least=0)
-
-
-def step_to_save(engine: Engine, transform: StepTransform | None, objects: Iterable[object]) -> int:
-    """`step_of`; for an evaluator, whose iterations begin anew with each run, the iteration of its trainer.
-
-    An evaluator makes one epoch a run and is not among the `objects` that are saved. Its trainer is the engine among
-    them, or the one whose handler (or step) runs the evaluation.
-    """
-    saved = [each for each in objects if isinstance(each, Engine)]
+    if transform is not None:
+        return whole_number("The step", transform(engine, engine.firing), least=0)
     is_within_epoch = engine.firing in (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED)
-    if transform is not None or engine in saved or engine.state.max_epochs != 1 or is_within_epoch:
-        return step_of(engine, transform)
+    if engine.state.max_epochs != 1 or is_within_epoch:
+        return engine.state.iteration
+    engines = [each for each in saved if isinstance(each, Engine)]
+    if engine in engines:
+        return engine.state.iteration
     around = engines_around(engine)
-    trainers = [each for each in around if each in saved] or around[:1] or (saved if len(saved) == 1 else [])
-    return step_of(trainers[0] if trainers else engine, None)
+    trainers = [each for each in around if each in engines] or around[:1] or (engines if len(engines) == 1 else [])
+    return (trainers[0] if trainers else engine).state.iteration

@@ -34,8 +34,8 @@ class TrackingHandler:
         metric_names: which of `state.metrics` and of the mapping that `output_transform` gives; "all" takes every
             metric, None what `output_transform` gives. A vector becomes `name/0`, `name/1`, ...
         output_transform: turns the step's output into a scalar, or a mapping of names to values.
-        global_step_transform: `(engine, event) -> int`, the step of the row; the engine's iteration by default. For an
-            evaluator: `lambda engine, event: trainer.state.iteration`.
+        global_step_transform: `(engine, event) -> int`, the step of the row; the engine's iteration by default, and at
+            the end of an evaluation that a trainer's handler runs, the trainer's.
 
     Raises:
         TypeError: `run` cannot be logged to, `metric_names` is a string other than "all", or a transform not callable.
