@@ -1,0 +1,123 @@
+"""What the pickle inside an archive of `torch.save` would call.
+
+`torch.load(weights_only=True)` calls nothing but what it knows, yet some of that takes memory by the number it is given
+(`bytearray(10**10)`, `Tensor(10**6, 10**6)`), or doubles what it is given (`encode(..., "hex")`, again and again).
+`torch.save` never writes such a call.
+"""
+
+import io
+import pickletools
+import re
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["check_calls"]
+
+_SUSPICIOUS = re.compile(rb"c[\w.]*\n(?:bytearray|encode|\w*Tensor|UntypedStorage|TypedStorage)\n")
+_PUTS, _GETS = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# Take one or more values from above the last one that stays; the others end at a mark.
+_MERGE = {"APPEND": 1, "SETITEM": 2, "BUILD": 1}
+_MERGE_TO_MARK = ("APPENDS", "SETITEMS")
+_CONSTANTS = (
+    *("NONE", "NEWFALSE", "NEWTRUE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "BININT", "BININT1", "BININT2"),
+    *("BINFLOAT", "LONG1"),
+)
+
+
+def check_calls(pickle: bytes) -> None:
+    """Refuse calls that take memory for nothing that is in the file.
+
+    Nothing is called here. Cost: one look for names; the operations are only followed where one of them is there.
+
+    Raises:
+        ValueError: there is such a call, or something that is no pickle of `torch.save`.
+    """
+    if _SUSPICIOUS.search(pickle) is None:
+        return
+    try:
+        _Calls().follow(pickle)
+    except (IndexError, KeyError) as error:
+        raise ValueError(f"its pickle takes what is not there: {error!r}") from None
+
+
+class _Global(str):
+    """The name of something that can be called."""
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    length: int
+
+
+class _Calls:
+    """The operations of a pickle, on a stack of what is known: strings, tuples, names and bytes; all else is None."""
+
+    def __init__(self) -> None:
+        self._stack: list[Any] = []
+        self._marks: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        self._copied = 0  # bytes: each of them is in the pickle, for one copy or two
+
+    def follow(self, pickle: bytes) -> None:
+        for operation, argument, _ in pickletools.genops(io.BytesIO(pickle)):
+            self._do(operation.name, argument)
+            if self._copied > 2 * len(pickle):
+                raise ValueError("its pickle copies the same bytes again and again, which torch.save never does")
+
+    def _do(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        if name in _PUTS:
+            self._memo[argument] = stack[-1]
+        elif name in _GETS:
+            stack.append(self._memo[argument])
+        elif name == "BINUNICODE":
+            stack.append(argument)
+        elif name == "SHORT_BINSTRING":
+            stack.append(_Bytes(len(argument)))
+        elif name in _CONSTANTS:
+            stack.append(None)
+        elif name == "GLOBAL":
+            stack.append(_Global(argument.replace(" ", ".")))
+        elif name in _TUPLES:
+            num = _TUPLES[name]
+            parts = tuple(stack[len(stack) - num :])
+            if len(parts) != num:
+                raise IndexError(name)
+            stack[len(stack) - num :] = [parts]
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments = stack.pop()
+            stack[-1] = _called(stack[-1], arguments)
+            self._copied += stack[-1].length if stack[-1] is not None else 0
+        elif name in _MERGE:
+            del stack[-_MERGE[name] :]
+        elif name == "BINPERSID":
+            stack[-1] = None
+        elif name == "MARK":
+            self._marks.append(stack)
+            self._stack = []
+        elif name == "TUPLE" or name in _MERGE_TO_MARK:
+            self._stack = self._marks.pop()
+            if name == "TUPLE":
+                self._stack.append(tuple(stack))
+        elif name not in ("PROTO", "STOP"):
+            raise ValueError(f"its pickle has the operation {name}, which torch.save never writes")
+
+
+def _called(function: Any, arguments: Any) -> "_Bytes | None":
+    """What is known of the result of a call.
+
+    Raises:
+        ValueError: it is none that `torch.save` writes.
+    """
+    name = function.rpartition(".")[2] if isinstance(function, _Global) else ""
+    match name, arguments:
+        case ("bytearray", ()) | ("bytearray", (str(), "latin1" | "latin-1")):
+            return None
+        case "bytearray", (_Bytes(length=length),):
+            return _Bytes(length)
+        case "encode", (str(text), "latin1" | "latin-1"):
+            return _Bytes(len(text))
+    if name in ("bytearray", "encode") or name.endswith(("Tensor", "UntypedStorage", "TypedStorage")):
+        raise ValueError(f"its pickle calls {function} in a way that torch.save never does")
+    return None
