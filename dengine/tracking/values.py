@@ -19,6 +19,7 @@ Scalar: TypeAlias = float | int | bool | str | None
 
 _ENCODE = json.JSONEncoder(allow_nan=False).encode
 _AS_IT_IS = (float, int, bool, str)
+_MOST_BITS = 8192  # of a whole number: 2467 digits
 _MAX_DEPTH = 100  # what contains itself is deeper than any
 
 
@@ -29,7 +30,7 @@ def scalar(name: str, value: Any) -> Scalar:
         TypeError: it is none of them; of tensors and arrays, those with a single element and a real type are, where
             they can be read.
     """
-    if type(value) in _AS_IT_IS:
+    if type(value) in _AS_IT_IS and not _is_too_long(value):
         return value  # type: ignore[no-any-return]
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         if (value.numel() if isinstance(value, torch.Tensor) else value.size) != 1:
@@ -40,7 +41,7 @@ def scalar(name: str, value: Any) -> Scalar:
             )
         value = _item(name, value)
     for kind_of_scalar in (bool, int, float, str):  # subclasses too: np.float64, an IntEnum
-        if isinstance(value, kind_of_scalar):
+        if isinstance(value, kind_of_scalar) and not _is_too_long(value):
             return kind_of_scalar(value)
     raise TypeError(
         f"{name!r} is {_short(value)}, a {type(value).__qualname__}: a row holds numbers, bools, strings, and dicts "
@@ -91,6 +92,8 @@ def plain(value: Any, keys: Sequence[object] = ()) -> Any:
     Raises: ValueError: something in it contains itself; it names the key.
     """
     _refuse_depth(keys)
+    if isinstance(value, int) and _is_too_long(value):
+        return hex(value)
     if value is None or type(value) in _AS_IT_IS:
         return value
     if isinstance(value, Namespace):
@@ -147,6 +150,11 @@ def _item(name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta"):
             raise
         raise TypeError(f"{name!r} is a {type(value).__qualname__} that cannot be read: {error}.") from error
+
+
+def _is_too_long(value: object) -> bool:
+    """Whether Python would refuse to write that number, or another reader to read it."""
+    return isinstance(value, int) and value.bit_length() > _MOST_BITS
 
 
 def _refuse_depth(keys: Sequence[object]) -> None:

@@ -36,6 +36,8 @@ ODD = [
     np.complex64(1j),
     1j,
     b"bytes",
+    10**5000,
+    -(10**5000),
     object(),
     Unprintable(),
     print,
@@ -140,3 +142,10 @@ def test_a_tracking_handler_gives_null_to_who_can_hold_it(run: Any, written: Any
     trainer.on(Events.ITERATION_COMPLETED, log)
     assert warned(lambda: trainer.run([0])) == []
     assert run.written == written
+
+
+def test_a_number_without_end_in_the_configuration_is_kept_as_text(tmp_path: Path) -> None:
+    with Track.run("p", dir=tmp_path, config={"seed": 1 << 50_000, "lr": 0.1}) as run:
+        config = json.loads((Path(run.dir) / "config.json").read_text())
+    assert config["lr"] == 0.1
+    assert int(config["seed"], 16) == 1 << 50_000
