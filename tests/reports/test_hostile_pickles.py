@@ -15,8 +15,8 @@ from torch import nn
 
 from dengine.checkpoint import load, save
 from dengine.checkpoint.disk.calls import check_calls
-from dengine.checkpoint.disk.footer import SealedFile
-from dengine.checkpoint.disk.hashing import DigestedFile
+from dengine.checkpoint.disk.footer import write_footer
+from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.checkpoint.disk.regular import check_archive
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
@@ -81,11 +81,10 @@ def written(path: Path, pickle: bytes) -> None:
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
         for name, part in (("data.pkl", pickle), ("byteorder", b"little"), ("data/0", b"\0" * 64), ("version", b"3\n")):
             archive.writestr(f"archive/{name}", part)
-    with open(path, "wb") as file, DigestedFile(file.fileno()) as digested:
-        whole = SealedFile(digested)
+    with open(path, "wb") as file, HashingWriter(file.fileno()) as whole:
         whole.write(content.getvalue()[:-22])
         whole.write(content.getvalue()[-22:])
-        whole.seal(ABOUT)
+        write_footer(whole, ABOUT)
 
 
 def model_of(value: float) -> nn.Linear:
