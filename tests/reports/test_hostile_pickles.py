@@ -126,7 +126,7 @@ class Holder:
 def with_attribute() -> torch.Tensor:
     tensor: Any = torch.ones(2)
     tensor.note = "kept"
-    return tensor  # type: ignore[no-any-return]
+    return tensor
 
 
 @pytest.mark.parametrize(
