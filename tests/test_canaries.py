@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from dengine import torch_internals
 
@@ -229,14 +229,14 @@ def test_fully_shard_puts_its_class_before_the_module_s_and_its_notes_under_know
 
 def test_the_iterator_of_a_loader_is_told_from_one_that_resets_itself() -> None:
     """Else an epoch over `iter(loader)` is taken for one of data that begin anew, and asked for a batch too many."""
-    loader = DataLoader([1, 2])
+    loader = DataLoader(TensorDataset(torch.arange(2)))
     assert torch_internals.is_loader_iterator(iter(loader))
     assert not torch_internals.is_loader_iterator(iter([1, 2]))
 
 
 def test_workers_that_were_dropped_are_replaced_by_others() -> None:
     """Else persistent workers go on with the data set as it was in the first epoch: each epoch has its samples."""
-    loader = DataLoader([1, 2], num_workers=1, persistent_workers=True)
+    loader = DataLoader(TensorDataset(torch.arange(2)), num_workers=1, persistent_workers=True)
     first = iter(loader)
     assert len(list(first)) == 2
     assert iter(loader) is first
