@@ -29,7 +29,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1])
 def derived(base: Any, *methods: str) -> Any:
     """A class with these methods of its own, each of which can be told by the value."""
 
-    class Derived(base):  # type: ignore[misc]
+    class Derived(base):
         resets = 0
 
         if "update" in methods:
