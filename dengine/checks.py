@@ -1,4 +1,4 @@
-"""Checks of arguments that more than one room makes."""
+"""Checks of arguments that more than one layer makes."""
 
 import inspect
 import operator

@@ -1,4 +1,4 @@
-"""Protocols and types that more than one room uses."""
+"""Protocols and types that more than one layer uses."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable

@@ -1,4 +1,4 @@
-"""Where a run is opened: the one place of this room that asks for the rank."""
+"""Where a run is opened: the one place of this sub-package that asks for the rank."""
 
 import os
 import secrets

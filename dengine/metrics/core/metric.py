@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import wraps
-from inspect import isfunction
+from inspect import Parameter, isfunction, signature
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -235,14 +235,31 @@ def _fresh(default: Any) -> Any:
 
 # Above the class that they are already applied to while this module is read.
 def _counting(update: Callable[..., None]) -> Callable[..., None]:
+    """`update`, counted once however many base classes count the same call; anew, if it was a reset as well."""
+
+    @wraps(update)
+    def counted_one(self: Metric, output: Any) -> None:
+        before = self.num_updates
+        update(self, output)
+        after = self.num_updates
+        self.num_updates = (before if before < after else after) + 1
+
     @wraps(update)
     def counted(self: Metric, *args: Any, **kwargs: Any) -> None:
         before = self.num_updates
         update(self, *args, **kwargs)
-        # Once, however many base classes counted the same call; anew, if it was a reset as well.
-        self.num_updates = min(before, self.num_updates) + 1
+        after = self.num_updates
+        self.num_updates = (before if before < after else after) + 1
 
-    return counted
+    # An update of a small batch takes so little time that packing its argument shows.
+    return counted_one if _takes_one_output(update) else counted
+
+
+def _takes_one_output(update: Callable[..., None]) -> bool:
+    parameters = list(signature(update).parameters.values())
+    if [each.name for each in parameters] != ["self", "output"]:
+        return False
+    return parameters[1].kind is Parameter.POSITIONAL_OR_KEYWORD and parameters[1].default is Parameter.empty
 
 
 def _uncounting(reset: Callable[..., None]) -> Callable[..., None]:
