@@ -7,11 +7,10 @@ import torch
 from dengine.checks import whole_number
 from dengine.errors import NotComputableError
 from dengine.metrics.builtin.class_counts import Average, ClassCounts, check_average, class_average
-from dengine.metrics.builtin.labels import Answers, ClassSettings, LabelMetric, Task, check_scores
+from dengine.metrics.builtin.labels import Answers, ClassSettings, LabelMetric, Task, check_scores, foreign_keywords
 from dengine.metrics.core.derived import View
 from dengine.metrics.core.inputs import as_pair, checked_ignore_index, is_number
 from dengine.metrics.core.metric import OutputTransform
-from dengine.naming import other_keywords
 from dengine.types import MetricValue
 
 __all__ = ["Accuracy", "TopKAccuracy"]
@@ -54,11 +53,7 @@ class Accuracy(View):
         0.75
     """
 
-    @other_keywords(
-        is_multilabel='write task="multilabel"',
-        device="states are kept where the data are",
-        labels="pass num_classes=, and average=None for a value of each class",
-    )
+    @foreign_keywords
     def __init__(
         self,
         task: Task | None = None,

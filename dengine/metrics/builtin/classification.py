@@ -6,11 +6,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from dengine.metrics.builtin.class_counts import Average, ClassCounts, check_average, class_average
-from dengine.metrics.builtin.labels import ClassSettings, LabelMetric, Task
+from dengine.metrics.builtin.labels import ClassSettings, LabelMetric, Task, foreign_keywords
 from dengine.metrics.builtin.sample_ratios import SampleRatios
 from dengine.metrics.core.derived import View
 from dengine.metrics.core.metric import OutputTransform
-from dengine.naming import other_keywords
 from dengine.types import MetricValue
 
 __all__ = ["ConfusionMatrix", "F1Score", "Precision", "Recall"]
@@ -21,11 +20,7 @@ AverageOrAuto: TypeAlias = Average | Literal["auto"]
 class _ClassRatio(View):
     """Base of what is a ratio of counts in each class, and then an average over the classes."""
 
-    @other_keywords(
-        is_multilabel='write task="multilabel"',
-        device="states are kept where the data are",
-        labels="pass num_classes=, and average=None for a value of each class",
-    )
+    @foreign_keywords
     def __init__(
         self,
         task: Task | None = None,
@@ -159,11 +154,7 @@ class ConfusionMatrix(View):
                 [0, 1]])
     """
 
-    @other_keywords(
-        is_multilabel='write task="multilabel"',
-        device="states are kept where the data are",
-        labels="pass num_classes=, and average=None for a value of each class",
-    )
+    @foreign_keywords
     def __init__(
         self,
         task: Task | None = None,

@@ -14,8 +14,16 @@ from dengine.checks import whole_number
 from dengine.metrics.core.batch_queue import BatchQueue
 from dengine.metrics.core.inputs import as_pair, checked_ignore_index, is_kept, shape_error
 from dengine.metrics.core.metric import Metric, OutputTransform
+from dengine.naming import other_keywords
 
-__all__ = ["Answers", "ClassSettings", "LabelMetric", "Task", "check_scores"]
+__all__ = ["Answers", "ClassSettings", "LabelMetric", "Task", "check_scores", "foreign_keywords"]
+
+# What other libraries call the arguments of metrics of classes.
+foreign_keywords = other_keywords(
+    is_multilabel='write task="multilabel"',
+    device="states are kept where the data are",
+    labels="pass num_classes=, and average=None for a value of each class",
+)
 
 Task: TypeAlias = Literal["binary", "multiclass", "multilabel"]
 _TASKS = ("binary", "multiclass", "multilabel")
