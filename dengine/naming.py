@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-__all__ = ["describe", "other_keywords", "other_names", "refuse_name", "shown"]
+__all__ = ["describe", "other_keywords", "other_names", "refuse_name", "shown", "type_name"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -18,6 +18,11 @@ def describe(function: object) -> str:
     inner = getattr(function, "func", function)  # functools.partial
     name = getattr(inner, "__qualname__", None)
     return name if isinstance(name, str) else type(function).__qualname__
+
+
+def type_name(value: object) -> str:
+    """The name of the type of `value` that a user knows: a prepared `DataLoader` is one to whoever gave it."""
+    return next(kind.__qualname__ for kind in type(value).__mro__ if not kind.__module__.startswith("dengine."))
 
 
 def shown(value: object, /, *first: object, **parts: object) -> str:

@@ -18,6 +18,7 @@ from dengine.engine.no_batch import Emptiness
 from dengine.engine.own_state import holds_any, is_restored_by_hand, parts_of
 from dengine.engine.resetting import SelfResetting, may_reset_itself
 from dengine.engine.skipping import dropping, jumps, skipped_by_sampler, warn_of_drawing
+from dengine.naming import type_name
 
 __all__ = ["EpochIterator", "check_data"]
 
@@ -166,7 +167,7 @@ class EpochIterator:
         if self.is_one_shot and is_empty:
             raise RuntimeError(
                 f"The data ran dry in epoch {epoch} after {iterations} iterations: a one-shot iterator "
-                f"({type(self.data).__qualname__}) cannot begin again. Pass something that can be iterated over more "
+                f"({type_name(self.data)}) cannot begin again. Pass something that can be iterated over more "
                 "than once (a list, a DataLoader), or epoch_length= and max_epochs= that it suffices for."
             )
         if is_empty and not self.emptiness.may_be_empty:

@@ -7,6 +7,7 @@ from torch.utils.data import IterableDataset
 
 from dengine.data.alike import empties_together
 from dengine.engine.described import length_of
+from dengine.naming import type_name
 
 __all__ = ["NO_BATCH", "SOME_BATCHES", "Emptiness"]
 
@@ -54,7 +55,7 @@ class Emptiness:
         if iterations == 0:
             self.refuse("no batch on any rank" if self.may_be_empty else "no batch")
         text = f"in epoch {epoch} after {iterations} iterations"
-        again = f"iterating over this {type(self._data).__qualname__} again must begin anew"
+        again = f"iterating over this {type_name(self._data)} again must begin anew"
         if self.may_be_empty:
             raise ValueError(f"The data gave no batch on any rank {text}: {again}, and give some batches.")
         raise RuntimeError(f"The data gave no batch {text}: {again}.")
@@ -62,6 +63,6 @@ class Emptiness:
     def refuse(self, nothing: str) -> NoReturn:
         """Raises: ValueError: the data gave `nothing`."""
         raise ValueError(
-            f"The data ({type(self._data).__qualname__}) gave {nothing}: there is nothing to run over. "
+            f"The data ({type_name(self._data)}) gave {nothing}: there is nothing to run over. "
             "Check the data set's size, and drop_last with a batch size above it."
         )

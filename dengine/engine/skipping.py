@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from dengine.data.loader import pass_counters
 from dengine.distributed import world
+from dengine.naming import type_name
 
 __all__ = ["dropping", "jumps", "skipped_by_sampler", "warn_of_drawing"]
 
@@ -52,7 +53,7 @@ def warn_of_drawing(data: Iterable[Any], num_batches: int) -> None:
         return
     warnings.warn(
         f"To go on where the run was left, {num_batches} batches are drawn from the "
-        f"{type(data).__qualname__} and dropped. A DataLoader that prepare_data_loader() gave begins at any "
+        f"{type_name(data)} and dropped. A DataLoader that prepare_data_loader() gave begins at any "
         "batch at once, and its data draw the same random numbers whatever the workers have drawn before.",
         RuntimeWarning,
         stacklevel=2,

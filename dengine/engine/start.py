@@ -12,6 +12,7 @@ from dengine.data.alike import is_whole_on_every_rank, samples_of, shard_entries
 from dengine.distributed import world
 from dengine.engine.data import EpochIterator, check_data
 from dengine.launch.world import refuse_forgotten_group
+from dengine.naming import type_name
 
 if TYPE_CHECKING:
     from dengine.engine.loop import Loop
@@ -118,7 +119,7 @@ def _warn_of_whole_data(data: Any) -> None:
         return
     vars(data)[_WARNED] = True
     warnings.warn(
-        f"This {type(data).__qualname__} is not prepared, so that each of the {here.size} ranks goes through all of "
+        f"This {type_name(data)} is not prepared, so that each of the {here.size} ranks goes through all of "
         "its samples: pass it to distributed.prepare_data_loader(), which gives each rank its shard. If that is meant, "
         "or each rank has a data set of its own, ignore this warning.",
         RuntimeWarning,

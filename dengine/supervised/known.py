@@ -4,6 +4,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset, default_collate
 
+from dengine.data.loader import PreparedLoader
 from dengine.distributed import all_reduce
 from dengine.supervised.batches import num_samples
 
@@ -28,14 +29,14 @@ def _leading(data: Any) -> tuple[int, int]:
     """The number of samples of the first batch, and how many batches from it on have as many."""
     if type(data) in (list, tuple):
         return _leading_of_list(data)
-    if type(data) is not DataLoader or not _gives_each_sample(data.dataset):
+    if type(data) not in (DataLoader, PreparedLoader) or not _gives_each_sample(data.dataset):
         return 0, 0
     # Any other collate_fn may leave samples out, or make several of one.
     is_plain = type(data.batch_sampler) is BatchSampler and data.collate_fn is default_collate
     if not is_plain or not isinstance(data.batch_size, int):
         return 0, 0
     try:
-        return data.batch_size, len(data.sampler) // data.batch_size  # type: ignore[arg-type]
+        return data.batch_size, len(data.sampler) // data.batch_size
     except (TypeError, NotImplementedError):  # a sampler without an end
         return 0, 0
 

@@ -6,9 +6,11 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import torch
 
 import dengine
 from dengine import distributed
+from dengine.naming import type_name
 
 
 def test_a_barrier_needs_no_name() -> None:
@@ -99,3 +101,9 @@ def test_a_metric_of_ones_own_may_have_such_a_name() -> None:
             return 0.0
 
     assert Mine().attach() == "mine"
+
+
+def test_a_prepared_loader_is_called_by_the_name_that_its_user_knows() -> None:
+    loader = torch.utils.data.DataLoader([1.0, 2.0], batch_size=2)
+    assert type_name(dengine.distributed.prepare_data_loader(loader)) == "DataLoader"
+    assert type_name([]) == "list"
