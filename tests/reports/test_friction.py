@@ -104,6 +104,6 @@ def test_a_metric_of_ones_own_may_have_such_a_name() -> None:
 
 
 def test_a_prepared_loader_is_called_by_the_name_that_its_user_knows() -> None:
-    loader = torch.utils.data.DataLoader([1.0, 2.0], batch_size=2)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(2)), batch_size=2)
     assert type_name(dengine.distributed.prepare_data_loader(loader)) == "DataLoader"
     assert type_name([]) == "list"
