@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1] / "dengine"
 FILES = sorted(ROOT.rglob("*.py"))
 
 PAGE = (ROOT.parent / "docs" / "architecture.md").read_text()
-_ROW = re.compile(r"^\| (\d+) \| `([a-z_.]+)` \|", re.MULTILINE)
+_ROW = re.compile(r"^\| (\d+) \| `([a-z0-9_.]+)` \|", re.MULTILINE)
 # Sub-package, or module at the top -> its layer.
 LAYERS = {name: int(layer) for layer, name in _ROW.findall(PAGE)}
 

@@ -15,6 +15,7 @@ from dengine.control.deadlock import START_OF_RUN
 from dengine.control.plane import Control
 from dengine.errors import ConsistencyError
 from dengine.launch.world import control, world
+from dengine.splitmix64 import mixed
 
 __all__ = [
     "Compared",
@@ -31,7 +32,6 @@ __all__ = [
 
 _BUILD_ALIKE = "Build the same on every rank."
 _CHUNK = 1 << 20  # elements that are mixed at a time: what a digest takes of memory
-_MIXERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # odd, as in splitmix64
 
 
 class Compared(NamedTuple):
@@ -232,13 +232,5 @@ def _digest(tensor: torch.Tensor) -> torch.Tensor:
         for start in range(0, words.numel(), _CHUNK):
             chunk = words[start : start + _CHUNK]
             positions = torch.arange(start, start + chunk.numel(), device=words.device)
-            total = total + _mixed(chunk ^ _mixed(positions)).sum()
+            total = total + mixed(chunk ^ mixed(positions)).sum()
         return total
-
-
-def _mixed(words: torch.Tensor) -> torch.Tensor:
-    """Each word's bits spread over all 64, one to one. Source: the finalizer of splitmix64 (Steele et al. 2014)."""
-    words = words * _MIXERS[0]
-    words = (words ^ (words >> 30)) * _MIXERS[1]
-    words = (words ^ (words >> 27)) * _MIXERS[2]
-    return words ^ (words >> 31)

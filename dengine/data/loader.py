@@ -28,13 +28,13 @@ from dengine.data.seeding import (
     SeededCollate,
     SeededDataset,
     SeededStream,
-    derived_seed,
     draws_nothing,
     tell_epoch,
     tell_epoch_in_worker,
 )
 from dengine.data.self_sharding import KeptSampler, check_fits, shards_itself
 from dengine.launch.world import World, refuse_forgotten_group, world
+from dengine.splitmix64 import derived_seed
 
 __all__ = ["PreparedLoader", "data_state", "inside", "pass_counters", "prepare_data_loader", "renew_workers"]
 

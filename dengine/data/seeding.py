@@ -23,12 +23,13 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from dengine.splitmix64 import derived_seed
+
 __all__ = [
     "EpochIndex",
     "SeededCollate",
     "SeededDataset",
     "SeededStream",
-    "derived_seed",
     "draws_nothing",
     "seed_generators",
     "tell_epoch",
@@ -37,10 +38,7 @@ __all__ = [
 
 _State: TypeAlias = tuple[Any, Any, torch.Tensor]
 
-_MASK = 2**64 - 1
 _COLLATING = 1  # beside seed, epoch and sample: apart from the sample's own
-# The constants of the splitmix64 generator: neighbouring inputs give numbers that share nothing.
-_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 class EpochIndex(int):
@@ -72,17 +70,6 @@ def _index_type(epoch: int) -> type[EpochIndex]:
 
 def _index(value: int, epoch: int) -> EpochIndex:
     return _index_type(epoch)(value)
-
-
-def derived_seed(*numbers: int) -> int:
-    """64 bits that depend on each of `numbers` and on their order, the same on every machine."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed * _SECOND + (number & _MASK) + _GAMMA) & _MASK
-        mixed = ((mixed ^ (mixed >> 30)) * _FIRST) & _MASK
-        mixed = ((mixed ^ (mixed >> 27)) * _SECOND) & _MASK
-        mixed ^= mixed >> 31
-    return mixed
 
 
 def seed_generators(seed: int) -> None:

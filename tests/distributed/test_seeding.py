@@ -25,11 +25,11 @@ from dengine.data.seeding import (
     EpochIndex,
     SeededCollate,
     SeededDataset,
-    derived_seed,
     draws_nothing,
     seed_generators,
 )
 from dengine.distributed import prepare_data_loader
+from dengine.splitmix64 import derived_seed
 
 Drawn = tuple[int, float, float, float, float]
 
