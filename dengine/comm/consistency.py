@@ -13,6 +13,7 @@ from torch import nn
 from dengine.comm.collectives import all_gather_object, max_tensor
 from dengine.control.deadlock import START_OF_RUN
 from dengine.control.plane import Control
+from dengine.dtensor import local_part, piece_of
 from dengine.errors import ConsistencyError
 from dengine.launch.world import control, world
 from dengine.splitmix64 import mixed
@@ -158,7 +159,7 @@ def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
     Raises:
         ConsistencyError: on every rank, naming a rank that is not with the majority, and the first name that differs.
     """
-    pieces = {name: _piece_of(value) for name, value in named.items()}
+    pieces = {name: piece_of(value) for name, value in named.items()}
     compared = {name: piece for name, piece in pieces.items() if piece[1] < world().size}
     starts = list(accumulate((num_pieces for _, num_pieces in compared.values()), initial=0))
     held = [
@@ -198,17 +199,6 @@ def _odd_one(values: Sequence[Any]) -> tuple[int | None, int]:
     return odd, values.index(commonest)
 
 
-def _piece_of(value: Any) -> tuple[int, int]:
-    """Which piece of `value` this rank holds, and how many pieces there are: ranks with the same one hold the same."""
-    piece, num_pieces = 0, 1
-    mesh: Any = getattr(value, "device_mesh", None)
-    for dim, placement in enumerate(getattr(value, "placements", ())):
-        if not placement.is_replicate():
-            piece = piece * mesh.size(dim) + mesh.get_local_rank(dim)
-            num_pieces *= mesh.size(dim)
-    return piece, num_pieces
-
-
 def _digests(values: Iterable[Any]) -> torch.Tensor:
     """One int64 for each value. Shapes: result (P,), on the CPU."""
     digests = [_digest(value if isinstance(value, torch.Tensor) else _number(value)) for value in values]
@@ -225,8 +215,7 @@ def _number(value: Any) -> torch.Tensor:
 def _digest(tensor: torch.Tensor) -> torch.Tensor:
     """A digest of 64 bits, which any changed bit changes. Shapes: result () int64, on the tensor's device."""
     with torch.no_grad():
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        data = local.detach().contiguous().reshape(-1).view(torch.uint8)
+        data = local_part(tensor).contiguous().reshape(-1).view(torch.uint8)
         words = nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
         total = torch.zeros((), dtype=torch.int64, device=words.device)
         for start in range(0, words.numel(), _CHUNK):

@@ -6,13 +6,17 @@ those are is known only from a model: by parameters that are DTensors, or by the
 
 import warnings
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
 
 from dengine.control.plane import Control
+from dengine.dtensor import describe_mesh, is_fsdp, is_mesh, mesh_of
 from dengine.launch.world import World, control, world
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["check_mesh", "deals_to_all_ranks", "refuse_laid_out", "sources_of", "spreads_model", "spreads_part"]
 
@@ -26,32 +30,34 @@ def refuse_laid_out(model: nn.Module, strategy: str) -> None:
     Raises: ValueError: a parameter is a DTensor, which neither DDP nor a broadcast from rank 0 takes.
     """
     for name, parameter in model.named_parameters():
-        if (mesh := getattr(parameter, "device_mesh", None)) is not None:
+        if (mesh := mesh_of(parameter)) is not None:
             raise ValueError(
                 f"prepare_model(strategy={strategy!r}) takes a model whose parameters are plain tensors, but {name!r} "
-                f"is a DTensor on {_described(mesh)}: the model is sharded or tensor-parallel already. Over the other "
-                "dimension of the mesh use torch's own fully_shard(model, mesh=mesh['dp']), which takes such a model; "
-                "prepare_model(model, 'none') then leaves it as it is. Or prepare the model before it is laid out."
+                f"is a DTensor on {describe_mesh(mesh)}: the model is sharded or tensor-parallel already. Over the "
+                "other dimension of the mesh use torch's own fully_shard(model, mesh=mesh['dp']), which takes such a "
+                "model; prepare_model(model, 'none') then leaves it as it is. Or prepare it before it is laid out."
             )
 
 
-def check_mesh(mesh: Any) -> None:
+def check_mesh(mesh: object) -> None:
     """Check the argument `mesh=`.
 
     Raises: TypeError: it is no DeviceMesh. ValueError: it is of other ranks, or its dimensions lack names.
     """
-    if not hasattr(mesh, "get_coordinate"):
+    if not is_mesh(mesh):
         raise TypeError(f"mesh= takes a torch DeviceMesh, as init_device_mesh() gives it, but got {mesh!r}.")
     if mesh.get_coordinate() is None:
-        raise ValueError(f"mesh= is {_described(mesh)}, which rank {world().rank} is no part of: pass it its own mesh.")
+        raise ValueError(
+            f"mesh= is {describe_mesh(mesh)}, which rank {world().rank} is no part of: pass it its own mesh."
+        )
     if mesh.ndim > 1 and mesh.mesh_dim_names is None:
         raise ValueError(
-            f"mesh= is {_described(mesh)} without names, but fully_shard needs to know which of them replicates: "
+            f"mesh= is {describe_mesh(mesh)} without names, but fully_shard needs to know which of them replicates: "
             "init_device_mesh(..., mesh_dim_names=('dp_replicate', 'dp_shard'))."
         )
 
 
-def sources_of(mesh: Any) -> list[tuple[int, Any]]:
+def sources_of(mesh: "DeviceMesh") -> list[tuple[int, Any]]:
     """For each dimension of the mesh, its first rank and its group.
 
     Broadcasts over them, one after the other, give every rank of the mesh what its very first rank has.
@@ -103,28 +109,16 @@ def _warn_if_both(plane: Control) -> None:
 
 def _shared_by(model: nn.Module) -> str | None:
     """Why several ranks need the same data for `model`, if its parameters tell."""
-    values: list[Any] = [each for each in model.parameters() if hasattr(each, "device_mesh")]
-    if not values:
-        return None
-    from torch.distributed.fsdp import FSDPModule  # is imported already, as there are DTensors
-
-    is_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
-    for mesh in {id(each.device_mesh): each.device_mesh for each in values}.values():
+    is_sharded = any(map(is_fsdp, model.modules()))
+    for mesh in {id(mesh): mesh for mesh in map(mesh_of, model.parameters()) if mesh is not None}.values():
         names = mesh.mesh_dim_names or ()
         shared = [dim for dim, name in enumerate(names) if name.lower() in _SHARED]
-        if not shared and not is_fsdp and not any(_is_data(name) for name in names):
+        if not shared and not is_sharded and not any(_is_data(name) for name in names):
             shared = list(range(mesh.ndim))  # DTensors that FSDP has not made: tensor parallelism
         if prod(mesh.size(dim) for dim in shared) > 1:
-            return f"A {type(model).__qualname__} is tensor-parallel on {_described(mesh)}"
+            return f"A {type(model).__qualname__} is tensor-parallel on {describe_mesh(mesh)}"
     return None
 
 
 def _is_data(name: str) -> bool:
     return name.lower().startswith(("dp", "data", "fsdp", "hsdp", "replicate", "shard"))
-
-
-def _described(mesh: Any) -> str:
-    sizes = tuple(mesh.size(dim) for dim in range(mesh.ndim))
-    names = mesh.mesh_dim_names
-    text = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True)) if names else str(sizes)
-    return f"a mesh of {text}"

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,12 @@ from dengine import torch_internals
 from dengine.checks import whole_number
 from dengine.compiled_names import aligned
 from dengine.distributed import unwrap_model
+from dengine.dtensor import as_fsdp, cut_like, is_dtensor, is_fsdp, laid_out_like, local_part, mesh_of
 from dengine.engine import Engine
 from dengine.naming import other_keywords, other_names, shown
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["EMA"]
 
@@ -99,7 +103,7 @@ class EMA:
             _reshard(self.model)  # what an evaluation has gathered would be used by the next one
         averaged: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
         for name, own, own_key, others, key in self._pairs:
-            target, source = _local(own[own_key]), _local(others[key])
+            target, source = local_part(own[own_key]), local_part(others[key])
             if _is_coarse(target):
                 self._average_wide(name, target, source)
             elif source.is_floating_point() or source.is_complex():
@@ -138,7 +142,7 @@ class EMA:
         state: dict[str, Any] = self.model.state_dict()
         for names, value, slot in self._coarse():
             wide = self._wide.get(slot)
-            kept = value.detach().float() if wide is None else _placed(wide, value)
+            kept = value.detach().float() if wide is None else laid_out_like(wide, value)
             state.update({name: kept for name in names if name in state})
         return {"num_updates": self.num_updates, "model": aligned(state, {})}
 
@@ -163,7 +167,7 @@ class EMA:
         self._wide = {}
         for names, value, slot in self._coarse():
             if (given := next((fitting[name] for name in names if name in fitting), None)) is not None:
-                self._wide[slot] = _local(given).detach().to(_local(value).device, torch.float32, copy=True)
+                self._wide[slot] = local_part(given).to(local_part(value).device, torch.float32, copy=True)
         self.num_updates = num_updates
 
     def _coarse(self) -> Iterator[tuple[list[str], Any, str]]:
@@ -173,7 +177,7 @@ class EMA:
             for name, value in named(remove_duplicate=False):
                 names.setdefault(id(value), []).append(name)
         for slot, own, key, *_ in self._pairs:
-            if _is_coarse(_local(own[key])):
+            if _is_coarse(local_part(own[key])):
                 yield names.get(id(own[key]), []), own[key], slot
 
 
@@ -189,23 +193,23 @@ def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
             for key, value in holder.items():
                 if value is not None and id(value) not in seen:  # tied weights count once
                     seen.add(id(value))
-                    slots[f"{prefix}.{key}"] = ({key: value}, key) if _is_sharded(value) else (holder, key)
+                    slots[f"{prefix}.{key}"] = ({key: value}, key) if is_dtensor(value) else (holder, key)
     return slots
 
 
 def _reshard(model: nn.Module) -> None:
     """FSDP2 puts whole parameters in the place of the shards while they are in use; here the shards are needed."""
     for module in model.modules():
-        if _is_fsdp(module):
-            module.reshard()  # type: ignore[operator]
+        if (sharded := as_fsdp(module)) is not None:
+            sharded.reshard()
 
 
-def _shards(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: value for name, value in model.named_parameters() if _is_sharded(value)}
+def _shards(model: nn.Module) -> "dict[str, DTensor]":
+    return {name: value for name, value in model.named_parameters() if is_dtensor(value)}
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
-    if not any(map(_is_fsdp, model.modules())):
+    if not any(map(is_fsdp, model.modules())):
         return copy.deepcopy(model)
     return _sharded_copy(model)
 
@@ -219,28 +223,28 @@ def _sharded_copy(model: nn.Module) -> nn.Module:
 
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        if _is_sharded(parameter):
+        if is_dtensor(parameter):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
             memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     # Children first: a module's copy finds theirs in the memo.
-    sharded = [module for module in reversed(list(model.modules())) if _is_fsdp(module)]
+    sharded = [module for module in reversed(list(model.modules())) if is_fsdp(module)]
     for module in sharded:
         memo[id(module)] = _bare_copy(module, memo)
     copied: nn.Module = copy.deepcopy(model, memo)
     for module in copied.modules():
         torch_internals.clear_load_hooks(module)
     for module in sharded:
-        shards: list[Any] = list(_shards(module).values())
-        mesh = shards[0].device_mesh if shards else None
+        shards = list(_shards(module).values())
+        mesh = mesh_of(shards[0]) if shards else None
         fully_shard(memo[id(module)], mesh=mesh, reshard_after_forward=True)
-    own: dict[str, Any] = _shards(model)
+    own = _shards(model)
     device = next(iter(own.values())).device
     cast("Any", copied)._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value)
     with torch.no_grad():
         for name, shard in _shards(copied).items():
-            if cast("Any", shard).placements != own[name].placements:
+            if shard.placements != own[name].placements:
                 raise ValueError(f"EMA cannot copy {name!r}, which is sharded in a way of its own: {own[name]!r}.")
-            _local(shard).copy_(_local(own[name].detach()))
+            local_part(shard).copy_(local_part(own[name]))
     return copied
 
 
@@ -255,31 +259,9 @@ def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return bare
 
 
-def _is_fsdp(module: nn.Module) -> bool:
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)  # importing it costs 0.3 s
-
-
-def _is_sharded(value: Any) -> bool:
-    return hasattr(value, "to_local")  # a DTensor
-
-
 def _is_coarse(value: Tensor) -> bool:
     """Whether it is of floats in which an average would not move by a small share."""
     return value.is_floating_point() and value.dtype.itemsize < 4
-
-
-def _placed(local: Tensor, like: Any) -> Any:
-    """`local` as this rank's part, where `like` is sharded."""
-    if not _is_sharded(like):
-        return local
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-
-
-def _local(value: Any) -> Tensor:
-    local: Tensor = value.to_local() if _is_sharded(value) else value
-    return local
 
 
 def _fitted(given: Any, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,15 +278,6 @@ def _fitted(given: Any, own: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(value, Tensor) or value.shape != mine.shape:
                 found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__qualname__
                 raise ValueError(f"{name!r} in the state of EMA is {found}, but the model's is {tuple(mine.shape)}.")
-            value = _cut_up(value, mine)
+            value = cut_like(value, mine)
         fitted[name] = value
     return fitted
-
-
-def _cut_up(value: Tensor, like: Any) -> Tensor:
-    if not _is_sharded(like) or _is_sharded(value):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    # Every rank has the whole: each takes its part, and none is sent.
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dengine import torch_internals
 from dengine.comm.collectives import all_reduce
+from dengine.dtensor import as_fsdp, local_part
 from dengine.launch.world import world
 from dengine.types import accumulator_dtype, summable
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 __all__ = ["Count", "GradientMean", "Scaler", "check_loss", "find_ddp", "find_fsdp"]
 
@@ -183,15 +187,13 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
-def find_fsdp(model: nn.Module) -> Any:
+def find_fsdp(model: nn.Module) -> "FSDPModule | None":
     """The model that `fully_shard` has cut up, or None."""
-    inner = torch_internals.inside_compile(model)
-    # Importing the class costs 0.3 s.
-    return inner if any(base.__name__ == "FSDPModule" for base in type(inner).__mro__) else None
+    return as_fsdp(torch_internals.inside_compile(model))
 
 
 @contextmanager
-def _fsdp_no_sync(model: Any) -> Iterator[None]:
+def _fsdp_no_sync(model: "FSDPModule") -> Iterator[None]:
     model.set_requires_gradient_sync(False)
     try:
         yield
@@ -212,11 +214,11 @@ def _ratio(above: Count, below: Count) -> Count:
     return above / below if below else 0.0
 
 
-def _multiply(gradients: list[Any], factor: Count) -> None:
+def _multiply(gradients: list[Tensor], factor: Count) -> None:
     if isinstance(factor, Tensor):
         factor = factor.to(gradients[0].device, non_blocking=True)
     with torch.no_grad():
-        locals_ = [each.to_local() if hasattr(each, "to_local") else each for each in gradients]
+        locals_ = [local_part(each) for each in gradients]
         if isinstance(factor, Tensor) and any(each.dtype != factor.dtype for each in locals_):
             for each in locals_:
                 if each.dtype.itemsize >= 4:

@@ -253,9 +253,9 @@ def _sharded(model: nn.Module, here: World, blocks: tuple[type[nn.Module], ...],
     mesh = kwargs.get("mesh")
     # fully_shard cuts up what each rank has: without this, ranks seeded differently would train a mixture. What other
     # ranks have than those of the mesh is their own, if it is of some of the ranks only.
-    is_part = mesh is not None and mesh.size() < here.size
+    within = None if mesh is None or mesh.size() == here.size else sources_of(mesh)
     with torch.no_grad():
-        broadcast_tensors([*model.parameters(), *model.buffers()], within=sources_of(mesh) if is_part else None)
+        broadcast_tensors([*model.parameters(), *model.buffers()], within=within)
     options = {**kwargs, "mesh": init_device_mesh(here.device.type, (here.size,)) if mesh is None else mesh}
     for module in model.modules():
         if isinstance(module, blocks) and module is not model:

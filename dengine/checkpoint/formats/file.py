@@ -21,6 +21,7 @@ from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, Sav
 from dengine.checkpoint.formats.sharded.tree import all_tensors
 from dengine.checkpoint.states.plain import refuse_pickles
 from dengine.checkpoint.states.snapshot import Collected, States, gather_full
+from dengine.dtensor import is_made_of_others
 from dengine.types import Stateful
 
 __all__ = ["FileFormat"]
@@ -120,7 +121,7 @@ def _num_bytes(states: States) -> int:
     """Of all tensors: at least so long is the file."""
     storages = {}
     for tensor in all_tensors(states):
-        if tensor.layout == torch.strided and not hasattr(tensor, "__tensor_flatten__"):  # else it has no address
+        if tensor.layout == torch.strided and not is_made_of_others(tensor):  # else it has no address
             storage = tensor.untyped_storage()
             storages[tensor.device, storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -17,7 +17,7 @@ from torch import nn
 from dengine.checkpoint.catalogue.manifest import about
 from dengine.checkpoint.disk import atomic as storage
 from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, failure_text, publish
-from dengine.checkpoint.formats.sharded.files import Written, local_part
+from dengine.checkpoint.formats.sharded.files import Written
 from dengine.checkpoint.formats.sharded.names import (
     LikeParameters,
     model_of,
@@ -30,6 +30,7 @@ from dengine.checkpoint.formats.sharded.verify import read_outline
 from dengine.checkpoint.states.snapshot import RESERVED, Collected, States, unwrapped
 from dengine.control.exchange import Mailbox
 from dengine.distributed import unwrap_model
+from dengine.dtensor import local_part
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.types import Stateful, has_per_rank_state
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dengine.compiled_names import HIDDEN, without_compiled
+from dengine.dtensor import is_made_of_others
 
 __all__ = ["Plain", "check_loaded", "plain", "refuse_pickles"]
 
@@ -335,7 +336,7 @@ def _hint(value: Any) -> str:
 def _check_held(value: torch.Tensor) -> torch.Tensor:
     if value.device.type == "meta":
         raise _Refused(f"declares {value.numel()} elements, of which there are none.")
-    if value.layout == torch.strided and value.numel() > _MOST_EXPANDED and not hasattr(value, "__tensor_flatten__"):
+    if value.layout == torch.strided and value.numel() > _MOST_EXPANDED and not is_made_of_others(value):
         held = value.untyped_storage().nbytes() // value.itemsize
         if held < value.numel():
             raise _Refused(f"declares {value.numel()} elements, of which there are {held}.")

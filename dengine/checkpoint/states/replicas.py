@@ -6,15 +6,16 @@ So it is with the stages of a pipeline, and with experts, that somebody has laid
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dengine.checkpoint.formats.sharded.files import local_box, local_part
+from dengine.checkpoint.formats.sharded.files import local_box
 from dengine.compiled_names import without_compiled
 from dengine.distributed import unwrap_model, world
+from dengine.dtensor import is_made_of_others, local_part, mesh_of
 from dengine.errors import CheckpointError
 
 __all__ = ["Print", "prints_of", "refuse_lost"]
@@ -47,13 +48,13 @@ def prints_of(model: nn.Module) -> dict[str, Print]:
     is_apart = _is_apart(model, here.size)
     samples: dict[str, tuple[str, torch.Tensor]] = {}
     for name, parameter in unwrap_model(model).named_parameters():
-        sharded: Any = parameter
-        if id(parameter) in alike or (hasattr(parameter, "device_mesh") and sharded.device_mesh.size() == here.size):
+        mesh = mesh_of(parameter)
+        if id(parameter) in alike or (mesh is not None and mesh.size() == here.size):
             continue
         local = local_part(parameter)
-        if local.layout != torch.strided or not local.numel() or hasattr(local, "__tensor_flatten__"):
+        if local.layout != torch.strided or not local.numel() or is_made_of_others(local):
             continue
-        place = f" from {local_box(name, parameter).offsets}" if hasattr(parameter, "device_mesh") else ""
+        place = f" from {local_box(name, parameter).offsets}" if mesh is not None else ""
         samples[without_compiled(name) + place] = f"{tuple(parameter.shape)} {parameter.dtype}", _sample(local)
     return _printed(samples, is_apart)
 
@@ -100,14 +101,10 @@ _WAY_OUT = (
 
 def _is_apart(model: nn.Module, num_ranks: int) -> bool:
     """Whether somebody has laid the model out over some of the ranks, or over more than one dimension of them."""
-    meshes = [each.device_mesh for each in map(_any, model.parameters()) if hasattr(each, "device_mesh")]
+    meshes = [mesh for mesh in map(mesh_of, model.parameters()) if mesh is not None]
     groups = [each.process_group for each in model.modules() if isinstance(each, DistributedDataParallel)]
     is_on_part = any(mesh.ndim > 1 or mesh.size() != num_ranks for mesh in meshes)
     return is_on_part or any(group.size() != num_ranks for group in groups)
-
-
-def _any(value: Any) -> Any:
-    return value
 
 
 def _held_alike(model: nn.Module, num_ranks: int) -> Iterator[int]:

@@ -11,6 +11,7 @@ from dengine.checkpoint.states.partial import Fitting
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, HostCopy, States, unwrapped
 from dengine.compiled_names import aligned
 from dengine.distributed import world
+from dengine.dtensor import cut_like, is_dtensor
 from dengine.types import Stateful, has_per_rank_state, takes_restored
 
 __all__ = ["Restoring", "give_random_states"]
@@ -109,10 +110,10 @@ def _fitted(target: Stateful, state: Any) -> Any:
     """`state` with its tensors cut up as the target's are (FSDP2); as it is where nothing is sharded."""
     if isinstance(target, nn.Module):
         own = target.state_dict()
-        return {name: _cut(value, own.get(name)) for name, value in state.items()} if _is_sharded(own) else state
+        return {name: _cut(value, own.get(name)) for name, value in state.items()}
     if isinstance(target, torch.optim.Optimizer):
         parameters = [each for group in target.param_groups for each in group["params"]]
-        if not any(hasattr(each, "full_tensor") for each in parameters):
+        if not any(map(is_dtensor, parameters)):
             return state
         order = [index for group in state["param_groups"] for index in group["params"]]
         like = dict(zip(order, parameters, strict=False))
@@ -124,17 +125,7 @@ def _fitted(target: Stateful, state: Any) -> Any:
     return state
 
 
-def _is_sharded(state: Mapping[str, Any]) -> bool:
-    return any(hasattr(value, "full_tensor") for value in state.values())
-
-
 def _cut(value: Any, like: Any) -> Any:
     """This rank's part of `value`, where `like` is sharded and of its shape. No collective: each rank has the whole."""
-    if not hasattr(like, "full_tensor") or not isinstance(value, torch.Tensor) or value.shape != like.shape:
-        return value
-    if hasattr(value, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor  # 0.3 s to import
-
-    device = like.device_mesh.device_type
-    return distribute_tensor(value.to(device), like.device_mesh, like.placements, src_data_rank=None)
+    fits = isinstance(value, torch.Tensor) and isinstance(like, torch.Tensor) and value.shape == like.shape
+    return cut_like(value, like) if fits else value

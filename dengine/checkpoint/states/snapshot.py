@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dengine.checkpoint.formats.sharded.files import local_part
 from dengine.checkpoint.states.external_state import refuse_to_save
 from dengine.checkpoint.states.plain import plain
 from dengine.checkpoint.states.replicas import Print, prints_of, refuse_lost
 from dengine.distributed import all_gather_object, unwrap_model, world
+from dengine.dtensor import is_dtensor, is_made_of_others, local_part, whole
 from dengine.errors import CheckpointError
 from dengine.types import Stateful, has_per_rank_state
 
@@ -93,15 +93,10 @@ class Collected:
 
 def _is_sharded(value: Stateful, tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the `tensors` of its state are sharded, or will be: an optimizer may have no state yet."""
-    if any(map(_is_part, tensors)):
+    if any(map(is_dtensor, tensors)):
         return True
     groups = value.param_groups if isinstance(value, torch.optim.Optimizer) else []
-    return any(_is_part(each) for group in groups for each in group["params"])
-
-
-def _is_part(tensor: Any) -> bool:
-    """Whether it is a part of a sharded tensor. The types come first: to miss an attribute costs ten times as much."""
-    return type(tensor) not in (torch.Tensor, nn.Parameter) and hasattr(tensor, "full_tensor")
+    return any(is_dtensor(each) for group in groups for each in group["params"])
 
 
 def collect(objects: Mapping[str, Stateful]) -> Collected:
@@ -206,8 +201,8 @@ class HostCopy:
             if not isinstance(value, torch.Tensor):
                 return copy.deepcopy(value)
             # A sharded tensor has no address of its own: its part has.
-            part = local_part(value) if hasattr(value, "to_local") else value
-            if value.layout != torch.strided or hasattr(part, "__tensor_flatten__"):  # made of others: no address
+            part = local_part(value)
+            if value.layout != torch.strided or is_made_of_others(part):  # made of others: no address
                 return value.detach().cpu().clone()
             layout = (type(value) is torch.Tensor, value.device, value.dtype, value.shape, value.stride())
             place = places.setdefault((part.data_ptr(), *layout), len(sources))
@@ -224,7 +219,7 @@ class HostCopy:
     def _fill(self, sources: list[torch.Tensor]) -> None:
         """One call for all: where tensors are small, a call for each would cost more than the bytes."""
         devices = {source.device for source in sources if source.device.type == "cuda"}
-        targets = [local_part(buffer) if hasattr(buffer, "to_local") else buffer for buffer in self._buffers]
+        targets = [local_part(buffer) for buffer in self._buffers]
         with torch.no_grad():
             if sources:
                 torch._foreach_copy_(targets, sources, non_blocking=bool(devices))
@@ -246,7 +241,7 @@ def unwrapped(value: Stateful) -> Stateful:
 
 def _whole(value: Any) -> Any:
     """A sharded tensor put together: saved as it is, each file would hold one rank's part."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole(value) if isinstance(value, torch.Tensor) else value
 
 
 def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:

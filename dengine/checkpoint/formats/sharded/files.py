@@ -22,6 +22,7 @@ from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.checkpoint.disk.regular import open_regular, read_regular
 from dengine.checkpoint.formats.sharded.check import check_declared
 from dengine.checkpoint.formats.sharded.tree import Node, dtype_name
+from dengine.dtensor import is_dtensor, is_made_of_others, local_part
 from dengine.errors import CorruptCheckpointError
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
     "as_corrupt",
     "checked_chunk",
     "local_box",
-    "local_part",
     "read_metadata",
     "read_whole",
     "write_metadata",
@@ -117,30 +117,23 @@ def local_box(name: str, tensor: torch.Tensor) -> TensorBox:
             f"{name!r} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, but only dense tensors with "
             "data can be written: convert it by to_dense(), dequantize() or to_empty()."
         )
-    if hasattr(local_part(tensor), "__tensor_flatten__"):
+    if is_made_of_others(local_part(tensor)):
         raise TypeError(
             f"{name!r} is a {type(local_part(tensor)).__qualname__}, which is made of other tensors, but a folder "
             "holds plain ones: save it into a file (a path that ends with .pt)."
         )
     shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
-    if not hasattr(tensor, "device_mesh"):
+    if not is_dtensor(tensor):
         return TensorBox(shape, dtype, (0,) * len(shape), shape)
-    sharded: Any = tensor  # a DTensor, whose class costs 0.8 s to import where nobody has one
-    if sharded.device_mesh.get_coordinate() is None:
+    if tensor.device_mesh.get_coordinate() is None:
         return TensorBox(shape, dtype, (0,) * len(shape), None)
-    if any(placement.is_partial() for placement in sharded.placements):
-        raise TypeError(f"{name!r} has partial sums only ({sharded.placements}): redistribute it first.")
-    pieces = sharded.__create_chunk_list__()  # as torch.distributed.checkpoint sees it
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise TypeError(f"{name!r} has partial sums only ({tensor.placements}): redistribute it first.")
+    pieces = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # as torch.distributed.checkpoint sees it
     local = tuple(local_part(tensor).shape)
     if len(pieces) != 1 or tuple(pieces[0].sizes) != local:
-        raise TypeError(f"{name!r} is laid out as {sharded.placements}, of which one rank holds no one block.")
+        raise TypeError(f"{name!r} is laid out as {tensor.placements}, of which one rank holds no one block.")
     return TensorBox(shape, dtype, tuple(pieces[0].offsets), local)
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of this rank, in the tensor's own memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 # -- writing -----------------------------------------------------------------------------------------------------

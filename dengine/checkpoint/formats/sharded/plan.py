@@ -30,6 +30,7 @@ from dengine.checkpoint.formats.sharded.tree import encoded
 from dengine.checkpoint.formats.sharded.verify import is_shard_folder
 from dengine.comm.outcome import Failure, from_rank_zero, on_all_ranks
 from dengine.distributed import rank_zero_only, world
+from dengine.dtensor import is_dtensor
 from dengine.errors import CheckpointError, CorruptCheckpointError
 
 __all__ = ["ShardPlan", "plan_shards", "read_shards", "shared_by_all", "write_shards"]
@@ -145,7 +146,7 @@ def _held_box(name: str, tensor: torch.Tensor) -> TensorBox:
     """What of `tensor` this rank has to offer. Of a plain one only rank 0: they may differ (buffers of a batch norm),
     and a mean from one rank would not go with a variance from another."""
     box = local_box(name, tensor)
-    return box if world().rank == 0 or hasattr(tensor, "device_mesh") else replace(box, sizes=None)
+    return box if world().rank == 0 or is_dtensor(tensor) else replace(box, sizes=None)
 
 
 def _writers(boxes: Sequence[Mapping[str, TensorBox]]) -> list[list[str]]:

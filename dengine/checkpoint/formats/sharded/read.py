@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from dengine.checkpoint.formats.sharded.files import Chunk, checked_chunk, local_box, local_part, read_metadata
+from dengine.checkpoint.formats.sharded.files import Chunk, checked_chunk, local_box, read_metadata
 from dengine.checkpoint.formats.sharded.names import LikeParameters
 from dengine.checkpoint.formats.sharded.tree import Path, decoded, path_text, tensors_in
 from dengine.checkpoint.formats.sharded.verify import check_length
 from dengine.compiled_names import without_compiled
+from dengine.dtensor import is_dtensor, local_part
 
 __all__ = ["LikeTensors", "read_states"]
 
@@ -122,7 +123,7 @@ def _without_compiled(path: Path) -> Path:
 def _empty(template: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
     if template is None:
         return torch.empty(shape, dtype=dtype)
-    if hasattr(template, "device_mesh"):
+    if is_dtensor(template):
         return torch.empty_like(template.detach(), dtype=dtype)
     return torch.empty(shape, dtype=dtype, device=template.device)
 
