@@ -52,13 +52,19 @@ def test_a_dtensor_and_a_sharded_module_are_told_apart_from_plain_ones() -> None
     mesh = init_device_mesh("cpu", (1,))
     content = torch.arange(4.0)
     spread = nn.Parameter(distribute_tensor(content, mesh, [Shard(0)]))
-    assert is_dtensor(spread) and is_mesh(mesh) and is_made_of_others(spread)
+    assert is_dtensor(spread)
+    assert is_mesh(mesh)
+    assert is_made_of_others(spread)
     assert mesh_of(spread) == mesh
     assert piece_of(spread) == (0, 1)
-    assert local_part(spread).equal(content) and not is_dtensor(local_part(spread))
+    assert local_part(spread).equal(content)
+    assert not is_dtensor(local_part(spread))
     assert whole(spread).equal(content)
-    assert is_dtensor(cut_like(content, spread)) and cut_like(content, content) is content
-    assert is_dtensor(laid_out_like(content, spread)) and laid_out_like(content, content) is content
+    assert is_dtensor(cut_like(content, spread))
+    assert cut_like(content, content) is content
+    assert is_dtensor(laid_out_like(content, spread))
+    assert laid_out_like(content, content) is content
     module = nn.Linear(2, 2)
     assert not is_fsdp(module)
-    assert is_fsdp(fully_shard(module, mesh=mesh))
+    fully_shard(module, mesh=mesh)
+    assert is_fsdp(module)
