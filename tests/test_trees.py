@@ -12,7 +12,7 @@ import torch
 from dengine import Engine, Events, distributed, trees
 from dengine.handlers import TerminateOnNan
 from dengine.metrics import Accuracy, DistributedMetric
-from dengine.metrics.core.inputs import num_samples
+from dengine.metrics.core.batch_size import num_samples
 from dengine.supervised.batches import detached, on_device
 from dengine.tracking.values import plain
 

@@ -1,7 +1,7 @@
 """How fast a run goes, and where its time goes."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -13,7 +13,7 @@ from dengine.engine.handler_checks import collective
 from dengine.handlers.arguments import check_engine, check_function
 from dengine.handlers.peaks import peak_flops_per_s
 from dengine.handlers.priorities import Priority
-from dengine.metrics.core.inputs import num_samples
+from dengine.metrics.core.batch_size import samples_or_one
 from dengine.naming import shown
 from dengine.types import summable
 
@@ -40,7 +40,7 @@ class ThroughputMonitor:
 
     Args:
         num_samples: `(engine) -> int`, samples of an iteration; by default the first dimension of the batch's target,
-            or its first tensor.
+            or what its tensors have in common; 1 if that cannot be told.
         num_tokens: `(engine) -> int or 0-d tensor`; a tensor is not read before the epoch's end.
         count_flops: False leaves `mfu` out, and counts nothing.
         peak_flops_per_s: of one device, dense, in the precision that is trained in; by default from a table of GPUs in
@@ -181,17 +181,7 @@ class ThroughputMonitor:
 
 
 def _samples_of_batch(engine: Engine) -> int:
-    """The first dimension of the last tensor of a batch that is a pair or a tensor, of the first one of a mapping; of
-    what else a batch is made of what `num_samples` finds, else 1."""
-    batch = engine.state.batch
-    parts = list(batch)[::-1] if isinstance(batch, (tuple, list)) else [batch]
-    if isinstance(batch, Mapping):
-        parts = list(batch.values())
-    for part in parts:
-        if isinstance(part, torch.Tensor) and part.ndim:
-            return part.shape[0]
-    inputs, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, batch)
-    return num_samples(targets, inputs) or 1
+    return samples_or_one(engine.state.batch)
 
 
 def _line(engine: Engine, metrics: dict[str, float]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dengine import trees
 from dengine.checks import takes
+from dengine.metrics.core import batch_size
 from dengine.metrics.core.class_loss import class_loss, count_of, num_probabilities, option
 from dengine.naming import describe
 from dengine.parallel.gradients import Count
@@ -36,6 +37,8 @@ PrepareBatch: TypeAlias = Callable[[Any, torch.device], tuple[Any, Any]]
 ModelFunction: TypeAlias = Callable[[nn.Module, Any], Any]
 WeightFunction: TypeAlias = Callable[[Any, Any], Count]
 OutputFunction: TypeAlias = Callable[..., Any]
+
+_WHO = "A supervised trainer"
 
 
 def pair_on_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
@@ -72,7 +75,7 @@ def _moves_itself(container: Any) -> bool:
 
 def detached(value: Any) -> Any:
     """`value` without the graph behind it, so that a step's output keeps no activations."""
-    return trees.map_leaves(_detached_leaf, value)
+    return _detached_leaf(value) if isinstance(value, Tensor) else trees.map_leaves(_detached_leaf, value)
 
 
 def _detached_leaf(leaf: Any) -> Any:
@@ -80,25 +83,17 @@ def _detached_leaf(leaf: Any) -> Any:
 
 
 def num_samples(inputs: Any, targets: Any) -> int:
-    """The first dimension of the targets, else of the inputs.
+    """The first dimension of the targets, or of what they are made of, else of the inputs.
 
     Raises: TypeError: neither has one, or lists of tensors differ in it: one tensor a sample; it says what to pass.
     """
-    if isinstance(targets, Tensor) and targets.ndim:  # nearly always
-        return targets.shape[0]
-    for value in (targets, inputs):
-        first = next(iter(value.values()), None) if isinstance(value, Mapping) else value
-        if isinstance(first, (tuple, list)) and first and isinstance(first[0], Tensor):
-            _refuse_one_a_sample(inputs, targets)
-            first = first[0]
-        if isinstance(first, Tensor) and first.ndim:
-            return first.shape[0]
-        if isinstance(first, (tuple, list)):
-            return len(first)
-    raise TypeError(
-        f"The number of samples cannot be told from inputs of {type(inputs).__qualname__} and targets of "
-        f"{type(targets).__qualname__}: pass weight=, a function (inputs, targets) -> number."
-    )
+    if isinstance(targets, (tuple, list)):
+        _refuse_one_a_sample(inputs, targets)
+    samples = batch_size.num_samples(targets, inputs)
+    if samples is None:
+        got = f"inputs of {type(inputs).__qualname__} and targets of {type(targets).__qualname__}"
+        raise batch_size.cannot_count(_WHO, got, "weight=, a function (inputs, targets) -> number")
+    return samples
 
 
 def default_weight(loss_fn: LossFunction) -> WeightFunction:
@@ -133,17 +128,15 @@ def counts_samples(weight: WeightFunction, targets: Any) -> bool:
     return weight is num_samples or (isinstance(weight, ClassWeight) and weight.counts_samples(targets))
 
 
-def _refuse_one_a_sample(*lists: Any) -> None:
+def _refuse_one_a_sample(inputs: Any, targets: list[Any] | tuple[Any, ...]) -> None:
     """Several inputs of a batch have its size in common, tensors of one sample each have not."""
-    sizes = set()
-    for value in lists:
-        parts = [value] if isinstance(value, Tensor) else value if isinstance(value, (tuple, list)) else ()
-        sizes |= {part.shape[0] for part in parts if isinstance(part, Tensor) and part.ndim}
+    if not targets or not isinstance(targets[0], Tensor):
+        return
+    parts = [*targets, *(inputs if isinstance(inputs, (tuple, list)) else [inputs])]
+    sizes = {part.shape[0] for part in parts if isinstance(part, Tensor) and part.ndim}
     if len(sizes) > 1:
-        raise TypeError(
-            f"The number of samples cannot be told from tensors whose first dimensions are {sorted(sizes)}: pass "
-            "weight=, for lists with one tensor a sample weight=lambda inputs, targets: len(targets)."
-        )
+        way_out = "weight=, for lists with one tensor a sample weight=lambda inputs, targets: len(targets)"
+        raise batch_size.cannot_count(_WHO, f"tensors whose first dimensions are {sorted(sizes)}", way_out)
 
 
 def checked_pair(prepare_batch: PrepareBatch) -> PrepareBatch:

@@ -6,9 +6,10 @@ import torch
 
 from dengine import trees
 from dengine.metrics.builtin.accuracy import Accuracy
+from dengine.metrics.core.batch_size import samples_or_one
 from dengine.metrics.core.kinds import is_metric, is_tracker, shows_live
 from dengine.metrics.core.metric import Metric
-from dengine.metrics.core.updates import samples_in, takes_pair
+from dengine.metrics.core.updates import takes_pair
 from dengine.types import MetricValue
 
 __all__ = ["DistributedAccuracy", "DistributedMetric", "ValueOp"]
@@ -96,7 +97,7 @@ class DistributedMetric(Metric):
             self._base.update(*output)
         else:
             self._base.update(output)
-        self._num_samples += samples_in(output)
+        self._num_samples += samples_or_one(output)
 
     def compute(self) -> MetricValue:
         """This rank's value; the engine reduces it over the ranks."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from dengine.metrics.builtin.average import Amount, WeightedMean, accumulable
+from dengine.metrics.core.batch_size import cannot_count, num_samples
 from dengine.metrics.core.class_loss import class_loss, num_probabilities, option, source_of, weight_of
 from dengine.metrics.core.inputs import (
     as_real,
@@ -13,7 +14,6 @@ from dengine.metrics.core.inputs import (
     checked_ignore_index,
     is_kept,
     is_number,
-    num_samples,
     what_it_got,
 )
 from dengine.metrics.core.metric import OutputTransform
@@ -170,15 +170,11 @@ def _pair(output: Any) -> tuple[Any, Any]:
 
 
 def _first_dimension(prediction: Any, target: Any) -> int:
-    if isinstance(target, torch.Tensor) and target.ndim:  # nearly always
-        return target.shape[0]
-    found = num_samples(target, prediction)
-    if found is None:
-        raise TypeError(
-            f"Loss cannot tell the number of samples from a prediction of {type(prediction).__qualname__} and a target "
-            f"of {type(target).__qualname__}: pass batch_size=, a function of the target that gives it."
-        )
-    return found
+    samples = num_samples(target, prediction)
+    if samples is None:
+        got = f"a prediction of {type(prediction).__qualname__} and a target of {type(target).__qualname__}"
+        raise cannot_count("Loss", got, "batch_size=, a function of the target that gives it")
+    return samples
 
 
 def _mean_of_each(losses: torch.Tensor, kept: torch.Tensor | None, count: Amount) -> torch.Tensor:

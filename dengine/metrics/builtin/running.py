@@ -7,11 +7,12 @@ import torch
 
 from dengine.errors import NotComputableError
 from dengine.metrics.builtin.average import accumulable, value_of
+from dengine.metrics.core.batch_size import samples_or_one
 from dengine.metrics.core.computed import checked
 from dengine.metrics.core.kinds import is_metric, is_tracker
 from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.metrics.core.transform import loss_value, prediction_and_target
-from dengine.metrics.core.updates import samples_in, takes_pair
+from dengine.metrics.core.updates import takes_pair
 from dengine.types import MetricValue
 
 __all__ = ["RunningAverage"]
@@ -116,7 +117,7 @@ class RunningAverage(Metric):
         try:
             value = checked(self._metric.compute(), f"{type(self._metric).__name__} of RunningAverage")
         except (NotComputableError, ZeroDivisionError) as error:
-            if isinstance(error, ZeroDivisionError) and samples_in(output):
+            if isinstance(error, ZeroDivisionError) and samples_or_one(output):
                 raise
             return None
         if isinstance(value, (Mapping, complex)) or (isinstance(value, torch.Tensor) and value.is_complex()):

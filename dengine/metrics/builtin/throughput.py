@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dengine.errors import NotComputableError
+from dengine.metrics.core.batch_size import cannot_count, samples_in
 from dengine.metrics.core.inputs import is_number, what_it_got
 from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.types import summable
@@ -90,17 +91,12 @@ class _Clock:
 
 
 def _num_samples(output: Any) -> torch.Tensor | int:
-    is_pair = isinstance(output, (tuple, list)) and len(output) == 2
-    sized = output[1] if is_pair else output
-    if getattr(sized, "shape", ()):
-        return int(sized.shape[0])
-    if is_pair and (is_number(sized) or isinstance(sized, torch.Tensor)):
-        return 1
-    if isinstance(sized, Integral) and not isinstance(sized, bool):
-        return int(sized)
-    if isinstance(sized, torch.Tensor) and not (sized.is_floating_point() or sized.is_complex()):
-        return summable(sized)  # type: ignore[no-any-return]
-    raise TypeError(
-        f"Throughput cannot tell the number of samples from {what_it_got(output)}: pass output_transform=, a function "
-        "of the step's output that gives it."
-    )
+    if isinstance(output, Integral) and not isinstance(output, bool):
+        return int(output)
+    is_scalar = is_number(output) or getattr(output, "ndim", None) == 0
+    if not is_scalar and (samples := samples_in(output)) is not None:
+        return samples
+    if is_scalar and isinstance(output, torch.Tensor) and not (output.is_floating_point() or output.is_complex()):
+        return summable(output)  # type: ignore[no-any-return]
+    way_out = "output_transform=, a function of the step's output that gives it"
+    raise cannot_count("Throughput", what_it_got(output), way_out)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from dengine import trees
 from dengine.checks import whole_number
 from dengine.metrics.core.transform import prediction_and_target
 
@@ -17,7 +16,6 @@ __all__ = [
     "checked_ignore_index",
     "is_kept",
     "is_number",
-    "num_samples",
     "shape_error",
     "what_it_got",
 ]
@@ -109,45 +107,6 @@ def is_kept(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
     if is_counted and not torch.iinfo(labels.dtype).min <= ignore_index <= torch.iinfo(labels.dtype).max:
         return torch.ones_like(labels, dtype=torch.bool)  # a byte is never -100, but torch would compare with 156
     return labels != ignore_index
-
-
-def num_samples(target: Any, prediction: Any) -> int | None:
-    """The samples of a batch: the first dimension of its target, or of what that is made of; None: it cannot be told.
-
-    A list or tuple of tensors may be several targets of all samples or one target for each: what the prediction has
-    decides. A number is one sample; where there is no target at all, the prediction tells.
-    """
-    if is_number(target) or getattr(target, "ndim", None) == 0:
-        return 1
-    sizes, lengths = _sizes(target)
-    of_prediction = set().union(*_sizes(prediction))
-    if len(sizes) == 1 and (sizes & of_prediction or not lengths & of_prediction):
-        return sizes.pop()
-    told = (sizes | lengths) & of_prediction if sizes or lengths else of_prediction
-    return told.pop() if len(told) == 1 else None
-
-
-def _sizes(value: Any) -> tuple[set[int], set[int]]:
-    """What may be a number of samples: the first dimensions inside `value`, and lengths of lists of tensors."""
-    shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple):
-        return {int(size) for size in shape[:1]}, set()
-    inside = trees.parts(value)
-    if inside is None:
-        return set(), set()
-    parts = [part for _, part in inside]
-    if trees.has_names(value):
-        return _joined_sizes(parts)
-    with_rows = [part for part in parts if isinstance(getattr(part, "shape", None), tuple) and part.shape]
-    if not with_rows:
-        return {len(parts)}, set()
-    sizes, _ = _joined_sizes(with_rows)
-    return sizes, {len(parts)}
-
-
-def _joined_sizes(parts: list[Any]) -> tuple[set[int], set[int]]:
-    pairs = [_sizes(part) for part in parts]
-    return set().union(*(sizes for sizes, _ in pairs)), set().union(*(lengths for _, lengths in pairs))
 
 
 def what_it_got(output: Any) -> str:

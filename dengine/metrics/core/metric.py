@@ -17,7 +17,7 @@ from dengine.metrics.core.transform import prediction_and_target
 from dengine.naming import other_names
 from dengine.types import MetricValue
 
-__all__ = ["Metric", "OutputTransform", "StateOp", "StateSpec", "counts_updates"]
+__all__ = ["Metric", "OutputTransform", "StateOp", "StateSpec", "counting", "counts_updates"]
 
 OutputTransform: TypeAlias = Callable[[Any], Any]
 StateOp: TypeAlias = Literal["sum", "mean", "min", "max", "cat", "gather"]
@@ -234,7 +234,7 @@ def _fresh(default: Any) -> Any:
 
 
 # Above the class that they are already applied to while this module is read.
-def _counting(update: Callable[..., None]) -> Callable[..., None]:
+def counting(update: Callable[..., None]) -> Callable[..., None]:
     """`update`, counted once however many base classes count the same call; anew, if it was a reset as well."""
 
     @wraps(update)
@@ -283,7 +283,7 @@ def _named(compute: Callable[..., MetricValue]) -> Callable[..., MetricValue]:
     return named
 
 
-_WRAPPERS: dict[str, Callable[..., Any]] = {"update": _counting, "reset": _uncounting, "compute": _named}
+_WRAPPERS: dict[str, Callable[..., Any]] = {"update": counting, "reset": _uncounting, "compute": _named}
 _IS_WRAPPED = "_dengine_is_wrapped"
 
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import Signature, signature
 from typing import Any
 
-import torch
-
+from dengine.metrics.core.batch_size import samples_or_one
 from dengine.metrics.core.kinds import is_mergeable
-from dengine.metrics.core.metric import Metric, OutputTransform, counts_updates
+from dengine.metrics.core.metric import Metric, OutputTransform, counting, counts_updates
 from dengine.metrics.core.transform import is_torchmetrics, prediction_and_target
 
-__all__ = ["Seen", "check_update", "default_transform", "samples_in", "takes_pair", "update_of"]
+__all__ = ["Seen", "check_update", "default_transform", "takes_pair", "update_of"]
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Seen:
         def counted(output: Any) -> None:
             update(output)
             self.num_updates += 1
-            self.num_samples += samples_in(output)
+            self.num_samples += samples_or_one(output)
 
         return counted
 
@@ -44,7 +44,7 @@ def update_of(metric: Any, transform: OutputTransform | None) -> Callable[[Any],
         return update_spread
     update: Callable[[Any], None] = metric.update
     if isinstance(metric, Metric) and not counts_updates(metric):
-        update = _counted(metric)
+        update = partial(_update_of_object, metric)
     if transform is None:
         return update
     return lambda output: update(transform(output))
@@ -78,24 +78,10 @@ def check_update(name: str, metric: Any) -> None:
     )
 
 
-def samples_in(output: Any) -> int:
-    """Samples in one update: the first dimension of the last tensor of a pair (the target), 1 for numbers."""
-    output = prediction_and_target(output)
-    if isinstance(output, dict):
-        parts = list(output.values())
-    else:
-        parts = list(output) if isinstance(output, (tuple, list)) else [output]
-    tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.ndim]
-    return int(tensors[-1].shape[0]) if tensors else 1
-
-
-def _counted(metric: Metric) -> Callable[[Any], None]:
-    def counted(output: Any) -> None:
-        before = metric.num_updates
-        metric.update(output)
-        metric.num_updates = min(before, metric.num_updates) + 1
-
-    return counted
+@counting
+def _update_of_object(self: Metric, output: Any) -> None:
+    """An `update` that was set on the object, which the class knows nothing of."""
+    self.update(output)
 
 
 def _signature(metric: Any) -> Signature | None:
