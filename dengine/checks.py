@@ -4,29 +4,52 @@ import inspect
 import operator
 import os
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-__all__ = ["path_of", "takes", "whole_number"]
+__all__ = ["is_number", "is_whole_number", "number", "path_of", "takes", "whole_number"]
 
 
-def whole_number(name: str, value: object, *, least: int, why: str = "") -> int:
-    """`value` as an int of at least `least`.
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number of Python's or numpy's. A bool is none: it is an int to Python, but a slip."""
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+
+
+def is_whole_number(value: object) -> TypeGuard[int]:
+    """Whether it is an int of Python's, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def number(name: str, value: object, what: str = "a number", *, above: float | None = None) -> float:
+    """`value` as an int or float above `above`. The message says that it must be `what`.
+
+    Raises:
+        TypeError: no number; a bool is none. ValueError: not above `above`.
+    """
+    if not is_number(value):
+        raise TypeError(f"{name}={value!r} must be {what}.")
+    if above is not None and not value > above:
+        raise ValueError(f"{name}={value} must be {what}.")
+    return value if isinstance(value, int) else float(value)
+
+
+def whole_number(name: str, value: object, *, least: int | None, why: str = "") -> int:
+    """`value` as an int of at least `least`; of any size if that is None.
 
     Raises:
         TypeError: not a whole number; a bool is none.
         ValueError: below `least`; `why` is added to the message.
     """
     try:
-        # bool is an int to Python, but `every=True` is a slip.
-        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        whole = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        number = None
-    if number is None:
+        whole = None
+    if whole is None:
         raise TypeError(f"{name}={value!r} must be a whole number, but is a {type(value).__name__}.")
-    if number < least:
-        raise ValueError(f"{name}={number} must be at least {least}{why and ': '}{why}.")
-    return number
+    if least is not None and whole < least:
+        raise ValueError(f"{name}={whole} must be at least {least}{why and ': '}{why}.")
+    return whole
 
 
 def takes(function: Callable[..., Any], num_arguments: int) -> bool:

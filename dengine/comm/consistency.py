@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dengine.checks import is_number
 from dengine.comm.collectives import all_gather_object, max_tensor
 from dengine.control.deadlock import START_OF_RUN
 from dengine.control.plane import Control
@@ -207,7 +208,7 @@ def _digests(values: Iterable[Any]) -> torch.Tensor:
 
 
 def _number(value: Any) -> torch.Tensor:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         return torch.tensor(float(value) if math.isfinite(value) else math.inf, dtype=torch.float64)
     return torch.tensor(list(repr(value).encode()), dtype=torch.uint8)
 

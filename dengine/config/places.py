@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from dengine.checks import is_whole_number
 from dengine.errors import ConfigError
 
 __all__ = ["MAX_DEPTH", "Document", "Place", "Repeats", "below", "plain"]
@@ -105,7 +106,7 @@ def _plain(value: Any, key: str, document: Document, repeats: Repeats, depth: in
             )
     if isinstance(value, Mapping):
         for part in value:
-            if not isinstance(part, str | int) or isinstance(part, bool):
+            if not (isinstance(part, str) or is_whole_number(part)):
                 where = f" in {key!r}" if key else ""
                 raise ConfigError(
                     f"{document.place(key)}: the key {part!r}{where} must be text or a whole number: quote it."

@@ -25,6 +25,7 @@ line that fits no rule are errors, with the line and the column.
 from collections.abc import Callable
 from typing import Any
 
+from dengine.checks import is_number, is_whole_number
 from dengine.config.places import Document, below
 from dengine.config.sdn_values import MAX_DEPTH, Reader
 
@@ -33,8 +34,8 @@ __all__ = ["read_sdn"]
 _INTS = ("i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64", "int")
 _FLOATS = ("f16", "f32", "f64", "float")
 _CHECKS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_INTS, lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    **dict.fromkeys(_FLOATS, lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    **dict.fromkeys(_INTS, is_whole_number),
+    **dict.fromkeys(_FLOATS, is_number),
     **dict.fromkeys(("str", "string", "text"), lambda value: isinstance(value, str)),
     "bool": lambda value: isinstance(value, bool),
 }

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from dengine.checks import is_whole_number
 from dengine.config.places import Document, Place, Repeats, below
 from dengine.config.scalars import bare_value, finite, whole
 from dengine.errors import ConfigError
@@ -106,7 +107,7 @@ class _Builder:
             if key_node.id != "scalar":
                 raise ConfigError(f"{place}: a key must be text or a whole number, not a list or a mapping.")
             key = self._scalar(key_node, full)
-            if isinstance(key, bool) or not isinstance(key, str | int):  # a dict takes 1 and true for one key
+            if not (isinstance(key, str) or is_whole_number(key)):  # a dict takes 1 and true for one key
                 where = f" in {full!r}" if full else ""
                 raise ConfigError(
                     f"{place}: the key {key_node.value!r}{where} must be text or a whole number: quote it."

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import DistError
 
+from dengine.checks import number
 from dengine.control.channel import ControlContext, StoreEndpoint
 from dengine.control.ddp_errors import explain
 from dengine.control.failure import is_of_backend, line_of, traceback_of, write_error_file
@@ -67,15 +68,14 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
         LaunchError: the launcher's variables are half set, or do not fit this machine; not all ranks have come within
             `timeout` (they are named), or one ended meanwhile, or Gloo could not connect their hosts; two ranks have
             one GPU; on leaving, the store is gone.
-        ValueError: a timeout is not above 0.
+        TypeError, ValueError: a timeout is no number above 0.
         StallError: on entering, not all ranks have come within `stall_timeout`.
         RemoteRankError, StallError: on leaving, if another rank failed.
 
     Cost: collective on entry; two threads that sleep (three if rank 0 hosts the store); one process pays nothing.
     """
     for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
-        if not value > 0:
-            raise ValueError(f"{name}={value} must be a number of seconds above 0.")
+        number(name, value, "a number of seconds above 0", above=0)
     is_alone = backend == "none"
     is_external = dist.is_available() and dist.is_initialized() and not is_alone
     launch = None if is_external or is_alone else find_launch(os.environ)

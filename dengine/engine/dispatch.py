@@ -6,6 +6,7 @@ import difflib
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from dengine.checks import number
 from dengine.distributed import rank_zero_only as only_on_rank_zero
 from dengine.engine.events import AnyEvent, Events, FilteredEvent, Subscribable, event_parts, event_text
 from dengine.engine.handler_checks import check_handler, is_collective, owner_of, phase_of, warn_of_idle
@@ -71,8 +72,7 @@ class Dispatcher:
         """
         parts = self.parts(event)
         check_handler(handler)
-        if isinstance(priority, bool) or not isinstance(priority, (int, float)):
-            raise TypeError(f"priority={priority!r} must be a number.")
+        priority = number("priority", priority)
         phase = phase_of(handler)
         called: Handler = only_on_rank_zero(handler) if rank_zero_only else handler
         attached = [(handlers, Subscription(called, options, priority, phase)) for handlers, options in parts]

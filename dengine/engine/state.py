@@ -5,6 +5,7 @@ from copy import deepcopy
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dengine.checks import is_whole_number
 from dengine.metrics.collection.live import MetricValues
 from dengine.types import MetricValue
 
@@ -188,7 +189,7 @@ def _check(state_dict: Mapping[str, Any]) -> None:
         raise ValueError(f"The engine's state has unknown entries {_names(unknown)}; known are {_names(wanted)}.")
     for name, may_be_none in _POSITION.items():
         value = state_dict[name]
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        is_count = is_whole_number(value) and value >= 0
         if not is_count and not (may_be_none and value is None):
             raise ValueError(f"{name}={value!r} in the engine's state must be a whole number of at least 0.")
     persisted = state_dict["persisted"]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from dengine.checks import whole_number
+from dengine.checks import is_number, is_whole_number, number, whole_number
 from dengine.comm.outcome import from_rank_zero
 from dengine.engine import Engine, Events
 from dengine.handlers.score import check_score_function, score_of
@@ -69,8 +69,7 @@ class EarlyStopping:
         check_score_function(score_function)
         if not isinstance(trainer, Engine):
             raise TypeError(f"trainer={trainer!r} must be the Engine to stop.")
-        if isinstance(min_delta, bool) or not isinstance(min_delta, int | float):
-            raise TypeError(f"min_delta={min_delta!r} must be a number.")
+        min_delta = number("min_delta", min_delta)
         if not min_delta >= 0:
             raise ValueError(f"min_delta={min_delta} must be at least 0: it says by how much a score must be better.")
         if mode not in ("max", "min"):
@@ -134,7 +133,7 @@ class EarlyStopping:
                 f"The state of EarlyStopping has unknown entries: {', '.join(sorted(map(repr, unknown)))}."
             )
         best = state_dict["best"]
-        if best is not None and (isinstance(best, bool) or not isinstance(best, int | float)):
+        if best is not None and not is_number(best):
             raise ValueError(f"best={best!r} in the state of EarlyStopping must be a number or None.")
         num_calls = _count(state_dict, "num_calls_without_improvement")
         num_passed_over = (
@@ -172,6 +171,6 @@ class EarlyStopping:
 
 def _count(state_dict: Mapping[str, Any], name: str) -> int:
     value = state_dict[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if not is_whole_number(value) or value < 0:
         raise ValueError(f"{name}={value!r} in the state of EarlyStopping must be a whole number of at least 0.")
     return value

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dengine import torch_internals
-from dengine.checks import whole_number
+from dengine.checks import is_number, whole_number
 from dengine.compiled_names import aligned
 from dengine.distributed import unwrap_model
 from dengine.dtensor import as_fsdp, cut_like, is_dtensor, is_fsdp, laid_out_like, local_part, mesh_of
@@ -77,7 +77,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"EMA() takes a torch.nn.Module, but got {type(model).__qualname__}.")
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+        if not is_number(decay) or not 0 <= decay < 1:
             raise ValueError(f"decay={decay!r} must be a number from 0 to below 1, such as 0.999.")
         if any(hasattr(each, "ds_id") for each in model.parameters()):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dengine.checks import number
 from dengine.distributed import all_reduce, world
 from dengine.engine import Absent, Engine, Events
 from dengine.engine.handler_checks import collective
@@ -67,8 +68,8 @@ class ThroughputMonitor:
     ) -> None:
         check_function("num_samples", num_samples, "engine")
         check_function("num_tokens", num_tokens, "engine")
-        if peak_flops_per_s is not None and (isinstance(peak_flops_per_s, str) or not peak_flops_per_s > 0):
-            raise ValueError(f"peak_flops_per_s={peak_flops_per_s!r} must be a number above 0.")
+        if peak_flops_per_s is not None:
+            peak_flops_per_s = number("peak_flops_per_s", peak_flops_per_s, "a number above 0", above=0)
         self._num_samples = num_samples or _samples_of_batch
         self._num_tokens = num_tokens
         self._counts_flops = count_flops

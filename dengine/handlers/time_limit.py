@@ -3,10 +3,13 @@
 import math
 import time
 
+from dengine.checks import number
 from dengine.engine import Engine
 from dengine.naming import other_keywords, other_names, shown
 
 __all__ = ["TimeLimit"]
+
+_SECONDS = "a number of seconds above 0"
 
 
 @other_names(
@@ -34,10 +37,9 @@ class TimeLimit:
         limit_sec="it is called seconds=",
     )
     def __init__(self, seconds: float) -> None:
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-            raise TypeError(f"seconds={seconds!r} must be a number of seconds.")
-        if not seconds > 0 or math.isinf(seconds):
-            raise ValueError(f"seconds={seconds!r} must be a number of seconds above 0.")
+        seconds = number("seconds", seconds, _SECONDS, above=0)
+        if math.isinf(seconds):
+            raise ValueError(f"seconds={seconds} must be {_SECONDS}.")
         self._seconds = seconds
         self._end_s = time.monotonic() + seconds
 

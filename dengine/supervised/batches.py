@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dengine import trees
-from dengine.checks import takes
+from dengine.checks import is_number, takes
 from dengine.metrics.core import batch_size
 from dengine.metrics.core.class_loss import class_loss, count_of, num_probabilities, option
 from dengine.naming import describe
@@ -165,7 +165,7 @@ def checked_weight(weight: WeightFunction) -> WeightFunction:
         if isinstance(count, Tensor):
             if count.ndim == 0 and not count.is_complex():
                 return count
-        elif isinstance(count, (int, float, np.integer, np.floating)) and not isinstance(count, bool):
+        elif is_number(count):
             return count
         raise TypeError(
             f"weight gave {_what(count)}, but must give what the batch counts, a number or a 0-d tensor: "

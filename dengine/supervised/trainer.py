@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dengine.checks import whole_number
+from dengine.checks import number, whole_number
 from dengine.distributed import world
 from dengine.engine import Engine
 from dengine.supervised.accelerator import accelerator_for, distributed_kind
@@ -102,10 +102,7 @@ def create_supervised_trainer(
     )
     num_batches = whole_number("gradient_accumulation_steps", gradient_accumulation_steps, least=1)
     if max_grad_norm is not None:
-        if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, (int, float)):
-            raise TypeError(f"max_grad_norm={max_grad_norm!r} must be a number above 0, or None.")
-        if not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm} must be a number above 0; leave it out to clip nothing.")
+        max_grad_norm = number("max_grad_norm", max_grad_norm, "a number above 0, or None to clip nothing", above=0)
     accelerator = accelerator_for(accelerator, mixed_precision)
     num_batches = _num_batches(num_batches, accelerator)
     is_deepspeed = distributed_kind(accelerator) == "DEEPSPEED"

@@ -1,7 +1,6 @@
 """The run that is recorded: rows while it goes on, and at its end how it ended."""
 
 import atexit
-import operator
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from dengine.checks import whole_number
 from dengine.tracking.artifacts import Artifact, ArtifactStore
 from dengine.tracking.backend import Backend, StoredFiles
 from dengine.tracking.files import TrackingError, read_json, write_json
@@ -74,7 +74,7 @@ class RecordedRun(Run):
                     f"Each row has a {own!r} of its own: pass step=, or log this value under another name."
                 )
         if step is not None and type(step) is not int:
-            step = _whole(step)
+            step = whole_number("step", step, least=None)
         with self._lock:
             if step is None:
                 step = self._next_step
@@ -239,15 +239,6 @@ def _recordable(*settings: Mapping[str, Any]) -> tuple[Any, ...]:
             except Exception as error:  # a `repr` of the user's may raise anything
                 problems.append(str(error) if isinstance(error, ValueError) else f"{key!r}: {error!r}")
     return *recordable, problems
-
-
-def _whole(step: Any) -> int:
-    try:
-        if isinstance(step, bool):
-            raise TypeError
-        return operator.index(step)
-    except TypeError:
-        raise TypeError(f"step={step!r} must be a whole number, but is a {type(step).__name__}.") from None
 
 
 def _exit_by_signal(number: int, frame: FrameType | None) -> None:

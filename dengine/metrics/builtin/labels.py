@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
-from dengine.checks import whole_number
+from dengine.checks import number, whole_number
 from dengine.metrics.core.batch_queue import BatchQueue
 from dengine.metrics.core.inputs import as_pair, checked_ignore_index, is_kept, shape_error
 from dengine.metrics.core.metric import Metric, OutputTransform
@@ -77,8 +77,7 @@ class ClassSettings:
             whole_number("num_classes", self.num_classes, least=1)
         if self.task == "binary" and self.num_classes not in (None, 2):
             raise ValueError(f"num_classes={self.num_classes} does not go with task='binary', which has 2.")
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise TypeError(f"threshold={self.threshold!r} must be a number.")
+        number("threshold", self.threshold)
         if self.task == "multiclass" and self.threshold != 0.5:
             raise ValueError(f"threshold={self.threshold} has no use with task='multiclass', which takes the highest.")
         checked_ignore_index(self.ignore_index)

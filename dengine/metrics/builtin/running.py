@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dengine.checks import number
 from dengine.errors import NotComputableError
 from dengine.metrics.builtin.average import accumulable, value_of
 from dengine.metrics.core.batch_size import samples_or_one
@@ -55,8 +56,7 @@ class RunningAverage(Metric):
     def __init__(
         self, alpha: float = 0.98, *, metric: Any = None, output_transform: OutputTransform | None = None
     ) -> None:
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise TypeError(f"alpha={alpha!r} must be a number.")
+        alpha = number("alpha", alpha)
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha={alpha} must be at least 0 and less than 1.")
         if metric is not None and (not is_metric(metric) or is_tracker(metric)):
