@@ -4,21 +4,18 @@ A lone process runs the same code, and gets its own values back.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DistError
 
 from dengine.comm.nested import ReduceOp, flatten, grouped, signature, split
 from dengine.comm.rank_zero import refuse_on_rank_zero_alone
-from dengine.control.call_log import call_site
 from dengine.control.failure import repr_of
-from dengine.control.liveness import exempt_key
-from dengine.control.plane import Control
+from dengine.control.plane import plane
 from dengine.errors import RemoteRankError
-from dengine.launch.world import World, control, refuse_forgotten_group, world
+from dengine.launch.world import World, refuse_forgotten_group, world
 
 __all__ = [
     "ReduceOp",
@@ -59,7 +56,7 @@ def rank_zero_first() -> Iterator[None]:
     if world().rank == 0:
         failure: str | None = "left by an exception that is no Exception"
         try:
-            with _exempt():
+            with plane().exempt():
                 yield
             failure = None
         except Exception as error:
@@ -71,29 +68,8 @@ def rank_zero_first() -> Iterator[None]:
     failure = broadcast_object(None)
     if failure is not None:
         raise RemoteRankError(f"Rank 0 failed inside rank_zero_first(), so this rank stops too: {failure}", rank=0)
-    with _exempt():
+    with plane().exempt():
         yield
-
-
-@contextmanager
-def _exempt() -> Iterator[None]:
-    """Inside the `with` block this rank may take as long as it likes, and does not count as hanging."""
-    plane = control()
-    if not isinstance(plane, Control):
-        yield
-        return
-    key = exempt_key(plane.context.here.rank)
-    with suppress(DistError):  # the store is gone, and nobody can ask
-        plane.context.store.set(key, "yes")  # for those who ask while this rank holds the interpreter
-    plane.num_exempt += 1
-    try:
-        yield
-    finally:
-        plane.num_ticks += 1
-        plane.num_exempt -= 1
-        if not plane.num_exempt:
-            with suppress(DistError):
-                plane.context.store.delete_key(key)
 
 
 @contextmanager
@@ -103,16 +79,12 @@ def collective(what: str, *, site: str = "") -> Iterator[Any]:
     Gives the group for tensors on the CPU; None is the default group.
     """
     refuse_on_rank_zero_alone(what)
-    plane = control()
-    if not isinstance(plane, Control):
-        yield None
-        return
-    plane.failures.check()
-    plane.call_log.enter(what, site)
+    here = plane()
+    here.enter_call(what, site)
     try:
-        yield plane.context.group
+        yield here.group
     finally:
-        plane.call_log.leave()
+        here.leave_call()
 
 
 def _group_of(tensor: torch.Tensor, cpu_group: Any) -> Any:
@@ -123,9 +95,7 @@ def progress() -> None:
     """Report that this rank is at work: call it now and then in a step or a handler that may take longer than
     `stall_timeout`. Never communicates. Iterations of any engine, handlers and collectives are progress by themselves.
     """
-    plane = control()
-    if isinstance(plane, Control):
-        plane.num_ticks += 1
+    plane().tick()
 
 
 # -- values ------------------------------------------------------------------------------------------------------
@@ -152,7 +122,7 @@ def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
         raise ValueError(f"op={op!r} must be one of {', '.join(_OPS)}.")
     leaves: list[torch.Tensor] = []
     rebuild = flatten(value, leaves, op)
-    with collective(f"all_reduce({name or signature(value)}, {op!r})", site=name or _user_site()) as group:
+    with collective(f"all_reduce({name or signature(value)}, {op!r})", site=name or plane().call_site()) as group:
         return rebuild(_reduced(leaves, op, group))  # type: ignore[no-any-return]
 
 
@@ -253,15 +223,10 @@ def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torc
 # -- helpers -----------------------------------------------------------------------------------------------------
 
 
-def _user_site() -> str:
-    """The line that the user calls from, if ranks compare it; else ""."""
-    return call_site() if isinstance(control(), Control) else ""
-
-
 def _transport(device: torch.device) -> torch.device:
     """The device on which a tensor of `device` must lie to be sent: a group of NCCL alone takes no CPU tensors."""
     here = world()
-    has_gloo = "gloo" in here.backend or isinstance(control(), Control)
+    has_gloo = "gloo" in here.backend or plane().group is not None
     return here.device if device.type == "cpu" and not has_gloo and here.size > 1 else device
 
 

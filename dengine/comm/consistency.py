@@ -13,10 +13,10 @@ from torch import nn
 from dengine.checks import is_number
 from dengine.comm.collectives import all_gather_object, max_tensor
 from dengine.control.deadlock import START_OF_RUN
-from dengine.control.plane import Control
+from dengine.control.plane import plane
 from dengine.dtensor import local_part, piece_of
 from dengine.errors import ConsistencyError
-from dengine.launch.world import control, world
+from dengine.launch.world import world
 from dengine.splitmix64 import mixed
 
 __all__ = [
@@ -138,10 +138,7 @@ def _refuse(gathered: Mapping[int, Sequence[str]], subject: str, advice: str) ->
 
 def prepared_parameters() -> dict[int, list[str]]:
     """Names, shapes and types of the parameters of all models that were prepared and still live, by their number."""
-    plane = control()
-    if not isinstance(plane, Control):
-        return {}
-    return {number: parameters_of(model) for number, model in plane.living_models().items()}
+    return {number: parameters_of(model) for number, model in plane().prepared.living_models().items()}
 
 
 def parameters_of(model: nn.Module) -> list[str]:

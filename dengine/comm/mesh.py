@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import nn
 
-from dengine.control.plane import Control
+from dengine.control.plane import plane
+from dengine.control.prepared import Prepared
 from dengine.dtensor import describe_mesh, is_fsdp, is_mesh, mesh_of
-from dengine.launch.world import World, control, world
+from dengine.launch.world import World, world
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -74,32 +75,32 @@ def spreads_part(what: str, mesh_size: int, here: World) -> None:
 
 def spreads_model(model: nn.Module) -> None:
     """Note that `model` is used, which may have been laid out by hand."""
-    if isinstance(control(), Control) and (shared := _shared_by(model)) is not None:
+    if (shared := _shared_by(model)) is not None:
         _note_sharing(shared)
 
 
 def deals_to_all_ranks() -> None:
     """Note that data are dealt out to all ranks, each of which gets other samples."""
-    if isinstance(plane := control(), Control):
-        plane.deals_to_all_ranks = True
-        for model in plane.living_models().values():  # which may have been laid out after it was prepared
-            spreads_model(model)
-        _warn_if_both(plane)
+    prepared = plane().prepared
+    prepared.deals_to_all_ranks = True
+    for model in prepared.living_models().values():  # which may have been laid out after it was prepared
+        spreads_model(model)
+    _warn_if_both(prepared)
 
 
 def _note_sharing(why: str) -> None:
-    if isinstance(plane := control(), Control):
-        plane.shared_data = plane.shared_data or why
-        _warn_if_both(plane)
+    prepared = plane().prepared
+    prepared.shared_data = prepared.shared_data or why
+    _warn_if_both(prepared)
 
 
-def _warn_if_both(plane: Control) -> None:
-    if plane.shared_data is None or not plane.deals_to_all_ranks or plane.has_warned_of_shared_data:
+def _warn_if_both(prepared: Prepared) -> None:
+    if prepared.shared_data is None or not prepared.deals_to_all_ranks or prepared.has_warned_of_shared_data:
         return
-    plane.has_warned_of_shared_data = True
+    prepared.has_warned_of_shared_data = True
     warnings.warn(
-        f"{plane.shared_data}, but the data are dealt out to all {world().size} ranks, so that ranks which should see "
-        "the same samples see different ones. Use a loader that is not prepared, with "
+        f"{prepared.shared_data}, but the data are dealt out to all {world().size} ranks, so that ranks which should "
+        "see the same samples see different ones. Use a loader that is not prepared, with "
         "DataLoader(sampler=distributed.ElasticSampler(dataset, num_replicas=..., rank=...)): how many groups have "
         "data of their own, and which of them this rank is in (mesh['dp'].size() and mesh['dp'].get_local_rank()).",
         UserWarning,

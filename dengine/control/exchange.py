@@ -11,7 +11,7 @@ from typing import Any
 from dengine import torch_internals
 from dengine.control.plane import Control
 from dengine.errors import RemoteRankError
-from dengine.launch.world import control, world
+from dengine.launch.world import entered_plane, world
 
 __all__ = ["Mailbox"]
 
@@ -34,7 +34,7 @@ class Mailbox:
     def __init__(self, name: str, is_leaving: threading.Event) -> None:
         self._is_leaving = is_leaving
         self._here = world()
-        plane = control()
+        plane = entered_plane()
         self._status = plane.status if isinstance(plane, Control) else None
         self._prefix = f"mailbox/{name}"
         self._store: Any = None

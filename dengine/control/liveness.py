@@ -10,11 +10,11 @@ from dengine.control.call_log import num_joined, user_line
 from dengine.control.deadlock import cause, is_certain, waits_in
 from dengine.control.failure import Failure, where_text
 from dengine.control.heartbeat import Heartbeat, levels_of
-from dengine.control.plane import Control
+from dengine.control.plane import Control, exempt_key
 from dengine.launch.console import say
 from dengine.launch.parsing import parse_object
 
-__all__ = ["LivenessProbe", "exempt_key"]
+__all__ = ["LivenessProbe"]
 
 _ANSWER_S = 2.0  # a living rank's thread answers within milliseconds, unless its machine is under load
 _POLL_S = 0.02
@@ -190,11 +190,6 @@ class LivenessProbe:
             "take longer than stall_timeout=."
         )
         return Failure("stalled", rank, error, levels_of(beat), is_frozen=bool(missing))
-
-
-def exempt_key(rank: int) -> str:
-    """The key that exists while `rank` is in a part of the script that may take as long as it likes."""
-    return f"exempt/{rank}"
 
 
 def _is_complete(answer: dict[str, Any]) -> bool:

@@ -8,27 +8,91 @@ hangs) in watchdog.py.
 
 import threading
 import time
-import weakref
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, Protocol
 
-from torch import nn
-from torch.distributed import DistError
+from torch.distributed import DistError, ProcessGroup
 
-from dengine.control.call_log import CallLog
+from dengine.control.call_log import CallLog, call_site
 from dengine.control.channel import POLL_S, ControlContext, Messages
 from dengine.control.deadlock import END_OF_GROUP
 from dengine.control.failure import Failure
+from dengine.control.prepared import Prepared
 from dengine.control.propagation import Failures
 from dengine.control.status import GroupStatus
 from dengine.control.stop import Runs, Scope
 from dengine.launch.parsing import has_fields, parse_numbers, warn_malformed
+from dengine.launch.world import entered_plane
 
-__all__ = ["Control"]
+__all__ = ["Control", "NullPlane", "Plane", "exempt_key", "plane"]
 
 _LEAVE_S = 2.0
 _LATE_S = 0.3
+
+
+class Plane(Protocol):
+    """What this package asks of the control plane: `Control`, or `NullPlane` if there are no ranks to talk to."""
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The process group of this package's own collectives, for tensors on the CPU. None: the default group."""
+
+    @property
+    def prepared(self) -> Prepared: ...
+
+    def enter_call(self, what: str, site: str) -> None:
+        """Note that this rank calls the collective `what`; a `site` that is not empty must be the same on all ranks.
+
+        Raises: ConsistencyError: another rank has called something else. RemoteRankError, StallError: one has failed.
+        """
+
+    def leave_call(self) -> None: ...
+
+    def call_site(self) -> str:
+        """The line of the user's code that calls, if the ranks compare it; else ""."""
+
+    def tick(self) -> None:
+        """Note that this rank is at work."""
+
+    def exempt(self) -> AbstractContextManager[None]:
+        """Inside the `with` block this rank may take as long as it likes, and does not count as hanging."""
+
+
+class NullPlane:
+    """In a world of one, and in a group of somebody else whose ranks reach no store together: nobody is told anything.
+
+    It keeps nothing, so that one is as good as another.
+    """
+
+    group = None
+
+    @property
+    def prepared(self) -> Prepared:
+        return Prepared()  # nobody to compare with
+
+    def enter_call(self, what: str, site: str) -> None:
+        pass
+
+    def leave_call(self) -> None:
+        pass
+
+    def call_site(self) -> str:
+        return ""
+
+    def tick(self) -> None:
+        pass
+
+    def exempt(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+_OUTSIDE = NullPlane()
+
+
+def plane() -> Plane:
+    """The control plane of the world that is open. Never communicates."""
+    return entered_plane() or _OUTSIDE
 
 
 class Control:
@@ -38,8 +102,6 @@ class Control:
         num_ticks: calls of `distributed.progress()`.
         num_exempt: how many parts of the script this rank is in that may take as long as they like.
         answer: answers a liveness probe; set by liveness.py.
-        shared_data: why some ranks need the same samples, once a model shows it; deals_to_all_ranks: whether each rank
-            gets samples of its own; has_warned_of_shared_data. All three are comm/mesh.py's.
     """
 
     def __init__(self, context: ControlContext) -> None:
@@ -52,26 +114,43 @@ class Control:
         self.num_ticks = 0
         self.num_exempt = 0
         self.answer: Callable[[int], None] = lambda number: None
-        self.shared_data: str | None = None
-        self.deals_to_all_ranks = self.has_warned_of_shared_data = False
-        self._models: dict[int, weakref.ref[nn.Module]] = {}  # by their number in the order of being prepared
-        self._num_models = 0
+        self.prepared = Prepared()
+        self.group: ProcessGroup | None = context.group
         self._stop_requests: dict[int, dict[str, Any]] = {}  # rank 0: those that not all ranks have answered
         self._thread = threading.Thread(target=self._read_all, name="dengine-control", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def add_model(self, model: nn.Module) -> None:
-        """Have the parameters of `model` compared at the start of each run."""
-        self._models[self._num_models] = weakref.ref(model)
-        self._num_models += 1
+    # -- collectives, and time for them ---------------------------------------------------------------------------
 
-    def living_models(self) -> dict[int, nn.Module]:
-        """The models of `add_model` that still live, by number. Which do depends on this rank's garbage collector."""
-        living = {number: model for number, each in self._models.items() if (model := each()) is not None}
-        self._models = {number: self._models[number] for number in living}
-        return living
+    def enter_call(self, what: str, site: str) -> None:
+        self.failures.check()
+        self.call_log.enter(what, site)
+
+    def leave_call(self) -> None:
+        self.call_log.leave()
+
+    def call_site(self) -> str:
+        return call_site()
+
+    def tick(self) -> None:
+        self.num_ticks += 1
+
+    @contextmanager
+    def exempt(self) -> Iterator[None]:
+        store, key = self.context.store, exempt_key(self.context.here.rank)
+        with suppress(DistError):  # the store is gone, and nobody can ask
+            store.set(key, "yes")  # for those who ask while this rank holds the interpreter
+        self.num_exempt += 1
+        try:
+            yield
+        finally:
+            self.num_ticks += 1
+            self.num_exempt -= 1
+            if not self.num_exempt:
+                with suppress(DistError):
+                    store.delete_key(key)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -209,3 +288,8 @@ def _key(message: dict[str, Any]) -> tuple[Scope, int]:
     if message["scope"] not in ("run", "epoch") or not has_fields(message, epoch=int):
         raise ValueError("no scope, or no epoch")
     return message["scope"], message["epoch"]
+
+
+def exempt_key(rank: int) -> str:
+    """The key that exists while `rank` is in a part of the script that may take as long as it likes."""
+    return f"exempt/{rank}"

@@ -26,7 +26,7 @@ from torch.distributed import DistError
 
 from dengine.control.ddp_errors import explain
 from dengine.control.failure import Failure, Level
-from dengine.launch.world import control
+from dengine.launch.world import entered_plane
 
 __all__ = ["END", "Run", "Runs", "Scope", "begin_run", "position"]
 
@@ -81,8 +81,8 @@ def begin_run(*, is_shared: bool, where: Callable[[Iterable[FrameType]], list[Le
     Raises:
         RemoteRankError, StallError: a rank has failed before.
     """
-    plane: _Control | None = control()  # type: ignore[assignment]
-    return Run() if plane is None else plane.runs.begin(is_shared=is_shared, where=where)
+    plane: Any = entered_plane()
+    return plane.runs.begin(is_shared=is_shared, where=where) if hasattr(plane, "runs") else Run()
 
 
 class Run:

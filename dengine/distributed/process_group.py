@@ -20,7 +20,7 @@ from dengine.checks import number
 from dengine.control.channel import ControlContext, StoreEndpoint
 from dengine.control.ddp_errors import explain
 from dengine.control.failure import is_of_backend, line_of, traceback_of, write_error_file
-from dengine.control.plane import Control
+from dengine.control.plane import Control, NullPlane, plane
 from dengine.control.sockets import Connections, abort_group, existing_connections, new_connections
 from dengine.control.undisturbed import undisturbed
 from dengine.control.watchdog import Watchdog
@@ -31,7 +31,6 @@ from dengine.launch.parent_death import set_parent_death_signal
 from dengine.launch.process import identity
 from dengine.launch.rendezvous import rendezvous
 from dengine.launch.world import World, default_device, enter, external_world, leave
-from dengine.launch.world import control as current_control
 from dengine.torch_internals import PrefixStore
 
 __all__ = ["process_group"]
@@ -95,11 +94,11 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
                 each.close()
     elif is_external:
         opened = external_world()
-        control = _control_beside(opened, timeout) if current_control() is None else None
+        control = _control_beside(opened, timeout) if plane().group is None else None
     else:
         opened = World(device=default_device(0))
     watchdog = None if control is None else _start(control, stall_timeout)
-    enter(opened, None if is_alone else control or current_control())
+    enter(opened, NullPlane() if is_alone else control or plane())
     is_failing = True
     try:
         yield opened
@@ -248,9 +247,9 @@ def _start(control: Control, stall_timeout_s: float) -> Watchdog:
 
 
 def _leave_at_exit(control: "weakref.ref[Control]", watchdog: "weakref.ref[Watchdog]") -> None:
-    plane, watched = control(), watchdog()
-    if plane is not None and watched is not None and not plane.status.is_closed:
-        plane.close(is_failing=True)
+    here, watched = control(), watchdog()
+    if here is not None and watched is not None and not here.status.is_closed:
+        here.close(is_failing=True)
         watched.stop()
 
 

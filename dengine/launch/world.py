@@ -1,8 +1,11 @@
 """Who this process is among the others. A lone process is a world of one, and runs the same code."""
 
+from __future__ import annotations
+
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -10,11 +13,14 @@ import torch.distributed as dist
 from dengine.errors import LaunchError
 from dengine.launch.env import Launch, find_launch, shared_start
 
+if TYPE_CHECKING:
+    from dengine.control.plane import Plane
+
 __all__ = [
     "World",
-    "control",
     "default_device",
     "enter",
+    "entered_plane",
     "external_world",
     "leave",
     "refuse_forgotten_group",
@@ -41,7 +47,7 @@ class World:
 
 
 # The one global of the package: the worlds that `process_group()` opened, and how their ranks leave together.
-_entered: list[tuple[World, object]] = []
+_entered: list[tuple[World, Plane]] = []
 _left: list[World] = []  # of several ranks: what a script does after them, it does alone on purpose
 
 
@@ -86,13 +92,13 @@ def default_device(index: int) -> torch.device:
     return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else index)
 
 
-def control() -> object:
-    """The control plane (`Control`) of the world that is open; None in a world of one or a group made elsewhere."""
+def entered_plane() -> Plane | None:
+    """The control plane of the world that is open; None outside of `process_group()`."""
     return _entered[-1][1] if _entered else None
 
 
-def enter(opened: World, control: object) -> None:
-    _entered.append((opened, control))
+def enter(opened: World, plane: Plane) -> None:
+    _entered.append((opened, plane))
 
 
 def leave() -> None:

@@ -14,8 +14,8 @@ from dengine import torch_internals
 from dengine.comm.collectives import broadcast_tensors, collective
 from dengine.comm.consistency import Compared, parameters_of, refuse_differences, same_on_all_ranks
 from dengine.comm.mesh import check_mesh, refuse_laid_out, sources_of, spreads_model, spreads_part
-from dengine.control.plane import Control
-from dengine.launch.world import World, control, refuse_forgotten_group, world
+from dengine.control.plane import plane
+from dengine.launch.world import World, refuse_forgotten_group, world
 from dengine.parallel.ddp_buckets import settle_buckets
 
 __all__ = ["Compression", "Precision", "Strategy", "evaluating", "prepare_model", "unwrap_model"]
@@ -95,8 +95,7 @@ def prepare_model(
         entries = parameters_of(model)
         if not same_on_all_ranks(entries, "the comparison of models in prepare_model()"):
             refuse_differences([Compared("The parameters of the model", entries)])
-        if isinstance(plane := control(), Control):
-            plane.add_model(model)
+        plane().prepared.add_model(model)
         spreads_model(model)
     if here.size == 1 or strategy == "none":
         return model

@@ -18,16 +18,16 @@ from ranks import free_port, run_ranks, torchrun
 from torch import nn
 
 from dengine import Engine, Events, distributed
+from dengine.control import plane as planes
 from dengine.control.plane import Control
 from dengine.errors import ConsistencyError, RemoteRankError, StallError
 from dengine.launch import rendezvous as meeting
-from dengine.launch.world import control
 
 HOSTS_STORE = {"TORCHELASTIC_USE_AGENT_STORE": "False"}  # rank 0 hosts it, and no launcher
 
 
 def plane() -> Control:
-    found = control()
+    found = planes.plane()
     assert isinstance(found, Control)
     return found
 
