@@ -12,8 +12,8 @@ from ranks import run_ranks
 from torch import nn
 
 from dengine import Engine, Events, distributed
+from dengine import atomic_files as storage_module
 from dengine.checkpoint import load, save
-from dengine.checkpoint.disk import atomic as storage_module
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.handlers import Checkpoint
 

@@ -10,10 +10,10 @@ from typing import Any, BinaryIO, Literal, overload
 
 import torch
 
+from dengine import atomic_files
 from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.catalogue.manifest import Entry
 from dengine.checkpoint.catalogue.paths import no_folder_of_checkpoints, path_of, printable
-from dengine.checkpoint.disk import atomic as storage
 from dengine.checkpoint.disk.footer import check_footer, read_footer
 from dengine.checkpoint.disk.regular import check_archive, open_regular
 from dengine.checkpoint.formats.folder import numbered, read_folder
@@ -248,7 +248,7 @@ def _found(folder: Path, prefix: str) -> tuple[list[Entry], list[str]] | str:
     try:
         if (reason := no_folder_of_checkpoints(folder, "resume")) is not None:
             return reason
-        storage.recover(folder)
+        atomic_files.recover(folder)
         if entries := newest_first(folder, prefix):
             return entries, []
         found = manifest.scan(folder)

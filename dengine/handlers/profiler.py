@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dengine.atomic_files import write_file
 from dengine.checks import path_of, whole_number
 from dengine.distributed import world
 from dengine.engine import Engine, Events
@@ -123,16 +124,10 @@ class Profiler:
         if profile is not None:
             profile.stop()
 
-    def _write(self, profile: Any) -> None:
+    def _write(self, profile: torch.profiler.profile) -> None:
         if self._iteration < self._first:  # the run ended before the window had an iteration
             return
         path = self._dir / f"trace_{self._first}-{self._iteration}.json"
         self._first += self._wait + self._warmup + self._active
-        self._dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.json")
-        try:
-            profile.export_chrome_trace(str(temporary))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(path, lambda temporary: profile.export_chrome_trace(str(temporary)))
         self.paths.append(path)

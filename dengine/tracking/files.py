@@ -3,10 +3,10 @@
 import json
 import os
 import stat
-from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from dengine.atomic_files import write_file
 from dengine.errors import TrackingError
 from dengine.tracking.values import to_json
 
@@ -15,17 +15,13 @@ __all__ = ["TrackingError", "inner_path", "path_part", "read_json", "refuse_outs
 
 def write_json(path: Path, value: Any) -> None:
     """Raises: OSError; the file is as it was then."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
-        temporary.unlink(missing_ok=True)  # left by a killed process, or a link to somewhere else
-        with open(temporary, "x", encoding="utf-8") as file:
+    text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "x", encoding="utf-8") as file:  # not through a link, which would lead somewhere else
             file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+
+    write_file(path, write)
 
 
 def read_json(path: Path) -> dict[str, Any]:

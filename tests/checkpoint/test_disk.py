@@ -14,7 +14,6 @@ import torch
 
 from dengine import Engine, Events
 from dengine.checkpoint import latest, load, save, verify
-from dengine.checkpoint.disk import atomic as storage
 from dengine.checkpoint.disk import room as disk
 from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.errors import CheckpointError
@@ -74,7 +73,7 @@ def test_where_there_is_room_for_two_what_is_freed_aside_is_free_for_the_next(di
     for step in range(6):
         save(disk_of_eight / f"c_{step}{ending}", {"it": it})
         if step:
-            storage.remove(disk_of_eight / f"c_{step - 1}{ending}")
+            disk.remove(disk_of_eight / f"c_{step - 1}{ending}")
         assert verify(disk_of_eight / f"c_{step}{ending}").step == step
 
 
@@ -82,13 +81,13 @@ def test_the_name_of_a_large_file_goes_at_once_although_somebody_reads_it(tmp_pa
     path = tmp_path / "large"
     path.write_bytes(bytes(2 * MB))
     with path.open("rb") as reader:
-        storage.remove(path)
+        disk.remove(path)
         assert not path.exists()
         assert len(reader.read()) == 2 * MB
     disk.wait_for_room()
     assert not [thread for thread in threading.enumerate() if thread.name == "dengine-checkpoint-free"]
     assert list(tmp_path.iterdir()) == []
-    storage.remove(path)  # gone already
+    disk.remove(path)  # gone already
 
 
 # -- read-only ---------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from dengine import Engine, Events
+from dengine.atomic_files import remove_leftovers
 from dengine.checkpoint import latest, load, save, verify
 from dengine.checkpoint.catalogue.manifest import scan
-from dengine.checkpoint.disk.atomic import remove_leftovers
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.handlers import Checkpoint
 

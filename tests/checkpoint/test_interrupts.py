@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from dengine import Engine, Events
+from dengine.atomic_files import write_beside
 from dengine.checkpoint import load, verify
-from dengine.checkpoint.disk.atomic import write_beside
 from dengine.checkpoint.disk.background import Writing
 from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.handlers import Checkpoint

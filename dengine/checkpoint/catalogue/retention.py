@@ -1,4 +1,4 @@
-"""Which saved checkpoints to keep. Pure: touches no file (checkpoint/disk/atomic.py does) and knows no rank."""
+"""Which saved checkpoints to keep. Pure: touches no file (atomic_files.py does) and knows no rank."""
 
 import math
 from collections.abc import Sequence

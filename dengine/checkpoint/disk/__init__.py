@@ -1,1 +1,1 @@
-"""Files and folders that are complete or absent, and prove what they hold."""
+"""Files that prove what they hold, written and removed in threads of their own."""

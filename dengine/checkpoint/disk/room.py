@@ -1,4 +1,4 @@
-"""Room on a disk for large files, taken at once and given back aside, and what a disk can begin with early."""
+"""Room on a disk for large files: taken at once, given back in a thread; and what a disk can begin with early."""
 
 import ctypes
 import errno
@@ -6,10 +6,15 @@ import functools
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-__all__ = ["free_aside", "reserve", "start_flush", "wait_for_room"]
+from dengine.atomic_files import begin, discard, end, temporary_path
 
+__all__ = ["remove", "reserve", "start_flush", "wait_for_room"]
+
+_ASIDE_BYTES = 1 << 20  # less than this is freed faster than a thread starts
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a reader never sees room that is not written yet
 _BEGIN_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,7 +58,31 @@ def start_flush(descriptor: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def free_aside(free: Callable[[], object]) -> None:
+def remove(path: Path) -> None:
+    """Drop a file or folder that a newer one has made superfluous; one that is gone already is no error.
+
+    A folder loses its name first, so that it is never seen half removed. So does what is large, and a thread frees the
+    rest. Not by way of an open descriptor: a process forked meanwhile (a loader's worker) would hold the blocks for as
+    long as it lives.
+    """
+    is_folder = path.is_dir()
+    with suppress(FileNotFoundError):
+        is_large = sum(each.stat().st_size for each in (path.iterdir() if is_folder else [path])) >= _ASIDE_BYTES
+        if is_folder or is_large:
+            doomed = temporary_path(path)
+            os.rename(path, doomed)
+            begin(doomed)
+            _free_aside(lambda: _free(doomed)) if is_large else _free(doomed)
+        else:
+            os.unlink(path)
+
+
+def _free(doomed: Path) -> None:
+    discard(doomed)
+    end(doomed)
+
+
+def _free_aside(free: Callable[[], object]) -> None:
     """Call `free`, which removes what nobody needs any more, in a thread: it takes long for large files."""
     freeing = threading.Thread(target=free, name="dengine-checkpoint-free", daemon=False)
     with _lock:

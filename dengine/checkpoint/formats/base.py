@@ -16,9 +16,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from dengine import atomic_files
 from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.catalogue.manifest import Entry, Scan
-from dengine.checkpoint.disk import atomic as storage
+from dengine.checkpoint.disk import room
 from dengine.checkpoint.disk.background import Writing
 from dengine.checkpoint.states.snapshot import Collected, HostCopy
 from dengine.comm.outcome import from_rank_zero
@@ -196,18 +197,20 @@ def _commit(temporary: Path, plan: SavePlan, entry: Entry) -> None:
         try:
             dropped = {one.name for one in plan.dropped}
             text = manifest.manifest_text(manifest.listing(folder, [entry], dropped, plan.seen))
-            listed, _ = storage.write_beside(folder / manifest.FILE_NAME, lambda descriptor: _put(descriptor, text))
+            listed, _ = atomic_files.write_beside(
+                folder / manifest.FILE_NAME, lambda descriptor: _put(descriptor, text)
+            )
         except BaseException:
             _give_up(temporary)
             raise
         is_new = not path.exists()
         try:
-            storage.commit(temporary, path)
+            atomic_files.commit(temporary, path)
         except BaseException:
             _give_up(listed)
             raise
         try:
-            storage.commit(listed, folder / manifest.FILE_NAME)
+            atomic_files.commit(listed, folder / manifest.FILE_NAME)
         except Exception:
             if is_new:
                 _take_back(path)
@@ -215,22 +218,22 @@ def _commit(temporary: Path, plan: SavePlan, entry: Entry) -> None:
 
 
 def _give_up(temporary: Path) -> None:
-    storage.discard(temporary)
-    storage.end(temporary)
+    atomic_files.discard(temporary)
+    atomic_files.end(temporary)
 
 
 def _take_back(path: Path) -> None:
     """Remove the file or folder, and the manifest where it lists that already: it is rebuilt from what there is."""
     if manifest.listed_beside(path) is not None:
-        storage.discard(path.parent / manifest.FILE_NAME)
-    storage.remove(path)
+        atomic_files.discard(path.parent / manifest.FILE_NAME)
+    room.remove(path)
 
 
 def _prune(folder: Path, dropped: Sequence[Entry]) -> None:
     """Remove what the new file has made superfluous. What cannot be is warned of, and tried again after a restart."""
     for one in dropped:
         try:
-            storage.remove(folder / one.name)
+            room.remove(folder / one.name)
         except OSError as error:
             warnings.warn(f"The superfluous checkpoint {folder / one.name} stays: {error}", stacklevel=2)
 

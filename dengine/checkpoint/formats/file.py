@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dengine import atomic_files
 from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.catalogue.manifest import Entry
-from dengine.checkpoint.disk import atomic as storage
 from dengine.checkpoint.disk.footer import write_footer
 from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, publish
@@ -76,7 +76,7 @@ def _write(states: States, plan: SavePlan) -> tuple[Path, SavePlan, Entry]:
     for name, state in states.items():
         _check_loadable(name, state)
     if plan.path.parent.is_dir():
-        storage.remove_leftovers(plan.path.parent)
+        atomic_files.remove_leftovers(plan.path.parent)
 
     def fill(descriptor: int) -> Entry:
         with HashingWriter(descriptor, _num_bytes(states)) as file:
@@ -91,7 +91,7 @@ def _write(states: States, plan: SavePlan) -> tuple[Path, SavePlan, Entry]:
         return replace(plan.entry, sha256=footer.sha256, num_bytes=footer.num_bytes)
 
     with _writing:
-        temporary, entry = storage.write_beside(plan.path, fill)
+        temporary, entry = atomic_files.write_beside(plan.path, fill)
     return temporary, plan, entry
 
 

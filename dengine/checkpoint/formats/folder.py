@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dengine import atomic_files
 from dengine.checkpoint.catalogue.manifest import about
-from dengine.checkpoint.disk import atomic as storage
 from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, failure_text, publish
 from dengine.checkpoint.formats.sharded.files import Written
 from dengine.checkpoint.formats.sharded.names import (
@@ -84,7 +84,7 @@ def _copied(
         copied = background.copies.take({name: local_part(tensor) for name, tensor in shards.mine.items()})
     except BaseException as error:
         mailbox.post(_failed(error))
-        storage.end(shards.temporary)
+        atomic_files.end(shards.temporary)
         raise
     return partial(_write, replace(shards, mine=copied), mailbox, plan)
 
@@ -102,10 +102,10 @@ def _write(shards: ShardPlan, mailbox: Mailbox, plan: SavePlan) -> SaveOutcome |
         return shards.finish(written, about(plan.entry), partial(_publish, plan))
     except BaseException:
         if mailbox.is_mine:
-            storage.discard(shards.temporary)
+            atomic_files.discard(shards.temporary)
         raise
     finally:
-        storage.end(shards.temporary)
+        atomic_files.end(shards.temporary)
 
 
 def _fared(shards: ShardPlan) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dengine.checkpoint.disk.atomic import sync_folder
+from dengine.atomic_files import sync
 from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.checkpoint.disk.regular import open_regular, read_regular
 from dengine.checkpoint.formats.sharded.check import check_declared
@@ -195,7 +195,7 @@ def write_metadata(
         file.write(_rendered(body))
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(folder)
+    sync(folder)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------

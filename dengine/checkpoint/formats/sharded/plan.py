@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dengine.checkpoint.disk import atomic as storage
+from dengine import atomic_files
 from dengine.checkpoint.disk.room import wait_for_room
 from dengine.checkpoint.formats.sharded.files import (
     MadeUpError,
@@ -84,7 +84,7 @@ def write_shards(
         _discard(plan.temporary)
         raise
     finally:
-        storage.end(plan.temporary)
+        atomic_files.end(plan.temporary)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class ShardPlan:
 
 
 def plan_shards(folder: Path, states: Mapping[str, Any], *, may_exist: bool) -> ShardPlan:
-    """Who writes what, and an empty temporary folder for it, until `storage.end`. The tensors are the live ones.
+    """Who writes what, and an empty temporary folder for it, until `atomic_files.end`. The tensors are the live ones.
 
     Collective: one gather, one broadcast. Raises: as `write_shards`.
     """
@@ -126,17 +126,17 @@ def plan_shards(folder: Path, states: Mapping[str, Any], *, may_exist: bool) -> 
 
     def plan() -> tuple[dict[str, TensorBox], Path]:
         trees.append(encoded(dict(states), tensors))
-        return {name: _held_box(name, tensor) for name, tensor in tensors.items()}, storage.temporary_path(folder)
+        return {name: _held_box(name, tensor) for name, tensor in tensors.items()}, atomic_files.temporary_path(folder)
 
     plans = shared_by_all(plan, f"plan {folder}")
     boxes, temporary = [boxes for boxes, _ in plans], plans[0][1]
     mine = {name: tensors[name] for name in _writers(boxes)[world().rank]}
-    storage.begin(temporary)
+    atomic_files.begin(temporary)
     try:
         _on_rank_zero(lambda: _make_room(folder, temporary, may_exist=may_exist), f"make {temporary}")
     except BaseException:
         _discard(temporary)
-        storage.end(temporary)
+        atomic_files.end(temporary)
         raise
     file = temporary / f"rank_{world().rank:05d}.bin"
     return ShardPlan(folder, temporary, file, trees[0], mine, boxes[world().rank])
@@ -191,17 +191,17 @@ def _make_room(folder: Path, temporary: Path, *, may_exist: bool) -> None:
     """Make the temporary folder. What killed runs have left goes first: it may be what fills the disk."""
     if folder.exists() and not (may_exist and is_shard_folder(folder, alone=True)):
         raise _taken(folder)
-    storage.make_folder(folder.parent)
+    atomic_files.make_folder(folder.parent)
     wait_for_room()
-    storage.remove_leftovers(folder.parent)
-    storage.recover(folder.parent)
+    atomic_files.remove_leftovers(folder.parent)
+    atomic_files.recover(folder.parent)
     temporary.mkdir()
 
 
 def _new(temporary: Path, folder: Path) -> None:
     if folder.exists():  # made meanwhile
         raise _taken(folder)
-    storage.commit(temporary, folder)
+    atomic_files.commit(temporary, folder)
 
 
 def _taken(folder: Path) -> FileExistsError:
@@ -210,7 +210,7 @@ def _taken(folder: Path) -> FileExistsError:
 
 @rank_zero_only
 def _discard(temporary: Path) -> None:
-    storage.discard(temporary)
+    atomic_files.discard(temporary)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------

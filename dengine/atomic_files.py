@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from dengine.checkpoint.disk.room import free_aside
-
 __all__ = [
     "begin",
     "commit",
@@ -21,29 +19,44 @@ __all__ = [
     "end",
     "make_folder",
     "recover",
-    "remove",
     "remove_leftovers",
-    "sync_folder",
+    "sync",
     "temporary_path",
     "write_beside",
+    "write_file",
 ]
 
 T = TypeVar("T")
 
-_ASIDE_BYTES = 1 << 20  # less than this is freed faster than a thread starts
 _REPLACED = ".replaced"  # .{final name}.replaced: a folder that makes room for a new one of its name
 # .{final name}.{process}-{count}@{host}.tmp
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-\d+@(?P<host>[^/]*)\.tmp")
+_NAME_LENGTH = 40  # of the final name in a temporary one: a name has at most 255 bytes
 _count = itertools.count()
 _under_way: set[str] = set()  # names, each used once, that this process writes or is yet to commit, in any thread
 _lock = threading.Lock()
 
 
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make the file at the path that it is given; flushed, it then takes the place of `path`.
+
+    Raises: OSError, or what `write` raises; `path` is as it was then.
+    """
+
+    def flushed(temporary: Path) -> None:
+        temporary.unlink(missing_ok=True)  # left by a killed process of this number, or a link to somewhere else
+        write(temporary)
+        sync(temporary)
+
+    temporary, _ = _beside(path, flushed)
+    commit(temporary, path)
+
+
 def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
     """Have `write` fill a temporary file (its descriptor) in the folder of `path`, down to the disk.
 
-    In the same folder, since a rename is atomic only within one file system. Where anything fails, the temporary file
-    is gone again, and `path` is as it was. Until it is committed, no other thread takes it for a leftover.
+    In the same folder, since a rename is atomic only within one file system. If anything fails, the temporary file is
+    gone again, and `path` is as it was. Until it is committed, no other thread takes it for a leftover.
 
     Returns:
         The temporary file's path, and what `write` gave.
@@ -51,17 +64,28 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
     """
+
+    def flushed(temporary: Path) -> T:
+        # Not through a link, which would lead somewhere else.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(temporary, flags, 0o666)
+        try:
+            result = write(descriptor)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        return result
+
+    return _beside(path, flushed)
+
+
+def _beside(path: Path, write: Callable[[Path], T]) -> tuple[Path, T]:
     make_folder(path.parent)
     temporary = temporary_path(path)
     begin(temporary)
     try:
-        with _interrupts_told():
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
-            try:
-                result = write(descriptor)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with _interrupts_raised():
+            result = write(temporary)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
@@ -71,25 +95,25 @@ def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
 
 
 @contextmanager
-def _interrupts_told() -> Iterator[None]:
-    """Raise the interrupt (Ctrl-C, an exit by a signal's handler) that an error came of: a file that is closed in its
+def _interrupts_raised() -> Iterator[None]:
+    """Raise the interrupt (Ctrl-C, an exit by a signal's handler) that led to an error: a file that is closed in its
     midst, as torch's, complains about that.
     """
-    handled = sys.exc_info()[1]  # before, which is not where an error of this block comes from
+    handled = sys.exc_info()[1]  # before this block: no error of it comes from that one
     try:
         yield
     except Exception as error:
-        behind = error.__context__
-        while behind is not None and behind is not handled:
-            if not isinstance(behind, Exception):
-                raise behind from None
-            behind = behind.__context__
+        cause = error.__context__
+        while cause is not None and cause is not handled:
+            if not isinstance(cause, Exception):
+                raise cause from None
+            cause = cause.__context__
         raise
 
 
 def temporary_path(path: Path) -> Path:
     """A name beside `path` that says which process of which host writes it, new with each call."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{next(_count)}@{_host()}.tmp")
+    return path.with_name(f".{path.name[:_NAME_LENGTH]}.{os.getpid()}-{next(_count)}@{_host()}.tmp")
 
 
 def commit(temporary: Path, path: Path) -> None:
@@ -100,7 +124,7 @@ def commit(temporary: Path, path: Path) -> None:
 
     Raises:
         OSError: it cannot be renamed, or the folder not be flushed; the temporary file is gone then, and `path` is as
-            it was (but for what had that name before, and has been replaced by then). Of what interrupts it (Ctrl-C),
+            it was (except for what had that name before, if that was replaced by then). After an interrupt (Ctrl-C),
             `path` is as it was, or has what is new.
     """
     is_new, is_folder = not os.path.lexists(path), temporary.is_dir()
@@ -109,7 +133,7 @@ def commit(temporary: Path, path: Path) -> None:
             _swap_folders(temporary, path)
         else:
             os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except BaseException as error:
         if os.path.lexists(temporary):
             discard(temporary)
@@ -122,34 +146,10 @@ def commit(temporary: Path, path: Path) -> None:
         discard(_aside(path))
 
 
-def remove(path: Path) -> None:
-    """Drop a file or folder that a newer one has made superfluous; one that is gone already is no error.
-
-    A folder loses its name first, so that it is never seen half removed. So does what is large, and a thread frees the
-    rest. Not by way of an open descriptor: a process forked meanwhile (a loader's worker) would hold the blocks for as
-    long as it lives.
-    """
-    is_folder = path.is_dir()
-    with suppress(FileNotFoundError):
-        is_large = sum(each.stat().st_size for each in (path.iterdir() if is_folder else [path])) >= _ASIDE_BYTES
-        if is_folder or is_large:
-            doomed = temporary_path(path)
-            os.rename(path, doomed)
-            begin(doomed)
-            free_aside(lambda: _free(doomed)) if is_large else _free(doomed)
-        else:
-            os.unlink(path)
-
-
-def _free(doomed: Path) -> None:
-    discard(doomed)
-    end(doomed)
-
-
 def discard(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, as far as it can be removed; no error where it cannot."""
+    """Remove a file, or a folder with all that is in it, as far as it can be removed; no error if it cannot."""
     if path.is_dir():
-        with _interrupts_told():
+        with _interrupts_raised():
             shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
@@ -170,7 +170,7 @@ def recover(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> list[Path]:
     """Remove the temporary files and folders in `folder` that a killed process of this host left; give their paths.
 
-    A file is left alone while its process lives, and where another host wrote it: nobody here knows whether that one
+    A file is left alone while its process lives, and if another host wrote it: nobody here knows whether that process
     lives. What cannot be removed stays.
     """
     removed = []
@@ -183,9 +183,9 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return removed
 
 
-def sync_folder(folder: Path) -> None:
-    """A rename is in the folder, and reaches the disk with it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or a folder: a rename is in the folder, and reaches the disk with it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -197,7 +197,7 @@ def make_folder(folder: Path) -> None:
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
-        sync_folder(each.parent)
+        sync(each.parent)
 
 
 def _swap_folders(temporary: Path, path: Path) -> None:
