@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -26,6 +27,8 @@ __all__ = [
     "local_part",
     "mesh_of",
     "piece_of",
+    "sharding_groups",
+    "summed_up",
     "whole",
 ]
 
@@ -88,6 +91,23 @@ def piece_of(value: object) -> tuple[int, int]:
                 piece = piece * mesh.size(dim) + mesh.get_local_rank(dim)
                 num_pieces *= mesh.size(dim)
     return piece, num_pieces
+
+
+def sharding_groups(value: object) -> "tuple[dist.ProcessGroup, ...]":
+    """The groups of this rank in which each rank has elements of its own: a sum over all of them is of the whole."""
+    if not is_dtensor(value) or value.device_mesh.get_coordinate() is None:
+        return ()
+    is_other = [not (each.is_replicate() or each.is_partial()) for each in value.placements]
+    return tuple(value.device_mesh.get_group(dim) for dim, is_sharded in enumerate(is_other) if is_sharded)
+
+
+def summed_up(tensor: Tensor) -> Tensor:
+    """`tensor` without partial sums. Collective where it has some: a sum over the ranks that have the summands."""
+    if not is_dtensor(tensor) or not any(each.is_partial() for each in tensor.placements):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate() if each.is_partial() else each for each in tensor.placements])
 
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from dengine.data.sampler import ElasticSampler
 from dengine.distributed.process_group import process_group
 from dengine.launch.world import World, world
 from dengine.naming import refuse_name
+from dengine.parallel.clipping import clip_grad_norm_
 from dengine.parallel.model import evaluating, prepare_model, unwrap_model
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "all_reduce",
     "barrier",
     "broadcast_object",
+    "clip_grad_norm_",
     "evaluating",
     "prepare_data_loader",
     "prepare_model",

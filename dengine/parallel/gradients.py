@@ -26,7 +26,7 @@ from dengine.types import accumulator_dtype, summable
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["Count", "GradientMean", "Scaler", "check_loss", "find_ddp", "find_fsdp"]
+__all__ = ["Count", "GradientMean", "Scaler", "check_loss", "find_ddp", "find_fsdp", "scale_gradients"]
 
 Count: TypeAlias = "int | float | Tensor"
 
@@ -136,7 +136,7 @@ class GradientMean:
             factor = _ratio(self._size * self._unit, self._total_of_all())
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients and not (isinstance(factor, float) and factor == 1.0):
-                _multiply(gradients, factor)
+                scale_gradients(gradients, factor)
         self.forget()
 
     def forget(self) -> None:
@@ -214,7 +214,8 @@ def _ratio(above: Count, below: Count) -> Count:
     return above / below if below else 0.0
 
 
-def _multiply(gradients: list[Tensor], factor: Count) -> None:
+def scale_gradients(gradients: list[Tensor], factor: Count) -> None:
+    """Multiply `gradients`, which are on one device, in place; of DTensors, this rank's part."""
     if isinstance(factor, Tensor):
         factor = factor.to(gradients[0].device, non_blocking=True)
     with torch.no_grad():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dengine.parallel.clipping import clip_grad_norm_
 from dengine.parallel.gradients import Count, GradientMean, check_loss
 from dengine.supervised.accelerator import distributed_kind
 from dengine.supervised.deepspeed import DeepSpeedUpdate
@@ -110,7 +111,7 @@ class _Weighted:
             return
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
-        torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm)
+        clip_grad_norm_(self._parameters(), max_norm)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
