@@ -67,7 +67,7 @@ def _made(kind: "type[Accelerator]", here: World, mixed_precision: str | None) -
 
     with _launch_variables(here):
         # Without cpu=True accelerate takes a machine without a GPU for one process, whatever the launcher says. Its
-        # Accelerator, told the same, would leave DeepSpeed out.
+        # Accelerator, given the same, would leave DeepSpeed out.
         PartialState(cpu=here.device.type == "cpu")
         try:
             return kind(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
@@ -83,16 +83,16 @@ def _made(kind: "type[Accelerator]", here: World, mixed_precision: str | None) -
 
 @contextmanager
 def _launch_variables(here: World) -> Iterator[None]:
-    """The launch as torchrun would tell it: accelerate reads no SLURM variables, and writes these for itself."""
+    """Inside it, torchrun's variables say this launch: accelerate reads none of SLURM, and writes these for itself."""
     before = {name: os.environ.get(name) for name in _VARIABLES}
     if here.size > 1:
-        told = {
+        launch = {
             "RANK": here.rank,
             "WORLD_SIZE": here.size,
             "LOCAL_RANK": here.local_rank,
             "LOCAL_WORLD_SIZE": here.local_size,
         }
-        os.environ.update({name: str(value) for name, value in told.items()})
+        os.environ.update({name: str(value) for name, value in launch.items()})
         # Read by a check only: the group is there.
         os.environ.setdefault("MASTER_ADDR", "localhost")
     try:
@@ -124,10 +124,10 @@ def _check_ranks(accelerator: "Accelerator", here: World) -> None:
 def _check_kind(accelerator: "Accelerator", here: World) -> None:
     """accelerate leaves out in silence what it was configured for, and cannot do."""
     kind = distributed_kind(accelerator)
-    if kind != "DEEPSPEED" and _is_told("ACCELERATE_USE_DEEPSPEED"):
+    if kind != "DEEPSPEED" and _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             f"accelerate is configured for DeepSpeed, but this Accelerator is of the kind {kind}: leave accelerator= "
-            "out, or make it without cpu=True, after process_group() and, where there is no GPU, after "
+            "out, or make it without cpu=True, after process_group() and, without a GPU, after "
             "accelerate.PartialState(cpu=True)."
         )
     if kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
@@ -135,7 +135,7 @@ def _check_kind(accelerator: "Accelerator", here: World) -> None:
             "accelerate is configured for the first version of FSDP, whose models cannot be evaluated and saved as "
             "they are: say fsdp_version: 2 in its configuration, or FSDP_VERSION=2 in the environment."
         )
-    if kind != "FSDP" and here.size > 1 and _is_told("ACCELERATE_USE_FSDP"):
+    if kind != "FSDP" and here.size > 1 and _is_set("ACCELERATE_USE_FSDP"):
         raise ValueError(
             f"accelerate is configured for FSDP, which it uses on GPUs only; this Accelerator is of the kind {kind}. "
             'Leave FSDP out of its configuration: distributed.prepare_model(model, strategy="fsdp") shards on any '
@@ -143,5 +143,5 @@ def _check_kind(accelerator: "Accelerator", here: World) -> None:
         )
 
 
-def _is_told(variable: str) -> bool:
+def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"

@@ -1,4 +1,4 @@
-"""From a batch to inputs and targets, and from those to a step's output, where the user says nothing."""
+"""What a batch is and counts: the user's functions, checked, and the defaults if there are none."""
 
 from collections.abc import Callable, Mapping, Sized
 from typing import Any, TypeAlias
@@ -74,7 +74,7 @@ def _moves_itself(container: Any) -> bool:
 
 
 def detached(value: Any) -> Any:
-    """`value` without the graph behind it, so that a step's output keeps no activations."""
+    """`value` without its graph, so that a step's output keeps no activations."""
     return _detached_leaf(value) if isinstance(value, Tensor) else trees.map_leaves(_detached_leaf, value)
 
 
@@ -97,7 +97,7 @@ def num_samples(inputs: Any, targets: Any) -> int:
 
 
 def default_weight(loss_fn: LossFunction) -> WeightFunction:
-    """What a batch counts where the user says nothing: what `loss_fn` divides by, if it tells, else its samples."""
+    """What a batch counts, by default: what `loss_fn` divides by, if it tells, else its samples."""
     source = class_loss(loss_fn)
     return num_samples if source is None or option(source, "reduction") != "mean" else ClassWeight(source)
 
@@ -195,7 +195,7 @@ def check_callables(**functions: Any) -> None:
 def check_calls(functions: Mapping[str, tuple[Any, str]]) -> None:
     """`check_callables` of functions by name, each with the arguments that it is called with.
 
-    Raises: TypeError: as there, and where one cannot be called with these arguments.
+    Raises: TypeError: as there, and if one cannot be called with these arguments.
     """
     check_callables(**{name: function for name, (function, _) in functions.items()})
     for name, (function, arguments) in functions.items():

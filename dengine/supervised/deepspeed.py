@@ -1,4 +1,4 @@
-"""DeepSpeed through accelerate: what is to be said in its configuration, and a step of its engine."""
+"""DeepSpeed through accelerate: its configuration, what checkpoints leave out, and a step of its engine."""
 
 import warnings
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = [
-    "DeepSpeedUpdate",
+    "DeepSpeedStep",
     "cast_around",
     "check_clipping",
     "check_precision",
@@ -33,14 +33,14 @@ _TO_BE_FILLED_IN = (None, "auto")
 
 
 def configured_num_batches(accelerator: "Accelerator") -> int:
-    """Of an accumulation."""
+    """The number of batches of an accumulation, by DeepSpeed's configuration or accelerate's."""
     configured = _config(accelerator).get("gradient_accumulation_steps")
     return int(accelerator.gradient_accumulation_steps if configured in _TO_BE_FILLED_IN else configured)
 
 
 @contextmanager
 def configured(accelerator: "Accelerator", num_batches: int, max_grad_norm: float | None) -> Iterator[None]:
-    """Inside it, what DeepSpeed's configuration leaves open is filled in, for a model that is prepared there.
+    """Inside it, what DeepSpeed's configuration leaves open is filled in: accelerate wraps a model there.
 
     Raises: ValueError: gradients are to be clipped to another norm.
     """
@@ -51,7 +51,7 @@ def configured(accelerator: "Accelerator", num_batches: int, max_grad_norm: floa
     before, num_before = deepcopy(config), accelerator.gradient_accumulation_steps
     try:
         if clipping in _TO_BE_FILLED_IN:
-            # accelerate would clip to 1 where nobody asked for it.
+            # accelerate would clip to 1 though nobody asked for it.
             config["gradient_clipping"] = max_grad_norm or 0.0
         config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps = num_batches
         if config.get("train_micro_batch_size_per_gpu") in _TO_BE_FILLED_IN:
@@ -95,8 +95,9 @@ def is_engine(model: nn.Module) -> bool:
 
 
 def cast_around(call: ModelFunction | None) -> ModelFunction:
-    """`call` with inputs in the precision of the model, where that has 16 bits, and predictions in 32, as in a loss
-    they would be rounded: DeepSpeed casts the model and nothing else."""
+    """`call` with inputs in the precision of the model, if that has 16 bits, and predictions in 32, which a loss would
+    else round: DeepSpeed casts the model and nothing else.
+    """
 
     from accelerate.utils import recursively_apply
 
@@ -121,7 +122,7 @@ def keep_states_out(engine: Any, optimizer: Any, accelerator: "Accelerator") -> 
     if stage == 0 and accelerator.mixed_precision == "no":
         return
     mark_external(engine.module, is_whole=stage < 3)
-    for each in (engine.basic_optimizer, optimizer):  # another one where it is offloaded
+    for each in (engine.basic_optimizer, optimizer):  # another one if it is offloaded
         if isinstance(each, torch.optim.Optimizer):
             mark_external(each, is_whole=False)
 
@@ -130,13 +131,13 @@ def _config(accelerator: "Accelerator") -> dict[str, Any]:
     return accelerator.state.deepspeed_plugin.deepspeed_config  # type: ignore[no-any-return]
 
 
-class DeepSpeedUpdate:
-    """An `Update` whose gradients DeepSpeed sends, accumulates and clips.
+class DeepSpeedStep:
+    """An `OptimizerStep` whose gradients DeepSpeed sends, accumulates and clips.
 
     Batches are weighted over the ranks, those of one accumulation alike: DeepSpeed adds them up as they come, before it
     is known what they count together.
 
-    Cost: what DeepSpeed sends, in stages 2 and 3 in each backward pass; one all-reduce of one number a batch, where its
+    Cost: what DeepSpeed sends, in stages 2 and 3 in each backward pass; one all-reduce of one number a batch, if its
     count is not known.
     """
 
@@ -161,7 +162,7 @@ class DeepSpeedUpdate:
         if num_batches is None:
             raise ValueError(
                 "With DeepSpeed, an accumulation must know from its first batch on how many there will be, but this "
-                "data tells no length: pass epoch_length= to run()."
+                "data has no length: pass epoch_length= to run()."
             )
         self._num_in_step, self._first_count = num_batches, None
 
@@ -188,7 +189,7 @@ class DeepSpeedUpdate:
         """Raises: RuntimeError: the batches were weighted as parts of a step of more."""
         raise RuntimeError(
             f"The data ended after {num_batches} of the {self._num_in_step} batches that an accumulation was to have "
-            "by the length it told, and DeepSpeed has weighted them by that: correct the data's __len__, or "
+            "by the length it gave, and DeepSpeed has weighted them by that: correct the data's __len__, or "
             "epoch_length=."
         )
 

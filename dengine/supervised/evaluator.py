@@ -43,7 +43,7 @@ def create_supervised_evaluator(
 
     Exact over shards: give it `prepare_data_loader(val_loader, exact=True)`, and every sample counts once on any number
     of ranks. A run is in eval mode, without gradients, with rank 0's buffers on every rank (`evaluating`), and leaves
-    the model as it was. With DDP the bare module is called, so that no forward talks to other ranks. Where forward must
+    the model as it was. With DDP the bare module is called, so that no forward talks to other ranks. If forward must
     (FSDP, DeepSpeed), a rank whose shard ends first takes part with a batch that no metric counts.
 
     The step's output is `{"pred": ..., "label": ...}`, which metrics read as a (prediction, target) pair.
@@ -111,15 +111,15 @@ class _EvaluationStep:
         inputs, targets = self._prepare_batch(batch, self._device)
         with torch.no_grad():
             if self._autocast is None:
-                pred = self._predicted(inputs)
+                pred = self._predict(inputs)
             else:
                 with self._autocast():
-                    pred = self._predicted(inputs)
+                    pred = self._predict(inputs)
         if self._output is not None:
             return self._output(inputs, targets, pred)
         return {"pred": pred, "label": targets}
 
-    def _predicted(self, inputs: Any) -> Any:
+    def _predict(self, inputs: Any) -> Any:
         return self._called(inputs) if self._model_fn is None else self._model_fn(self._called, inputs)
 
     def enter(self, engine: Engine) -> None:

@@ -25,8 +25,8 @@ from dengine.supervised.batches import (
     pair_on_device,
 )
 from dengine.supervised.deepspeed import is_engine
-from dengine.supervised.known import num_alike
-from dengine.supervised.updates import Update
+from dengine.supervised.optimizer_step import OptimizerStep
+from dengine.supervised.uniform_batches import num_uniform
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +38,7 @@ class SupervisedEvents(EventEnum):
     """Events of a supervised trainer's own.
 
     `OPTIMIZER_STEP_COMPLETED` fires when the iteration that ended in a step is completed, before `ITERATION_COMPLETED`.
-    A `Checkpoint` on it saves behind the handlers of `ITERATION_COMPLETED`, so that it holds what they have done.
+    A `Checkpoint` on it saves after the handlers of `ITERATION_COMPLETED`, so that it holds what they have done.
     """
 
     OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
@@ -46,7 +46,7 @@ class SupervisedEvents(EventEnum):
 
 @dataclass(frozen=True)
 class Functions:
-    """What the user says about batches, models and losses."""
+    """The functions that the user gave, or their defaults: of batches, models and losses."""
 
     loss: LossFunction
     prepare_batch: PrepareBatch
@@ -59,12 +59,17 @@ class TrainStep(ABC):
     """`step(engine, batch)`, and the handlers that begin and end what spans several iterations."""
 
     def __init__(
-        self, model: nn.Module, update: Update, accelerator: "Accelerator", functions: Functions, num_batches: int
+        self,
+        model: nn.Module,
+        optimizer_step: OptimizerStep,
+        accelerator: "Accelerator",
+        functions: Functions,
+        num_batches: int,
     ) -> None:
         self._model = model
         bare: Any = unwrap_model(model)
         self._bare: nn.Module = bare.module if is_engine(bare) else bare  # wrappers have a mode of their own
-        self._update = update
+        self._step = optimizer_step
         self._autocast: Any = accelerator.autocast if accelerator.native_amp else None
         self._device = accelerator.device
         self._functions = functions
@@ -72,26 +77,26 @@ class TrainStep(ABC):
         self._num_pending = 0  # batches whose gradients no step has used yet
         self._spare: Any = None  # the last one of these
         self._has_stepped = False
-        # Where nobody but the data decides how many samples a batch has, it may be known of many at once.
+        # If nobody but the data decides how many samples a batch has, it can be known of many batches at once.
         weight = functions.weight
-        is_told_by_data = (
+        is_set_by_data = (
             weight is num_samples or (isinstance(weight, ClassWeight) and weight.is_plain)
         ) and functions.prepare_batch is pair_on_device
-        self._looks_ahead = is_told_by_data and update.takes_counts and not update.is_alone
-        self._num_alike = self._count_alike = 0  # the first batches of the epoch that count alike on all ranks
+        self._looks_ahead = is_set_by_data and optimizer_step.takes_counts and not optimizer_step.is_alone
+        self._num_uniform = self._uniform_count = 0  # of the epoch's first batches, which count alike on all ranks
 
     def attach(self, engine: Engine) -> None:
         engine.register_events(SupervisedEvents)
         engine.on(Events.STARTED, self._begin, priority=Priority.SETUP)
         engine.on(Events.EPOCH_STARTED, self._train_mode, priority=Priority.SETUP)
         # Not within the step: an iteration under way is one that a resumed run does again.
-        engine.on(Events.ITERATION_COMPLETED, self._tell, priority=Priority.SETUP)
-        # Before whatever looks at the model then: an accumulation that was cut short is stepped with what it has.
+        engine.on(Events.ITERATION_COMPLETED, self._fire_step_completed, priority=Priority.SETUP)
+        # Before anybody looks at the model there: an accumulation that was cut short is stepped with what it has.
         ends = Events.EPOCH_COMPLETED | Events.TERMINATED | Events.COMPLETED
-        engine.on(ends, self._finish, priority=Priority.SETUP)
+        engine.on(ends, self._finish_accumulation, priority=Priority.SETUP)
         engine.on(Events.ITERATION_COMPLETED | ends, self._save, priority=Priority.CLEANUP)
-        if self._update.scaler is not None:
-            engine.state.grad_scaler = self._update.scaler.state_dict()
+        if self._step.scaler is not None:
+            engine.state.grad_scaler = self._step.scaler.state_dict()
             engine.state.persist("grad_scaler")
 
     @abstractmethod
@@ -100,34 +105,34 @@ class TrainStep(ABC):
     # -- parts of an iteration -------------------------------------------------------------------------------------
 
     def _pass(
-        self, inputs: Any, targets: Any, count: Count, *, is_absent: bool, is_last: bool, is_known: bool = False
+        self, inputs: Any, targets: Any, count: Count, *, is_absent: bool, is_last: bool, is_alike: bool = False
     ) -> tuple[Any, Tensor]:
         """Forward and backward; a batch that is only there to take part with leaves no trace in the model."""
-        self._update.begin(count, is_last=is_last, is_alike=is_known)
+        self._step.begin(count, is_last=is_last, is_alike=is_alike)
         if is_absent:
             with _in_eval_mode(self._model):
                 pred, loss = self._forward(inputs, targets)
         else:
             pred, loss = self._forward(inputs, targets)
-        self._update.backward(loss)
+        self._step.backward(loss)
         return pred, loss
 
     def _forward(self, inputs: Any, targets: Any) -> tuple[Any, Tensor]:
         if self._autocast is None:
-            return self._predicted(inputs, targets)
+            return self._predict(inputs, targets)
         with self._autocast():
-            return self._predicted(inputs, targets)
+            return self._predict(inputs, targets)
 
-    def _predicted(self, inputs: Any, targets: Any) -> tuple[Any, Tensor]:
+    def _predict(self, inputs: Any, targets: Any) -> tuple[Any, Tensor]:
         call = self._functions.model
         pred = self._model(inputs) if call is None else call(self._model, inputs)
         return pred, self._functions.loss(pred, targets)
 
-    def _step(self, engine: Engine) -> None:
-        self._update.step()
+    def _finish_step(self, engine: Engine) -> None:
+        self._step.step()
         self._num_pending, self._spare = 0, None
-        if self._update.scaler is not None:
-            engine.state.grad_scaler = self._update.scaler.state_dict()
+        if self._step.scaler is not None:
+            engine.state.grad_scaler = self._step.scaler.state_dict()
         self._has_stepped = True
 
     def _output(self, inputs: Any, targets: Any, pred: Any, loss: Tensor) -> Any:
@@ -142,11 +147,11 @@ class TrainStep(ABC):
         state = engine.state
         self._num_pending, self._spare = 0, None  # of a run that failed
         engine.save_phase.waiting = []
-        self._num_alike = 0  # an epoch that is gone on with may do so in other batches
-        self._update.forget()
+        self._num_uniform = 0  # an epoch that is gone on with may do so in other batches
+        self._step.forget()
         self._train_mode(engine)
-        if state.iteration and self._update.scaler is not None:
-            self._update.scaler.load_state_dict(state.grad_scaler)
+        if state.iteration and self._step.scaler is not None:
+            self._step.scaler.load_state_dict(state.grad_scaler)
         is_within = state.epochs_completed == state.epoch and state.epoch_iteration != state.epoch_length
         if (lost := state.epoch_iteration % self._num_batches) and is_within and world().rank == 0:
             warnings.warn(
@@ -162,10 +167,10 @@ class TrainStep(ABC):
         if not self._bare.training:
             self._model.train()
 
-    def _tell(self, engine: Engine) -> None:
+    def _fire_step_completed(self, engine: Engine) -> None:
         if self._has_stepped:
             self._has_stepped = False
-            engine.save_phase.is_put_off = True  # until the other handlers of the iteration have done their work
+            engine.save_phase.is_put_off = True  # until the other handlers of the iteration are done
             try:
                 engine.fire_event(SupervisedEvents.OPTIMIZER_STEP_COMPLETED)
             finally:
@@ -175,69 +180,70 @@ class TrainStep(ABC):
         if engine.save_phase.waiting:
             engine.save_phase.run(engine)
 
-    def _finish(self, engine: Engine) -> None:
-        """Step with what an accumulation has where nobody knew that its last batch was the last one."""
+    def _finish_accumulation(self, engine: Engine) -> None:
+        """Step with what an accumulation has if nobody knew that its last batch was the last one."""
         if not self._num_pending:
             return
-        self._update.cut_short(self._num_pending)
-        if not self._update.is_alone:
+        self._step.cut_short(self._num_pending)
+        if not self._step.is_alone:
             # What was added up inside no_sync() is sent by a backward pass of no weight.
             inputs, targets = self._functions.prepare_batch(self._spare, self._device)
             self._pass(inputs, targets, 0, is_absent=True, is_last=True)
-        self._step(engine)
-        self._tell(engine)
+        self._finish_step(engine)
+        self._fire_step_completed(engine)
 
 
-class _StepAlone(TrainStep):
-    """Where each batch is a step of its own, of the only rank: what one writes by hand, and as fast."""
+class _LocalStep(TrainStep):
+    """Each batch is a step, in a world of one: what one writes by hand, and as fast."""
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
-        update = self._update
+        optimizer_step = self._step
         self._train_mode(engine)
-        update.start(1)
+        optimizer_step.start(1)
         inputs, targets = self._functions.prepare_batch(batch, self._device)
-        update.begin(1, is_last=True)
+        optimizer_step.begin(1, is_last=True)
         pred, loss = self._forward(inputs, targets)
-        update.backward(loss)
-        self._step(engine)
+        optimizer_step.backward(loss)
+        self._finish_step(engine)
         return self._output(inputs, targets, pred, loss)
 
 
-class _StepOfMany(TrainStep):
-    """Where a step is of several batches: of several ranks, or of an accumulation."""
+class _WeighedStep(TrainStep):
+    """A step is of several batches, weighted by what they count: of several ranks, or of an accumulation."""
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         number = engine.state.epoch_iteration
         is_last = number % self._num_batches == 0 or number == engine.state.epoch_length
         self._train_mode(engine)
         if self._num_pending == 0:
-            self._update.start(self._num_in_step(engine))
+            self._step.start(self._num_in_step(engine))
         self._num_pending += 1
         is_absent = type(batch) is Absent
         if is_absent:
             batch = batch.spare
-            self._refuse_talking_norm()
+            self._refuse_sync_batch_norm()
         inputs, targets = self._functions.prepare_batch(batch, self._device)
         count: Count = 0 if is_absent else 1
-        if not is_absent and self._update.takes_counts:
+        if not is_absent and self._step.takes_counts:
             count = self._functions.weight(inputs, targets)
         if number == 1 and self._looks_ahead:
-            known = int(count) if counts_samples(self._functions.weight, targets) else 0
-            self._num_alike, self._count_alike = num_alike(engine.state.dataloader, known), known
-        is_known = number <= self._num_alike
-        if is_known and count != self._count_alike:
+            first_count = int(count) if counts_samples(self._functions.weight, targets) else 0
+            self._num_uniform = num_uniform(engine.state.dataloader, first_count)
+            self._uniform_count = first_count
+        is_alike = number <= self._num_uniform
+        if is_alike and count != self._uniform_count:
             self._refuse_other_count(number, count)
         if is_last:
-            pred, loss = self._pass(inputs, targets, count, is_absent=is_absent, is_last=True, is_known=is_known)
-            self._step(engine)
+            pred, loss = self._pass(inputs, targets, count, is_absent=is_absent, is_last=True, is_alike=is_alike)
+            self._finish_step(engine)
         else:
-            with self._update.no_sync():
+            with self._step.no_sync():
                 pred, loss = self._pass(inputs, targets, count, is_absent=is_absent, is_last=False)
             self._spare = batch
         return self._output(inputs, targets, pred, loss)
 
     def _num_in_step(self, engine: Engine) -> int | None:
-        """Of the batches of the step that this one is the first of, as far as is known."""
+        """How many batches the step has that begins with this one; None if nobody knows."""
         if self._num_batches == 1:
             return 1
         number, length = engine.state.epoch_iteration, engine.state.epoch_length
@@ -247,11 +253,11 @@ class _StepOfMany(TrainStep):
     def _refuse_other_count(self, number: int, count: Count) -> None:
         raise RuntimeError(
             f"Batch {number} of the epoch has {count} samples, but its data said at the beginning of the epoch that it "
-            f"would have {self._count_alike}, and the other ranks rely on that. Data that change meanwhile need "
-            "weight=, for example weight=lambda inputs, targets: len(targets): then ranks tell each other every count."
+            f"would have {self._uniform_count}, and the other ranks rely on that. Data that change meanwhile need "
+            "weight=, for example weight=lambda inputs, targets: len(targets): then ranks exchange every count."
         )
 
-    def _refuse_talking_norm(self) -> None:
+    def _refuse_sync_batch_norm(self) -> None:
         if any(isinstance(module, nn.SyncBatchNorm) for module in self._model.modules()):
             raise ValueError(
                 "SyncBatchNorm needs a batch on every rank, but this rank's data has ended before another one's: give "
@@ -260,10 +266,10 @@ class _StepOfMany(TrainStep):
 
 
 def train_step(
-    model: nn.Module, update: Update, accelerator: "Accelerator", functions: Functions, num_batches: int
+    model: nn.Module, optimizer_step: OptimizerStep, accelerator: "Accelerator", functions: Functions, num_batches: int
 ) -> TrainStep:
-    is_alone = world().size == 1 and update.is_alone and num_batches == 1
-    return (_StepAlone if is_alone else _StepOfMany)(model, update, accelerator, functions, num_batches)
+    is_alone = world().size == 1 and optimizer_step.is_alone and num_batches == 1
+    return (_LocalStep if is_alone else _WeighedStep)(model, optimizer_step, accelerator, functions, num_batches)
 
 
 @contextmanager

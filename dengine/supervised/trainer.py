@@ -22,9 +22,9 @@ from dengine.supervised.batches import (
     pair_on_device,
 )
 from dengine.supervised.deepspeed import cast_around, configured_num_batches, is_engine, is_placeholder
-from dengine.supervised.prepared import prepared
+from dengine.supervised.optimizer_step import make_optimizer_step
 from dengine.supervised.step import Functions, SupervisedEvents, train_step
-from dengine.supervised.updates import update_for
+from dengine.supervised.wrapping import wrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,14 +58,14 @@ def create_supervised_trainer(
 
     Args:
         model: wrapped by `prepare_model` already, by `accelerator.prepare`, or bare: then it is moved to its device
-            and, over several ranks, wrapped, by accelerate where `accelerate config` says FSDP or DeepSpeed.
-        optimizer: over the parameters of `model`; accelerate's `DummyOptim` where DeepSpeed's configuration has one.
+            and, over several ranks, wrapped, by accelerate if `accelerate config` says FSDP or DeepSpeed.
+        optimizer: over the parameters of `model`; accelerate's `DummyOptim` if DeepSpeed's configuration has one.
         loss_fn: `loss_fn(pred, targets)`, the mean over what `weight` counts.
         accelerator: one of your own; by default one is made that agrees with `distributed.world()`.
         mixed_precision: "no", "fp16" (loss scaling, whose state is part of the engine's), "bf16", "fp8"; by default
             what `accelerate launch` or the accelerator says. Forward and loss run under autocast.
         gradient_accumulation_steps: batches that make one step; those of an epoch's beginning first. Only the last of
-            them sends gradients. `terminate()` and preemption leave behind a whole accumulation.
+            them sends gradients. `terminate()` and preemption leave after a whole accumulation.
         max_grad_norm: the norm to which gradients are clipped, over all parameters of the optimizer.
         output_transform: `(inputs, targets, pred, loss) -> output`, instead of the output above.
         prepare_batch: `(batch, device) -> (inputs, targets)`; by default the batch is that pair.
@@ -74,7 +74,7 @@ def create_supervised_trainer(
             `lambda inputs, targets: (targets != -100).sum()`. By default, of `cross_entropy` and `nll_loss` (as a
             function, a module, or `functools.partial` of one), what they divide by: the labels that are not their
             `ignore_index`, or the sum of their class weights; of one label a sample without class weights, and with
-            an `ignore_index` of -100 as torch has it, all samples, as of any other loss. It is only called where it
+            an `ignore_index` of -100 as torch has it, all samples, as of any other loss. It is only called if it
             matters: with several ranks, or an accumulation.
 
     With DeepSpeed the batches of one accumulation count alike, as it adds them up as they come: `weight` takes one
@@ -85,8 +85,8 @@ def create_supervised_trainer(
             model, or needs a closure (LBFGS); a function cannot be called as is said above. ImportError: no accelerate.
         LaunchError: accelerate counts other ranks than there are.
 
-    Cost: collective over several ranks, where the model gets wrapped, or is in DDP that `prepare_model` did not make
-        (whose buckets are settled, for a bit-identical resume). Over the loop by hand: with one rank nothing on the
+    Cost: collective over several ranks, if the model gets wrapped, or is in DDP that `prepare_model` did not make
+        (whose buckets are built now, for a bit-identical resume). Over the loop by hand: with one rank nothing on the
         device; with several what is said at `GradientMean`, and two small all-reduces an epoch.
     """
     if not isinstance(model, nn.Module):
@@ -106,17 +106,13 @@ def create_supervised_trainer(
     accelerator = accelerator_for(accelerator, mixed_precision)
     num_batches = _num_batches(num_batches, accelerator)
     is_deepspeed = distributed_kind(accelerator) == "DEEPSPEED"
-    if not isinstance(optimizer, torch.optim.Optimizer) and not (is_deepspeed and is_placeholder(optimizer)):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__qualname__}.")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("LBFGS evaluates the loss by a closure of its own: write the step by hand, for an Engine.")
-    _check_parameters(model, optimizer)
+    _check_optimizer(optimizer, model, is_deepspeed=is_deepspeed)
     if is_deepspeed and weight is not None and num_batches > 1:
         raise ValueError(
             f"With DeepSpeed, the {num_batches} batches of an accumulation count alike: leave weight= out, or take one "
             "batch a step."
         )
-    model, optimizer = prepared(model, optimizer, accelerator, num_batches, max_grad_norm)
+    model, optimizer = wrap(model, optimizer, accelerator, num_batches, max_grad_norm)
     functions = Functions(
         loss=loss_fn,
         prepare_batch=checked_pair(prepare_batch) if prepare_batch else pair_on_device,
@@ -124,14 +120,18 @@ def create_supervised_trainer(
         weight=checked_weight(weight) if weight else default_weight(loss_fn),
         output=output_transform,
     )
-    update = update_for(model, optimizer, accelerator, num_batches, max_grad_norm)
-    step = train_step(model, update, accelerator, functions, num_batches)
+    optimizer_step = make_optimizer_step(model, optimizer, accelerator, num_batches, max_grad_norm)
+    step = train_step(model, optimizer_step, accelerator, functions, num_batches)
     trainer = Engine(step, joined=world().size > 1, stop_every=num_batches)
     step.attach(trainer)
     return trainer
 
 
-def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, is_deepspeed: bool) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer) and not (is_deepspeed and is_placeholder(optimizer)):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__qualname__}.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("LBFGS evaluates the loss by a closure of its own: write the step by hand, for an Engine.")
     if is_engine(model) or not isinstance(optimizer, torch.optim.Optimizer):
         return  # DeepSpeed's own
     stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
@@ -144,6 +144,7 @@ def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
 
 
 def _num_batches(given: int, accelerator: "Accelerator") -> int:
+    """The batches of an accumulation, `given` here or to the accelerator."""
     is_deepspeed = distributed_kind(accelerator) == "DEEPSPEED"
     theirs = configured_num_batches(accelerator) if is_deepspeed else int(accelerator.gradient_accumulation_steps)
     if given > 1 and theirs not in (1, given):

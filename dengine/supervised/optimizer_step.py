@@ -1,4 +1,4 @@
-"""How gradients come about and become a step of the optimizer: by weighted means, or by DeepSpeed's engine."""
+"""A step of the optimizer, from the gradients of its batches: by weighted means, or by DeepSpeed's engine."""
 
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,46 +9,49 @@ from torch import Tensor, nn
 from dengine.parallel.clipping import clip_grad_norm_
 from dengine.parallel.gradients import Count, GradientMean, check_loss
 from dengine.supervised.accelerator import distributed_kind
-from dengine.supervised.deepspeed import DeepSpeedUpdate
+from dengine.supervised.deepspeed import DeepSpeedStep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Update", "update_for"]
+__all__ = ["OptimizerStep", "make_optimizer_step"]
 
 
-class Update(Protocol):
-    """One step of the optimizer: `start`, for each batch `begin`, the forward pass and `backward`, then `step`.
+class OptimizerStep(Protocol):
+    """One step of the optimizer: `start`; for each batch `begin`, the forward pass and `backward`; then `step`.
 
-    `takes_counts`: whether the count of a batch matters; else it need not be computed.
+    Attributes:
+        takes_counts: whether the count of a batch matters; else it need not be computed.
+        is_alone: no gradient is sent to another rank.
+        scaler: the loss scaler of fp16, or None.
     """
 
     takes_counts: bool
     is_alone: bool
     scaler: Any
 
-    def start(self, num_batches: int | None) -> None: ...  # of this step; None: not known
+    def start(self, num_batches: int | None) -> None: ...  # of this step; None: nobody knows
     def no_sync(self) -> AbstractContextManager[None]: ...
     def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self) -> None: ...
-    def cut_short(self, num_batches: int) -> None: ...  # fewer came than `start` was told
+    def cut_short(self, num_batches: int) -> None: ...  # fewer came than `start` said
     def forget(self) -> None: ...
 
 
-def update_for(
+def make_optimizer_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: "Accelerator",
     num_batches: int,
     max_grad_norm: float | None,
-) -> Update:
+) -> OptimizerStep:
     if distributed_kind(accelerator) == "DEEPSPEED":
-        return DeepSpeedUpdate(model, accelerator)
-    return _Weighted(model, optimizer, accelerator, num_batches, max_grad_norm)
+        return DeepSpeedStep(model, accelerator)
+    return _WeightedStep(model, optimizer, accelerator, num_batches, max_grad_norm)
 
 
-class _Weighted:
+class _WeightedStep:
     """The gradient of the mean over the global batch, clipped, and the optimizer's step, by the loss scaler's rules."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Model and optimizer as they are trained: wrapped, where the user has not done so."""
+"""Model and optimizer as they are trained: on their device and, over several ranks, wrapped."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +16,23 @@ from dengine.supervised.deepspeed import check_clipping, check_precision, config
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["is_wrapped", "prepared", "prepared_model"]
+__all__ = ["is_wrapped", "wrap", "wrap_model"]
 
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_MLU", "MULTI_NPU", "MULTI_HPU", "MULTI_MUSA")
 
 
-def prepared(
+def wrap(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: "Accelerator",
     num_batches: int,
     max_grad_norm: float | None,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """By `prepare_model`; by accelerate itself where its configuration says FSDP or DeepSpeed.
+    """`model` and `optimizer`, wrapped if they are not: by `prepare_model`, or by accelerate if its configuration says
+    FSDP or DeepSpeed.
 
-    Every rank gets rank 0's parameters and buffers. DeepSpeed is told `num_batches` of an accumulation and
-    `max_grad_norm`, as it accumulates and clips by itself.
+    Every rank gets rank 0's parameters and buffers. DeepSpeed accumulates `num_batches` and clips to `max_grad_norm` by
+    itself.
 
     Collective: call on all ranks.
 
@@ -44,7 +45,7 @@ def prepared(
         if is_ready:
             _refuse_other_wrapper(model, kind)
         if kind == "DEEPSPEED":
-            return _by_deepspeed(model, optimizer, accelerator, num_batches, max_grad_norm, is_ready=is_ready)
+            return _wrap_with_deepspeed(model, optimizer, accelerator, num_batches, max_grad_norm, is_ready=is_ready)
         if is_ready:
             return model, optimizer
         if not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:  # which sends them itself
@@ -52,10 +53,10 @@ def prepared(
         return accelerator.prepare(model, optimizer)  # type: ignore[no-any-return]
     if kind not in _PLAIN:
         raise ValueError(f"Accelerate's distributed type {kind} is not supported: use DDP, FSDP or DeepSpeed.")
-    return prepared_model(model, accelerator), optimizer
+    return wrap_model(model, accelerator), optimizer
 
 
-def _by_deepspeed(
+def _wrap_with_deepspeed(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: "Accelerator",
@@ -85,10 +86,10 @@ def _refuse_other_wrapper(model: nn.Module, kind: str) -> None:
         )
 
 
-def prepared_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:
-    """`model` on its device, in DDP where there are several ranks and it is not wrapped yet.
+def wrap_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:
+    """`model` on its device; over several ranks in DDP, unless it is wrapped already.
 
-    Collective, where there are several ranks: also DDP that somebody else wrapped it in has its buckets settled.
+    Collective over several ranks, also if it is in DDP already: that has its buckets built now.
     """
     if is_wrapped(model):
         spreads_model(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
-from dengine.supervised.known import _leading, num_alike
+from dengine.supervised.uniform_batches import _leading, num_uniform
 
 SET = TensorDataset(torch.arange(10.0), torch.arange(10))
 
@@ -54,4 +54,4 @@ class Unreadable(Dataset[Any]):
 )
 def test_what_is_known_of_the_first_batches(data: Any, known: tuple[int, int]) -> None:
     assert _leading(data) == known
-    assert num_alike(data, 4) == (known[1] if known[0] == 4 else 0)
+    assert num_uniform(data, 4) == (known[1] if known[0] == 4 else 0)

@@ -1,4 +1,4 @@
-"""How many of an epoch's batches are known, before they are there, to count alike on all ranks."""
+"""How many batches of an epoch have equally many samples on all ranks, found out at the first one."""
 
 from typing import Any
 
@@ -8,20 +8,21 @@ from dengine.data.loader import PreparedLoader
 from dengine.distributed import all_reduce
 from dengine.supervised.batches import num_samples
 
-__all__ = ["num_alike"]
+__all__ = ["num_uniform"]
 
 
-def num_alike(data: Any, first_count: int) -> int:
-    """How many of the first batches of a pass over `data` have `first_count` samples, as the first one has, on all
-    ranks. 0 where ranks differ, or where one of them cannot tell.
+def num_uniform(data: Any, first_count: int) -> int:
+    """How many batches, from the first one of a pass over `data` on, have `first_count` samples on every rank.
+
+    0 if ranks differ, or if one of them does not know.
 
     Collective. Cost: one small all-reduce, and for a list one look at each batch.
     """
     count, num_batches = _leading(data)
     if count != first_count or not count:
         num_batches = 0
-    told = {"largest": first_count, "smallest": -first_count, "num_batches": -num_batches}
-    found = all_reduce(told, "max", name="the number of samples of a batch")
+    mine = {"largest": first_count, "smallest": -first_count, "num_batches": -num_batches}
+    found = all_reduce(mine, "max", name="the number of samples of a batch")
     return -found["num_batches"] if found["largest"] == -found["smallest"] else 0
 
 
@@ -53,7 +54,7 @@ def _leading_of_list(batches: Any) -> tuple[int, int]:
     for number, batch in enumerate(batches):
         try:
             count = num_samples(*batch)
-        except TypeError:  # no pair, or one without samples: told where it is that batch's turn
+        except TypeError:  # no pair, or one without samples: an error at that batch's turn
             return first, number
         if number == 0:
             first = count
