@@ -102,3 +102,35 @@ def test_an_evaluation_at_the_end_of_an_epoch_of_uneven_shards() -> None:
     results = run_ranks(validated_while_training, 3)
     assert len({(accuracy, float(loss)) for accuracy, _, loss in results}) == 1
     assert all(modes == [True, True] for _, modes, _ in results)
+
+
+def evaluated_on_rank_zero(rank: int, size: int) -> tuple[dict[str, Any], int, bool]:
+    """Its metrics, the collectives that were joined meanwhile, and whether the model was left as it was."""
+    bare = net()
+    model = distributed.prepare_model(bare)
+    evaluator = create_supervised_evaluator(model, {name: make() for name, make in METRICS.items()}, distributed=False)
+    before = num_joined(size)
+    if rank == 0:
+        evaluator.run(DataLoader(data_set(7), batch_size=2))
+    num_collectives = num_joined(size) - before
+    distributed.barrier()
+    return dict(evaluator.state.metrics), num_collectives, model.training and bare[1].training
+
+
+def test_an_evaluation_of_rank_zero_alone_goes_through_its_data_and_talks_to_nobody() -> None:
+    (metrics, num_collectives, is_as_before), (nothing, _, _) = run_ranks(evaluated_on_rank_zero, 2)
+    expected = by_hand(7)
+    assert metrics["acc"] == expected["acc"]
+    assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-12)
+    assert (nothing, num_collectives, is_as_before) == ({}, 0, True)
+
+
+def refused_alone(rank: int, size: int) -> str:
+    model = distributed.prepare_model(net(), "fsdp")
+    with pytest.raises(ValueError, match="distributed=False") as caught:
+        create_supervised_evaluator(model, distributed=False)
+    return str(caught.value)
+
+
+def test_a_sharded_model_is_not_evaluated_by_one_rank() -> None:
+    assert "run the evaluator on every rank" in run_ranks(refused_alone, 2)[0]

@@ -22,6 +22,7 @@ from dengine.supervised.batches import (
     pair_on_device,
 )
 from dengine.supervised.deepspeed import cast_around
+from dengine.supervised.step import in_eval_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,6 +39,7 @@ def create_supervised_evaluator(
     output_transform: OutputFunction | None = None,
     prepare_batch: PrepareBatch | None = None,
     model_fn: ModelFunction | None = None,
+    distributed: bool = True,
 ) -> Engine:
     """An engine that computes `metrics` of `model` over a loader: `evaluator.run(val_loader).metrics`.
 
@@ -53,11 +55,14 @@ def create_supervised_evaluator(
         metrics: by name; more may be added by `add_metric`.
         accelerator, mixed_precision, prepare_batch, model_fn: as of `create_supervised_trainer`.
         output_transform: `(inputs, targets, pred) -> output`, instead of the output above.
+        distributed: False makes it this rank's own (an evaluation on rank 0 only): over the rank's data, with its own
+            buffers, and without a collective. Not of a model whose forward is one (FSDP, DeepSpeed).
 
     Raises:
-        TypeError, ValueError, ImportError, LaunchError: as of `create_supervised_trainer`.
+        TypeError, ValueError, ImportError, LaunchError: as of `create_supervised_trainer`. ValueError also for
+            `distributed=False` with a model that only all ranks together can call.
 
-    Cost: collective: one broadcast of the buffers a run, one all-reduce of all metrics.
+    Cost: collective: one broadcast of the buffers a run, one all-reduce of all metrics; none if not `distributed`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_supervised_evaluator() takes a torch.nn.Module, but got {type(model).__qualname__}.")
@@ -74,8 +79,8 @@ def create_supervised_evaluator(
     if world().size == 1 and not getattr(model, "_is_accelerate_prepared", False):
         model = model.to(accelerator.device)
     prepare = checked_pair(prepare_batch) if prepare_batch else pair_on_device
-    step = _EvaluationStep(model, accelerator, prepare, model_fn, output_transform)
-    evaluator = Engine(step, joined=step.is_collective and world().size > 1)
+    step = _EvaluationStep(model, accelerator, prepare, model_fn, output_transform, distributed=distributed)
+    evaluator = Engine(step, distributed=distributed, joined=step.is_collective and world().size > 1)
     evaluator.add_metrics(metrics or {})
     evaluator.on(Events.STARTED, step.enter, priority=Priority.SETUP)
     # Whichever comes first; a preempted run fires no COMPLETED.
@@ -93,9 +98,17 @@ class _EvaluationStep:
         prepare_batch: PrepareBatch,
         model_fn: ModelFunction | None,
         output: OutputFunction | None,
+        *,
+        distributed: bool,
     ) -> None:
         kind = distributed_kind(accelerator)
         self.is_collective = find_fsdp(model) is not None or kind in ("FSDP", "DEEPSPEED")
+        if self.is_collective and not distributed and world().size > 1:
+            raise ValueError(
+                "distributed=False, but this model is spread over the ranks, which only together can call it: leave "
+                "distributed= out, and run the evaluator on every rank."
+            )
+        self._mode_of = evaluating if distributed else in_eval_mode
         self._wrapped = model
         self._called = model if self.is_collective else unwrap_model(model)
         self._device = accelerator.device
@@ -123,7 +136,7 @@ class _EvaluationStep:
         return self._called(inputs) if self._model_fn is None else self._model_fn(self._called, inputs)
 
     def enter(self, engine: Engine) -> None:
-        self._mode.enter_context(evaluating(self._wrapped))
+        self._mode.enter_context(self._mode_of(self._wrapped))
 
     def leave(self, engine: Engine) -> None:
         self._mode.close()

@@ -31,7 +31,7 @@ from dengine.supervised.uniform_batches import num_uniform
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Functions", "SupervisedEvents", "train_step"]
+__all__ = ["Functions", "SupervisedEvents", "in_eval_mode", "train_step"]
 
 
 class SupervisedEvents(EventEnum):
@@ -110,7 +110,7 @@ class TrainStep(ABC):
         """Forward and backward; a batch that is only there to take part with leaves no trace in the model."""
         self._step.begin(count, is_last=is_last, is_alike=is_alike)
         if is_absent:
-            with _in_eval_mode(self._model):
+            with in_eval_mode(self._model):
                 pred, loss = self._forward(inputs, targets)
         else:
             pred, loss = self._forward(inputs, targets)
@@ -273,8 +273,8 @@ def train_step(
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """No statistics are updated, and no random number is drawn."""
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside it, `model` updates no statistics and draws no random number; then each module is in its mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -71,3 +71,13 @@ def test_wrong_arguments_are_refused() -> None:
         create_supervised_evaluator(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model_fn=3 must be a function"):
         create_supervised_evaluator(net(), model_fn=3)  # type: ignore[arg-type]
+
+
+def test_an_evaluator_of_its_own_leaves_the_model_as_it_was() -> None:
+    model = net()
+    model[1].eval()
+    evaluator = create_supervised_evaluator(model, {"acc": Accuracy()}, distributed=False)
+    everyone = create_supervised_evaluator(model, {"acc": Accuracy()})
+    assert evaluator.run(batches()).metrics == everyone.run(batches()).metrics
+    assert [module.training for module in model.children()] == [True, False, True]
+    assert not evaluator.distributed

@@ -24,10 +24,11 @@ def train(accelerator: Accelerator | None) -> None:
     loader = DataLoader(TensorDataset(inputs, targets), batch_size=6)
     loader = distributed.prepare_data_loader(loader, exact=True, global_batch_size=6)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"accelerator": accelerator}
-    trainer = create_supervised_trainer(model, optimizer, cross_entropy, gradient_accumulation_steps=2, **options)
+    trainer = create_supervised_trainer(
+        model, optimizer, cross_entropy, gradient_accumulation_steps=2, accelerator=accelerator
+    )
     trainer.run(loader, max_epochs=2)
-    evaluator = create_supervised_evaluator(model, {"acc": Accuracy()}, **options)
+    evaluator = create_supervised_evaluator(model, {"acc": Accuracy()}, accelerator=accelerator)
     accuracy = evaluator.run(loader).metrics["acc"]
     total = sum(parameter.abs().sum().item() for parameter in model.parameters())
     here = distributed.world()
