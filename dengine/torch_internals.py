@@ -4,6 +4,7 @@
 `bash launch/test.sh -m canary` runs these alone.
 """
 
+from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ __all__ = [
     "is_waiting_file",
     "num_collectives",
     "process_groups",
+    "set_timeout",
     "wait_in",
 ]
 
@@ -65,6 +67,11 @@ def num_collectives(group: Any) -> int:
 def default_store() -> Any:
     """The store by which the default process group was made."""
     return dist.distributed_c10d._get_default_store()
+
+
+def set_timeout(group: Any, timeout: timedelta) -> None:
+    """Set the timeout of a group's collectives: a mesh makes its groups with torch's own."""
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def abort_process_groups() -> None:

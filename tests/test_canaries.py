@@ -9,6 +9,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ def test_the_store_of_a_group_made_elsewhere_is_found() -> None:
     store = torch_internals.default_store()
     store.set("key", "value")
     assert store.get("key") == b"value"
+
+
+@pytest.mark.usefixtures("group")
+def test_the_timeout_of_a_group_can_be_set() -> None:
+    """Else a rank waits in a group of the mesh for half an hour, whatever `timeout` process_group() was given."""
+    group: Any = dist.new_group([0], backend="gloo")
+    torch_internals.set_timeout(group, timedelta(seconds=77))
+    assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77)
 
 
 @pytest.mark.usefixtures("group")

@@ -12,14 +12,16 @@ collective could meet a connection that can no longer be written to.
 import os
 import select
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from dengine import torch_internals
 
-__all__ = ["Connections", "abort_group", "existing_connections", "new_connections"]
+__all__ = ["Connections", "abort_group", "existing_connections", "new_connections", "unless_hung_up"]
 
+T = TypeVar("T")
 _Address: TypeAlias = tuple[str, int]
 _Ends: TypeAlias = tuple[_Address, _Address]  # here, there
 
@@ -62,6 +64,34 @@ def existing_connections(exchange: Callable[[list[_Ends]], list[list[_Ends]]], s
     for ends in mine.keys() - theirs:
         mine[ends].close()
     return [each for ends, each in mine.items() if ends in theirs]
+
+
+def unless_hung_up(action: Callable[[], T], peers: Sequence[socket.socket]) -> T:
+    """The result of `action`, run in a thread, which is abandoned if a peer hangs up first.
+
+    Raises: ConnectionError: one has. What `action` raises.
+    """
+    outcome: list[T | BaseException] = []
+    mine, its = socket.socketpair()
+
+    def act() -> None:
+        try:
+            outcome.append(action())
+        except BaseException as error:
+            outcome.append(error)
+        its.close()
+
+    poll = select.poll()
+    for each in (mine, *peers):
+        poll.register(each, select.POLLRDHUP)
+    threading.Thread(target=act, name="dengine-connect", daemon=True).start()
+    with mine:
+        poll.poll()
+    if not outcome:
+        raise ConnectionError("a peer has hung up")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
 class Connections:

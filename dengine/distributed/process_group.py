@@ -7,16 +7,19 @@ import sys
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import DistError
+from torch.distributed.device_mesh import DeviceMesh
 
 from dengine.checks import number
+from dengine.comm.collectives import all_gather_object
 from dengine.control.channel import ControlContext, StoreEndpoint
 from dengine.control.ddp_errors import explain
 from dengine.control.failure import is_of_backend, line_of, traceback_of, write_error_file
@@ -24,13 +27,15 @@ from dengine.control.plane import Control, NullPlane, plane
 from dengine.control.sockets import Connections, abort_group, existing_connections, new_connections
 from dengine.control.undisturbed import undisturbed
 from dengine.control.watchdog import Watchdog
+from dengine.distributed.mesh import Mesh, as_text, checked_mesh, close_mesh, fitted_mesh, make_group_of_one, make_mesh
 from dengine.errors import LaunchError
 from dengine.launch.env import Launch, find_launch, is_agents_store
+from dengine.launch.mesh import other_meshes_text
 from dengine.launch.network import chosen_interface
 from dengine.launch.parent_death import set_parent_death_signal
 from dengine.launch.process import identity
 from dengine.launch.rendezvous import rendezvous
-from dengine.launch.world import World, default_device, enter, external_world, leave
+from dengine.launch.world import World, default_device, enter, external_world, leave, world
 from dengine.torch_internals import PrefixStore
 
 __all__ = ["process_group"]
@@ -39,7 +44,13 @@ T = TypeVar("T")
 
 
 @contextmanager
-def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout: float = 600.0) -> Iterator[World]:
+def process_group(
+    backend: str = "auto",
+    timeout: float = 1800.0,
+    stall_timeout: float = 600.0,
+    *,
+    mesh: Mapping[str, int] | DeviceMesh | None = None,
+) -> Iterator[World]:
     """Join the other ranks for the length of a `with` block, and give this process's `World`.
 
     Finds a process group that is initialised already, else torchrun's variables, else SLURM's; without any of them
@@ -62,12 +73,17 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
             after which the rank that the others wait for is named and all end. Iterations of any engine, handlers,
             collectives of this package and `distributed.progress()` are progress; the inside of `rank_zero_first()`
             may take as long as it likes. `math.inf`: never.
+        mesh: the ranks as a grid, from the outermost dimension: sizes by name, of which one may be -1, or a
+            `DeviceMesh` of all ranks, which a process group must be there for already. Ranks along `dp`,
+            `dp_replicate`, `dp_shard` and `ep` have data of their own; those that differ in `cp`, `tp` and `pp` alone
+            are given the same. `World.mesh`, `coordinates`, `data_rank` and `data_size` tell what came of it.
 
     Raises:
         LaunchError: the launcher's variables are half set, or do not fit this machine; not all ranks have come within
             `timeout` (they are named), or one ended meanwhile, or Gloo could not connect their hosts; two ranks have
-            one GPU; on leaving, the store is gone.
-        TypeError, ValueError: a timeout is no number above 0.
+            one GPU; they ask for different meshes; on leaving, the store is gone.
+        TypeError, ValueError: a timeout is no number above 0; `mesh` is no mesh, a name in it is none, or the product
+            of its sizes is not the number of ranks.
         StallError: on entering, not all ranks have come within `stall_timeout`.
         RemoteRankError, StallError: on leaving, if another rank failed.
 
@@ -76,12 +92,13 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
     for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
         number(name, value, "a number of seconds above 0", above=0)
     is_alone = backend == "none"
+    asked = checked_mesh(mesh, is_alone=is_alone)
     is_external = dist.is_available() and dist.is_initialized() and not is_alone
     launch = None if is_external or is_alone else find_launch(os.environ)
     control: Control | None = None
     if launch is not None:
         set_parent_death_signal(os.environ)
-        opened, connections = _join(launch, backend, timeout, stall_timeout)
+        opened, connections = _join(launch, backend, timeout, stall_timeout, asked)
         if launch.size > 1:
             try:
                 with _explaining_lost_rank(launch):
@@ -93,8 +110,9 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
             for each in connections:
                 each.close()
     elif is_external:
-        opened = external_world()
-        control = _control_beside(opened, timeout) if plane().group is None else None
+        opened, control = _beside(asked, timeout)
+    elif asked is not None:
+        opened = _alone_on(asked, backend, timeout)
     else:
         opened = World(device=default_device(0))
     watchdog = None if control is None else _start(control, stall_timeout)
@@ -118,10 +136,12 @@ def process_group(backend: str = "auto", timeout: float = 1800.0, stall_timeout:
             if control is not None and watchdog is not None:
                 _close(control, watchdog, is_failing=is_failing)
         finally:
-            if launch is not None:
+            if opened.backend != "none" and not is_external:
                 _destroy(opened, is_failing)
             elif control is not None:
                 dist.destroy_process_group(control.context.group)
+            if is_external and opened.mesh is not None and isinstance(asked, dict):
+                close_mesh(opened.mesh)
 
 
 def _close(control: Control, watchdog: Watchdog, *, is_failing: bool) -> None:
@@ -157,13 +177,15 @@ def _destroy(opened: World, is_failing: bool) -> None:
         dist.destroy_process_group()
 
 
-def _join(launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float) -> tuple[World, list[socket.socket]]:
+def _join(
+    launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float, asked: Mesh
+) -> tuple[World, list[socket.socket]]:
     device = _own_device(launch)
-    if backend == "auto":
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = _backend_for(device, backend)
     if (interface := chosen_interface(os.environ, launch)) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # which Gloo reads for each group that is made
-    store, name = rendezvous(launch, timeout_s, stall_timeout_s)
+    store, name = rendezvous(launch, timeout_s, stall_timeout_s, mesh=as_text(asked))
+    asked = fitted_mesh(asked, launch.size)
     with new_connections(launch.master_port) as connections, _explaining(launch):
         dist.init_process_group(
             backend,
@@ -174,6 +196,14 @@ def _join(launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float
             # Binding the device lets NCCL connect at once, and tells a barrier where to run.
             device_id=device if "nccl" in backend else None,
         )
+    try:
+        with new_connections(launch.master_port) as of_mesh:
+            mesh = make_mesh(asked, device, timeout_s, connections)
+    except BaseException:
+        for each in connections:
+            each.close()
+        dist.destroy_process_group()
+        raise
     opened = World(
         rank=launch.rank,
         size=launch.size,
@@ -183,8 +213,23 @@ def _join(launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float
         device=device,
         backend=backend,
         launcher=launch.launcher,
+        mesh=mesh,
     )
-    return opened, connections
+    return opened, connections + of_mesh
+
+
+def _alone_on(asked: Mesh, backend: str, timeout_s: float) -> World:
+    """A world of one with a mesh, for which there must be a group."""
+    asked, device = fitted_mesh(asked, 1), default_device(0)
+    backend = _backend_for(device, backend)
+    make_group_of_one(backend)
+    return World(device=device, backend=backend, mesh=make_mesh(asked, device, timeout_s))
+
+
+def _backend_for(device: torch.device, backend: str) -> str:
+    if backend != "auto":
+        return backend
+    return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
 
 
 def _control(launch: Launch, here: World, connections: list[socket.socket], timeout_s: float) -> Control:
@@ -203,8 +248,26 @@ def _control(launch: Launch, here: World, connections: list[socket.socket], time
     )
 
 
-def _control_beside(here: World, timeout_s: float) -> Control | None:
-    """The control plane for a group that somebody else made: where all ranks reach the store of their launcher."""
+def _beside(asked: Mesh, timeout_s: float) -> tuple[World, Control | None]:
+    """This rank's world in a group that is there, and its control plane if there was none.
+
+    Raises: LaunchError: the ranks ask for different meshes.
+    """
+    here = external_world()
+    if plane().group is not None:  # inside another process_group()
+        meshes = [""] if asked is None else all_gather_object(as_text(asked))
+        is_shared = False
+    else:
+        is_shared, meshes = _first_exchange(here, as_text(asked))
+    if refusal := other_meshes_text(meshes):
+        raise LaunchError(refusal)
+    mesh = world().mesh if asked is None else make_mesh(fitted_mesh(asked, here.size), here.device, timeout_s)
+    here = replace(here, mesh=mesh)
+    return here, _control_beside(here, timeout_s) if is_shared else None
+
+
+def _first_exchange(here: World, mesh: str) -> tuple[bool, list[str]]:
+    """Whether all ranks of a group that somebody else made reach the store of their launcher, and each one's mesh."""
     launch = find_launch(os.environ)
     is_launched = launch is not None and (launch.rank, launch.size) == (here.rank, here.size)
     is_part = launch is not None and here.size < launch.size
@@ -215,10 +278,17 @@ def _control_beside(here: World, timeout_s: float) -> Control | None:
             "and failures are not shared beyond it, and metrics and checkpoints are those of its own ranks. Where that "
             "is not meant, call process_group() before torch.distributed.init_process_group(), or make that group of "
             "all ranks.",
-            stacklevel=4,
+            stacklevel=5,
         )
-    if here.size == 1 or not all(_gathered(is_launched or (is_part and is_agents_store(os.environ)))):
-        return None
+    if here.size == 1:
+        return False, [mesh]
+    told = _gathered((is_launched or (is_part and is_agents_store(os.environ)), mesh))
+    return all(reaches for reaches, _ in told), [each for _, each in told]
+
+
+def _control_beside(here: World, timeout_s: float) -> Control | None:
+    """The control plane for a group that somebody else made, whose ranks reach the store of their launcher."""
+    launch = find_launch(os.environ)
     assert launch is not None
     connections = existing_connections(_gathered, launch.master_port)
     control = None

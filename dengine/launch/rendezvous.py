@@ -28,6 +28,7 @@ from torch.distributed import DistError
 
 from dengine.errors import LaunchError, StallError
 from dengine.launch.env import Launch, is_agents_store
+from dengine.launch.mesh import other_meshes_text
 from dengine.launch.network import is_reached_by_name, network_of_this_host
 from dengine.launch.parsing import has_fields, parse_object
 from dengine.launch.store import open_store
@@ -55,19 +56,23 @@ class _Peer:
     host: str
     network: str
     is_reached: bool
+    mesh: str
 
 
-def rendezvous(launch: Launch, timeout_s: float, stall_timeout_s: float = math.inf) -> tuple[Any, str]:
+def rendezvous(
+    launch: Launch, timeout_s: float, stall_timeout_s: float = math.inf, *, mesh: str = ""
+) -> tuple[Any, str]:
     """Find the other ranks: the store of this launch, and a name in it that is new and shared by its ranks alone.
 
-    `stall_timeout_s`: as in `process_group()`, but at least 30 s, since ranks start at different times.
+    `stall_timeout_s`: as in `process_group()`, but at least 30 s, since ranks start at different times. `mesh`: what
+    this rank asks for, in words that must be the same on all ranks.
 
     Collective. Cost: at most a hundredth of a second after the last rank has come; two requests a rank in that time to
     the store, by rank 0.
 
     Raises:
-        LaunchError: on every rank that is there, if not all are after `timeout_s`, or if they are on several hosts and
-            Gloo would give the others an address that leads nowhere.
+        LaunchError: on every rank that is there, if not all are after `timeout_s`, if they are on several hosts and
+            Gloo would give the others an address that leads nowhere, or if they ask for other meshes.
         StallError: instead, naming a missing rank, if `stall_timeout_s` was the shorter of the two limits.
     """
     deadline = _Deadline(timeout_s, max(stall_timeout_s, _LEAST_STALL_S))
@@ -76,7 +81,7 @@ def rendezvous(launch: Launch, timeout_s: float, stall_timeout_s: float = math.i
         if launch.size == 1:
             return store, uuid.uuid4().hex
         common = PrefixStore("dengine/meet", store)
-        return store, (_coordinate if launch.rank == 0 else _join)(common, launch, deadline)
+        return store, (_coordinate if launch.rank == 0 else _join)(common, _this_peer(launch, mesh), launch, deadline)
     except (DistError, OSError) as error:
         who = "torchrun's agent" if is_agents_store(os.environ) else "rank 0"
         text = (
@@ -139,11 +144,11 @@ def _store_of(launch: Launch, timeout_s: float) -> Any:
     return store
 
 
-def _join(store: Any, launch: Launch, deadline: _Deadline) -> str:
+def _join(store: Any, peer: _Peer, launch: Launch, deadline: _Deadline) -> str:
     token = uuid.uuid4().hex
     store.set(f"number/{launch.rank}", token)
     name = _read(store, f"answer/{token}", deadline.end_s)
-    store.set(f"{name}/{launch.rank}", json.dumps(asdict(_this_peer(launch))))
+    store.set(f"{name}/{launch.rank}", json.dumps(asdict(peer)))
     store.add(f"{name}/come", 1)
     try:
         refusal = _read(store, f"{name}/refusal", deadline.end_s + _EXTRA_WAIT_S)
@@ -163,13 +168,17 @@ def _refusal_error(refusal: str, missing: Sequence[int], deadline: _Deadline) ->
     return deadline.error(refusal, missing[0]) if missing else LaunchError(refusal)
 
 
-def _coordinate(store: Any, launch: Launch, deadline: _Deadline) -> str:
+def _coordinate(store: Any, peer: _Peer, launch: Launch, deadline: _Deadline) -> str:
     name = uuid.uuid4().hex
     others = range(1, launch.size)
     missing = set(_answer_others(store, name, others, deadline.end_s))
-    peers = [_this_peer(launch)]
+    peers = [peer]
     peers += [_read_peer(store.get(f"{name}/{rank}"), rank, launch) for rank in others if rank not in missing]
-    refusal = _absence_text(sorted(missing), launch, deadline) if missing else _unreachable_text(peers)
+    refusal = (
+        _absence_text(sorted(missing), launch, deadline)
+        if missing
+        else _unreachable_text(peers) or other_meshes_text([each.mesh for each in peers])
+    )
     store.set(f"{name}/refusal", refusal)
     # This process may take the store with it: let the others read first that it ends, and why.
     _wait_until(lambda: store.add(f"{name}/heard", 0) >= len(peers) - 1, time.monotonic() + _ACKNOWLEDGE_S)
@@ -183,12 +192,12 @@ def _coordinate(store: Any, launch: Launch, deadline: _Deadline) -> str:
 def _read_peer(text: bytes, rank: int, launch: Launch) -> _Peer:
     """What `rank` reported about itself. Raises: LaunchError: it is something else."""
     fields = parse_object(text)
-    if fields is None or not has_fields(fields, rank=int, host=str, network=str, is_reached=bool):
+    if fields is None or not has_fields(fields, rank=int, host=str, network=str, is_reached=bool, mesh=str):
         raise LaunchError(
             f"What lies for rank {rank} in the store at {launch.master_addr}:{launch.master_port} is not its own: "
             "another program writes to that port. Set MASTER_PORT to one that nobody else uses."
         )
-    return _Peer(fields["rank"], fields["host"], fields["network"], fields["is_reached"])
+    return _Peer(fields["rank"], fields["host"], fields["network"], fields["is_reached"], fields["mesh"])
 
 
 def _answer_others(store: Any, name: str, others: Sequence[int], end_s: float) -> list[int]:
@@ -225,8 +234,8 @@ def _read(store: Any, key: str, end_s: float) -> str:
     return str(store.get(key).decode())
 
 
-def _this_peer(launch: Launch) -> _Peer:
-    return _Peer(launch.rank, socket.gethostname(), network_of_this_host(), is_reached_by_name(os.environ))
+def _this_peer(launch: Launch, mesh: str) -> _Peer:
+    return _Peer(launch.rank, socket.gethostname(), network_of_this_host(), is_reached_by_name(os.environ), mesh)
 
 
 def _absence_text(missing: Sequence[int], launch: Launch, deadline: _Deadline) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +14,11 @@ import torch.distributed as dist
 
 from dengine.errors import LaunchError
 from dengine.launch.env import Launch, find_launch, shared_start
+from dengine.launch.mesh import DATA_NAMES
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from dengine.control.plane import Plane
 
 __all__ = [
@@ -34,6 +39,8 @@ class World:
 
     `device` is where this rank computes; `launcher` is "torchrun", "slurm", "external" (a process group that was
     there already) or "single".
+
+    `mesh` is that of `process_group(mesh=)`; without one, all ranks are alike, and each has data of its own.
     """
 
     rank: int = 0
@@ -44,6 +51,56 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = "none"
     launcher: str = "single"
+    mesh: DeviceMesh | None = None
+
+    @cached_property
+    def coordinates(self) -> dict[str, int]:
+        """Where this rank is along each dimension of the mesh; {} without a mesh."""
+        places = None if self.mesh is None else self.mesh.get_coordinate()
+        return {} if places is None else dict(zip(self._sizes, places, strict=True))
+
+    @cached_property
+    def data_rank(self) -> int:
+        """Which of the `data_size` parts of the data this rank is given."""
+        if self.mesh is None:
+            return self.rank
+        rank = 0
+        for name, size in self._sizes.items():
+            rank = rank * size + self.coordinates[name] if name in DATA_NAMES else rank
+        return rank
+
+    @cached_property
+    def data_size(self) -> int:
+        """How many parts the data are dealt out in: the ranks that differ in `cp`, `tp` and `pp` alone share one."""
+        if self.mesh is None:
+            return self.size
+        return prod(size for name, size in self._sizes.items() if name in DATA_NAMES)
+
+    @cached_property
+    def same_data_ranks(self) -> tuple[int, ...]:
+        """The ranks that are given the same data as this one, which is among them."""
+        if self.mesh is None:
+            return (self.rank,)
+        index = tuple(place if name in DATA_NAMES else slice(None) for name, place in self.coordinates.items())
+        return tuple(sorted(self.mesh.mesh[index].flatten().tolist()))
+
+    @cached_property
+    def has_last_stage(self) -> bool:
+        """Whether this rank has the last stage of a pipeline (`pp`), which gives the output. True without one."""
+        return self.coordinates.get("pp", 0) == self._sizes.get("pp", 1) - 1
+
+    @cached_property
+    def counts_samples(self) -> bool:
+        """Whether what this rank has seen counts: on one of the ranks with the same tokens, so that each counts once.
+
+        Of ranks that differ in `tp` the first, of those in `pp` the last; those of `cp` all, each with its own tokens.
+        """
+        return self.has_last_stage and self.coordinates.get("tp", 0) == 0
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        names = () if self.mesh is None else self.mesh.mesh_dim_names or ()
+        return dict(zip(names, () if self.mesh is None else self.mesh.shape, strict=True))
 
 
 # The one global of the package: the worlds that `process_group()` opened, and how their ranks leave together.

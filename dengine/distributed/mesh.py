@@ -1,0 +1,111 @@
+"""The mesh of a process group: what `process_group(mesh=)` takes, made once the group is there."""
+
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dengine.control.sockets import unless_hung_up
+from dengine.errors import LaunchError
+from dengine.launch.mesh import NAMES, checked_sizes, filled_sizes, shown_sizes
+from dengine.torch_internals import HashStore, set_timeout
+
+__all__ = ["Mesh", "as_text", "checked_mesh", "close_mesh", "fitted_mesh", "make_group_of_one", "make_mesh"]
+
+Mesh: TypeAlias = dict[str, int] | DeviceMesh | None  # what was asked for, checked
+
+
+def checked_mesh(mesh: Mapping[str, int] | DeviceMesh | None, *, is_alone: bool) -> Mesh:
+    """`mesh=` as far as it can be checked before the ranks have met.
+
+    Raises: TypeError, ValueError: it is no mesh, or has dimensions without a name or with one that is none, or is a
+        `DeviceMesh` without a process group.
+    """
+    if mesh is None:
+        return None
+    if is_alone:
+        raise ValueError("process_group('none') makes this process a world of one, which has no mesh: leave mesh= out.")
+    if isinstance(mesh, Mapping):
+        return checked_sizes(mesh)
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh= takes the sizes of its dimensions by name, as {{'dp_shard': -1, 'tp': 2}}, or a torch DeviceMesh, "
+            f"but got {mesh!r}."
+        )
+    if mesh.mesh_dim_names is None:
+        raise ValueError(
+            f"mesh= is a {mesh} without names, which tell what its ranks share: init_device_mesh(..., "
+            f"mesh_dim_names=(...)), of {', '.join(NAMES)}."
+        )
+    if not dist.is_initialized():
+        raise ValueError(
+            f"mesh= is a {mesh}, but there is no process group that its own could be of: pass the sizes by name, and "
+            "process_group() makes both."
+        )
+    checked_sizes(dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)))
+    return mesh
+
+
+def fitted_mesh(mesh: Mesh, num_ranks: int) -> Mesh:
+    """`mesh` for so many ranks.
+
+    Raises: ValueError: the sizes do not fit the number of ranks, or a `DeviceMesh` is not of all of them.
+    """
+    if isinstance(mesh, dict):
+        return filled_sizes(mesh, num_ranks)
+    if mesh is not None and (mesh.size() != num_ranks or mesh.get_coordinate() is None):
+        raise ValueError(f"mesh= is a {mesh} of {mesh.size()} ranks, but there are {num_ranks}, and it needs them all.")
+    return mesh
+
+
+def as_text(mesh: Mesh) -> str:
+    """`mesh` in one line that is the same on all ranks if they mean the same; "" if there is none."""
+    if isinstance(mesh, DeviceMesh):
+        return f"{mesh} of ranks {mesh.mesh.tolist()}"
+    return "" if mesh is None else shown_sizes(mesh)
+
+
+def make_mesh(
+    mesh: Mesh, device: torch.device, timeout_s: float, peers: Sequence[socket.socket] = ()
+) -> DeviceMesh | None:
+    """The mesh over the ranks of the default group, which is there and has the connections `peers`; `mesh` fits them.
+
+    Collective: call on all ranks with the same `mesh`. Cost: a group for each dimension.
+
+    Raises: LaunchError: another rank's process has ended meanwhile. torch would wait for it for half an hour.
+    """
+    if not isinstance(mesh, dict):
+        return mesh
+
+    def make() -> DeviceMesh:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # which each thread has for itself
+        return init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+
+    try:
+        made = unless_hung_up(make, peers)
+    except ConnectionError as error:
+        raise LaunchError(
+            f"Rank {dist.get_rank()} of {dist.get_world_size()} lost another rank while process_group() made its mesh: "
+            "its process ended (killed, or by an error that it printed)."
+        ) from error
+    for group in made.get_all_groups():
+        if group is not dist.group.WORLD:
+            set_timeout(group, timedelta(seconds=timeout_s))
+    return made
+
+
+def close_mesh(mesh: DeviceMesh) -> None:
+    """Destroy the groups of a mesh that `make_mesh` made, in a default group that stays: the last one first."""
+    for group in reversed(mesh.get_all_groups()):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def make_group_of_one(backend: str) -> None:
+    """A process group of this process alone, as a mesh needs one."""
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

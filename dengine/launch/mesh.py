@@ -1,0 +1,119 @@
+"""The dimensions of a mesh of ranks: their names, their sizes, and which ranks are given the same data. Pure."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from dengine.checks import whole_number
+
+__all__ = [
+    "DATA_NAMES",
+    "MODEL_NAMES",
+    "NAMES",
+    "SEQUENCE_NAMES",
+    "checked_sizes",
+    "filled_sizes",
+    "other_meshes_text",
+    "shown_sizes",
+]
+
+# Ranks along a dimension of data have samples of their own; along one of sequence, the same samples, of which each has
+# its own tokens; along one of the model, the same samples whole.
+DATA_NAMES = ("dp", "dp_replicate", "dp_shard", "ep")
+SEQUENCE_NAMES = ("cp",)
+MODEL_NAMES = ("tp", "pp")
+NAMES = (*DATA_NAMES, *SEQUENCE_NAMES, *MODEL_NAMES)
+
+_NUM_SHOWN = 8
+_REST = -1  # the size of a dimension that takes the ranks that the others leave
+_ROLES = f"data: {', '.join(DATA_NAMES)}; sequence: {', '.join(SEQUENCE_NAMES)}; model: {', '.join(MODEL_NAMES)}"
+
+
+def checked_sizes(mesh: Mapping[str, int]) -> dict[str, int]:
+    """The sizes in `mesh`, checked as far as they can be without the number of ranks.
+
+    Raises:
+        TypeError: a size is no whole number. ValueError: a name that is none, a size below 1 that is not -1, two
+            sizes of -1, or no dimension at all.
+    """
+    if not mesh:
+        raise ValueError(f"mesh={{}} has no dimension: name at least one of these ({_ROLES}), or leave mesh= out.")
+    for name, size in mesh.items():
+        if name not in NAMES:
+            raise ValueError(f"mesh={shown_sizes(mesh)} has a dimension {name!r}, but the names are {_ROLES}.")
+        if size != _REST or isinstance(size, bool):
+            whole_number(f"mesh[{name!r}]", size, least=1)
+    rest = [name for name, size in mesh.items() if size == _REST]
+    if len(rest) > 1:
+        raise ValueError(
+            f"mesh={shown_sizes(mesh)} leaves {len(rest)} sizes open ({', '.join(rest)}), but only one can be -1, "
+            "which takes what the others leave."
+        )
+    return {name: int(size) for name, size in mesh.items()}
+
+
+def filled_sizes(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
+    """The checked `sizes` for `num_ranks` ranks: with the size that -1 stands for.
+
+    Raises:
+        ValueError: their product is not `num_ranks`; names both, and the sizes that fit.
+
+    Example:
+        >>> filled_sizes({"dp_shard": -1, "tp": 2}, 8)
+        {'dp_shard': 4, 'tp': 2}
+    """
+    given = prod(size for size in sizes.values() if size != _REST)
+    rest = next((name for name, size in sizes.items() if size == _REST), None)
+    if rest is None:
+        if given == num_ranks:
+            return dict(sizes)
+        raise ValueError(
+            f"mesh={shown_sizes(sizes)} is a mesh of {_product(sizes)} ranks, but there are {num_ranks}. "
+            f"{_fitting(sizes, num_ranks)}"
+        )
+    if num_ranks % given == 0:
+        return {name: num_ranks // given if name == rest else size for name, size in sizes.items()}
+    others = {name: size for name, size in sizes.items() if name != rest}
+    raise ValueError(
+        f"mesh={shown_sizes(sizes)} gives {_product(others)} ranks to each place along {rest}, which does not divide "
+        f"the {num_ranks} there are. {_fitting(others, num_ranks, is_divisor=True)}"
+    )
+
+
+def shown_sizes(sizes: Mapping[str, int]) -> str:
+    """`sizes` as they are written in a script."""
+    return "{" + ", ".join(f'"{name}": {size}' for name, size in sizes.items()) + "}"
+
+
+def other_meshes_text(meshes: Sequence[str]) -> str:
+    """Why the ranks cannot go on, if they ask for other meshes; "" if all ask for the same. One text for each rank."""
+    if len(set(meshes)) == 1:
+        return ""
+    given = "; ".join(
+        f"{_ranks([rank for rank, each in enumerate(meshes) if each == text])}: {f'mesh={text}' if text else 'none'}"
+        for text in dict.fromkeys(meshes)
+    )
+    return f"The ranks ask for different meshes ({given}): pass the same mesh= to process_group() on every rank."
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:_NUM_SHOWN])) + (", ..." if len(ranks) > _NUM_SHOWN else "")
+    return f"{'ranks' if len(ranks) > 1 else 'rank'} {shown}"
+
+
+def _product(sizes: Mapping[str, int]) -> str:
+    text = " x ".join(map(str, sizes.values()))
+    return f"{text} = {prod(sizes.values())}" if len(sizes) > 1 else text
+
+
+def _fitting(sizes: Mapping[str, int], num_ranks: int, *, is_divisor: bool = False) -> str:
+    """Which size of one dimension, with the others as they are, would fit."""
+    found = []
+    for name, size in sizes.items():
+        others = prod(sizes.values()) // size
+        if num_ranks % others == 0:
+            left = num_ranks // others
+            fitting = [each for each in range(1, left + 1) if left % each == 0] if is_divisor else [left]
+            found.append(f"{name}={' or '.join(map(str, fitting))}")
+    if found:
+        return f"What fits, with the other sizes as they are: {', '.join(found)}."
+    return f"Start another number of ranks, or change more than one size: their product must be {num_ranks}."
