@@ -5,9 +5,10 @@ no such object.
 """
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeGuard
 
-from torch import Tensor, nn
+from torch import Tensor, nn, strided
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "PLAIN",
+    "any_dtensor",
     "as_fsdp",
     "cut_like",
     "describe_mesh",
@@ -30,17 +33,23 @@ __all__ = [
     "sharding_groups",
     "summed_up",
     "whole",
+    "with_memory",
 ]
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)  # the types of nearly all tensors: a loop asks for them before it calls anything here
 
 
 def is_dtensor(value: object) -> "TypeGuard[DTensor]":
     """Whether it is a tensor of which this rank has a part, a copy or a summand."""
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN:
         return False
     known = sys.modules.get("torch.distributed.tensor")
     return known is not None and isinstance(value, known.DTensor)
+
+
+def any_dtensor(values: Iterable[object]) -> bool:
+    """Whether one of `values` is a DTensor. Cost: of plain tensors a comparison of types, and no call."""
+    return any(type(value) not in PLAIN and is_dtensor(value) for value in values)
 
 
 def is_mesh(value: object) -> "TypeGuard[DeviceMesh]":
@@ -62,7 +71,12 @@ def is_fsdp(module: nn.Module) -> bool:
 
 def is_made_of_others(tensor: Tensor) -> bool:
     """Whether it keeps its elements in other tensors, and has no memory of its own: a DTensor, a quantized subclass."""
-    return type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__")
+    return type(tensor) not in PLAIN and hasattr(tensor, "__tensor_flatten__")
+
+
+def with_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of `tensors` that are dense and keep their elements in memory of their own."""
+    return [each for each in tensors if each.layout == strided and (type(each) in PLAIN or not is_made_of_others(each))]
 
 
 def mesh_of(value: object) -> "DeviceMesh | None":

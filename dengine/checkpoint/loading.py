@@ -14,8 +14,9 @@ from dengine import atomic_files
 from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.catalogue.manifest import Entry
 from dengine.checkpoint.catalogue.paths import no_folder_of_checkpoints, path_of, printable
+from dengine.checkpoint.disk.archive import check_archive
 from dengine.checkpoint.disk.footer import check_footer, read_footer
-from dengine.checkpoint.disk.regular import check_archive, open_regular
+from dengine.checkpoint.disk.regular import open_regular
 from dengine.checkpoint.formats.folder import numbered, read_folder
 from dengine.checkpoint.formats.sharded.verify import holds_shards
 from dengine.checkpoint.states.external_state import refuse_to_load
@@ -146,8 +147,7 @@ def load(path: str | Path, into: Mapping[str, Any], *, partial: bool = False) ->
         restoring = Restoring(targets, fitting)
         failure, cause, kind = None, None, CheckpointError
         try:
-            for name, value in targets.items():
-                refuse_to_load(name, unwrapped(value))
+            refuse_to_load({name: unwrapped(value) for name, value in targets.items()})
             states = _numbered(states, wanted, fitting) if file is None else _read_file(file)
             if fitting is not None:
                 wanted = _there(list(states), wanted, fitting if file is not None else None)

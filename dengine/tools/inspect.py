@@ -13,7 +13,8 @@ from dengine.checkpoint import Entry, verify
 from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.catalogue.manifest import entry_of
 from dengine.checkpoint.catalogue.paths import printable
-from dengine.checkpoint.disk.regular import check_archive, open_regular
+from dengine.checkpoint.disk.archive import check_archive
+from dengine.checkpoint.disk.regular import open_regular
 from dengine.checkpoint.formats.sharded.files import METADATA, Chunk, read_metadata
 from dengine.checkpoint.formats.sharded.tree import decoded, path_text
 from dengine.checkpoint.formats.sharded.verify import check_file, holds_shards, is_shard_folder

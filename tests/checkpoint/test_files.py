@@ -255,7 +255,7 @@ def test_a_pickle_in_a_file_with_a_right_digest_does_not_run_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trace = tmp_path / "it ran"
-    monkeypatch.setattr("dengine.checkpoint.formats.file._check_loadable", lambda name, state: None)
+    monkeypatch.setattr("dengine.checkpoint.formats.file.check_loadable", lambda states: [])
     save(tmp_path / "checkpoint_1.pt", {"model": Plain({"a": Bomb(trace)})})
     assert not trace.exists()
     kept = Plain("as it was")

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from dengine.checkpoint import load, save
-from dengine.checkpoint.disk.calls import check_calls
+from dengine.checkpoint.disk.archive import check_archive, check_calls
 from dengine.checkpoint.disk.footer import write_footer
 from dengine.checkpoint.disk.hashing import HashingWriter
-from dengine.checkpoint.disk.regular import check_archive
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
 

@@ -10,7 +10,7 @@ import queue
 import threading
 from typing import Any
 
-from dengine.checkpoint.disk import room as disk
+from dengine.checkpoint.disk import room
 from dengine.checkpoint.disk.background import at_work
 
 __all__ = ["HashingWriter"]
@@ -19,6 +19,7 @@ __all__ = ["HashingWriter"]
 _PART_BYTES = 1 << 20
 # Digested without a thread, if it is all there is: to start one costs as much.
 _THREAD_BYTES = 1 << 17
+_REPORT_BYTES = 1 << 17  # less is written too fast to be worth a report of progress
 # The disk is given that much at a time: early, for it to begin; not less, since each time costs a call.
 _FLUSH_BYTES = 4 << 20
 
@@ -44,7 +45,7 @@ class HashingWriter:
         self._memory, self._other = (memoryview(bytearray(_PART_BYTES)) for _ in range(2))
         self._num_gathered = 0
         self._is_other_digested = _DONE
-        disk.reserve(descriptor, expected_bytes)
+        room.reserve(descriptor, expected_bytes)
 
     def __enter__(self) -> "HashingWriter":
         return self
@@ -112,9 +113,10 @@ class HashingWriter:
             view = view[count:]
             self.num_bytes += count
             self._num_unflushed += count
-            at_work()  # a disk may take longer than the ranks wait for one that stands still
+            if count >= _REPORT_BYTES:
+                at_work()  # a disk may take longer than the ranks wait for one that stands still
             if self._num_unflushed >= _FLUSH_BYTES:
-                disk.start_flush(self._descriptor)
+                room.start_flush(self._descriptor)
                 self._num_unflushed = 0
 
 

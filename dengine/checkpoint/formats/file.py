@@ -1,16 +1,13 @@
 """A checkpoint that is one file, which rank 0 writes."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from dengine import atomic_files
 from dengine.checkpoint.catalogue import manifest
@@ -18,18 +15,15 @@ from dengine.checkpoint.catalogue.manifest import Entry
 from dengine.checkpoint.disk.footer import write_footer
 from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, publish
-from dengine.checkpoint.formats.sharded.tree import all_tensors
-from dengine.checkpoint.states.plain import refuse_pickles
+from dengine.checkpoint.states.plain import check_loadable
 from dengine.checkpoint.states.snapshot import Collected, States, gather_full
-from dengine.dtensor import is_made_of_others
+from dengine.dtensor import with_memory
 from dengine.types import Stateful
 
 __all__ = ["FileFormat"]
 
 # One file is written at a time by a process: its switch for torch's own checksums is one for all threads.
 _writing = threading.Lock()
-
-_PLAIN_LEAVES = (torch.Tensor, nn.Parameter, str, bool, int, float, type(None))
 
 
 class FileFormat(Format):
@@ -73,13 +67,12 @@ def _write(states: States, plan: SavePlan) -> tuple[Path, SavePlan, Entry]:
     Raises:
         Exception: an object cannot be pickled, or the disk is full; no temporary file is left.
     """
-    for name, state in states.items():
-        _check_loadable(name, state)
+    tensors = check_loadable(states)
     if plan.path.parent.is_dir():
         atomic_files.remove_leftovers(plan.path.parent)
 
     def fill(descriptor: int) -> Entry:
-        with HashingWriter(descriptor, _num_bytes(states)) as file:
+        with HashingWriter(descriptor, _num_bytes(tensors)) as file:
             try:
                 with _without_checksums():
                     torch.save(states, file)  # type: ignore[arg-type]
@@ -95,35 +88,12 @@ def _write(states: States, plan: SavePlan) -> tuple[Path, SavePlan, Entry]:
     return temporary, plan, entry
 
 
-def _check_loadable(name: str, state: Any) -> None:
-    if not _is_plain(state):  # a trial costs more than a small model's bytes
-        refuse_pickles(name, state)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether there is nothing in `value` but what can be loaded for certain; of anything else, a trial tells."""
-    kind = type(value)
-    if kind in _PLAIN_LEAVES:
-        return True
-    if kind is dict or kind is OrderedDict:
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values())) and all(map(_is_plain, _more(value)))
-    if kind is list or kind is tuple:
-        return all(map(_is_plain, value))
-    return False
-
-
-def _more(value: Any) -> list[Any]:
-    """What a dict has besides its items: of a module's state, the versions (`_metadata`)."""
-    return list(getattr(value, "__dict__", {}).values())
-
-
-def _num_bytes(states: States) -> int:
+def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
     """Of all tensors: at least so long is the file."""
     storages = {}
-    for tensor in all_tensors(states):
-        if tensor.layout == torch.strided and not is_made_of_others(tensor):  # else it has no address
-            storage = tensor.untyped_storage()
-            storages[tensor.device, storage.data_ptr()] = storage.nbytes()
+    for tensor in with_memory(tensors):
+        storage = tensor.untyped_storage()
+        storages[tensor.device, storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

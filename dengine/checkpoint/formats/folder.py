@@ -32,7 +32,7 @@ from dengine.control.exchange import Mailbox
 from dengine.distributed import unwrap_model
 from dengine.dtensor import local_part
 from dengine.errors import CheckpointError, CorruptCheckpointError
-from dengine.types import Stateful, has_per_rank_state
+from dengine.types import Stateful, with_per_rank_state
 
 __all__ = ["FolderFormat", "numbered", "read_folder"]
 
@@ -178,11 +178,12 @@ def _named(states: States, objects: Mapping[str, Stateful]) -> States:
 def _layouts(into: Mapping[str, Stateful]) -> dict[str, Any]:
     """How each state is to come: sharded where its object is, whole elsewhere."""
     layouts: dict[str, Any] = {RESERVED: None}
+    engines = with_per_rank_state(into)
     for name, value in into.items():
         if isinstance(value, torch.optim.Optimizer):
             model: nn.Module = unwrap_model(model_of(name, value, into))
             layouts[name] = LikeParameters.of(model)
-        elif has_per_rank_state(value):  # an engine: numbers alone
+        elif name in engines:  # numbers alone
             layouts[name] = None
         else:
             layouts[name] = LikeTensors.of(unwrapped(value).state_dict())

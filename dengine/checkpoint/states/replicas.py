@@ -5,7 +5,7 @@ So it is with the stages of a pipeline, and with experts, that somebody has laid
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,23 +33,28 @@ class Print(NamedTuple):
 _NUM_SAMPLES = 16  # elements of a parameter: what was drawn or trained apart differs in nearly all of them
 
 
-def prints_of(model: nn.Module) -> dict[str, Print]:
-    """A print of each parameter of which nothing tells that all ranks have the same: by its name and, of a part of a
-    tensor, its place. None of what DDP holds, or what is sharded over all ranks; no buffers, which differ between ranks
-    (those of a batch norm) and of which rank 0's count.
+def prints_of(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Print]]:
+    """For each of `models`, a print of each parameter of which nothing says that all ranks have the same: by its name
+    and, of a part of a tensor, its place. None of what DDP holds, or what is sharded over all ranks; no buffers, which
+    differ between ranks (those of a batch norm) and of which rank 0's count.
 
     No collective. Cost: nothing on a lone rank and for a model in DDP or of FSDP2; otherwise a copy of 16 elements of
     each parameter to the host.
     """
-    here = world()
-    if here.size == 1:
+    num_ranks = world().size
+    if num_ranks == 1:
         return {}
-    alike = set(_held_alike(model, here.size))
-    is_apart = _is_apart(model, here.size)
+    found = {name: _prints_of(model, num_ranks) for name, model in models.items()}
+    return {name: prints for name, prints in found.items() if prints}
+
+
+def _prints_of(model: nn.Module, num_ranks: int) -> dict[str, Print]:
+    alike = set(_held_alike(model, num_ranks))
+    is_apart = _is_apart(model, num_ranks)
     samples: dict[str, tuple[str, torch.Tensor]] = {}
     for name, parameter in unwrap_model(model).named_parameters():
         mesh = mesh_of(parameter)
-        if id(parameter) in alike or (mesh is not None and mesh.size() == here.size):
+        if id(parameter) in alike or (mesh is not None and mesh.size() == num_ranks):
             continue
         local = local_part(parameter)
         if local.layout != torch.strided or not local.numel() or is_made_of_others(local):

@@ -11,8 +11,8 @@ from dengine.checkpoint.states.partial import Fitting
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, HostCopy, States, unwrapped
 from dengine.compiled_names import aligned
 from dengine.distributed import world
-from dengine.dtensor import cut_like, is_dtensor
-from dengine.types import Stateful, has_per_rank_state, takes_restored
+from dengine.dtensor import any_dtensor, cut_like
+from dengine.types import Stateful, with_per_rank_state
 
 __all__ = ["Restoring", "give_random_states"]
 
@@ -30,7 +30,9 @@ class Restoring:
     def __init__(self, into: Mapping[str, Stateful], fitting: Fitting | None = None) -> None:
         self._fitting = fitting  # where not all of each state is to be loaded
         # Last what checks before it changes anything, and remembers that it was loaded: the engine.
-        self._into = dict(sorted(into.items(), key=lambda item: has_per_rank_state(item[1])))
+        self._engines = with_per_rank_state(into)
+        self._into = {name: unwrapped(value) for name, value in into.items() if name not in self._engines}
+        self._into |= self._engines
         self._before: dict[str, Any] = {}
 
     def load(self, states: States) -> None:
@@ -43,11 +45,9 @@ class Restoring:
         if missing:
             there = ", ".join(sorted(states.keys() - {RESERVED}))
             raise KeyError(f"there is no {', '.join(missing)} in it; it holds {there}.")
-        for name, value in self._into.items():
-            target = unwrapped(value)
-            keeps_itself = has_per_rank_state(value)
+        for name, target in self._into.items():
             before = HostCopy().take({name: _state_of(name, target)})[name]
-            if not keeps_itself:
+            if name not in self._engines:
                 state = aligned(states[name], before)
                 if self._fitting is not None and (state := self._fitting.of(name, target, state, before)) is None:
                     continue
@@ -60,7 +60,7 @@ class Restoring:
     def undo(self) -> None:
         """Return the states that `load` replaced, the last one first."""
         for name, state in reversed(self._before.items()):
-            target = unwrapped(self._into[name])
+            target = self._into[name]
             try:
                 target.load_state_dict(_fitted(target, state))
             except Exception as error:
@@ -88,11 +88,10 @@ def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
     data among it are at their position."""
     here = world()
     saved = states.get(RESERVED, {}).get(RANDOM, {})
-    for name, value in into.items():
-        if takes_restored(value):
-            value.data_restored([each for each in into.values() if each is not value])
+    for name, engine in with_per_rank_state(into).items():
+        engine.data_restored([each for each in into.values() if each is not engine])
         of_ranks = saved.get(name)
-        if not of_ranks or not has_per_rank_state(value):
+        if not of_ranks:
             continue
         if len(of_ranks) != here.size and here.rank == 0:
             warnings.warn(
@@ -101,19 +100,21 @@ def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
                 stacklevel=2,
             )
         if here.rank < len(of_ranks):
-            value.load_random_state(of_ranks[here.rank])
-        elif takes_restored(value):
-            value.load_random_state(of_ranks[0], data_only=True)
+            engine.load_random_state(of_ranks[here.rank])
+        else:
+            engine.load_random_state(of_ranks[0], data_only=True)
 
 
 def _fitted(target: Stateful, state: Any) -> Any:
     """`state` with its tensors cut up as the target's are (FSDP2); as it is where nothing is sharded."""
     if isinstance(target, nn.Module):
         own = target.state_dict()
-        return {name: _cut(value, own.get(name)) for name, value in state.items()}
+        return (
+            {name: _cut(value, own.get(name)) for name, value in state.items()} if any_dtensor(own.values()) else state
+        )
     if isinstance(target, torch.optim.Optimizer):
         parameters = [each for group in target.param_groups for each in group["params"]]
-        if not any(map(is_dtensor, parameters)):
+        if not any_dtensor(parameters):
             return state
         order = [index for group in state["param_groups"] for index in group["params"]]
         like = dict(zip(order, parameters, strict=False))

@@ -2,20 +2,20 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 
 from dengine.checkpoint.states.external_state import refuse_to_save
-from dengine.checkpoint.states.plain import plain
+from dengine.checkpoint.states.plain import plain_states
 from dengine.checkpoint.states.replicas import Print, prints_of, refuse_lost
-from dengine.distributed import all_gather_object, unwrap_model, world
-from dengine.dtensor import is_dtensor, is_made_of_others, local_part, whole
+from dengine.distributed import all_gather_object, unwrap_model
+from dengine.dtensor import PLAIN, any_dtensor, is_made_of_others, local_part, whole
 from dengine.errors import CheckpointError
-from dengine.types import Stateful, has_per_rank_state
+from dengine.types import Stateful, with_per_rank_state
 
 __all__ = [
     "FORMAT_VERSION",
@@ -91,12 +91,20 @@ class Collected:
     is_sharded: bool
 
 
-def _is_sharded(value: Stateful, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the `tensors` of its state are sharded, or will be: an optimizer may have no state yet."""
-    if any(map(is_dtensor, tensors)):
-        return True
-    groups = value.param_groups if isinstance(value, torch.optim.Optimizer) else []
-    return any(is_dtensor(each) for group in groups for each in group["params"])
+class _Given(NamedTuple):
+    """What the objects of this rank have given."""
+
+    states: States
+    random: dict[str, Any]
+    has_shards: bool
+    prints: dict[str, dict[str, Print]]
+
+
+_NOTHING = _Given({}, {}, False, {})
+
+
+class _NoStateError(Exception):
+    """An object gave no state."""
 
 
 def collect(objects: Mapping[str, Stateful]) -> Collected:
@@ -107,20 +115,16 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
     small objects.
 
     Raises:
-        CheckpointError: on every rank, where an object has no state to give on one of them, or one that could not be
-            loaded again; where they save other names, or other parameters under one name.
+        CheckpointError: on every rank, if an object has no state to give on one of them, or one that could not be
+            loaded again; if they save other names, or other parameters under one name.
     """
-    mine = _Mine()
-    failure, cause = None, None
-    for name, value in objects.items():
-        try:
-            failure = _unfit(name, value, mine)
-        except Exception as error:
-            failure, cause = f"{name!r} gave no state: {type(error).__qualname__}: {error}", error
-        if failure is not None:
-            break
-    told = failure, mine.random, mine.has_shards, mine.prints
-    everyone = all_gather_object((sorted(objects), told))
+    mine, failure, cause = _NOTHING, None, None
+    try:
+        mine = _given(objects)
+    except (CheckpointError, TypeError, _NoStateError) as error:
+        failure, cause = str(error), error.__cause__ or error
+    report = failure, mine.random, mine.has_shards, mine.prints
+    everyone = all_gather_object((sorted(objects), report))
     gathered = [theirs for _, theirs in everyone]
     _agree_on_names([names for names, _ in everyone])
     for rank, (reason, *_) in enumerate(gathered):
@@ -129,37 +133,38 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
     _agree_on_names([sorted(theirs) for _, theirs, _, _ in gathered], "random number generators of ")
     refuse_lost([prints for *_, prints in gathered])
     random = {name: [theirs[name] for _, theirs, _, _ in gathered] for name in mine.random}
-    reserved = {"format": FORMAT_VERSION, "world_size": world().size, RANDOM: random}
+    reserved = {"format": FORMAT_VERSION, "world_size": len(gathered), RANDOM: random}
     return Collected({**mine.states, RESERVED: reserved}, any(theirs for _, _, theirs, _ in gathered))
 
 
-@dataclass
-class _Mine:
-    """What this rank has to give."""
+def _given(objects: Mapping[str, Stateful]) -> _Given:
+    """
+    Raises:
+        CheckpointError, TypeError, _NoStateError: something cannot be saved.
+    """
+    bare = {name: unwrapped(value) for name, value in objects.items()}
+    refuse_to_save(bare)
+    engines = with_per_rank_state(objects)
+    states: States = {}
+    random: dict[str, Any] = {}
+    for name, value in bare.items():
+        try:
+            states[name] = value.state_dict()
+            if name in engines:
+                random[name] = engines[name].random_state()
+        except Exception as error:
+            raise _NoStateError(f"{name!r} gave no state: {type(error).__qualname__}: {error}") from error
+    states, tensors = plain_states(states)
+    models = {name: value for name, value in objects.items() if isinstance(value, nn.Module)}
+    prints = prints_of(models) if models else {}
+    return _Given(states, plain_states(random)[0] if random else {}, _has_shards(tensors, objects), prints)
 
-    states: States = field(default_factory=dict)
-    random: dict[str, Any] = field(default_factory=dict)
-    prints: dict[str, dict[str, Print]] = field(default_factory=dict)
-    has_shards: bool = False
 
-
-def _unfit(name: str, value: Stateful, mine: _Mine) -> str | None:
-    """Put what `value` has to give into `mine`; why it cannot be saved, or None."""
-    inner = unwrapped(value)
-    refuse_to_save(name, inner)
-    state = inner.state_dict()
-    random = value.random_state() if has_per_rank_state(value) else None
-    try:
-        taken = plain(name, state)
-        if random is not None:
-            mine.random[name] = plain(name, random).state
-    except TypeError as error:
-        return str(error)
-    mine.states[name] = taken.state
-    mine.has_shards = mine.has_shards or _is_sharded(value, taken.tensors)
-    if isinstance(value, nn.Module) and (prints := prints_of(value)):
-        mine.prints[name] = prints
-    return None
+def _has_shards(tensors: Sequence[torch.Tensor], objects: Mapping[str, Stateful]) -> bool:
+    """Whether the `tensors` of the states are sharded, or will be: an optimizer may have no state yet."""
+    optimizers = [each for each in objects.values() if isinstance(each, torch.optim.Optimizer)]
+    parameters = [each for one in optimizers for group in one.param_groups for each in group["params"]]
+    return any_dtensor([*tensors, *parameters])
 
 
 def _agree_on_names(names: Sequence[list[str]], what: str = "") -> None:
@@ -201,8 +206,9 @@ class HostCopy:
             if not isinstance(value, torch.Tensor):
                 return copy.deepcopy(value)
             # A sharded tensor has no address of its own: its part has.
-            part = local_part(value)
-            if value.layout != torch.strided or is_made_of_others(part):  # made of others: no address
+            part = value if type(value) in PLAIN else local_part(value)
+            is_made = type(part) not in PLAIN and is_made_of_others(part)
+            if value.layout != torch.strided or is_made:  # then it has no address
                 return value.detach().cpu().clone()
             layout = (type(value) is torch.Tensor, value.device, value.dtype, value.shape, value.stride())
             place = places.setdefault((part.data_ptr(), *layout), len(sources))
@@ -219,7 +225,7 @@ class HostCopy:
     def _fill(self, sources: list[torch.Tensor]) -> None:
         """One call for all: where tensors are small, a call for each would cost more than the bytes."""
         devices = {source.device for source in sources if source.device.type == "cuda"}
-        targets = [local_part(buffer) for buffer in self._buffers]
+        targets = [buffer if type(buffer) in PLAIN else local_part(buffer) for buffer in self._buffers]
         with torch.no_grad():
             if sources:
                 torch._foreach_copy_(targets, sources, non_blocking=bool(devices))

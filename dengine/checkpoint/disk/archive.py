@@ -1,4 +1,4 @@
-"""What the pickle inside an archive of `torch.save` would call.
+"""What is inside an archive of `torch.save`, looked at before it is read: its parts, and what its pickle would call.
 
 `torch.load(weights_only=True)` calls nothing but what it knows, yet some of that takes memory by the number it is given
 (`bytearray(10**10)`, `Tensor(10**6, 10**6)`), or doubles what it is given (`encode(..., "hex")`, again and again).
@@ -6,12 +6,17 @@
 """
 
 import io
+import os
 import pickletools
 import re
+import struct
+import zipfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
-__all__ = ["check_calls"]
+__all__ = ["check_archive", "check_calls"]
+
+_HEADER_BYTES = 30  # of a part of an archive, before its name
 
 _SUSPICIOUS = re.compile(rb"c[\w.]*\n(?:bytearray|encode|\w*Tensor|UntypedStorage|TypedStorage)\n")
 _PUTS, _GETS = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
@@ -23,6 +28,35 @@ _CONSTANTS = (
     *("NONE", "NEWFALSE", "NEWTRUE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "BININT", "BININT1", "BININT2"),
     *("BINFLOAT", "LONG1"),
 )
+
+
+def check_archive(file: BinaryIO) -> None:
+    """See that the parts of a zip archive are as long as they seem: not packed, and none of them twice; and that what
+    its pickle calls takes no memory for what is not in the file.
+
+    Cost: its table of contents is read, and the pickle.
+
+    Raises:
+        ValueError: they are longer than the file, or it has such a call. zipfile.BadZipFile: it is no archive.
+    """
+    parts = zipfile.ZipFile(file).infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in parts):
+        raise ValueError("it has parts that are packed, which torch.save never does")
+    if sum(part.file_size for part in parts) > os.fstat(file.fileno()).st_size:
+        raise ValueError("its parts are together longer than the file")
+    if min((part.header_offset for part in parts), default=0):
+        raise ValueError("it does not begin with its first part, so that two readers may find two archives in it")
+    for part in parts:
+        if part.filename.lower().endswith(".pkl"):
+            check_calls(_content(file, part))
+
+
+def _content(file: BinaryIO, part: zipfile.ZipInfo) -> bytes:
+    """The bytes of a part that is not packed. Without its CRC-32, which a checkpoint does not have."""
+    file.seek(part.header_offset)
+    name_bytes, extra_bytes = struct.unpack("<26x2H", file.read(_HEADER_BYTES).ljust(_HEADER_BYTES, b"\0"))
+    file.seek(name_bytes + extra_bytes, os.SEEK_CUR)
+    return file.read(part.file_size)
 
 
 def check_calls(pickle: bytes) -> None:
