@@ -6,6 +6,8 @@ Importing it starts nothing, and loads nothing that is not used: the names below
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dengine.version import __version__
+
 if TYPE_CHECKING:
     from dengine import checkpoint, config, distributed, engine, errors, handlers, metrics, supervised, tracking
     from dengine.engine import Engine, EventEnum, Events, State, filtered
@@ -57,7 +59,6 @@ _ROOMS = (
     "tracking",
 )
 
-__version__ = "0.1.0"  # the one place: the package's metadata are built from it
 
 # What other libraries have at this place -> what it is here.
 _ELSEWHERE = {

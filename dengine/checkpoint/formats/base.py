@@ -3,14 +3,12 @@
 Here is what the formats have in common. Whether a save is asynchronous says only where write and commit run.
 """
 
-import functools
 import os
 import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -26,6 +24,7 @@ from dengine.comm.outcome import from_rank_zero
 from dengine.distributed import world
 from dengine.errors import CheckpointError
 from dengine.types import Stateful
+from dengine.version import __version__
 
 __all__ = [
     "Background",
@@ -158,7 +157,7 @@ def new_entry(
     writer: str = "",
 ) -> Entry:
     """The entry of a file that is yet to be written by this process."""
-    versions = {"dengine": _version(), "torch": str(torch.__version__)}
+    versions = {"dengine": __version__, "torch": str(torch.__version__)}
     return Entry(path.name, prefix, step, score, score_name, sequence, objects, world().size, versions, writer=writer)
 
 
@@ -241,11 +240,3 @@ def _prune(folder: Path, dropped: Sequence[Entry]) -> None:
 def _put(descriptor: int, text: bytes) -> None:
     while text:
         text = text[os.write(descriptor, text) :]
-
-
-@functools.cache
-def _version() -> str:
-    try:
-        return version("dengine")
-    except PackageNotFoundError:
-        return "unknown"

@@ -4,13 +4,14 @@ import hashlib
 import platform
 from collections import Counter
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
+from dengine.version import __version__
 
 __all__ = ["code_facts", "judge_code", "judge_versions", "version_facts"]
 
@@ -21,12 +22,12 @@ _MOST_FILES = 5000
 
 def version_facts() -> dict[str, str]:
     return {
-        "dengine": _installed("dengine"),
+        "dengine": __version__,
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "nccl": _nccl(),
         "python": platform.python_version(),
-        "numpy": _installed("numpy"),
+        "numpy": np.__version__,
     }
 
 
@@ -109,13 +110,6 @@ def _odd(values: dict[int, str]) -> tuple[list[int], str]:
     counts = Counter(values[rank] for rank in sorted(values))
     common = counts.most_common(1)[0][0]
     return [rank for rank in sorted(values) if values[rank] != common], common
-
-
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _nccl() -> str:
