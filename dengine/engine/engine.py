@@ -73,6 +73,7 @@ class Engine:
         check_process_function(process_function)
         self.state = State()
         self.distributed = distributed
+        self.is_trainer = False  # True: in a run of one epoch inside another engine's, too, its own iterations count
         self.firing: AnyEvent | None = None  # the event whose handlers are running
         self.save_phase = SavePhase()  # of that event
         self._step = process_function

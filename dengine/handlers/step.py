@@ -25,8 +25,9 @@ def step_of(engine: Engine, transform: StepTransform | None, saved: Iterable[obj
     """What `transform(engine, event)` gives, or the engine's iteration; for an evaluator, whose iterations begin anew
     with each run, that of its trainer.
 
-    An evaluator makes one epoch a run and is not among the objects that are `saved`. Its trainer is the engine among
-    them, or the one whose handler (or step) runs the evaluation. Of its single iterations it keeps its own count.
+    An evaluator makes one epoch a run, is no `is_trainer`, and is not among the objects that are `saved`. Its trainer
+    is the engine among them, or the one whose handler (or step) runs the evaluation. Of its single iterations it keeps
+    its own count.
 
     Raises:
         TypeError, ValueError: `transform` gives no whole number of at least 0.
@@ -34,7 +35,7 @@ def step_of(engine: Engine, transform: StepTransform | None, saved: Iterable[obj
     if transform is not None:
         return whole_number("The step", transform(engine, engine.firing), least=0)
     is_within_epoch = engine.firing in (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED)
-    if engine.state.max_epochs != 1 or is_within_epoch:
+    if engine.state.max_epochs != 1 or is_within_epoch or engine.is_trainer:
         return engine.state.iteration
     engines = [each for each in saved if isinstance(each, Engine)]
     if engine in engines:

@@ -86,6 +86,7 @@ class TrainStep(ABC):
         self._num_uniform = self._uniform_count = 0  # of the epoch's first batches, which count alike on all ranks
 
     def attach(self, engine: Engine) -> None:
+        engine.is_trainer = True
         engine.register_events(SupervisedEvents)
         engine.on(Events.STARTED, self._begin, priority=Priority.SETUP)
         engine.on(Events.EPOCH_STARTED, self._train_mode, priority=Priority.SETUP)

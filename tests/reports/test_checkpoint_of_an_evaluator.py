@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dengine import Engine, Events
+from dengine import Engine, Events, create_supervised_trainer
 from dengine.handlers import Checkpoint
 
 
@@ -68,6 +68,21 @@ def test_a_trainer_inside_another_run_is_no_evaluator(tmp_path: Path) -> None:
     inner.on(Events.ITERATION_COMPLETED(every=2), Checkpoint({"trainer": inner}, tmp_path / "own", n_saved=None))
     Engine(lambda engine, batch: inner.run(range(2), max_epochs=2)).run([1])
     assert names(tmp_path / "epochs") == names(tmp_path / "own") == ["checkpoint_2.pt", "checkpoint_4.pt"]
+
+
+@pytest.mark.parametrize("is_supervised", [False, True])
+def test_a_trainer_of_one_epoch_inside_another_run_is_no_evaluator(tmp_path: Path, is_supervised: bool) -> None:
+    model = torch.nn.Linear(1, 1)
+    if is_supervised:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        inner = create_supervised_trainer(model, optimizer, torch.nn.functional.mse_loss)
+    else:
+        inner = Engine(nothing)
+        inner.is_trainer = True
+    inner.on(Events.EPOCH_COMPLETED, Checkpoint({"model": model}, tmp_path))
+    data = [(torch.ones(2, 1), torch.ones(2, 1))] * 3
+    Engine(lambda engine, batch: inner.run(data)).run([1])
+    assert names(tmp_path) == ["checkpoint_3.pt"]
 
 
 def test_an_evaluator_that_nobody_runs_inside_takes_its_own_step(tmp_path: Path) -> None:
