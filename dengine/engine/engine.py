@@ -310,7 +310,7 @@ class Engine:
         return {
             **self._resuming.state(is_epoch_begun=self.state.epoch_iteration > self.state._under_way),
             "data_state": deepcopy(self.state.data_state),
-            "metrics": self._metrics.held() if self.distributed else [],
+            "metrics": self._metrics.state_dict() if self.distributed else [],
             "world_size": world().size,
         }
 

@@ -26,12 +26,12 @@ def compute(metrics: MetricSet, *, distributed: bool, is_whole: bool) -> dict[st
 def end_live(state: State, *, is_read: bool) -> None:
     """The values of an epoch that was cut short are what they are now; none goes on with the next run."""
     if isinstance(state.metrics, MetricValues):
-        state.metrics.settle(is_read=is_read)
+        state.metrics.freeze(is_read=is_read)
 
 
 def restore(metrics: MetricSet, saved: RandomState, epoch: int) -> None:
     """Have the metrics go on from what they had gathered of `epoch`; warn if they cannot."""
-    is_whole = saved["world_size"] == world().size and metrics.give_back(saved["metrics"])
+    is_whole = saved["world_size"] == world().size and metrics.load_state_dict(saved["metrics"])
     if not is_whole and world().rank == 0:
         warnings.warn(
             f"The metrics of epoch {epoch} are of what is left of it: the run was begun with other "

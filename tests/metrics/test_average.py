@@ -200,8 +200,8 @@ def test_throughput_is_samples_over_time_since_the_reset() -> None:
 
 def test_throughput_is_all_samples_over_the_longest_ranks_time(over_ranks: Any) -> None:
     class Slow(Throughput):
-        def settle(self) -> None:
-            super().settle()
+        def flush(self) -> None:
+            super().flush()
             self.elapsed_s = {0: 9.0, 10: 2.0, 30: 4.0}[int(self.num_samples)]
 
     ranks = over_ranks(lambda: {"speed": Slow()}, [[10], [30], []])

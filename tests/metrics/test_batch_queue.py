@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, recall_score
 
 from dengine.metrics import Accuracy, ConfusionMatrix, Recall, Throughput, TopKAccuracy
 from dengine.metrics.collection.metric_set import MetricSet
-from dengine.metrics.collection.saved_state import give_back, held
+from dengine.metrics.collection.saved_state import load_state_dict, state_dict
 from dengine.metrics.core.batch_queue import BatchQueue
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -100,7 +100,7 @@ def test_what_a_checkpoint_holds_has_what_waits() -> None:
     for batch in seen[:5]:
         metric.update(batch)
         resumed.update(batch)  # an epoch that is given up: its counts must go
-    give_back(resumed, held(metric))
+    load_state_dict(resumed, state_dict(metric))
     for batch in seen[5:]:
         metric.update(batch)
         resumed.update(batch)
@@ -110,10 +110,10 @@ def test_what_a_checkpoint_holds_has_what_waits() -> None:
 
 def test_a_value_read_from_a_copy_takes_nothing_from_the_metric() -> None:
     metric, seen = Accuracy(), batches([8] * 9)
-    (leaf,) = metric.leaves()
+    (leaf,) = metric.stateful_metrics()
     for batch in seen[:5]:
         leaf.update(batch)
-    leaf.settle()
+    leaf.flush()
     reduced = leaf.with_states({name: getattr(leaf, name) for name in leaf.states})
     twin = deepcopy(leaf)
     for batch in seen[5:]:
@@ -135,7 +135,7 @@ def test_no_graph_is_kept() -> None:
     for scores, labels in seen:
         metric.update((scores.clone().requires_grad_() * 1, labels))
     assert metric.compute() == pytest.approx(accuracy_of(seen))
-    joined = metric.leaves()[0]._queue._joined  # type: ignore[attr-defined]
+    joined = metric.stateful_metrics()[0]._queue._joined  # type: ignore[attr-defined]
     assert not any(part.requires_grad for part in joined)
 
 
@@ -164,10 +164,10 @@ def test_an_epoch_resumed_in_its_middle_took_the_time_before_as_well(monkeypatch
     metric: Any = Throughput()
     metric.update(torch.zeros(30))
     now_s += 2
-    saved = held(metric)
+    saved = state_dict(metric)
     now_s += 1000  # until somebody starts the job again
     resumed: Any = Throughput()
-    give_back(resumed, saved)
+    load_state_dict(resumed, saved)
     resumed.update(torch.zeros(30))
     now_s += 4
     assert resumed.compute() == pytest.approx(60 / 6)

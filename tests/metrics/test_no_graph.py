@@ -45,7 +45,7 @@ def test_no_state_has_a_graph(metric: Any) -> None:
     engine = Engine(outputs)
     engine.add_metric(metric, "it")
     engine.run(range(40))
-    for leaf in metric.leaves():
+    for leaf in metric.stateful_metrics():
         for name in leaf.states:
             value = getattr(leaf, name)
             assert not (isinstance(value, torch.Tensor) and value.requires_grad), name

@@ -175,7 +175,7 @@ def test_a_scatter_adds_in_place_and_makes_nothing_as_large_as_the_matrix() -> N
     batch = torch.arange(6), torch.arange(6)
     metric.update(batch)
     leaf: Any
-    (leaf,) = metric.leaves()
+    (leaf,) = metric.stateful_metrics()
     address = leaf.counts.data_ptr()
 
     class Largest(TorchDispatchMode):

@@ -102,9 +102,9 @@ def test_metrics_inside_expressions_are_counted_once(counted: list[ClassCounts])
     ],
 )
 def test_metrics_of_different_settings_are_not_shared(first: Any, second: Any) -> None:
-    leaves = first.leaves() + second.leaves()
+    leaves = first.stateful_metrics() + second.stateful_metrics()
     engine_with({"first": first, "second": second})
-    assert first.leaves() + second.leaves() == leaves
+    assert first.stateful_metrics() + second.stateful_metrics() == leaves
 
 
 def test_one_transform_is_shared_also_as_a_method(counted: list[ClassCounts]) -> None:
@@ -121,7 +121,7 @@ def test_a_leaf_that_has_counted_already_is_left_alone() -> None:
     first, second = Precision(), Recall()
     second.update(BATCHES[0])
     engine_with({"first": first, "second": second})
-    assert first.leaves() != second.leaves()
+    assert first.stateful_metrics() != second.stateful_metrics()
     assert second.compute() == pytest.approx(
         recall_score(BATCHES[0][1], BATCHES[0][0].argmax(1), average="macro", zero_division=0)
     )
@@ -133,7 +133,7 @@ def test_metrics_that_shared_a_leaf_in_an_earlier_engine_do_not_in_two_later_one
     earlier.run(BATCHES)
     del earlier
     engines = [engine_with({"p": precision}), engine_with({"r": recall})]
-    assert precision.leaves() != recall.leaves()
+    assert precision.stateful_metrics() != recall.stateful_metrics()
     engines[1].on(Events.EPOCH_STARTED, lambda engine: engines[0].run(BATCHES))  # one while the other one runs
     values = {**engines[1].run(BATCHES).metrics, **engines[0].state.metrics}
     wanted = {"p": (precision_score, "macro"), "r": (recall_score, "macro")}
@@ -143,16 +143,16 @@ def test_metrics_that_shared_a_leaf_in_an_earlier_engine_do_not_in_two_later_one
 
 def test_compute_all_joins_nothing_as_metrics_of_ones_own_loop_are_updated_one_by_one() -> None:
     metrics = {**every(), "m": ConfusionMatrix()}
-    leaves = {name: metric.leaves() for name, metric in metrics.items()}
+    leaves = {name: metric.stateful_metrics() for name, metric in metrics.items()}
     for batch in BATCHES:
         for metric in metrics.values():
             metric.update(batch)
     values = compute_all(metrics)
-    assert {name: metric.leaves() for name, metric in metrics.items()} == leaves
+    assert {name: metric.stateful_metrics() for name, metric in metrics.items()} == leaves
     assert int(values.pop("m").sum()) == 20
     assert values == pytest.approx(expected())
     for metric in metrics.values():
         metric.reset()
     with pytest.raises(RuntimeError):
         compute_all(metrics)
-    assert {name: metric.leaves() for name, metric in metrics.items()} == leaves
+    assert {name: metric.stateful_metrics() for name, metric in metrics.items()} == leaves

@@ -17,7 +17,7 @@ from torchmetrics.regression import KendallRankCorrCoef
 from dengine import Engine, Events
 from dengine.handlers import Checkpoint
 from dengine.metrics import Average, Metric
-from dengine.metrics.collection.saved_state import give_back, held
+from dengine.metrics.collection.saved_state import load_state_dict, state_dict
 
 BATCHES = [torch.tensor([[1.0, 2.0], [3.0, 5.0]]) + torch.tensor([3.0, 1.0]) * i**2 for i in range(4)]
 
@@ -220,7 +220,7 @@ def test_metrics_inside_modules_go_on_from_what_they_had(make: Any, tmp_path: Pa
 def test_a_bootstrapper_keeps_its_samples() -> None:
     first, second = (wrappers.BootStrapper(torchmetrics.MeanMetric(), num_bootstraps=3, raw=True) for _ in range(2))
     first.update(torch.arange(8.0))
-    give_back(second, held(first))
+    load_state_dict(second, state_dict(first))
     assert torch.equal(first.compute()["raw"], second.compute()["raw"])
 
 
@@ -250,7 +250,7 @@ def test_enums_and_numpy_numbers_are_kept_plainly_and_come_back_as_they_were(tmp
     # One that saw nothing after the resume must know them, too.
     first, second = WithEnums(), WithEnums()
     first.update(BATCHES[0])
-    give_back(second, held(first))
+    load_state_dict(second, state_dict(first))
     assert second.compute() == first.compute()
 
 
@@ -269,7 +269,7 @@ def test_attributes_that_refer_to_one_list_still_do() -> None:
 
     first, second = Aliased(), Aliased()
     first.update(1.0)
-    give_back(second, held(first))
+    load_state_dict(second, state_dict(first))
     second.update(2.0)
     assert second.compute() == 3.0
 
@@ -292,7 +292,7 @@ def test_a_state_that_contains_itself_is_saved_without_end() -> None:
 
     first, second = Circular(), Circular()
     first.update(2.0)
-    give_back(second, held(first))
+    load_state_dict(second, state_dict(first))
     assert second.compute() == 2.0
     assert second.loop[0] is second.loop
 
@@ -316,5 +316,5 @@ def test_slots_are_kept_too(tmp_path: Path) -> None:
 
 def test_a_state_of_an_earlier_version_is_read() -> None:
     metric = Average()
-    give_back(metric, {"value_sum": {"value": 6.0}, "count": {"value": 2}})
+    load_state_dict(metric, {"value_sum": {"value": 6.0}, "count": {"value": 2}})
     assert metric.compute() == 3.0

@@ -15,12 +15,12 @@ from torchmetrics.utilities.data import dim_zero_cat, dim_zero_sum
 
 from dengine.comm.collectives import all_gather_object
 from dengine.metrics.core.metric import StateOp
-from dengine.metrics.reduction.reduce import Item
+from dengine.metrics.reduction.reduce import State
 
-__all__ = ["TorchmetricsLeaf"]
+__all__ = ["TorchmetricsAdapter"]
 
 
-class TorchmetricsLeaf:
+class TorchmetricsAdapter:
     """A metric of torchmetrics, or a collection of them, its compute groups included."""
 
     def __init__(self, metric: Any, label: str, *, is_alone: bool) -> None:
@@ -30,9 +30,9 @@ class TorchmetricsLeaf:
         self._states = [state for state in states if not state.is_loose_list]
         self._loose_lists = [state for state in states if state.is_loose_list]
 
-    def items(self) -> list[Item]:
+    def states(self) -> list[State]:
         return [
-            Item(self._label, state.name, state.op, state.tensor(), state.owner._update_count > 0)
+            State(self._label, state.name, state.op, state.tensor(), state.owner._update_count > 0)
             for state in self._states
         ]
 
@@ -58,7 +58,7 @@ class TorchmetricsLeaf:
 
 
 @dataclass(frozen=True)
-class _State:
+class _Declared:
     name: str
     owner: Any
     value: Any
@@ -88,7 +88,7 @@ class _State:
         return stacked if self.function is None else self.function(stacked)
 
 
-def _states(metric: Any) -> Iterator[_State]:
+def _states(metric: Any) -> Iterator[_Declared]:
     """The states of a metric and of those inside it.
 
     Those of a compute group come for each of its members, though they are one: groups are found at the first update,
@@ -98,4 +98,4 @@ def _states(metric: Any) -> Iterator[_State]:
         metric.items(copy_state=False)  # lets the members of a compute group refer to their leader's states
     for path, module in metric.named_modules():
         for name, function in getattr(module, "_reductions", {}).items():
-            yield _State(f"{path}.{name}".lstrip("."), module, getattr(module, name), function)
+            yield _Declared(f"{path}.{name}".lstrip("."), module, getattr(module, name), function)

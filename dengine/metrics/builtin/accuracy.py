@@ -7,8 +7,9 @@ import torch
 from dengine.checks import whole_number
 from dengine.errors import NotComputableError
 from dengine.metrics.builtin.class_counts import Average, ClassCounts, check_average, class_average
-from dengine.metrics.builtin.labels import Answers, ClassSettings, LabelMetric, Task, check_scores, foreign_keywords
-from dengine.metrics.core.derived import View
+from dengine.metrics.builtin.label_metric import LabelMetric
+from dengine.metrics.builtin.labels import Answers, ClassSettings, Task, check_scores, foreign_keywords
+from dengine.metrics.core.derived import DerivedMetric
 from dengine.metrics.core.inputs import as_pair, checked_ignore_index, is_number
 from dengine.metrics.core.metric import OutputTransform
 from dengine.types import MetricValue
@@ -16,24 +17,24 @@ from dengine.types import MetricValue
 __all__ = ["Accuracy", "TopKAccuracy"]
 
 
-class Accuracy(View):
+class Accuracy(DerivedMetric):
     """The share of right answers, over the samples of all ranks.
 
     Shapes: `(N, C, ...)` scores, of which the highest wins, or `(N, ...)` predicted labels, with `(N, ...)` labels.
         Beside scores, targets of their shape that add up to 1 are probabilities, of which the likeliest class counts.
-        Every position of `...` is a sample. A pair of Python numbers is one sample, right where they are equal.
+        Every position of `...` is a sample. A pair of Python numbers is one sample, right if they are equal.
         task="binary": `(N, ...)` or `(N, 1, ...)` scores, or labels, with `(N, ...)` targets of 0 and 1.
-        task="multilabel": `(N, C, ...)` scores, or labels, with targets of the same shape; a sample is right where all
+        task="multilabel": `(N, C, ...)` scores, or labels, with targets of the same shape; a sample is right if all
         of its labels are (subset accuracy).
-    Cost: no wait for the device; as a leaf five numbers, or (3, C) counts where `average` is not "micro".
+    Cost: no wait for the device; five numbers, or (3, C) counts if `average` is not "micro".
     Source: `sklearn.metrics.accuracy_score`; with `average`, `recall_score`.
 
     Args:
         task: None reads it from the shapes: scores with one dimension more than the targets are multiclass, labels of
             one shape are compared, and `(N,)` probabilities with whole-number targets are binary. What else is
             possible is asked for in an error.
-        num_classes: None takes it from the scores. Labels outside the classes are an error; where neither scores nor
-            `num_classes` tell them, labels are compared and nothing else.
+        num_classes: None takes it from the scores. Labels outside the classes are an error; if neither scores nor
+            `num_classes` give them, labels are only compared.
         threshold: of binary and multilabel scores, above which the answer is 1; 0.0 is right for logits.
         average: "micro" counts every sample alike. The others average the accuracy within each class, which is its
             recall: "macro" plainly over the classes that occur in targets or predictions, "weighted" by their
@@ -70,19 +71,19 @@ class Accuracy(View):
         if task == "multilabel" and average != "micro":
             raise ValueError(f"average={average!r} does not go with task='multilabel': all labels must be right.")
         settings = ClassSettings(task, num_classes, threshold, ignore_index)
-        leaf: LabelMetric
+        stateful: LabelMetric
         if average == "micro":
-            leaf = _PlainAccuracy(settings, output_transform)
+            stateful = _PlainAccuracy(settings, output_transform)
         else:
-            leaf = ClassCounts(settings, "Accuracy", output_transform=output_transform)
-        super().__init__(leaf, output_transform)
+            stateful = ClassCounts(settings, "Accuracy", output_transform=output_transform)
+        super().__init__(stateful, output_transform)
         self._average: Average = average
 
-    def value_of(self, leaf: Any) -> MetricValue:
-        if isinstance(leaf, _PlainAccuracy):
-            return leaf.compute()
-        leaf.check("Accuracy")
-        return class_average(leaf.true_positives, leaf.actual, leaf, self._average)
+    def value_of(self, stateful: Any) -> MetricValue:
+        if isinstance(stateful, _PlainAccuracy):
+            return stateful.compute()
+        stateful.check("Accuracy")
+        return class_average(stateful.true_positives, stateful.actual, stateful, self._average)
 
 
 class _Share(LabelMetric):
@@ -101,11 +102,11 @@ class _Share(LabelMetric):
         self.add_state("num_labels", 0, reduce="gather")
 
     def num_counted(self) -> int:
-        self.settle()
+        self.flush()
         return int(self.total)
 
     def compute(self) -> float:
-        self.settle()
+        self.flush()
         total = int(self.total)
         if not total:
             raise NotComputableError("no sample was seen on any rank")
@@ -160,7 +161,7 @@ class _PlainAccuracy(_Share):
         self.count(right, kept)
 
     def compute(self) -> float:
-        self.settle()
+        self.flush()
         if self._settings.task is None and int(self.num_unclear):
             raise ValueError(
                 f"{self.name} got {int(self.num_unclear)} predictions or targets that are neither labels nor, if the "

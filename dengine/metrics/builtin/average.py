@@ -45,7 +45,7 @@ class Average(WeightedMean):
     """The mean of the values that the steps give, over all ranks.
 
     Shapes: a number or a 0-d tensor, one value; a tensor `(N, ...)`, as many values as it has elements; a pair
-        `(value, count)` of these, where the value is the mean of `count` samples (a count of 0 is passed over). Of a
+        `(value, count)` of these, the value being the mean of `count` samples (a count of 0 is skipped). Of a
         mapping its `"loss"` is taken.
     Cost: no wait for the device; two numbers.
 

@@ -5,7 +5,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from dengine.errors import NotComputableError
-from dengine.metrics.builtin.labels import Answers, ClassSettings, LabelMetric
+from dengine.metrics.builtin.label_metric import LabelMetric
+from dengine.metrics.builtin.labels import Answers, ClassSettings
 from dengine.metrics.core.metric import Metric, OutputTransform
 
 __all__ = ["Average", "ClassCounts", "check_average", "class_average"]
@@ -41,7 +42,7 @@ class ClassCounts(LabelMetric):
         self.add_state("counts", torch.zeros(self._shape(num_classes), dtype=torch.int64))
         self.add_state("total", 0)
 
-    def covers(self, other: Metric) -> bool:
+    def can_lead(self, other: Metric) -> bool:
         return (
             isinstance(other, ClassCounts)
             and self.settings == other.settings
@@ -51,7 +52,9 @@ class ClassCounts(LabelMetric):
     def take_in(self, output: Any) -> None:
         answers = self.settings.read(output, self._name)
         if not answers.num_classes:
-            raise ValueError(f"{self._name} got predicted labels, which do not tell the classes: pass num_classes=.")
+            raise ValueError(
+                f"{self._name} got predicted labels, from which the number of classes is not known: pass num_classes=."
+            )
         self._make_room(answers.num_classes, answers.target.device)
         self.watch_all(answers)
         num_kept = answers.target.numel() if answers.kept is None else answers.kept.sum()
@@ -73,7 +76,7 @@ class ClassCounts(LabelMetric):
         Raises:
             NotComputableError: no sample was seen. ValueError: a label outside the classes.
         """
-        self.settle()
+        self.flush()
         if not int(self.total):
             raise NotComputableError("no sample was seen on any rank")
         self.check_labels(self.settings.num_labels or self.counts.shape[-1], metric)

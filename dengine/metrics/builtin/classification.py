@@ -1,4 +1,4 @@
-"""Precision, recall, F1 and the confusion matrix: views of one count, made once where they are attached together."""
+"""Precision, recall, F1 and the confusion matrix: derived from one count, made once for all that an engine has."""
 
 from abc import abstractmethod
 from typing import Any, Literal, TypeAlias
@@ -6,9 +6,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from dengine.metrics.builtin.class_counts import Average, ClassCounts, check_average, class_average
-from dengine.metrics.builtin.labels import ClassSettings, LabelMetric, Task, foreign_keywords
+from dengine.metrics.builtin.label_metric import LabelMetric
+from dengine.metrics.builtin.labels import ClassSettings, Task, foreign_keywords
 from dengine.metrics.builtin.sample_ratios import SampleRatios
-from dengine.metrics.core.derived import View
+from dengine.metrics.core.derived import DerivedMetric
 from dengine.metrics.core.metric import OutputTransform
 from dengine.types import MetricValue
 
@@ -17,7 +18,7 @@ __all__ = ["ConfusionMatrix", "F1Score", "Precision", "Recall"]
 AverageOrAuto: TypeAlias = Average | Literal["auto"]
 
 
-class _ClassRatio(View):
+class _ClassRatio(DerivedMetric):
     """Base of what is a ratio of counts in each class, and then an average over the classes."""
 
     @foreign_keywords
@@ -35,8 +36,8 @@ class _ClassRatio(View):
             check_average(average, task)
         settings = ClassSettings(task or "multiclass", num_classes, threshold, ignore_index)
         kind = SampleRatios if average == "samples" else ClassCounts
-        leaf: LabelMetric = kind(settings, type(self).__name__, output_transform=output_transform)
-        super().__init__(leaf, output_transform)
+        stateful: LabelMetric = kind(settings, type(self).__name__, output_transform=output_transform)
+        super().__init__(stateful, output_transform)
         self._is_positive_only = average == "auto" and task == "binary"
         self._average: Average = "macro" if average == "auto" else average
 
@@ -46,14 +47,14 @@ class _ClassRatio(View):
     def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
         """(C,) numerators and denominators."""
 
-    def value_of(self, leaf: Any) -> MetricValue:
-        if isinstance(leaf, SampleRatios):
-            return float(leaf.means(type(self).__name__)[self.place])
-        leaf.check(type(self).__name__)
-        part, whole = self.part_and_whole(leaf)
+    def value_of(self, stateful: Any) -> MetricValue:
+        if isinstance(stateful, SampleRatios):
+            return float(stateful.means(type(self).__name__)[self.place])
+        stateful.check(type(self).__name__)
+        part, whole = self.part_and_whole(stateful)
         if self._is_positive_only:
-            return class_average(part[1:], whole[1:], leaf, "micro")
-        return class_average(part, whole, leaf, self._average)
+            return class_average(part[1:], whole[1:], stateful, "micro")
+        return class_average(part, whole, stateful, self._average)
 
 
 class Precision(_ClassRatio):
@@ -74,7 +75,7 @@ class Precision(_ClassRatio):
         average: "micro" counts all classes together; "macro" is the plain mean over the classes that occur in targets
             or predictions (of a multilabel task: over all), "weighted" that weighted by the targets' frequency;
             "samples", of a multilabel task, is the mean over samples of what the labels of each one give; None gives
-            `(C,)`, 0.0 for a class that does not occur. "auto", the default, is the positive class alone where
+            `(C,)`, 0.0 for a class that does not occur. "auto", the default, is the positive class alone if
             task="binary", else "macro".
         threshold: of binary and multilabel scores, above which the answer is 1; 0.0 is right for logits.
         ignore_index: a target that is left out, also among the labels of a multilabel sample. It may be a class.
@@ -135,10 +136,10 @@ class F1Score(_ClassRatio):
         return 2 * counts.true_positives, counts.predicted + counts.actual
 
 
-class ConfusionMatrix(View):
+class ConfusionMatrix(DerivedMetric):
     """How often each class (rows: targets) was taken for each (columns: predictions).
 
-    Shapes: those of `Precision`. Gives (C, C) int64, or (C, 2, 2) where task="multilabel", one
+    Shapes: those of `Precision`. Gives (C, C) int64, or (C, 2, 2) if task="multilabel", one
         `[[true negatives, false positives], [false negatives, true positives]]` for each label.
     Cost: no wait for the device; O(N) an update and (C, C) counts, which `Precision` and its like then read too.
     Source: `sklearn.metrics.confusion_matrix` with labels=range(C), and `multilabel_confusion_matrix`.
@@ -165,10 +166,10 @@ class ConfusionMatrix(View):
         output_transform: OutputTransform | None = None,
     ) -> None:
         settings = ClassSettings(task or "multiclass", num_classes, threshold, ignore_index)
-        leaf = ClassCounts(settings, "ConfusionMatrix", has_matrix=True, output_transform=output_transform)
-        super().__init__(leaf, output_transform)
+        stateful = ClassCounts(settings, "ConfusionMatrix", has_matrix=True, output_transform=output_transform)
+        super().__init__(stateful, output_transform)
 
-    def value_of(self, leaf: Any) -> MetricValue:
-        leaf.check("ConfusionMatrix")
-        matrix: torch.Tensor = leaf.matrix
+    def value_of(self, stateful: Any) -> MetricValue:
+        stateful.check("ConfusionMatrix")
+        matrix: torch.Tensor = stateful.matrix
         return matrix.clone()  # by hand, it would be the state itself

@@ -60,7 +60,7 @@ class DistributedMetric(Metric):
 
     @property
     def weight(self) -> float:
-        """What this rank's value counts: what it is a mean of, or 1; 0 where there was no sample. Waits for the device.
+        """What this rank's value counts: what it is a mean of, or 1; 0 if there was no sample. Waits for the device.
 
         Of a mean of counts (`Average`), by these: they may differ from the samples, as tokens do.
         """

@@ -16,10 +16,10 @@ __all__ = ["EpochMetric"]
 class EpochMetric(Metric):
     """`function(predictions, targets)` of all that the ranks have seen in the epoch; once, on every rank.
 
-    For what no sums can tell, such as scikit-learn's ranking scores:
+    For what no sums can give, such as scikit-learn's ranking scores:
     `EpochMetric(lambda predictions, targets: roc_auc_score(targets, predictions))`.
 
-    Shapes: predictions and targets with the same first dimension N, any dimensions behind it, which must not change
+    Shapes: predictions and targets with the same first dimension N, any dimensions after it, which must not change
         from batch to batch; a number is one row. The function gets them joined, rank by rank, as tensors on the CPU
         (floats of 16 bits as float32, which numpy has). It gives a number, a tensor, or a mapping of them, whose
         entries are `name/key` in `engine.state.metrics`.

@@ -1,22 +1,27 @@
-"""From scores and labels to classes, and a watch over labels that never waits for the device.
+"""From scores and labels to classes.
 
 Shapes: N samples, C classes or labels, ... any further dimensions, whose positions count as samples.
 """
 
-from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
 from dengine.checks import number, whole_number
-from dengine.metrics.core.batch_queue import BatchQueue
 from dengine.metrics.core.inputs import as_pair, checked_ignore_index, is_kept, shape_error
-from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.naming import other_keywords
 
-__all__ = ["Answers", "ClassSettings", "LabelMetric", "Task", "check_scores", "foreign_keywords"]
+__all__ = [
+    "NAN_SCORE",
+    "NOT_WHOLE",
+    "NO_PROBABILITIES",
+    "Answers",
+    "ClassSettings",
+    "Task",
+    "check_scores",
+    "foreign_keywords",
+]
 
 # What other libraries call the arguments of metrics of classes.
 foreign_keywords = other_keywords(
@@ -28,10 +33,10 @@ foreign_keywords = other_keywords(
 Task: TypeAlias = Literal["binary", "multiclass", "multilabel"]
 _TASKS = ("binary", "multiclass", "multilabel")
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-# What stands for a label, and can be none: the lowest of them tells in `compute` what was wrong.
-_NOT_WHOLE = torch.iinfo(torch.int64).min  # a target of 0.3
-_NO_PROBABILITIES = _NOT_WHOLE + 1  # class probabilities that do not add up to 1
-_NAN_SCORE = _NOT_WHOLE + 2  # a score that decides, and is not a number
+# In the place of a label, what is none: the lowest of them says in `compute` what was wrong.
+NOT_WHOLE = torch.iinfo(torch.int64).min  # a target of 0.3
+NO_PROBABILITIES = NOT_WHOLE + 1  # class probabilities that do not add up to 1
+NAN_SCORE = NOT_WHOLE + 2  # a score that decides, and is not a number
 
 
 class Answers(NamedTuple):
@@ -87,7 +92,7 @@ class ClassSettings:
         """How many labels a target may have: of a multilabel task each is 0 or 1."""
         return self.num_classes if self.task in (None, "multiclass") else 2
 
-    def read(self, output: Any, metric: str) -> Answers:
+    def read(self, output: object, metric: str) -> Answers:
         """The classes in a `(prediction, target)` pair. No wait for the device.
 
         Raises:
@@ -160,124 +165,10 @@ class ClassSettings:
             return Answers(prediction, target, 0, ())
         if prediction[:1].numel() > 1:
             raise shape_error(
-                metric, prediction, target, "such a pair where it is told which: pass task='binary' or 'multilabel'"
+                metric, prediction, target, "such a pair only if the task is given: pass task='binary' or 'multilabel'"
             )
         is_unclear = ~((prediction >= 0) & (prediction <= 1))
         return self._two_classes(prediction, target, num_classes=2)._replace(is_unclear=is_unclear)
-
-
-class LabelMetric(Metric):
-    """Base of metrics that count samples one by one, small batches together (`BatchQueue`).
-
-    They keep the lowest and the highest label on the device, to be judged in `compute`. The two ride in the all-reduce
-    of the counts, so that a label outside the classes, or a score that is not a number, is an error on every rank.
-    """
-
-    adds_to_no_graph = True
-
-    lowest: torch.Tensor | int
-    highest: torch.Tensor | int
-
-    def __init__(self, output_transform: OutputTransform | None) -> None:
-        super().__init__(output_transform)
-        # 0 is in every range, so a rank that saw nothing has no say.
-        self.add_state("lowest", 0, reduce="gather")
-        self.add_state("highest", 0, reduce="gather")
-        self._queue = BatchQueue()
-        self._highest_score: torch.Tensor | None = None  # since the states were last read
-
-    @abstractmethod
-    def take_in(self, output: Any) -> None:
-        """Check and count a batch. Must not wait for the device."""
-
-    def update(self, output: Any) -> None:
-        if self._queue.add(output):
-            if self._queue.is_full:
-                self._take_in_waiting()
-            return
-        self._take_in_waiting()
-        with torch.no_grad():
-            self.take_in(output)
-        self._queue.expect(output)
-
-    def settle(self) -> None:
-        self._take_in_waiting()
-        if (highest := self._highest_score) is not None:
-            mark = torch.where(highest.isnan(), _NAN_SCORE, 0)
-            self.lowest = torch.minimum(self.lowest, mark) if isinstance(self.lowest, torch.Tensor) else mark
-            self._highest_score = None
-
-    def _take_in_waiting(self) -> None:
-        if (waiting := self._queue.take()) is not None:
-            self.take_in(waiting)
-
-    def reset(self) -> None:
-        super().reset()
-        self._queue.clear()
-        self._highest_score = None
-
-    def with_states(self, values: Mapping[str, Any]) -> Metric:
-        other = super().with_states(values)
-        assert isinstance(other, LabelMetric)
-        other._queue = BatchQueue()
-        return other
-
-    def watch_all(self, answers: Answers) -> None:
-        """Remember what must be judged of `answers`. No wait for the device."""
-        for labels in answers.given:
-            self.watch(labels)
-        if answers.scores is not None:
-            self.watch_scores(answers.scores)
-
-    def watch_scores(self, scores: torch.Tensor) -> None:
-        """Remember whether there is a nan among the scores that decide. No wait for the device."""
-        if not scores.is_floating_point() or not scores.numel():
-            return
-        highest = scores.amax()  # nan if there is one
-        self._highest_score = highest if self._highest_score is None else torch.maximum(self._highest_score, highest)
-
-    def watch(self, labels: torch.Tensor) -> None:
-        """Remember how low and high `labels` reach. No wait for the device."""
-        if labels.dtype == torch.bool or not labels.numel():
-            return
-        low, high = labels.aminmax()
-        if isinstance(self.lowest, torch.Tensor):
-            self.lowest = torch.minimum(self.lowest, low)
-        else:
-            self.lowest = low.long().clamp(max=0)
-        if isinstance(self.highest, torch.Tensor):
-            self.highest = torch.maximum(self.highest, high)
-        else:
-            self.highest = high.long().clamp(min=0)
-
-    def check_labels(self, num_labels: int, metric: str) -> None:
-        """Judge the labels watched, all batches being counted. Waits for the device, unless the states are reduced.
-
-        Raises:
-            ValueError: a label outside 0 ... num_labels - 1; it says how far they reach. Or a score that is nan.
-        """
-        lowest, highest = int(torch.as_tensor(self.lowest).min()), int(torch.as_tensor(self.highest).max())
-        if lowest in _WHAT_IS_WRONG:
-            raise ValueError(f"{metric} got {_WHAT_IS_WRONG[lowest].format(highest=num_labels - 1)}")
-        if lowest < 0 or highest >= num_labels:
-            reach = [f"as low as {lowest}"] * (lowest < 0) + [f"as high as {highest}"] * (highest >= num_labels)
-            raise ValueError(
-                f"{metric} got labels {' and '.join(reach)}, but {num_labels} classes have the labels 0 to "
-                f"{num_labels - 1}: correct the labels, or num_classes or task."
-            )
-
-
-_WHAT_IS_WRONG = {
-    _NOT_WHOLE: (
-        "labels that are no whole numbers; it takes 0 to {highest}. If they are probabilities, pass the likelier "
-        "answer, (target > 0.5).long(), by output_transform=."
-    ),
-    _NO_PROBABILITIES: (
-        "targets of the shape of the scores that are no probabilities of classes, as they do not add up to 1: pass "
-        "task='binary' or 'multilabel', or labels of a whole-number dtype."
-    ),
-    _NAN_SCORE: "scores that are nan, so that no class has the highest: look for what makes the model's output nan.",
-}
 
 
 def are_probabilities(scores: torch.Tensor, target: torch.Tensor) -> bool:
@@ -299,7 +190,7 @@ def check_scores(
     Targets that are class probabilities, of the shape of the scores, have the label of their likeliest class.
 
     Raises:
-        ValueError: shapes that do not go together, or an `ignore_index` where there is no label that it could be.
+        ValueError: shapes that do not go together, or an `ignore_index` without a label that it could be.
         TypeError: targets of a dtype that labels do not have.
     """
     if are_probabilities(scores, target):
@@ -325,7 +216,7 @@ def _likeliest(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     # Loosely, for floats of 16 bits. The difference is nan if a target is.
     is_distribution = ((wide.sum(1) - 1).abs() <= 0.02) & (wide.amin(1) >= 0)
     # An answer that is its target to the last bit is right, whatever it is.
-    return torch.where(is_distribution | (scores == target).all(1), wide.argmax(1), _NO_PROBABILITIES)
+    return torch.where(is_distribution | (scores == target).all(1), wide.argmax(1), NO_PROBABILITIES)
 
 
 def _is_whole(value: torch.Tensor) -> torch.Tensor:
@@ -342,4 +233,4 @@ def _zero_or_one(labels: torch.Tensor) -> torch.Tensor:
     """Labels of two classes; floats are taken, as `binary_cross_entropy` needs them so."""
     if not labels.is_floating_point():
         return labels if labels.dtype in _INDEX_DTYPES else labels.long()
-    return torch.where(labels == labels.round(), labels, _NOT_WHOLE).long()
+    return torch.where(labels == labels.round(), labels, NOT_WHOLE).long()

@@ -46,7 +46,7 @@ class Loss(WeightedMean):
 
     Raises:
         TypeError: `loss_fn` cannot be called, `update` got no (prediction, target) pair, the number of samples cannot
-        be told from it, or the loss is complex. ValueError: a `loss_fn` with reduction="sum" or another `ignore_index`,
+        be found in it, or the loss is complex. ValueError: a `loss_fn` with reduction="sum" or another `ignore_index`,
         or `batch_size` beside `ignore_index`. NotComputableError: no sample was seen.
 
     Example:
@@ -116,7 +116,7 @@ class Loss(WeightedMean):
             )
 
     def _kept_and_count(self, prediction: Any, target: Any) -> tuple[torch.Tensor | None, Amount]:
-        """Which elements of the target count, None where all do, and what the mean of the batch counts for."""
+        """Which elements of the target count, None if all do, and what the mean of the batch counts for."""
         if self._batch_size is not None:
             return None, summable(self._batch_size(target))
         weight = None

@@ -20,13 +20,13 @@ class Perplexity(WeightedMean):
     """`exp` of the mean loss per token, over the tokens of all ranks.
 
     Shapes: `(logits, labels)`: labels `(N, ...)` of a whole-number dtype, logits `(N, C, ...)` as `cross_entropy` takes
-        them or, where only that fits, `(N, ..., C)` as Hugging Face's models give them (whose labels are to be shifted
+        them or, if only that fits, `(N, ..., C)` as Hugging Face's models give them (whose labels are to be shifted
         by one before). Or what `Average` takes: `(mean loss, number of tokens)`, or a mean loss alone, which counts as
         one. Of a mapping its `"loss"` is taken, else its logits and labels. Losses are in nats.
     Cost: of logits that of `cross_entropy`; no wait for the device; three numbers.
 
     Args:
-        ignore_index: labels that are left out. As in `cross_entropy` it is -100 unless told otherwise.
+        ignore_index: labels that are left out. As in `cross_entropy` it is -100 by default.
 
     Raises:
         TypeError: `update` got something else; it lists a mapping's keys. ValueError: shapes that do not go together
@@ -71,7 +71,7 @@ class Perplexity(WeightedMean):
         if num_outside := int(self.num_outside):
             raise ValueError(
                 f"Perplexity got {num_outside} labels outside the classes of the logits: correct the labels, or pass "
-                f"ignore_index= where they are to be left out (it is {self._ignore_index})."
+                f"ignore_index= if they are to be left out (it is {self._ignore_index})."
             )
         mean = self.mean()
         try:

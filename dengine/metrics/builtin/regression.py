@@ -115,7 +115,7 @@ class R2Score(Metric):
     """The share of the targets' variance that is predicted, over the samples of all ranks.
 
     Shapes: Python numbers, `(N,)`, or `(N, D, ...)`: D quantities, whose scores are averaged plainly.
-    Returns: 1.0 at best. As scikit-learn's: for targets that are all alike, 1.0 where each is met, else 0.0; for one
+    Returns: 1.0 at best. As scikit-learn's: for targets that are all alike, 1.0 if each is met, else 0.0; for one
         sample alone, nan.
     Cost: no wait for the device; 3 D + 1 numbers a rank. Count, mean and second moment are merged over batches and
         ranks (Chan, Golub, LeVeque 1979), so that an offset of the targets costs no digits.

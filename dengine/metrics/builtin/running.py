@@ -108,7 +108,7 @@ class RunningAverage(Metric):
         return mean if mean.ndim else float(mean)
 
     def _value_of_batch(self, output: Any) -> Any:
-        """What `metric` computes of this batch alone; None where the batch is empty."""
+        """What `metric` computes of this batch alone; None if the batch is empty."""
         self._metric.reset()
         if self._spreads and isinstance(output, (tuple, list)):
             self._metric.update(*output)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from dengine.errors import NotComputableError
-from dengine.metrics.builtin.labels import ClassSettings, LabelMetric
+from dengine.metrics.builtin.label_metric import LabelMetric
+from dengine.metrics.builtin.labels import ClassSettings
 from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.types import accumulator_dtype
 
@@ -28,7 +29,7 @@ class SampleRatios(LabelMetric):
         self.add_state("ratio_sums", torch.zeros(3, dtype=torch.float64))
         self.add_state("total", 0)
 
-    def covers(self, other: Metric) -> bool:
+    def can_lead(self, other: Metric) -> bool:
         return isinstance(other, SampleRatios) and self.settings == other.settings
 
     def take_in(self, output: Any) -> None:
@@ -48,7 +49,7 @@ class SampleRatios(LabelMetric):
         self.ratio_sums = self.ratio_sums.to(sums.device, sums.dtype, non_blocking=True) + sums
 
     def num_counted(self) -> int:
-        self.settle()
+        self.flush()
         return int(self.total)
 
     def compute(self) -> torch.Tensor:
@@ -60,7 +61,7 @@ class SampleRatios(LabelMetric):
         return self.means(self._name)
 
     def means(self, metric: str) -> torch.Tensor:
-        self.settle()
+        self.flush()
         if not (total := int(self.total)):
             raise NotComputableError("no sample was seen on any rank")
         self.check_labels(2, metric)

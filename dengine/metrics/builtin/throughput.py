@@ -22,7 +22,7 @@ class Throughput(Metric):
     so that work still queued there counts. It is live: a handler of any event sees this rank's speed so far in
     `engine.state.metrics`, for which nothing is waited for.
 
-    Shapes: the samples of one step are the first dimension of the target of a (prediction, target) pair, 1 where it is
+    Shapes: the samples of one step are the first dimension of the target of a (prediction, target) pair, 1 if it is
         a number; the first dimension of a tensor; or a whole number, also as a 0-d tensor, which is the count itself:
         `Throughput(output_transform=lambda output: output["num_tokens"])`.
     Cost: no wait for the device before the epoch's end; two numbers a rank.
@@ -54,7 +54,7 @@ class Throughput(Metric):
     def update(self, output: Any) -> None:
         self.num_samples = self.num_samples + _num_samples(output)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
         # On top of what a checkpoint has brought: an epoch that is resumed in its middle took both times.
@@ -70,7 +70,7 @@ class Throughput(Metric):
         if not num_samples:
             raise NotComputableError("no sample was seen on any rank")
         if not isinstance(self.elapsed_s, torch.Tensor):  # by hand
-            self.settle()
+            self.flush()
         return num_samples / float(torch.as_tensor(self.elapsed_s).max().clamp(min=1e-9))
 
 

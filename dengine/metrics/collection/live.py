@@ -53,7 +53,7 @@ class MetricValues(dict[str, MetricValue]):
             dict.__setitem__(self, name, _NOT_THERE)  # its place in the order
         self._live = dict(live)
 
-    def settle(self, *, is_read: bool) -> None:
+    def freeze(self, *, is_read: bool) -> None:
         """Show nothing live any more: what was is read for the last time, or dropped."""
         for name, live in list(self._live.items()):
             values = _read(live) if is_read else {}

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from dengine.metrics.collection.saved_state import give_back, held
+from dengine.metrics.collection.saved_state import load_state_dict, state_dict
 from dengine.metrics.core.computed import Computed
 from dengine.metrics.core.kinds import is_metric
-from dengine.metrics.reduction.reduce import Item
+from dengine.metrics.reduction.reduce import State
 
-__all__ = ["MergingLeaf"]
+__all__ = ["MergingAdapter"]
 
 
-class MergingLeaf:
+class MergingAdapter:
     """A metric with `merge_state`. A rank that saw nothing sends nothing, and is not merged."""
 
     def __init__(self, metric: Any, label: str, *, is_alone: bool, is_seen: bool) -> None:
@@ -27,13 +27,13 @@ class MergingLeaf:
         self._is_alone = is_alone
         self._is_seen = is_seen
 
-    def items(self) -> list[Item]:
+    def states(self) -> list[State]:
         if self._is_alone:
             return []
-        state = _packed(held(self._metric)) if self._is_seen else torch.empty(0, dtype=torch.uint8)
+        state = _packed(state_dict(self._metric)) if self._is_seen else torch.empty(0, dtype=torch.uint8)
         return [
-            Item(self._label, "length", "gather", torch.tensor(state.numel()), self._is_seen),
-            Item(self._label, "state", "cat", state, self._is_seen),
+            State(self._label, "length", "gather", torch.tensor(state.numel()), self._is_seen),
+            State(self._label, "state", "cat", state, self._is_seen),
         ]
 
     def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[tuple[Any, ...]]) -> Any:
@@ -58,7 +58,7 @@ class MergingLeaf:
             id(value): value for value in attributes if isinstance(value, torch.nn.Module) and not is_metric(value)
         }
         copied = deepcopy(self._metric, shared)
-        give_back(copied, state)
+        load_state_dict(copied, state)
         return copied
 
 

@@ -1,14 +1,14 @@
 """What a metric has gathered so far, as plain data: an epoch that is resumed in its middle counts all of it.
 
-Each attribute becomes one entry, a dict with a single key that tells what it was:
+Each attribute becomes one entry, a dict whose first key says what it was:
 
     {"value": 3}                    numbers, strings, None, tensors, and lists and dicts of nothing else
     {"metric": {name: entry}}       an object that gathers something by itself: another metric, a meter, a dataclass
     {"parts": {name: entry}}        a torch.nn.Module that contains metrics: a ModuleList, a ModuleDict
-    {"list": [entry]}               also "tuple", "set", "deque"; None in the place of what stays as it is
+    {"list": [entry]}               also "tuple", "set", "deque"; None in the place of what is not kept
     {"dict": [[key, entry]]}        also a Counter, a defaultdict and other subclasses, and any kind of key
     {"array": tensor}               a numpy array; "scalar" for one of numpy's numbers
-    {"enum": value}                 a member of an enum, by its value; "class" tells which enum
+    {"enum": value}                 a member of an enum, by its value; "class" says which enum
 """
 
 import sys
@@ -26,27 +26,29 @@ from dengine.launch.world import world
 from dengine.metrics.core.kinds import MetricLike
 from dengine.metrics.core.metric import Metric
 
-__all__ = ["give_back", "held"]
+__all__ = ["load_state_dict", "state_dict"]
 
 Entry: TypeAlias = dict[str, Any]
 
+_RENAMED = {"_leaf": "_stateful"}  # attributes that files of earlier versions have under another name
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 
 
-def held(metric: Any) -> dict[str, Entry]:
+def state_dict(metric: Any) -> dict[str, Entry]:
     """The entries of what the attributes of `metric` hold, tensors copied to the CPU, and of metrics inside it, however
     they are nested. Anything else is what the metric was built with, and stays.
     """
-    return _held(metric, set())
+    return _state_dict(metric, set())
 
 
-def give_back(metric: Any, state: dict[str, Entry]) -> None:
-    """Set the attributes of `metric` to what `held` gave, tensors on the devices where they are now."""
+def load_state_dict(metric: Any, state: dict[str, Entry]) -> None:
+    """Set the attributes of `metric` to what `state_dict` gave, tensors on the devices where they are now."""
     if isinstance(metric, Metric):
-        metric.settle()  # what waits there belongs to what is replaced
+        metric.flush()  # what waits there belongs to what is replaced
     now = _attributes(metric)
-    for name, entry in state.items():
+    for given_name, entry in state.items():
+        name = _RENAMED.get(given_name, given_name)
         if "metric" in entry or "parts" in entry:
             if name in now:
                 _restored(entry, now[name])
@@ -57,10 +59,10 @@ def give_back(metric: Any, state: dict[str, Entry]) -> None:
 # -- out -----------------------------------------------------------------------------------------------------------
 
 
-def _held(metric: Any, seen: set[int]) -> dict[str, Entry]:
+def _state_dict(metric: Any, seen: set[int]) -> dict[str, Entry]:
     seen.add(id(metric))
     if isinstance(metric, Metric):
-        metric.settle()
+        metric.flush()
     return _entries(_attributes(metric), seen)
 
 
@@ -70,7 +72,7 @@ def _entries(parts: dict[str, Any], seen: set[int]) -> dict[str, Entry]:
 
 
 def _entry(value: Any, seen: set[int]) -> Entry | None:
-    """What is to be kept of `value`; None where that is nothing. `seen` holds what is on its way, for cycles."""
+    """What is to be kept of `value`; None if that is nothing. `seen` holds what is on its way, for cycles."""
     if _is_plain(value, seen):
         device = _device_of(value)
         return {"value": _copied(value)} if device is None else {"value": _copied(value), "device": device}
@@ -81,7 +83,7 @@ def _entry(value: Any, seen: set[int]) -> Entry | None:
     if id(value) in seen:
         return None
     if _gathers(value):
-        return {"metric": _held(value, seen)}
+        return {"metric": _state_dict(value, seen)}
     if isinstance(value, torch.nn.Module):
         seen.add(id(value))
         parts = _entries(dict(value.named_children()), seen)
@@ -92,7 +94,7 @@ def _entry(value: Any, seen: set[int]) -> Entry | None:
 
 
 def _container_entry(value: Any, seen: set[int]) -> Entry | None:
-    """Of a container of more than plain values; None where nothing in it is to be kept."""
+    """Of a container of more than plain values; None if nothing in it is to be kept."""
     if isinstance(value, dict):
         pairs = [[_entry(key, seen), _entry(each, seen)] for key, each in value.items()]
         pairs = [pair for pair in pairs if None not in pair]
@@ -144,7 +146,7 @@ def _is_plain(value: Any, seen: set[int]) -> bool:
 
 
 def _device_of(value: Any) -> str | None:
-    """The kind of device of the tensors in a list or dict: what is empty after a reset cannot tell it."""
+    """The kind of device of the tensors in a list or dict: after a reset they may be empty."""
     return next((device for part in trees.leaves(value) if (device := _device_of_leaf(part))), None)
 
 
@@ -177,7 +179,7 @@ def _restored_value(kept: Any, now: Any, entry: Entry) -> Any:
 
 def _restored_metric(kept: dict[str, Entry], now: Any, _: Entry) -> Any:
     if now is not None:  # a container that had fewer of them when it was built
-        give_back(now, kept)
+        load_state_dict(now, kept)
     return now
 
 
@@ -260,7 +262,7 @@ def _placed(value: Any, device: torch.device | None) -> Any:
 
 
 def _own_device(kind: str | None) -> torch.device | None:
-    """This rank's device of that kind; None where it has none."""
+    """This rank's device of that kind; None if it has none."""
     own = world().device
     return own if kind == own.type else None
 

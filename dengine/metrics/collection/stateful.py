@@ -9,74 +9,74 @@ import torch
 from dengine.distributed import world
 from dengine.errors import NotComputableError
 from dengine.metrics.builtin.distributed import DistributedMetric
-from dengine.metrics.collection.merging import MergingLeaf
+from dengine.metrics.collection.merging import MergingAdapter
 from dengine.metrics.core.computed import Computed, Form, checked, laid_out, put_together
 from dengine.metrics.core.kinds import is_mergeable
 from dengine.metrics.core.metric import Metric
 from dengine.metrics.core.transform import is_torchmetrics
 from dengine.metrics.core.updates import Seen
-from dengine.metrics.reduction.reduce import Item
+from dengine.metrics.reduction.reduce import State
 
-__all__ = ["Leaf", "leaf_of", "tells_what_it_saw"]
+__all__ = ["Adapter", "adapter_of", "knows_what_it_saw"]
 
 
-class Leaf(Protocol):
+class Adapter(Protocol):
     """A metric's states on their way out, and the metric that comes back from the reduced ones."""
 
-    def items(self) -> list[Item]: ...
+    def states(self) -> list[State]: ...
 
     def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Any: ...
 
 
-def leaf_of(metric: Any, label: str, *, is_alone: bool, seen: Seen | None) -> Leaf:
-    """The leaf of `metric`, known to the user by `label`.
+def adapter_of(metric: Any, label: str, *, is_alone: bool, seen: Seen | None) -> Adapter:
+    """The adapter of `metric`, which is known to the user by `label`.
 
     Args:
         is_alone: there is one rank, so nothing is averaged.
-        seen: what a metric was given that does not count it by itself; None where nobody knows.
+        seen: what a metric was given that does not count it by itself; None if nobody counted.
     """
     if isinstance(metric, DistributedMetric):
-        told = Seen(metric.num_updates, int(metric.has_samples))
-        return ValueLeaf(metric, label, metric.reduce_op, told, is_alone=is_alone)
+        seen = Seen(metric.num_updates, int(metric.has_samples))
+        return ValueAdapter(metric, label, metric.reduce_op, seen, is_alone=is_alone)
     if isinstance(metric, Metric) and metric.states:
-        return DeclaredLeaf(metric, label)
+        return DeclaredAdapter(metric, label)
     if is_torchmetrics(metric):
-        from dengine.metrics.adapters.torchmetrics import TorchmetricsLeaf
+        from dengine.metrics.adapters.torchmetrics import TorchmetricsAdapter
 
-        return TorchmetricsLeaf(metric, label, is_alone=is_alone)
+        return TorchmetricsAdapter(metric, label, is_alone=is_alone)
     if is_mergeable(metric):
-        return MergingLeaf(metric, label, is_alone=is_alone, is_seen=seen is None or seen.num_updates > 0)
+        return MergingAdapter(metric, label, is_alone=is_alone, is_seen=seen is None or seen.num_updates > 0)
     if not is_alone:
         _warn_once(metric, label)
-    return ValueLeaf(metric, label, "mean", _told(metric, seen), is_alone=is_alone)
+    return ValueAdapter(metric, label, "mean", _seen_by(metric, seen), is_alone=is_alone)
 
 
-def tells_what_it_saw(metric: Any) -> bool:
-    """Whether the states that travel tell it; of the others, whoever updates them has to count."""
+def knows_what_it_saw(metric: Any) -> bool:
+    """Whether the states that travel say what it saw; of the others, whoever updates them has to count."""
     has_states = isinstance(metric, Metric) and bool(metric.states)
     return has_states or isinstance(metric, DistributedMetric) or is_torchmetrics(metric)
 
 
-def _told(metric: Any, seen: Seen | None) -> Seen:
-    """What an undeclared metric was given, by its set or by hand. Nobody knowing, one update of no known samples."""
+def _seen_by(metric: Any, seen: Seen | None) -> Seen:
+    """What an undeclared metric was given, by its set or by hand. If nobody counted, one update of no known samples."""
     num_updates = metric.num_updates if isinstance(metric, Metric) else 0
     if seen is None:
         return Seen(num_updates if isinstance(metric, Metric) else 1, 0)
     return Seen(max(num_updates, seen.num_updates), seen.num_samples)
 
 
-class DeclaredLeaf:
+class DeclaredAdapter:
     """A metric with declared states."""
 
     def __init__(self, metric: Metric, label: str) -> None:
         self._metric = metric
         self._label = label
 
-    def items(self) -> list[Item]:
-        self._metric.settle()
+    def states(self) -> list[State]:
+        self._metric.flush()
         is_seen = self._metric.num_updates > 0
         return [
-            Item(self._label, name, spec.reduce, _tensor(getattr(self._metric, name), self._label, name), is_seen)
+            State(self._label, name, spec.reduce, _tensor(getattr(self._metric, name), self._label, name), is_seen)
             for name, spec in self._metric.states.items()
         ]
 
@@ -84,21 +84,21 @@ class DeclaredLeaf:
         return self._metric.with_states(dict(zip(self._metric.states, values, strict=True)))
 
 
-class ValueLeaf:
+class ValueAdapter:
     """A metric that is computed per rank, its values then reduced: a mean weighted by what each rank saw, or an op.
 
     One that was not updated is not asked for its value: it may divide by what it counts.
     """
 
-    def __init__(self, metric: Any, label: str, op: str, told: Seen, *, is_alone: bool) -> None:
+    def __init__(self, metric: Any, label: str, op: str, seen: Seen, *, is_alone: bool) -> None:
         self._metric = metric
         self._label = label
         self._op = op
-        self._told = told
+        self._seen = seen
         self._is_alone = is_alone
         self._failure: str | None = None
 
-    def items(self) -> list[Item]:
+    def states(self) -> list[State]:
         if self._is_alone:
             return []
         value, weight = self._value_and_weight()
@@ -107,8 +107,8 @@ class ValueLeaf:
         flat, form = laid_out(value if is_seen else neutral)
         op: Any = "sum" if self._op == "mean" else self._op
         return [
-            Item(self._label, "value", op, flat * weight if self._op == "mean" else flat, is_seen, form),
-            Item(self._label, "weight", "sum", torch.tensor(weight, dtype=torch.float64), is_seen),
+            State(self._label, "value", op, flat * weight if self._op == "mean" else flat, is_seen, form),
+            State(self._label, "weight", "sum", torch.tensor(weight, dtype=torch.float64), is_seen),
         ]
 
     def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Computed:
@@ -124,20 +124,20 @@ class ValueLeaf:
         if value is None:
             return None, 0.0
         is_weighted = isinstance(self._metric, DistributedMetric)
-        weight = self._metric.weight if is_weighted else float(self._told.num_updates)
+        weight = self._metric.weight if is_weighted else float(self._seen.num_updates)
         # The mean over an empty batch is often nan, which would be nan times 0 as well.
         return (value, weight) if weight else (None, 0.0)
 
     def _value(self) -> Any:
-        """None where there is none: not updated, or with empty batches only."""
-        if not self._told.num_updates:
+        """None if there is none: not updated, or with empty batches only."""
+        if not self._seen.num_updates:
             return None
         try:
             return checked(self._metric.compute(), self._label)
         except NotComputableError as error:
             self._failure = error.reason
         except ZeroDivisionError as error:
-            if self._told.num_samples:
+            if self._seen.num_samples:
                 raise
             self._failure = f"no sample was seen, and compute() raised {error!r}"
         return None

@@ -30,14 +30,14 @@ class BatchQueue:
         return self._num_waiting == _NUM_BATCHES
 
     def expect(self, output: Any) -> None:
-        """Take pairs of the kind of `output` from now on, which is known to be right; none where they are large."""
+        """Take pairs of the kind of `output` from now on, which is known to be right; none if they are large."""
         self.clear()
         self._joined, self._rows = None, []
         kind = _kind(output)
         self._kind = kind if kind is not None and _is_small(*output) else None
 
     def add(self, output: Any) -> bool:
-        """Copy the pair; False, where it is of another kind than what is expected. No wait for the device."""
+        """Copy the pair; False if it is of another kind than is expected. No wait for the device."""
         if self._kind is None or _kind(output) != self._kind:
             return False
         prediction, target = output
@@ -50,7 +50,7 @@ class BatchQueue:
         return True
 
     def take(self) -> _Pair | None:
-        """All pairs as one, of the samples of each in turn; None where there are none. Valid until the next `add`."""
+        """All pairs as one, of the samples of each in turn; None if there are none. Valid until the next `add`."""
         if not self._num_waiting:
             return None
         assert self._joined is not None

@@ -15,7 +15,7 @@ def num_samples(target: object, prediction: object = None) -> int | None:
     """The samples of a batch: the first dimension of its target, or of what that is made of; None: it cannot be told.
 
     A list or tuple of tensors may be several targets of all samples or one target for each: what the prediction has
-    decides. A number is one sample; if there is no target at all, the prediction tells.
+    decides. A number is one sample; if there is no target at all, the prediction decides.
     """
     if isinstance(target, torch.Tensor) and target.ndim:  # nearly always
         return target.shape[0]
@@ -34,7 +34,7 @@ def num_samples(target: object, prediction: object = None) -> int | None:
 def samples_in(output: object) -> int | None:
     """The samples of a step's output or of a batch: of a pair, or a mapping with both, those of its target.
 
-    Of more parts the last one tells, if that is a tensor or an array.
+    Of more parts the last one counts, if that is a tensor or an array.
     """
     output = prediction_and_target(output)
     if isinstance(output, (tuple, list)):

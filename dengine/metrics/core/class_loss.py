@@ -17,7 +17,7 @@ _CLASS_MODULES = (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)
 
 
 def class_loss(loss_fn: Any) -> Any:
-    """The function, module or partial behind `loss_fn` if that is `cross_entropy` or `nll_loss`, else None."""
+    """The function, module or partial inside `loss_fn` if that is `cross_entropy` or `nll_loss`, else None."""
     source = source_of(loss_fn)
     function = source.func if isinstance(source, partial) else source
     is_one = isinstance(function, _CLASS_MODULES) or any(function is each for each in _CLASS_LOSSES)
@@ -25,7 +25,7 @@ def class_loss(loss_fn: Any) -> Any:
 
 
 def source_of(loss_fn: Any) -> Any:
-    """The function, module or partial behind a bound method or a compiled module."""
+    """The function, module or partial inside a bound method or a compiled module."""
     owner = getattr(loss_fn, "__self__", None)
     source = owner if isinstance(owner, torch.nn.Module) else loss_fn
     return torch_internals.inside_compile(source)

@@ -1,4 +1,4 @@
-"""A metric that holds no state of its own, but reads a leaf that others may read too."""
+"""A metric that holds no state of its own, but is computed from one that others may read too."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -8,47 +8,48 @@ from typing import Any
 from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.types import MetricValue
 
-__all__ = ["View"]
+__all__ = ["DerivedMetric"]
 
 
-class View(Metric):
-    """Base of metrics that are computed from a leaf. An engine lets views of like leaves read one, updated once.
+class DerivedMetric(Metric):
+    """Base of metrics that are computed from a stateful one. In an engine, those of like ones form a compute group: one
+    stateful metric is updated for all of them.
 
-    Where a subclass has an `update`, `reset` or `default_transform` of its own, its leaf is its own too, and is updated
-    through it.
+    If a subclass has an `update`, `reset` or `default_transform` of its own, it is in no group, and its stateful metric
+    is updated through it.
     """
 
-    def __init__(self, leaf: Metric, output_transform: OutputTransform | None) -> None:
+    def __init__(self, stateful: Metric, output_transform: OutputTransform | None) -> None:
         super().__init__(output_transform)
-        self._leaf = leaf
-        own = type(self)
-        if (own.update, own.reset, own.default_transform) != (View.update, View.reset, View.default_transform):
-            leaf.updated_by = self
+        self._stateful = stateful
+        base, own = DerivedMetric, type(self)
+        if (own.update, own.reset, own.default_transform) != (base.update, base.reset, base.default_transform):
+            stateful.updated_by = self
 
     @abstractmethod
-    def value_of(self, leaf: Any) -> MetricValue:
-        """The value, given the leaf or its reduced copy."""
+    def value_of(self, stateful: Any) -> MetricValue:
+        """The value, given the stateful metric or its reduced copy."""
 
-    def leaves(self) -> tuple[Metric, ...]:
-        return (self._leaf,)
+    def stateful_metrics(self) -> tuple[Metric, ...]:
+        return (self._stateful,)
 
-    def replace_leaf(self, leaf: Metric, stand_in: Metric) -> None:
-        if self._leaf is leaf:
-            self._leaf = stand_in
+    def read_from(self, stateful: Metric, leader: Metric) -> None:
+        if self._stateful is stateful:
+            self._stateful = leader
 
     def reset(self) -> None:
-        self._leaf.reset()
+        self._stateful.reset()
 
     def update(self, output: Any) -> None:
-        self._leaf.update(output)
+        self._stateful.update(output)
 
     def compute(self) -> MetricValue:
-        return self.value_of(self._leaf)
+        return self.value_of(self._stateful)
 
     def num_counted(self) -> Any:
-        return self._leaf.num_counted()
+        return self._stateful.num_counted()
 
     def evaluate(self, reduced: Mapping[int, Any]) -> MetricValue:
         whole = copy(self)
-        whole._leaf = reduced[id(self._leaf)]
+        whole._stateful = reduced[id(self._stateful)]
         return whole.compute()  # which a subclass may have written anew

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dengine.metrics.core.kinds import evaluated, is_metric, leaves_of, shows_live, updated_through
+from dengine.metrics.core.kinds import evaluated, is_metric, shows_live, stateful_of, updated_through
 from dengine.metrics.core.metric import Metric
 from dengine.metrics.core.updates import default_transform, update_of
 from dengine.types import MetricValue
@@ -36,7 +36,7 @@ class MetricFunction(Metric):
         {'rmse': 1.0, 'ratio': 1.0}
     """
 
-    has_leaves_of_inner = True
+    updates_inner_apart = True
 
     def __init__(self, function: Callable[..., Any], *metrics: Any) -> None:
         if not callable(function) or is_metric(function):
@@ -49,35 +49,35 @@ class MetricFunction(Metric):
     def metrics_within(self) -> tuple[Any, ...]:
         return tuple(operand for operand in self._operands if is_metric(operand))
 
-    def leaves(self) -> tuple[Any, ...]:
-        found = [leaf for part in self.metrics_within() for leaf in leaves_of(part)]
-        return tuple({id(leaf): leaf for leaf in found}.values())
+    def stateful_metrics(self) -> tuple[Any, ...]:
+        found = [stateful for part in self.metrics_within() for stateful in stateful_of(part)]
+        return tuple({id(stateful): stateful for stateful in found}.values())
 
     @property
     def shows_live(self) -> bool:  # type: ignore[override]
-        return all(map(shows_live, self.leaves()))
+        return all(map(shows_live, self.stateful_metrics()))
 
     def has_live_value(self) -> bool:
-        return all(leaf.has_live_value() for leaf in self.leaves())
+        return all(stateful.has_live_value() for stateful in self.stateful_metrics())
 
     def reset(self) -> None:
-        for leaf in self.leaves():
-            updated_through(leaf).reset()
+        for stateful in self.stateful_metrics():
+            updated_through(stateful).reset()
 
     def update(self, output: Any) -> None:
-        for leaf in map(updated_through, self.leaves()):
-            update_of(leaf, default_transform(leaf))(output)
+        for stateful in map(updated_through, self.stateful_metrics()):
+            update_of(stateful, default_transform(stateful))(output)
 
-    def replace_leaf(self, leaf: Metric, stand_in: Metric) -> None:
+    def read_from(self, stateful: Metric, leader: Metric) -> None:
         for part in self.metrics_within():
             if isinstance(part, Metric):
-                part.replace_leaf(leaf, stand_in)
+                part.read_from(stateful, leader)
 
     def compute(self) -> MetricValue:
-        return self.evaluate({id(leaf): leaf for leaf in self.leaves()})
+        return self.evaluate({id(stateful): stateful for stateful in self.stateful_metrics()})
 
     def live_value(self) -> MetricValue:
-        return self.evaluate({id(leaf): _Live(leaf) for leaf in self.leaves()})
+        return self.evaluate({id(stateful): _LiveReader(stateful) for stateful in self.stateful_metrics()})
 
     def evaluate(self, reduced: Mapping[int, Any]) -> MetricValue:
         values = [evaluated(part, reduced) if is_metric(part) else part for part in self._operands]
@@ -89,11 +89,11 @@ class MetricFunction(Metric):
         return f"MetricFunction({', '.join([name, *map(repr, self._operands)])})"
 
 
-class _Live:
-    """A leaf whose value is read while its epoch is under way."""
+class _LiveReader:
+    """A stateful metric whose value is read while its epoch is under way."""
 
-    def __init__(self, leaf: Metric) -> None:
-        self._leaf = leaf
+    def __init__(self, stateful: Metric) -> None:
+        self._stateful = stateful
 
     def compute(self) -> MetricValue:
-        return self._leaf.live_value()
+        return self._stateful.live_value()

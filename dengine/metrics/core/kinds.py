@@ -14,8 +14,8 @@ __all__ = [
     "is_mergeable",
     "is_metric",
     "is_tracker",
-    "leaves_of",
     "shows_live",
+    "stateful_of",
     "updated_through",
     "updaters",
 ]
@@ -56,18 +56,18 @@ def shows_live(metric: object) -> bool:
     return isinstance(metric, Metric) and metric.shows_live
 
 
-def leaves_of(metric: Any) -> tuple[Any, ...]:
+def stateful_of(metric: Any) -> tuple[Any, ...]:
     """The metrics that hold the states which `metric` is computed from."""
-    return metric.leaves() if isinstance(metric, Metric) else (metric,)
+    return metric.stateful_metrics() if isinstance(metric, Metric) else (metric,)
 
 
-def updated_through(leaf: Any) -> Any:
-    """What is called in place of `leaf` to reset and update it: itself, or a user's own metric around it."""
-    return (leaf.updated_by or leaf) if isinstance(leaf, Metric) else leaf
+def updated_through(stateful: Any) -> Any:
+    """What is called in place of `stateful` to reset and update it: itself, or a user's own metric around it."""
+    return (stateful.updated_by or stateful) if isinstance(stateful, Metric) else stateful
 
 
 def evaluated(metric: Any, reduced: Mapping[int, Any]) -> Any:
-    """The value of `metric`, given the reduced copies of its leaves by the leaves' `id`."""
+    """The value of `metric`, given the reduced copies of the stateful metrics that it reads, by their `id`."""
     return metric.evaluate(reduced) if isinstance(metric, Metric) else reduced[id(metric)].compute()
 
 
@@ -79,4 +79,4 @@ def updaters(metric: Any, updater: Any = None) -> Iterator[tuple[Any, Any]]:
         yield from ((each, own) for each in metric.modules() if each is not metric and is_torchmetrics(each))
     elif isinstance(metric, Metric):
         for part in metric.metrics_within():
-            yield from updaters(part, updater if metric.has_leaves_of_inner else own)
+            yield from updaters(part, updater if metric.updates_inner_apart else own)

@@ -5,19 +5,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
-from functools import wraps
-from inspect import Parameter, isfunction, signature
 from typing import Any, Literal, TypeAlias
 
 import torch
 
-from dengine.errors import NotComputableError
 from dengine.metrics.core.shown import shown_settings
 from dengine.metrics.core.transform import prediction_and_target
+from dengine.metrics.core.wrapped_methods import wrap_methods
 from dengine.naming import other_names
 from dengine.types import MetricValue
 
-__all__ = ["Metric", "OutputTransform", "StateOp", "StateSpec", "counting", "counts_updates"]
+__all__ = ["Metric", "OutputTransform", "StateOp", "StateSpec"]
 
 OutputTransform: TypeAlias = Callable[[Any], Any]
 StateOp: TypeAlias = Literal["sum", "mean", "min", "max", "cat", "gather"]
@@ -69,10 +67,10 @@ class Metric(ABC):
     # Class attributes, so that a subclass that never calls __init__ has them.
     transform: OutputTransform | None = None
     num_updates: int = 0  # since the last reset
-    has_leaves_of_inner: bool = False  # whether the metrics within it are updated each by itself
+    updates_inner_apart: bool = False  # whether the metrics within it are updated each by itself
     shows_live: bool = False  # whether its value is shown while the epoch is under way
-    adds_to_no_graph: bool = False  # whether `update` sees to that; elsewhere an engine calls it without gradients
-    # What a user's own subclass of a view writes goes on around its leaf: the view that the leaf is updated through.
+    adds_to_no_graph: bool = False  # whether `update` sees to that; else an engine calls it without gradients
+    # What a user's own subclass of a derived metric writes is called too: the metric that this one is updated through.
     updated_by: "Metric | None" = None
     _states: Mapping[str, StateSpec] = {}
 
@@ -88,14 +86,12 @@ class Metric(ABC):
         super().__init_subclass__(**kwargs)
         # Whether a rank saw anything decides how it counts in a reduction, and an `update` that a user wrote, here or
         # in a mix-in, cannot be asked to keep the number.
-        given = {name for name in _WRAPPERS if _is_to_be_wrapped(cls, name)}
-        for name in given:
-            setattr(cls, name, _wrapped(name, getattr(cls, name)))
-        if {"update", "default_transform"} & {*given, *cls.__dict__} and "adds_to_no_graph" not in cls.__dict__:
+        wrapped = wrap_methods(cls, Metric)
+        if {"update", "default_transform"} & {*wrapped, *cls.__dict__} and "adds_to_no_graph" not in cls.__dict__:
             cls.adds_to_no_graph = False  # what a base class says of its own
 
     def default_transform(self, output: Any) -> Any:
-        """What a step's output becomes where no `output_transform` is given."""
+        """What a step's output becomes if no `output_transform` is given."""
         return prediction_and_target(output)
 
     def add_state(self, name: str, default: Any, reduce: StateOp = "sum") -> None:
@@ -103,7 +99,7 @@ class Metric(ABC):
 
         Args:
             default: a number or a tensor; `[]` for "cat". A tensor without elements is one whose shape the first
-                update will tell.
+                update gives.
             reduce: "sum", "min", "max"; "mean", plain over the ranks that saw anything; "cat", a list of tensors
                 joined along their first dimension; "gather", the ranks' tensors stacked, (ranks, ...).
 
@@ -121,7 +117,7 @@ class Metric(ABC):
 
     @property
     def states(self) -> Mapping[str, StateSpec]:
-        """The declared states by name; empty where the metric declares nothing."""
+        """The declared states by name; empty if the metric declares nothing."""
         return self._states
 
     def reset(self) -> None:
@@ -149,7 +145,7 @@ class Metric(ABC):
             setattr(reduced, name, value)
         return reduced
 
-    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+    def flush(self) -> None:  # noqa: B027 - most have nothing to do
         """Called before the states are read, for a reduction or a checkpoint: to put in what is known only now, as a
         clock's time."""
 
@@ -162,7 +158,7 @@ class Metric(ABC):
         return self.num_updates > 0
 
     def num_counted(self) -> Any:
-        """How many things the value is a mean of, as a number or a tensor; None where it is no such mean."""
+        """How many things the value is a mean of, as a number or a tensor; None if it is no such mean."""
         return None
 
     def __repr__(self) -> str:
@@ -174,21 +170,21 @@ class Metric(ABC):
         """The metrics that this one is made of: whoever updates it, updates them."""
         return ()
 
-    def leaves(self) -> tuple["Metric", ...]:
+    def stateful_metrics(self) -> tuple["Metric", ...]:
         """The metrics that hold the states this one is computed from: itself, unless it is made of others."""
         return (self,)
 
     def evaluate(self, reduced: Mapping[int, Any]) -> MetricValue:
-        """The value, given the reduced copies of the leaves by the leaves' `id`."""
+        """The value, given the reduced copies of the stateful metrics that it reads, by their `id`."""
         value: MetricValue = reduced[id(self)].compute()
         return value
 
-    def covers(self, other: "Metric") -> bool:
-        """Whether this leaf's states tell all that `other` would count of the same outputs, so that one is enough."""
+    def can_lead(self, other: "Metric") -> bool:
+        """Whether it can lead a compute group with `other`: its states hold all that `other` would count."""
         return False
 
-    def replace_leaf(self, leaf: "Metric", stand_in: "Metric") -> None:  # noqa: B027 - most read no leaf but themselves
-        """Compute from `stand_in`, which covers it, what was computed from `leaf`."""
+    def read_from(self, stateful: "Metric", leader: "Metric") -> None:  # noqa: B027 - most read no metric but themselves
+        """Compute from `leader`, of the same compute group, what was computed from `stateful`."""
 
     def __add__(self, other: Any) -> "Metric":
         return _function(operator.add, self, other)
@@ -231,76 +227,6 @@ def _fresh(default: Any) -> Any:
     if isinstance(default, torch.Tensor):
         return default.detach().clone()
     return list(default) if isinstance(default, list) else default
-
-
-# Above the class that they are already applied to while this module is read.
-def counting(update: Callable[..., None]) -> Callable[..., None]:
-    """`update`, counted once however many base classes count the same call; anew, if it was a reset as well."""
-
-    @wraps(update)
-    def counted_one(self: Metric, output: Any) -> None:
-        before = self.num_updates
-        update(self, output)
-        after = self.num_updates
-        self.num_updates = (before if before < after else after) + 1
-
-    @wraps(update)
-    def counted(self: Metric, *args: Any, **kwargs: Any) -> None:
-        before = self.num_updates
-        update(self, *args, **kwargs)
-        after = self.num_updates
-        self.num_updates = (before if before < after else after) + 1
-
-    # An update of a small batch takes so little time that packing its argument shows.
-    return counted_one if _takes_one_output(update) else counted
-
-
-def _takes_one_output(update: Callable[..., None]) -> bool:
-    parameters = list(signature(update).parameters.values())
-    if [each.name for each in parameters] != ["self", "output"]:
-        return False
-    return parameters[1].kind is Parameter.POSITIONAL_OR_KEYWORD and parameters[1].default is Parameter.empty
-
-
-def _uncounting(reset: Callable[..., None]) -> Callable[..., None]:
-    @wraps(reset)
-    def uncounted(self: Metric, *args: Any, **kwargs: Any) -> None:
-        reset(self, *args, **kwargs)
-        self.num_updates = 0
-
-    return uncounted
-
-
-def _named(compute: Callable[..., MetricValue]) -> Callable[..., MetricValue]:
-    @wraps(compute)
-    def named(self: Metric) -> MetricValue:
-        try:
-            return compute(self)
-        except NotComputableError as error:
-            name = type(self).__name__
-            raise NotComputableError(f"{name} cannot be computed: {error.reason}.", reason=error.reason) from None
-
-    return named
-
-
-_WRAPPERS: dict[str, Callable[..., Any]] = {"update": counting, "reset": _uncounting, "compute": _named}
-_IS_WRAPPED = "_dengine_is_wrapped"
-
-
-def _is_to_be_wrapped(cls: type, name: str) -> bool:
-    found = getattr(cls, name)
-    return isfunction(found) and found is not getattr(Metric, name) and not hasattr(found, _IS_WRAPPED)
-
-
-def _wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    wrapped: Callable[..., Any] = _WRAPPERS[name](function)
-    setattr(wrapped, _IS_WRAPPED, True)
-    return wrapped
-
-
-def counts_updates(metric: Metric) -> bool:
-    """Whether `metric.num_updates` counts the calls of `metric.update`. Not if `update` was set on the object."""
-    return getattr(metric.update, _IS_WRAPPED, False)
 
 
 def _function(function: Callable[..., Any], *operands: Any) -> Metric:

@@ -1,4 +1,4 @@
-"""How metrics show themselves: by the arguments that they were made with, where those are not the defaults."""
+"""The `repr` of metrics: the arguments that they were made with, unless these are the defaults."""
 
 from collections.abc import Iterator
 from inspect import Parameter, signature
@@ -10,7 +10,7 @@ __all__ = ["shown_settings"]
 
 _NOT_THERE = object()
 _SHORT = (bool, int, float, str, type, torch.device, torch.dtype)
-_HOLDERS = ("_leaf", "settings", "_settings")
+_HOLDERS = ("_stateful", "settings", "_settings")
 
 
 def shown_settings(metric: Any) -> str:

@@ -1,4 +1,4 @@
-"""From a step's output to what a metric's `update` takes, where the user says nothing."""
+"""From a step's output to what a metric's `update` takes, if the user gives no transform."""
 
 import sys
 from collections.abc import Mapping

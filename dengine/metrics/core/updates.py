@@ -8,15 +8,16 @@ from typing import Any
 
 from dengine.metrics.core.batch_size import samples_or_one
 from dengine.metrics.core.kinds import is_mergeable
-from dengine.metrics.core.metric import Metric, OutputTransform, counting, counts_updates
+from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.metrics.core.transform import is_torchmetrics, prediction_and_target
+from dengine.metrics.core.wrapped_methods import counting, counts_updates
 
 __all__ = ["Seen", "check_update", "default_transform", "takes_pair", "update_of"]
 
 
 @dataclass
 class Seen:
-    """What a metric that cannot tell by itself was given since its last reset."""
+    """What a metric that does not count by itself was given since its last reset."""
 
     num_updates: int = 0
     num_samples: int = 0
@@ -51,7 +52,7 @@ def update_of(metric: Any, transform: OutputTransform | None) -> Callable[[Any],
 
 
 def default_transform(metric: Any) -> OutputTransform | None:
-    """What a step's output goes through where the user gives nothing."""
+    """What a step's output goes through if the user gives nothing."""
     if isinstance(metric, Metric):
         return metric.transform
     return prediction_and_target if takes_pair(metric) else None
@@ -87,7 +88,7 @@ def _update_of_object(self: Metric, output: Any) -> None:
 def _signature(metric: Any) -> Signature | None:
     try:
         return signature(metric.update)
-    except (TypeError, ValueError):  # written in C, or a callable that does not tell
+    except (TypeError, ValueError):  # written in C, or a callable without a signature
         return None
 
 

@@ -12,58 +12,58 @@ import torch
 
 from dengine.comm.collectives import gather_bytes, max_tensor
 from dengine.launch.world import World
-from dengine.metrics.reduction.schema import Entry, Item
+from dengine.metrics.reduction.schema import Schema, State
 
 __all__ = ["HEADER", "Plan", "packed", "unpacked"]
 
-HEADER = 2  # lanes: ranks whose layout has changed, ranks that failed to give their states
+HEADER = 2  # flags: ranks whose schemas have changed, ranks that failed to give their states
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which states lie where in the buffer: their indices, kind by kind, so that each kind is packed in one go.
+    """The place of each state in the buffer: their indices, kind by kind, so that each kind is packed in one go.
 
     The buffer: header | floats | whole numbers, high halves | low halves | a row for each rank of the same three.
     """
 
     sums: tuple[int, ...]  # floats to be summed
     counts: tuple[int, ...]  # whole numbers to be summed
-    means: tuple[int, ...]  # behind the floats: value and flag
-    slots: tuple[int, ...]  # floats that keep the ranks apart
-    whole_slots: tuple[int, ...]
-    joined: tuple[int, ...]  # "cat": their lengths, behind the whole slots
+    means: tuple[int, ...]  # after the floats: value and flag
+    per_rank_floats: tuple[int, ...]  # floats that keep the ranks apart
+    per_rank_counts: tuple[int, ...]
+    joined: tuple[int, ...]  # "cat": their lengths, after `per_rank_counts`
     extremes: tuple[int, ...]
 
     @classmethod
-    def of(cls, layout: tuple[Entry, ...]) -> "Plan":
+    def of(cls, schemas: tuple[Schema, ...]) -> "Plan":
         def those(*ops: str, is_whole: bool | None = None) -> tuple[int, ...]:
-            return tuple(i for i, e in enumerate(layout) if e.op in ops and is_whole in (None, e.is_whole))
+            return tuple(i for i, e in enumerate(schemas) if e.op in ops and is_whole in (None, e.is_whole))
 
         return cls(
             sums=those("sum", is_whole=False),
             counts=those("sum", is_whole=True),
             means=those("mean"),
-            slots=those("gather", is_whole=False),
-            whole_slots=those("gather", is_whole=True),
+            per_rank_floats=those("gather", is_whole=False),
+            per_rank_counts=those("gather", is_whole=True),
             joined=those("cat"),
             extremes=those("min", "max"),
         )
 
 
 def packed(
-    items: list[Item] | None, layout: tuple[Entry, ...], plan: Plan, here: World, failure: str | None
+    states: list[State] | None, schemas: tuple[Schema, ...], plan: Plan, here: World, failure: str | None
 ) -> torch.Tensor:
     """The float64 buffer of this rank. One that has nothing to give says so in the header and sends zeros."""
     device = here.device
-    if items is None or failure is not None:
-        buffer = torch.zeros(HEADER + sum(_sections(layout, plan, here)), dtype=torch.float64)
-        buffer[0], buffer[1] = float(items is None), float(failure is not None)
+    if states is None or failure is not None:
+        buffer = torch.zeros(HEADER + sum(_sections(schemas, plan, here)), dtype=torch.float64)
+        buffer[0], buffer[1] = float(states is None), float(failure is not None)
         return buffer.to(device)
-    floats = [items[index].value for index in plan.sums] + _weighted_means(items, plan)
-    counts = _flat([items[index].value for index in plan.counts], device, torch.int64)
-    lengths = torch.tensor([items[index].value.shape[0] for index in plan.joined], dtype=torch.int64)
-    own_floats = _flat([items[index].value for index in plan.slots], device, torch.float64)
-    own_counts = _flat([*(items[index].value for index in plan.whole_slots), lengths], device, torch.int64)
+    floats = [states[index].value for index in plan.sums] + _weighted_means(states, plan)
+    counts = _flat([states[index].value for index in plan.counts], device, torch.int64)
+    lengths = torch.tensor([states[index].value.shape[0] for index in plan.joined], dtype=torch.int64)
+    own_floats = _flat([states[index].value for index in plan.per_rank_floats], device, torch.float64)
+    own_counts = _flat([*(states[index].value for index in plan.per_rank_counts), lengths], device, torch.int64)
     own = torch.cat([own_floats, *_halves(own_counts)])
     header = torch.zeros(HEADER, dtype=torch.float64, device=device)
     return torch.cat([header, _flat(floats, device, torch.float64), *_halves(counts), _in_its_row(own, here)])
@@ -78,12 +78,12 @@ def _flat(values: list[torch.Tensor], device: torch.device, dtype: torch.dtype) 
     return torch.cat(parts).to(dtype)
 
 
-def _weighted_means(items: list[Item], plan: Plan) -> list[torch.Tensor]:
+def _weighted_means(states: list[State], plan: Plan) -> list[torch.Tensor]:
     """A rank that saw nothing adds nothing to the value, nor to the number of ranks."""
     parts: list[torch.Tensor] = []
     for index in plan.means:
-        flag = torch.tensor([float(items[index].is_seen)], dtype=torch.float64)
-        parts += [items[index].value.detach().double() * float(items[index].is_seen), flag]
+        flag = torch.tensor([float(states[index].is_seen)], dtype=torch.float64)
+        parts += [states[index].value.detach().double() * float(states[index].is_seen), flag]
     return parts
 
 
@@ -96,12 +96,12 @@ def _in_its_row(own: torch.Tensor, here: World) -> torch.Tensor:
     return rows.reshape(-1)
 
 
-def _sections(layout: tuple[Entry, ...], plan: Plan, here: World) -> tuple[int, int, int, int]:
+def _sections(schemas: tuple[Schema, ...], plan: Plan, here: World) -> tuple[int, int, int, int]:
     """Lengths of what follows the header: floats, halves of whole numbers (two sections), the rows of the ranks."""
-    floats = sum(layout[index].numel for index in plan.sums) + sum(layout[index].numel + 1 for index in plan.means)
-    counts = sum(layout[index].numel for index in plan.counts)
-    row = sum(layout[index].numel for index in plan.slots)
-    row += 2 * (sum(layout[index].numel for index in plan.whole_slots) + len(plan.joined))
+    floats = sum(schemas[index].numel for index in plan.sums) + sum(schemas[index].numel + 1 for index in plan.means)
+    counts = sum(schemas[index].numel for index in plan.counts)
+    row = sum(schemas[index].numel for index in plan.per_rank_floats)
+    row += 2 * (sum(schemas[index].numel for index in plan.per_rank_counts) + len(plan.joined))
     return floats, counts, counts, here.size * row
 
 
@@ -119,119 +119,119 @@ def _split(flat: torch.Tensor, lengths: list[int], dim: int = 0) -> Sequence[tor
 
 
 def unpacked(
-    host: torch.Tensor, items: list[Item], layout: tuple[Entry, ...], plan: Plan, here: World
+    host: torch.Tensor, states: list[State], schemas: tuple[Schema, ...], plan: Plan, here: World
 ) -> list[torch.Tensor]:
-    """The reduced states, from the summed buffer. Collective where there are minima, maxima or "cat" states."""
-    _, floats, high, low, rows = _split(host, [HEADER, *_sections(layout, plan, here)])
-    values = dict(_extremes(items, layout, plan, here))
-    num_floats = [layout[index].numel for index in plan.sums]
+    """The reduced states, from the summed buffer. Collective if there are minima, maxima or "cat" states."""
+    _, floats, high, low, rows = _split(host, [HEADER, *_sections(schemas, plan, here)])
+    values = dict(_extremes(states, schemas, plan, here))
+    num_floats = [schemas[index].numel for index in plan.sums]
     *sums, means = _split(floats, [*num_floats, floats.numel() - sum(num_floats)])
-    values |= {index: _shaped(part, layout[index]) for index, part in zip(plan.sums, sums, strict=True)}
-    values |= _unpacked_means(means, items, layout, plan)
-    counts = _split(_joined_halves(high, low), [layout[index].numel for index in plan.counts])
-    values |= {index: _shaped(part, layout[index]) for index, part in zip(plan.counts, counts, strict=True)}
-    if plan.slots or plan.whole_slots or plan.joined:
-        values |= _unpacked_rows(rows.reshape(here.size, -1), items, layout, plan, here)
-    return [values[index] for index in range(len(layout))]
+    values |= {index: _shaped(part, schemas[index]) for index, part in zip(plan.sums, sums, strict=True)}
+    values |= _unpacked_means(means, states, schemas, plan)
+    counts = _split(_joined_halves(high, low), [schemas[index].numel for index in plan.counts])
+    values |= {index: _shaped(part, schemas[index]) for index, part in zip(plan.counts, counts, strict=True)}
+    if plan.per_rank_floats or plan.per_rank_counts or plan.joined:
+        values |= _unpacked_rows(rows.reshape(here.size, -1), states, schemas, plan, here)
+    return [values[index] for index in range(len(schemas))]
 
 
-def _shaped(part: torch.Tensor, entry: Entry) -> torch.Tensor:
-    dtype = _dtype_of_sum(entry)
-    return (part if part.dtype == dtype else part.to(dtype)).reshape(entry.shape)
+def _shaped(part: torch.Tensor, schema: Schema) -> torch.Tensor:
+    dtype = _dtype_of_sum(schema)
+    return (part if part.dtype == dtype else part.to(dtype)).reshape(schema.shape)
 
 
-def _dtype_of_sum(entry: Entry) -> torch.dtype:
+def _dtype_of_sum(schema: Schema) -> torch.dtype:
     """As it went in, but for what the sum of all ranks may not fit into: a sum of booleans or bytes is a count."""
-    if entry.is_whole:
+    if schema.is_whole:
         return torch.int64
-    return torch.float32 if entry.dtype.itemsize < 4 else entry.dtype
+    return torch.float32 if schema.dtype.itemsize < 4 else schema.dtype
 
 
 def _unpacked_means(
-    means: torch.Tensor, items: list[Item], layout: tuple[Entry, ...], plan: Plan
+    means: torch.Tensor, states: list[State], schemas: tuple[Schema, ...], plan: Plan
 ) -> dict[int, torch.Tensor]:
     values = {}
     for index in plan.means:
-        entry = layout[index]
-        total, num_seen, means = _split(means, [entry.numel, 1, means.numel() - entry.numel - 1])
-        dtype = torch.float64 if entry.is_whole else entry.dtype
-        default = items[index].value.detach().cpu()
-        values[index] = default if num_seen == 0 else (total / num_seen).to(dtype).reshape(entry.shape)
+        schema = schemas[index]
+        total, num_seen, means = _split(means, [schema.numel, 1, means.numel() - schema.numel - 1])
+        dtype = torch.float64 if schema.is_whole else schema.dtype
+        default = states[index].value.detach().cpu()
+        values[index] = default if num_seen == 0 else (total / num_seen).to(dtype).reshape(schema.shape)
     return values
 
 
 def _unpacked_rows(
-    rows: torch.Tensor, items: list[Item], layout: tuple[Entry, ...], plan: Plan, here: World
+    rows: torch.Tensor, states: list[State], schemas: tuple[Schema, ...], plan: Plan, here: World
 ) -> dict[int, torch.Tensor]:
     """What keeps the ranks apart: (ranks, ...) for "gather", and the "cat" states, whose lengths are among it."""
-    num_floats = [layout[index].numel for index in plan.slots]
-    num_wholes = [layout[index].numel for index in plan.whole_slots] + [1] * len(plan.joined)
+    num_floats = [schemas[index].numel for index in plan.per_rank_floats]
+    num_wholes = [schemas[index].numel for index in plan.per_rank_counts] + [1] * len(plan.joined)
     floats, high, low = _split(rows, [sum(num_floats), sum(num_wholes), sum(num_wholes)], 1)
     pieces = [*_split(floats, num_floats, 1), *_split(_joined_halves(high, low), num_wholes, 1)]
     values = {}
-    for index, piece in zip((*plan.slots, *plan.whole_slots), pieces, strict=False):
-        values[index] = piece.to(layout[index].dtype).reshape(here.size, *layout[index].shape)
+    for index, piece in zip((*plan.per_rank_floats, *plan.per_rank_counts), pieces, strict=False):
+        values[index] = piece.to(schemas[index].dtype).reshape(here.size, *schemas[index].shape)
     lengths = pieces[len(pieces) - len(plan.joined) :]
-    return values | _concatenated(items, layout, plan, lengths, here)
+    return values | _concatenated(states, schemas, plan, lengths, here)
 
 
 # -- minima and maxima -------------------------------------------------------------------------------------------
 
 
-def _extremes(items: list[Item], layout: tuple[Entry, ...], plan: Plan, here: World) -> dict[int, torch.Tensor]:
+def _extremes(states: list[State], schemas: tuple[Schema, ...], plan: Plan, here: World) -> dict[int, torch.Tensor]:
     """Minima and maxima by the states' index, in one all-reduce: a minimum is the maximum of the reversed order."""
     wanted = plan.extremes
     if not wanted:
         return {}
-    sent = torch.cat([_ordered(items[index], layout[index], here) for index in wanted])
-    pieces = _split(max_tensor(sent, here).cpu(), [layout[index].numel for index in wanted])
-    return {index: _from_ordered(layout[index], piece) for index, piece in zip(wanted, pieces, strict=True)}
+    sent = torch.cat([_ordered(states[index], schemas[index], here) for index in wanted])
+    pieces = _split(max_tensor(sent, here).cpu(), [schemas[index].numel for index in wanted])
+    return {index: _from_ordered(schemas[index], piece) for index, piece in zip(wanted, pieces, strict=True)}
 
 
-def _ordered(item: Item, entry: Entry, here: World) -> torch.Tensor:
+def _ordered(state: State, schema: Schema, here: World) -> torch.Tensor:
     """int64 numbers that are ordered as the values are; NaN is above everything, whichever end is asked for."""
-    value = item.value.detach().to(here.device).reshape(-1)
-    if entry.is_whole:
+    value = state.value.detach().to(here.device).reshape(-1)
+    if schema.is_whole:
         bits = value.long()
     else:
         bits = value.double().view(torch.int64)
         bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-    if entry.op == "min":
+    if schema.op == "min":
         bits = ~bits
-    if not entry.is_whole:
+    if not schema.is_whole:
         bits = torch.where(value.isnan(), torch.iinfo(torch.int64).max, bits)
     return bits
 
 
-def _from_ordered(entry: Entry, bits: torch.Tensor) -> torch.Tensor:
-    if entry.is_whole:
-        return (~bits if entry.op == "min" else bits).to(entry.dtype).reshape(entry.shape)
+def _from_ordered(schema: Schema, bits: torch.Tensor) -> torch.Tensor:
+    if schema.is_whole:
+        return (~bits if schema.op == "min" else bits).to(schema.dtype).reshape(schema.shape)
     is_nan = bits == torch.iinfo(torch.int64).max
-    bits = ~bits if entry.op == "min" else bits
+    bits = ~bits if schema.op == "min" else bits
     value = (bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)).view(torch.float64)
-    return torch.where(is_nan, torch.nan, value).to(entry.dtype).reshape(entry.shape)
+    return torch.where(is_nan, torch.nan, value).to(schema.dtype).reshape(schema.shape)
 
 
 # -- joined states -----------------------------------------------------------------------------------------------
 
 
 def _concatenated(
-    items: list[Item], layout: tuple[Entry, ...], plan: Plan, lengths_R: Sequence[torch.Tensor], here: World
+    states: list[State], schemas: tuple[Schema, ...], plan: Plan, lengths_R: Sequence[torch.Tensor], here: World
 ) -> dict[int, torch.Tensor]:
     """All "cat" states by index, in the order of ranks, in one padded gather of their bytes."""
     wanted = plan.joined
     if not wanted:
         return {}
     lengths = {index: piece.reshape(-1).tolist() for index, piece in zip(wanted, lengths_R, strict=True)}
-    widths = {index: layout[index].numel * layout[index].dtype.itemsize for index in wanted}
-    mine = [items[index].value.detach().to(here.device, layout[index].dtype).contiguous() for index in wanted]
+    widths = {index: schemas[index].numel * schemas[index].dtype.itemsize for index in wanted}
+    mine = [states[index].value.detach().to(here.device, schemas[index].dtype).contiguous() for index in wanted]
     sizes = [sum(lengths[index][rank] * widths[index] for index in wanted) for rank in range(here.size)]
     gathered = gather_bytes(torch.cat([value.reshape(-1).view(torch.uint8) for value in mine]), sizes, here)
     parts: dict[int, list[torch.Tensor]] = {index: [] for index in wanted}
     for rank, row in enumerate(gathered):
         cuts = [lengths[index][rank] * widths[index] for index in wanted]
         for index, piece in zip(wanted, _split(row, cuts), strict=True):
-            # clone: the bytes of one state may begin where its dtype cannot be read in place.
-            values = piece.clone().view(layout[index].dtype)
-            parts[index].append(values.reshape(lengths[index][rank], *layout[index].shape))
+            # clone: the bytes of one state may begin at an address at which its dtype cannot be read.
+            values = piece.clone().view(schemas[index].dtype)
+            parts[index].append(values.reshape(lengths[index][rank], *schemas[index].shape))
     return {index: torch.cat(part) for index, part in parts.items()}

@@ -10,15 +10,15 @@ import torch
 from dengine.errors import MetricStateError
 from dengine.metrics.core.metric import StateOp
 
-__all__ = ["Entry", "Item", "entry_of", "fitted", "merged"]
+__all__ = ["Schema", "State", "fitted", "merged", "schema_of"]
 
 
 @dataclass(frozen=True)
-class Item:
-    """One state on its way. Where this rank saw nothing, `value` is its default, and others tell dtype and shape."""
+class State:
+    """One state on its way. If this rank saw nothing, `value` is its default, and other ranks give dtype and shape."""
 
     metric: str  # as the user knows it: name and class
-    state: str
+    name: str
     op: StateOp
     value: torch.Tensor
     is_seen: bool = True
@@ -27,17 +27,17 @@ class Item:
     def __post_init__(self) -> None:
         if self.op != "cat" and self.value.is_complex():
             raise MetricStateError(
-                f"The state {self.state!r} of {self.metric} is complex, and only real numbers are reduced: keep real "
+                f"The state {self.name!r} of {self.metric} is complex, and only real numbers are reduced: keep real "
                 "and imaginary part as two states (torch.view_as_real gives both as one)."
             )
 
 
 @dataclass(frozen=True)
-class Entry:
+class Schema:
     """What is agreed about one state. `shape` leaves out the first dimension of a "cat" state."""
 
     metric: str
-    state: str
+    name: str
     op: StateOp
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -54,49 +54,51 @@ class Entry:
 
     @property
     def is_open(self) -> bool:
-        """Nobody can tell the shape yet."""
+        """Nobody knows the shape yet."""
         return not self.is_seen and (self.op == "cat" or self.numel == 0)
 
 
-def entry_of(item: Item) -> Entry:
-    value = item.value
-    shape = tuple(value.shape[1:] if item.op == "cat" else value.shape)
-    return Entry(item.metric, item.state, item.op, value.dtype, shape, item.is_seen and value.numel() > 0, item.form)
+def schema_of(state: State) -> Schema:
+    value = state.value
+    shape = tuple(value.shape[1:] if state.op == "cat" else value.shape)
+    return Schema(
+        state.metric, state.name, state.op, value.dtype, shape, state.is_seen and value.numel() > 0, state.form
+    )
 
 
-def merged(ranks: list[tuple[Entry, ...]]) -> tuple[Entry, ...]:
+def merged(ranks: list[tuple[Schema, ...]]) -> tuple[Schema, ...]:
     """What all ranks can reduce by: from those that have seen data, as only they know shapes."""
-    kinds = [[(entry.metric, entry.state, entry.op) for entry in entries] for entries in ranks]
+    kinds = [[(schema.metric, schema.name, schema.op) for schema in schemas] for schemas in ranks]
     for rank, kind in enumerate(kinds):
         if kind != kinds[0]:
             raise MetricStateError(_difference(rank, kind, kinds[0]))
-    return tuple(_mergedentry_of(entries) for entries in zip(*ranks, strict=True))
+    return tuple(_merged_schema(schemas) for schemas in zip(*ranks, strict=True))
 
 
-def _mergedentry_of(entries: tuple[Entry, ...]) -> Entry:
-    seen = [(rank, entry) for rank, entry in enumerate(entries) if entry.is_seen]
+def _merged_schema(schemas: tuple[Schema, ...]) -> Schema:
+    seen = [(rank, schema) for rank, schema in enumerate(schemas) if schema.is_seen]
     if not seen:
-        return entries[0]
+        return schemas[0]
     first_rank, first = seen[0]
     dtype = first.dtype
-    for rank, entry in seen[1:]:
-        if entry.form != first.form:
+    for rank, schema in seen[1:]:
+        if schema.form != first.form:
             raise MetricStateError(
-                f"The ranks cannot add up {first.metric}: it computed {_told(entry)} on rank {rank}, but "
-                f"{_told(first)} on rank {first_rank}. It must compute the same everywhere."
+                f"The ranks cannot add up {first.metric}: it computed {_described(schema)} on rank {rank}, but "
+                f"{_described(first)} on rank {first_rank}. It must compute the same everywhere."
             )
-        if entry.shape != first.shape:
+        if schema.shape != first.shape:
             raise MetricStateError(
-                f"The ranks cannot add up {first.metric}: its state {first.state!r} has shape {entry.shape} on rank "
+                f"The ranks cannot add up {first.metric}: its state {first.name!r} has shape {schema.shape} on rank "
                 f"{rank}, but {first.shape} on rank {first_rank}. Give it the same size everywhere (num_classes=)."
             )
-        dtype = torch.promote_types(dtype, entry.dtype)
+        dtype = torch.promote_types(dtype, schema.dtype)
     return replace(first, dtype=dtype)
 
 
-def _told(entry: Entry) -> str:
+def _described(schema: Schema) -> str:
     """`'a' of shape (), 'b' of shape (2,)`."""
-    return ", ".join(f"{name or 'a value'!r} of shape {shape}" for name, shape, *_ in entry.form) or "a number"
+    return ", ".join(f"{name or 'a value'!r} of shape {shape}" for name, shape, *_ in schema.form) or "a number"
 
 
 def _difference(rank: int, kind: list[tuple[str, str, StateOp]], first: list[tuple[str, str, StateOp]]) -> str:
@@ -116,29 +118,29 @@ def _difference(rank: int, kind: list[tuple[str, str, StateOp]], first: list[tup
     )
 
 
-def fitted(items: Sequence[Item], layout: tuple[Entry, ...]) -> list[Item] | None:
-    """The items in the agreed shapes, defaults widened to them; None where this rank's own have changed."""
-    if len(items) != len(layout):
+def fitted(states: Sequence[State], schemas: tuple[Schema, ...]) -> list[State] | None:
+    """The states in the agreed shapes, defaults widened to them; None if this rank's own have changed."""
+    if len(states) != len(schemas):
         return None
     found = []
-    for item, agreed in zip(items, layout, strict=True):
-        if item.metric != agreed.metric or item.state != agreed.state or item.op != agreed.op:
+    for state, agreed in zip(states, schemas, strict=True):
+        if state.metric != agreed.metric or state.name != agreed.name or state.op != agreed.op:
             return None
-        value = item.value
-        shape = value.shape[1:] if item.op == "cat" else value.shape
-        if item.is_seen and value.numel():
+        value = state.value
+        shape = value.shape[1:] if state.op == "cat" else value.shape
+        if state.is_seen and value.numel():
             is_narrower = value.dtype == agreed.dtype or torch.promote_types(value.dtype, agreed.dtype) == agreed.dtype
-            if shape != agreed.shape or not is_narrower or item.form != agreed.form:
+            if shape != agreed.shape or not is_narrower or state.form != agreed.form:
                 return None
-            found.append(item)
-        elif item.op == "cat":
-            found.append(replace(item, value=value.new_zeros((0, *agreed.shape))))
+            found.append(state)
+        elif state.op == "cat":
+            found.append(replace(state, value=value.new_zeros((0, *agreed.shape))))
         else:
-            found.append(item if shape == agreed.shape else replace(item, value=_widened(value, agreed)))
+            found.append(state if shape == agreed.shape else replace(state, value=_widened(value, agreed)))
     return found
 
 
-def _widened(default: torch.Tensor, agreed: Entry) -> torch.Tensor:
-    """A default in a shape that another rank's data have told."""
+def _widened(default: torch.Tensor, agreed: Schema) -> torch.Tensor:
+    """A default in a shape that another rank's data have given."""
     one = default.reshape(-1)[:1] if default.numel() else default.new_zeros(1)
     return one.expand(max(agreed.numel, 1))[: agreed.numel].reshape(agreed.shape)
