@@ -1,4 +1,4 @@
-"""`Conf`: every way to make a configuration, and what can be done with a whole one."""
+"""`Conf`: every way to make a configuration, and what can be done with one."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from dengine.checks import path_of
 from dengine.config.files import SUFFIXES, read_file
 from dengine.config.limits import refuse_growth
-from dengine.config.places import Document, Place, below, plain
+from dengine.config.source_locations import Document, SourceLocation, below, plain
 from dengine.config.tree import Config, MissingKeyError, new_config, omegaconf, translated
 from dengine.config.yaml_text import parse_value
 from dengine.errors import ConfigError
@@ -34,7 +34,8 @@ class Conf:
         """The configuration in a file, read by its suffix: .yaml (.yml), .toml, .json or .sdn.
 
         Raises:
-            ConfigError: another suffix, or a file that is not one mapping of that format: with line and key.
+            ConfigError: the suffix is another one, or the file is not one mapping of that format; the message has the
+                line and the key.
             OSError: the file cannot be read.
         """
         file = path_of("path", path)
@@ -56,7 +57,8 @@ class Conf:
         """A configuration with a copy of `data`.
 
         Raises:
-            TypeError: `data` is no mapping. ConfigError: it holds what no configuration can hold; with the full key.
+            TypeError: `data` is not a mapping. ConfigError: a configuration cannot hold one of its values; the message has
+                the full key.
         """
         return new_config(_from_mapping(data, "from_dict()"))
 
@@ -64,15 +66,15 @@ class Conf:
     def from_cli_dotlist(arguments: Sequence[str], *, known: Config | None = None) -> Config:
         """A configuration of arguments such as `train.lr=1e-3`, later ones over earlier ones.
 
-        A value is read as in a YAML file: `true`, `null`, `[1, 2]`, `{a: 1}`, `"quoted text"`; nothing is null.
-        A `#` that would begin a comment there is an error: it takes quotes.
+        A value is read as in a YAML file: `true`, `null`, `[1, 2]`, `{a: 1}`, `"quoted text"`; no value at all is null.
+        A `#` that would begin a comment in YAML is an error: quote it.
 
         Args:
-            known: what the arguments will be merged into, where a key that it lacks is a typo.
+            known: what the arguments will be merged into; a key that it lacks is a typo.
 
         Raises:
-            TypeError: no list of texts. ConfigError: an argument that is not `key=value`, or has a key that `known`
-                lacks; it is named.
+            TypeError: `arguments` is not a list of strings. ConfigError: an argument is not `key=value`, or has a key
+                that `known` lacks; it is named.
         """
         if isinstance(arguments, str) or not all(isinstance(argument, str) for argument in arguments):
             raise TypeError(f"from_cli_dotlist() takes a list such as ['train.lr=1e-3'], but got {arguments!r}.")
@@ -82,7 +84,7 @@ class Conf:
             given = _from_argument(argument)
             _refuse_clash(merged, given)
             _lay_over(merged.data, given.data)
-            merged.places.update(given.places)
+            merged.locations.update(given.locations)
             if known is not None:
                 _check_known(argument, given, known_data, known)
         return new_config(merged)
@@ -91,11 +93,11 @@ class Conf:
     def merge(*confs: Config | Mapping[Any, Any]) -> Config:
         """A new configuration: mappings are merged key by key, later ones over earlier ones; lists are replaced whole.
 
-        The arguments are left alone. The result can be changed, also where they are frozen.
+        The arguments are not changed. The result can be changed, even if they are frozen.
 
         Raises:
-            TypeError: nothing to merge, or something that is no mapping.
-            ConfigError: a mapping meets something else under the same key (null excepted); it names both places.
+            TypeError: there is nothing to merge, or an argument is not a mapping.
+            ConfigError: a mapping meets something else under the same key (null excepted); it names both.
         """
         if not confs:
             raise TypeError("merge() takes at least one configuration.")
@@ -109,20 +111,20 @@ class Conf:
         """`cfg` as plain dicts and lists, each `${...}` replaced: what `Track.run(config=...)` and `json` take.
 
         Raises:
-            TypeError: `cfg` is no configuration.
-            ConfigError: a `${...}` that leads nowhere, or a value that is still `???`; with the full key.
+            TypeError: `cfg` is not a configuration.
+            ConfigError: a `${...}` leads nowhere, or a value is still `???`; the message has its full key.
         """
         _check_config(cfg, "to_dict")
         return _resolved(cfg)
 
     @staticmethod
     def freeze(cfg: Config) -> Config:
-        """Replace each `${...}` for good, and refuse changes. It is `cfg` itself that is frozen, and returned.
+        """Replace each `${...}` for good, and refuse changes from now on. `cfg` itself is frozen, and returned.
 
         Reading a frozen configuration costs a look-up in a dict.
 
         Raises:
-            TypeError: `cfg` is no configuration. ConfigError: as `to_dict`; `cfg` is as it was then.
+            TypeError: `cfg` is not a configuration. ConfigError: as `to_dict`; `cfg` is then as it was.
         """
         _check_config(cfg, "freeze")
         _resolved(cfg)
@@ -148,7 +150,7 @@ def _document(conf: Any) -> Document:
         return _from_mapping(conf, "merge()")
     if conf._key == "":
         data = omegaconf().to_container(conf._node, resolve=False)
-        return Document(data, conf._document.sources, dict(conf._document.places))
+        return Document(data, conf._document.sources, dict(conf._document.locations))
     # A part of a tree: its ${...} may point to other parts, which do not come along.
     return Document(_resolved(conf), conf._document.sources)
 
@@ -178,7 +180,7 @@ def _from_argument(argument: str) -> Document:
     for key in reversed(keys):
         inner = {key: inner}
     document.data = plain(inner, "", document)
-    document.places = {".".join(keys[: depth + 1]): Place(source) for depth in range(len(keys))}
+    document.locations = {".".join(keys[: depth + 1]): SourceLocation(source) for depth in range(len(keys))}
     return document
 
 
@@ -205,14 +207,14 @@ def _check_known(argument: str, given: Document, known_data: Any, known: Config)
 
 def _merged(base: Document, over: Document) -> Document:
     sources = (*base.sources, *(source for source in over.sources if source not in base.sources))
-    both = Document({}, sources, {**base.places, **over.places})
+    both = Document({}, sources, {**base.locations, **over.locations})
     _refuse_clash(base, over)
     refuse_growth(base)
     refuse_growth(over)
     data = translated(
         lambda: omegaconf().to_container(omegaconf().merge(base.data, over.data), resolve=False), both, ""
     )
-    return Document(data, sources, both.places)
+    return Document(data, sources, both.locations)
 
 
 def _refuse_clash(base: Document, over: Document) -> None:
@@ -226,7 +228,8 @@ def _refuse_clash(base: Document, over: Document) -> None:
                 open_pairs.append((inner, first, second))
             elif isinstance(first, dict) != isinstance(second, dict) and not _may_stand_for_both(first, second):
                 raise ConfigError(
-                    f"{inner!r} is {_kind(first)} in {base.place(inner)}, but {_kind(second)} in {over.place(inner)}: "
+                    f"{inner!r} is {_kind(first)} in {base.location(inner)}, "
+                    f"but {_kind(second)} in {over.location(inner)}: "
                     "a mapping can only be merged with a mapping."
                 )
 

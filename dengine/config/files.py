@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dengine.config.places import Document, Place, below, plain
 from dengine.config.scalars import finite, whole
 from dengine.config.sdn import read_sdn
+from dengine.config.source_locations import Document, SourceLocation, below, plain
 from dengine.config.yaml_text import read_yaml
 from dengine.errors import ConfigError
 
@@ -23,11 +23,11 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|\n')
 
 
 def read_file(path: Path, suffix: str) -> Document:
-    """The mapping in the file, read as what `suffix` says.
+    """The mapping in the file, read by the reader for `suffix`.
 
     Raises:
-        ConfigError: the file holds something else than one mapping of that format; it names line and key. Or it is too
-            large, or no regular file.
+        ConfigError: the file is not one mapping of that format; the message has the line and the key. Or it is too
+            large, or not a regular file.
         OSError: the file cannot be read.
     """
     source = str(path)
@@ -60,7 +60,7 @@ def _bytes_of(path: Path) -> bytes:
 
 
 def refuse_all_but_mapping(data: Any, source: str) -> Mapping[Any, Any]:
-    """`data`, which must be a mapping; an empty file is an empty one."""
+    """`data`, which must be a mapping; an empty file is an empty mapping. Raises: ConfigError."""
     if data is None:
         return {}
     if not isinstance(data, Mapping):
@@ -88,13 +88,15 @@ def _toml(text: str, source: str) -> tuple[Any, Document]:
     for number, line in enumerate(text.split("\n"), start=1):
         # The reader's time grows with the square of the length of such a key.
         if line.count(".") >= _MAX_DOTS and _DOTTED.search(line):
-            raise ConfigError(f"{Place(source, number)}: a key of more than {_MAX_DOTS} parts is nested too deep.")
+            raise ConfigError(
+                f"{SourceLocation(source, number)}: a key of more than {_MAX_DOTS} parts is nested too deep."
+            )
     try:
         return _without_dates(tomllib.loads(text, parse_float=finite)), Document({}, (source,))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: this is no TOML: {error}.") from error
     except ValueError as error:
-        what = str(error).partition(";")[0]  # behind it Python tells how to have its limit raised
+        what = str(error).partition(";")[0]  # what follows it says how to raise the limit in Python
         raise ConfigError(f"{source}: a number is too long or too large: {what}.") from error
 
 
@@ -118,20 +120,20 @@ def _json(text: str, source: str) -> tuple[Any, Document]:
         ) from error
     except ValueError as error:  # a number that is too long or too large
         raise ConfigError(f"{source}: {error}.") from error
-    return data, Document({}, (source,), _json_places(text, source))
+    return data, Document({}, (source,), _json_locations(text, source))
 
 
-def _json_places(text: str, source: str) -> dict[str, Place]:
+def _json_locations(text: str, source: str) -> dict[str, SourceLocation]:
     """The line of each key of a text that is known to be JSON.
 
     Raises:
-        ConfigError: a key is there twice, which JSON allows, and of which the reader would keep the last.
+        ConfigError: a key is there twice. JSON allows that, and its reader would keep the last one.
     """
-    places: dict[str, Place] = {}
+    locations: dict[str, SourceLocation] = {}
     line, last = 1, ""
     open_keys: list[str] = [""]  # the full key of each value that is open
     counts: list[int | None] = []  # for each of them the number of items before; None for a mapping
-    lines: list[dict[str, int]] = []  # the keys so far: not by their full ones, which "a.b" and b in a have in common
+    lines: list[dict[str, int]] = []  # the keys so far; not the full ones: "a.b" and b in a have the same
     for token in _TOKEN.findall(text):
         if token == "\n":
             line += 1
@@ -152,9 +154,9 @@ def _json_places(text: str, source: str) -> dict[str, Place]:
             if key in lines[-1]:
                 raise ConfigError(f"{source}, line {line}: {full!r} is there twice: first in line {lines[-1][key]}.")
             lines[-1][key] = line
-            places[full] = Place(source, line)
+            locations[full] = SourceLocation(source, line)
         last = token if token != "\n" else last
-    return places
+    return locations
 
 
 SUFFIXES: dict[str, Callable[[str, str], tuple[Any, Document]]] = {

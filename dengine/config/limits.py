@@ -1,10 +1,10 @@
-"""How large a configuration may grow out of a small file. Pure: reads no file, and replaces nothing."""
+"""How large a configuration may become when its `${...}` are replaced. Pure: reads no file, replaces nothing."""
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from dengine.config.places import Document, below
+from dengine.config.source_locations import Document, below
 from dengine.errors import ConfigError
 
 __all__ = ["refuse_growth"]
@@ -21,9 +21,9 @@ _Path = tuple[Any, ...]
 def refuse_growth(document: Document) -> None:
     """Refuse values that refer to each other and would grow without bound: `b: ${a}${a}`, `c: ${b}${b}`, ...
 
-    What is allowed is ten times what is written, and a million characters more.
+    Ten times what is written, and a million characters more, is allowed.
 
-    Raises: ConfigError: it is more; with the key and the file.
+    Raises: ConfigError: it would be more; the message has the key and the file.
     Cost: one pass over the values; a second one only if there is a `${`.
     """
     written, has_reference = _written(document.data)
@@ -33,7 +33,7 @@ def refuse_growth(document: Document) -> None:
         _Growth(document, _ALLOWANCE + _FACTOR * written).of(())
     except RecursionError as error:
         raise ConfigError(
-            f"{document.place('')}: its ${{...}} refer to each other through too many values, one after the other."
+            f"{document.location('')}: its ${{...}} refer to each other through too many values, one after the other."
         ) from error
 
 
@@ -82,7 +82,7 @@ class _Growth:
             full = below(full, key)
         what = repr(full) if full else "the configuration"
         return (
-            f"{self._document.place(full)}: {what} would hold more than {self._limit} characters after its ${{...}} "
+            f"{self._document.location(full)}: {what} would hold more than {self._limit} characters after its ${{...}} "
             "are replaced: it refers again and again to values that refer to others."
         )
 
@@ -119,7 +119,9 @@ class _Growth:
         return key
 
     def _target(self, key: str, path: _Path, depth: int = 0) -> _Path:
-        """Where the key of a reference in the value at `path` leads; a path to nothing, if it leads nowhere."""
+        """The path that the key of a reference in the value at `path` means; one at which there is nothing, if it leads
+        nowhere.
+        """
         key = key.strip()
         num_dots = len(key) - len(key.lstrip("."))
         target: _Path = path[:-num_dots] if num_dots else ()

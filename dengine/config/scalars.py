@@ -1,4 +1,4 @@
-"""What text without quotes means. One rule for YAML, SDN and the command line: a number only if all of it is one."""
+"""The value of text without quotes, by one rule for YAML, SDN and the command line: a number only if all of it is."""
 
 import math
 import re
@@ -19,7 +19,7 @@ def bare_value(text: str, *, nulls: tuple[str, ...] = ()) -> bool | int | float 
 
     `1e-3` is a float, `yes` and `007` are text, `1_000` is an int.
 
-    Raises: ValueError: a number that is too long or too large; the text says what to do.
+    Raises: ValueError: a number is too long or too large; the message says what to do.
     """
     if text in _NULLS or text in nulls:
         return None

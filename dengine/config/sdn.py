@@ -26,8 +26,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dengine.checks import is_number, is_whole_number
-from dengine.config.places import Document, below
 from dengine.config.sdn_values import MAX_DEPTH, Reader
+from dengine.config.source_locations import Document, below
 
 __all__ = ["read_sdn"]
 
@@ -45,7 +45,7 @@ def read_sdn(text: str, source: str = "SDN text") -> Document:
     """The mapping that `text` holds, and the line of each key.
 
     Raises:
-        ConfigError: the text is no SDN; with `source`, the line and the column.
+        ConfigError: the text is not SDN; the message has `source`, the line and the column.
     """
     document = Document({}, (source,))
     blocks = _Blocks(Reader(text.replace("\r\n", "\n"), document))
@@ -57,7 +57,7 @@ def read_sdn(text: str, source: str = "SDN text") -> Document:
 
 
 class _Blocks:
-    """Reads by lines: which of them belong together is told by how far they are indented."""
+    """Reads by lines: how far they are indented says which of them belong together."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -74,7 +74,7 @@ class _Blocks:
         return self._found[1]
 
     def block(self, full: str, outer: int, depth: int) -> Any:
-        """The lines below a key that are indented further than it: a mapping, a list, or null where there are none."""
+        """The lines below a key that are indented further than it: a mapping, a list, or null if there are none."""
         indent = self._indent_of_rows(outer)
         if indent is None:
             return None
@@ -236,14 +236,14 @@ class _Blocks:
         return text[offset : offset + 1] == "-" and text[offset + 1 : offset + 2] in ("", " ", "\t", "\n")
 
     def _is_entry(self) -> bool:
-        """Whether a mapping's line begins here: a key with a colon and a blank, `=` or a table's `|` behind it."""
+        """Whether a mapping's line begins here: a key, then a colon and a blank, `=` or a table's `|`."""
         reader, start = self.reader, self.reader.offset
         key = reader.key()
         reader.skip_blanks()
-        sign, behind = reader.peek(), reader.text[reader.offset + 1 : reader.offset + 2]
+        sign, following = reader.peek(), reader.text[reader.offset + 1 : reader.offset + 2]
         reader.offset = start
         if sign == ":":
-            return key is not None and behind in ("", " ", "\t", "\n")
+            return key is not None and following in ("", " ", "\t", "\n")
         return key is not None and sign in ("=", "|")
 
 

@@ -1,12 +1,12 @@
-"""The values of SDN that stand in one line or in brackets, and the place in the text that is read."""
+"""A reader of the keys and the values of SDN that are written in one line or in brackets."""
 
 import re
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
-from dengine.config.places import MAX_DEPTH, Document, Place, below
 from dengine.config.scalars import bare_value
+from dengine.config.source_locations import MAX_DEPTH, Document, SourceLocation, below
 from dengine.errors import ConfigError
 
 __all__ = ["MAX_DEPTH", "Reader"]
@@ -17,7 +17,7 @@ _UNQUOTED_ONLY_INSIDE = "]}),'|"
 
 
 class Reader:
-    """A place in a text, and what can be read from there. Every method leaves `offset` behind what it has read."""
+    """A position in a text, and what can be read from there. Every method moves `offset` to the end of what it read."""
 
     def __init__(self, text: str, document: Document) -> None:
         self.text = text
@@ -25,7 +25,7 @@ class Reader:
         self._document = document
         self._line_ends = [match.start() for match in re.finditer("\n", text)]
 
-    # -- the place -----------------------------------------------------------------------------------------------
+    # -- the position --------------------------------------------------------------------------------------------
 
     def error(self, message: str, offset: int | None = None) -> ConfigError:
         at = self.offset if offset is None else offset
@@ -71,7 +71,7 @@ class Reader:
     # -- keys ----------------------------------------------------------------------------------------------------
 
     def key(self) -> str | None:
-        """A key, quoted or not; None where there is none, and nothing has been read then."""
+        """A key, quoted or not; None if there is none, and then nothing was read."""
         if self.peek() == '"':
             return self.quoted()
         found = _KEY.match(self.text, self.offset)
@@ -81,11 +81,11 @@ class Reader:
         return found.group()
 
     def add(self, mapping: dict[str, Any], prefix: str, key: str, offset: int) -> str:
-        """The full key of `key`, which stands at `offset`; it must not be in `mapping` already."""
+        """The full key of `key`, which was read at `offset`. Raises: ConfigError: it is in `mapping` already."""
         full = below(prefix, key)
         if key in mapping:
-            raise self.error(f"{full!r} is there twice: first in line {self._document.place(full).line}.", offset)
-        self._document.places[full] = Place(self._document.sources[0], self.line(offset))
+            raise self.error(f"{full!r} is there twice: first in line {self._document.location(full).line}.", offset)
+        self._document.locations[full] = SourceLocation(self._document.sources[0], self.line(offset))
         return full
 
     # -- values --------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from dengine.config.limits import refuse_growth
-from dengine.config.places import Document, below, plain
+from dengine.config.source_locations import Document, below, plain
 from dengine.errors import ConfigError, MissingKeyError
 
 __all__ = ["Config", "ConfigList", "MissingKeyError", "new_config", "omegaconf", "translated"]
@@ -29,14 +29,14 @@ class ConfigList(tuple[Any, ...]):
 class Config(Mapping[Any, Any]):
     """A mapping of a configuration: `cfg.train.lr` and `cfg["train"]["lr"]` are the same.
 
-    Made by `Conf.load` and its neighbours. `${train.lr}` inside a value is replaced when it is read. A key that is the
-    name of a method (`keys`, `values`, `items`, `get`), or that begins with an underscore, is reached as an item.
+    Made by the functions of `Conf`. `${train.lr}` inside a value is replaced when it is read. A key that is the name of
+    a method (`keys`, `values`, `items`, `get`), or that begins with an underscore, is read as an item only.
 
     Raises (when read):
-        MissingKeyError: no such key; it names the full key, the file, and the closest key.
-        ConfigError: a `${...}` that leads nowhere, or a value that is still `???`.
+        MissingKeyError: there is no such key; the message has the full key, the file, and the closest key.
+        ConfigError: a `${...}` leads nowhere, or a value is still `???`.
 
-    Cost: some 40 us a look-up, which `Conf.freeze` makes some 1 us.
+    Cost: about 40 us a look-up; about 1 us after `Conf.freeze`.
     """
 
     __slots__ = ("_cache", "_document", "_key", "_node")
@@ -137,11 +137,11 @@ class Config(Mapping[Any, Any]):
         close = difflib.get_close_matches(str(key), keys, n=1)
         hint = f" Did you mean {below(self._key, close[0])!r}?" if close else ""
         have = f"{f'{self._key!r} has' if self._key else 'There are'} {', '.join(keys) or 'no keys'}."
-        return f"There is no {full!r} in {self._document.place(self._key)}.{hint} {have}"
+        return f"There is no {full!r} in {self._document.location(self._key)}.{hint} {have}"
 
 
 def new_config(document: Document) -> Config:
-    """The configuration of a document. Raises: ConfigError: its `${...}` would make it grow without bound."""
+    """The configuration of a document. Raises: ConfigError: its `${...}` would make it too large."""
     refuse_growth(document)
     node = translated(lambda: omegaconf().create(document.data), document, "")
     return Config(node, document, "")
@@ -156,9 +156,9 @@ def translated(action: Callable[[], T], document: Document, key: str) -> T:
     except OmegaConfBaseException as error:
         full = str(getattr(error, "full_key", None) or key)
         message = str(error).partition("\n")[0]
-        raise ConfigError(f"{document.place(full)}: {full!r} cannot be used: {message}.") from error
+        raise ConfigError(f"{document.location(full)}: {full!r} cannot be used: {message}.") from error
     except RecursionError as error:
-        raise ConfigError(f"{document.place(key)}: {key!r} is nested too deep, or refers to itself.") from error
+        raise ConfigError(f"{document.location(key)}: {key!r} is nested too deep, or refers to itself.") from error
 
 
 def omegaconf() -> Any:

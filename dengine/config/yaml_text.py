@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dengine.checks import is_whole_number
-from dengine.config.places import Document, Place, Repeats, below
 from dengine.config.scalars import bare_value, finite, whole
+from dengine.config.source_locations import Document, Repeats, SourceLocation, below
 from dengine.errors import ConfigError
 
 __all__ = ["parse_value", "read_yaml"]
@@ -19,7 +19,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, Document]:
     """What `text` holds, and a document with the line of each key. Anchors, aliases and `<<` work.
 
     Raises:
-        ConfigError: the text is no YAML, holds a key twice, or a tag that is not of plain data; or aliases make
+        ConfigError: the text is not YAML, holds a key twice, or a tag that is not of plain data; or aliases make
             thousands of values out of a few.
     """
     document = Document({}, (source,))
@@ -28,7 +28,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, Document]:
 
 
 def parse_value(text: str, source: str) -> Any:
-    """One value, as it could stand behind a key in a file; nothing at all is null.
+    """One value, as it could follow a key in a file; no text at all is null.
 
     Raises:
         ConfigError: as `read_yaml`, or there is a comment, which nobody means here.
@@ -66,7 +66,7 @@ def _compose(text: str, source: str) -> Any:
         line = None if mark is None else mark.line + 1
         column = "" if mark is None else f", column {mark.column + 1}"
         what = ": ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{Place(source, line)}{column}: this is no YAML: {what}.") from error
+        raise ConfigError(f"{SourceLocation(source, line)}{column}: this is no YAML: {what}.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: this is no YAML: {error}") from error
     finally:
@@ -79,7 +79,7 @@ class _Builder:
 
     def __init__(self, document: Document) -> None:
         self._document = document
-        self._repeats = Repeats(document.place(""))
+        self._repeats = Repeats(document.location(""))
 
     def build(self, node: Any, full: str) -> Any:
         if node.id == "scalar":
@@ -103,25 +103,25 @@ class _Builder:
             if self._is_merge(key_node):
                 continue
             line = key_node.start_mark.line + 1
-            place = Place(self._document.sources[0], line)
+            location = SourceLocation(self._document.sources[0], line)
             if key_node.id != "scalar":
-                raise ConfigError(f"{place}: a key must be text or a whole number, not a list or a mapping.")
+                raise ConfigError(f"{location}: a key must be text or a whole number, not a list or a mapping.")
             key = self._scalar(key_node, full)
             if not (isinstance(key, str) or is_whole_number(key)):  # a dict takes 1 and true for one key
                 where = f" in {full!r}" if full else ""
                 raise ConfigError(
-                    f"{place}: the key {key_node.value!r}{where} must be text or a whole number: quote it."
+                    f"{location}: the key {key_node.value!r}{where} must be text or a whole number: quote it."
                 )
             inner = below(full, key)
             if key in mapping:
-                raise ConfigError(f"{place}: {inner!r} is there twice: first in line {lines[key]}.")
+                raise ConfigError(f"{location}: {inner!r} is there twice: first in line {lines[key]}.")
             lines[key] = line
-            self._document.places[inner] = place
+            self._document.locations[inner] = location
             mapping[key] = self.build(value_node, inner)
         return mapping
 
     def _bases(self, node: Any, full: str) -> list[dict[Any, Any]]:
-        """The mappings that `<<` names, the one that counts most first."""
+        """The mappings that `<<` names; a key in several of them is taken from the first."""
         bases: list[dict[Any, Any]] = []
         for key_node, value_node in node.value:
             if self._is_merge(key_node):
@@ -152,4 +152,4 @@ class _Builder:
             raise self._error(node, f"the tag {node.tag!r} at {full!r} is not allowed: a configuration is plain data")
 
     def _error(self, node: Any, message: str) -> ConfigError:
-        return ConfigError(f"{Place(self._document.sources[0], node.start_mark.line + 1)}: {message}.")
+        return ConfigError(f"{SourceLocation(self._document.sources[0], node.start_mark.line + 1)}: {message}.")

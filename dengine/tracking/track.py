@@ -14,10 +14,10 @@ from dengine.distributed import world
 from dengine.launch.env import find_launch
 from dengine.tracking.artifacts import Artifact
 from dengine.tracking.backend import BACKENDS, RunInfo, open_backend
+from dengine.tracking.file_run import FileRun
 from dengine.tracking.files import TrackingError, path_part, read_json, refuse_outside, write_json
-from dengine.tracking.recorded import RecordedRun
 from dengine.tracking.rows import ROWS, RowFile
-from dengine.tracking.run import Run, UnrecordedRun
+from dengine.tracking.run import NullRun, Run
 from dengine.tracking.values import plain
 
 __all__ = ["Mode", "Track"]
@@ -82,7 +82,7 @@ class Track:
             raise TypeError(f"tags={tags!r} must be a list of words: [{tags!r}].")
         tags = () if tags is None else tags
         if Track._mode == "disabled" or _rank() != 0:
-            return UnrecordedRun(name, project, root, settings)
+            return NullRun(name, project, root, settings)
         identity = _identity(project, name, tags) if resume is None else _resumed(root / project, resume, name, tags)
         return _opened(root, identity, settings, names, is_resumed=resume is not None)
 
@@ -152,7 +152,7 @@ def _resumed(project_dir: Path, run_id: str, name: str | None, tags: Sequence[st
 
 def _opened(
     root: Path, identity: dict[str, Any], config: dict[str, Any], backends: Sequence[str], *, is_resumed: bool
-) -> RecordedRun:
+) -> FileRun:
     directory = root / identity["project"] / identity["id"]
     refuse_outside(directory, root / identity["project"])
     try:
@@ -160,7 +160,7 @@ def _opened(
         rows = RowFile(directory / ROWS)
         write_json(directory / "run.json", identity)
         config = _laid_over(read_json(directory / "config.json"), config)
-        run = RecordedRun(identity, directory, config, rows)
+        run = FileRun(identity, directory, config, rows)
     except OSError as error:
         raise TrackingError(
             f"The run cannot be recorded in {directory}: {error}. Pass a folder that can be written as dir=, or call "

@@ -98,7 +98,7 @@ def test_the_example_of_the_documentation_reads_as_it_says() -> None:
 
 def test_every_key_has_its_line() -> None:
     document = read_sdn("a:\n  b: 1\n\n  c = {d: 2,\n    e: 3}\nf:\n  - g: 1\n", "x.sdn")
-    lines = {key: place.line for key, place in document.places.items()}
+    lines = {key: place.line for key, place in document.locations.items()}
     assert lines == {"a": 1, "a.b": 2, "a.c": 4, "a.c.d": 4, "a.c.e": 5, "f": 6, "f[0].g": 7}
 
 

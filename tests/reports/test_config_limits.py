@@ -95,7 +95,7 @@ def test_a_hundred_thousand_lines_are_read_with_the_line_of_each() -> None:
     """In time that grows with their number: with its square, this test alone would take minutes."""
     document = read_sdn("".join(f"k{index}: {index}\n" for index in range(100_000)))
     assert document.data["k99999"] == 99_999
-    assert document.places["k99999"].line == 100_000
+    assert document.locations["k99999"].line == 100_000
 
 
 def test_a_thousand_arguments_are_merged() -> None:

@@ -23,12 +23,12 @@ from dengine.tracking.rows import ROWS, RowFile, read_rows
 from dengine.tracking.run import Run
 from dengine.tracking.values import RowMaker, plain
 
-__all__ = ["RecordedRun"]
+__all__ = ["FileRun"]
 
 _OWN = ("step", "time")
 
 
-class RecordedRun(Run):
+class FileRun(Run):
     """Writes plain files into `dir`, which exists and has its `run.json`, and then tells the backends.
 
     Files: `run.json`, `config.json`, `metrics.jsonl`, `summary.json`, `status.json`, `artifacts.json`, `artifacts/`.

@@ -1,4 +1,4 @@
-"""Where the keys of a configuration come from, and how a key and its place are written in a message."""
+"""Where the keys of a configuration come from, and how a key and its location are written in a message."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from typing import Any
 from dengine.checks import is_whole_number
 from dengine.errors import ConfigError
 
-__all__ = ["MAX_DEPTH", "Document", "Place", "Repeats", "below", "plain"]
+__all__ = ["MAX_DEPTH", "Document", "Repeats", "SourceLocation", "below", "plain"]
 
 MAX_DEPTH = 64
 _MAX_BITS = 13_000  # some 3 900 digits: Python does not write out an int of more than 4 300
@@ -17,8 +17,8 @@ _ALLOWED_REPEATS = 10_000
 
 
 @dataclass(frozen=True)
-class Place:
-    """A file (or whatever else was read) and, where it is known, the line in it, from 1."""
+class SourceLocation:
+    """A file (or whatever else was read) and, if it is known, the line in it, from 1."""
 
     source: str
     line: int | None = None
@@ -29,25 +29,25 @@ class Place:
 
 @dataclass
 class Document:
-    """Plain data as it was read, and where. `places` holds full keys such as `train.layers[0].size`."""
+    """Plain data as it was read. `locations` has the location of each full key, such as `train.layers[0].size`."""
 
     data: dict[Any, Any]
     sources: tuple[str, ...]
-    places: dict[str, Place] = field(default_factory=dict)
+    locations: dict[str, SourceLocation] = field(default_factory=dict)
 
-    def place(self, key: str) -> Place:
+    def location(self, key: str) -> SourceLocation:
         """Where `key` is written: its own line, else that of the nearest mapping around it."""
         while key:
-            if key in self.places:
-                return self.places[key]
+            if key in self.locations:
+                return self.locations[key]
             key = key[: max(key.rfind("."), key.rfind("["), 0)]
-        return Place(", ".join(self.sources))
+        return SourceLocation(", ".join(self.sources))
 
     def forget(self, key: str) -> None:
-        """`key` was given a value by the program: it no longer is what the file says."""
-        for known in list(self.places):
+        """Drop the location of `key`: the program gave it a value, so it is no longer what the file says."""
+        for known in list(self.locations):
             if known == key or known.startswith((f"{key}.", f"{key}[")):
-                del self.places[known]
+                del self.locations[known]
 
 
 def below(key: str, part: object) -> str:
@@ -58,19 +58,19 @@ def below(key: str, part: object) -> str:
 
 
 class Repeats:
-    """Counts the values that are there again because something refers to them: an alias, an object that is shared.
+    """Counts the values that are there more than once because something refers to them: an alias, a shared object.
 
-    A few lines of aliases to aliases would make billions of values; ten times what is there once is allowed.
+    A few lines of aliases to aliases would make billions of values; ten times what is written is allowed.
     """
 
-    def __init__(self, source: Place) -> None:
+    def __init__(self, source: SourceLocation) -> None:
         self._source = source
         self._seen: dict[int, Any] = {}  # objects by id, which is theirs only while they are kept
         self._num_once = 0
         self._num_again = 0
 
     def count(self, value: Any, num_inside: int) -> None:
-        """A list or a mapping of `num_inside` values is about to be copied.
+        """Count a list or a mapping of `num_inside` values that is about to be copied.
 
         Raises: ConfigError: there are too many copies.
         """
@@ -93,32 +93,34 @@ def plain(value: Any, key: str, document: Document) -> Any:
         ConfigError: a value or a key of another type, named by its full key; lists and mappings that are nested more
             than 64 deep, or are there again and again; a whole number of thousands of digits.
     """
-    return _plain(value, key, document, Repeats(document.place("")), 0)
+    return _plain(value, key, document, Repeats(document.location("")), 0)
 
 
 def _plain(value: Any, key: str, document: Document, repeats: Repeats, depth: int) -> Any:
     if isinstance(value, Mapping | list | tuple):
         repeats.count(value, len(value))
         if depth > MAX_DEPTH:
-            place, short = document.place(key), key if len(key) <= 60 else f"{key[:57]}..."
+            location, short = document.location(key), key if len(key) <= 60 else f"{key[:57]}..."
             raise ConfigError(
-                f"{place}: {short!r} is nested too deep (more than {MAX_DEPTH} levels), or contains itself."
+                f"{location}: {short!r} is nested too deep (more than {MAX_DEPTH} levels), or contains itself."
             )
     if isinstance(value, Mapping):
         for part in value:
             if not (isinstance(part, str) or is_whole_number(part)):
                 where = f" in {key!r}" if key else ""
                 raise ConfigError(
-                    f"{document.place(key)}: the key {part!r}{where} must be text or a whole number: quote it."
+                    f"{document.location(key)}: the key {part!r}{where} must be text or a whole number: quote it."
                 )
         return {part: _plain(inner, below(key, part), document, repeats, depth + 1) for part, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each, below(key, index), document, repeats, depth + 1) for index, each in enumerate(value)]
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-        raise ConfigError(f"{document.place(key)}: {key!r} is a whole number of thousands of digits: quote it as text.")
+        raise ConfigError(
+            f"{document.location(key)}: {key!r} is a whole number of thousands of digits: quote it as text."
+        )
     if value is None or isinstance(value, bool | int | float | str | bytes | Path | Enum):
         return value
     raise ConfigError(
-        f"{document.place(key)}: {key!r} is a {type(value).__module__}.{type(value).__qualname__}; a configuration "
+        f"{document.location(key)}: {key!r} is a {type(value).__module__}.{type(value).__qualname__}; a configuration "
         "holds numbers, text, booleans, null, lists and mappings of them."
     )
