@@ -57,8 +57,8 @@ class Conf:
         """A configuration with a copy of `data`.
 
         Raises:
-            TypeError: `data` is not a mapping. ConfigError: a configuration cannot hold one of its values; the message has
-                the full key.
+            TypeError: `data` is not a mapping. ConfigError: a configuration cannot hold one of its values; the
+                message has the full key.
         """
         return new_config(_from_mapping(data, "from_dict()"))
 

@@ -1,4 +1,4 @@
-"""Runs as plain files: configuration, metrics, artifacts; and, besides, in the dashboards that people use."""
+"""Records runs as plain files (configuration, metrics, artifacts), and in other trackers as well."""
 
 from dengine.errors import TrackingError
 from dengine.tracking.artifacts import Artifact

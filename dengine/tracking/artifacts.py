@@ -1,4 +1,4 @@
-"""Files worth keeping, under a name, in versions: what an artifact is, and where its files lie."""
+"""Artifacts: files that are kept under a name, in versions, and the folders that hold them."""
 
 import fcntl
 import hashlib
@@ -25,7 +25,7 @@ from dengine.tracking.files import (
 
 __all__ = ["Artifact", "ArtifactStore"]
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")  # a file's name has room for 255 characters
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")  # the name of a file has at most 255 characters
 _VERSION = re.compile(r"v\d+")
 _CHUNK_BYTES = 1 << 20
 
@@ -73,10 +73,11 @@ class Artifact:
         return sorted(self._sources or self.digests)
 
     def add_file(self, path: str | Path, name: str | None = None) -> "Artifact":
-        """Have the file stored, under `name` (by default its own). It is read when the artifact is logged.
+        """Add the file under `name` (by default its own name). It is read when the artifact is logged.
 
-        Returns: the artifact itself. Raises: ValueError: the name is taken, or leads out of the artifact.
-        RuntimeError: it is stored already.
+        Returns: the artifact itself.
+        Raises: ValueError: the name is taken, or leads out of the artifact. RuntimeError: the artifact is stored
+            already.
         """
         if self.version is not None:
             raise RuntimeError(f"{self.name}:{self.version} is stored, and does not change: make a new Artifact.")
@@ -90,7 +91,7 @@ class Artifact:
             )
         if inner in self._sources:
             raise ValueError(f"{self.name!r} has a file {inner!r} already: pass name= to add this one under another.")
-        self._sources[inner] = Path(os.path.abspath(path))  # wherever the process stands later
+        self._sources[inner] = Path(os.path.abspath(path))  # whatever its current folder is later
         return self
 
     def add_dir(self, path: str | Path, name: str = "", *, follow_links: bool = False) -> "Artifact":
@@ -98,10 +99,11 @@ class Artifact:
 
         Args:
             follow_links: take the contents of links that lead out of `path`, and of links to folders. They are refused
-                otherwise, since a folder from elsewhere could have any file of this machine stored by a link.
+                otherwise, since by a link a folder of somebody else's could have any file of this machine stored.
 
         Returns: the artifact itself; on an error it is as it was.
-        Raises: as `add_file`; NotADirectoryError; ValueError: a link, see `follow_links`, or a folder in itself.
+        Raises: as `add_file`; NotADirectoryError; ValueError: there is a link (see `follow_links`), or a folder
+            contains itself by a link.
         """
         path = path_of("path", path)
         if not path.is_dir():
@@ -121,8 +123,8 @@ class Artifact:
         Cost: one read of the files. Without `dir` it is the stored folder itself: do not write to it.
 
         Raises:
-            RuntimeError: it is not stored yet. TrackingError: a file is missing, has changed, or is reached by a link
-                that leads out of the project or out of `dir`; it is named.
+            RuntimeError: the artifact is not stored yet. TrackingError: a file is missing, has changed, or is reached
+                by a link that leads out of the project or out of `dir`; the message names it.
         """
         if self._folder is None:
             raise RuntimeError(f"The artifact {self.name!r} is not stored yet: run.log_artifact(artifact) comes first.")
@@ -151,8 +153,8 @@ class Artifact:
                 f"{file} of {self.name}:{self.version} has changed: its SHA-256 is {found}, but {digest} was stored."
             )
 
-    def _settle(self, version: str, entry: dict[str, Any], project_dir: Path) -> None:
-        """It is stored as `entry` of the index says."""
+    def _become(self, version: str, entry: dict[str, Any], project_dir: Path) -> None:
+        """Be the stored version that `entry` of the index describes."""
         self.version, self.digest, self.type = version, entry["digest"], entry["type"]
         self._folder, self._project_dir = project_dir / entry["path"], project_dir
         self.digests = {name: file["sha256"] for name, file in entry["files"].items()}
@@ -173,8 +175,8 @@ class ArtifactStore:
     def put(self, artifact: Artifact, aliases: Sequence[str], run_dir: Path) -> None:
         """Store it, and move `aliases` and "latest" to it. Afterwards it is the stored version.
 
-        Raises: TypeError, ValueError: an alias that is none, or no file. FileNotFoundError: a file is not there.
-        TrackingError: the index is damaged, or leads out of the project. Nothing is changed then.
+        Raises: TypeError, ValueError: an alias is wrong, or the artifact has no file. FileNotFoundError: a file is not
+            there. TrackingError: the index is damaged, or leads out of the project. Nothing is changed then.
         """
         _checked_name(artifact.name)
         _check_aliases(aliases)
@@ -195,17 +197,18 @@ class ArtifactStore:
                 if version not in index["versions"]:
                     raise ValueError(f"{artifact.name}:{version} belongs to another project: make a new Artifact here.")
                 index["aliases"].update(dict.fromkeys([*aliases, "latest"], version))
-            artifact._settle(version, index["versions"][version], self._project_dir)
+            artifact._become(version, index["versions"][version], self._project_dir)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
             with suppress(OSError):
-                home.rmdir()  # empty, where it had been stored before
+                home.rmdir()  # it is empty if these contents had been stored before
 
     def get(self, reference: str) -> Artifact:
         """The artifact that "name:alias", "name:v0" or "name" (the latest) means.
 
-        Raises: KeyError, listing what there is. TrackingError: the index is damaged, or leads out of the project.
-        Reads one small file.
+        Raises: KeyError: there is no such artifact; it lists those there are. TrackingError: the index is damaged, or
+            leads out of the project.
+        Cost: reads one small file.
         """
         name, _, alias = str(reference).partition(":")
         index = _read_index(self._index_dir / f"{name}.json") if _NAME.fullmatch(name) else None
@@ -218,13 +221,13 @@ class ArtifactStore:
             raise KeyError(f"The artifact {name!r} has no {alias!r}; it has {_listed(have, alias)}.")
         entry = index["versions"][version]
         artifact = Artifact(name, entry["type"])
-        artifact._settle(version, entry, self._project_dir)
+        artifact._become(version, entry, self._project_dir)
         return artifact
 
     def _version(
         self, index: dict[str, Any], artifact: Artifact, files: dict[str, Any], staged: Path, home: Path
     ) -> str:
-        """The version with these contents, made where there is none."""
+        """The version with these contents; a new one if there is none."""
         digest = _digest_of(files)
         for version, entry in index["versions"].items():
             folder = self._project_dir / entry["path"]
@@ -232,7 +235,7 @@ class ArtifactStore:
             if entry["digest"] == digest and all((folder / name).is_file() for name in files):
                 return str(version)
         version = f"v{len(index['versions'])}"
-        shutil.rmtree(home / version, ignore_errors=True)  # of a writer that was killed before it told the index
+        shutil.rmtree(home / version, ignore_errors=True)  # of a writer that was killed before it wrote the index
         os.chmod(staged, 0o777 & ~_umask())  # a temporary folder is its owner's alone
         os.rename(staged, home / version)
         path = str((home / version).relative_to(self._project_dir))
@@ -247,7 +250,7 @@ class ArtifactStore:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[dict[str, Any]]:
-        """The index of `name`, which is written where the body succeeds. Runs that log at once take turns."""
+        """The index of `name`, which is written if the body succeeds. Runs that log at the same time take turns."""
         refuse_outside(self._index_dir, self._project_dir)
         self._index_dir.mkdir(exist_ok=True)
         path = self._index_dir / f"{name}.json"
@@ -261,11 +264,11 @@ class ArtifactStore:
 
 
 def _read_index(path: Path) -> dict[str, Any] | None:
-    """The index in the file, None where there is no file.
+    """The index in the file; None if there is no file.
 
-    It may have come with a folder from anywhere: what it names must lie inside the project.
+    It may have come with a folder of somebody else's, so the paths in it must lie inside the project.
 
-    Raises: TrackingError: it is damaged, or names a path that leads out of where it belongs; with the file.
+    Raises: TrackingError: it is damaged, or has a path that leads out of the project; the message names the file.
     """
     index = read_json(path)
     if not index:

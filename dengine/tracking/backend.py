@@ -1,4 +1,4 @@
-"""What a run is told to besides its own files. One package, one file; it is imported when the run is opened."""
+"""Other trackers that a run reports to besides its own files: one module each, imported when the run is opened."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ BACKENDS = ("trackio", "tensorboard", "wandb", "mlflow")
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a backend learns about the run. `config` is nested, of scalars."""
+    """What a backend is given about the run. `config` is made of nested dicts and lists of scalars."""
 
     id: str
     name: str
@@ -32,7 +32,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class StoredFiles:
-    """A version of an artifact, as it lies in the run's record, where it does not change any more."""
+    """A stored version of an artifact: its files are in the run's folder, and do not change any more."""
 
     name: str
     type: str
@@ -44,7 +44,7 @@ class StoredFiles:
 
 
 class Backend(ABC):
-    """Made from a `RunInfo`, which opens it. Only ever called on the rank that records, by one thread at a time."""
+    """Another tracker. It is opened from a `RunInfo`, and called on the rank that records, by one thread at a time."""
 
     @abstractmethod
     def log(self, values: Mapping[str, Scalar], step: int, time_s: float) -> None: ...
@@ -57,7 +57,10 @@ class Backend(ABC):
 
 
 def open_backend(name: str, info: RunInfo) -> Backend:
-    """Raises: ValueError: no such backend. ModuleNotFoundError: its package is missing; it names the extra."""
+    """The backend of that name, opened.
+
+    Raises: ValueError: there is no such backend. ModuleNotFoundError: its package is missing; it names the extra.
+    """
     if name == "trackio":
         from dengine.tracking.trackio import TrackioBackend
 
@@ -82,7 +85,7 @@ def open_backend(name: str, info: RunInfo) -> Backend:
 
 
 def package(module: str, extra: str) -> ModuleType:
-    """The module of an optional package. Raises: ModuleNotFoundError, that names the extra to install."""
+    """The module of an optional package. Raises: ModuleNotFoundError: it names the extra to install."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Curves out of a run's rows: which there are, over what, and which point is best. Pure: draws nothing."""
+"""Makes curves from the rows of a run, and finds the best point of one. Pure: draws nothing."""
 
 import math
 import re
@@ -20,9 +20,9 @@ _OVER = ("step", "time", "epoch", "global_step")
 
 @dataclass(frozen=True)
 class Curve:
-    """`name` of `split` ("training", "validation", "test", or "" where the name does not say), over "epoch" or "step".
+    """`name` of `split` ("training", "validation", "test", or "" if the name does not say), over "epoch" or "step".
 
-    Shapes: x (N,) ascending; y (N,), not finite where the row says so.
+    Shapes: x (N,) ascending; y (N,), not finite where the value in the row is not.
     """
 
     name: str
@@ -43,8 +43,8 @@ class Best:
 def curves_of(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
     """The curves in order of their first appearance.
 
-    Where a run was resumed, a step may be there twice: the later row counts. Rows that count epochs as their step stand
-    beside rows of iterations over one axis, by the iteration that had been reached when they were logged.
+    If a run was resumed, a step may be there twice: the later row counts. If some rows have an epoch as their step and
+    others an iteration, both are drawn over iterations: those of an epoch at the iteration that was logged last before.
     """
     counts_epochs = any("epoch" in row for row in rows) and all(
         abs(_number(row["step"]) - _number(row["epoch"])) <= 1 for row in rows if "epoch" in row and "step" in row
@@ -66,7 +66,7 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
 
 
 def best_of(curves: Sequence[Curve]) -> Best | None:
-    """The best point: of a validation accuracy or the like where there is one, else of a validation loss."""
+    """The best point of a validation accuracy or the like if there is one, else of a validation loss."""
     held_out = [curve for curve in curves if curve.split in ("validation", "test")]
     for pattern, pick in ((_HIGHER, np.nanargmax), (_LOWER, np.nanargmin)):
         for curve in held_out:
@@ -78,9 +78,9 @@ def best_of(curves: Sequence[Curve]) -> Best | None:
 
 
 def smoothed(y: np.ndarray, reach: int) -> np.ndarray:
-    """The mean of each point and its `reach` neighbours on either side, fewer at the ends: it does not lag behind.
+    """The mean of each point and its `reach` neighbours on either side (fewer at the ends), so that nothing is delayed.
 
-    What is not finite is passed over; NaN where there is nothing else.
+    Values that are not finite are left out of a mean; it is NaN if there are no others.
     """
     is_finite = np.isfinite(y)
     sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, y, 0.0))])
@@ -101,7 +101,7 @@ def _curve(name: str, points: Mapping[float, float], over: str) -> Curve:
 
 
 def _iteration_at(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """`(time, otherwise) -> iteration`, from the rows of iterations; `otherwise` where no row tells."""
+    """`(time, otherwise) -> iteration`, from the rows of iterations; `otherwise` if no row has both."""
     known = [
         (_number(row["time"]), _number(row["step"]))
         for row in rows

@@ -1,4 +1,4 @@
-"""The run that is recorded: rows while it goes on, and at its end how it ended."""
+"""A run that is recorded as plain files: rows while it goes on, and at the end how it ended."""
 
 import atexit
 import os
@@ -29,7 +29,7 @@ _OWN = ("step", "time")
 
 
 class FileRun(Run):
-    """Writes plain files into `dir`, which exists and has its `run.json`, and then tells the backends.
+    """Writes plain files into `dir`, which exists and has its `run.json`, and then reports to the backends.
 
     Files: `run.json`, `config.json`, `metrics.jsonl`, `summary.json`, `status.json`, `artifacts.json`, `artifacts/`.
     """
@@ -54,11 +54,11 @@ class FileRun(Run):
         self._store = ArtifactStore(directory.parent)
         self._has_handler = False  # of SIGTERM
         self._pid = os.getpid()
-        self._take_up()
+        self._read_summary()
         write_json(self.dir / "config.json", self.config)
         self._write_status("running")
         atexit.register(self._leave_at_exit)
-        self._heed_sigterm()
+        self._catch_sigterm()
 
     def add_backend(self, name: str, backend: Backend) -> None:
         self._backends[name] = backend
@@ -83,7 +83,7 @@ class FileRun(Run):
             self._rows.append({"step": step, "time": time_s, **row})
             self.summary.update(row)
             for name in self._backends:
-                self._tell(name, lambda backend: backend.log(row, step, time_s))
+                self._report(name, lambda backend: backend.log(row, step, time_s))
 
     def log_artifact(self, artifact: Artifact, aliases: Sequence[str] = ()) -> Artifact:
         self._refuse_when_finished("log_artifact()")
@@ -105,7 +105,7 @@ class FileRun(Run):
                 [*aliases, "latest"],
             )
             for name in self._backends:
-                self._tell(name, lambda backend: backend.log_artifact(stored))
+                self._report(name, lambda backend: backend.log_artifact(stored))
         return artifact
 
     def use_artifact(self, reference: str) -> Artifact:
@@ -129,8 +129,8 @@ class FileRun(Run):
         entry |= {"aliases": list(aliases), "files": artifact.digests, "time": time.time()}
         write_json(path, {**noted, how: [*noted.get(how, []), entry]})
 
-    def _tell(self, name: str, call: Callable[[Backend], None]) -> None:
-        """A backend that fails must end neither the training nor the record."""
+    def _report(self, name: str, call: Callable[[Backend], None]) -> None:
+        """Call a backend. If it fails, that is a warning: it must end neither the training nor the record."""
         try:
             call(self._backends[name])
         except Exception as error:
@@ -164,11 +164,11 @@ class FileRun(Run):
 
     def _end(self, status: str, error: BaseException | None) -> None:
         with self._lock:
-            if self._is_finished or os.getpid() != self._pid:  # a forked child is not who records
+            if self._is_finished or os.getpid() != self._pid:  # the record is not a forked child's
                 return
             self._is_finished = True
         atexit.unregister(self._leave_at_exit)
-        with ExitStack() as last:  # from the bottom up, each whatever the others do: a run that ended must say so
+        with ExitStack() as last:  # from the bottom up, each one even if others fail: a run that ended must say so
             last.callback(self._restore_sigterm)
             last.callback(self._write_status, status, error)
             last.callback(self._rows.close)
@@ -176,17 +176,17 @@ class FileRun(Run):
             last.callback(write_json, self.dir / "summary.json", summary)
             last.callback(write_json, self.dir / "config.json", config)
             for name in self._backends:
-                self._tell(name, lambda backend: backend.finish(status == "failed", summary))
+                self._report(name, lambda backend: backend.finish(status == "failed", summary))
         if problems:
             raise ValueError(f"The run {self.id} has ended, and its record lacks something: {' '.join(problems)}")
 
     def _leave_at_exit(self) -> None:
-        """The script ended without `finish()`: by an exception, which the interpreter has reported, or well."""
+        """Finish the run of a script that ends without `finish()`: by an exception, or well."""
         error = getattr(sys, "last_value", None)
         self._end("finished" if error is None else "failed", error)
 
-    def _heed_sigterm(self) -> None:
-        """Have SIGTERM raise SystemExit, so that the run is marked, where the signal would just end the process."""
+    def _catch_sigterm(self) -> None:
+        """Have SIGTERM raise SystemExit, so that the run is marked, if the signal would just end the process."""
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _exit_by_signal)
@@ -209,8 +209,8 @@ class FileRun(Run):
             entry["traceback"] = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         write_json(self.dir / "status.json", entry)
 
-    def _take_up(self) -> None:
-        """Go on where the rows of a resumed run end. A killed run has rows, but no summary of them."""
+    def _read_summary(self) -> None:
+        """Continue from the rows of a resumed run. A killed run has rows, but no summary of them."""
         rows, _ = read_rows(self.dir / ROWS)
         if not rows:
             return
@@ -228,7 +228,7 @@ class FileRun(Run):
 
 
 def _recordable(*settings: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Each of `settings` as far as it can be recorded, and behind them the list of what is wrong with the rest."""
+    """Each of `settings` as far as it can be recorded, and last the list of what is wrong with the rest."""
     recordable: list[dict[str, Any]] = []
     problems: list[str] = []
     for values in settings:

@@ -1,4 +1,4 @@
-"""The small files of a run: replaced in one step, so that a reader finds the old one or the new one."""
+"""The small JSON files of a run, and checks of names and paths that may come from somebody else."""
 
 import json
 import os
@@ -14,7 +14,7 @@ __all__ = ["TrackingError", "inner_path", "path_part", "read_json", "refuse_outs
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Raises: OSError; the file is as it was then."""
+    """Replace the file in one step: a reader finds the old one or the new one. Raises: OSError: it is as it was."""
     text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
 
     def write(temporary: Path) -> None:
@@ -25,9 +25,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file, {} where there is no file.
+    """The object in the file; {} if there is no file.
 
-    Raises: TrackingError, where it holds none, or is no regular file (a pipe would be waited for).
+    Raises: TrackingError: the file holds something else, or is not a regular file (a pipe would be waited for).
     """
     try:
         refuse_special(path)
@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def path_part(what: str, name: object) -> str:
     """`name`, checked to be fit for the name of a folder.
 
-    Raises: TypeError: it is no string. ValueError: it is empty, begins with a dot, or has a slash or a control
+    Raises: TypeError: it is not a string. ValueError: it is empty, begins with a dot, or has a slash or a control
         character in it.
     """
     if not isinstance(name, str):
@@ -68,7 +68,7 @@ def inner_path(name: object) -> str | None:
 
 
 def refuse_outside(path: Path, folder: Path) -> None:
-    """Raises: TrackingError: a link on the way to `path` leads out of `folder`; where that is a link itself is fine."""
+    """Raises: TrackingError: a link between `folder` and `path` leads out of `folder`, which may be a link itself."""
     real, inside = os.path.realpath(path), os.path.realpath(folder)
     if os.path.commonpath([real, inside]) != inside:
         raise TrackingError(
@@ -78,11 +78,11 @@ def refuse_outside(path: Path, folder: Path) -> None:
 
 
 def refuse_special(path: Path) -> None:
-    """Raises: TrackingError: a folder, a pipe or a device. OSError: there is nothing."""
+    """Raises: TrackingError: it is a folder, a pipe or a device. OSError: there is nothing."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise TrackingError(f"{path} is no regular file, and is not read.")
 
 
 def _is_printable(name: str) -> bool:
-    """Whether it has neither a backslash, which is a slash elsewhere, nor control characters."""
+    """Whether it has no backslash, which is a slash on Windows, and no control character."""
     return not any(letter == "\\" or ord(letter) < 32 or ord(letter) == 127 for letter in name)

@@ -1,4 +1,4 @@
-"""MLflow: the tracking server that it is configured for, else a SQLite file beside the runs."""
+"""MLflow: the tracking server that it is configured for, else a SQLite file in the folder of the runs."""
 
 import os
 import time
@@ -21,8 +21,8 @@ _ID_TAG = "dengine.run_id"
 class MlflowBackend(Backend):
     """A run in the experiment of the project's name.
 
-    One call to MLflow takes milliseconds, so values are collected for about a second and sent together. Its run ids are
-    its own; ours is a tag, by which a resumed run is found again.
+    One call to MLflow takes milliseconds, so values are collected for about a second and sent together. MLflow gives
+    runs ids of its own; ours is a tag, by which a resumed run is found again.
     """
 
     def __init__(self, info: RunInfo) -> None:

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, appended to and read back."""
+"""`metrics.jsonl`, one JSON object a line: writing and reading it."""
 
 import fcntl
 import json
@@ -18,13 +18,13 @@ ROWS = "metrics.jsonl"
 
 
 class RowFile:
-    """Appends rows. Each is handed to the operating system at once: a killed process loses none of them.
+    """Appends rows to a file. Each is handed to the operating system at once: a killed process loses none of them.
 
-    One write a row costs about as much as its JSON, and needs neither a thread nor a timer. Where a write fails (a
-    full disk), the rows are kept and tried again with the next one, with a warning; `close` raises where some are left.
+    One write a row costs about as much as its JSON, and needs neither a thread nor a timer. If a write fails (a full
+    disk), there is a warning, and the rows are kept and tried again with the next one; `close` raises if some are left.
 
     Raises:
-        TrackingError: (at once) it is being written, by this process or another. OSError: it cannot be opened.
+        TrackingError: the file is being written, by this process or another. OSError: it cannot be opened.
     """
 
     # A lock of `lockf` never conflicts within its process, and one of `flock` would be inherited by forked workers.
@@ -65,7 +65,7 @@ class RowFile:
         self._waiting = b""
 
     def close(self) -> None:
-        """Raises: TrackingError, where rows are left that could not be written."""
+        """Write what is left and close the file. Raises: TrackingError: rows are left that could not be written."""
         try:
             if self._waiting:
                 self._write(self._waiting)
@@ -94,7 +94,7 @@ class RowFile:
         self._open_here.pop(self._real, None)
 
     def _take_lock(self) -> None:
-        """Held until the process ends, however it ends. Not inherited by workers, which would hold it longer."""
+        """Take the lock of the file until the process ends, in whatever way. Workers do not inherit it."""
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -106,9 +106,9 @@ class RowFile:
 
 
 def mend(descriptor: int) -> None:
-    """Bring the file's last line to an end: a killed writer may have left half of one, which is dropped.
+    """Complete or drop the file's last line, of which a killed writer may have left half.
 
-    A line that only lacks its newline is kept.
+    A line that only lacks its newline gets one.
     """
     size = os.fstat(descriptor).st_size
     text = os.pread(descriptor, size, 0)
@@ -122,13 +122,12 @@ def mend(descriptor: int) -> None:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a file, in order, and the numbers (from 1) of lines that are none.
+    """The rows of a file, in order, and the numbers (from 1) of lines that are not rows.
 
-    A last line without its newline is one that is being written, or was when its writer was killed: it is left out,
-    and not counted as damaged, unless it is whole. "NaN" and its like are strings, as they stand there; `float()` reads
-    them.
+    A last line without its newline is being written, or was when its writer was killed: it is left out, and not counted
+    as damaged, unless it is whole. "NaN" and its like are strings, as in the file; `float()` reads them.
 
-    Raises: OSError, where the file cannot be read.
+    Raises: OSError: the file cannot be read.
     """
     lines = path.read_bytes().split(b"\n")
     last = lines.pop()

@@ -1,4 +1,4 @@
-"""A run: what may be done with one, and the one that records nothing."""
+"""The interface of a run, and the run that records nothing."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -8,18 +8,18 @@ from typing import Any
 
 from dengine.tracking.artifacts import Artifact, ArtifactStore
 
-__all__ = ["Run", "UnrecordedRun"]
+__all__ = ["NullRun", "Run"]
 
 
 class Run(ABC):
     """A run of `Track.run`, and a context manager: leaving it finishes the run, by an exception as a failed one.
 
     Attributes:
-        id: names it in its project, and resumes it. "unrecorded" where nothing is recorded.
+        id: names it in its project, and resumes it. "unrecorded" if nothing is recorded.
         name, project: as given; the name is the id by default.
-        dir: the folder of its files, absolute. Where nothing is recorded, there is no such folder.
+        dir: the folder of its files, absolute. If nothing is recorded, there is no such folder.
         config: as given, of dicts, lists and scalars; what is changed in it is written when the run finishes.
-        summary: the last value of each name; set what else sums the run up. Written when the run finishes.
+        summary: the last value of each name; the script may add others. Written when the run finishes.
     """
 
     id: str
@@ -31,7 +31,7 @@ class Run(ABC):
 
     @abstractmethod
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Record numbers, bools and strings; nested dicts are joined by "/". It is in `metrics.jsonl` on return.
+        """Record numbers, bools and strings; nested names are joined by "/". The row is in `metrics.jsonl` on return.
 
         A value that a row cannot hold (a list, a tensor of several elements) is left out, with one warning for its
         name, and the rest of the row is kept: no value ends the training. None is null.
@@ -41,8 +41,8 @@ class Run(ABC):
             step: any whole number, smaller ones than before too; by default one more than the last, from 0.
 
         Raises:
-            TypeError, ValueError: `values` is no dict or contains itself, a value is named "step" or "time", as two
-                entries of each row are, two have one name, or `step` is no whole number; nothing is recorded then.
+            TypeError, ValueError: `values` is not a dict or contains itself, a value is named "step" or "time" (each
+                row has these already), two have one name, or `step` is not a whole number. Nothing is recorded then.
             RuntimeError: the run is finished.
         """
 
@@ -53,7 +53,7 @@ class Run(ABC):
         Versions count over the project. Contents that are stored already get the aliases, and no new version.
         Cost: one copy and one SHA-256 of the files, for which the caller waits.
 
-        Returns: `artifact`, whose `version` is set now; where nothing is recorded, as it was.
+        Returns: `artifact`, whose `version` is set now; if nothing is recorded, as it was.
         Raises: FileNotFoundError, ValueError, TypeError, TrackingError: nothing is changed then.
         """
 
@@ -61,18 +61,18 @@ class Run(ABC):
     def use_artifact(self, reference: str) -> Artifact:
         """An artifact of the project: "name:alias", "name:v0", or "name" for the latest.
 
-        It is found on every rank that sees the folder; reading is not recording.
+        It works on every rank that sees the folder, also on those that record nothing.
 
-        Raises: KeyError, listing what there is. TrackingError: what is recorded of it is damaged, or leads out of the
-            project.
+        Raises: KeyError: there is no such artifact; it lists those there are. TrackingError: the record of it is
+            damaged, or leads out of the project.
         """
 
     @abstractmethod
     def finish(self) -> None:
         """End the record as a finished run; a second call does nothing.
 
-        Raises: TrackingError, where rows could not be written. ValueError, where something in `summary` or `config`
-            contains itself; the rest of them is recorded, and that the run has ended.
+        Raises: TrackingError: rows could not be written. ValueError: something in `summary` or `config` contains
+            itself; the rest of them is recorded, and that the run has ended.
         """
 
     @abstractmethod
@@ -84,8 +84,8 @@ class Run(ABC):
     ) -> None: ...
 
 
-class UnrecordedRun(Run):
-    """On ranks other than 0, and where tracking is disabled: it takes the same calls, and records nothing."""
+class NullRun(Run):
+    """Records nothing: the run on ranks other than 0, and if tracking is disabled."""
 
     def __init__(self, name: str | None, project: str, root: Path, config: dict[str, Any]) -> None:
         self.id = "unrecorded"

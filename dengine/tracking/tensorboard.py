@@ -10,7 +10,7 @@ __all__ = ["TensorBoardBackend"]
 
 
 class TensorBoardBackend(Backend):
-    """Scalars; strings, the configuration and artifacts as text, since event files hold no files."""
+    """Writes scalars; and strings, the configuration and the names of artifacts as text: event files hold no files."""
 
     def __init__(self, info: RunInfo) -> None:
         package("tensorboard", "tensorboard")

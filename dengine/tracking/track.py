@@ -1,4 +1,4 @@
-"""Where a run is opened: the one place of this sub-package that asks for the rank."""
+"""`Track`, which opens runs: the one module of this sub-package that asks for the rank."""
 
 import os
 import secrets
@@ -52,7 +52,7 @@ class Track:
         resume: str | None = None,
         backend: str | Sequence[str] = (),
     ) -> Run:
-        """Open a run; use it in a `with`, so that it ends with the block, marked as failed where that raises.
+        """Open a run; use it in a `with`, so that it ends with the block, marked as failed if the block raises.
 
         Call it on every rank: rank 0 records, and on the others the same calls do nothing. It is no collective.
         Under a launcher it may be called before `process_group()` too.
@@ -60,15 +60,16 @@ class Track:
         Args:
             project: what the run belongs to; a folder in `dir`. Artifacts are shared within a project.
             config: a mapping, a dataclass or an `argparse.Namespace`; what JSON cannot hold is kept as its `repr`.
-            tags: words to find the run by; None is none.
-            dir: where the projects lie; "runs" in the current folder by default. The run's own folder is
+            tags: words to find the run by.
+            dir: the folder of the projects; "runs" in the current folder by default. The run's own folder is
                 `dir/project/id`.
-            resume: the id of a run to go on with: rows are added to it, `config` is laid over its own. Half a line that
-                a killed process left is dropped.
-            backend: "trackio", "tensorboard", "wandb", "mlflow", or several of them, told besides.
+            resume: the id of a run to continue: rows are added to it, and `config` is merged into its own. Half a line
+                that a killed process left is dropped.
+            backend: "trackio", "tensorboard", "wandb", "mlflow", or several of them, to report to as well.
 
         Raises:
-            TypeError, ValueError: an argument is wrong, or there is no run of that id; it lists those there are.
+            TypeError, ValueError: an argument is wrong, or there is no run of that id; the message lists those there
+                are.
             TrackingError: the folder cannot be written, or that run is being recorded already.
             ModuleNotFoundError: the package of a backend is missing; it names the extra to install.
         """
@@ -88,10 +89,10 @@ class Track:
 
     @staticmethod
     def set_mode(mode: Mode) -> None:
-        """For runs opened from now on: "online" lets backends reach their servers, as they are set up to;
-        "offline" keeps them on this machine; "disabled" records nothing.
+        """Set the mode of runs that are opened from now on: "online" lets backends reach the servers they are
+        configured for; "offline" keeps them on this machine; "disabled" records nothing.
 
-        Raises: ValueError: no such mode.
+        Raises: ValueError: there is no such mode.
         """
         if mode not in _MODES:
             raise ValueError(f"There is no mode {mode!r}; there is {', '.join(map(repr, _MODES))}.")
@@ -140,7 +141,7 @@ def _resumed(project_dir: Path, run_id: str, name: str | None, tags: Sequence[st
     if not isinstance(old_name, str) or not isinstance(old_tags, list):
         raise TrackingError(f"{path} is damaged: it needs a name, which is text, and a list of tags.")
     all_tags = dict.fromkeys(map(str, [*old_tags, *tags]))
-    # Its folder says which run it is: a file that came from elsewhere must not lead to another folder.
+    # The folder says which run it is: a file of somebody else's must not lead to another folder.
     return {
         **identity,
         "id": run_id,

@@ -12,9 +12,9 @@ __all__ = ["TrackioBackend"]
 
 
 class TrackioBackend(Backend):
-    """A run of our id, by which trackio finds it again where it is resumed.
+    """A run with our id, by which trackio finds it again if it is resumed.
 
-    Its rows are sent by a thread of its own twice a second. What it prints to stdout is kept back.
+    A thread of trackio's sends its rows twice a second. What it would print to stdout is not shown.
     """
 
     def __init__(self, info: RunInfo) -> None:

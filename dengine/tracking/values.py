@@ -1,4 +1,4 @@
-"""What may be recorded, brought into the form in which it is recorded. Pure: touches no file."""
+"""Converts values to what can be recorded. Pure: touches no file."""
 
 import json
 import math
@@ -27,8 +27,8 @@ def scalar(name: str, value: Any) -> Scalar:
     """`value` as a Python number, bool or string. A tensor is read from its device here, which waits for it.
 
     Raises:
-        TypeError: it is none of them; of tensors and arrays, those with a single element and a real type are, where
-            they can be read.
+        TypeError: it is something else; a tensor or an array has more than one element, a type that is not real, or
+            cannot be read.
     """
     if type(value) in _AS_IT_IS and not _is_too_long(value):
         return value  # type: ignore[no-any-return]
@@ -53,13 +53,13 @@ class RowMaker:
     """Makes rows of what people log. A value that a row cannot hold is left out, with one warning for each name."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._warned: set[str] = set()  # names
 
     def row(self, values: Mapping[str, Any]) -> dict[str, Scalar]:
         """Scalars by name: `{"val": {"acc": tensor(0.5)}}` gives `{"val/acc": 0.5}`; None stays None.
 
         Raises:
-            TypeError: no mapping.
+            TypeError: `values` is not a mapping.
             ValueError: two values have one name, or a mapping contains itself.
         """
         if not isinstance(values, Mapping):
@@ -67,8 +67,8 @@ class RowMaker:
         row: dict[str, Scalar] = {}
         reasons: dict[str, str] = {}
         _flatten((), values, row, reasons)
-        if reasons and (new := {name: reason for name, reason in reasons.items() if name not in self._told}):
-            self._told |= new.keys()
+        if reasons and (new := {name: reason for name, reason in reasons.items() if name not in self._warned}):
+            self._warned |= new.keys()
             warnings.warn(
                 f"Left out of the record: {' '.join(new.values())} This is said once for each name.",
                 RuntimeWarning,
@@ -78,7 +78,7 @@ class RowMaker:
 
 
 def encode(row: Mapping[str, Scalar]) -> bytes:
-    """One line of JSON, strictly: a number that is not finite becomes "NaN", "Infinity" or "-Infinity"."""
+    """`row` as one line of strict JSON: a number that is not finite becomes "NaN", "Infinity" or "-Infinity"."""
     try:
         line = _ENCODE(row)
     except ValueError:
@@ -87,9 +87,9 @@ def encode(row: Mapping[str, Scalar]) -> bytes:
 
 
 def plain(value: Any, keys: Sequence[object] = ()) -> Any:
-    """A configuration as dicts, lists and scalars; what is none of them becomes its `repr`. `keys`: where it stands.
+    """`value` as dicts, lists and scalars; anything else becomes its `repr`. `keys` leads to it from the outermost.
 
-    Raises: ValueError: something in it contains itself; it names the key.
+    Raises: ValueError: something in it contains itself; the message names the key.
     """
     _refuse_depth(keys)
     if isinstance(value, int) and _is_too_long(value):
@@ -112,7 +112,7 @@ def plain(value: Any, keys: Sequence[object] = ()) -> Any:
 
 
 def to_json(value: Any) -> Any:
-    """Dicts, lists and scalars, with what JSON has no number for as a string."""
+    """`value`, of dicts, lists and scalars, with numbers that are not finite as strings: JSON has none of them."""
     if isinstance(value, Mapping):
         return {key: to_json(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -143,7 +143,7 @@ def _flatten(
 
 
 def _item(name: str, value: Any) -> Any:
-    """The one element. Of a tensor on a device, what fails there is raised as it is: it is not about this value."""
+    """The one element. An error of the device is raised as it is: it is not about this value."""
     try:
         return value.item()
     except (RuntimeError, NotImplementedError) as error:
@@ -153,7 +153,7 @@ def _item(name: str, value: Any) -> Any:
 
 
 def _is_too_long(value: object) -> bool:
-    """Whether Python would refuse to write that number, or another reader to read it."""
+    """Whether it is a whole number too long for Python to write it, or another reader to read it."""
     return isinstance(value, int) and value.bit_length() > _MOST_BITS
 
 

@@ -14,8 +14,8 @@ _STEP = "global_step"
 class WandbBackend(Backend):
     """A run of the same id and name.
 
-    wandb drops what is logged at a step below its last one, as happens where epochs and iterations are both logged, or
-    a run resumes from a checkpoint. So its own step is left to count calls, and ours is a value that it draws over.
+    wandb drops what is logged at a step below its last one, as happens if epochs and iterations are both logged, or a
+    run resumes from a checkpoint. So wandb's own step counts calls, and ours is a value that it draws curves over.
     """
 
     def __init__(self, info: RunInfo) -> None:
@@ -43,7 +43,7 @@ class WandbBackend(Backend):
     def log_artifact(self, stored: StoredFiles) -> None:
         artifact = self._module.Artifact(stored.name, type=stored.type, metadata={"sha256": stored.digest})
         for name in stored.files:
-            # What is stored does not change: no copy of it is staged elsewhere.
+            # What is stored does not change, so that wandb needs no copy of it.
             artifact.add_file(str(stored.folder / name), name=name, policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=list(stored.aliases))
 
