@@ -28,6 +28,7 @@ __all__ = [
     "is_mesh",
     "laid_out_like",
     "local_part",
+    "may_be_dtensors",
     "mesh_of",
     "piece_of",
     "sharding_groups",
@@ -50,6 +51,11 @@ def is_dtensor(value: object) -> "TypeGuard[DTensor]":
 def any_dtensor(values: Iterable[object]) -> bool:
     """Whether one of `values` is a DTensor. Cost: of plain tensors a comparison of types, and no call."""
     return any(type(value) not in PLAIN and is_dtensor(value) for value in values)
+
+
+def may_be_dtensors() -> bool:
+    """Whether anybody in this process has imported what makes one."""
+    return "torch.distributed.tensor" in sys.modules
 
 
 def is_mesh(value: object) -> "TypeGuard[DeviceMesh]":

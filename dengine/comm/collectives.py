@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dengine import trees
 from dengine.comm.nested import ReduceOp, flatten, grouped, signature, split
 from dengine.comm.rank_zero import refuse_on_rank_zero_alone
 from dengine.control.failure import repr_of
 from dengine.control.plane import plane
+from dengine.dtensor import any_dtensor, is_dtensor, may_be_dtensors, whole
 from dengine.errors import RemoteRankError
 from dengine.launch.world import World, refuse_forgotten_group, world
 
@@ -30,6 +32,8 @@ __all__ = [
     "progress",
     "rank_zero_first",
     "sum_tensor",
+    "whole_tensor",
+    "whole_tensors",
 ]
 
 T = TypeVar("T")
@@ -108,8 +112,9 @@ def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
 
     Collective: call on all ranks with the same structure, from the same line or with the same `name`: two ranks that
     reduce different things at a time (one its loss, the other its accuracy) are told apart by that. The same types,
-    dtypes and devices come back as went in; the input is left alone. Cost: one all-reduce per dtype and device, and one
-    request to the store.
+    dtypes and devices come back as went in; the input is left alone. A DTensor is taken as the whole tensor, and comes
+    back as a plain one. Cost: one all-reduce per dtype and device, and one request to the store; a gather for each
+    DTensor.
 
     Raises:
         ValueError: an unknown `op`; the mean of whole numbers, which would not be one.
@@ -123,7 +128,31 @@ def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
     leaves: list[torch.Tensor] = []
     rebuild = flatten(value, leaves, op)
     with collective(f"all_reduce({name or signature(value)}, {op!r})", site=name or plane().call_site()) as group:
-        return rebuild(_reduced(leaves, op, group))  # type: ignore[no-any-return]
+        return rebuild(_reduced([whole(leaf) for leaf in leaves], op, group))  # type: ignore[no-any-return]
+
+
+def whole_tensor(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """`tensor`, or all of it where it is a DTensor. Collective then: a gather over the ranks of its mesh.
+
+    Raises: RankZeroCollectiveError: it is a DTensor, and only rank 0 runs here.
+    """
+    if is_dtensor(tensor):
+        refuse_on_rank_zero_alone(f"{what} of a DTensor")
+    return whole(tensor)
+
+
+def whole_tensors(value: T, what: str) -> T:
+    """`value` with the whole tensor for each DTensor in it, however nested. Collective where there is one.
+
+    Cost: nothing where nobody has imported DTensor; otherwise a look at each leaf.
+
+    Raises: RankZeroCollectiveError: as `whole_tensor`.
+    """
+    if not may_be_dtensors() or not any_dtensor(trees.leaves(value)):
+        return value
+    refuse_on_rank_zero_alone(f"{what} of a DTensor")
+    with torch.no_grad():
+        return trees.map_leaves(whole, value)  # type: ignore[no-any-return]
 
 
 def all_gather_object(value: T) -> list[T]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dengine import trees
+from dengine.dtensor import local_part, summed_up
 from dengine.engine import Engine
 from dengine.handlers.arguments import check_function
 from dengine.naming import other_names, shown
@@ -79,7 +80,8 @@ class TerminateOnNan:
 
     def _note_leaf(self, value: Any) -> bool:
         if isinstance(value, torch.Tensor):
-            self._note_tensor(value.detach())
+            # This rank's part is enough, as one rank that ends the run ends it on all.
+            self._note_tensor(local_part(summed_up(value.detach())))
             return False
         if isinstance(value, np.ndarray):
             return value.dtype.kind in "fc" and not bool(np.isfinite(value).all())

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from dengine import trees
+from dengine.dtensor import is_dtensor, local_part
+from dengine.errors import RankZeroCollectiveError
 
 __all__ = ["RowMaker", "Scalar", "encode", "plain", "scalar", "to_json"]
 
@@ -39,7 +41,7 @@ def scalar(name: str, value: Any) -> Scalar:
                 f"{name!r} is {kind} of shape {tuple(value.shape)}, and a row holds scalars: log its mean, or its "
                 "entries one by one."
             )
-        value = _item(name, value)
+        value = _item(name, _own_copy(name, value))
     for kind_of_scalar in (bool, int, float, str):  # subclasses too: np.float64, an IntEnum
         if isinstance(value, kind_of_scalar) and not _is_too_long(value):
             return kind_of_scalar(value)
@@ -140,6 +142,21 @@ def _flatten(
                 row[name] = scalar(name, value)
             except TypeError as error:
                 reasons[name] = str(error)
+
+
+def _own_copy(name: str, value: Any) -> Any:
+    """What this rank has of a DTensor that all ranks of its mesh have whole. Only rank 0 makes rows.
+
+    Raises: RankZeroCollectiveError: no rank has it whole.
+    """
+    if not is_dtensor(value):
+        return value
+    if not all(each.is_replicate() for each in value.placements):
+        raise RankZeroCollectiveError(
+            f"{name!r} is a DTensor laid out as {value.placements}, which all ranks together would have to make whole, "
+            "but only rank 0 logs: have the step give output.full_tensor()."
+        )
+    return local_part(value)
 
 
 def _item(name: str, value: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dengine.comm.collectives import whole_tensors
 from dengine.comm.consistency import (
     Compared,
     Start,
@@ -112,6 +113,8 @@ class MetricSet:
         return True
 
     def update(self, output: Any) -> None:
+        if self.updates:
+            output = whole_tensors(output, "The metrics")
         if self._adds_to_no_graph:
             for update in self.updates:
                 update(output)

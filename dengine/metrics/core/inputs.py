@@ -7,6 +7,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from dengine.checks import whole_number
+from dengine.comm.collectives import whole_tensor
 from dengine.metrics.core.transform import prediction_and_target
 
 __all__ = [
@@ -62,7 +63,7 @@ def as_real(part: Any, metric: str) -> torch.Tensor:
 
 
 def as_tensor(part: Any, metric: str) -> torch.Tensor:
-    """A detached tensor of any dimension. Python's floats keep their 64 bits.
+    """A detached tensor of any dimension. Python's floats keep their 64 bits. A DTensor is made whole: a collective.
 
     Raises:
         TypeError: neither number, array nor tensor, or a tensor of a lazy module that has no shape yet; or a list of
@@ -74,7 +75,7 @@ def as_tensor(part: Any, metric: str) -> torch.Tensor:
                 f"{metric} got a {type(part).__name__}: its lazy module has not seen a batch yet. Call the module once "
                 "before."
             )
-        return part.detach() if part.requires_grad else part
+        return whole_tensor(part.detach() if part.requires_grad else part, metric)
     if isinstance(part, Mapping):
         raise TypeError(
             f"{metric} takes numbers or tensors, but got {what_it_got(part)}: pass output_transform=, a function of "
