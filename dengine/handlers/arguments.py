@@ -1,4 +1,4 @@
-"""Checks of what handlers are given, in the words of who gives it."""
+"""Checks of the arguments of handlers, with errors in the words of the user."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -16,13 +16,13 @@ MetricNames = Sequence[str] | Literal["all"] | None
 
 
 def check_engine(handler: object, engine: object) -> None:
-    """Raises: TypeError: what a handler is attached to is no Engine."""
+    """Raises: TypeError: `engine`, to which `handler` is attached, is not an Engine."""
     if not isinstance(engine, Engine):
         raise TypeError(f"{type(handler).__qualname__}.attach() takes an Engine, but got {engine!r}.")
 
 
 def check_function(name: str, function: object, *arguments: str) -> None:
-    """Raises: TypeError: it is neither None nor can be called with these arguments."""
+    """Raises: TypeError: `function` is not None and cannot be called with these arguments."""
     if function is None:
         return
     called = f"{name}({', '.join(arguments)})"
@@ -33,9 +33,9 @@ def check_function(name: str, function: object, *arguments: str) -> None:
 
 
 def checked_names(names: Any) -> tuple[str, ...] | Literal["all"] | None:
-    """`metric_names` as it was meant: names, "all", or None.
+    """`metric_names` as a tuple, or "all", or None.
 
-    Raises: TypeError: another string, or what is no list of strings.
+    Raises: TypeError: it is another string, or not a list of strings.
     """
     if names is None or (isinstance(names, str) and names == "all"):
         return names  # type: ignore[return-value]
@@ -48,7 +48,7 @@ def checked_names(names: Any) -> tuple[str, ...] | Literal["all"] | None:
 
 
 def as_number(value: Any) -> float | None:
-    """`value` as a number, waited for where it is on a device; None where it is none: text, or several numbers."""
+    """`value` as a number (one on a device is waited for); None if it is text, or several numbers."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         size = value.numel() if isinstance(value, torch.Tensor) else value.size
         value = value.item() if size == 1 else None

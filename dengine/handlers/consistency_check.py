@@ -1,4 +1,4 @@
-"""Finds out whether all ranks train the same model."""
+"""Checks that all ranks train the same model."""
 
 from typing import Any
 
@@ -20,16 +20,18 @@ __all__ = ["ConsistencyCheck"]
 class ConsistencyCheck:
     """Compares the parameters of `model`, and with `optimizer` its state too, bit by bit over all ranks.
 
-    Buffers are left out: the statistics of batch norm are each rank's own between two forward passes. What is sharded
-    is compared between the ranks that hold the same piece: the replicas of HSDP, the copies of a tensor-parallel group.
-    Where FSDP2 gives each rank another piece, and in a run of one process, there is nothing to compare.
+    Buffers are left out: the statistics of batch norm are each rank's own between two forward passes. A sharded
+    parameter is compared between the ranks that hold the same piece: the replicas of HSDP, the copies of a
+    tensor-parallel group. If FSDP2 gives each rank another piece, and in a run of one process, there is nothing to
+    compare.
 
     Attach it on every rank: `trainer.on(Events.ITERATION_COMPLETED(every=1000), ConsistencyCheck(model))`.
     Collective. Cost: reads every parameter once on its device, one all-reduce of 16 bytes a parameter (for each piece
     of one that has copies), one wait for the device.
 
     Raises (when called):
-        ConsistencyError: on every rank, naming the rank that is not with the majority and the first parameter.
+        ConsistencyError: (on every rank) the parameters differ; it names a rank that differs from the majority, and the
+            first parameter.
 
     Example:
         >>> from dengine import Engine, Events

@@ -21,23 +21,23 @@ class EarlyStopping:
     """Terminates `trainer` once `score_function` has not improved in `patience` calls in a row.
 
     Attach it on every rank, to the engine whose metrics the score reads: `evaluator.on(Events.EPOCH_COMPLETED, stop)`.
-    Rank 0 decides, and all ranks stop. Collective where the engine is. Cost: one small object broadcast a call.
-    A run of `trainer` that is not resumed begins without a best score. One that is resumed from a state in which
-    patience had run out is left before its next iteration.
+    Rank 0 decides, and all ranks stop. Collective, unless the engine is one rank's own. Cost: one small object
+    broadcast a call. A run of `trainer` that is not resumed begins without a best score. One that is resumed from a
+    state in which patience had run out ends before its next iteration.
 
     Args:
         patience: calls without an improvement after which the training ends.
-        score_function: `score_function(engine) -> float`, asked on rank 0. NaN is no improvement.
+        score_function: `score_function(engine) -> float`, called on rank 0. NaN is not an improvement.
         trainer: the engine to terminate.
         min_delta: an improvement must be larger than this.
         cumulative_delta: measure `min_delta` from the score of the last improvement; otherwise from the best score
             so far, which small improvements move too.
-        mode: "max": a higher score is better; "min": a lower one is, as of a loss.
-        start_after: so many calls at the beginning of the training are passed over whole: no score is asked for, and
-            none of them counts.
+        mode: "max": a higher score is better; "min": a lower one is, as with a loss.
+        start_after: the number of calls at the beginning of the training that are ignored: they compute no score, and
+            do not count.
 
     Raises:
-        TypeError, ValueError: an argument is wrong. TypeError: (when called) `score_function` gave no number.
+        TypeError, ValueError: an argument is wrong. TypeError: (when called) `score_function` did not give a number.
 
     Example:
         >>> from dengine import Engine, Events
@@ -113,15 +113,15 @@ class EarlyStopping:
             self._trainer.terminate()
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score (None before the first one), the number of calls since it, and of those passed over."""
+        """The best score (None before the first one), the number of calls since it, and of the calls ignored."""
         state_dict = {"best": self._best, "num_calls_without_improvement": self._num_calls_without_improvement}
         return {**state_dict, "num_passed_over": self._num_passed_over} if self._start_after else state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on counting where `state_dict()` was taken. One without calls that were passed over has got beyond them.
+        """Continue from a `state_dict()`. If it has no number of ignored calls, there are no more to ignore.
 
         Raises:
-            ValueError: an entry is missing, unknown or wrong; it is named, and nothing is changed.
+            ValueError: an entry is missing, unknown or wrong; the message names it, and nothing is changed.
         """
         wanted = {"best", "num_calls_without_improvement"}
         if not isinstance(state_dict, Mapping):
@@ -147,7 +147,7 @@ class EarlyStopping:
     def _begin(self, engine: Engine) -> None:
         is_loaded, self._is_loaded = self._is_loaded, False
         if is_loaded and self._num_calls_without_improvement >= self._patience:
-            # Else a run that was saved behind its last epoch, and killed or preempted there, would get one more.
+            # Else a run that was saved after its last epoch, and then killed or preempted, would get one more.
             engine.terminate()
         elif not is_loaded and engine.state.iteration == 0:
             self._best, self._num_calls_without_improvement, self._num_passed_over = None, 0, 0
@@ -156,7 +156,7 @@ class EarlyStopping:
         return score_of(engine, self._score_function, "early stopping")
 
     def _has_improved(self, score: float) -> bool:
-        """Compare with the best, and take the score over where it is to be measured from now on."""
+        """Whether `score` is an improvement; it becomes the best score if later ones are to be compared with it."""
         if math.isnan(score):
             return False
         if self._best is None:

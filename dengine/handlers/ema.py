@@ -100,7 +100,7 @@ class EMA:
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:
         if self._is_sharded:
-            _reshard(self.model)  # what an evaluation has gathered would be used by the next one
+            _reshard(self.model)  # else the next evaluation would use what this one has gathered
         averaged: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
         for name, own, own_key, others, key in self._pairs:
             target, source = local_part(own[own_key]), local_part(others[key])
@@ -135,7 +135,7 @@ class EMA:
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, and the state of `ema.model`, by the names that it has uncompiled.
 
-        Averages of weights in 16 bits are in float32, as they are kept.
+        Averages of weights in 16 bits are in float32.
         """
         if self._is_sharded:
             _reshard(self.model)
@@ -147,10 +147,10 @@ class EMA:
         return {"num_updates": self.num_updates, "model": aligned(state, {})}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what `state_dict()` gave; whole tensors are cut up for a sharded model. No collective.
+        """Load what `state_dict()` gave; whole tensors are sharded for a sharded model. No collective.
 
         Raises:
-            ValueError: an entry is missing, unknown, or of another shape; it is named, and nothing is changed.
+            ValueError: an entry is missing, unknown, or of another shape; the message names it, and nothing is changed.
         """
         if not isinstance(state_dict, Mapping) or state_dict.keys() != {"num_updates", "model"}:
             have = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__qualname__
@@ -182,9 +182,9 @@ class EMA:
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Where each parameter and buffer is looked up, by its full name: it may be replaced by another tensor.
+    """The dict and the key of each parameter and buffer, by its full name: another tensor may replace it there.
 
-    Shards are held fast: whole parameters stand in their place while the model is in use.
+    A shard is in a dict of its own: the model has whole parameters in their place while it is in use.
     """
     slots: dict[str, tuple[dict[str, Any], str]] = {}
     seen: set[int] = set()
@@ -198,7 +198,7 @@ def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def _reshard(model: nn.Module) -> None:
-    """FSDP2 puts whole parameters in the place of the shards while they are in use; here the shards are needed."""
+    """Put the shards back in the place of the whole parameters that FSDP2 uses in forward and backward."""
     for module in model.modules():
         if (sharded := as_fsdp(module)) is not None:
             sharded.reshard()
@@ -215,7 +215,7 @@ def _copy_of(model: nn.Module) -> nn.Module:
 
 
 def _sharded_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model that `fully_shard` has cut up, cut up in the same way: FSDP2 cannot be copied as it is.
+    """A copy of a model that `fully_shard` has sharded, sharded in the same way: FSDP2 cannot be copied as it is.
 
     A bare copy without storage is sharded anew, and then filled with the shards.
     """
@@ -260,12 +260,12 @@ def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _is_coarse(value: Tensor) -> bool:
-    """Whether it is of floats in which an average would not move by a small share."""
+    """Whether it has floats so coarse that a small share of a new value would not change an average."""
     return value.is_floating_point() and value.dtype.itemsize < 4
 
 
 def _fitted(given: Any, own: Mapping[str, Any]) -> dict[str, Any]:
-    """The state `given`, checked against `own`, its tensors cut up where ours are."""
+    """The state `given`, checked against `own`, and sharded as `own` is."""
     if not isinstance(given, Mapping):
         raise ValueError(f"'model' in the state of EMA must be a dict, but is a {type(given).__qualname__}.")
     if different := sorted(given.keys() ^ own.keys()):

@@ -1,4 +1,4 @@
-"""Steps a learning-rate schedule."""
+"""Steps a learning-rate scheduler."""
 
 import copy
 import inspect
@@ -18,23 +18,24 @@ __all__ = ["LRScheduler"]
     attach="it takes one event, so write trainer.on(Events.EPOCH_COMPLETED, handler), or at ITERATION_COMPLETED",
 )
 class LRScheduler:
-    """Steps `scheduler` whenever it is called; `ReduceLROnPlateau` with the metric it waits for.
+    """Steps `scheduler` whenever it is called; `ReduceLROnPlateau` with the value of a metric.
 
-    Attach it on every rank, where the schedule is to be stepped: `trainer.on(Events.EPOCH_COMPLETED, schedule)`.
-    It is no collective: a metric's value is the same on all ranks, and so is the step that they make.
+    Attach it on every rank, to the event of a step: `trainer.on(Events.EPOCH_COMPLETED, schedule)`. It is not a
+    collective: a metric's value is the same on all ranks, and so is the step that they make.
 
     Args:
-        scheduler: any of torch's, or one whose `step(epoch)` is told how far it is, as timm's are: the first call is
-            step 1. One of timm's that counts updates (`t_in_epochs=False`) is stepped by `step_update`: attach it to
+        scheduler: any of torch's, or one whose `step(epoch)` takes the number of the step, as timm's do: the first call
+            is step 1. One of timm's that counts updates (`t_in_epochs=False`) is stepped by `step_update`: attach it to
             iterations, or to optimizer steps.
-        metric_name: of `state.metrics`; what `ReduceLROnPlateau` (timm's `PlateauLRScheduler`) is stepped with, and
-            nothing else takes.
-        metric_engine: whose metrics; by default the engine it is attached to.
+        metric_name: the name in `state.metrics` of the value that `ReduceLROnPlateau` (timm's `PlateauLRScheduler`)
+            takes; only for these.
+        metric_engine: the engine with that metric; by default the engine it is attached to.
 
     Raises:
-        TypeError: `scheduler` is none. ValueError: a plateau without `metric_name`, or another schedule with one.
-        KeyError, TypeError: (when called) there is no such metric (it lists those there are) or none yet, or it is no
-            number.
+        TypeError: `scheduler` is not a scheduler. ValueError: `ReduceLROnPlateau` without `metric_name`, or another
+            scheduler with one.
+        KeyError, TypeError: (when called) there is no such metric (the message lists those there are), or not yet, or
+            it is not a number.
 
     Example:
         >>> import torch
@@ -65,7 +66,7 @@ class LRScheduler:
         lr_scheduler="it is called scheduler=",
     )
     def __init__(self, scheduler: Any, metric_name: str | None = None, metric_engine: Engine | None = None) -> None:
-        if not isinstance(scheduler, TorchScheduler) and not _is_told_the_step(scheduler):
+        if not isinstance(scheduler, TorchScheduler) and not _takes_step_number(scheduler):
             raise TypeError(
                 f"LRScheduler() takes a scheduler of torch.optim.lr_scheduler or of timm, but got {scheduler!r}."
             )
@@ -116,15 +117,16 @@ class LRScheduler:
         self._scheduler.step(score)
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's own. The learning rates themselves are in the optimizer's."""
+        """The state of the scheduler. The learning rates themselves are in the state of the optimizer."""
         state: dict[str, Any] = self._scheduler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Have the schedule go on where `state_dict()` was taken.
+        """Have the scheduler continue from a `state_dict()`.
 
         Raises:
-            ValueError: it is that of another kind of schedule; it names what differs, and nothing is changed.
+            ValueError: it is the state of another kind of scheduler; the message names what differs, and nothing is
+                changed.
         """
         own = self._scheduler.state_dict()
         if not isinstance(state_dict, Mapping):
@@ -136,14 +138,16 @@ class LRScheduler:
             raise ValueError(f"The state given to LRScheduler is not one of {self._kind}: it {what} {different[0]!r}.")
         before = copy.deepcopy(own)
         try:
-            self._scheduler.load_state_dict(copy.deepcopy(dict(state_dict)))  # some schedules empty what they are given
+            self._scheduler.load_state_dict(
+                copy.deepcopy(dict(state_dict))
+            )  # some schedulers empty the dict they are given
         except Exception as error:
             self._scheduler.load_state_dict(before)
             raise ValueError(f"The state given to LRScheduler is not one of {self._kind}: {error!r}.") from error
 
 
 class _Counted:
-    """A schedule that is told the step: counts its steps, and so takes the same calls as one of torch's."""
+    """Counts the steps of a scheduler that takes their number, so that it has the interface of torch's."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
@@ -164,15 +168,15 @@ class _Counted:
         self._num_steps = state_dict["num_steps"]
 
 
-def _is_told_the_step(scheduler: Any) -> bool:
-    """Whether its `step` needs the number of the step, as that of timm's does."""
+def _takes_step_number(scheduler: Any) -> bool:
+    """Whether its `step` needs the number of the step, as in timm."""
     if isinstance(scheduler, type) or not all(
         callable(getattr(scheduler, name, None)) for name in ("step", "state_dict", "load_state_dict")
     ):
         return False
     try:
         parameters = list(inspect.signature(scheduler.step).parameters.values())
-    except (TypeError, ValueError):  # in C, or with a signature of its own making
+    except (TypeError, ValueError):  # in C, or with a wrong `__signature__`
         return False
     is_positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [each for each in parameters if each.default is each.empty and each.kind in is_positional]

@@ -1,4 +1,4 @@
-"""Puts the peak of the memory in use among the metrics of an epoch."""
+"""Adds the peak of the memory in use to the metrics of an epoch."""
 
 import sys
 
@@ -17,15 +17,15 @@ _BYTES_PER_MIB = 2**20
 
 
 class MemoryMonitor:
-    """After each epoch, the highest memory use so far as `state.metrics["peak_host_mib"]` and, where this process
+    """After each epoch, adds the highest memory use so far as `state.metrics["peak_host_mib"]` and, if this process
     works on a GPU, `state.metrics["peak_device_mib"]`.
 
-    Of all ranks, the one that needs most: it is the one that runs out of memory. Host memory is the resident set of
-    the process (without the workers of a data loader), device memory what PyTorch's allocator had handed out. Both are
-    peaks since the process began: nobody else's count is reset.
+    The value is that of the rank that uses most. Host memory is the resident set of the process (without the workers of
+    a data loader), device memory is what PyTorch's allocator has handed out. Both are peaks since the process began: no
+    other tool's count is reset.
 
-    Attach it on every rank. Collective where the engine is. Cost: one all-reduce of two numbers an epoch; nothing in an
-    iteration, and no wait for the device.
+    Attach it on every rank. Collective, unless the engine is one rank's own. Cost: one all-reduce of two numbers an
+    epoch; nothing in an iteration, and no wait for the device.
 
     Example:
         >>> from dengine import Engine
@@ -41,12 +41,14 @@ class MemoryMonitor:
     def attach(self, engine: Engine) -> None:
         """Add the values to `engine.state.metrics` at the end of each epoch, before the other handlers.
 
-        Raises: TypeError: `engine` is no Engine. ValueError: it has a metric of one of these names.
+        Raises: TypeError: `engine` is not an Engine. ValueError: it has a metric of one of these names already.
         """
         check_engine(self, engine)
         for name in ("peak_host_mib", "peak_device_mib"):
             if name in engine.metric_names:
-                raise ValueError(f"The engine has a metric {name!r}, as MemoryMonitor calls what it finds: rename it.")
+                raise ValueError(
+                    f"The engine has a metric {name!r}, which is a name that MemoryMonitor uses: rename it."
+                )
         engine.on(Events.EPOCH_COMPLETED, self._measure, priority=Priority.VALUES)
 
     @collective

@@ -17,12 +17,12 @@ __all__ = ["ParamGroupLogger"]
 class ParamGroupLogger:
     """Logs the learning rate of each parameter group, and its momentum or betas, whenever it is called.
 
-    The names are `lr`, `momentum`, `beta1`, `beta2`; with several groups `lr/0`, `lr/1`, or `lr/<name>` where a group
-    has a "name". Attach it on every rank: rank 0 logs. It is no collective.
+    The names are `lr`, `momentum`, `beta1`, `beta2`; with several groups `lr/0`, `lr/1`, or `lr/<name>` if a group has
+    a "name". Attach it on every rank: rank 0 logs. It is not a collective.
 
     Args:
-        optimizer: any with `param_groups`.
-        run: as `TrackingHandler` takes it.
+        optimizer: any object with `param_groups`.
+        run: as for `TrackingHandler`.
         global_step_transform: `(engine, event) -> int`; by default as for `TrackingHandler`.
 
     Raises:

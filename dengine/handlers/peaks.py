@@ -1,4 +1,4 @@
-"""What devices can do at most. Pure but for the name of the device, which is asked for."""
+"""The peak speed of devices, by their names."""
 
 import re
 
@@ -7,7 +7,7 @@ import torch
 __all__ = ["PEAKS", "peak_flops_per_s"]
 
 # Dense 16-bit matrix products with float32 accumulation, in 10^12 operations a second, from the vendors' data sheets
-# (half of what they give for sparse ones). The first whose words are in the device's name counts.
+# (half of what they give for sparse ones). The first entry whose words are in the device's name counts.
 PEAKS = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -41,7 +41,7 @@ PEAKS = {
 
 
 def peak_flops_per_s(device: torch.device) -> float | None:
-    """The peak of `device` in floating-point operations a second; None where it is not known, as of a CPU."""
+    """The peak of `device` in floating-point operations a second; None if it is not known, as for a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""Saves and leaves where a scheduler takes the machine away."""
+"""Saves a checkpoint and ends the run when a scheduler takes the machine away."""
 
 import signal
 import threading
@@ -21,23 +21,24 @@ _Handler: TypeAlias = "Callable[[int, FrameType | None], Any] | int | None"
 class Preemption:
     """On a signal to any one rank, all ranks finish the same iteration, save, and leave the run.
 
-    `engine.state.preempted` is true then, and `COMPLETED` does not fire; the script exits with the code that its
-    scheduler takes for "run me again". The signal's handler sets a flag and does nothing else; the flag is read after
-    each iteration and epoch, and the ranks agree as for `terminate()`. While no run is under way, signals are what they
-    were before.
+    `engine.state.preempted` is true then, and `COMPLETED` does not fire; the script exits with the code by which its
+    scheduler starts it again. The signal's handler sets a flag and does nothing else; the flag is read after each
+    iteration and epoch, and the ranks agree as for `terminate()`. While no run is under way, the signals have their
+    previous handlers.
 
     Attach it on every rank, from the main thread: `Preemption(checkpoint).attach(trainer)`. Under torchrun the agent
-    must pass signals on, and give the ranks time to save: `--signals-to-handle` and `--shutdown-timeout`. They go to a
-    rank's process group, which the workers of a prepared loader are not in. Where a scheduler sends SIGTERM to every
-    single process, workers die of it, and a rank that needs another batch raises: have it send SIGUSR1.
+    must pass signals on, and give the ranks time to save: `--signals-to-handle` and `--shutdown-timeout`. torchrun
+    sends them to a rank's process group, which the workers of a prepared loader are not in. If a scheduler sends
+    SIGTERM to every single process, the workers die of it, and a rank that needs another batch raises: have it send
+    SIGUSR1.
 
     Args:
         checkpoint: called as `checkpoint(engine)` on every rank, and waited for; a `Checkpoint`, or any handler.
         signals: which ones; by default those by which SLURM and Kubernetes announce the end.
 
     Raises:
-        TypeError: `checkpoint` is not callable, or `signals` no list of signals.
-        ValueError: no signal, or one that cannot be handled.
+        TypeError: `checkpoint` is not callable, or `signals` is not a list of signals.
+        ValueError: there is no signal, or one that cannot be handled.
 
     Example:
         >>> import os
@@ -73,9 +74,9 @@ class Preemption:
         return shown(self, self._checkpoint, signals=[number.name for number in self._signals])
 
     def attach(self, engine: Engine) -> None:
-        """Have it look after the runs of `engine`.
+        """Handle signals during the runs of `engine`.
 
-        Raises: TypeError: it is no Engine.
+        Raises: TypeError: `engine` is not an Engine.
         """
         check_engine(self, engine)
         engine.on(Events.STARTED, self._begin, priority=Priority.SETUP)
@@ -90,7 +91,7 @@ class Preemption:
         self._received, self._previous = None, {}
         if threading.current_thread() is not threading.main_thread():
             warnings.warn(
-                "Preemption hears no signal: the run is not in the main thread.", RuntimeWarning, stacklevel=2
+                "Preemption receives no signal: the run is not in the main thread.", RuntimeWarning, stacklevel=2
             )
             return
         for number in self._signals:
@@ -117,17 +118,17 @@ class Preemption:
                 wait()
 
     def _end(self, engine: Engine) -> None:
-        """Give the signals back. A handler that was not set by Python cannot be: the default takes its place."""
+        """Restore the previous handlers. One that was not set by Python cannot be restored: the default replaces it."""
         if not self._is_listening:
             return
         self._is_listening = False
         for number in self._signals:
-            if signal.getsignal(number) == self._note:  # else somebody else has it, who gives it back
+            if signal.getsignal(number) == self._note:  # else somebody else has set a handler since, and restores ours
                 previous = self._before(number)
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
     def _before(self, number: signal.Signals) -> _Handler:
-        """Whose the signal was before: not another one's like this, of the same engine, that has ended already."""
+        """The previous handler of a signal; if that of another Preemption that has ended already, the one before it."""
         previous = self._previous[number]
         owner = getattr(previous, "__self__", None)
         return owner._before(number) if isinstance(owner, Preemption) and not owner._is_listening else previous

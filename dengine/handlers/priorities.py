@@ -1,7 +1,7 @@
 """The priorities of the handlers that come with the package, from the first to the last of an event.
 
 A handler of the user's has priority 0, and few ever need another one. Within one priority there are phases
-(dengine/engine/phases.py): what saves comes after the others.
+(dengine/engine/phases.py): a handler that saves comes after the others.
 """
 
 import sys
@@ -14,11 +14,11 @@ class Priority(IntEnum):
     """When a handler is called, the highest first."""
 
     CLOCK_FIRST = 1_500_000  # reads the clock before any handler takes time
-    SETUP = 1_000_000  # brings the model, an optimizer or the signals into the state that all other handlers expect
-    VALUES = 2_000  # gives values that trackers, bars and the user's own handlers read
+    SETUP = 1_000_000  # prepares the model, an optimizer or the signals for all other handlers
+    VALUES = 2_000  # adds values that trackers, bars and the user's own handlers read
     EARLY = 1_000  # timers that stop, and bars
     LATE = -1_000  # timers that go on, and bars that show what the user's own handlers have done
     TRACE_END = -2_000  # an iteration ends after its other handlers, so that they are in the trace
-    CLEANUP = -1_000_000  # what SETUP has prepared comes to its end
+    CLEANUP = -1_000_000  # ends what SETUP has prepared
     CLOCK_LAST = -1_500_000  # reads the clock after all handlers have taken their time
-    FINISHED = -sys.maxsize  # waits for what all of the others have begun
+    FINISHED = -sys.maxsize  # waits for everything that the others have begun

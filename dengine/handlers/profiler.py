@@ -1,4 +1,4 @@
-"""Records what the iterations of a few windows do, as traces of torch.profiler."""
+"""Records windows of iterations as traces of torch.profiler."""
 
 import os
 from pathlib import Path
@@ -20,8 +20,8 @@ __all__ = ["Profiler"]
 class Profiler:
     """Writes `{dir}/trace_{first}-{last}.json` for each window of iterations, on rank 0.
 
-    Look at one in https://ui.perfetto.dev or chrome://tracing. Counted in iterations of the run: `wait` are left out,
-    `warmup` are recorded and thrown away (the first ones with a profiler are slow), `active` are recorded; that
+    Open one in https://ui.perfetto.dev or chrome://tracing. Counted in iterations of the run: `wait` are left out,
+    `warmup` are recorded and thrown away (the first ones with a profiler are slow), `active` are recorded; this is done
     `repeat` times. A window that the run's end or a failure cuts short is written with what it has. A file under its
     final name is complete.
 
@@ -30,11 +30,11 @@ class Profiler:
 
     Args:
         dir: the folder; it is made at the first window.
-        repeat: windows; 0: as many as the run has room for.
+        repeat: the number of windows; 0 means as many as fit into the run.
         record_shapes, profile_memory, with_stack: as in `torch.profiler.profile`.
 
     Attributes:
-        paths: the files written so far.
+        paths: the files that have been written so far.
 
     Raises:
         TypeError, ValueError: a count is wrong. OSError: (at the end of a window) the file cannot be written.
@@ -85,7 +85,7 @@ class Profiler:
     def attach(self, engine: Engine) -> None:
         """Record the runs of `engine`.
 
-        Raises: TypeError: it is no Engine.
+        Raises: TypeError: `engine` is not an Engine.
         """
         check_engine(self, engine)
         if world().rank != 0:

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 __all__ = ["ProgressBar"]
 
 _REDRAW_S = 0.1
-_LINE_S = 300.0  # a log file of an epoch of hours tells that it goes on
+_LINE_S = 300.0  # so that a log file shows that an epoch of hours goes on
 _LOG_COLUMNS = 100
 
 
 class ProgressBar:
-    """A bar an epoch: `Epoch [1/10]: 100%|███| 1000/1000 [01:23<00:00, 12.01it/s, loss=0.345]`, by tqdm.
+    """Shows a bar for each epoch: `Epoch [1/10]: 100%|███| 1000/1000 [01:23<00:00, 12.01it/s, loss=0.345]`, by tqdm.
 
-    Rank 0 draws; on the other ranks `attach` does nothing. In a terminal and in a notebook the bar moves; where output
-    goes into a file, an epoch is one line, written when it ends or is cut short, and one every five minutes before.
-    Values on a GPU are read only when they are drawn, at most ten times a second, and not after a failure, when there
-    may be no reading them. It writes to stderr, as tqdm does. One bar may show several engines.
+    Rank 0 draws; on the other ranks `attach` does nothing. In a terminal and in a notebook the bar moves. If stderr is
+    a file, there is a line when an epoch ends or is cut short, and one every five minutes before. Values on a GPU are
+    read only when they are drawn, at most ten times a second, and not after a failure, when they may be unreadable. It
+    writes to stderr, as tqdm does. One bar may show several engines.
 
     Args:
-        persist: leave the bars of finished epochs standing; without it the next epoch's takes their place.
+        persist: keep the bars of finished epochs; otherwise the next epoch's replaces them.
         desc: shown instead of "Epoch".
 
     Example:
@@ -43,8 +43,8 @@ class ProgressBar:
     """
 
     @other_keywords(
-        metric_names="pass it where the bar is attached: ProgressBar().attach(engine, metric_names=...)",
-        output_transform="pass it where the bar is attached: ProgressBar().attach(engine, output_transform=...)",
+        metric_names="pass it to attach(): ProgressBar().attach(engine, metric_names=...)",
+        output_transform="pass it to attach(): ProgressBar().attach(engine, output_transform=...)",
         bar_format='the bar has one form; desc= is shown instead of "Epoch"',
     )
     def __init__(self, persist: bool = False, desc: str | None = None) -> None:
@@ -65,12 +65,12 @@ class ProgressBar:
         Args:
             metric_names: values to show, by name: of `state.metrics`, or of the mapping that `output_transform` gives;
                 "all" shows every metric that is a number, besides what `output_transform` gives.
-            output_transform: turns the step's output into a number, or a mapping of names to numbers, to be shown;
-                of a mapping, what is no number is left out.
+            output_transform: turns the step's output into a number, or a mapping of names to numbers; values of a
+                mapping that are not numbers are left out.
 
         Raises:
-            TypeError: `engine` is no Engine; `metric_names` is a string other than "all", rather than a list of them;
-                `output_transform` cannot be called with the output or (when shown) gives neither number nor mapping.
+            TypeError: `engine` is not an Engine; `metric_names` is a string other than "all"; `output_transform` cannot
+                be called with the output or (when shown) gives neither a number nor a mapping.
             ValueError: (when shown) a name in `metric_names` is both a metric's and an output's.
             KeyError: (at the end of the first epoch) there is no value of such a name; it lists those there are.
         """
@@ -84,7 +84,7 @@ class ProgressBar:
 
 
 class _Display:
-    """The bar of one engine: drawn over again where that can be done, else a line."""
+    """The bar of one engine; lines if stderr is a file."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class _Display:
         self._started_s = 0.0
         self._first_iteration = 0
         self._num_done = 0  # state.epoch_iteration counts one that failed
-        self._is_open = False  # iterations were made that no line or finished bar tells of
+        self._is_open = False  # whether iterations were made that no line or finished bar shows
 
     def attach(self, engine: Engine) -> None:
         engine.on(Events.STARTED | Events.EPOCH_STARTED, self._begin, priority=Priority.EARLY)
@@ -120,7 +120,7 @@ class _Display:
         self._started_s = time.time()
         self._num_done = self._first_iteration = (
             engine.state.epoch_iteration
-        )  # not 0 where a run was resumed within an epoch
+        )  # not 0 if a run was resumed within an epoch
         self._drawn_s = time.monotonic()
         if self._is_drawn():
             self._drawn_s = 0.0  # the first iteration is shown
@@ -138,8 +138,8 @@ class _Display:
             self._print(engine)
 
     def _is_drawn(self) -> bool:
-        """Whether it can be drawn over again; it may last till the next time. To ask costs a system call, so that is
-        done once an epoch, and where something is shown.
+        """Whether a bar can be drawn, and set the pause until the next drawing. This costs a system call, so it is
+        called once an epoch, and when something is shown.
         """
         is_drawn = _is_interactive()
         self._pause_s = _REDRAW_S if is_drawn else _LINE_S
@@ -197,7 +197,7 @@ class _Display:
                 ncols=None if size is None else size.columns,
                 nrows=None if size is None else size.lines,
             )
-            self._bar.start_t = self._started_s  # not now: the first iteration is behind us
+            self._bar.start_t = self._started_s  # not now: the first iteration is over
         self._bar.n = self._num_done
         self._bar.total = engine.state.epoch_length
         self._bar.set_postfix_str(self._shown_values(engine), refresh=False)
@@ -208,7 +208,7 @@ class _Display:
 
         line = tqdm.format_meter(
             self._num_done,
-            # Where the length is unknown until the epoch has ended, None gives a line without a percentage.
+            # If the length is unknown until the epoch has ended, None gives a line without a percentage.
             engine.state.epoch_length,  # type: ignore[arg-type]
             time.time() - self._started_s,
             initial=self._first_iteration,
@@ -224,7 +224,7 @@ class _Display:
         return f"{self._desc} [{number}]" if state.max_epochs is None else f"{self._desc} [{number}/{state.max_epochs}]"
 
     def _shown_values(self, engine: Engine) -> str:
-        """What stands behind the bar; here, and nowhere else, a value is read from a device."""
+        """The text after the bar; only here are values read from a device."""
         if engine.state.exception is not None:  # the device may have failed, or wait for a rank that is gone
             return ""
         values = self._output_values(engine)
@@ -251,5 +251,5 @@ class _Display:
 
 
 def _is_interactive() -> bool:
-    """Whether what is drawn can be drawn over: a terminal or a notebook, but no file."""
+    """Whether stderr is a terminal or a notebook, in which a bar can be redrawn."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules

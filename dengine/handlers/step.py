@@ -1,4 +1,4 @@
-"""The step under which a handler saves or logs."""
+"""The number of the step under which a handler saves or logs."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
@@ -14,23 +14,20 @@ StepTransform: TypeAlias = Callable[[Engine, Any], int]
 
 
 def check_step_transform(name: str, value: object) -> None:
-    """
-    Raises:
-        TypeError: it is neither None nor can be called as `{name}(engine, event)`.
-    """
+    """Raises: TypeError: `value` is not None and cannot be called as `{name}(engine, event)`."""
     check_function(name, value, "engine", "event")
 
 
 def step_of(engine: Engine, transform: StepTransform | None, saved: Iterable[object] = ()) -> int:
     """What `transform(engine, event)` gives, or the engine's iteration; for an evaluator, whose iterations begin anew
-    with each run, that of its trainer.
+    with each run, the iteration of its trainer.
 
-    An evaluator makes one epoch a run, is no `is_trainer`, and is not among the objects that are `saved`. Its trainer
-    is the engine among them, or the one whose handler (or step) runs the evaluation. Of its single iterations it keeps
-    its own count.
+    An evaluator makes one epoch a run, has `is_trainer` false, and is not among the objects that are `saved`. Its
+    trainer is the engine among them, or the one whose handler (or step) runs the evaluation. At the events of single
+    iterations its own iteration counts.
 
     Raises:
-        TypeError, ValueError: `transform` gives no whole number of at least 0.
+        TypeError, ValueError: `transform` does not give a whole number of at least 0.
     """
     if transform is not None:
         return whole_number("The step", transform(engine, engine.firing), least=0)

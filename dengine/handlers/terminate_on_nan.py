@@ -1,4 +1,4 @@
-"""Ends a run whose numbers have gone wrong."""
+"""Ends a run whose output is not finite."""
 
 import numbers
 import warnings
@@ -23,17 +23,17 @@ _READ_EVERY = 16  # iterations: reading a flag on a GPU waits for all that was q
     attach="it takes one event, so write trainer.on(Events.ITERATION_COMPLETED, handler)",
 )
 class TerminateOnNan:
-    """Stops the run, on all ranks at the same iteration, where the step's output holds a NaN or an infinite number.
+    """Stops the run, on all ranks at the same iteration, if the step's output holds a NaN or an infinite number.
 
-    Numbers, tensors and NumPy arrays count, by themselves or in dicts, lists, tuples and dataclasses, at any depth;
-    what is in other objects is not seen, and whole numbers and fractions of them cannot be wrong. The flag of a
-    tensor stays on its device and is read every 16 iterations and at the end of an epoch of known length, so that on a
-    GPU the run goes on for up to 15 iterations; on the CPU it is read at once.
+    It checks numbers, tensors and NumPy arrays, by themselves or in dicts, lists, tuples and dataclasses, at any depth;
+    values in other objects are not seen. The result of a check on a GPU stays there, and is read every 16 iterations
+    and at the end of an epoch of known length, so that the run goes on for up to 15 iterations; on the CPU it is read
+    at once.
 
     Attach it on every rank: `trainer.on(Events.ITERATION_COMPLETED, TerminateOnNan())`.
 
     Args:
-        output_transform: what of the step's output is looked at; by default all of it.
+        output_transform: gives the part of the step's output that is checked; by default all of it.
 
     Raises:
         TypeError: `output_transform` cannot be called with the output.
@@ -51,7 +51,7 @@ class TerminateOnNan:
     def __init__(self, output_transform: Callable[[Any], Any] | None = None) -> None:
         check_function("output_transform", output_transform, "output")
         self._transform = output_transform
-        self._flags: dict[torch.device, torch.Tensor] = {}  # whether all was finite
+        self._flags: dict[torch.device, torch.Tensor] = {}  # whether all values were finite
         self._last_iteration = 0
 
     def __repr__(self) -> str:
@@ -75,7 +75,7 @@ class TerminateOnNan:
             engine.terminate()
 
     def _note(self, value: Any) -> bool:
-        """Note what is in `value`; True if it can be told at once that something is wrong."""
+        """Check `value`; True if something in it is not finite. The result for tensors goes into the flags."""
         return any(self._note_leaf(leaf) for leaf in trees.leaves(value))
 
     def _note_leaf(self, value: Any) -> bool:

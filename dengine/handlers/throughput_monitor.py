@@ -1,4 +1,4 @@
-"""How fast a run goes, and where its time goes."""
+"""Measures how fast a run goes, and how much time each part of an iteration takes."""
 
 import sys
 from collections.abc import Callable
@@ -20,32 +20,33 @@ from dengine.types import summable
 
 __all__ = ["ThroughputMonitor"]
 
-_COUNTED_STEP = 2  # the first one of a run may compile, or build what is built once
+_COUNTED_STEP = 2  # the first one of a run may compile
 
 
 class ThroughputMonitor:
-    """After each epoch, in `state.metrics`, and as one line on rank 0:
+    """Adds to `state.metrics` after each epoch, and prints as one line on rank 0:
 
-    - `samples_per_s`, and `tokens_per_s` where `num_tokens` is given: of all ranks together;
-    - `data_ms`, `step_ms`, `handlers_ms`: the mean time of an iteration that went into waiting for the batch, into the
-      step, and into everything else, metrics included; of the rank for which an iteration takes longest;
+    - `samples_per_s`, and `tokens_per_s` if `num_tokens` is given: of all ranks together;
+    - `data_ms`, `step_ms`, `handlers_ms`: the mean time that an iteration waits for the batch, spends in the step, and
+      in everything else, metrics included; each the largest of all ranks;
     - `mfu`, the model FLOPs utilisation: the floating-point operations of the steps, as `torch.utils.flop_counter`
       counts those of one step of this rank (its second one, forward and backward), over what its device could have
       done in the epoch's time.
 
-    Times are the loop's. On a GPU, whose work goes on behind the loop, the loop waits where its queue is full or a
-    value is read, so only their sum and the throughput are the device's; no time is taken by waiting for it.
+    The times are those of the loop. A GPU works asynchronously: the loop waits for it only if its queue is full or a
+    value is read, so only the sum of the times, and the throughput, are those of the device. The monitor itself does
+    not wait for it, except at the end of an epoch.
 
-    Attach it on every rank. Collective where the engine is. Cost: two all-reduces of a few numbers an epoch, five
-    readings of a clock an iteration, and one step under the counter.
+    Attach it on every rank. Collective, unless the engine is one rank's own. Cost: two all-reduces of a few numbers an
+    epoch, five readings of a clock an iteration, and one step under the counter.
 
     Args:
-        num_samples: `(engine) -> int`, samples of an iteration; by default the first dimension of the batch's target,
-            or what its tensors have in common; 1 if that cannot be told.
+        num_samples: `(engine) -> int`, the samples of an iteration; by default the first dimension of the batch's
+            target, or that which its tensors have in common; 1 if neither is known.
         num_tokens: `(engine) -> int or 0-d tensor`; a tensor is not read before the epoch's end.
         count_flops: False leaves `mfu` out, and counts nothing.
-        peak_flops_per_s: of one device, dense, in the precision that is trained in; by default from a table of GPUs in
-            16 bits. Where neither is known, as on a CPU, there is no `mfu`.
+        peak_flops_per_s: of one device, dense, in the precision of the training; by default from a table of GPUs in
+            16 bits. If neither is known, as on a CPU, there is no `mfu`.
         print_line: False leaves the line out.
 
     Example:
@@ -85,7 +86,7 @@ class ThroughputMonitor:
         return shown(self, num_samples=self._num_samples, num_tokens=self._num_tokens)
 
     def attach(self, engine: Engine) -> None:
-        """Measure the runs of `engine`: from behind the handlers of an event to before those of the next one."""
+        """Measure the runs of `engine`: from after the handlers of an event to before those of the next one."""
         check_engine(self, engine)
         engine.on(Events.EPOCH_STARTED, self._begin, priority=Priority.CLOCK_LAST)
         engine.on(Events.GET_BATCH_STARTED, self._fetch, priority=Priority.CLOCK_LAST)

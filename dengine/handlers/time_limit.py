@@ -1,4 +1,4 @@
-"""Ends a run in time."""
+"""Ends a run after a given time."""
 
 import math
 import time
@@ -18,12 +18,13 @@ _SECONDS = "a number of seconds above 0"
 class TimeLimit:
     """Stops the run, on all ranks at the same iteration, once `seconds` have passed since the handler was made.
 
-    Made where the script starts, it counts all that a job is billed for. The rank whose clock says so first stops all.
+    If the script makes it first, it counts the time of the whole script. The first rank whose clock reaches the limit
+    stops all of them.
 
     Attach it on every rank: `trainer.on(Events.ITERATION_COMPLETED, TimeLimit(3600))`.
 
     Raises:
-        TypeError, ValueError: `seconds` is no number above 0.
+        TypeError, ValueError: `seconds` is not a number above 0.
 
     Example:
         >>> from dengine import Engine, Events

@@ -17,10 +17,10 @@ __all__ = ["Timer"]
 
 
 class Timer:
-    """Seconds that have passed, and seconds a step. It is this rank's own clock, and no collective.
+    """Measures the seconds that have passed, and the seconds a step, by this rank's clock. It is not a collective.
 
-    Without `attach` it runs from when it is made. Work on a GPU goes on behind the loop: what is measured is the loop,
-    which in the long run waits for the device, unless `synchronize` asks for the device at each event.
+    Without `attach` it runs from when it is made. A GPU works asynchronously: the loop is measured, which in the long
+    run waits for the device; with `synchronize`, the clock waits for the device at each event.
 
     Args:
         synchronize: wait for the device whenever the clock is started, stopped or read, so that a step's time is that
@@ -37,7 +37,7 @@ class Timer:
 
     def __init__(self, *, synchronize: bool = False) -> None:
         self._synchronize = synchronize
-        self._since_s: float | None = None  # None while it stands
+        self._since_s: float | None = None  # None while it is stopped
         self.reset()
         self._run()
 
@@ -52,19 +52,19 @@ class Timer:
         pause: Subscribable | None = None,
         resume: Subscribable | None = None,
     ) -> None:
-        """Have the events of `engine` drive the clock, which stands at 0 until `start`. It stops when the run ends.
+        """Have the events of `engine` drive the clock, which is stopped at 0 until `start`. It stops when the run ends.
 
         Args:
-            start: sets it to 0 and has it run.
-            step: a step has been made.
-            pause, resume: what lies between them is not counted: `resume=Events.ITERATION_STARTED,
+            start: sets the clock to 0 and starts it.
+            step: counts a step.
+            pause, resume: the time between them is not counted: `resume=Events.ITERATION_STARTED,
                 pause=Events.ITERATION_COMPLETED` measures the steps without the loading of the data.
 
         The clock starts before the other handlers of `start`, and stops and counts before those of `pause` and `step`;
         it goes on after those of `resume`.
 
         Raises:
-            TypeError, ValueError: no event, or one that is not registered; nothing is attached then.
+            TypeError, ValueError: an argument is not an event, or one that is not registered; nothing is attached then.
         """
         check_engine(self, engine)
         wanted = [

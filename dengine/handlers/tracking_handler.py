@@ -1,4 +1,4 @@
-"""Writes what an engine finds into a tracked run, on rank 0."""
+"""Writes the metrics and outputs of an engine into a tracked run, on rank 0."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -24,26 +24,26 @@ Sink: TypeAlias = Callable[[dict[str, Any], int], object]
 class TrackingHandler:
     """Logs metrics and outputs to `run` whenever it is called: `trainer.on(Events.ITERATION_COMPLETED(every=10), log)`.
 
-    Attach it on every rank: rank 0 logs, and on the others it does nothing. It is no collective. Values are read from
-    their device when it is called, and at no other time.
+    Attach it on every rank: rank 0 logs, and on the others it does nothing. It is not a collective. Values are read
+    from their device when it is called, and at no other time.
 
     Args:
         run: a run of `Track`, anything with `log(dict, step=)` (a wandb run), a `SummaryWriter`, the module `mlflow` or
             a run of `mlflow.start_run()`, a run of aim (`track`), a logger of clearml (`report_scalar`). On ranks other
             than 0 it may be None.
-        metric_names: which of `state.metrics` and of the mapping that `output_transform` gives; "all" takes every
-            metric, None what `output_transform` gives. A vector becomes `name/0`, `name/1`, ...
+        metric_names: names in `state.metrics` and in the mapping that `output_transform` gives; "all" takes every
+            metric and output, None every output. A vector becomes `name/0`, `name/1`, ...
         output_transform: turns the step's output into a scalar, or a mapping of names to values.
         global_step_transform: `(engine, event) -> int`, the step of the row; the engine's iteration by default, and at
             the end of an evaluation that a trainer's handler runs, the trainer's.
 
     Raises:
-        TypeError: `run` cannot be logged to, `metric_names` is a string other than "all", or a transform not callable.
-        ValueError: neither `metric_names` nor `output_transform` is given, so that there is nothing to log; or (when
-            called) a name that is asked for is both a metric's and an output's, of which one would be lost.
-        TypeError: (when called) a value of a name in `metric_names` is no scalar.
-        KeyError: (when called) there is no value of such a name; it lists those there are. A metric of this engine
-            that has not been computed yet, in the first epoch, is left out.
+        TypeError: `run` cannot be logged to, `metric_names` is a string other than "all", or a transform is not
+            callable; (when called) the value of a name in `metric_names` is not a scalar.
+        ValueError: neither `metric_names` nor `output_transform` is given, so that there is nothing to log; (when
+            called) a name is both a metric's and an output's, so that one of the values would be lost.
+        KeyError: (when called) there is no value of a name in `metric_names`; it lists those there are. A metric of
+            this engine that has not been computed yet, in the first epoch, is left out.
 
     Example:
         >>> import tempfile
@@ -93,7 +93,7 @@ class TrackingHandler:
     def _values(self, engine: Engine) -> dict[str, Any]:
         outputs = self._outputs(engine)
         if self._names is None:
-            # A whole output may hold predictions as well: of what nobody named, only what a row can hold is taken.
+            # A whole output may hold predictions as well: without names, only what a row can hold is taken.
             found = metrics_and_outputs(engine, outputs) if self._is_all else outputs
             spread = (_spread(name, value) for name, value in found.items())
             return {name: value for part in spread for name, value in part.items() if _fits(value)}
@@ -129,7 +129,7 @@ def metrics_and_outputs(
 ) -> dict[str, Any]:
     """The metrics of `engine`, and `outputs` of its step.
 
-    Raises: ValueError: one of `names`, by default any, is in both, also where the metric has no value yet.
+    Raises: ValueError: one of `names` (by default any name) is in both, even if the metric has no value yet.
     """
     metrics = {*engine.state.metrics, *engine.metric_names}
     if both := [name for name in (outputs if names is None else names) if name in outputs and name in metrics]:
@@ -138,15 +138,15 @@ def metrics_and_outputs(
             f"rename the output, as in {{'batch_{both[0]}': ...}}."
         )
     have = engine.state.metrics
-    # Looked up one by one: what is live is computed when it is asked for, and only what is wanted is.
+    # Looked up one by one: a live value is computed when it is looked up.
     wanted = have if names is None else [name for name in names if name in have]
     return {**{name: have[name] for name in wanted}, **outputs}
 
 
 def sink_of(run: Any) -> Sink:
-    """How values are written to `run`, whatever it is of what people log to.
+    """A function that writes values to `run`, which may be any of the common trackers.
 
-    Raises: TypeError: it has no way that is known.
+    Raises: TypeError: it is none of them.
     """
     if isinstance(run, Run):  # it reads and joins them itself
         return run.log
@@ -180,7 +180,7 @@ def sink_of(run: Any) -> Sink:
 
 
 def _one_by_one(run: Any) -> Callable[[str, float, int], object] | None:
-    """How a single number is written to `run`, if it takes them one by one."""
+    """A function that writes a single number to `run`, if it takes them one by one."""
     if callable(getattr(run, "track", None)):  # a run of aim
         return lambda name, value, step: run.track(value, name=name, step=step)
     if callable(getattr(run, "report_scalar", None)):  # a logger of clearml: a plot for what is before the last slash
@@ -194,7 +194,7 @@ def _one_by_one(run: Any) -> Callable[[str, float, int], object] | None:
 
 
 def _spread(name: str, value: Any) -> dict[str, Any]:
-    """A vector (a score for each class) as its entries; anything else as it is."""
+    """The entries of a vector (a score for each class) by name; anything else as it is."""
     if isinstance(value, torch.Tensor) and value.ndim == 1 and len(value) != 1:
         return {f"{name}/{index}": entry for index, entry in enumerate(value.tolist())}
     return {name: value}
