@@ -33,7 +33,8 @@ class Dispatcher:
         self.register(*events)
 
     def register(self, *events: type[Enum] | Enum | str) -> None:
-        """
+        """Take in more events.
+
         Raises: TypeError: something else than an event was given; nothing is registered then.
         """
         members: list[AnyEvent] = []
@@ -66,7 +67,8 @@ class Dispatcher:
         return [(self.handlers(part.event), part) for part in event_parts(event)]
 
     def attach(self, event: Subscribable, handler: Handler, *, priority: float, rank_zero_only: bool) -> HandlerHandle:
-        """
+        """Have `handler` called at `event`.
+
         Raises: TypeError: the handler cannot be called as `handler(engine)`, `event` is no event, or `priority` no
             number. ValueError: the event is not registered.
         """
@@ -81,12 +83,12 @@ class Dispatcher:
         return HandlerHandle(attached)
 
     def fire(self, engine: Engine, event: AnyEvent) -> None:
-        """Call the handlers of `event`, but for those of an iteration, which the loop calls."""
+        """Call the handlers of `event`. The loop does this itself for the events of an iteration."""
         handlers = self.handlers(event)
         if not handlers.subscriptions:
             handlers.count += 1
         elif event in _PER_ITERATION or event in _PER_EPOCH:
-            # Fired by hand, a count may come twice: neither call takes another one's place.
+            # Fired by hand, a count may come twice: neither call replaces another one.
             handlers.rewind()
             handlers.fire(engine, engine.state.iteration if event in _PER_ITERATION else engine.state.epoch + 1)
             handlers.rewind()
@@ -95,7 +97,7 @@ class Dispatcher:
             handlers.fire(engine, handlers.count)
 
     def rewind(self) -> None:
-        """A run begins, and with it the counts of the events."""
+        """Set the counts of the events back, as a run starts."""
         for handlers in self._lists.values():
             handlers.count = 0
             handlers.rewind()
@@ -110,7 +112,7 @@ class Dispatcher:
         ]
 
     def warn_of_idle(self, state: State) -> None:
-        """Say which handlers a whole run, from its beginning, could not call: no run like it ever will."""
+        """Warn of handlers that a whole run, from its beginning, could not call: no run like it ever will."""
         idle = []
         for handlers in self._lists.values():
             count = handlers.count
@@ -136,7 +138,7 @@ class Dispatcher:
 
 
 class HandlerHandle:
-    """What `Engine.on` returns: `remove()` takes the handler off its events again; a second call does nothing."""
+    """A handler on its events, as `Engine.on` gives it: `remove()` detaches it; a second call does nothing."""
 
     def __init__(self, attached: list[tuple[HandlerList, Subscription]]) -> None:
         self._attached = attached

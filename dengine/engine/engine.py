@@ -1,4 +1,4 @@
-"""The engine, as its users see it: handlers and metrics are added, a run is begun and left, its state is saved."""
+"""The engine as its users see it: handlers and metrics are added, a run is started and left, its state is saved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dengine.checks import whole_number
 from dengine.control.stop import begin_run
 from dengine.distributed import world
 from dengine.engine import foreign_names
-from dengine.engine.data import EpochIterator
+from dengine.engine.data.epochs import EpochIterator
 from dengine.engine.dispatch import Dispatcher, HandlerHandle
 from dengine.engine.events import AnyEvent, Events, Subscribable
 from dengine.engine.handler_checks import check_process_function
@@ -85,7 +85,7 @@ class Engine:
         self._loop: Loop | None = None  # of the run under way
 
     def __repr__(self) -> str:
-        """What it is; where its run stands is in the repr of its state."""
+        """What it is; the position of its run is in the repr of its state."""
         return shown(
             self,
             self._step,
@@ -207,19 +207,18 @@ class Engine:
         """Run over `data` until `max_epochs` or `max_iterations` is reached, whichever comes first.
 
         Starts afresh (epoch 0, iteration 0), unless `load_state_dict()` was called since the last run: then it goes
-        on from there, in the middle of an epoch where that is where it was (whose `EPOCH_STARTED` has been and does
-        not fire again).
+        on from there, also in the middle of an epoch (whose `EPOCH_STARTED` has been and does not fire again).
 
         Args:
-            data: any iterable; each epoch iterates over it anew. A one-shot iterator goes on where it is.
-                To a resumed run it is given anew, at its beginning, and wound forward.
+            data: any iterable; each epoch iterates over it anew. A one-shot iterator goes on from where it
+                is; to a resumed run it is given anew, at its beginning, and fast-forwarded.
             max_epochs: the total, so that a resumed run does what is left of it; None: only `max_iterations` counts.
-            max_iterations: the total over all epochs, within `max_epochs` (1, where it is not given). An epoch that it
+            max_iterations: the total over all epochs, within `max_epochs` (1 if it is not given). An epoch that it
                 cuts short is not completed: no `EPOCH_COMPLETED`, no metrics.
             epoch_length: iterations of an epoch; by default what `len(data)` says, else until the data ends.
                 Longer than the data: it is iterated again; shorter: each epoch takes the first ones.
-            allow_changed_data: go on although the data have another length than the run was begun with, or a loader of
-                `prepare_data_loader` another global batch or seed; without it, that is a ValueError.
+            allow_changed_data: go on although the data have another length than the run was started with, or a loader
+                of `prepare_data_loader` another global batch or seed; without it, that is a ValueError.
 
         Returns:
             `engine.state`.
@@ -232,7 +231,7 @@ class Engine:
                 collective.
             RuntimeError: this engine is running already, or a one-shot iterator ran dry.
             Any exception of a step, a handler or the data, after `EXCEPTION_RAISED`.
-            RemoteRankError, StallError: another rank failed, vanished or hangs; it tells which one, and where it was.
+            RemoteRankError, StallError: another rank failed, vanished or hangs; it says which one, and where it was.
 
         Cost: over several ranks, one all-reduce of 5 numbers at the start (what must be alike), one more of 1 number
         over data of which no rank knows the length, and one all-reduce an epoch if there are metrics.
@@ -241,7 +240,7 @@ class Engine:
         max_epochs, max_iterations = checked_limits(max_epochs, max_iterations)
         epochs = checked_data(data, epoch_length, is_joined=self._is_joined, distributed=self.distributed)
         self._resuming.check_data(self.state, epochs, allow_changed_data=allow_changed_data)
-        self._loop = self._begun(epochs, max_epochs, max_iterations)
+        self._loop = self._new_loop(epochs, max_epochs, max_iterations)
         try:
             self._loop.run()
         finally:
@@ -253,7 +252,7 @@ class Engine:
     def terminate(self) -> None:
         """Leave the run after the current iteration, on every rank at the same one. Without a run it does nothing.
 
-        Call it on any rank, or on several. Where others have begun a further iteration by then, all ranks do that one
+        Call it on any rank, or on several. If others have started a further iteration by then, all ranks do that one
         too: with steps that wait for each other (DDP) it is one or two, without, as many as fit into some milliseconds.
         In a run that ends anyway before that, it changes nothing.
         """
@@ -279,9 +278,9 @@ class Engine:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, as plain numbers, strings, lists and dicts.
+        """The position of the run, as plain numbers, strings, lists and dicts.
 
-        An iteration that is still under way (in its step, or in `ITERATION_STARTED`) counts as not begun, so that a
+        An iteration that is still under way (in its step, or in `ITERATION_STARTED`) counts as not started, so that a
         resumed run does it again.
         """
         state_dict = self.state.state_dict()
@@ -303,12 +302,12 @@ class Engine:
 
     def random_state(self) -> RandomState:
         """What a resumed run needs of this rank: its random number generators, as they are now and as they were when
-        the epoch's iterator began, and what the metrics have gathered of the epoch.
+        the epoch's iterator started, and what the metrics have gathered of the epoch.
 
         Of tensors, numbers, strings, lists and dicts. A `Checkpoint` saves it of every rank.
         """
         return {
-            **self._resuming.state(is_epoch_begun=self.state.epoch_iteration > self.state._under_way),
+            **self._resuming.state(has_begun=self.state.epoch_iteration > self.state._under_way),
             "data_state": deepcopy(self.state.data_state),
             "metrics": self._metrics.state_dict() if self.distributed else [],
             "world_size": world().size,
@@ -327,8 +326,8 @@ class Engine:
         self._resuming.load(passes_of(random_state) if data_only else random_state)
 
     def data_restored(self, objects: Iterable[Any]) -> None:
-        """Have the next `run()` take its data as they are where they iterate over one of `objects`, which were restored
-        to their position by a state of their own. `Checkpoint.resume` calls it with all that it has loaded.
+        """Have the next `run()` take its data as they are if they iterate over one of `objects`, which were restored to
+        their position by a state of their own. `Checkpoint.resume` calls it with all that it has loaded.
 
         Raises:
             RuntimeError: the engine is running.
@@ -338,8 +337,8 @@ class Engine:
 
     # -- parts of a run --------------------------------------------------------------------------------------------
 
-    def _begun(self, epochs: EpochIterator, max_epochs: int | None, max_iterations: int | None) -> Loop:
-        """The loop of a new run, the state and the counts of events being those of its beginning."""
+    def _new_loop(self, epochs: EpochIterator, max_epochs: int | None, max_iterations: int | None) -> Loop:
+        """The loop of a new run, after the state and the counts of events were set to those of its start."""
         run = begin_run(is_shared=self.distributed, where=partial(levels, Loop.run_epochs.__code__))
         limits = Limits(self.state, run, max_iterations=max_iterations, stop_every=self._stop_every)
         self.state._begin_run(epochs.data, max_epochs, epochs.length, is_resumed=self._resuming.is_resumed)

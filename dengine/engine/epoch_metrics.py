@@ -1,4 +1,4 @@
-"""What the loop does with the metrics of an epoch, where it begins, ends, is resumed or is cut short."""
+"""The metrics of an epoch that ends, is resumed or is cut short."""
 
 import warnings
 
@@ -34,7 +34,7 @@ def restore(metrics: MetricSet, saved: RandomState, epoch: int) -> None:
     is_whole = saved["world_size"] == world().size and metrics.load_state_dict(saved["metrics"])
     if not is_whole and world().rank == 0:
         warnings.warn(
-            f"The metrics of epoch {epoch} are of what is left of it: the run was begun with other "
+            f"The metrics of epoch {epoch} are of what is left of it: the run was started with other "
             "metrics or another number of ranks.",
             RuntimeWarning,
             stacklevel=2,

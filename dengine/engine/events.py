@@ -1,4 +1,4 @@
-"""The events of a run, and how a subscription says at which of their counts it wants to be called.
+"""The events of a run, and the options by which a subscription says at which of their counts it is called.
 
 Making a filtered event builds a new value; the event itself is an enum member and never changes. Two events are the
 same only when they are the same member: equal names in two enums, or an equal string, do not make them meet.
@@ -46,9 +46,9 @@ class _Joins:
 
 
 class _EventType(EnumMeta):
-    """Says which events there are where one is asked for that there is not."""
+    """An enum whose error for a member that does not exist says which ones do."""
 
-    if not TYPE_CHECKING:  # a type checker is to go on telling of members that there are not
+    if not TYPE_CHECKING:  # a type checker is to go on reporting members that do not exist
 
         def __getattr__(cls, name: str) -> Any:
             if name.startswith("_"):  # asked for while a class is made, too

@@ -1,4 +1,4 @@
-"""What other libraries call the parts of an engine, and what they are called here: for the errors that say so."""
+"""Names that other libraries have for the parts of an engine, and what they are called here: for error messages."""
 
 __all__ = ["ENGINE", "RUN"]
 

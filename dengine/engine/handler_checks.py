@@ -1,4 +1,4 @@
-"""What can be a handler or a step, what a handler says of itself, and the warnings of handlers that fail or idle."""
+"""Checks of handlers and steps, what a handler says of itself, and the warnings of handlers that fail or idle."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _check_call(what: str, function: Callable[..., Any], arguments: tuple[str, .
         raise TypeError(f"{what} {describe(function)} is an async function: a call of it would run nothing.")
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some built-ins tell nothing about their arguments
+    except ValueError:  # some built-ins do not show their arguments
         return
     try:
         signature.bind(*arguments)
@@ -104,7 +104,8 @@ def owner_of(handler: Any) -> str:
 
 
 def warn_of_failure(failure: Exception, handler: Callable[..., Any], error: BaseException) -> None:
-    with suppress(RuntimeWarning):  # where warnings are errors, it must still be `error` that is raised
+    """Warn that `handler` raised `failure` while it handled `error`."""
+    with suppress(RuntimeWarning):  # if warnings are errors, it must still be `error` that is raised
         warnings.warn(
             f"Handler {describe(handler)} of EXCEPTION_RAISED failed itself with {failure!r}, "
             f"while handling {error!r}.",
@@ -114,7 +115,7 @@ def warn_of_failure(failure: Exception, handler: Callable[..., Any], error: Base
 
 
 def warn_of_idle(idle: list[str]) -> None:
-    """Say that these handlers, shown with how often their event came, could not be called in a whole run."""
+    """Warn that these handlers, shown with how often their event came, could not be called in a whole run."""
     more = f"; and {len(idle) - 3} more" if len(idle) > 3 else ""
     warnings.warn(
         f"The counts of this run did not reach some handlers: {'; '.join(idle[:3])}{more}. Counts begin anew with each "

@@ -1,4 +1,4 @@
-"""The handlers of one event: compiled when they are attached, and the loop over those who are due."""
+"""The handlers of one event, their options compiled when they are attached, and the loop over those who are due."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class Subscription:
             return 0
         following = max(count + 1, self.first)
         if self.once is not None:
-            place = bisect_right(self.once, following - 1)
-            following = self.once[place] if place < len(self.once) else NEVER
+            index = bisect_right(self.once, following - 1)
+            following = self.once[index] if index < len(self.once) else NEVER
         else:
             following += -following % self.step
         return following if following <= self.last else NEVER
@@ -101,7 +101,7 @@ class HandlerList:
         self._set(tuple(each for each in self.subscriptions if each is not subscription))
 
     def idle(self, count: int) -> list[Subscription]:
-        """Who could not be called in a run whose last count was `count`, all their counts being higher; each once."""
+        """The subscriptions, each once, that a run with `count` as its last could not call: their counts are higher."""
         found = []
         for subscription in self.subscriptions:
             if subscription.due_after(0) > count > 0 and not subscription.is_known_idle:
@@ -110,13 +110,13 @@ class HandlerList:
         return found
 
     def rewind(self) -> None:
-        """Counts begin anew, or may jump: have everybody looked at on the next firing."""
+        """Have everybody looked at on the next firing: counts start again, or may jump."""
         for subscription in self.subscriptions:
             subscription.due = 0
         self._look_for_due()
 
     def fire(self, engine: Engine, count: int) -> None:
-        """Call everybody who is due at `count`. Who is called is settled before the first call."""
+        """Call everybody who is due at `count`. Who is called is decided before the first call."""
         outer, engine.firing = engine.firing, self.event
         try:
             if count < self.due_with_options:

@@ -1,4 +1,4 @@
-"""How far the loop of a run may go: what the arguments of `run()` allow, and what the ranks have agreed upon."""
+"""The limits of a run: what the arguments of `run()` allow, and what the ranks have agreed upon."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PREEMPTED = "preempted"  # as the reason why a run is left
 
 
 class Limits:
-    """The end of one run and of its epochs, whoever decides it.
+    """The end of one run and of its epochs, whoever sets it.
 
     The loop leaves the epoch if `iteration >= stop_at`: one comparison for all who may end it. A rank's thread sets it
     to 0 (`interrupt`), so that the loop comes here and asks.

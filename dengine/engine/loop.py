@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from dengine.control.stop import END, position
 from dengine.distributed import world
 from dengine.engine import epoch_metrics
-from dengine.engine.data import EpochIterator
-from dengine.engine.described import described
+from dengine.engine.data.description import described
+from dengine.engine.data.epochs import EpochIterator
+from dengine.engine.data.joined import Absent
 from dengine.engine.dispatch import Dispatcher
 from dengine.engine.events import Events
 from dengine.engine.handler_list import NEVER
-from dengine.engine.joined import Absent
 from dengine.engine.limits import Limits
 from dengine.engine.position import loops_here
 from dengine.engine.resume import Resuming
@@ -60,7 +60,7 @@ class Loop:
         self._consumed_before = self.state.iteration  # batches that the interrupted run had taken of an iterator
 
     def run(self) -> None:
-        """All of it, and the report of a failure: to the other ranks before anything else, since they wait."""
+        """Run all of it. A failure is reported to the other ranks before anything else, since they wait."""
         state, started_s = self.state, time.perf_counter()
         try:
             self.run_epochs(started_s)
@@ -77,7 +77,7 @@ class Loop:
             self.resuming.end_run()
 
     def run_epochs(self, started_s: float) -> None:
-        """The epochs that are left, between `STARTED` and `COMPLETED`."""
+        """Run the epochs that are left, between `STARTED` and `COMPLETED`."""
         state, distributed = self.state, self.engine.distributed
         if distributed:
             compare_start(self)
@@ -134,7 +134,7 @@ class Loop:
 
     def _end_epoch(self, started_s: float, *, is_whole: bool) -> None:
         state, run, distributed = self.state, self.limits.run, self.engine.distributed
-        # The epoch's end is begun by now: a rank without a batch holds up nobody's stop.
+        # The epoch's end has started by now: a rank without a batch delays nobody's stop.
         if not state.epoch_iteration and not run.must_check and not run.has_any_rank_batches(state.epoch):
             self.epochs.emptiness.refuse_empty_epoch(state.epoch, state.iteration)
         if not self.limits.is_skipped():
@@ -178,7 +178,7 @@ class Loop:
                 batches = epochs.start()
 
     def _run_pass(self, batches: Iterator[Any]) -> bool:
-        """The loop itself: what stands here is paid in every iteration. True if the data ran dry."""
+        """Run the iterations of a pass over the data: every line is paid in each one. True if the data ran dry."""
         engine, state, step, metrics, limits = self.engine, self.state, self.step, self.metrics, self.limits
         run = limits.run
         get_batch_started, get_batch_completed, started, completed = self._iteration_lists
@@ -201,7 +201,7 @@ class Loop:
                 metrics.update(state.output)
             if iteration >= completed.due:
                 completed.fire(engine, iteration)
-            run.started = next_position + iteration  # published before it is asked for: see control/stop.py
+            run.started = next_position + iteration  # published before anybody asks: see control/stop.py
             if iteration >= limits.stop_at:
                 return False
             if iteration + 1 - fetch_started_offset >= get_batch_started.due:

@@ -1,4 +1,4 @@
-"""The phases of an event: who, among the handlers of one priority, is called when."""
+"""The phases of an event: the order among handlers of one priority."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Phase", "SavePhase"]
 
 
 class Phase(IntEnum):
-    """A handler says which one it belongs to by an attribute `phase`; without it, it is `ACT`."""
+    """A phase of an event. A handler names its own by an attribute `phase`; without it, it is `ACT`."""
 
     ACT = 0  # in the order in which the handlers were attached
     SAVE = 1  # after the others of its priority: what they do then would be lost to a resumed run
@@ -23,8 +23,8 @@ class SavePhase:
     """The `SAVE` phase of the event that an engine fires.
 
     An event that is fired within another one (an optimizer's step within `ITERATION_COMPLETED`) has none of its own,
-    if whoever fires it says so (`is_put_off`): what saves then waits for the one of the event around it (`run`), since
-    the handlers of that event are yet to come.
+    if whoever fires it says so (`is_put_off`): what saves is called then in the one of the event around it (`run`),
+    since the handlers of that event are yet to come.
     """
 
     def __init__(self) -> None:

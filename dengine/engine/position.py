@@ -1,4 +1,4 @@
-"""Where the engines of this process are, read from the stack: the loop itself notes nothing for it."""
+"""The positions of the engines of this process, read from the stack: the loop itself notes nothing for it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _in_handler(state: State, fire: FrameType) -> Level:
 
 
 def _doing(loop: Loop) -> str:
-    """What the loop is at, by the numbers that it keeps: how far it has started, and how far it has got."""
+    """A text for what the loop is doing, by the numbers that it keeps: how far it has started, and how far it is."""
     state, run = loop.state, loop.limits.run
     started = -1 if run.started < 0 else run.started & END
     if started <= 0:

@@ -1,16 +1,16 @@
-"""What a run on this rank is resumed from: generators, passes over data, and what data keep by themselves.
+"""The state that a run of this rank is resumed from: generators, passes over data, and what data keep by themselves.
 
-All are set twice: as they were when the epoch's iterator was made, so that it begins as it did; and, once it has been
-wound forward to its position, as they were when the state was taken.
+All are set twice: as they were when the epoch's iterator was made, so that it starts as it did; and, after it was
+fast-forwarded to its position, as they were when the state was taken.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dengine.data.passes import capture_passes, restore_passes
-from dengine.engine.data import EpochIterator
-from dengine.engine.described import changes_of, check_unchanged, described
-from dengine.engine.own_state import OwnState
+from dengine.engine.data.description import changes_of, check_unchanged, described
+from dengine.engine.data.epochs import EpochIterator
+from dengine.engine.data.own_state import OwnState
 from dengine.engine.state import State
 from dengine.random_state import RandomState, capture, restore
 
@@ -18,31 +18,32 @@ __all__ = ["Resuming", "passes_of"]
 
 
 class Resuming:
-    """Keeps the state of one engine's data and generators while a run is under way, and takes it over for the next."""
+    """The state of one engine's data and generators: followed while a run is under way, and taken over by the next."""
 
     def __init__(self) -> None:
         self.is_resumed = False  # the next run goes on from the state that was loaded
         self._own: OwnState | None = None
-        self._at_start: RandomState | None = None  # of the epoch under way (a one-shot iterator), before it began
+        self._at_start: RandomState | None = None  # of the epoch under way (a one-shot iterator), before it started
         self._saved: RandomState | None = None
         self._restored: list[Any] = []
         self._is_one_shot = False
 
     def load(self, saved: RandomState) -> None:
+        """Have the next run go on from `saved`, which `state()` gave."""
         self._saved = saved
 
     def data_restored(self, objects: Iterable[Any]) -> None:
-        """Those among `objects` that the next run is over are at their position."""
+        """Note that `objects` are at their position: the next run is not to fast-forward what iterates over them."""
         self._restored = list(objects)
 
     def saved(self) -> RandomState | None:
-        """What the run under way has yet to return to."""
+        """The state that the run under way has yet to return to."""
         return self._saved
 
     def check_data(self, state: State, epochs: EpochIterator, *, allow_changed_data: bool) -> None:
-        """Note what the data are.
+        """Note the description of the data.
 
-        Raises: ValueError: a resumed run is to go on with other data than it was begun with.
+        Raises: ValueError: a resumed run is to go on with other data than it was started with.
         """
         epoch = state.epochs_completed
         if self.is_resumed and not allow_changed_data:
@@ -52,9 +53,9 @@ class Resuming:
                 check_unchanged(saved, described(epochs.data, epoch))
         state.data_state = described(epochs.data, epoch)
 
-    def state(self, *, is_epoch_begun: bool) -> RandomState:
-        """For `load`: as of now. `is_epoch_begun`: an iteration of the epoch is done."""
-        if self._at_start is not None and not is_epoch_begun and not self._is_one_shot:
+    def state(self, *, has_begun: bool) -> RandomState:
+        """The state as of now, for `load`. `has_begun`: an iteration of the epoch is done."""
+        if self._at_start is not None and not has_begun and not self._is_one_shot:
             # The first batch is fetched again, by an iterator that is made again.
             return {"now": self._at_start, "epoch_start": None}
         return {"now": self._moment(), "epoch_start": self._at_start}
@@ -71,14 +72,14 @@ class Resuming:
         self._saved = None
 
     def return_between_epochs(self, epochs: EpochIterator) -> None:
-        """An epoch begins anew, or no more does."""
+        """Set the state that was loaded, if an epoch starts at its beginning, or none is left."""
         if self._saved is not None and self._saved["now"] is not None:
             self._return_to(self._saved["now"], epochs)
-            # A one-shot iterator is yet to be wound forward, from its beginning.
+            # A one-shot iterator is yet to be fast-forwarded, from its beginning.
             self._saved = {**self._saved, "now": None} if epochs.is_one_shot and self._saved["epoch_start"] else None
 
     def first_batches(self, epochs: EpochIterator, *, skip: int, consumed: int) -> Iterator[Any]:
-        """The batches of the epoch from its batch `skip` on, the generators set as they were then."""
+        """The batches of the epoch from its batch `skip` on, with the generators as they were then."""
         saved, self._saved = self._saved, None
         if saved is None:
             self._begin_epoch(epochs)
@@ -88,7 +89,7 @@ class Resuming:
         self._begin_epoch(epochs)
         batches = epochs.start(skip=skip, consumed=consumed)
         if saved["epoch_start"]:
-            self._return_to(now, epochs, is_begun=True)
+            self._return_to(now, epochs, has_begun=True)
         return batches
 
     def end_epoch(self, epochs: EpochIterator) -> None:
@@ -96,7 +97,7 @@ class Resuming:
             self._at_start = None
 
     def _saved_data(self, of_rank_zero: dict[str, Any] | None) -> dict[str, Any] | None:
-        """What the interrupted run said of its data, on this rank if that is known."""
+        """The interrupted run's description of its data, on this rank if that is known."""
         if self._saved is not None and self._saved.get("data_state") is not None:
             of_rank: dict[str, Any] = self._saved["data_state"]
             return of_rank
@@ -107,19 +108,19 @@ class Resuming:
             self._at_start = self._moment()
 
     def _moment(self) -> RandomState:
-        """Cost: 0.05 ms, 11 kB; no wait for a device."""
+        """The state as of now. Cost: 0.05 ms, 11 kB; no wait for a device."""
         return {**capture(), "passes": capture_passes(), "data": [] if self._own is None else self._own.capture()}
 
-    def _return_to(self, state: RandomState, epochs: EpochIterator, *, is_begun: bool = False) -> None:
+    def _return_to(self, state: RandomState, epochs: EpochIterator, *, has_begun: bool = False) -> None:
         if "python" in state:  # a rank that the interrupted run did not have gets no generators
             restore(state)
         restore_passes(state.get("passes", []), told=epochs.counters)
         if self._own is not None and not epochs.is_restored:
-            self._own.restore(state.get("data", []), counts=not is_begun)
+            self._own.restore(state.get("data", []), counts=not has_begun)
 
 
 def passes_of(saved: RandomState) -> RandomState:
-    """What of another rank's state is the same on all of them."""
+    """The part of another rank's state that is the same on all ranks."""
 
     def part(state: RandomState | None) -> RandomState | None:
         return state and {"passes": state.get("passes", []), "data": state.get("data", [])}

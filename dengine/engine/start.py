@@ -1,4 +1,4 @@
-"""What is checked as a run begins: its arguments, what all ranks must have alike, and whether they work for nothing."""
+"""Checks at the start of a run: its arguments, and what all ranks must have alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dengine.checks import whole_number
 from dengine.comm.consistency import Compared
 from dengine.data.alike import is_whole_on_every_rank, samples_of, shard_entries
 from dengine.distributed import world
-from dengine.engine.data import EpochIterator, check_data
+from dengine.engine.data.epochs import EpochIterator, check_data
 from dengine.launch.world import refuse_forgotten_group
 from dengine.naming import type_name
 
@@ -23,7 +23,8 @@ _WARNED = "_dengine_warned"  # on a loader
 
 
 def checked_limits(max_epochs: Any, max_iterations: Any) -> tuple[int | None, int | None]:
-    """
+    """Both as whole numbers, or None.
+
     Raises: TypeError, ValueError: one is wrong, or there is none.
     """
     if max_epochs is None and max_iterations is None:
@@ -36,7 +37,8 @@ def checked_limits(max_epochs: Any, max_iterations: Any) -> tuple[int | None, in
 
 
 def checked_data(data: Iterable[Any], epoch_length: Any, *, is_joined: bool, distributed: bool) -> EpochIterator:
-    """
+    """The epochs of a run over `data`.
+
     Raises:
         TypeError, ValueError: it cannot be iterated over, has no batch, or `epoch_length` is wrong.
         LaunchError: a launcher started several processes, but no process group is open.
@@ -71,13 +73,13 @@ def compare_start(loop: Loop) -> None:
 
 
 def _must_be_alike(loop: Loop) -> list[Compared]:
-    """All that the ranks compare beside metrics and models. In the order in which a difference is looked for."""
+    """All that the ranks compare beside metrics and models, in the order in which a difference is looked for."""
     nesting = (
         "run() in a handler or step of another run" if loop.limits.run.depth > 1 else "run() outside of any other run"
     )
     return [
         Compared(
-            "The places where this run begins",
+            "The positions of this run in others",
             [nesting],
             "An engine that only some ranks run is made by Engine(..., distributed=False); every other one is run by "
             "all ranks, not under `if world.rank == 0:`.",
@@ -87,7 +89,7 @@ def _must_be_alike(loop: Loop) -> list[Compared]:
             [f"stop_every={loop.limits.stop_every} (a supervised trainer's gradient_accumulation_steps)"],
         ),
         Compared(
-            "The places where this run goes on",
+            "The epochs from which this run goes on",
             [f"epochs_completed={loop.state.epochs_completed}"],
             "Load the state on every rank, as Checkpoint.resume() does.",
         ),
@@ -108,7 +110,7 @@ def _must_be_alike(loop: Loop) -> list[Compared]:
 
 
 def _samples_if_whole(data: Any) -> str:
-    """Which samples `data` goes through, to be compared if it looks as if no rank had a shard of them; else ""."""
+    """A text for the samples of `data`, to be compared if it looks as if no rank had a shard of them; else ""."""
     return samples_of(data) if is_whole_on_every_rank(data) and _WARNED not in vars(data) else ""
 
 

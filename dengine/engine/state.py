@@ -1,4 +1,4 @@
-"""Where a run stands: what handlers read, and what a checkpoint of an engine holds."""
+"""The state of a run: what handlers read, and what a checkpoint of an engine holds."""
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -11,7 +11,7 @@ from dengine.types import MetricValue
 
 __all__ = ["State"]
 
-# Written to and read from a checkpoint under these names; `True` where None is a value too.
+# Written to and read from a checkpoint under these names; `True` if None is a value too.
 _POSITION = {
     "epoch": False,
     "iteration": False,
@@ -23,8 +23,8 @@ _POSITION = {
 
 
 def _of_the_loop(name: str, instead: str) -> Any:
-    """An attribute that only the loop sets, as `_name`: whoever sets it by its own name is told what to do instead,
-    since the loop would overlook or overwrite that value.
+    """An attribute that only the loop sets, as `_name`. Setting it by its own name is an error that says what to do
+    instead, since the loop would overlook or overwrite that value.
 
     Reading it is one call of a C function; what the loop writes costs no more than any attribute.
     """
@@ -41,14 +41,14 @@ class State:
 
     Attributes:
         epoch: the current epoch, 0-indexed; in `COMPLETED` handlers and after the run, the last epoch that ran.
-        iteration: iterations begun over the whole training: 1 during the first one, 0 before it.
+        iteration: iterations started over the whole training: 1 during the first one, 0 before it.
         epoch_iteration: the same, within the epoch.
         epochs_completed: epochs whose end was reached: `epoch + 1` from `EPOCH_COMPLETED` on, `epoch` before it.
-        max_epochs, epoch_length: as given or found; None where unknown.
+        max_epochs, epoch_length: as given or found; None if unknown.
         output: what the process function returned in the current (or last) iteration.
         batch: of the current iteration; None outside an epoch, so that no batch outlives it.
         dataloader: the data of the run.
-        data_state: what a resumed run is to find unchanged in it, where a loader of `prepare_data_loader` can tell.
+        data_state: the description of the data, which a resumed run is to find unchanged.
         metrics: values by name, as of the last epoch of this run that was completed; those of `RunningAverage` and
             `Throughput` as of now, of this rank, until the epoch ends.
         times: seconds: "epoch" (the last finished one) and "run".
@@ -56,15 +56,15 @@ class State:
         exception: what ended the run, from `EXCEPTION_RAISED` on until the next run; else None.
     """
 
-    epoch: int = _of_the_loop("epoch", "load_state_dict() has the next run() begin at another place")
-    iteration: int = _of_the_loop("iteration", "load_state_dict() has the next run() begin at another place")
+    epoch: int = _of_the_loop("epoch", "load_state_dict() has the next run() start at another position")
+    iteration: int = _of_the_loop("iteration", "load_state_dict() has the next run() start at another position")
     epoch_iteration: int = _of_the_loop(
         "epoch_iteration",
-        "terminate_epoch() leaves an epoch, and load_state_dict() has the next run() begin at another place",
+        "terminate_epoch() leaves an epoch, and load_state_dict() has the next run() start at another position",
     )
     epochs_completed: int = _of_the_loop(
         "epochs_completed",
-        "terminate_epoch() completes an epoch, and load_state_dict() has the next run() begin at another place",
+        "terminate_epoch() completes an epoch, and load_state_dict() has the next run() start at another position",
     )
     max_epochs: int | None = _of_the_loop(
         "max_epochs", "pass run(data, max_epochs=...); within a run, terminate() ends it earlier"
@@ -101,7 +101,7 @@ class State:
         def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __repr__(self) -> str:
-        """Where the run stands. Values on a device are not read: of metrics it has the names."""
+        """The position of the run. Values on a device are not read: of metrics it has the names."""
         names = ("epoch", "iteration", "epoch_iteration", "max_epochs", "epoch_length")
         mine = [name for name in vars(self) if name not in _OWN]
         shown = [f"{name}={getattr(self, name)!r}" for name in names]
@@ -131,7 +131,7 @@ class State:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a position and persisted attributes. Nothing is changed where anything is wrong.
+        """Take over a position and persisted attributes. Nothing is changed if anything is wrong.
 
         Raises:
             ValueError: a missing, unknown or wrong entry, named.
@@ -147,13 +147,13 @@ class State:
 
     @property
     def _under_way(self) -> int:
-        """How many iterations have been begun, but not done: 1 or 0."""
+        """How many iterations have started, but are not done: 1 or 0."""
         return self._iteration - self._iterations_done
 
     def _begin_run(
         self, data: Iterable[Any], max_epochs: int | None, epoch_length: int | None, *, is_resumed: bool
     ) -> None:
-        """As a run begins, afresh or from where it was left."""
+        """Set what a run starts with, afresh or from where it was left."""
         if not is_resumed:
             self._epoch = self._iteration = self._epoch_iteration = self._epochs_completed = 0
             self._iterations_done = 0

@@ -1,4 +1,4 @@
-"""What a resumed run must find unchanged in its data."""
+"""A description of the data of a run, by which a resumed run sees whether it goes on with the same."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ __all__ = ["changes_of", "check_unchanged", "described", "length_of"]
 
 
 def length_of(data: Iterable[Any]) -> int | None:
-    """How many batches, or samples, there are; None where the data cannot tell, or not yet.
+    """How many batches, or samples, there are; None if the data do not know, or not yet.
 
     Raises:
         OSError: what the length is read from failed.
@@ -25,9 +25,9 @@ def length_of(data: Iterable[Any]) -> int | None:
 
 
 def described(data: Iterable[Any], epoch: int) -> dict[str, Any] | None:
-    """Of a loader of `prepare_data_loader`, what the order of samples depends on; of other data, how long they are.
+    """What the order of samples depends on, of a loader of `prepare_data_loader`; of other data, how long they are.
 
-    Plain values; None where nothing can be told.
+    Plain values; None if nothing is known.
     """
     state = data_state(data)
     if state is not None:
@@ -48,21 +48,22 @@ def described(data: Iterable[Any], epoch: int) -> dict[str, Any] | None:
 
 
 def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> None:
-    """
+    """Refuse data of another description than the run was started with.
+
     Raises:
         ValueError: `current` is not of the data that `saved` is of; both values are named, and the way back.
     """
     changes = changes_of(saved, current)
     if changes:
         raise ValueError(
-            "The data is not what this run was begun with, so samples could be missed or come twice:\n"
+            "The data is not what this run was started with, so samples could be missed or come twice:\n"
             + ";\n".join(changes)
             + ".\nOr say allow_changed_data=True, and the run goes on at the same batch of the changed data."
         )
 
 
 def changes_of(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> list[str]:
-    """What differs between two `described`, with both values and the way back."""
+    """The differences between two descriptions, with both values and the way back."""
     if current is None:
         return []
     if "shuffle" in saved and "shuffle" in current:
@@ -73,7 +74,7 @@ def changes_of(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> l
     found = [("batches", saved.get("num_batches"), current.get("num_batches"))]
     found.append(("samples", _samples(saved), _samples(current)))
     return [
-        f"the number of {what} was {was} and is {now}: continue with the data that the run began with"
+        f"the number of {what} was {was} and is {now}: continue with the data that the run was started with"
         for what, was, now in found
         if was is not None and now is not None and was != now
     ]

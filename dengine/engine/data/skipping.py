@@ -1,4 +1,4 @@
-"""How an iteration over data is begun in the middle: by a sampler that skips, or by drawing and dropping batches."""
+"""Iterators over data that start in the middle: by a sampler that skips, or by drawing and dropping batches."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ __all__ = ["dropping", "jumps", "skipped_by_sampler", "warn_of_drawing"]
 
 @runtime_checkable
 class _Skips(Protocol):
-    """A sampler that can begin in the middle of an epoch without drawing what comes before."""
+    """A sampler that can start in the middle of an epoch without drawing what comes before."""
 
     def skip(self, num_samples: int) -> None: ...
 
@@ -25,35 +25,35 @@ def jumps(data: Iterable[Any]) -> bool:
 
 
 def skipped_by_sampler(data: Iterable[Any], num_batches: int) -> Iterator[Any] | None:
-    """The batches after the first `num_batches`, the iterator having begun; None if the sampler cannot skip."""
+    """The batches after the first `num_batches`, of an iterator that has started; None if the sampler cannot skip."""
     skipping = _skipping(data)
     if skipping is None:
         return None
     sampler, batch_size = skipping
     sampler.skip(num_batches * batch_size)
-    return _begun(iter(data))
+    return _rest_of(iter(data))
 
 
-def dropping(begin: Callable[[], Iterator[Any]], num_batches: int) -> Iterator[Any]:
-    """Draw and drop `num_batches`, passing over the data (`begin`) as often as an epoch longer than the data does."""
-    iterator = begin()
+def dropping(new_pass: Callable[[], Iterator[Any]], num_batches: int) -> Iterator[Any]:
+    """An iterator after `num_batches`, which are drawn and dropped, in as many passes over the data as that takes."""
+    iterator = new_pass()
     while num_batches:
         drawn = sum(1 for _ in islice(iterator, num_batches))
         num_batches -= drawn
         if num_batches and drawn == 0:
             break
         if num_batches:
-            iterator = begin()
+            iterator = new_pass()
     return iterator
 
 
 def warn_of_drawing(data: Iterable[Any], num_batches: int) -> None:
-    """Warn, on rank 0, that so many batches are drawn for nothing."""
+    """Warn, on rank 0, that so many batches are drawn only to be dropped."""
     if not num_batches or world().rank != 0:
         return
     warnings.warn(
-        f"To go on where the run was left, {num_batches} batches are drawn from the "
-        f"{type_name(data)} and dropped. A DataLoader that prepare_data_loader() gave begins at any "
+        f"To go on from where the run was left, {num_batches} batches are drawn from the "
+        f"{type_name(data)} and dropped. A DataLoader that prepare_data_loader() gave starts at any "
         "batch at once, and its data draw the same random numbers whatever the workers have drawn before.",
         RuntimeWarning,
         stacklevel=2,
@@ -66,7 +66,7 @@ def _skipping(data: Iterable[Any]) -> tuple[_Skips, int] | None:
     return (sampler, batch_size) if isinstance(sampler, _Skips) and isinstance(batch_size, int) else None
 
 
-def _begun(iterator: Iterator[Any]) -> Iterator[Any]:
+def _rest_of(iterator: Iterator[Any]) -> Iterator[Any]:
     while True:  # not `yield from`: that calls iter() once more
         try:
             batch = next(iterator)

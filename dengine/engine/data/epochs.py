@@ -1,4 +1,4 @@
-"""The data of a run: how long an epoch of it is, and how an iteration over it is begun at any position."""
+"""The data of a run: how long an epoch is, and an iterator over it that starts at any position."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -12,12 +12,12 @@ from dengine.data.loader import pass_counters, renew_workers
 from dengine.data.passes import PassCounter
 from dengine.data.seeding import tell_epoch
 from dengine.distributed import world
-from dengine.engine.described import length_of
-from dengine.engine.joined import Pass, agreed_pass, with_own_spare, with_sent_spare
-from dengine.engine.no_batch import Emptiness
-from dengine.engine.own_state import holds_any, is_restored_by_hand, parts_of
-from dengine.engine.resetting import SelfResetting, may_reset_itself
-from dengine.engine.skipping import dropping, jumps, skipped_by_sampler, warn_of_drawing
+from dengine.engine.data.description import length_of
+from dengine.engine.data.emptiness import Emptiness
+from dengine.engine.data.joined import Pass, agreed_pass, with_own_spare, with_sent_spare
+from dengine.engine.data.own_state import holds_any, is_restored_by_hand, parts_of
+from dengine.engine.data.self_resetting import SelfResetting, may_reset_itself
+from dengine.engine.data.skipping import dropping, jumps, skipped_by_sampler, warn_of_drawing
 from dengine.naming import type_name
 
 __all__ = ["EpochIterator", "check_data"]
@@ -33,12 +33,12 @@ class EpochIterator:
     """The data of a run, iterated over epoch by epoch.
 
     Each epoch iterates over the data anew, as `for batch in data` would; a one-shot iterator (a generator, a file)
-    goes on where it is. `length` is the number of iterations of an epoch, or None where only the data can tell.
+    goes on from where it is. `length` is the number of iterations of an epoch, or None if only the data will tell.
 
     Joined, a pass over the data is as long as the longest one of any rank: what a rank lacks are `Absent`s. Ranks agree
     upon it when an epoch is entered; data of unknown length, on any rank, is not joined.
 
-    Data without a batch are an error, unless they are one shard of several (`may_be_empty`); joined, where all are.
+    Data without a batch are an error, unless they are one shard of several (`may_be_empty`) and another one has some.
     """
 
     def __init__(
@@ -60,22 +60,22 @@ class EpochIterator:
         return holds_any(self.data, (each for each in objects if not _is_map_style(each)))
 
     def goes_on(self) -> bool:
-        """Whether the data say that their next pass goes on where a state has them, that the user has loaded."""
+        """Whether the user has loaded a state into the data, from which their next pass goes on."""
         return is_restored_by_hand(self.data)
 
     @property
     def counters(self) -> list[PassCounter]:
-        """Of data that would go on to the next epoch by themselves; the loop sees them, and tells them the epoch."""
+        """The counters of data that would go on to the next epoch by themselves, if the loop did not set it."""
         return pass_counters(self.data)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the data which epoch it is."""
+        """Call `set_epoch(epoch)` of the data, and of the data set and the samplers in it."""
         renew_workers(self.data, epoch)
         for part in parts_of(self.data):
             tell_epoch(part, epoch)
 
     def enter(self, epoch: int) -> None:
-        """Tell the data which epoch it is, and learn how long that one is: data may grow from epoch to epoch."""
+        """Set the epoch of the data, and find out how long it is: data may grow from epoch to epoch."""
         self.set_epoch(epoch)
         self._may_try_again = self.is_restored or self._resetting is not None
         if self._is_joined and world().size > 1:
@@ -89,12 +89,12 @@ class EpochIterator:
         """An iterator over the batches of the epoch that was entered, from its batch `skip` on.
 
         `consumed` is the number of batches the whole training has taken: what an iterator, given anew to a resumed
-        run, must be wound forward by. Where batches are skipped, the iterator has begun when this returns: what it
-        draws from the random number generators at its beginning is drawn.
+        run, must be fast-forwarded by. If batches are skipped, the iterator has started when this returns: what it
+        draws from the random number generators at its start is drawn.
         """
         if self.is_restored:
-            self.is_restored = False  # the next pass begins anew
-            return self._anew()
+            self.is_restored = False  # the next pass starts at the beginning
+            return self._new_pass()
         if self._resetting is not None:
             self._resetting.finish_what_was_left()
         elif self.is_one_shot:
@@ -103,7 +103,7 @@ class EpochIterator:
         size = own if self._pass.length is None else self._pass.length
         in_pass = skip % size if size else skip  # an epoch longer than the data passes over it again and again
         if self._resetting is not None:
-            batches = self._wound(skip, consumed)
+            batches = self._replayed(skip, consumed)
         elif jumps(self.data):
             batches = self._jumped(in_pass if own is None else min(in_pass, own))
         else:  # its next pass may depend on those before
@@ -112,25 +112,25 @@ class EpochIterator:
             return batches
         if skip and in_pass == 0 and not jumps(self.data):  # at the end of a pass
             self.finish(size)
-            batches = self._anew()
+            batches = self._new_pass()
         num_absent = size - max(own, in_pass)
         if self._pass.is_empty_somewhere:
             return with_sent_spare(batches, own, num_absent, self._pass.source, self._any_batch)
         return with_own_spare(batches, num_absent, self._any_batch)
 
     def finish(self, num_iterations: int) -> None:
-        """The epoch is over, after so many iterations since a pass over the data began in it."""
+        """End the epoch, so many iterations after its last pass over the data started."""
         if self._resetting is not None:
             own = length_of(self.data)
             is_longest = self._pass.length in (None, own)  # else the pass was iterated to its end
             self._resetting.finish(is_whole=is_longest and own is not None and own > 0 and num_iterations % own == 0)
 
     def looked_into(self, batches: Iterator[Any], epoch: int, iterations: int) -> Iterator[Any]:
-        """`batches`, of which the first one of the run has been drawn if nobody knew whether any rank has one.
+        """`batches`; the first one of the run has been drawn if nobody knew whether any rank has one.
 
         Collective in that case, once a run: a small all-reduce, as soon as every rank has drawn its first batch.
 
-        Raises: ValueError: no rank has a batch, or none any more; alike on every rank.
+        Raises: ValueError, on every rank: no rank has a batch, or none any more.
         """
         if not self.emptiness.is_unsure:
             return batches
@@ -138,17 +138,17 @@ class EpochIterator:
         first = list(islice(batches, 1))
         if not first and self._may_try_again:  # it stood at the end of a pass
             self._may_try_again = False
-            batches = self._anew()
+            batches = self._new_pass()
             first = list(islice(batches, 1))
         if not any_rank(bool(first), "whether any rank has a batch"):
             self.emptiness.refuse_empty_epoch(epoch, iterations)
         return chain(first, batches)
 
     def is_over(self, epoch: int, iterations: int, *, is_empty: bool) -> bool:
-        """The data ended before the epoch did: whether that ends the epoch, or it is to be iterated again.
+        """Whether the epoch ends with the data, which are at their end; else they are iterated again.
 
         Args:
-            epoch, iterations: where the run is, and how many it has done over all.
+            epoch, iterations: the present epoch, and the iterations of the whole training.
             is_empty: this pass over the data gave nothing.
 
         Raises:
@@ -174,16 +174,16 @@ class EpochIterator:
             self.emptiness.refuse_empty_epoch(epoch, iterations)
         return is_empty or not self.is_length_given
 
-    def _wound(self, in_epoch: int, consumed: int) -> Iterator[Any]:
-        """A self-resetting iterator does all of the training again: nothing tells what it keeps from pass to pass."""
+    def _replayed(self, in_epoch: int, consumed: int) -> Iterator[Any]:
+        """A self-resetting iterator does all of the training again: what it keeps from pass to pass is unknown."""
         warn_of_drawing(self.data, consumed)
         earlier = consumed - in_epoch
         while earlier > 0:
             num_iterations = min(self.length or earlier, earlier)
-            dropping(self._anew, self._num_own(num_iterations))
+            dropping(self._new_pass, self._num_own(num_iterations))
             self.finish(num_iterations)
             earlier -= num_iterations
-        return dropping(self._anew, self._num_own(in_epoch))
+        return dropping(self._new_pass, self._num_own(in_epoch))
 
     def _num_own(self, num_iterations: int) -> int:
         """How many of this rank's batches so many iterations of an epoch take."""
@@ -194,12 +194,12 @@ class EpochIterator:
         return num_passes * own + min(rest, own)
 
     def _any_batch(self) -> Any:
-        batch = next(self._anew())
+        batch = next(self._new_pass())
         if self._resetting is not None:
-            self._resetting.give_back(batch)
+            self._resetting.put_back(batch)
         return batch
 
-    def _anew(self) -> Iterator[Any]:
+    def _new_pass(self) -> Iterator[Any]:
         for counter in self.counters:
             counter.again()
         if self._resetting is not None:
@@ -216,7 +216,7 @@ class EpochIterator:
         """Draw and drop `num_batches`, passing over the data as often as an epoch longer than the data does."""
         if not isinstance(self.data, Sequence):
             warn_of_drawing(self.data, num_batches)
-        return dropping(self._anew, num_batches)
+        return dropping(self._new_pass, num_batches)
 
 
 def _is_map_style(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Ranks whose data ends before that of others: how long a pass is on all of them, and what stands for a batch."""
+"""Ranks whose data ends before that of others: the length of a pass on all of them, and placeholders of batches."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ __all__ = ["Absent", "Pass", "agreed_pass", "with_own_spare", "with_sent_spare"]
 
 @dataclass(frozen=True)
 class Absent:
-    """What a rank of a joined engine gets as a batch where its data has ended and another rank's goes on.
+    """A placeholder batch: a rank of a joined engine gets it after its data has ended, while another rank's goes on.
 
     `spare` is a batch that was counted before, or another rank's: something to take part with, to be given no weight.
     Metrics are not updated with what the step makes of it.
@@ -23,7 +23,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the data, as all ranks agree about it. `length` is None where it is not joined."""
+    """One pass over the data, as all ranks agree about it. `length` is None if it is not joined."""
 
     length: int | None = None
     is_even: bool = True
@@ -32,14 +32,14 @@ class Pass:
 
 
 def agreed_pass(own: int | None) -> Pass:
-    """Collective: one small all-reduce."""
+    """The pass of all ranks, `own` being the length of this one's, if known. Collective: one small all-reduce."""
     here = world()
-    told = {
+    mine = {
         "longest": -1 if own is None else own,
         "shortest": 1 if own is None else -own,
         "source": -here.rank if own else -here.size,
     }
-    found = all_reduce(told, "max", name="the length of a pass over the data")
+    found = all_reduce(mine, "max", name="the length of a pass over the data")
     longest, shortest = found["longest"], -found["shortest"]
     if shortest < 0 or longest < 0:
         return Pass()
@@ -47,11 +47,12 @@ def agreed_pass(own: int | None) -> Pass:
 
 
 def with_own_spare(batches: Iterator[Any], num_absent: int, any_batch: Callable[[], Any]) -> Iterator[Any]:
+    """`batches`, then so many placeholders with the last one of them, or with `any_batch()` if there was none."""
     last = None
     for last in batches:
         yield last
     if num_absent:
-        # A run resumed behind the end of its own data has drawn none of it.
+        # A run that is resumed after the end of its own data has drawn none of it.
         spare = any_batch() if last is None else last
         for _ in range(num_absent):
             yield Absent(spare)
@@ -60,7 +61,9 @@ def with_own_spare(batches: Iterator[Any], num_absent: int, any_batch: Callable[
 def with_sent_spare(
     batches: Iterator[Any], own: int, num_absent: int, source: int, any_batch: Callable[[], Any]
 ) -> Iterator[Any]:
-    """Some rank has no batch at all: the first rank that has one, `source`, sends it. Collective: one object broadcast.
+    """`batches`, then so many placeholders with a batch of rank `source`, the first that has one: some rank has none.
+
+    Collective: one object broadcast.
 
     Args:
         own: how many batches this rank has in a pass.

@@ -1,7 +1,7 @@
-"""What data keep by themselves from pass to pass: how often they were passed over, and generators of their own.
+"""The state that data keep by themselves from pass to pass: how often they were passed over, and generators.
 
-Data that are neither told the epoch nor have a state of their own would begin a resumed run in their first pass. Whole
-numbers among their attributes that have changed since the run began, and generators, are saved as an epoch begins.
+Data that have neither a `set_epoch` nor a `state_dict` would start a resumed run in their first pass. Whole numbers
+among their attributes that have changed since the run started, and generators, are saved as an epoch starts.
 """
 
 import gc
@@ -38,9 +38,9 @@ def parts_of(data: Any) -> list[Any]:
 
 
 class OwnState:
-    """Follows the plain state of `data` over a run that begins now.
+    """The plain state of `data`, followed over a run that starts now.
 
-    An iterator has none: it is wound forward from its beginning, with all that it keeps.
+    An iterator has none: it is fast-forwarded from its beginning, with all that it keeps.
     """
 
     def __init__(self, data: Any) -> None:
@@ -48,7 +48,7 @@ class OwnState:
         self._first = [_whole_numbers(part) for part in self._parts]
 
     def capture(self) -> SavedOwnState:
-        """Cost: a look at the attributes of at most five objects; 5 kB for each generator."""
+        """The state as of now. Cost: a look at the attributes of at most five objects; 5 kB for each generator."""
         return [
             {
                 "counts": {
@@ -87,12 +87,12 @@ def holds_any(data: Any, objects: Iterable[Any]) -> bool:
 
 
 def is_restored_by_hand(data: Any) -> bool:
-    """Whether `data` say that a state was loaded into them, from which their next pass goes on: torchdata's loader."""
+    """Whether a state was loaded into `data`, from which their next pass goes on, as torchdata's loader shows."""
     return any(getattr(part, "next_iter_state", None) is not None for part in parts_of(data))
 
 
 def _is_leaf(value: Any) -> bool:
-    # What leads everywhere, and what a position is not kept in.
+    # What leads everywhere, and what keeps no position.
     return isinstance(
         value, (ModuleType, type, FunctionType, BuiltinFunctionType, str, bytes, int, float, torch.Tensor, nn.Module)
     )

@@ -1,4 +1,4 @@
-"""Data without a batch: whether that is an error, and what it says."""
+"""Data without a batch: whether that is an error, and its message."""
 
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from torch.utils.data import IterableDataset
 
 from dengine.data.alike import empties_together
-from dengine.engine.described import length_of
+from dengine.engine.data.description import length_of
 from dengine.naming import type_name
 
 __all__ = ["NO_BATCH", "SOME_BATCHES", "Emptiness"]
@@ -16,8 +16,8 @@ NO_BATCH, PERHAPS_BATCHES, SOME_BATCHES = 0, 1, 2
 
 
 class Emptiness:
-    """What is known of whether `data` have a batch. They must, unless they are one shard of several (`may_be_empty`),
-    and even then one rank must have one.
+    """Whether `data` have a batch, as far as is known. They must, unless they are one shard of several
+    (`may_be_empty`), and even then one rank must have one.
     """
 
     def __init__(self, data: Iterable[Any], *, may_be_empty: bool) -> None:
@@ -26,16 +26,16 @@ class Emptiness:
         self._data = data
 
     def expected(self) -> int:
-        """What can be told of this rank's batches before there is one: `NO_BATCH`, `SOME_BATCHES`, or neither."""
+        """What is known of this rank's batches before the run: `NO_BATCH`, `PERHAPS_BATCHES` or `SOME_BATCHES`."""
         own = length_of(self._data)
         if own is None or isinstance(getattr(self._data, "dataset", None), IterableDataset):
             return PERHAPS_BATCHES  # a stream may say how long it is, and be empty all the same
         return SOME_BATCHES if own else NO_BATCH
 
     def take(self, expected: int) -> None:
-        """What the ranks together expect, `expected` being the largest of theirs.
+        """Take over what the ranks together expect, the largest `expected` of theirs.
 
-        Raises: ValueError: no rank has a batch. It is raised alike on every rank.
+        Raises: ValueError, on every rank: no rank has a batch.
         """
         if expected == NO_BATCH:
             self.refuse("no batch on any rank" if self.may_be_empty else "no batch")
@@ -55,7 +55,7 @@ class Emptiness:
         if iterations == 0:
             self.refuse("no batch on any rank" if self.may_be_empty else "no batch")
         text = f"in epoch {epoch} after {iterations} iterations"
-        again = f"iterating over this {type_name(self._data)} again must begin anew"
+        again = f"iterating over this {type_name(self._data)} again must start from its beginning"
         if self.may_be_empty:
             raise ValueError(f"The data gave no batch on any rank {text}: {again}, and give some batches.")
         raise RuntimeError(f"The data gave no batch {text}: {again}.")

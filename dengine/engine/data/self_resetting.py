@@ -1,0 +1,79 @@
+"""Sized iterators that start again by themselves after they were exhausted, as DALI's do."""
+
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from dengine import torch_internals
+from dengine.engine.data.description import length_of
+
+__all__ = ["SelfResetting", "may_reset_itself"]
+
+
+def may_reset_itself(data: Iterator[Any]) -> bool:
+    """Whether it is an iterator with a length: one that says how much it gives before it starts again."""
+    return not torch_internals.is_loader_iterator(data) and length_of(data) is not None
+
+
+class _Position:
+    def __init__(self) -> None:
+        self.is_under_way = False
+        self.ahead: list[Any] = []
+
+
+# The positions of iterators between two runs: an evaluation that was cut short, and the next one.
+_positions: WeakKeyDictionary[Any, _Position] = WeakKeyDictionary()
+
+
+class SelfResetting:
+    """Takes such an iterator to its StopIteration, at which it resets itself, if a pass is over or was cut short.
+
+    A pass over it has as many batches as it says. One that goes on beyond that (an endless one) loses none: what was
+    drawn ahead comes first in the next pass.
+    """
+
+    def __init__(self, data: Iterator[Any]) -> None:
+        self._data = data
+        try:
+            self._position = _positions.setdefault(data, _Position())
+        except TypeError:  # no weak references, or no hash
+            self._position = _Position()
+
+    def begin(self) -> Iterator[Any]:
+        """Its batches, from its present position on."""
+        ahead, self._position.ahead = self._position.ahead, []
+        self._position.is_under_way = True
+        return chain(ahead, self._data)
+
+    def has_stopped(self) -> None:
+        """Note that it has raised StopIteration, and so has reset itself."""
+        self._position.is_under_way = False
+
+    def finish(self, *, is_whole: bool) -> None:
+        """End the epoch; `is_whole`: a pass ends with it, and nothing but StopIteration is to come."""
+        self._position.is_under_way = False
+        if is_whole:
+            self._position.ahead.extend(islice(self._rest(), 1))
+
+    def finish_what_was_left(self) -> None:
+        """Draw and drop what an epoch that was cut short has left, so that the next one is whole."""
+        if not self._position.is_under_way:
+            return
+        self._position.is_under_way = False
+        self._position.ahead = []
+        num_at_most = (length_of(self._data) or 0) + 1
+        for _ in islice(self._rest(), num_at_most):
+            pass
+
+    def put_back(self, batch: Any) -> None:
+        """Have `batch`, which was drawn but not used, come first in the next pass."""
+        self._position.ahead.append(batch)
+
+    def _rest(self) -> Iterator[Any]:
+        while True:  # not `yield from`: iter() may start it again
+            try:
+                batch = next(self._data)
+            except StopIteration:
+                return
+            yield batch
