@@ -1,4 +1,4 @@
-"""Arguments of more than one command."""
+"""Types of arguments that several commands have."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ __all__ = ["a_path"]
 
 
 def a_path(text: str) -> Path:
-    """A path; `~` counts where a shell has left it alone, too (as in `--folder=~/runs`)."""
+    """A path, in which `~` is the home folder, also if the shell did not replace it (as in `--folder=~/runs`)."""
     try:
         return path_of("path", text)
     except ValueError as error:

@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0: intact; 1: something is corrupt; 2: there is nothing to inspect."""
+    """Gives 0 if all is intact, 1 if something is corrupt, 2 if there is nothing to inspect."""
     try:
         return _inspected(options.path)
     except OSError as error:
@@ -58,7 +58,7 @@ def _refused(reason: str) -> int:
 
 
 def _say(text: str, file: TextIO | None = None) -> None:
-    """Print what comes out of files: nothing in it commands the terminal, or is more than the terminal can show."""
+    """Print text from files without control characters for the terminal, and characters that it cannot show."""
     file = sys.stdout if file is None else file
     shown = "\n".join(map(printable, text.split("\n")))
     encoding = getattr(file, "encoding", None) or "utf-8"
@@ -76,7 +76,7 @@ def _folder(folder: Path) -> int:
         rows.append([*_described(entry), "CORRUPT" if reason else "intact"])
         problems += [reason] if reason else []
     for name in found.unknown:
-        if (reason := _damage(folder / name)) is not None:  # whole, where it was replaced at this moment
+        if (reason := _damage(folder / name)) is not None:  # None if it was replaced at this moment
             rows.append([name, "", "", "?", "?", "?", "?", "CORRUPT"])
             problems.append(reason)
     for entry in found.lost:
@@ -92,7 +92,7 @@ def _folder(folder: Path) -> int:
 
 
 def _print_below(problems: list[str]) -> None:
-    """Sentences are too long for a column."""
+    """Print problems below a table: they are sentences, too long for a column."""
     for number, each in enumerate(problems):
         _say(f"{'' if number else chr(10)}{each}")
 
@@ -155,7 +155,7 @@ def _headline(entry: Entry) -> str:
 
 
 def _print_state(name: str, state: Any, leaves: list[tuple[str, Any]], head: list[str], rows: list[list[str]]) -> None:
-    if name == RESERVED:  # the states of generators, by rank, are long and say nothing
+    if name == RESERVED:  # the states of generators are long, and nobody can read them
         entry: dict[str, Any] = state if isinstance(state, dict) else {}
         found = entry.get(RANDOM)
         of_ranks: dict[str, Any] = found if isinstance(found, dict) else {}
@@ -193,9 +193,9 @@ def _shards(path: Path) -> int:
     _say(_table(["file", "size", "verified"], sizes))
     _print_below([damage for damage in damages.values() if damage])
 
-    def placeholder(where: tuple[Any, ...], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    def placeholder(path_of_leaf: tuple[Any, ...], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=dtype, device="meta")  # has a shape, and takes no memory
-        holders[id(tensor)] = metadata.chunks.get(path_text(where), [])
+        holders[id(tensor)] = metadata.chunks.get(path_text(path_of_leaf), [])
         alive.append(tensor)
         return tensor
 
@@ -217,16 +217,16 @@ def _shard_damage(folder: Path, name: str, num_bytes: int, sha256: str) -> str |
 
 
 def _held(chunks: list[Chunk], verdicts: dict[str, str]) -> list[str]:
-    """The ranks that wrote the parts of a tensor, and whether their files are as they were."""
+    """The ranks that wrote the parts of a tensor, and whether their files are intact."""
     if not chunks:
-        return ["", "intact"]  # in metadata.json, which has been checked
+        return ["", "intact"]  # it is in metadata.json, which has been checked
     files = sorted({chunk.file for chunk in chunks})
     ranks = ",".join(str(int(file.removeprefix("rank_").removesuffix(".bin"))) for file in files)
     return [ranks, "intact" if all(verdicts.get(file) == "intact" for file in files) else "CORRUPT"]
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Each value inside `value` that is no dict or list, with the way to it."""
+    """Each value inside `value` that is not a dict or a list, with the path to it."""
     if isinstance(value, dict) and value:
         for key, part in value.items():
             yield from _leaves(part, f"{path}.{key}" if path else str(key))

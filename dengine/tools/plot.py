@@ -1,4 +1,4 @@
-"""`python -m dengine plot RUN_DIR -o curves.png`: the learning curves of runs as a picture."""
+"""`python -m dengine plot RUN_DIR -o curves.png`: draws the learning curves of runs."""
 
 import argparse
 import re
@@ -33,7 +33,7 @@ _MANY_POINTS = 150
 
 @dataclass(frozen=True)
 class Drawn:
-    """A run, as it is drawn."""
+    """A run that is to be drawn."""
 
     label: str
     curves: list[Curve]
@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0: the picture is there; 2: there is nothing to draw, or nothing to draw with."""
+    """Gives 0 if the picture is there, 2 if there is nothing to draw, or no matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     if not output.suffix:
         output = output.with_name(f"{output.name}.png")
     try:
-        runs = _told_apart([_read(path) for path in options.run_dirs], options.run_dirs)
+        runs = _with_unique_labels([_read(path) for path in options.run_dirs], options.run_dirs)
     except (TrackingError, OSError) as error:
         return _refused(str(error))
     panels = _panels(runs)
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         _draw_panel(axes, name, runs)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    if len(runs) == 1:  # of several, the legends tell the names
+    if len(runs) == 1:  # of several, the names are in the legends
         figure.suptitle(runs[0].label, fontsize=11, parse_math=False)
     try:
         figure.savefig(output, dpi=150)
@@ -88,7 +88,7 @@ def _refused(reason: str) -> int:
 
 
 def _read(path: Path) -> Drawn:
-    """Raises: TrackingError: there are no metrics, or a line is damaged; it is named."""
+    """The run in a folder. Raises: TrackingError: there are no metrics, or a line is damaged; the message names it."""
     file = path if path.is_file() else path / ROWS
     if not file.is_file():
         raise TrackingError(f"{path} has no {ROWS}: pass the folder of a run, run.dir.")
@@ -105,8 +105,8 @@ def _read(path: Path) -> Drawn:
     return Drawn(str(label), curves, best_of(curves))
 
 
-def _told_apart(runs: Sequence[Drawn], paths: Sequence[Path]) -> list[Drawn]:
-    """Where two runs have one name, their folders tell them apart."""
+def _with_unique_labels(runs: Sequence[Drawn], paths: Sequence[Path]) -> list[Drawn]:
+    """`runs`, with the names of their folders added to labels that several of them have."""
     labels = [run.label for run in runs]
     return [
         Drawn(f"{run.label} ({path.resolve().name})", run.curves, run.best) if labels.count(run.label) > 1 else run
@@ -115,7 +115,7 @@ def _told_apart(runs: Sequence[Drawn], paths: Sequence[Path]) -> list[Drawn]:
 
 
 def _panels(runs: Sequence[Drawn]) -> list[str]:
-    """Losses first, then other metrics, then rates and speeds."""
+    """The names of the panels: losses first, then other metrics, then learning rates and speeds."""
     names = list(dict.fromkeys(_panel(curve) for run in runs for curve in run.curves))
     order = {"learning rate": 2, "samples per second": 3}
     names.sort(key=lambda name: order.get(name, 0 if "loss" in name.lower() else 1))
@@ -157,7 +157,7 @@ def _draw_panel(axes: "Axes", panel: str, runs: Sequence[Drawn]) -> None:
 
 
 def _draw_curve(axes: "Axes", curve: Curve, color: str, label: str, is_overlay: bool) -> None:
-    y = np.where(np.isfinite(curve.y), curve.y, np.nan)  # a gap, where a value is not finite
+    y = np.where(np.isfinite(curve.y), curve.y, np.nan)  # a gap for a value that is not finite
     dashes: Any = _DASHES[curve.split] if is_overlay else "-"
     if len(y) > _MANY_POINTS and curve.split != "validation" and not _RATE.fullmatch(curve.name):
         axes.plot(curve.x, y, color=color, alpha=0.2, linewidth=0.8)
@@ -192,7 +192,7 @@ def _set_scale(axes: "Axes", panel: str, curves: Sequence[Curve]) -> None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter("{x:,.4g}" if values.max() < 1000 else "{x:,.0f}")
     elif panel == "learning rate":
-        axes.set_ylim(bottom=min(0.0, values.min()))  # one that never changes is no matter of its last digit
+        axes.set_ylim(bottom=min(0.0, values.min()))  # else a constant rate would be drawn by its last digits
     elif _is_share(panel, values):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 

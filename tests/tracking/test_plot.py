@@ -51,9 +51,9 @@ def test_a_run_becomes_a_picture_with_a_panel_for_each_metric(
     assert panels["learning rate"].get_yscale() == "log"
 
 
-def test_several_runs_lie_over_each_other_and_those_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_several_runs_lie_over_each_other_and_those_of_one_name_are_with_unique_labels(tmp_path: Path) -> None:
     runs = [recorded(tmp_path, "same"), recorded(tmp_path, "same"), recorded(tmp_path, "other")]
-    drawn = plot._told_apart([plot._read(run) for run in runs], runs)
+    drawn = plot._with_unique_labels([plot._read(run) for run in runs], runs)
     assert [each.label for each in drawn] == [f"same ({runs[0].name})", f"same ({runs[1].name})", "other"]
     assert plotted(*runs, "-o", tmp_path / "curves.svg") == 0
 

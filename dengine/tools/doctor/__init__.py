@@ -1,10 +1,10 @@
-"""`python -m dengine doctor`: would a training started like this work? Alone, under torchrun, under srun.
+"""`python -m dengine doctor`: checks whether a training that is started in the same way would work.
 
-Every rank measures (`..._facts`), puts what it found on a board in the launcher's store, and one of them, the chair,
-judges (`judge_...`, pure) and prints: rank 0, or the lowest that came. Nothing waits for ever, so that ranks that hang
-or never come are named by the others.
+It runs alone, under torchrun or under srun. Every rank measures (`..._facts`) and publishes its results through the
+launcher's store. One of them, the coordinator (rank 0, or the lowest that came), judges (`judge_...`, pure) and prints.
+Nothing waits for ever, so that the others can name ranks that hang or never come.
 """
 
-from dengine.tools.doctor.visit import configure, run
+from dengine.tools.doctor.session import configure, run
 
 __all__ = ["configure", "run"]

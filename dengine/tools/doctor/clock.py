@@ -1,4 +1,4 @@
-"""How far the clocks of the ranks are apart, asked over the board."""
+"""Compares the clocks of the ranks through the store."""
 
 import time
 
@@ -7,37 +7,37 @@ from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["answer_clock", "ask_clock", "judge_clock"]
 
-_NUM_ROUNDS = 4  # the first waits for its turn; of the others the quickest counts
+_NUM_ROUNDS = 4  # the first includes the wait for this rank's turn; the quickest of the others counts
 _WARN_S, _FAIL_S = 1.0, 300.0
 _ROUND_S = 10.0
 
 
 def answer_clock(board: Board, ranks: list[int]) -> None:
-    """The chair's part: tell each of the others the time, as often as it asks. Raises: TimeoutError; BoardLostError."""
+    """Answer the questions of `ranks` for the time, on the coordinator. Raises: TimeoutError; BoardLostError."""
     for rank in ranks:
         for turn in range(_NUM_ROUNDS if rank != board.rank else 0):
             board.wait(f"clock/ask/{rank}/{turn}", _ROUND_S)
-            board.answer(f"clock/told/{rank}/{turn}", repr(time.time()))
+            board.answer(f"clock/answer/{rank}/{turn}", repr(time.time()))
 
 
 def ask_clock(board: Board, turn_s: float) -> dict[str, float]:
-    """Seconds that this rank's clock is ahead of the chair's, and how far off that may be.
+    """Seconds that this rank's clock is ahead of the coordinator's, and how far off that may be.
 
-    Raises: TimeoutError: no turn within `turn_s`; BoardLostError.
+    Raises: TimeoutError: this rank had no turn within `turn_s`; BoardLostError.
     """
     rounds = []
     for turn in range(_NUM_ROUNDS):
         began, began_at = time.time(), time.monotonic()
         board.ping(f"clock/ask/{board.rank}/{turn}")
-        told = float(board.wait(f"clock/told/{board.rank}/{turn}", _ROUND_S if turn else turn_s))
+        theirs = float(board.wait(f"clock/answer/{board.rank}/{turn}", _ROUND_S if turn else turn_s))
         took = time.monotonic() - began_at
-        rounds.append((took, began + took / 2 - told))
+        rounds.append((took, began + took / 2 - theirs))
     took, ahead = min(rounds[1:])
     return {"ahead_s": ahead, "uncertain_s": took / 2}
 
 
-def judge_clock(facts: dict[int, dict[str, float]], chair: int, hosts: dict[int, str]) -> Finding:
-    """`facts`: of the ranks other than the chair, whose clock all are held against."""
+def judge_clock(facts: dict[int, dict[str, float]], coordinator: int, hosts: dict[int, str]) -> Finding:
+    """`facts`: of the ranks other than the coordinator, with whose clock all others are compared."""
     if not facts:
         return Finding("clock", Verdict.SKIP, "one rank has no other to compare with")
     worst = max(facts, key=lambda rank: abs(facts[rank]["ahead_s"]))
@@ -52,7 +52,8 @@ def judge_clock(facts: dict[int, dict[str, float]], chair: int, hosts: dict[int,
     return Finding(
         "clock",
         verdict,
-        f"{ranks_text([worst], hosts)} is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} rank {chair}",
+        f"{ranks_text([worst], hosts)} is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} "
+        f"rank {coordinator}",
         "set the clocks by NTP (`chronyc makestep`, `timedatectl set-ntp true`): times in logs and metrics do not fit "
         "together, and SLURM's munge and Kerberos refuse hosts that are 5 minutes apart.",
         tuple(off),

@@ -1,4 +1,4 @@
-"""Which device each rank computes on: one each, and the same kind everywhere."""
+"""Checks that each rank has a device of its own, of the same kind everywhere, and not more threads than cores."""
 
 import os
 from collections import defaultdict
@@ -15,7 +15,7 @@ __all__ = ["device_facts", "judge_devices", "judge_threads", "thread_facts"]
 
 
 def device_facts(launch: Launch | None) -> dict[str, Any]:
-    """The device that a training would give this rank. `identity` is the same only for the same piece of hardware."""
+    """The device that this rank would use in a training. `identity` is the same only for the same piece of hardware."""
     index = 0 if launch is None else launch.device_index
     device = default_device(index)
     facts: dict[str, Any] = {"device": str(device), "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}
@@ -31,13 +31,13 @@ def device_facts(launch: Launch | None) -> dict[str, Any]:
 
 
 def judge_devices(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
-    told = {rank: each["device"] for rank, each in facts.items()}
-    problem = _missing(told, hosts) or _shared(told, hosts) or _mixed(told, hosts)
+    reported = {rank: each["device"] for rank, each in facts.items()}
+    problem = _missing(reported, hosts) or _shared(reported, hosts) or _mixed(reported, hosts)
     if problem is not None:
         return problem
-    names = sorted({each["name"] for each in told.values()})
-    first = told[min(told)]
-    unused = [rank for rank, each in told.items() if each.get("has_unused_gpu")]
+    names = sorted({each["name"] for each in reported.values()})
+    first = reported[min(reported)]
+    unused = [rank for rank, each in reported.items() if each.get("has_unused_gpu")]
     if unused:
         return Finding(
             "devices",
@@ -78,11 +78,11 @@ def judge_threads(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fi
     return Finding("threads", Verdict.OK, figure)
 
 
-def _missing(told: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding | None:
-    lost = [rank for rank, each in told.items() if each.get("is_missing")]
+def _missing(reported: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding | None:
+    lost = [rank for rank, each in reported.items() if each.get("is_missing")]
     if not lost:
         return None
-    first = told[lost[0]]
+    first = reported[lost[0]]
     return Finding(
         "devices",
         Verdict.FAIL,
@@ -93,16 +93,16 @@ def _missing(told: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding 
     )
 
 
-def _shared(told: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding | None:
+def _shared(reported: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding | None:
     users: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-    for rank, each in told.items():
+    for rank, each in reported.items():
         if each["identity"] is not None:
             users[hosts[rank], each["identity"]].append(rank)
     crowded = {key: ranks for key, ranks in users.items() if len(ranks) > 1}
     if not crowded:
         return None
     (host, identity), ranks = min(crowded.items(), key=lambda item: item[1])
-    first = told[ranks[0]]
+    first = reported[ranks[0]]
     return Finding(
         "devices",
         Verdict.FAIL,
@@ -114,9 +114,9 @@ def _shared(told: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding |
     )
 
 
-def _mixed(told: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding | None:
-    on_cpu = [rank for rank, each in told.items() if each["device"] == "cpu"]
-    if not on_cpu or len(on_cpu) == len(told):
+def _mixed(reported: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding | None:
+    on_cpu = [rank for rank, each in reported.items() if each["device"] == "cpu"]
+    if not on_cpu or len(on_cpu) == len(reported):
         return None
     return Finding(
         "devices",

@@ -1,4 +1,4 @@
-"""The checkpoint folder: can every rank write there, is it one folder for all, and does a file survive there whole?"""
+"""Checks the checkpoint folder: every rank can write there, it is one folder for all, and renamed files are whole."""
 
 import errno
 import os
@@ -10,12 +10,12 @@ from typing import Any
 
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
-__all__ = ["judge_folder", "judge_shared", "leave_folder", "look_for_chair", "probe_folder"]
+__all__ = ["judge_folder", "judge_shared", "leave_folder", "probe_folder", "sees_file_of"]
 
 _NUM_FLUSHES = 5
 _PROBE_BYTES = 1 << 20
 _FEW_BYTES, _SLOW_FLUSH_S = 5 << 30, 0.25
-_APPEARS_S = 5.0  # what another host wrote may show late on NFS
+_APPEARS_S = 5.0  # on NFS, what another host wrote may appear late
 _ADVICE = {
     errno.EROFS: "it is mounted read-only: pass a folder that ranks may write to by --folder, or remount it "
     "(docker run -v without :ro).",
@@ -27,33 +27,33 @@ _ADVICE = {
 _ADVICE[errno.EPERM] = _ADVICE[errno.EACCES]
 
 
-def probe_folder(folder: Path, meeting: str, rank: int) -> dict[str, Any]:
-    """Write, flush, rename and read a file of this rank's own in a new part of `folder`, named after the meeting.
+def probe_folder(folder: Path, session_id: str, rank: int) -> dict[str, Any]:
+    """Write, flush, rename and read a file of this rank's own in a new sub-folder of `folder`, named after the session.
 
-    A folder that does not exist yet is asked for in the nearest one above it that does; nothing but the part is made.
+    If `folder` does not exist yet, the nearest one above it that does is tried; nothing but the sub-folder is made.
     """
     around = (folder.absolute(), *folder.absolute().parents)
     base = next(each for each in around if each.is_dir())
-    part = base / f".dengine-doctor-{meeting}"
-    told: dict[str, Any] = {"folder": str(folder.absolute()), "base": str(base), "part": str(part)}
+    part = base / f".dengine-doctor-{session_id}"
+    results: dict[str, Any] = {"folder": str(folder.absolute()), "base": str(base), "part": str(part)}
     if (in_the_way := next((each for each in around if os.path.lexists(each)), base)) != base:
-        return told | {"base": str(in_the_way), "error": "it is not a folder", "errno": errno.ENOTDIR}
+        return results | {"base": str(in_the_way), "error": "it is not a folder", "errno": errno.ENOTDIR}
     try:
         found = os.statvfs(base)
-        told["free"] = found.f_bavail * found.f_frsize
+        results["free"] = found.f_bavail * found.f_frsize
         # Some file systems count no inodes, and say 0 of 0.
-        told["has_inodes"] = found.f_favail > 0 or found.f_files == 0
+        results["has_inodes"] = found.f_favail > 0 or found.f_files == 0
         part.mkdir(exist_ok=True)
-        told["flush_s"] = _flushes(part / f"{rank}.tmp")
-        told["is_whole"] = _renames(part / f"{rank}.tmp", part / f"rank_{rank}", f"{meeting} {rank}".encode())
+        results["flush_s"] = _flushes(part / f"{rank}.tmp")
+        results["is_whole"] = _renames(part / f"{rank}.tmp", part / f"rank_{rank}", f"{session_id} {rank}".encode())
     except OSError as error:
-        told |= {"error": error.strerror or str(error), "errno": error.errno}
-    return told
+        results |= {"error": error.strerror or str(error), "errno": error.errno}
+    return results
 
 
-def look_for_chair(probe: dict[str, Any], meeting: str, chair: int) -> bool:
-    """Whether the chair's file is in this rank's folder too, as it was written."""
-    path, expected = Path(probe["part"], f"rank_{chair}"), f"{meeting} {chair}".encode()
+def sees_file_of(probe: dict[str, Any], session_id: str, coordinator: int) -> bool:
+    """Whether this rank finds the coordinator's file in the folder, as it was written."""
+    path, expected = Path(probe["part"], f"rank_{coordinator}"), f"{session_id} {coordinator}".encode()
     end = time.monotonic() + _APPEARS_S
     while True:
         with suppress(OSError):
@@ -65,7 +65,7 @@ def look_for_chair(probe: dict[str, Any], meeting: str, chair: int) -> bool:
 
 
 def leave_folder(probe: dict[str, Any], rank: int) -> None:
-    """Remove what this rank wrote, and the part once it is empty."""
+    """Remove what this rank wrote, and the sub-folder once it is empty."""
     part = Path(probe["part"])
     for path in (part / f"{rank}.tmp", part / f"rank_{rank}"):
         with suppress(OSError):
@@ -118,22 +118,27 @@ def judge_folder(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fin
 
 
 def judge_shared(
-    seen: dict[int, bool], probes: dict[int, dict[str, Any]], chair: int, hosts: dict[int, str]
+    seen: dict[int, bool], probes: dict[int, dict[str, Any]], coordinator: int, hosts: dict[int, str]
 ) -> Finding:
-    """`seen`: of the ranks other than the chair, whether they see its file."""
-    if "error" in probes[chair] or not seen:
-        why = f"rank {chair} cannot write there" if seen else "one rank has no other to share with"
+    """`seen`: for each rank other than the coordinator, whether it sees the coordinator's file."""
+    if "error" in probes[coordinator] or not seen:
+        why = f"rank {coordinator} cannot write there" if seen else "one rank has no other to share with"
         return Finding("shared", Verdict.SKIP, why)
     blind = sorted(rank for rank, is_seen in seen.items() if not is_seen)
     if not blind:
-        return Finding("shared", Verdict.OK, f"all ranks see what rank {chair} wrote in the folder")
+        return Finding("shared", Verdict.OK, f"all ranks see what rank {coordinator} wrote in the folder")
     theirs = {probes[rank]["folder"] for rank in blind}
-    other = "" if theirs == {probes[chair]["folder"]} else f" (theirs is {min(theirs)}, not {probes[chair]['folder']})"
+    other = (
+        ""
+        if theirs == {probes[coordinator]["folder"]}
+        else f" (theirs is {min(theirs)}, not {probes[coordinator]['folder']})"
+    )
     verb = "does" if len(blind) == 1 else "do"
     return Finding(
         "shared",
         Verdict.FAIL,
-        f"{ranks_text(blind, hosts)} {verb} not see what rank {chair} ({hosts[chair]}) wrote in the folder{other}",
+        f"{ranks_text(blind, hosts)} {verb} not see what rank {coordinator} ({hosts[coordinator]}) wrote in the "
+        f"folder{other}",
         "no run could resume: pass one folder on a file system that all hosts share (NFS, Lustre, a common volume), by "
         "its absolute path.",
         tuple(blind),
@@ -154,7 +159,7 @@ def _flushes(path: Path) -> list[float]:
 
 
 def _renames(temporary: Path, path: Path, content: bytes) -> bool:
-    """A file renamed over another is the new one, whole, and the old name is gone."""
+    """Whether a file that is renamed over another is the new one, whole, and its old name is gone."""
     path.write_bytes(b"what was there before, and is longer" * 100)
     temporary.write_bytes(content)
     os.replace(temporary, path)

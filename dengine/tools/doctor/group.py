@@ -1,4 +1,4 @@
-"""The process group as a training makes it: joined, reduced over in each backend, and a checkpoint saved and loaded."""
+"""Makes a process group as a training does, reduces over it in each backend, and saves and loads a checkpoint."""
 
 import re
 import statistics
@@ -30,23 +30,23 @@ _PERIOD = 251  # of the values that are added up: their sums are whole in float3
 
 
 def exercise(backend: str, part: Path) -> dict[str, Any]:
-    """Everything that takes a process group, on this rank; an error is told and not raised, and so is a hang.
+    """Try everything that needs a process group; errors and hangs are in the result, and are not raised.
 
-    `backend` is as for `process_group()`; `part` of the checkpoint folder is where a checkpoint may be saved.
-    Collective: call on all ranks. Cost: `LIMIT_S` at most. What hangs then is left behind in its thread.
+    `backend` is as for `process_group()`; a checkpoint is saved in the folder `part`.
+    Collective: call on all ranks. Cost: `LIMIT_S` at most. What hangs then stays in its thread.
     """
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     # Gloo's own wait for a peer that cannot reach this host does not end with the group's timeout.
-    thread = threading.Thread(target=_exercise, args=(backend, part, told), name=_THREAD, daemon=True)
+    thread = threading.Thread(target=_exercise, args=(backend, part, results), name=_THREAD, daemon=True)
     thread.start()
     thread.join(LIMIT_S)
     if thread.is_alive():
-        return {**told, "failed": {"step": _step(told), "error": f"{_NO_ANSWER} after {LIMIT_S:g} s"}}
-    return told
+        return {**results, "failed": {"step": _step(results), "error": f"{_NO_ANSWER} after {LIMIT_S:g} s"}}
+    return results
 
 
 def is_hanging() -> bool:
-    """Whether a thread was left behind, which waits in C++ and would hold up the end of the interpreter."""
+    """Whether the thread still waits, in C++, and would keep the interpreter from ending."""
     return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
@@ -58,33 +58,33 @@ def judge_group(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> list
 # -- on each rank ------------------------------------------------------------------------------------------------
 
 
-def _exercise(backend: str, part: Path, told: dict[str, Any]) -> None:
+def _exercise(backend: str, part: Path, results: dict[str, Any]) -> None:
     began = time.monotonic()
     try:
         with distributed.process_group(backend, timeout=_JOIN_S) as world:
-            told["join"] = {"seconds": time.monotonic() - began, "backend": world.backend}
+            results["join"] = {"seconds": time.monotonic() - began, "backend": world.backend}
             if dist.is_initialized():
                 reduced = {"gloo": _reduced(torch.device("cpu"))}
                 if "nccl" in world.backend:
                     reduced["nccl"] = _reduced(world.device)
-                told["reduced"] = reduced
-                told["pings"] = _pings(world.rank, world.size)
-            told["checkpoint"] = _round_trip(part / "doctor_1.pt")
+                results["reduced"] = reduced
+                results["pings"] = _pings(world.rank, world.size)
+            results["checkpoint"] = _round_trip(part / "doctor_1.pt")
     except Exception as error:
-        told["failed"] = {"step": _step(told), "error": f"{type(error).__name__}: {_headline(error)}"}
+        results["failed"] = {"step": _step(results), "error": f"{type(error).__name__}: {_headline(error)}"}
 
 
 def _headline(error: Exception) -> str:
-    """Its first line, without where in torch's sources it comes from."""
+    """Its first line, without the line of torch's sources that it comes from."""
     lines = str(error).splitlines() or [""]
     return re.sub(r"\[/[^\]\s]*:\d+\] ", "", lines[0])
 
 
-def _step(told: dict[str, Any]) -> str:
-    """What was under way: the first that there is nothing of."""
-    if "join" in told and told["join"]["backend"] == "none":
+def _step(results: dict[str, Any]) -> str:
+    """The step that was under way: the first without a result."""
+    if "join" in results and results["join"]["backend"] == "none":
         return "checkpoint"
-    return next((name for name in ("join", "reduced", "pings", "checkpoint") if name not in told), "leave")
+    return next((name for name in ("join", "reduced", "pings", "checkpoint") if name not in results), "leave")
 
 
 def _reduced(device: torch.device) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ def _timed(action: Callable[[], Any], device: torch.device) -> float:
 
 
 def _pings(rank: int, size: int) -> dict[int, float]:
-    """On rank 0, seconds for 256 kB to each rank and back. One by one: in a ring a slow rank slows its neighbours."""
+    """On rank 0, seconds for 256 kB to each rank and back, one by one: in a ring a slow rank slows its neighbours."""
     value = torch.zeros(_PING_BYTES // 4)
     times: dict[int, float] = {}
     for other in range(1, min(size, _MANY_RANKS)):
@@ -155,7 +155,7 @@ def _round_trip(path: Path) -> dict[str, Any]:
 def _judge_join(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
     failed = _failed(facts, {"join"})
     if failed:
-        first = _speaker(failed)
+        first = _most_telling(failed)
         return Finding(
             "join",
             Verdict.FAIL,
@@ -172,11 +172,11 @@ def _judge_join(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Find
 
 
 def _judge_reduction(backend: str, facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding | None:
-    """All-reduces over `backend`: right sums first, then how fast; None where nobody tried it."""
-    told = {rank: each["reduced"][backend] for rank, each in facts.items() if backend in each.get("reduced", {})}
+    """All-reduces over `backend`: right sums first, then how fast; None if nobody tried it."""
+    results = {rank: each["reduced"][backend] for rank, each in facts.items() if backend in each.get("reduced", {})}
     failed = _failed(facts, {"reduced", "pings"})
-    if failed and not told:
-        first = _speaker(failed)
+    if failed and not results:
+        first = _most_telling(failed)
         return Finding(
             backend,
             Verdict.FAIL,
@@ -184,9 +184,9 @@ def _judge_reduction(backend: str, facts: dict[int, dict[str, Any]], hosts: dict
             "a firewall may pass small messages only (MTU), or a host is overloaded; with NCCL try NCCL_DEBUG=INFO.",
             tuple(failed),
         )
-    if not told:
+    if not results:
         return None
-    wrong = sorted(rank for rank, sizes in told.items() if any(not each["is_right"] for each in sizes))
+    wrong = sorted(rank for rank, sizes in results.items() if any(not each["is_right"] for each in sizes))
     if wrong:
         return Finding(
             backend,
@@ -195,37 +195,39 @@ def _judge_reduction(backend: str, facts: dict[int, dict[str, Any]], hosts: dict
             "the hardware or its driver is at fault: leave that host out, and test its memory and network card.",
             tuple(wrong),
         )
-    return _speed(backend, told, _pinged(facts) if backend == "gloo" else {}, hosts)
+    return _speed(backend, results, _pinged(facts) if backend == "gloo" else {}, hosts)
 
 
 def _judge_checkpoint(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
     failed = _failed(facts, {"checkpoint"})
     if failed:
-        first = _speaker(failed)
+        first = _most_telling(failed)
         advice = "see the lines on the folder above; else the message is what a training would end with."
         return Finding("checkpoint", Verdict.FAIL, f"{failed[first]}", advice, tuple(failed))
-    told = {rank: each["checkpoint"] for rank, each in facts.items() if "checkpoint" in each}
-    if not told:
+    results = {rank: each["checkpoint"] for rank, each in facts.items() if "checkpoint" in each}
+    if not results:
         return Finding("checkpoint", Verdict.SKIP, "without a process group nothing is saved together")
-    wrong = [rank for rank, each in told.items() if not each["is_equal"]]
+    wrong = [rank for rank, each in results.items() if not each["is_equal"]]
     if wrong:
         figure = f"what {ranks_text(wrong, hosts)} loaded is not what was saved"
         advice = "the file system gives back other bytes than it took: pass another folder by --folder."
         return Finding("checkpoint", Verdict.FAIL, figure, advice, tuple(wrong))
-    slowest = {name: max(each[name] for each in told.values()) for name in ("save_s", "verify_s", "load_s")}
+    slowest = {name: max(each[name] for each in results.values()) for name in ("save_s", "verify_s", "load_s")}
     parts = ", ".join(f"{name.removesuffix('_s')} {1000 * seconds:.0f} ms" for name, seconds in slowest.items())
     return Finding("checkpoint", Verdict.OK, f"1 MB there and back: {parts}", data=slowest)
 
 
 def _failed(facts: dict[int, dict[str, Any]], steps: set[str]) -> dict[int, str]:
-    """The ranks that failed in one of `steps` by themselves; else those that were told of another's failure."""
+    """The ranks that failed in one of `steps` by themselves, with their errors; if there are none, those that failed
+    because of another rank.
+    """
     failed = {rank: each["failed"] for rank, each in facts.items() if each.get("failed", {}).get("step") in steps}
     own = {rank: each["error"] for rank, each in failed.items() if not each["error"].startswith("RemoteRankError")}
     return own or {rank: each["error"] for rank, each in failed.items()}
 
 
-def _speaker(failed: dict[int, str]) -> int:
-    """The rank whose error says most: one that only waited says nothing."""
+def _most_telling(failed: dict[int, str]) -> int:
+    """The rank whose error says most: one that only waited says little."""
     return min(failed, key=lambda rank: (failed[rank].startswith(_NO_ANSWER), rank))
 
 
@@ -235,23 +237,23 @@ def _pinged(facts: dict[int, dict[str, Any]]) -> dict[int, float]:
 
 
 def _speed(
-    backend: str, told: dict[int, list[dict[str, Any]]], pings: dict[int, float], hosts: dict[int, str]
+    backend: str, results: dict[int, list[dict[str, Any]]], pings: dict[int, float], hosts: dict[int, str]
 ) -> Finding:
-    num_ranks = len(told)
-    seconds = {size: [sizes[index]["seconds"] for sizes in told.values()] for index, size in enumerate(_SIZES)}
+    num_ranks = len(results)
+    seconds = {size: [sizes[index]["seconds"] for sizes in results.values()] for index, size in enumerate(_SIZES)}
     latency, largest = max(seconds[min(_SIZES)]), max(_SIZES)
     rate = largest / max(seconds[largest]) / 1e9
     figure = f"right sums; 4 B {1e3 * latency:.2f} ms, 1 MB {1e3 * max(seconds[1 << 20]):.2f} ms, "
     figure += f"16 MB {1e3 * max(seconds[largest]):.1f} ms = {rate:.2f} GB/s"
     data: dict[str, Any] = {
         "num_ranks": num_ranks,
-        "seconds": {rank: {each["bytes"]: each["seconds"] for each in sizes} for rank, sizes in told.items()},
+        "seconds": {rank: {each["bytes"]: each["seconds"] for each in sizes} for rank, sizes in results.items()},
         "ping_s": pings,
     }
     if num_ranks == 1:
         return Finding(backend, Verdict.OK, figure, data=data)
     if not pings:
-        slowest = max(told, key=lambda rank: told[rank][-1]["seconds"])
+        slowest = max(results, key=lambda rank: results[rank][-1]["seconds"])
         return Finding(backend, Verdict.OK, f"{figure}; slowest {ranks_text([slowest], hosts)}", data=data)
     slowest = max(pings, key=lambda rank: pings[rank])
     median = statistics.median(pings.values())

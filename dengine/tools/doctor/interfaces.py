@@ -1,4 +1,4 @@
-"""Which network interfaces Gloo and NCCL would take, and whether other hosts reach them."""
+"""Checks that other hosts can reach the network interfaces that Gloo and NCCL would take."""
 
 import os
 import socket
@@ -14,7 +14,9 @@ __all__ = ["interface_facts", "judge_interfaces"]
 
 
 def interface_facts(launch: Launch | None) -> dict[str, Any]:
-    """`gloo`: the address that Gloo would offer the others; `route`: that from which this host reaches the master."""
+    """This host's interfaces. `gloo`: the address that Gloo would offer the others; `route`: the one from which this
+    host reaches the master.
+    """
     found = interfaces()
     named = os.environ.get("GLOO_SOCKET_IFNAME", "")
     chosen = chosen_interface(os.environ, launch)
@@ -30,17 +32,17 @@ def interface_facts(launch: Launch | None) -> dict[str, Any]:
 
 
 def judge_interfaces(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
-    told = {rank: each["interfaces"] for rank, each in facts.items()}
-    for rank, each in told.items():
+    reported = {rank: each["interfaces"] for rank, each in facts.items()}
+    for rank, each in reported.items():
         problem = _unknown_name(rank, each, hosts) or (
             _local_address(rank, each, hosts) if len(set(hosts.values())) > 1 else None
         )
         if problem is not None:
             return problem
-    first = told[min(told)]
+    first = reported[min(reported)]
     nccl = f"; NCCL_SOCKET_IFNAME={first['nccl_named']}" if first["nccl_named"] else ""
     fabric = f"; InfiniBand {', '.join(first['infiniband'])}" if first["infiniband"] else ""
-    return Finding("interfaces", Verdict.OK, f"Gloo takes {_chosen(told)}{nccl}{fabric}")
+    return Finding("interfaces", Verdict.OK, f"Gloo takes {_chosen(reported)}{nccl}{fabric}")
 
 
 def _unknown_name(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Finding | None:
@@ -61,7 +63,7 @@ def _unknown_name(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Fin
 
 
 def _local_address(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Finding | None:
-    """With several hosts: an address that only this host can reach."""
+    """What is wrong, with several hosts, if the address is one that only this host can reach."""
     if each["gloo"] and not each["gloo"].startswith("127."):
         return None
     route = next((name for name, address in each["interfaces"].items() if address == each["route"]), "")
@@ -69,7 +71,7 @@ def _local_address(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Fi
     advice = "" if is_local else f"export GLOO_SOCKET_IFNAME={route or 'eth0'} (it reaches the master), or "
     return Finding(
         "interfaces",
-        Verdict.WARN,  # whether it hurts depends on who connects to whom: the check of the group tells
+        Verdict.WARN,  # whether it does harm depends on who connects to whom: the check of the group shows it
         f"{each['own_name']} resolves to {each['gloo'] or 'nothing'} on {ranks_text([rank], hosts)}: Gloo would offer "
         "the other hosts an address that they cannot reach",
         f"{advice}give the host's own name its real address in /etc/hosts.",
@@ -77,10 +79,10 @@ def _local_address(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Fi
     )
 
 
-def _chosen(told: dict[int, dict[str, Any]]) -> str:
+def _chosen(reported: dict[int, dict[str, Any]]) -> str:
     """`eth0 (10.0.0.1, 10.0.0.2)`: each interface that is taken by a rank, with its addresses."""
     addresses: dict[str, dict[str, None]] = {}
-    for each in told.values():
+    for each in reported.values():
         name = next((name for name, address in each["interfaces"].items() if address == each["gloo"]), None)
         local = "lo" if (each["gloo"] or "").startswith("127.") else "an interface"
         addresses.setdefault(name or local, {})[each["gloo"] or "unknown"] = None
@@ -88,7 +90,7 @@ def _chosen(told: dict[int, dict[str, Any]]) -> str:
 
 
 def _own_address() -> str | None:
-    """Gloo takes the address of the host's own name, if it can listen there, and else the loopback's."""
+    """The address that Gloo takes: that of the host's own name, if it can listen there, and else the loopback's."""
     with suppress(OSError):
         address = socket.gethostbyname(socket.gethostname())
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

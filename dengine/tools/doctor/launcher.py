@@ -1,4 +1,4 @@
-"""Which launcher was chosen and why, who came, and variables that contradict each other."""
+"""Checks which launcher was chosen, which ranks came, and that no variables contradict each other."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from dengine.launch.slurm import host_names
 from dengine.tools.doctor.board import Board
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
-__all__ = ["half_set", "judge_came", "judge_launcher", "judge_variables", "launch_facts", "told_rank"]
+__all__ = ["claimed_rank", "half_set", "judge_came", "judge_launcher", "judge_variables", "launch_facts"]
 
 _TUNING = ("GLOO_", "NCCL_", "TORCH_NCCL_")
 _RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def launch_facts(choice: Choice, env: Mapping[str, str]) -> dict[str, Any]:
-    """What this rank's variables say. Pure but for `env`."""
+    """What this rank's environment variables say. Pure."""
     nodes = env.get("SLURM_STEP_NODELIST", "") if choice.launch is not None else ""
     hosts: list[str] = []
     with suppress(LaunchError):
@@ -34,13 +34,13 @@ def launch_facts(choice: Choice, env: Mapping[str, str]) -> dict[str, Any]:
 
 
 def judge_launcher(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
-    told = {rank: each["launch"] for rank, each in facts.items()}
-    conflicts = {rank: each["conflict"] for rank, each in told.items() if each["conflict"]}
+    reported = {rank: each["launch"] for rank, each in facts.items()}
+    conflicts = {rank: each["conflict"] for rank, each in reported.items() if each["conflict"]}
     if conflicts:
         first = min(conflicts)
         message, advice = conflicts[first]
         return Finding("launcher", Verdict.FAIL, f"{ranks_text([first], hosts)}: {message}", advice, tuple(conflicts))
-    reason = told[min(told)]["reason"]
+    reason = reported[min(reported)]["reason"]
     return Finding("launcher", Verdict.OK, reason)
 
 
@@ -75,10 +75,10 @@ def judge_came(facts: dict[int, dict[str, Any]], board: Board, wait_s: float, ho
 
 def judge_variables(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
     """Whether the ranks tune Gloo and NCCL alike."""
-    told = {rank: each["launch"]["tuning"] for rank, each in facts.items()}
-    names = sorted({name for each in told.values() for name in each})
+    reported = {rank: each["launch"]["tuning"] for rank, each in facts.items()}
+    names = sorted({name for each in reported.values() for name in each})
     for name in names:
-        values = {rank: each.get(name) for rank, each in told.items()}
+        values = {rank: each.get(name) for rank, each in reported.items()}
         common = Counter(values.values()).most_common(1)[0][0]
         odd = [rank for rank, value in values.items() if value != common]
         if odd:
@@ -101,14 +101,14 @@ def half_set(error: LaunchError) -> Finding:
     )
 
 
-def told_rank(env: Mapping[str, str]) -> int:
-    """The rank that a process whose variables make no launch takes itself for; 0 where nothing says so."""
+def claimed_rank(env: Mapping[str, str]) -> int:
+    """The rank that the variables give a process, even if they are incomplete; 0 if none of them does."""
     found = (env.get(name, "") for name in _RANK_NAMES)
     return next((int(text) for text in found if text.isdigit()), 0)
 
 
 def _conflict(choice: Choice, env: Mapping[str, str]) -> tuple[str, str] | None:
-    """Variables of two launchers that cannot both be meant: message and advice."""
+    """Message and advice if variables of two launchers contradict each other."""
     tasks, world = env.get("SLURM_STEP_NUM_TASKS", ""), env.get("WORLD_SIZE", "")
     if tasks.isdigit() and world.isdigit() and int(world) < int(tasks):
         return (

@@ -1,4 +1,4 @@
-"""What the system allows each rank: open files, memory, /dev/shm, and signals that reach it."""
+"""Checks what the system allows each rank: open files, memory, /dev/shm, and signals that reach it."""
 
 import os
 import resource
@@ -16,7 +16,7 @@ __all__ = ["judge_files", "judge_memory", "judge_shared_memory", "judge_signals"
 _FEW_FILES = 4096
 _LITTLE_MEMORY = _LITTLE_SHM = 1 << 30
 _NO_SHM = 16 << 20
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # those that handlers.Preemption takes
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # those that handlers.Preemption handles
 _SIGNAL_S = 1.0
 # A container's limit, and what it has used of it.
 _CGROUPS = {
@@ -42,11 +42,13 @@ def limit_facts() -> dict[str, Any]:
 
 
 def signal_facts() -> dict[str, Any]:
-    """Sends this process each signal by which a scheduler announces the end, and sees whether Python is told."""
+    """Whether the signals by which a scheduler announces the end reach Python: this process sends them to itself."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     unseen, slowest = [], 0.0
     for number in _SIGNALS:
-        took = _delivered(number) if number not in blocked else None  # a blocked one would come later, and end us
+        took = (
+            _delivered(number) if number not in blocked else None
+        )  # a blocked one would come later, and end this process
         if took is None:
             unseen.append(number.name)
         else:
@@ -71,7 +73,7 @@ def judge_files(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Find
 
 
 def judge_memory(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
-    """What is free on the host with the least for each of its ranks."""
+    """Whether there is enough memory on the host that has the least for each of its ranks."""
     per_rank = {}
     for rank, each in facts.items():
         num_ranks = sum(hosts[other] == hosts[rank] for other in facts)
@@ -94,34 +96,34 @@ def judge_memory(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fin
 
 
 def judge_shared_memory(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
-    told = {rank: each["limits"]["shm"] for rank, each in facts.items()}
-    lost = [rank for rank, shm in told.items() if shm is None or shm["free"] < _NO_SHM]
+    reported = {rank: each["limits"]["shm"] for rank, each in facts.items()}
+    lost = [rank for rank, shm in reported.items() if shm is None or shm["free"] < _NO_SHM]
     advice = "enlarge it: docker run --shm-size=16g (or --ipc=host), `mount -o remount,size=16G /dev/shm`; else remove "
     advice += "what is left over there. Loader workers hand batches over in it, and NCCL talks through it."
     if lost:
-        shm = told[lost[0]]
+        shm = reported[lost[0]]
         figure = "is not there" if shm is None else f"has {_size(shm['free'])} left of {_size(shm['total'])}"
         return Finding("/dev/shm", Verdict.FAIL, f"{figure} on {ranks_text(lost, hosts)}", advice, tuple(lost))
-    least = min(told, key=lambda rank: told[rank]["free"])
-    figure = f"{_size(told[least]['free'])} free of {_size(told[least]['total'])} on {hosts[least]}"
-    if told[least]["free"] < _LITTLE_SHM:
+    least = min(reported, key=lambda rank: reported[rank]["free"])
+    figure = f"{_size(reported[least]['free'])} free of {_size(reported[least]['total'])} on {hosts[least]}"
+    if reported[least]["free"] < _LITTLE_SHM:
         return Finding("/dev/shm", Verdict.WARN, figure, advice, (least,))
     return Finding("/dev/shm", Verdict.OK, figure)
 
 
 def judge_signals(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
-    told = {rank: each["signals"] for rank, each in facts.items()}
-    deaf = [rank for rank, each in told.items() if each["unseen"]]
+    reported = {rank: each["signals"] for rank, each in facts.items()}
+    deaf = [rank for rank, each in reported.items() if each["unseen"]]
     if deaf:
         return Finding(
             "signals",
             Verdict.FAIL,
-            f"{', '.join(told[deaf[0]]['unseen'])} does not reach {ranks_text(deaf, hosts)}: it is blocked there",
+            f"{', '.join(reported[deaf[0]]['unseen'])} does not reach {ranks_text(deaf, hosts)}: it is blocked there",
             "a job could not save when it is preempted: start the ranks from a shell or launcher that does not block "
             "signals (`grep SigBlk /proc/self/status` is all zeros).",
             tuple(deaf),
         )
-    deadly = {rank: each["deadly_to_agent"] for rank, each in told.items() if each["deadly_to_agent"]}
+    deadly = {rank: each["deadly_to_agent"] for rank, each in reported.items() if each["deadly_to_agent"]}
     if deadly:
         names = ", ".join(deadly[min(deadly)])
         return Finding(
@@ -131,13 +133,13 @@ def judge_signals(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fi
             "torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --shutdown-timeout=120",
             tuple(deadly),
         )
-    slowest = max(each["slowest_s"] for each in told.values())
+    slowest = max(each["slowest_s"] for each in reported.values())
     names = ", ".join(number.name for number in _SIGNALS)
     return Finding("signals", Verdict.OK, f"{names} seen within {1000 * slowest:.2f} ms")
 
 
 def _delivered(number: signal.Signals) -> float | None:
-    """Seconds until the handler ran; None where it never did."""
+    """Seconds until the handler ran; None if it never did."""
     seen: list[float] = []
     with _handled(number, seen):
         began = time.monotonic()
@@ -171,7 +173,7 @@ def _deadly_to_agent() -> list[str]:
 
 
 def _memory_free() -> int:
-    """Bytes that are free on this host, or in this container where that is less."""
+    """Bytes that are free on this host, or in this container if that is less."""
     free = 1 << 62
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Is the master where it is said to be? Asked with plain sockets, before torch waits for an answer of its own."""
+"""Checks with plain sockets that the master can be reached, before torch waits for it."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from typing import Any
 from dengine.launch.env import Launch, is_agents_store
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
-__all__ = ["MasterError", "judge_master", "reach_master", "unmet"]
+__all__ = ["MasterError", "judge_master", "reach_master", "unreachable"]
 
 _ATTEMPT_S = 3.0
 _PAUSE_S = 0.1
@@ -21,7 +21,7 @@ _LONGEST_LOOKUP_S = 7.0  # a name server that does not answer is asked again aft
 
 
 class MasterError(Exception):
-    """This rank cannot meet the others. `advice`: what to do about it."""
+    """This rank cannot reach the others through the master. `advice`: what to do about it."""
 
     def __init__(self, message: str, advice: str) -> None:
         super().__init__(message)
@@ -29,22 +29,22 @@ class MasterError(Exception):
 
 
 def reach_master(launch: Launch | None, timeout_s: float) -> dict[str, Any]:
-    """What this rank has to say about the master: its address, and after how long it answered.
+    """The master's address, and the seconds until it answered this rank.
 
-    Raises: MasterError: it cannot be resolved, hosted (on rank 0), or reached within `timeout_s`.
+    Raises: MasterError: the address cannot be resolved, hosted (on rank 0), or reached within `timeout_s`.
     """
     if launch is None:
         return {}
     address = _resolved(launch)
-    told = {"name": launch.master_addr, "address": address, "port": launch.master_port, "lookup_s": _lookup_s(address)}
+    facts = {"name": launch.master_addr, "address": address, "port": launch.master_port, "lookup_s": _lookup_s(address)}
     if launch.rank == 0 and not is_agents_store(os.environ):
         _check_port(launch, address)
-        return {**told, "is_host": True}
-    return {**told, "is_host": False, "connect_s": _connect(launch, address, timeout_s)}
+        return {**facts, "is_host": True}
+    return {**facts, "is_host": False, "connect_s": _connect(launch, address, timeout_s)}
 
 
-def unmet(error: Exception) -> Finding:
-    """For the rank that could not meet the others: by `reach_master`, or by torch's own store."""
+def unreachable(error: Exception) -> Finding:
+    """The finding of a rank that could not reach the master, by `reach_master` or by torch's own store."""
     advice = getattr(error, "advice", "see that what listens there is the launcher's store, and nothing else.")
     return Finding("master", Verdict.FAIL, str(error).splitlines()[0], advice)
 

@@ -1,4 +1,4 @@
-"""What a check found, as a line for people and as JSON. Prints; knows no check."""
+"""Prints the findings of checks, as lines for people or as JSON."""
 
 import json
 import os
@@ -19,7 +19,10 @@ _MOST_NAMED = 8
 
 
 class Verdict(str, Enum):
-    """`fail`: training would fail. `warn`: it may, or is slower than it need be. `skip`: there was nothing to check."""
+    """The result of a check.
+
+    `fail`: training would fail. `warn`: it may, or is slower than it need be. `skip`: there was nothing to check.
+    """
 
     OK = "ok"
     WARN = "warn"
@@ -29,9 +32,9 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: which check, how it went, the figure, and what to do about it where it is not ok.
+    """One line of the report: the check, its verdict, the figure, and what to do about it if it is not ok.
 
-    `ranks` are those that stand out; `data` is for programs only.
+    `ranks` are those that differ or fail; `data` is for programs only.
     """
 
     check: str
@@ -49,14 +52,14 @@ class Header:
     hosts: tuple[str, ...]
 
     def __str__(self) -> str:
-        place = self.hosts[0] if len(self.hosts) == 1 else f"{len(self.hosts)} hosts"
+        hosts = self.hosts[0] if len(self.hosts) == 1 else f"{len(self.hosts)} hosts"
         if self.launcher in ("single", "alone"):
-            return f"one process on {place}" + (", which finds no others" if self.launcher == "alone" else "")
-        return f"{self.size} rank{'s' * (self.size > 1)} on {place}"
+            return f"one process on {hosts}" + (", which finds no others" if self.launcher == "alone" else "")
+        return f"{self.size} rank{'s' * (self.size > 1)} on {hosts}"
 
 
 class Report:
-    """Takes findings as they come; shows each at once, or all as JSON at the end."""
+    """Collects findings; prints each at once, or all as JSON at the end."""
 
     def __init__(self, out: TextIO, *, as_json: bool) -> None:
         self.findings: list[Finding] = []
@@ -69,7 +72,7 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of all; ok where nothing is wrong."""
+        """The worst of all findings; ok if nothing is wrong."""
         found = {finding.verdict for finding in self.findings}
         return next((each for each in (Verdict.FAIL, Verdict.WARN) if each in found), Verdict.OK)
 
@@ -85,7 +88,7 @@ class Report:
                 self._print(self._line(finding))
 
     def close(self) -> None:
-        """The end: how it went in all, and the seconds since this report was made."""
+        """Print the verdict of all findings, and the seconds since this report was made."""
         seconds = time.monotonic() - self._began_s
         if self._as_json:
             self._print(json.dumps(self._data(seconds), indent=2))
@@ -96,8 +99,8 @@ class Report:
             Verdict.WARN: "training should work; see the warnings",
             Verdict.FAIL: "training would fail",
         }[self.verdict]
-        told = ", ".join(f"{count} {each.value}" for each, count in counts.items() if count)
-        self._print(f"\n{self._painted(self.verdict, summary)} ({told}; {seconds:.1f} s)")
+        counted = ", ".join(f"{count} {each.value}" for each, count in counts.items() if count)
+        self._print(f"\n{self._painted(self.verdict, summary)} ({counted}; {seconds:.1f} s)")
 
     def _line(self, finding: Finding) -> str:
         verdict = self._painted(finding.verdict, f"{finding.verdict.value:<4}")
@@ -110,7 +113,7 @@ class Report:
         return line
 
     def _wrapped(self, text: str, margin: int, subsequent_indent: str = "") -> list[str]:
-        # Options and paths are there to be copied: they are never cut.
+        # Options and paths are to be copied, so they are never cut.
         return textwrap.wrap(
             text,
             self._width - margin,
@@ -123,7 +126,7 @@ class Report:
         return f"\033[{_COLORS[verdict.value]}m{text}\033[0m" if self._has_color else text
 
     def _print(self, text: str) -> None:
-        # Under torchrun and srun this is a pipe: each line is to be seen when it is made.
+        # Under torchrun and srun this is a pipe: without the flush, a line would be seen at the end only.
         print(text, file=self._out, flush=True)
 
     def _data(self, seconds: float) -> dict[str, Any]:
@@ -149,7 +152,7 @@ class Report:
 
 
 def ranks_text(ranks: Iterable[int], hosts: Mapping[int, str] | None = None) -> str:
-    """`rank 3 (node2)`, `ranks 0, 3 and 5`; many are counted. The host is said where there are several."""
+    """`rank 3 (node2)`, `ranks 0, 3 and 5`; many are counted. The hosts are named if there are several."""
     has_several = hosts is not None and len(set(hosts.values())) > 1
     named = [
         f"{rank} ({hosts[rank]})" if hosts is not None and has_several and rank in hosts else str(rank)

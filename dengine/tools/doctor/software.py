@@ -1,4 +1,4 @@
-"""The same versions and the same code on every rank."""
+"""Checks that every rank has the same versions and the same code."""
 
 import hashlib
 import platform
@@ -34,7 +34,7 @@ def version_facts() -> dict[str, str]:
 def code_facts(paths: Iterable[Path]) -> dict[str, str]:
     """A digest of each source file: of this package, and of `paths` (files; folders with all that is in them).
 
-    By names that are the same on every host wherever the code lies.
+    The names are the same on every host, wherever the code is.
     """
     package = Path(__file__).parents[2]
     found = {f"dengine/{name}": digest for name, digest in _digests(package).items()}
@@ -44,10 +44,10 @@ def code_facts(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def judge_versions(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
-    told = {rank: each["versions"] for rank, each in facts.items()}
-    first = told[min(told)]
+    reported = {rank: each["versions"] for rank, each in facts.items()}
+    first = reported[min(reported)]
     for name in first:
-        values = {rank: each[name] for rank, each in told.items()}
+        values = {rank: each[name] for rank, each in reported.items()}
         odd, common = _odd(values)
         if odd:
             return Finding(
@@ -62,11 +62,11 @@ def judge_versions(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> F
 
 
 def judge_code(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
-    told = {rank: each["code"] for rank, each in facts.items()}
-    odd, _ = _odd({rank: _digest_of_all(each) for rank, each in told.items()})
-    reference = told[next(rank for rank in sorted(told) if rank not in odd)]
+    reported = {rank: each["code"] for rank, each in facts.items()}
+    odd, _ = _odd({rank: _digest_of_all(each) for rank, each in reported.items()})
+    reference = reported[next(rank for rank in sorted(reported) if rank not in odd)]
     if odd:
-        theirs = told[odd[0]]
+        theirs = reported[odd[0]]
         changed = [name for name in sorted({*reference, *theirs}) if reference.get(name) != theirs.get(name)]
         first = f"{changed[0]} {'is missing' if changed[0] not in theirs else 'differs'}"
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -106,7 +106,7 @@ def _digest_of_all(files: dict[str, str]) -> str:
 
 
 def _odd(values: dict[int, str]) -> tuple[list[int], str]:
-    """The ranks that are not like most others, and what those have; where it is a tie, like the first."""
+    """The ranks that differ from the most frequent value, and that value; in a tie, that of the lowest rank."""
     counts = Counter(values[rank] for rank in sorted(values))
     common = counts.most_common(1)[0][0]
     return [rank for rank in sorted(values) if values[rank] != common], common

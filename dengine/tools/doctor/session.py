@@ -1,4 +1,4 @@
-"""The course of a visit to the doctor: who measures what, in which order, and who judges."""
+"""A session of the doctor: which rank measures what, in which order, and which one judges."""
 
 import argparse
 import os
@@ -21,9 +21,9 @@ from dengine.tools.doctor.report import Finding, Header, Report, Verdict, ranks_
 
 __all__ = ["configure", "run"]
 
-_STEP_S = 20.0  # for what all ranks do at once
+_STEP_S = 20.0  # for a step that all ranks take together
 _SLACK_S = 3.0
-_JUDGES = (  # of what each rank measures by itself
+_JUDGES = (  # of the facts that each rank measures by itself
     launcher.judge_variables,
     software.judge_versions,
     software.judge_code,
@@ -38,8 +38,8 @@ _JUDGES = (  # of what each rank measures by itself
 
 
 @dataclass(frozen=True)
-class _Visitor:
-    """This process, what it measured by itself, and where it meets the others."""
+class _Session:
+    """The options and measurements of this process, and the store through which it reaches the others."""
 
     options: argparse.Namespace
     board: Board
@@ -47,7 +47,7 @@ class _Visitor:
 
 
 class _RanksLostError(Exception):
-    """Ranks that came, and then stopped answering."""
+    """Ranks came, and then stopped answering."""
 
     def __init__(self, ranks: set[int], doing: str) -> None:
         super().__init__(f"{ranks_text(ranks)} stopped answering at: {doing}")
@@ -68,7 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0: a training would work; 1: it would fail, and the report says why; 2: arguments that make no sense."""
+    """Gives 0 if a training would work, 1 if it would fail (the report says why), 2 for wrong arguments."""
     report = Report(sys.stdout, as_json=options.json)
     try:
         if not options.wait > 0:
@@ -81,18 +81,18 @@ def run(options: argparse.Namespace) -> int:
         choice = choose_launch(os.environ)
     except LaunchError as error:
         facts = _measured(Choice(None, "half set"), code)
-        return _alone(options, report, facts, launcher.half_set(error), launcher.told_rank(os.environ))
+        return _alone(options, report, facts, launcher.half_set(error), launcher.claimed_rank(os.environ))
     facts = _measured(choice, code)
     rank = 0 if choice.launch is None else choice.launch.rank
     try:
         facts["master"] = master.reach_master(choice.launch, options.wait)
         board = open_board(choice.launch, options.wait)
     except (MasterError, RuntimeError, OSError) as error:
-        return _alone(options, report, facts, master.unmet(error), rank)
+        return _alone(options, report, facts, master.unreachable(error), rank)
     try:
-        return _ended(_visit(_Visitor(options, board, facts), report))
+        return _ended(_examine_together(_Session(options, board, facts), report))
     except (BoardLostError, TimeoutError) as error:
-        return _ended(_whisper(rank, f"the others stopped answering: {error}"))
+        return _ended(_complain(rank, f"the others stopped answering: {error}"))
 
 
 def _ended(code: int) -> int:
@@ -121,33 +121,33 @@ def _measured(choice: Choice, code: dict[str, str]) -> dict[str, Any]:
 # -- together ----------------------------------------------------------------------------------------------------
 
 
-def _visit(visitor: _Visitor, report: Report) -> int:
-    board, wait_s = visitor.board, visitor.options.wait
+def _examine_together(session: _Session, report: Report) -> int:
+    board, wait_s = session.board, session.options.wait
     if board.count(f"taken/{board.rank}") > 1:
-        board.answer(f"twice/{board.rank}", f"rank {board.rank}, on {visitor.facts['host']} (pid {os.getpid()})")
-        return _whisper(board.rank, "another process is this rank too: each needs a RANK of its own")
-    board.post("facts", visitor.facts)
+        board.answer(f"twice/{board.rank}", f"rank {board.rank}, on {session.facts['host']} (pid {os.getpid()})")
+        return _complain(board.rank, "another process is this rank too: each needs a RANK of its own")
+    board.post("facts", session.facts)
     came = board.collect("facts", range(board.size), wait_s)
-    # Whoever looks first says who is here, so that all go on with the same ranks.
-    plan = board.decide("plan", {"here": sorted(came), "meeting": uuid.uuid4().hex[:8]})
+    # The first rank that gets here decides which ranks are here, so that all go on with the same ones.
+    plan = board.decide("plan", {"here": sorted(came), "session_id": uuid.uuid4().hex[:8]})
     if board.rank not in plan["here"]:
-        return _whisper(board.rank, f"came after the others had stopped waiting ({wait_s:g} s): try a longer --wait")
-    probe = folder.probe_folder(visitor.options.folder, plan["meeting"], board.rank)
+        return _complain(board.rank, f"came after the others had stopped waiting ({wait_s:g} s): try a longer --wait")
+    probe = folder.probe_folder(session.options.folder, plan["session_id"], board.rank)
     try:
         if board.rank == plan["here"][0]:
-            return _preside(visitor, report, plan, probe)
-        return _attend(visitor, plan, probe)
+            return _coordinate(session, report, plan, probe)
+        return _take_part(session, plan, probe)
     finally:
         folder.leave_folder(probe, board.rank)
 
 
-def _attend(visitor: _Visitor, plan: dict[str, Any], probe: dict[str, Any]) -> int:
-    """A rank that is asked, in the order in which `_preside` asks."""
-    board, chair = visitor.board, plan["here"][0]
+def _take_part(session: _Session, plan: dict[str, Any], probe: dict[str, Any]) -> int:
+    """Answer, on a rank that is not the coordinator, in the order in which `_examine` asks; gives the exit code."""
+    board, coordinator = session.board, plan["here"][0]
     board.post("clock", clock.ask_clock(board, turn_s=_STEP_S))
     board.post("folder", probe)
-    has_written = "error" not in board.read("folder", chair, _STEP_S)
-    board.post("shared", has_written and folder.look_for_chair(probe, plan["meeting"], chair))
+    has_written = "error" not in board.read("folder", coordinator, _STEP_S)
+    board.post("shared", has_written and folder.sees_file_of(probe, plan["session_id"], coordinator))
     backend = board.wait("backend", _STEP_S)
     if backend:
         board.post("group", group.exercise(backend, Path(probe["part"])))
@@ -157,12 +157,12 @@ def _attend(visitor: _Visitor, plan: dict[str, Any], probe: dict[str, Any]) -> i
     return code
 
 
-def _preside(visitor: _Visitor, report: Report, plan: dict[str, Any], probe: dict[str, Any]) -> int:
-    """The rank that asks the others, judges and prints."""
-    board = visitor.board
+def _coordinate(session: _Session, report: Report, plan: dict[str, Any], probe: dict[str, Any]) -> int:
+    """Ask the others, judge and print, on the coordinator; gives the exit code."""
+    board = session.board
     others = set(plan["here"]) - {board.rank}
     try:
-        _examine(visitor, report, plan, probe)
+        _examine(session, report, plan, probe)
     except _RanksLostError as error:
         others -= set(error.ranks)
         advice = "look at what they printed themselves: they were killed, crashed or hang."
@@ -173,19 +173,19 @@ def _preside(visitor: _Visitor, report: Report, plan: dict[str, Any], probe: dic
     code = 1 if report.verdict is Verdict.FAIL else 0
     report.close()
     board.answer("code", str(code))
-    board.collect("left", others, _STEP_S)  # the store goes with this process
+    board.collect("left", others, _STEP_S)  # the store ends with this process
     shutil.rmtree(probe["part"], ignore_errors=True)
     return code
 
 
-def _examine(visitor: _Visitor, report: Report, plan: dict[str, Any], probe: dict[str, Any]) -> None:
-    board = visitor.board
+def _examine(session: _Session, report: Report, plan: dict[str, Any], probe: dict[str, Any]) -> None:
+    board = session.board
     here: list[int] = plan["here"]
     others = [rank for rank in here if rank != board.rank]
     facts = _all(board, "facts", here)
     hosts = {rank: str(each["host"]) for rank, each in facts.items()}
-    report.open(Header(visitor.facts["launch"]["launcher"], board.size, tuple(dict.fromkeys(hosts.values()))))
-    came = launcher.judge_came(facts, board, visitor.options.wait, hosts)
+    report.open(Header(session.facts["launch"]["launcher"], board.size, tuple(dict.fromkeys(hosts.values()))))
+    came = launcher.judge_came(facts, board, session.options.wait, hosts)
     report.add(launcher.judge_launcher(facts, hosts), master.judge_master(facts, hosts), came)
     report.add(*(judge(facts, hosts) for judge in _JUDGES))
     try:
@@ -215,18 +215,18 @@ def _all(board: Board, topic: str, ranks: list[int], timeout_s: float | None = N
 
 
 def _backend(report: Report) -> str:
-    """NCCL would only hang or fail where the devices are not one for each rank: try the rest without it."""
+    """The backend to try: without NCCL if not each rank has a device of its own, since it would only hang or fail."""
     is_bad = any(finding.check == "devices" and finding.verdict is Verdict.FAIL for finding in report.findings)
     return "gloo" if is_bad else "auto"
 
 
-# -- where there is no together ----------------------------------------------------------------------------------
+# -- alone -------------------------------------------------------------------------------------------------------
 
 
 def _alone(options: argparse.Namespace, report: Report, facts: dict[str, Any], finding: Finding, rank: int) -> int:
-    """What can be said by a process that finds no others: rank 0 all that it knows, the others one line each."""
+    """Report what a process that finds no others can measure: rank 0 everything, the others one line each."""
     if rank != 0:
-        return _whisper(rank, f"{finding.figure}\n  -> {finding.advice}")
+        return _complain(rank, f"{finding.figure}\n  -> {finding.advice}")
     alone, hosts = {0: facts}, {0: str(facts["host"])}
     report.open(Header("alone", 1, (hosts[0],)))
     if finding.check != "launcher":
@@ -240,6 +240,6 @@ def _alone(options: argparse.Namespace, report: Report, facts: dict[str, Any], f
     return 1
 
 
-def _whisper(rank: int, message: str) -> int:
+def _complain(rank: int, message: str) -> int:
     print(f"dengine doctor: rank {rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
     return 1
