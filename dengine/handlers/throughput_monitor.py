@@ -43,7 +43,8 @@ class ThroughputMonitor:
     Args:
         num_samples: `(engine) -> int`, the samples of an iteration; by default the first dimension of the batch's
             target, or that which its tensors have in common; 1 if neither is known.
-        num_tokens: `(engine) -> int or 0-d tensor`; a tensor is not read before the epoch's end.
+        num_tokens: `(engine) -> int or 0-d tensor`, the tokens of this rank; a tensor is not read before the epoch's
+            end. On a mesh, samples and tokens that several ranks have count once.
         count_flops: False leaves `mfu` out, and counts nothing.
         peak_flops_per_s: of one device, dense, in the precision of the training; by default from a table of GPUs in
             16 bits. If neither is known, as on a CPU, there is no `mfu`.
@@ -170,6 +171,10 @@ class ThroughputMonitor:
             "handlers_ms": 1e3 * max(elapsed_s - self._data_s - self._in_step_s, 0.0) / num,
         }
         if engine.distributed:
+            here = world()
+            # Each counts once: the ranks of `cp` have the same samples, but each its own tokens.
+            sums["tokens"] *= here.counts_samples
+            sums["samples"] *= here.counts_samples and here.coordinates.get("cp", 0) == 0
             sums = all_reduce(sums, "sum", name="the throughput of an epoch")
             times = all_reduce(times, "max", name="the times of an epoch")
         elapsed_s = times.pop("elapsed_s")

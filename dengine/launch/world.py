@@ -98,6 +98,18 @@ class World:
         return self.has_last_stage and self.coordinates.get("tp", 0) == 0
 
     @cached_property
+    def counting_ranks(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks for which `counts_samples` holds: for each part of the data all that share it, as those of `cp`."""
+        if self.mesh is None:
+            return tuple((rank,) for rank in range(self.size))
+        index = {"tp": 0, "pp": -1}
+        ranks = self.mesh.mesh[tuple(index.get(name, slice(None)) for name in self._sizes)]
+        names = [name for name in self._sizes if name not in index]
+        if "cp" in names:
+            ranks = ranks.movedim(names.index("cp"), -1)
+        return tuple(map(tuple, ranks.reshape(-1, self._sizes.get("cp", 1)).tolist()))
+
+    @cached_property
     def _sizes(self) -> dict[str, int]:
         names = () if self.mesh is None else self.mesh.mesh_dim_names or ()
         return dict(zip(names, () if self.mesh is None else self.mesh.shape, strict=True))

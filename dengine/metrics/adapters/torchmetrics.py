@@ -14,6 +14,7 @@ import torchmetrics
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_sum
 
 from dengine.comm.collectives import all_gather_object
+from dengine.launch.world import world
 from dengine.metrics.core.metric import StateOp
 from dengine.metrics.reduction.reduce import State
 
@@ -45,7 +46,8 @@ class TorchmetricsAdapter:
             id(state.value): state.put_together(value) for state, value in zip(self._states, values, strict=True)
         }
         for state in self._loose_lists:
-            memo[id(state.value)] = [part for parts in all_gather_object(state.value) for part in parts]
+            mine = state.value if world().counts_samples else []
+            memo[id(state.value)] = [part for parts in all_gather_object(mine) for part in parts]
         # deepcopy looks its memo up first: the reduced states stand where the local ones would have been copied to.
         copied = deepcopy(self._metric, memo)
         for metric in copied.modules():

@@ -24,7 +24,8 @@ class Throughput(Metric):
 
     Shapes: the samples of one step are the first dimension of the target of a (prediction, target) pair, 1 if it is
         a number; the first dimension of a tensor; or a whole number, also as a 0-d tensor, which is the count itself:
-        `Throughput(output_transform=lambda output: output["num_tokens"])`.
+        `Throughput(output_transform=lambda output: output["num_tokens"])`. On a mesh each sample counts once, whatever
+        ranks have it or, along `cp`, a piece of it; whole numbers are summed along `cp`, each rank having own tokens.
     Cost: no wait for the device before the epoch's end; two numbers a rank.
 
     Raises:
@@ -38,12 +39,14 @@ class Throughput(Metric):
     """
 
     shows_live = True
-    num_samples: torch.Tensor | int
+    num_samples: torch.Tensor | int  # also those that were given as a number
+    num_given: torch.Tensor | int
     elapsed_s: torch.Tensor | float
 
     def __init__(self, output_transform: OutputTransform | None = None) -> None:
         super().__init__(output_transform)
-        self.add_state("num_samples", 0)
+        self.add_state("num_samples", 0, reduce="samples")
+        self.add_state("num_given", 0)
         self.add_state("elapsed_s", 0.0, reduce="gather")
         self._clock = _Clock()
 
@@ -52,7 +55,10 @@ class Throughput(Metric):
         self._clock = _Clock()
 
     def update(self, output: Any) -> None:
-        self.num_samples = self.num_samples + _num_samples(output)
+        given = _number_given(output)
+        if given is not None:
+            self.num_given = self.num_given + given
+        self.num_samples = self.num_samples + (_num_samples(output) if given is None else given)
 
     def flush(self) -> None:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -66,7 +72,7 @@ class Throughput(Metric):
         return int(self.num_samples) / max(elapsed_s, 1e-9)
 
     def compute(self) -> float:
-        num_samples = int(self.num_samples)
+        num_samples = int(self.num_given) or int(self.num_samples)
         if not num_samples:
             raise NotComputableError("no sample was seen on any rank")
         if not isinstance(self.elapsed_s, torch.Tensor):  # by hand
@@ -90,13 +96,18 @@ class _Clock:
         return self._started_s - started_s
 
 
-def _num_samples(output: Any) -> torch.Tensor | int:
-    if isinstance(output, Integral) and not isinstance(output, bool):
-        return int(output)
+def _number_given(output: object) -> torch.Tensor | int | None:
+    """`output` if it is a whole number, which is the count itself, else None."""
+    if isinstance(output, torch.Tensor):
+        is_one = not (output.ndim or output.is_floating_point() or output.is_complex())
+        return summable(output) if is_one else None
+    return int(output) if isinstance(output, Integral) and not isinstance(output, bool) else None
+
+
+def _num_samples(output: object) -> int:
     is_scalar = is_number(output) or getattr(output, "ndim", None) == 0
-    if not is_scalar and (samples := samples_in(output)) is not None:
+    samples = None if is_scalar else samples_in(output)
+    if samples is not None:
         return samples
-    if is_scalar and isinstance(output, torch.Tensor) and not (output.is_floating_point() or output.is_complex()):
-        return summable(output)  # type: ignore[no-any-return]
     way_out = "output_transform=, a function of the step's output that gives it"
     raise cannot_count("Throughput", what_it_got(output), way_out)

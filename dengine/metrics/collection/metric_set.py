@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from dengine.comm.consistency import (
     refuse_different_models,
 )
 from dengine.comm.rank_zero import refuse_on_rank_zero_alone
+from dengine.dtensor import may_be_dtensors
 from dengine.errors import NotComputableError
 from dengine.launch.world import World, world
 from dengine.metrics.collection.live import Live, MetricValues
@@ -62,6 +64,10 @@ class MetricSet:
         self._reduction = Reduction()
         self._no_grad = torch.no_grad()  # to make one takes as long as to enter it, and that as long as some updates
         self._adds_to_no_graph = True
+        # Read once an epoch, as an update may take less than a microsecond: whether a step's output may hold DTensors,
+        # and whether it may be None, on a rank without the last stage (`pp`) or whose tokens are pooled (`cp`).
+        self._may_be_spread = True
+        self._may_be_none = False
         # What an iteration runs, one call for each stateful metric: compiled when a metric is added.
         self.updates: tuple[Callable[[Any], None], ...] = ()
 
@@ -83,6 +89,9 @@ class MetricSet:
         return list(self._metrics)
 
     def reset(self) -> None:
+        here = world()
+        self._may_be_spread = here.mesh is not None or may_be_dtensors()
+        self._may_be_none = not here.coordinates.keys().isdisjoint(("pp", "cp"))
         for _, stateful in self._stateful.values():
             updated_through(stateful).reset()
             if isinstance(stateful, Metric):
@@ -113,7 +122,9 @@ class MetricSet:
         return True
 
     def update(self, output: Any) -> None:
-        if self.updates:
+        if self._may_be_spread:
+            if output is None and self._may_be_none:
+                return
             output = whole_tensors(output, "The metrics")
         if self._adds_to_no_graph:
             for update in self.updates:
@@ -138,16 +149,16 @@ class MetricSet:
         if world().size == 1:
             return Start(is_same=True, most_batches=batches, is_same_data=True)
         parameters = prepared_parameters()
-        items: list[State] = [] if self._reduction.is_agreed else self._collect(is_alone=False)[1]
+        states: list[State] = [] if self._reduction.is_agreed else self._collect(world())[1]
         entries = [entry for each in compared for entry in (each.subject, *each.entries)]
-        entries += [*map(str, parameters.items()), *self._metrics, *map(repr, map(schema_of, items))]
+        entries += [*map(str, parameters.items()), *self._metrics, *map(repr, map(schema_of, states))]
         found = compare_start(entries, batches=batches, data=data)
         if found.is_same:
-            self._reduction.take(items)
+            self._reduction.take(states)
             return found
         refuse_differences(compared)
         refuse_different_models(parameters)
-        self._reduction.agree(items or self._collect(is_alone=False)[1])
+        self._reduction.agree(states or self._collect(world())[1])
         return found
 
     def compute(self, *, distributed: bool) -> dict[str, MetricValue]:
@@ -251,26 +262,28 @@ class MetricSet:
                 reader.read_from(stateful, leader)
         del self._stateful[id(stateful)], self._transforms[id(stateful)], self._given_transforms[id(stateful)]
 
-    def _collect(self, *, is_alone: bool) -> tuple[list[tuple[int, Any, int]], list[State]]:
+    def _collect(self, here: World) -> tuple[list[tuple[int, Any, int]], list[State]]:
         """The states of all metrics, and which of them are whose: (id of the metric, its adapter, number of states)."""
-        owners, items = [], []
+        owners, states = [], []
         for key, (label, metric) in self._stateful.items():
-            adapter = adapter_of(metric, label, is_alone=is_alone, seen=self._seen.get(key))
+            adapter = adapter_of(metric, label, is_alone=here.size == 1, seen=self._seen.get(key))
             mine = adapter.states()
+            if not here.counts_samples:  # a rank with the same data and tokens does
+                mine = [replace(state, is_seen=False) for state in mine]
             owners.append((key, adapter, len(mine)))
-            items += mine
-        return owners, items
+            states += mine
+        return owners, states
 
     def _reduced(self, here: World) -> dict[int, Any]:
         """A metric with the reduced states for each stateful one, by that one's id."""
         try:
-            owners, items = self._collect(is_alone=here.size == 1)
+            owners, states = self._collect(here)
         except Exception as error:
             if here.size > 1:
                 # The others wait in the all-reduce: they learn there that this rank has failed.
                 self._reduction.fail(repr(error), here)
             raise
-        values = self._reduction.reduce(items, here)
+        values = self._reduction.reduce(states, here)
         forms = self._reduction.forms()
         reduced = {}
         for key, adapter, count in owners:

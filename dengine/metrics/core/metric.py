@@ -18,8 +18,8 @@ from dengine.types import MetricValue
 __all__ = ["Metric", "OutputTransform", "StateOp", "StateSpec"]
 
 OutputTransform: TypeAlias = Callable[[Any], Any]
-StateOp: TypeAlias = Literal["sum", "mean", "min", "max", "cat", "gather"]
-_STATE_OPS = ("sum", "mean", "min", "max", "cat", "gather")
+StateOp: TypeAlias = Literal["sum", "mean", "min", "max", "cat", "gather", "samples"]
+_STATE_OPS = ("sum", "mean", "min", "max", "cat", "gather", "samples")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ class Metric(ABC):
             default: a number or a tensor; `[]` for "cat". A tensor without elements is one whose shape the first
                 update gives.
             reduce: "sum", "min", "max"; "mean", plain over the ranks that saw anything; "cat", a list of tensors
-                joined along their first dimension; "gather", the ranks' tensors stacked, (ranks, ...).
+                joined along their first dimension; "gather", the ranks' tensors stacked, (ranks, ...); "samples", a
+                sum in which ranks that share their samples, on a mesh with `cp`, count once. Ranks that have the same
+                data and tokens (`tp`, `pp`) are one rank to all of these.
 
         Raises:
             ValueError: an unknown `reduce`, or a default that does not go with it. TypeError: no number nor tensor.

@@ -3,6 +3,9 @@
 Floats lie in it as they are; whole numbers as two halves of 32 bits, whose sums float64 holds exactly, so that int64
 counts stay exact; what must keep the ranks apart ("gather", lengths of "cat") in a row for each rank, zero in everybody
 else's. Minima and maxima are sent as integers that are ordered as the numbers are.
+
+On a mesh of ranks only those that count samples (`World.counts_samples`) have a row and send something; the others send
+zeros, and get the same sums.
 """
 
 from collections.abc import Sequence
@@ -43,8 +46,8 @@ class Plan:
             sums=those("sum", is_whole=False),
             counts=those("sum", is_whole=True),
             means=those("mean"),
-            per_rank_floats=those("gather", is_whole=False),
-            per_rank_counts=those("gather", is_whole=True),
+            per_rank_floats=those("gather", "samples", is_whole=False),
+            per_rank_counts=those("gather", "samples", is_whole=True),
             joined=those("cat"),
             extremes=those("min", "max"),
         )
@@ -53,9 +56,9 @@ class Plan:
 def packed(
     states: list[State] | None, schemas: tuple[Schema, ...], plan: Plan, here: World, failure: str | None
 ) -> torch.Tensor:
-    """The float64 buffer of this rank. One that has nothing to give says so in the header and sends zeros."""
+    """The float64 buffer of this rank: zeros if it does not count, or has nothing to give, which the header says."""
     device = here.device
-    if states is None or failure is not None:
+    if states is None or failure is not None or not here.counts_samples:
         buffer = torch.zeros(HEADER + sum(_sections(schemas, plan, here)), dtype=torch.float64)
         buffer[0], buffer[1] = float(states is None), float(failure is not None)
         return buffer.to(device)
@@ -91,9 +94,15 @@ def _in_its_row(own: torch.Tensor, here: World) -> torch.Tensor:
     """Zeros in the other ranks' rows: summed, each rank has its own."""
     if here.size == 1:
         return own
-    rows = own.new_zeros(here.size, own.numel())
-    rows[here.rank] = own
+    ranks = _ranks_with_rows(here)
+    rows = own.new_zeros(len(ranks), own.numel())
+    rows[ranks.index(here.rank)] = own
     return rows.reshape(-1)
+
+
+def _ranks_with_rows(here: World) -> Sequence[int]:
+    """Those that count samples, in the order of their rows."""
+    return range(here.size) if here.mesh is None else sorted(rank for ranks in here.counting_ranks for rank in ranks)
 
 
 def _sections(schemas: tuple[Schema, ...], plan: Plan, here: World) -> tuple[int, int, int, int]:
@@ -102,7 +111,7 @@ def _sections(schemas: tuple[Schema, ...], plan: Plan, here: World) -> tuple[int
     counts = sum(schemas[index].numel for index in plan.counts)
     row = sum(schemas[index].numel for index in plan.per_rank_floats)
     row += 2 * (sum(schemas[index].numel for index in plan.per_rank_counts) + len(plan.joined))
-    return floats, counts, counts, here.size * row
+    return floats, counts, counts, len(_ranks_with_rows(here)) * row
 
 
 def _halves(value: torch.Tensor) -> list[torch.Tensor]:
@@ -131,7 +140,7 @@ def unpacked(
     counts = _split(_joined_halves(high, low), [schemas[index].numel for index in plan.counts])
     values |= {index: _shaped(part, schemas[index]) for index, part in zip(plan.counts, counts, strict=True)}
     if plan.per_rank_floats or plan.per_rank_counts or plan.joined:
-        values |= _unpacked_rows(rows.reshape(here.size, -1), states, schemas, plan, here)
+        values |= _unpacked_rows(rows.reshape(len(_ranks_with_rows(here)), -1), states, schemas, plan, here)
     return [values[index] for index in range(len(schemas))]
 
 
@@ -170,9 +179,18 @@ def _unpacked_rows(
     pieces = [*_split(floats, num_floats, 1), *_split(_joined_halves(high, low), num_wholes, 1)]
     values = {}
     for index, piece in zip((*plan.per_rank_floats, *plan.per_rank_counts), pieces, strict=False):
-        values[index] = piece.to(schemas[index].dtype).reshape(here.size, *schemas[index].shape)
+        ranks = piece.to(schemas[index].dtype).reshape(len(rows), *schemas[index].shape)
+        values[index] = _once_a_sample(ranks, here) if schemas[index].op == "samples" else ranks
     lengths = pieces[len(pieces) - len(plan.joined) :]
     return values | _concatenated(states, schemas, plan, lengths, here)
+
+
+def _once_a_sample(counts_R: torch.Tensor, here: World) -> torch.Tensor:
+    """The sum of counts of samples, of which ranks that share their samples have the same or, without output, none."""
+    if here.mesh is None:
+        return counts_R.sum(0)
+    row = {rank: index for index, rank in enumerate(_ranks_with_rows(here))}
+    return torch.stack([counts_R[[row[rank] for rank in ranks]].amax(0) for ranks in here.counting_ranks]).sum(0)
 
 
 # -- minima and maxima -------------------------------------------------------------------------------------------
@@ -191,6 +209,8 @@ def _extremes(states: list[State], schemas: tuple[Schema, ...], plan: Plan, here
 def _ordered(state: State, schema: Schema, here: World) -> torch.Tensor:
     """int64 numbers that are ordered as the values are; NaN is above everything, whichever end is asked for."""
     value = state.value.detach().to(here.device).reshape(-1)
+    if not here.counts_samples:
+        return torch.full_like(value, torch.iinfo(torch.int64).min, dtype=torch.int64)
     if schema.is_whole:
         bits = value.long()
     else:
@@ -225,13 +245,16 @@ def _concatenated(
     lengths = {index: piece.reshape(-1).tolist() for index, piece in zip(wanted, lengths_R, strict=True)}
     widths = {index: schemas[index].numel * schemas[index].dtype.itemsize for index in wanted}
     mine = [states[index].value.detach().to(here.device, schemas[index].dtype).contiguous() for index in wanted]
-    sizes = [sum(lengths[index][rank] * widths[index] for index in wanted) for rank in range(here.size)]
+    ranks = _ranks_with_rows(here)
+    sizes = [0] * here.size
+    for row, rank in enumerate(ranks):
+        sizes[rank] = sum(lengths[index][row] * widths[index] for index in wanted)
     gathered = gather_bytes(torch.cat([value.reshape(-1).view(torch.uint8) for value in mine]), sizes, here)
     parts: dict[int, list[torch.Tensor]] = {index: [] for index in wanted}
-    for rank, row in enumerate(gathered):
-        cuts = [lengths[index][rank] * widths[index] for index in wanted]
-        for index, piece in zip(wanted, _split(row, cuts), strict=True):
+    for row, rank in enumerate(ranks):
+        cuts = [lengths[index][row] * widths[index] for index in wanted]
+        for index, piece in zip(wanted, _split(gathered[rank], cuts), strict=True):
             # clone: the bytes of one state may begin at an address at which its dtype cannot be read.
             values = piece.clone().view(schemas[index].dtype)
-            parts[index].append(values.reshape(lengths[index][rank], *schemas[index].shape))
+            parts[index].append(values.reshape(lengths[index][row], *schemas[index].shape))
     return {index: torch.cat(part) for index, part in parts.items()}
