@@ -8,8 +8,9 @@ from ranks import run_ranks
 
 from dengine import Engine, Events, distributed
 from dengine.control import stop as runs
-from dengine.control.stop import END, Run
-from dengine.control.stop import position as place
+from dengine.control.run import END
+from dengine.control.run import position as place
+from dengine.control.stop import SharedRun
 from dengine.metrics import Average
 
 
@@ -164,13 +165,13 @@ def test_an_evaluator_stops_its_trainer_on_all_ranks() -> None:
 def asked_whether_any_rank_has_a_batch(rank: int, size: int) -> list[int]:
     begun: list[int] = []
 
-    class Noted(Run):
+    class Noted(SharedRun):
         def has_any_rank_batches(self, epoch: int) -> bool:
             begun.append(self.started)
             return super().has_any_rank_batches(epoch)
 
     with distributed.process_group(timeout=300):
-        runs.Run = Noted
+        runs.SharedRun = Noted
         Engine(lambda engine, batch: batch).run([1.0] * (4 if rank == 1 else 0))
         return begun
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 from dengine import torch_internals
-from dengine.control.stop import Runs
+from dengine.control.run import Runs
 
 __all__ = ["BlockedDetector"]
 

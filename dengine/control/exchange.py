@@ -35,7 +35,7 @@ class Mailbox:
         self._is_leaving = is_leaving
         self._here = world()
         plane = entered_plane()
-        self._status = plane.status if isinstance(plane, Control) else None
+        self._status = plane._status if isinstance(plane, Control) else None
         self._prefix = f"mailbox/{name}"
         self._store: Any = None
         if self._here.size > 1:

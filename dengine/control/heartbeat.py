@@ -1,13 +1,13 @@
 """The heartbeat: each rank publishes its position about once a second, and reads whether the others are alive."""
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from typing import Any
 
+from dengine.control.activity import Activity
+from dengine.control.channel import ControlContext
 from dengine.control.failure import Level
-from dengine.control.plane import Control
 from dengine.launch.parsing import has_fields, parse_object, parse_ranks, warn_malformed
 from dengine.launch.process import identity, is_alive
 
@@ -17,53 +17,26 @@ __all__ = ["Heartbeat", "levels_of"]
 class Heartbeat:
     """Publishes the position of this rank, and reads what the others have published.
 
-    The loop pays nothing: its position is read from the integers that it keeps anyway.
-
     Attributes:
-        progressed_at_s: when this rank was first seen where it is (of `time.monotonic()`).
         latest_of_host: the last heartbeat of rank 0 if it hosts the store, which could not be read afterwards.
     """
 
-    def __init__(self, control: Control) -> None:
-        self.progressed_at_s = time.monotonic()
-        self.latest_of_host: dict[str, Any] = control.context.host_process
-        self._control = control
-        self._here = control.context.here
-        self._store = control.context.store
+    def __init__(self, context: ControlContext, activity: Activity) -> None:
+        self.activity = activity
+        self.latest_of_host: dict[str, Any] = context.host_process
+        self._context = context
+        self._here = context.here
+        self._store = context.store
         self._identity = identity()
-        self._progress: object = None
         self._published_at_s, self._published_turn = 0.0, 0
         self._watched: set[int] = set()
         self._store.append(f"on/{self._identity['host']}", f"{self._here.rank} ")
 
     # -- this rank -----------------------------------------------------------------------------------------------
 
-    def position(self) -> tuple[Level, ...]:
-        """The position of the loop; empty outside of a run."""
-        try:
-            return self._position_by_stack()
-        except Exception:  # frames of another thread, which goes on meanwhile: no reason to fail
-            return ()
-
-    def _position_by_stack(self) -> tuple[Level, ...]:
-        frame = sys._current_frames().get(self._control.runs.thread_id)
-        frames = []
-        while frame is not None:
-            frames.append(frame)
-            frame = frame.f_back
-        return self._control.runs.where(frames[::-1])
-
-    def note_progress(self, position: tuple[Level, ...]) -> None:
-        runs, call_log = self._control.runs, self._control.call_log
-        started = tuple(run.started for run in runs.under_way)
-        progress = (runs.num_turns, started, call_log.num_calls, call_log.is_inside, self._control.num_ticks, position)
-        if progress != self._progress:
-            self._progress = progress
-            self.progressed_at_s = time.monotonic()
-
     def publish_when_due(self, period_s: float) -> bool:
         """Publish once a period, and soon after a run has begun or ended. Gives whether it did."""
-        is_new_turn = self._control.runs.num_turns != self._published_turn
+        is_new_turn = self.activity.runs.num_turns != self._published_turn
         is_due = time.monotonic() >= self._published_at_s + (period_s / 10 if is_new_turn else period_s)
         if is_due:
             self.publish()
@@ -71,8 +44,8 @@ class Heartbeat:
 
     def publish(self) -> None:
         """Publish the position of this rank. Cost: one small request; two if rank 0 hosts the store."""
-        self._published_at_s, self._published_turn = time.monotonic(), self._control.runs.num_turns
-        position, call_log = self.position(), self._control.call_log
+        self._published_at_s, self._published_turn = time.monotonic(), self.activity.runs.num_turns
+        position, call_log = self.activity.position(), self.activity.call_log
         beat = {
             "where": [asdict(level) for level in position],
             "collective": call_log.current,
@@ -81,10 +54,9 @@ class Heartbeat:
             **self._identity,
         }
         self._store.set(f"at/{self._here.rank}", json.dumps(beat))
-        if self._control.context.endpoint.is_hosted_by_rank_zero and self._here.rank != 0:
+        if self._context.endpoint.is_hosted_by_rank_zero and self._here.rank != 0:
             self.latest_of_host = self.latest(0) or self.latest_of_host
-            self._control.failures.last_seen_of_rank_zero = levels_of(self.latest_of_host)
-        self.note_progress(position)
+        self.activity.note_progress(position)
 
     # -- the others ----------------------------------------------------------------------------------------------
 
@@ -121,7 +93,7 @@ class Heartbeat:
             if beat:
                 self._watched.add(rank)
                 if self.is_known_alive(beat):
-                    self._control.context.connections.watch_process(beat["pid"])
+                    self._context.connections.watch_process(beat["pid"])
         return len(self._watched) >= self._here.local_size - 1
 
 

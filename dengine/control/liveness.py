@@ -7,14 +7,15 @@ from dataclasses import asdict
 from typing import Any
 
 from dengine.control.call_log import num_joined, user_line
+from dengine.control.channel import ControlContext, Messages
 from dengine.control.deadlock import cause, is_certain, waits_in
 from dengine.control.failure import Failure, where_text
 from dengine.control.heartbeat import Heartbeat, levels_of
-from dengine.control.plane import Control, exempt_key
+from dengine.control.status import GroupStatus
 from dengine.launch.console import say
 from dengine.launch.parsing import parse_object
 
-__all__ = ["LivenessProbe"]
+__all__ = ["LivenessProbe", "exempt_key"]
 
 _ANSWER_S = 2.0  # a living rank's thread answers within milliseconds, unless its machine is under load
 _POLL_S = 0.02
@@ -37,33 +38,37 @@ _UNREADABLE: dict[str, Any] = {
 class LivenessProbe:
     """Asks all ranks where they are. Cost: two requests to the store a rank, and one for each rank on the asker."""
 
-    def __init__(self, control: Control, heartbeat: Heartbeat) -> None:
-        self._control = control
+    def __init__(
+        self, context: ControlContext, *, messages: Messages, status: GroupStatus, heartbeat: Heartbeat
+    ) -> None:
+        self._context = context
+        self._here = context.here
+        self._store = context.store
+        self._messages = messages
+        self._status = status
         self._heartbeat = heartbeat
-        self._here = control.context.here
-        self._store = control.context.store
+        self._activity = heartbeat.activity
         self._suspected: dict[int, dict[str, Any]] = {}  # the last answers, if they looked like a deadlock
-        control.answer = self._answer
-        control.failures.find_late = self.find_late
 
-    def report_vanished(self) -> None:
-        """After a connection was closed: report who is gone, unless it has reported why, or all ranks have left."""
-        status, latest = self._control.status, self._heartbeat.latest
+    def find_vanished(self) -> Failure | None:
+        """After a connection was closed: the failure of who is gone. None if it has reported why, or all have left."""
+        status, latest = self._status, self._heartbeat.latest
         gone = [rank for rank in self._heartbeat.ranks_on_host() if self._heartbeat.is_known_dead(latest(rank))]
         # A rank that reports why it leaves does so first; its report may still be on its way.
         time.sleep(_POLL_S)
-        if status.failure is not None or status.has_ended or self._control.has_all_left():
-            return
+        if status.failure is not None or status.has_ended or status.has_all_left(self._store):
+            return None
         if not gone:
             answers = self._ask_all()
             # One of this host whose process is alive is only slow.
             missing = [rank for rank in range(self._here.size) if rank not in answers and rank != self._here.rank]
             gone = [rank for rank in missing if not self._heartbeat.is_known_alive(latest(rank))]
-        if gone and status.failure is None and not self._control.has_all_left():
-            failure = self._vanished(gone)
-            # At once, and not only by the exception: a launcher may end this process right now.
-            say(f"dengine: {failure.message()}\n")
-            self._control.failures.report(failure)
+        if not gone or status.failure is not None or status.has_all_left(self._store):
+            return None
+        failure = self._vanished(gone)
+        # At once, and not only by the exception: a launcher may end this process right now.
+        say(f"dengine: {failure.message()}\n")
+        return failure
 
     def find_stalled(self, timeout_s: float, *, leeway_s: float) -> tuple[Failure | None, float]:
         """The failure of the rank that all others await, if none has moved for `timeout_s`; and for how long none has.
@@ -97,25 +102,25 @@ class LivenessProbe:
             return None
         return self._stall_failure(answers, [], round(idle_s), "timeout=")
 
-    def _answer(self, number: int) -> None:
+    def answer(self, number: int) -> None:
         """Answer probe `number`. Called by the thread that reads messages."""
-        control = self._control
-        position = self._heartbeat.position()
-        self._heartbeat.note_progress(position)
-        shared = control.runs.shared()
+        activity = self._activity
+        position, call_log = activity.position(), activity.call_log
+        activity.note_progress(position)
+        shared = activity.runs.shared()
         answer = {
             "where": [asdict(level) for level in position],
-            "collective": control.call_log.current if control.call_log.is_inside else "",
+            "collective": call_log.current if call_log.is_inside else "",
             **self._wait_details(),
-            "idle_s": 0.0 if control.num_exempt else time.monotonic() - self._heartbeat.progressed_at_s,
+            "idle_s": 0.0 if activity.num_exempt else time.monotonic() - activity.progressed_at_s,
             # The least is least far: fewer of torch's collectives joined, fewer runs begun or ended, less of the run
             # started, fewer of this package's collectives called, and at last: waits in none.
             "progress": [
-                num_joined(self._here.size, but=control.context.group),
-                control.runs.num_turns,
+                num_joined(self._here.size, but=self._context.group),
+                activity.runs.num_turns,
                 shared[-1].started if shared else 0,
-                control.call_log.num_calls,
-                int(control.call_log.is_inside),
+                call_log.num_calls,
+                int(call_log.is_inside),
             ],
         }
         self._store.set(f"here/{number}/{self._here.rank}", json.dumps(answer))
@@ -123,13 +128,13 @@ class LivenessProbe:
 
     def _wait_details(self) -> dict[str, Any]:
         """The part of the answer that deadlock.py reads."""
-        frame = sys._current_frames().get(self._control.runs.thread_id)
+        frame = sys._current_frames().get(self._activity.runs.thread_id)
         return {
             "waits_in": waits_in(frame),
             "is_ahead": "nccl" in self._here.backend,  # the process goes on while the device waits
             "site": "" if frame is None else user_line(frame),
-            "joined": num_joined(self._here.size, but=self._control.context.group),
-            "calls": self._control.call_log.num_calls,
+            "joined": num_joined(self._here.size, but=self._context.group),
+            "calls": self._activity.call_log.num_calls,
             "cpu_s": time.process_time(),
             "time_s": time.monotonic(),
         }
@@ -147,7 +152,7 @@ class LivenessProbe:
     def _ask_all(self) -> dict[int, dict[str, Any]]:
         """The answers by rank; a rank whose thread does not answer is missing."""
         number = self._store.add("calls", 1)
-        self._control.messages.publish(kind="call", number=number)
+        self._messages.publish(kind="call", number=number)
         end = time.monotonic() + _ANSWER_S
         while self._store.add(f"here/{number}", 0) < self._here.size and time.monotonic() < end:
             time.sleep(_POLL_S)
@@ -190,6 +195,11 @@ class LivenessProbe:
             "take longer than stall_timeout=."
         )
         return Failure("stalled", rank, error, levels_of(beat), is_frozen=bool(missing))
+
+
+def exempt_key(rank: int) -> str:
+    """The key that exists while `rank` is in a part of the script that may take as long as it likes."""
+    return f"exempt/{rank}"
 
 
 def _is_complete(answer: dict[str, Any]) -> bool:

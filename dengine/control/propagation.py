@@ -8,13 +8,12 @@ run.
 
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
 from torch.distributed import DistError
 
-from dengine.control.call_log import CallLog, num_joined
+from dengine.control.call_log import num_joined
 from dengine.control.channel import ControlContext, Messages
 from dengine.control.failure import (
     Failure,
@@ -27,9 +26,11 @@ from dengine.control.failure import (
     where_text,
     write_error_file,
 )
+from dengine.control.heartbeat import Heartbeat, levels_of
+from dengine.control.liveness import LivenessProbe
 from dengine.control.sockets import abort_group
+from dengine.control.stall import show_stall
 from dengine.control.status import GroupStatus
-from dengine.control.stop import Runs
 from dengine.control.undisturbed import undisturbed
 from dengine.errors import LaunchError, RemoteRankError, StallError
 from dengine.launch.console import say
@@ -41,40 +42,38 @@ _DELIVERY_S = 0.5  # how long a report takes, at most, from one rank to the othe
 _POLL_S = 0.02
 _INQUIRE_S = 4.0  # how long it takes, at most, to find out who is gone
 _REPORTS_PER_RUN = 8  # all ranks may fail at once: the first reports name the cause
-_MARK = "_dengine_told"  # attribute of an exception that was reported: the run that it left
+_MARK = "_dengine_reported"  # attribute of an exception that was reported: the run that it left
 _OUTSIDE = -1  # in place of the number of a run: outside of any run
 
 
 class Failures:
-    """The failures that ranks have reported. Each is resolved: the ranks recover from it, or the group is aborted.
-
-    Attributes:
-        inquire: starts a search for who is gone; set by watchdog.py.
-        find_late: finds the rank that a collective waited for in vain; set by liveness.py.
-        on_stall: called with a stall before the loop learns of it, and leaves; set by watchdog.py.
-        last_seen_of_rank_zero: the last position of rank 0 if it hosts the store, which cannot be read afterwards.
-    """
+    """The failures that ranks have reported. Each is resolved: the ranks recover from it, or the group is aborted."""
 
     def __init__(
-        self, context: ControlContext, messages: Messages, call_log: CallLog, status: GroupStatus, runs: Runs
+        self,
+        context: ControlContext,
+        *,
+        messages: Messages,
+        status: GroupStatus,
+        heartbeat: Heartbeat,
+        probe: LivenessProbe,
     ) -> None:
-        self.inquire: Callable[[], None] = lambda: None
-        self.find_late: Callable[[], Failure | None] = lambda: None
-        self.on_stall: Callable[[Failure, bool], None] = lambda failure, is_store_lost: None
-        self.last_seen_of_rank_zero: tuple[Level, ...] = ()
         self._context = context
         self._here = context.here
         self._store = context.store
         self._messages = messages
-        self._call_log = call_log
         self._status = status
-        self._runs = runs
+        self._heartbeat = heartbeat
+        self._probe = probe
+        self._call_log = heartbeat.activity.call_log
+        self._runs = heartbeat.activity.runs
         self._received_at_s = 0.0
         self._queued: list[Failure] = []  # received while another one was not resolved yet
         self._receive_lock = threading.Lock()
         self._left_by_error: set[int] = set()  # runs that this rank has left by an exception
         self._recovered: set[int] = set()
         self._summed_up: int | None = None  # for torchrun: the run that this rank's last failure left
+        self._is_inquiry_wanted = False
         self._num_inquiries = 0
 
     # -- this rank's own -----------------------------------------------------------------------------------------
@@ -140,7 +139,8 @@ class Failures:
         status = self._status
         if not status.wait_for(lambda: status.failure or status.is_store_lost, _DELIVERY_S):
             number = self._num_inquiries
-            self.inquire()
+            self._is_inquiry_wanted = True
+            self._context.connections.wake()
             status.wait_for(lambda: status.failure or status.is_store_lost or self._num_inquiries > number, _INQUIRE_S)
             if status.failure is None:  # the report is on its way, through the store
                 status.wait_for(lambda: status.failure or status.is_store_lost, _DELIVERY_S)
@@ -153,7 +153,7 @@ class Failures:
         status = self._status
         with suppress(DistError):  # the store is gone
             if is_timeout and self._store.add("late", 1) == 1:
-                if (failure := self.find_late()) is not None:
+                if (failure := self._probe.find_late()) is not None:
                     self.report(failure)
                 self._store.set("late_is_known", "yes" if failure is not None else "no")
             if not self._store.check(["late"]):
@@ -167,8 +167,13 @@ class Failures:
         failure = status.failure
         return None if failure is None or failure.rank == self._here.rank else failure
 
+    def begin_inquiry(self) -> bool:
+        """Whether this rank wants to know who is gone. For the watchdog, which finds out and calls `end_inquiry`."""
+        is_wanted, self._is_inquiry_wanted = self._is_inquiry_wanted, False
+        return is_wanted
+
     def end_inquiry(self) -> None:
-        """Wake up those who wait for `inquire`: nobody is gone, or whoever is has been reported."""
+        """Wake up those who wait for an inquiry: nobody is gone, or whoever is has been reported."""
         self._num_inquiries += 1
         self._status.update()
 
@@ -203,11 +208,10 @@ class Failures:
                 self._status.update(is_store_lost=is_store_lost)
                 return
             if failure.kind == "stalled":
-                self.on_stall(failure, is_store_lost)
+                show_stall(failure, self._here.rank, self._store, self._heartbeat, is_store_lost=is_store_lost)
             self._received_at_s = time.monotonic()
             self._status.update(failure=failure, is_store_lost=is_store_lost)
-        for run in self._runs.under_way:
-            run.interrupt()
+        self._runs.interrupt()
         self._context.connections.wake()
 
     def check(self) -> None:
@@ -255,7 +259,7 @@ class Failures:
         elif failure.run is not None and not is_out and time.monotonic() < self._received_at_s + _RESOLVE_S:
             return
         verdict = "recovered" if is_out else "aborted"
-        if self._store.compare_set(f"settled/{failure.run}", "", verdict).decode() == "recovered":
+        if self._store.compare_set(f"resolved/{failure.run}", "", verdict).decode() == "recovered":
             self._recover(failure)
         else:
             self.abort()
@@ -280,8 +284,7 @@ class Failures:
         if not is_cause or failure.kind == "stalled":  # what it raised itself stands there already
             write_error_file(failure.message(), failure.traceback, is_cause=is_cause)
         self._status.update(is_aborted=True)
-        for run in self._runs.under_way:  # a run that went on, to fail alike, stops here
-            run.interrupt()
+        self._runs.interrupt()  # a run that went on, to fail alike, stops here
         self._context.connections.abort()
         if "nccl" in self._here.backend:
             abort_group()
@@ -296,7 +299,7 @@ class Failures:
         at = f"{endpoint.host}:{endpoint.port}"
         if endpoint.is_hosted_by_rank_zero and self._here.rank != 0:
             why = f"the store at {at}, which its process hosted, is gone ({error})"
-            self.receive(Failure("vanished", 0, why, self.last_seen_of_rank_zero), is_store_lost=True)
+            self.receive(Failure("vanished", 0, why, self._last_seen_of_host()), is_store_lost=True)
         else:
             say(f"dengine: rank {self._here.rank} lost the store at {at} ({error}): it runs on by itself.\n")
             status.update(is_store_lost=True)
@@ -321,8 +324,12 @@ class Failures:
         """Blame rank 0, whose process hosts the store and does not answer: nobody can be asked who hangs."""
         text = f"Rank 0, which hosts the store, has not answered for {timeout_s:g} s: its process is stopped or hangs"
         text += ", or its host is not reached." if may_be_unreachable else "."
-        self.receive(Failure("stalled", 0, text, self.last_seen_of_rank_zero, is_frozen=True), is_store_lost=True)
+        self.receive(Failure("stalled", 0, text, self._last_seen_of_host(), is_frozen=True), is_store_lost=True)
         self.abort()
+
+    def _last_seen_of_host(self) -> tuple[Level, ...]:
+        """The last position of rank 0, which hosts the store: it cannot be read there any more."""
+        return levels_of(self._heartbeat.latest_of_host)
 
 
 def _mark_of(error: BaseException) -> int | None:

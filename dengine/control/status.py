@@ -2,10 +2,13 @@
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from dengine.control.failure import Failure
 
-__all__ = ["GroupStatus"]
+__all__ = ["ALL_LEFT", "GroupStatus"]
+
+ALL_LEFT = "all_left"  # key in the store: all ranks have come to the end of the block
 
 
 class GroupStatus:
@@ -50,6 +53,10 @@ class GroupStatus:
             self.has_ended |= has_ended
             self._changed.notify_all()
         self._wake_loops()
+
+    def has_all_left(self, store: Any) -> bool:
+        """Whether all ranks have come to the end of the block, as far as this one has heard or the store knows."""
+        return self.all_left or bool(store.check([ALL_LEFT]))
 
     def clear_failure(self) -> None:
         with self._changed:

@@ -17,151 +17,77 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
 from contextlib import suppress
-from types import FrameType
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any
 
 from torch.distributed import DistError
 
+from dengine.control.channel import ControlContext, Messages
 from dengine.control.ddp_errors import explain
-from dengine.control.failure import Failure, Level
-from dengine.launch.world import entered_plane
+from dengine.control.propagation import Failures
+from dengine.control.run import END, Key, Run, Runs, Scope, position
+from dengine.control.status import GroupStatus
+from dengine.launch.parsing import has_fields, parse_numbers
 
-__all__ = ["END", "Run", "Runs", "Scope", "begin_run", "position"]
+__all__ = ["SharedRun", "SharedRuns"]
 
-Scope: TypeAlias = Literal["run", "epoch"]
-_Key: TypeAlias = tuple[Scope, int]  # a scope, and the epoch that is to be left (0 for a run)
-
-_EPOCH_BITS = 40
-END = (1 << _EPOCH_BITS) - 1  # as an iteration: the end of the epoch, with its metrics and EPOCH_COMPLETED
 _NUM_KEPT_RUNS = 256  # that have ended; no rank lags by more
 _EMPTY_PAUSE_S = 0.002
 _POLL_S = 0.1  # how often a waiting loop looks whether the others can still be reached
 
 
-class _Status(Protocol):
-    failure: Failure | None
-    is_store_lost: bool
+class SharedRun(Run):
+    """A run that all ranks share, as they agree about it. Made when this rank begins it, or another one names it."""
 
-
-class _Failures(Protocol):
-    def check(self) -> None: ...
-    def failed(self, error: BaseException, run: int | None, here: FrameType) -> BaseException: ...
-    def without_store(self, consequence: str, error: Exception | None = None) -> BaseException: ...
-
-
-class _Messages(Protocol):
-    def publish(self, **message: Any) -> None: ...
-
-
-class _Control(Protocol):
-    """What a run needs from plane.py, which imports this file."""
-
-    context: Any
-    status: _Status
-    failures: _Failures
-    messages: _Messages
-    runs: Runs
-
-
-def position(epoch: int, iteration: int) -> int:
-    """A position in a run, as one number that grows: `iteration` of `epoch`, from 1; 0 is before the first."""
-    return (epoch << _EPOCH_BITS) + iteration
-
-
-def begin_run(*, is_shared: bool, where: Callable[[Iterable[FrameType]], list[Level]]) -> Run:
-    """Begin the next run of an engine: one that all ranks run or (not `is_shared`) this rank's own. No communication.
-
-    Outside `process_group()`, and with a group whose store cannot be reached, the run is this rank's own.
-
-    Args:
-        where: gives the positions of the engines that run in some frames, for reports.
-
-    Raises:
-        RemoteRankError, StallError: a rank has failed before.
-    """
-    plane: Any = entered_plane()
-    return plane.runs.begin(is_shared=is_shared, where=where) if hasattr(plane, "runs") else Run()
-
-
-class Run:
-    """One run of an engine, as the ranks agree about it. In a world of one every request is granted at once.
-
-    `started` is the furthest position that the loop may have started. The loop writes it, in every iteration, before it
-    looks whether it may go on. `number` counts the runs that all ranks share; None for this rank's own.
-    """
-
-    def __init__(self, number: int | None = None, control: _Control | None = None) -> None:
-        self.started = -1
-        self.number = number
-        self.reason = ""  # why the run is left, given by the rank that asked first
-        self.interrupt: Callable[[], None] = _nothing  # has the loop look whether it may go on
-        self.where: Callable[[Iterable[FrameType]], list[Level]] = lambda frames: []
-        self.on_end: Callable[[Run], None] = lambda run: None
-        self._control = control
-        self.received: set[_Key] = set()  # by the thread
-        self._requested: set[_Key] = set()
-        self._decided: dict[_Key, int] = {}
+    def __init__(self, number: int, shared: SharedRuns) -> None:
+        super().__init__(shared.runs, number)
+        self.received: set[Key] = set()  # by the thread
+        self._shared = shared
+        self._requested: set[Key] = set()
         self._changed = threading.Condition()
         self._last_with_batches = -1  # epoch in which this rank had one, of those that it has left
         self._inquired_about: set[int] = set()  # epochs in which another rank had none, and wants to know who had
 
-    def request_stop(self, scope: Scope, epoch: int, reason: str = "") -> None:
-        """Ask all ranks to leave the run or the epoch. The loop learns of it by `interrupt`.
+    @property
+    def depth(self) -> int:
+        return len(self._runs.shared())
 
-        Raises: LaunchError: the store is gone, by which they would learn of it.
-        """
+    @property
+    def must_check(self) -> bool:
+        return bool(self._requested or self._targets) or self._shared.status.failure is not None
+
+    def request_stop(self, scope: Scope, epoch: int, reason: str = "") -> None:
         key = (scope, epoch if scope == "epoch" else 0)
-        if self._control is None:
-            self.set_target(key, self.started, reason)
-        elif self._mark_requested(key):
+        if self._mark_requested(key):
             try:
                 # All ranks may ask at once: only the first request is published.
-                if self._control.context.store.add(f"asked/{self.number}/{scope}/{key[1]}", 1) == 1:
+                if self._shared.context.store.add(_asked_key(self.number, key), 1) == 1:
                     message = {"run": self.number, "scope": scope, "epoch": key[1], "reason": reason}
-                    self._control.messages.publish(kind="stop", **message)
+                    self._shared.messages.publish(kind="stop", **message)
             except DistError as error:
-                raise self._control.failures.without_store("they cannot agree where to stop", error) from None
+                raise self._shared.failures.without_store("they cannot agree where to stop", error) from None
         self.interrupt()
 
     def stop_targets(self, epoch: int) -> tuple[int, int | None]:
-        """The furthest positions that may be started: in the run, and in `epoch` if that is to be left (else None).
-
-        Waits while a stop request is being decided.
-
-        Raises:
-            RemoteRankError, StallError: a rank has failed. LaunchError: the other ranks cannot be reached.
-        """
+        failures = self._shared.failures
         while True:
-            if self._control is not None:
-                self._control.failures.check()
+            failures.check()
             with self._changed:
                 if not self._requested:
-                    return self._decided.get(("run", 0), sys.maxsize), self._decided.get(("epoch", epoch))
-                if self._control is not None and self._control.status.is_store_lost:
-                    raise self._control.failures.without_store("they cannot agree where to stop")
+                    return self._targets.get(("run", 0), sys.maxsize), self._targets.get(("epoch", epoch))
+                if self._shared.status.is_store_lost:
+                    raise failures.without_store("they cannot agree where to stop")
                 self._changed.wait(_POLL_S)
 
     def failed(self, error: BaseException) -> BaseException:
-        """Report `error`, which leaves the run, to the other ranks; gives what to raise for it."""
         explain(error)
-        if self._control is None:
-            return error
-        return self._control.failures.failed(error, self.number, sys._getframe(1))
-
-    def end(self) -> None:
-        """Note that the loop is over: this run interrupts nobody any more, and keeps nobody waiting."""
-        self.interrupt = _nothing
-        self.note_batches(END)  # nobody is to wait for this rank
-        self.on_end(self)
+        return self._shared.failures.failed(error, self.number, sys._getframe(1))
 
     def note_batches(self, epoch: int) -> None:
-        """Note that this rank had a batch in `epoch`, which it leaves. Cost: a request to the store, if one asked."""
         self._last_with_batches = epoch
-        if self._inquired_about and self._control is not None:
+        if self._inquired_about:
             with suppress(DistError):  # the store is gone, and who asked notices
-                self._report_batches(self._control.context.store)
+                self._report_batches(self._shared.context.store)
 
     def receive_empty(self, epoch: int, store: Any) -> None:
         """Take in that another rank had no batch in `epoch`: report now if this one had, else once the loop knows."""
@@ -169,28 +95,21 @@ class Run:
         self._report_batches(store)
 
     def has_any_rank_batches(self, epoch: int) -> bool:
-        """Whether any rank has a batch in `epoch`, in which this one has none. Waits until that is known.
-
-        True if it cannot be known, as the run is being left. A rank with batches pays nothing while nobody asks.
-        Raises: RemoteRankError, StallError: a rank has failed. LaunchError: the store is gone.
-        """
-        if self._control is None or self.number is None:
-            return True
-        store, size = self._control.context.store, self._control.context.here.size
+        store, size = self._shared.context.store, self._shared.context.here.size
         count, answer = f"empty/{self.number}/{epoch}", f"batches/{self.number}/{epoch}"
         pause_s, asked_s, wait_s = _EMPTY_PAUSE_S, time.monotonic(), 0.0
         try:
             store.add(count, 1)
             while not self.must_check and not store.check([answer]) and store.add(count, 0) < size:
                 if time.monotonic() - asked_s >= wait_s:
-                    self._control.messages.publish(kind="empty", run=self.number, epoch=epoch)
+                    self._shared.messages.publish(kind="empty", run=self.number, epoch=epoch)
                     asked_s, wait_s = time.monotonic(), 2 * wait_s + 1.0
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _POLL_S)
             # Asked last: another rank that has seen it has left the run by now, and may have reported so.
             return bool(store.add(count, 0) < size)
         except DistError as error:
-            raise self._control.failures.without_store("they cannot tell whether any has a batch", error) from None
+            raise self._shared.failures.without_store("they cannot tell whether any has a batch", error) from None
 
     def _report_batches(self, store: Any) -> None:
         for epoch in list(self._inquired_about):
@@ -198,125 +117,117 @@ class Run:
                 self._inquired_about.discard(epoch)
                 store.set(f"batches/{self.number}/{epoch}", "yes")
 
-    @property
-    def depth(self) -> int:
-        """How many runs that all ranks share are under way on this rank, this one included; 1 if nobody counts them."""
-        return 1 if self._control is None else len(self._control.runs.shared())
-
-    @property
-    def must_check(self) -> bool:
-        """Whether the loop has to look: a stop was requested or decided, or a rank has failed."""
-        return bool(self._requested or self._decided) or (
-            self._control is not None and self._control.status.failure is not None
-        )
-
-    def receive_stop(self, key: _Key, number: int, store: Any) -> bool:
+    def receive_stop(self, key: Key, number: int, store: Any) -> bool:
         """Take in message `number`, a stop request: report how far the loop has started. False if it is known."""
         if key in self.received:
             return False
         self.received.add(key)
         self._mark_requested(key)
         self.interrupt()
-        store.append(f"begun/{number}", f"{self.started} ")
-        store.add(f"begun/{number}/count", 1)
+        store.append(f"started/{number}", f"{self.started} ")
+        store.add(f"started/{number}/count", 1)
         return True
 
-    def set_target(self, key: _Key, target: int, reason: str = "") -> None:
+    def receive_target(self, key: Key, target: int, reason: str) -> None:
+        """Take in where all ranks leave `key`."""
         with self._changed:
+            self.set_target(key, target, reason)
             self._requested.discard(key)
-            self._decided.setdefault(key, target)
-            self.reason = self.reason or reason
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Wake up a loop that waits for a decision."""
         with self._changed:
             self._changed.notify_all()
 
-    def _mark_requested(self, key: _Key) -> bool:
+    def _mark_requested(self, key: Key) -> bool:
         """Have the loop wait for the decision about `key`; False if it was requested or decided before."""
         with self._changed:
-            if key in self._decided or key in self._requested:
+            if key in self._targets or key in self._requested:
                 return False
             self._requested.add(key)
             return True
 
 
-class Runs:
-    """The runs of this rank.
+class SharedRuns:
+    """The runs that all ranks share, by number, and what the ranks say to each other about them."""
 
-    Attributes:
-        under_way: outermost first.
-        num_turns: how many runs were begun plus how many were ended: the rank with fewer has got less far.
-        thread_id: of the thread whose loop runs.
-    """
-
-    def __init__(self, control: _Control) -> None:
-        self.under_way: list[Run] = []
-        self.num_turns = 0
-        self.thread_id = threading.get_ident()
-        self._control = control
-        self._by_number: dict[int, Run] = {}  # that all ranks share
-        self._num_shared = 0
+    def __init__(
+        self, context: ControlContext, *, messages: Messages, status: GroupStatus, failures: Failures, runs: Runs
+    ) -> None:
+        self.context = context
+        self.messages = messages
+        self.status = status
+        self.failures = failures
+        self.runs = runs
+        self._by_number: dict[int, SharedRun] = {}
+        self._num_begun = 0
+        self._stop_requests: dict[int, dict[str, Any]] = {}  # rank 0: those that not all ranks have answered
         self._lock = threading.Lock()
 
-    def begin(self, *, is_shared: bool, where: Callable[[Iterable[FrameType]], list[Level]]) -> Run:
-        """The next run of this rank. Ranks begin those that they share in the same order.
-
-        Raises:
-            RemoteRankError, StallError: a rank has failed before.
-        """
-        self._control.failures.check()
-        if is_shared and self.shared() and threading.get_ident() != self.thread_id:
+    def next(self) -> SharedRun:
+        """The run that this rank begins. Ranks begin those that they share in the same order."""
+        if self.runs.shared() and threading.get_ident() != self.runs.thread_id:
             raise RuntimeError(
                 "A run that all ranks share is under way in another thread, and the ranks cannot tell the two apart. "
                 "Run them one after the other, or make one Engine(..., distributed=False)."
             )
         with self._lock:
-            run = self._next_shared() if is_shared else Run()
-            run.where = where
-            run.on_end = self._remove
-            self.under_way = [*self.under_way, run]
-            self.num_turns += is_shared
-            self.thread_id = threading.get_ident()
-        self._control.context.connections.wake()
-        return run
+            number = self._num_begun
+            run = self._by_number.setdefault(number, SharedRun(number, self))
+            # A run that has ended here still reports how far it got, to ranks that are in it.
+            ended = self._by_number.pop(number - _NUM_KEPT_RUNS, None)
+            if ended is not None and self.context.here.rank == 0:
+                for key in ended.received:
+                    self.context.store.delete_key(_asked_key(ended.number, key))
+            self._num_begun += 1
+            return run
 
-    def shared(self) -> list[Run]:
-        """The runs under way that all ranks share."""
-        return [run for run in self.under_way if run.number is not None]
-
-    def numbered(self, number: int) -> Run:
-        """The shared run of this number. Another rank may name one that this rank has yet to begin."""
+    def _numbered(self, number: int) -> SharedRun:
+        """The run of this number. Another rank may name one that this rank has yet to begin."""
         with self._lock:
-            return self._by_number.setdefault(number, Run(number, self._control))
+            return self._by_number.setdefault(number, SharedRun(number, self))
 
-    def where(self, frames: Iterable[FrameType]) -> tuple[Level, ...]:
-        """The positions of the engines that run in these frames, outermost first."""
-        under_way = self.under_way
-        return tuple(under_way[0].where(frames)) if under_way else ()
+    # -- for the thread that reads messages ------------------------------------------------------------------------
 
-    def wake(self) -> None:
-        """Wake up every loop that waits for a decision."""
-        for run in list(self._by_number.values()):
-            run.wake()
+    @property
+    def is_deciding(self) -> bool:
+        """Whether this rank, being rank 0, waits for what the others report of a stop."""
+        return bool(self._stop_requests)
 
-    def _next_shared(self) -> Run:
-        run = self._by_number.setdefault(self._num_shared, Run(self._num_shared, self._control))
-        # A run that has ended here still reports how far it got, to ranks that are in it.
-        ended = self._by_number.pop(self._num_shared - _NUM_KEPT_RUNS, None)
-        if ended is not None and ended.received and self._control.context.here.rank == 0:
-            for scope, epoch in ended.received:
-                self._control.context.store.delete_key(f"asked/{ended.number}/{scope}/{epoch}")
-        self._num_shared += 1
-        return run
+    def receive(self, number: int, message: dict[str, Any]) -> bool:
+        """Take in message `number`, if it is about a run. False if it is not, or malformed."""
+        if not has_fields(message, run=int, epoch=int):
+            return False
+        run, reader = self._numbered(message["run"]), self.messages.reader
+        match message["kind"]:
+            case "empty":
+                run.receive_empty(message["epoch"], reader)
+            case "decided" if has_fields(message, target=int, reason=str):
+                run.receive_target(_key(message), message["target"], message["reason"])
+            case "stop" if has_fields(message, reason=str):
+                if run.receive_stop(_key(message), number, reader) and self.context.here.rank == 0:
+                    self._stop_requests[number] = message
+            case _:
+                return False
+        return True
 
-    def _remove(self, run: Run) -> None:
-        with self._lock:
-            self.under_way = [each for each in self.under_way if each is not run]
-            if run.number is not None:
-                self.num_turns += 1
+    def decide_stops(self) -> None:
+        """On rank 0: once every rank has reported how far it is, publish the furthest position as the target."""
+        reader = self.messages.reader
+        for number, message in list(self._stop_requests.items()):
+            if reader.add(f"started/{number}/count", 0) == self.context.here.size:
+                target = max(parse_numbers(reader.get(f"started/{number}")))
+                self.messages.publish(**{**message, "kind": "decided", "target": target})
+                del self._stop_requests[number]
+                for key in (f"started/{number}", f"started/{number}/count"):
+                    reader.delete_key(key)
 
 
-def _nothing() -> None:
-    pass
+def _key(message: dict[str, Any]) -> Key:
+    if message["scope"] not in ("run", "epoch"):
+        raise ValueError("no scope")
+    return message["scope"], message["epoch"]
+
+
+def _asked_key(number: int | None, key: Key) -> str:
+    return f"asked/{number}/{key[0]}/{key[1]}"

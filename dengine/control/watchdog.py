@@ -3,21 +3,19 @@
 One thread that sleeps on the group's connections: it wakes up if a peer hangs up, and once a period.
 """
 
-import faulthandler
 import os
-import signal
-import tempfile
 import threading
 import time
-from contextlib import suppress
 
 from torch.distributed import DistError
 
 from dengine.control.blocked import BlockedDetector
-from dengine.control.failure import Failure, where_text
+from dengine.control.channel import ControlContext
 from dengine.control.heartbeat import Heartbeat
 from dengine.control.liveness import LivenessProbe
-from dengine.control.plane import Control
+from dengine.control.propagation import Failures
+from dengine.control.stall import stacks, wait_for_stacks
+from dengine.control.status import GroupStatus
 from dengine.launch.console import say
 from dengine.launch.parsing import warn_malformed
 
@@ -37,8 +35,6 @@ _EXIT_S = 3.0  # after a stall was named: then a rank that still hangs is ended
 # How long a rank may take to come out of a collective whose connections are shut. In Gloo some wait for ever, if a
 # connection breaks while they are about to send.
 _FREED_S = 1.5
-_STACKS_S = 3.0  # how long the others wait for the stacks of the one that hangs
-_STACKS = "stacks"  # key in the store: the rank that hangs has shown its stacks
 
 
 class Watchdog:
@@ -48,14 +44,25 @@ class Watchdog:
     (20 s for 10 000), so that all ranks together send 500 a second.
     """
 
-    def __init__(self, control: Control, stall_timeout_s: float) -> None:
-        self._control = control
-        self._status = control.status
-        self._here = control.context.here
+    def __init__(
+        self,
+        context: ControlContext,
+        *,
+        status: GroupStatus,
+        heartbeat: Heartbeat,
+        probe: LivenessProbe,
+        failures: Failures,
+        stall_timeout_s: float,
+    ) -> None:
+        self._context = context
+        self._here = context.here
+        self._status = status
+        self._heartbeat = heartbeat
+        self._activity = heartbeat.activity
+        self._probe = probe
+        self._failures = failures
         self._stall_timeout_s = stall_timeout_s
         self._period_s = min(max(_PERIOD_S, self._here.size / _MAX_REPORTS_PER_S), max(stall_timeout_s / 4, 0.05))
-        self._heartbeat = Heartbeat(control)
-        self._probe = LivenessProbe(control, self._heartbeat)
         self._probe_at_s = 0.0  # when to ask next whether all stand still
         self._knows_host_ranks = False
         self._num_probes = 0
@@ -63,25 +70,22 @@ class Watchdog:
         self._patience_s = min(max(_DEADLOCK_S, self._here.size / _MAX_PROBED_PER_S), stall_timeout_s / 2)
         self._deadlock_check_s = self._patience_s
         self._deadlock_call, self._is_prober = 0, False  # of the ranks that wait in one collective, one asks for all
-        self._is_asked_to_inquire = False
         self._aborted_at_s: float | None = None
         self._blocked: BlockedDetector | None = None  # since then
-        control.failures.inquire = self._inquire
-        control.failures.on_stall = self._on_stall
         self._heartbeat.publish()
         self._awake_at_s = time.monotonic()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="dengine-watch", daemon=True)
-        self._host_watchdog = threading.Thread(target=self._watch_host, name="dengine-guard", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="dengine-watchdog", daemon=True)
+        self._host_watchdog = threading.Thread(target=self._watch_host, name="dengine-host-watchdog", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
-        if self._control.context.endpoint.is_hosted_by_rank_zero and self._here.rank != 0:
+        if self._context.endpoint.is_hosted_by_rank_zero and self._here.rank != 0:
             self._host_watchdog.start()
 
     def stop(self) -> None:
         self._stopped.set()
-        self._control.context.connections.wake()
+        self._context.connections.wake()
         self._thread.join(timeout=_JOIN_S)
 
     def _run(self) -> None:
@@ -102,7 +106,7 @@ class Watchdog:
                 else:
                     self._look(has_hung_up, is_starting)
             except DistError as error:  # the store is gone
-                self._control.failures.lose_store(error)
+                self._failures.lose_store(error)
             except Exception as error:  # what was read makes no sense: not a failure of any rank
                 warn_malformed(repr(error))
 
@@ -110,13 +114,13 @@ class Watchdog:
         was_published = self._heartbeat.publish_when_due(self._period_s)
         if not self._knows_host_ranks and (is_starting or was_published):
             self._knows_host_ranks = self._heartbeat.watch_host_processes()
-        if has_hung_up or self._is_asked_to_inquire:
-            self._is_asked_to_inquire = False
-            self._probe.report_vanished()
-            self._control.failures.end_inquiry()
+        if self._failures.begin_inquiry() or has_hung_up:
+            if (failure := self._probe.find_vanished()) is not None:
+                self._failures.report(failure)
+            self._failures.end_inquiry()
         self._look_for_a_deadlock()
         self._look_for_a_stall()
-        self._control.failures.resolve()
+        self._failures.resolve()
 
     def _watch_host(self) -> None:
         """The host watchdog: notices if the first thread gets no answer, as the store's process is stopped."""
@@ -131,24 +135,20 @@ class Watchdog:
                 self._kill_if_stuck()
             elif not self._status.is_store_lost and silent_s > self._stall_timeout_s + self._period_s:
                 is_far = self._heartbeat.may_be_unreachable(self._heartbeat.latest_of_host)
-                self._control.failures.lose_host(self._stall_timeout_s, may_be_unreachable=is_far)
+                self._failures.lose_host(self._stall_timeout_s, may_be_unreachable=is_far)
 
     def _sleep(self, timeout_s: float) -> bool:
         started_s = time.monotonic()
-        has_hung_up = self._control.context.connections.wait(timeout_s)
+        has_hung_up = self._context.connections.wait(timeout_s)
         self._discount_pause(time.monotonic() - started_s - timeout_s)
         return has_hung_up
 
     def _discount_pause(self, late_s: float) -> None:
         """Do not count the time for which the whole job, or its machine, was suspended."""
         if late_s > _PAUSE_S:
-            self._heartbeat.progressed_at_s += late_s
+            self._activity.progressed_at_s += late_s
             self._probe_at_s += late_s
             self._awake_at_s += late_s
-
-    def _inquire(self) -> None:
-        self._is_asked_to_inquire = True
-        self._control.context.connections.wake()
 
     # -- who hangs -----------------------------------------------------------------------------------------------
 
@@ -157,8 +157,8 @@ class Watchdog:
 
         Cost: a liveness probe after 5 s, and each time that it has waited twice as long.
         """
-        status, call_log = self._status, self._control.call_log
-        idle_s = time.monotonic() - self._heartbeat.progressed_at_s
+        status, call_log = self._status, self._activity.call_log
+        idle_s = time.monotonic() - self._activity.progressed_at_s
         if not call_log.is_inside or idle_s < self._patience_s:
             self._deadlock_check_s = self._patience_s
             return
@@ -166,101 +166,52 @@ class Watchdog:
             return
         if self._deadlock_call != call_log.num_calls:
             self._deadlock_call = call_log.num_calls
-            key = f"crossed/{self._control.runs.num_turns}/{call_log.num_calls}"
-            self._is_prober = self._control.context.store.add(key, 1) == 1
+            key = f"crossed/{self._activity.runs.num_turns}/{call_log.num_calls}"
+            self._is_prober = self._context.store.add(key, 1) == 1
         if not self._is_prober:
             return
         failure, is_likely = self._probe.find_deadlock()
         if failure is not None:
-            self._control.failures.report(failure)
+            self._failures.report(failure)
         self._deadlock_check_s = idle_s + _RECHECK_S if is_likely else 2 * idle_s
 
     def _look_for_a_stall(self) -> None:
         now_s = time.monotonic()
-        if self._status.failure is not None or self._status.is_store_lost or not self._is_waiting():
+        if self._status.failure is not None or self._status.is_store_lost or not self._activity.is_awaiting_others():
             self._probe_at_s = now_s + self._stall_timeout_s
             return
-        if now_s < max(self._probe_at_s, self._heartbeat.progressed_at_s + self._stall_timeout_s):
+        if now_s < max(self._probe_at_s, self._activity.progressed_at_s + self._stall_timeout_s):
             return
         # All ranks that wait come here at about the same time: one of them asks for all.
         self._probe_at_s = now_s + self._stall_timeout_s
         self._num_probes += 1
-        if self._control.context.store.add(f"stall/{self._control.runs.num_turns}/{self._num_probes}", 1) == 1:
+        if self._context.store.add(f"stall/{self._activity.runs.num_turns}/{self._num_probes}", 1) == 1:
             failure, idle_s = self._probe.find_stalled(self._stall_timeout_s, leeway_s=self._period_s)
             if failure is None:
                 self._probe_at_s = time.monotonic() + self._stall_timeout_s - idle_s
             else:
-                self._control.failures.report(failure)
-
-    def _is_waiting(self) -> bool:
-        """Whether a stall of the others matters to this rank: it is in a run, or waits for them outside of one."""
-        return bool(self._control.runs.shared()) or self._control.call_log.is_inside
+                self._failures.report(failure)
 
     def _kill_if_stuck(self) -> None:
         """End this process if it cannot leave by itself after a failure."""
         failure = self._status.failure
         if failure is None or not self._status.is_aborted:
             return
-        self._heartbeat.note_progress(self._heartbeat.position())
+        self._activity.note_progress(self._activity.position())
         if self._aborted_at_s is None or self._blocked is None:
             self._aborted_at_s = time.monotonic()
-            self._blocked = BlockedDetector(self._control.runs)
+            self._blocked = BlockedDetector(self._activity.runs)
         # Handlers of EXCEPTION_RAISED may save what they can.
-        is_leaving, is_in_run = self._status.is_leaving, bool(self._control.runs.under_way)
+        is_leaving, is_in_run = self._status.is_leaving, bool(self._activity.runs.under_way)
         is_stuck = failure.kind == "stalled" and not is_leaving
         if not is_in_run and not is_stuck:
             return  # the script may have caught the error, and have other things to do
         is_stuck = is_stuck and (is_in_run or failure.rank == self._here.rank)
-        since_s = self._aborted_at_s if is_stuck else max(self._aborted_at_s, self._heartbeat.progressed_at_s)
+        since_s = self._aborted_at_s if is_stuck else max(self._aborted_at_s, self._activity.progressed_at_s)
         patience_s = _EXIT_S if is_stuck else max(self._stall_timeout_s, _EXIT_S)
         is_left_blocked = self._blocked.blocked_s() > _FREED_S and not is_leaving
         if is_left_blocked or time.monotonic() > since_s + patience_s:
-            self.wait_for_stacks()
-            say(f"dengine: rank {self._here.rank} cannot leave by itself, so its process is ended.\n{_stacks()}")
+            wait_for_stacks(self._status, self._here.rank, self._context.store)
+            say(f"dengine: rank {self._here.rank} cannot leave by itself, so its process is ended.\n{stacks()}")
             say(f"dengine: {failure.message()}\n")
             os._exit(1)
-
-    def _on_stall(self, failure: Failure, is_store_lost: bool) -> None:
-        """Print where this rank is, and kill the process that hangs if it is frozen.
-
-        Comes before the loop learns of the stall: afterwards this process may be gone at any moment.
-        """
-        say(f"dengine: rank {self._here.rank} is {where_text(self._heartbeat.position())}\n{_stacks()}")
-        try:
-            if failure.rank == self._here.rank:
-                self._control.context.store.set(_STACKS, "shown")
-            elif failure.is_frozen:
-                self._kill_frozen(failure.rank, is_store_lost)
-        except DistError:  # the store is gone: whoever reads from it notices
-            pass
-
-    def wait_for_stacks(self) -> None:
-        """Wait until the rank that hangs has shown its stacks: once this one leaves, the launcher ends that one."""
-        failure, status = self._status.failure, self._status
-        if failure is None or failure.kind != "stalled" or failure.is_frozen or failure.rank == self._here.rank:
-            return
-        end_s = time.monotonic() + _STACKS_S
-        with suppress(DistError):
-            while not status.is_store_lost and time.monotonic() < end_s:
-                if self._control.context.store.check([_STACKS]):
-                    return
-                time.sleep(_FAST_PERIOD_S)
-
-    def _kill_frozen(self, rank: int, is_store_lost: bool) -> None:
-        """Kill a stopped process, which SIGTERM does not end either. `is_store_lost`: the store cannot be asked."""
-        if not is_store_lost:
-            beat = self._heartbeat.latest(rank)
-        elif rank == 0:
-            beat = self._heartbeat.latest_of_host
-        else:
-            return  # there is no way left to find out which process that is
-        if self._heartbeat.is_known_alive(beat):
-            with suppress(OSError):
-                os.kill(beat["pid"], signal.SIGKILL)
-
-
-def _stacks() -> str:
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read()

@@ -1,46 +1,36 @@
 """Opening and leaving the process group: the same `with` under torchrun, srun and plain python."""
 
-import atexit
 import os
 import socket
 import sys
-import uuid
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DistError
 from torch.distributed.device_mesh import DeviceMesh
 
 from dengine.checks import number
 from dengine.comm.collectives import all_gather_object
-from dengine.control.channel import ControlContext, StoreEndpoint
 from dengine.control.ddp_errors import explain
-from dengine.control.failure import is_of_backend, line_of, traceback_of, write_error_file
-from dengine.control.plane import Control, NullPlane, plane
-from dengine.control.sockets import Connections, abort_group, existing_connections, new_connections
-from dengine.control.undisturbed import undisturbed
-from dengine.control.watchdog import Watchdog
+from dengine.control.failure import is_of_backend, line_of
+from dengine.control.plane import NullPlane, Plane, plane
+from dengine.control.sockets import abort_group, new_connections
+from dengine.distributed.control_plane import gathered, open_plane, open_plane_beside
 from dengine.distributed.mesh import Mesh, as_text, checked_mesh, close_mesh, fitted_mesh, make_group_of_one, make_mesh
 from dengine.errors import LaunchError
 from dengine.launch.env import Launch, find_launch, is_agents_store
 from dengine.launch.mesh import other_meshes_text
 from dengine.launch.network import chosen_interface
 from dengine.launch.parent_death import set_parent_death_signal
-from dengine.launch.process import identity
 from dengine.launch.rendezvous import rendezvous
 from dengine.launch.world import World, default_device, enter, external_world, leave, world
 from dengine.torch_internals import PrefixStore
 
 __all__ = ["process_group"]
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -95,36 +85,32 @@ def process_group(
     asked = checked_mesh(mesh, is_alone=is_alone)
     is_external = dist.is_available() and dist.is_initialized() and not is_alone
     launch = None if is_external or is_alone else find_launch(os.environ)
-    control: Control | None = None
+    own: Plane = NullPlane()  # which this block closes
     if launch is not None:
         set_parent_death_signal(os.environ)
         opened, connections = _join(launch, backend, timeout, stall_timeout, asked)
-        if launch.size > 1:
-            try:
-                with _explaining_lost_rank(launch):
-                    control = _control(launch, opened, connections, timeout)
-            except BaseException:  # else the next try would take the group for one made elsewhere
-                _destroy(opened, is_failing=True)
-                raise
-        else:
-            for each in connections:
-                each.close()
+        try:
+            with _explaining_lost_rank(launch):
+                own = open_plane(launch, opened, connections, timeout, stall_timeout)
+        except BaseException:  # else the next try would take the group for one made elsewhere
+            _destroy(opened, is_failing=True)
+            raise
     elif is_external:
-        opened, control = _beside(asked, timeout)
+        opened, own = _beside(asked, timeout, stall_timeout)
     elif asked is not None:
         opened = _alone_on(asked, backend, timeout)
     else:
         opened = World(device=default_device(0))
-    watchdog = None if control is None else _start(control, stall_timeout)
-    enter(opened, NullPlane() if is_alone else control or plane())
+    # Within another block of the same group, that one's plane is used, and left to it.
+    enter(opened, plane() if is_external and own.group is None else own)
     is_failing = True
     try:
         yield opened
-        if control is not None:
-            control.leave_together()
+        own.leave_together()
         is_failing = False
     except BaseException as error:
-        raised = _report(error, control)
+        explain(error)
+        raised = own.failed(error, sys._getframe())
         if raised is error:
             raise
         if raised.__cause__ is not None:  # a signal's handler raised it while `error` was being reported
@@ -133,41 +119,14 @@ def process_group(
     finally:
         leave()
         try:
-            if control is not None and watchdog is not None:
-                _close(control, watchdog, is_failing=is_failing)
+            own.close(is_failing=is_failing)
         finally:
             if opened.backend != "none" and not is_external:
                 _destroy(opened, is_failing)
-            elif control is not None:
-                dist.destroy_process_group(control.context.group)
+            elif own.group is not None:
+                dist.destroy_process_group(own.group)
             if is_external and opened.mesh is not None and isinstance(asked, dict):
                 close_mesh(opened.mesh)
-
-
-def _close(control: Control, watchdog: Watchdog, *, is_failing: bool) -> None:
-    def close() -> None:
-        if is_failing:
-            watchdog.wait_for_stacks()
-        control.close(is_failing=is_failing)
-        watchdog.stop()
-        control.context.connections.close(is_failing=is_failing)
-
-    _, interruption = undisturbed(close)
-    if interruption is not None:
-        raise interruption
-
-
-def _report(error: BaseException, control: Control | None) -> BaseException:
-    """Report `error` to the other ranks; gives what to raise for it."""
-    explain(error)
-    if control is None:
-        write_error_file(line_of(error), traceback_of(error), is_cause=True)
-        return error
-    frame = sys._getframe(1)
-    try:
-        return control.failures.failed(error, None, frame)
-    except BaseException as other:  # a signal's handler raised just before: that is reported
-        return control.failures.failed(other, None, frame)
 
 
 def _destroy(opened: World, is_failing: bool) -> None:
@@ -232,23 +191,7 @@ def _backend_for(device: torch.device, backend: str) -> str:
     return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
 
 
-def _control(launch: Launch, here: World, connections: list[socket.socket], timeout_s: float) -> Control:
-    # A name of its own for each group: an agent's store outlives it, and keeps what an earlier one has said.
-    holder: list[Any] = [uuid.uuid4().hex, identity()]
-    dist.broadcast_object_list(holder, src=0)
-    name, host_process = holder
-    is_hosted = not is_agents_store(os.environ)
-    endpoint = StoreEndpoint(launch.master_addr, launch.master_port, f"dengine/{name}", is_hosted)
-    with new_connections(launch.master_port) as gloo_connections:
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return Control(
-        ControlContext(
-            here, endpoint, endpoint.connect(), Connections([*connections, *gloo_connections]), group, host_process
-        )
-    )
-
-
-def _beside(asked: Mesh, timeout_s: float) -> tuple[World, Control | None]:
+def _beside(asked: Mesh, timeout_s: float, stall_timeout_s: float) -> tuple[World, Plane]:
     """This rank's world in a group that is there, and its control plane if there was none.
 
     Raises: LaunchError: the ranks ask for different meshes.
@@ -263,7 +206,7 @@ def _beside(asked: Mesh, timeout_s: float) -> tuple[World, Control | None]:
         raise LaunchError(refusal)
     mesh = world().mesh if asked is None else make_mesh(fitted_mesh(asked, here.size), here.device, timeout_s)
     here = replace(here, mesh=mesh)
-    return here, _control_beside(here, timeout_s) if is_shared else None
+    return here, open_plane_beside(here, timeout_s, stall_timeout_s) if is_shared else NullPlane()
 
 
 def _first_exchange(here: World, mesh: str) -> tuple[bool, list[str]]:
@@ -282,45 +225,12 @@ def _first_exchange(here: World, mesh: str) -> tuple[bool, list[str]]:
         )
     if here.size == 1:
         return False, [mesh]
-    told = _gathered((is_launched or (is_part and is_agents_store(os.environ)), mesh))
-    return all(reaches for reaches, _ in told), [each for _, each in told]
-
-
-def _control_beside(here: World, timeout_s: float) -> Control | None:
-    """The control plane for a group that somebody else made, whose ranks reach the store of their launcher."""
-    launch = find_launch(os.environ)
-    assert launch is not None
-    connections = existing_connections(_gathered, launch.master_port)
-    control = None
-    with suppress(DistError):  # the store of the launcher is not reached
-        control = _control(launch, here, connections, timeout_s)
-    return control if all(_gathered(control is not None)) else None
+    found = gathered((is_launched or (is_part and is_agents_store(os.environ)), mesh))
+    return all(reaches for reaches, _ in found), [each for _, each in found]
 
 
 def _launcher_of(launch: Launch) -> str:
     return "srun" if launch.launcher == "slurm" else launch.launcher
-
-
-def _gathered(value: T) -> list[T]:
-    gathered = [value] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def _start(control: Control, stall_timeout_s: float) -> Watchdog:
-    watchdog = Watchdog(control, stall_timeout_s)
-    control.start()
-    watchdog.start()
-    # Where the block is never left (a notebook), the threads must be gone before the interpreter is.
-    atexit.register(_leave_at_exit, weakref.ref(control), weakref.ref(watchdog))
-    return watchdog
-
-
-def _leave_at_exit(control: "weakref.ref[Control]", watchdog: "weakref.ref[Watchdog]") -> None:
-    here, watched = control(), watchdog()
-    if here is not None and watched is not None and not here.status.is_closed:
-        here.close(is_failing=True)
-        watched.stop()
 
 
 @contextmanager

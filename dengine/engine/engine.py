@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar, overload
 
 from dengine.checks import whole_number
-from dengine.control.stop import begin_run
+from dengine.control.plane import plane
 from dengine.distributed import world
 from dengine.engine import foreign_names
 from dengine.engine.data.epochs import EpochIterator
@@ -339,12 +339,11 @@ class Engine:
 
     def _new_loop(self, epochs: EpochIterator, max_epochs: int | None, max_iterations: int | None) -> Loop:
         """The loop of a new run, after the state and the counts of events were set to those of its start."""
-        run = begin_run(is_shared=self.distributed, where=partial(levels, Loop.run_epochs.__code__))
+        run = plane().begin_run(is_shared=self.distributed, where=partial(levels, Loop.run_epochs.__code__))
         limits = Limits(self.state, run, max_iterations=max_iterations, stop_every=self._stop_every)
         self.state._begin_run(epochs.data, max_epochs, epochs.length, is_resumed=self._resuming.is_resumed)
         self._resuming.begin_run(epochs)
         self._dispatcher.rewind()
-        run.interrupt = limits.interrupt
         return Loop(
             engine=self,
             state=self.state,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dengine.control.stop import Run, position
+from dengine.control.run import Run, position
 from dengine.engine.handler_list import NEVER
 from dengine.engine.state import State
 
@@ -14,21 +14,16 @@ PREEMPTED = "preempted"  # as the reason why a run is left
 class Limits:
     """The end of one run and of its epochs, whoever sets it.
 
-    The loop leaves the epoch if `iteration >= stop_at`: one comparison for all who may end it. A rank's thread sets it
-    to 0 (`interrupt`), so that the loop comes here and asks.
+    The loop leaves the epoch if `iteration >= run.stop_at`: one comparison for all who may end it. A rank's thread sets
+    it to 0 (`Run.interrupt`), so that the loop comes here and asks.
     """
 
     def __init__(self, state: State, run: Run, *, max_iterations: int | None, stop_every: int) -> None:
         self.run = run
         self.max_iterations = NEVER if max_iterations is None else max_iterations
         self.stop_every = stop_every
-        self.stop_at = NEVER
         self.is_terminated = False
         self._state = state
-
-    def interrupt(self) -> None:
-        """Have the loop ask whether it may go on, after the iteration under way."""
-        self.stop_at = 0
 
     def may_begin(self, next_position: int) -> bool:
         """Publish that `next_position` is started, an epoch or its end, unless all ranks leave the run before it."""
@@ -42,7 +37,7 @@ class Limits:
     def may_go_on(self, end: int) -> bool:
         """Whether there is another iteration in this epoch, which ends at `end` unless it is to be left before."""
         state, run = self._state, self.run
-        stop_at = self.stop_at = min(end, self.max_iterations)
+        stop_at = run.stop_at = min(end, self.max_iterations)
         if run.must_check:
             epoch_start = state.iteration - state.epoch_iteration
             for target in run.stop_targets(state.epoch):
@@ -51,7 +46,7 @@ class Limits:
                     num_iterations += -num_iterations % self.stop_every
                     stop_at = min(stop_at, epoch_start + num_iterations)
             # The thread may set it to 0 again right after: then the loop only comes here once more.
-            self.stop_at = stop_at
+            run.stop_at = stop_at
         return state.iteration < stop_at
 
     def has_ended(self, end: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dengine.control.stop import END, position
+from dengine.control.run import END, position
 from dengine.distributed import world
 from dengine.engine import epoch_metrics
 from dengine.engine.data.description import described
@@ -202,7 +202,7 @@ class Loop:
             if iteration >= completed.due:
                 completed.fire(engine, iteration)
             run.started = next_position + iteration  # published before anybody asks: see control/stop.py
-            if iteration >= limits.stop_at:
+            if iteration >= run.stop_at:
                 return False
             if iteration + 1 - fetch_started_offset >= get_batch_started.due:
                 get_batch_started.fire(engine, iteration + 1 - fetch_started_offset)

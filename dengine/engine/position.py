@@ -8,7 +8,7 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING
 
 from dengine.control.failure import Level
-from dengine.control.stop import END
+from dengine.control.run import END
 from dengine.engine.handler_list import HandlerList
 from dengine.engine.state import State
 from dengine.naming import describe

@@ -1,0 +1,186 @@
+"""One run of an engine, as its loop sees it, and those that are under way on this rank."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Literal, TypeAlias
+
+from dengine.control.ddp_errors import explain
+from dengine.control.failure import Level
+
+__all__ = ["END", "Key", "OwnRun", "Run", "Runs", "Scope", "Where", "position"]
+
+Scope: TypeAlias = Literal["run", "epoch"]
+Key: TypeAlias = tuple[Scope, int]  # what is to be left: a scope, and its epoch (0 for a run)
+Where: TypeAlias = Callable[[Iterable[FrameType]], list[Level]]  # the positions of the engines that run in some frames
+
+_EPOCH_BITS = 40
+END = (1 << _EPOCH_BITS) - 1  # as an iteration: the end of the epoch, with its metrics and EPOCH_COMPLETED
+
+
+def position(epoch: int, iteration: int) -> int:
+    """A position in a run, as one number that grows: `iteration` of `epoch`, from 1; 0 is before the first."""
+    return (epoch << _EPOCH_BITS) + iteration
+
+
+class Run(ABC):
+    """One run of an engine: how far it has started, and how far it may go.
+
+    Attributes:
+        started: the furthest position that the loop may have started. The loop writes it, in every iteration, before
+            it looks whether it may go on.
+        stop_at: the iteration number at which the loop looks whether it may go on: one comparison for all who may stop
+            it. The loop sets it, and any thread may set it to 0 (`interrupt`).
+        number: counts the runs that all ranks share; None for this rank's own.
+        reason: why the run is left, given by the rank that asked first.
+    """
+
+    def __init__(self, runs: Runs, number: int | None = None) -> None:
+        self.started = -1
+        self.stop_at = sys.maxsize
+        self.number = number
+        self.reason = ""
+        self._runs = runs
+        self._targets: dict[Key, int] = {}
+
+    def interrupt(self) -> None:
+        """Have the loop look whether it may go on, after the iteration under way."""
+        self.stop_at = 0
+
+    def set_target(self, key: Key, target: int, reason: str = "") -> None:
+        """Decide where `key` is left, unless that is decided."""
+        self._targets.setdefault(key, target)
+        self.reason = self.reason or reason
+
+    def end(self) -> None:
+        """Note that the loop is over: this run keeps nobody waiting any more."""
+        self.note_batches(END)
+        self._runs.end(self)
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """How many runs that all ranks share are under way on this rank, this one included; 1 if nobody counts them."""
+
+    @property
+    @abstractmethod
+    def must_check(self) -> bool:
+        """Whether the loop has to look: a stop was requested or decided, or a rank has failed."""
+
+    @abstractmethod
+    def request_stop(self, scope: Scope, epoch: int, reason: str = "") -> None:
+        """Ask all ranks to leave the run or the epoch. The loop learns of it by `interrupt`.
+
+        Raises: LaunchError: the store is gone, by which they would learn of it.
+        """
+
+    @abstractmethod
+    def stop_targets(self, epoch: int) -> tuple[int, int | None]:
+        """The furthest positions that may be started: in the run, and in `epoch` if that is to be left (else None).
+
+        Waits while a stop request is being decided.
+
+        Raises:
+            RemoteRankError, StallError: a rank has failed. LaunchError: the other ranks cannot be reached.
+        """
+
+    @abstractmethod
+    def failed(self, error: BaseException) -> BaseException:
+        """Report `error`, which leaves the run, to the other ranks; gives what to raise for it."""
+
+    @abstractmethod
+    def note_batches(self, epoch: int) -> None:
+        """Note that this rank had a batch in `epoch`, which it leaves. Cost: a request to the store, if one asked."""
+
+    @abstractmethod
+    def has_any_rank_batches(self, epoch: int) -> bool:
+        """Whether any rank has a batch in `epoch`, in which this one has none. Waits until that is known.
+
+        True if it cannot be known, as the run is being left. A rank with batches pays nothing while nobody asks.
+        Raises: RemoteRankError, StallError: a rank has failed. LaunchError: the store is gone.
+        """
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Wake up a loop that waits for a decision."""
+
+
+class OwnRun(Run):
+    """A run of this rank alone, as all are in a world of one: every request is granted at once."""
+
+    depth = 1
+
+    @property
+    def must_check(self) -> bool:
+        return bool(self._targets)
+
+    def request_stop(self, scope: Scope, epoch: int, reason: str = "") -> None:
+        self.set_target((scope, epoch if scope == "epoch" else 0), self.started, reason)
+        self.interrupt()
+
+    def stop_targets(self, epoch: int) -> tuple[int, int | None]:
+        return self._targets.get(("run", 0), sys.maxsize), self._targets.get(("epoch", epoch))
+
+    def failed(self, error: BaseException) -> BaseException:
+        explain(error)
+        return error
+
+    def note_batches(self, epoch: int) -> None:
+        pass
+
+    def has_any_rank_batches(self, epoch: int) -> bool:
+        return True
+
+    def wake(self) -> None:
+        pass
+
+
+class Runs:
+    """The runs that are under way on this rank.
+
+    Attributes:
+        under_way: outermost first.
+        num_turns: how many shared runs were begun plus how many were ended: the rank with fewer has got less far.
+        thread_id: of the thread whose loop runs.
+    """
+
+    def __init__(self) -> None:
+        self.under_way: list[Run] = []
+        self.num_turns = 0
+        self.thread_id = threading.get_ident()
+        self._where: Where = lambda frames: []  # as the engine gave it that began a run last; all give the same
+        self._lock = threading.Lock()
+
+    def begin(self, run: Run, where: Where) -> None:
+        with self._lock:
+            self.under_way = [*self.under_way, run]
+            self.num_turns += run.number is not None
+            self.thread_id = threading.get_ident()
+            self._where = where
+
+    def end(self, run: Run) -> None:
+        with self._lock:
+            self.under_way = [each for each in self.under_way if each is not run]
+            self.num_turns += run.number is not None
+
+    def shared(self) -> list[Run]:
+        """Those that all ranks share."""
+        return [run for run in self.under_way if run.number is not None]
+
+    def where(self, frames: Iterable[FrameType]) -> tuple[Level, ...]:
+        """The positions of the engines that run in these frames, outermost first."""
+        return tuple(self._where(frames)) if self.under_way else ()
+
+    def interrupt(self) -> None:
+        """Have every loop look whether it may go on."""
+        for run in self.under_way:
+            run.interrupt()
+
+    def wake(self) -> None:
+        """Wake up every loop that waits for a decision."""
+        for run in self.under_way:
+            run.wake()

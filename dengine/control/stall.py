@@ -1,0 +1,67 @@
+"""What a rank does once a stall is known: it shows where it is, and a frozen process of its host is killed."""
+
+import faulthandler
+import os
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from typing import Any
+
+from torch.distributed import DistError
+
+from dengine.control.failure import Failure, where_text
+from dengine.control.heartbeat import Heartbeat
+from dengine.control.status import GroupStatus
+from dengine.launch.console import say
+
+__all__ = ["show_stall", "stacks", "wait_for_stacks"]
+
+_STACKS_S = 3.0  # how long the others wait for the stacks of the one that hangs
+_STACKS = "stacks"  # key in the store: the rank that hangs has shown its stacks
+_POLL_S = 0.02
+
+
+def show_stall(failure: Failure, rank: int, store: Any, heartbeat: Heartbeat, *, is_store_lost: bool) -> None:
+    """Print where this rank is, and kill the process that hangs if it is frozen.
+
+    Comes before the loop learns of the stall: afterwards this process may be gone at any moment.
+    """
+    say(f"dengine: rank {rank} is {where_text(heartbeat.activity.position())}\n{stacks()}")
+    with suppress(DistError):  # the store is gone: whoever reads from it notices
+        if failure.rank == rank:
+            store.set(_STACKS, "shown")
+        elif failure.is_frozen:
+            _kill_frozen(failure.rank, heartbeat, is_store_lost=is_store_lost)
+
+
+def wait_for_stacks(status: GroupStatus, rank: int, store: Any) -> None:
+    """Wait until the rank that hangs has shown its stacks: once this one leaves, the launcher ends that one."""
+    failure = status.failure
+    if failure is None or failure.kind != "stalled" or failure.is_frozen or failure.rank == rank:
+        return
+    end_s = time.monotonic() + _STACKS_S
+    with suppress(DistError):
+        while not status.is_store_lost and time.monotonic() < end_s and not store.check([_STACKS]):
+            time.sleep(_POLL_S)
+
+
+def stacks() -> str:
+    """The stacks of all threads of this process."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
+
+
+def _kill_frozen(rank: int, heartbeat: Heartbeat, *, is_store_lost: bool) -> None:
+    """Kill a stopped process, which SIGTERM does not end either. `is_store_lost`: the store cannot be asked."""
+    if not is_store_lost:
+        beat = heartbeat.latest(rank)
+    elif rank == 0:
+        beat = heartbeat.latest_of_host
+    else:
+        return  # there is no way left to find out which process that is
+    if heartbeat.is_known_alive(beat):
+        with suppress(OSError):
+            os.kill(beat["pid"], signal.SIGKILL)
