@@ -80,7 +80,9 @@ def spreads_model(model: nn.Module) -> None:
 
 
 def deals_to_all_ranks() -> None:
-    """Note that data are dealt out to all ranks, each of which gets other samples."""
+    """Note that data are dealt out to all ranks, each of which gets other samples: unless the mesh says otherwise."""
+    if world().data_size < world().size:
+        return
     prepared = plane().prepared
     prepared.deals_to_all_ranks = True
     for model in prepared.living_models().values():  # which may have been laid out after it was prepared
@@ -100,9 +102,8 @@ def _warn_if_both(prepared: Prepared) -> None:
     prepared.has_warned_of_shared_data = True
     warnings.warn(
         f"{prepared.shared_data}, but the data are dealt out to all {world().size} ranks, so that ranks which should "
-        "see the same samples see different ones. Use a loader that is not prepared, with "
-        "DataLoader(sampler=distributed.ElasticSampler(dataset, num_replicas=..., rank=...)): how many groups have "
-        "data of their own, and which of them this rank is in (mesh['dp'].size() and mesh['dp'].get_local_rank()).",
+        "see the same samples see different ones. Tell process_group() of the mesh (mesh={'dp': -1, 'tp': 2}), and "
+        "prepare_data_loader() and ElasticSampler() give those ranks the same samples.",
         UserWarning,
         stacklevel=4,
     )

@@ -83,7 +83,7 @@ def samples_of(data: object) -> str:
 def _shard_state(data: object) -> Mapping[str, Any] | None:
     """What the order of a shard depends on, of as many shards as there are ranks."""
     sampler: Any = getattr(data, "sampler", None)
-    if isinstance(sampler, DistributedSampler) and sampler.num_replicas != world().size:
+    if isinstance(sampler, DistributedSampler) and sampler.num_replicas != world().data_size:
         return None  # of a part of the ranks only, or all of the samples on each
     if isinstance(sampler, DistributedSampler) and not isinstance(sampler, ElasticSampler):
         return {

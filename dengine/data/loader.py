@@ -2,8 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from itertools import count, islice
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +15,6 @@ from torch.utils.data import (
     SequentialSampler,
     default_collate,
     default_convert,
-    get_worker_info,
 )
 
 from dengine import torch_internals
@@ -27,12 +25,10 @@ from dengine.data.sampler import DataState, ElasticSampler
 from dengine.data.seeding import (
     SeededCollate,
     SeededDataset,
-    SeededStream,
     draws_nothing,
-    tell_epoch,
-    tell_epoch_in_worker,
 )
 from dengine.data.self_sharding import KeptSampler, check_fits, shards_itself
+from dengine.data.stream import StreamShard
 from dengine.launch.world import World, refuse_forgotten_group, world
 from dengine.splitmix64 import derived_seed
 
@@ -64,6 +60,9 @@ def prepare_data_loader(
     Shuffling is kept from the loader's own sampler. The order of samples is one permutation of the epoch, the same for
     any number of ranks, consumed in global batches (`ElasticSampler`). Iterable data sets are sharded by batch: each
     rank reads the stream and keeps its turn.
+
+    On a mesh (`process_group(mesh=)`) ranks that differ in `cp`, `tp` and `pp` alone get the same samples, augmented
+    alike: what is said of ranks here is said of such groups (`World.data_rank` of `World.data_size`).
 
     What gives each rank its own samples already stays as it is: a `DistributedSampler` (an `ElasticSampler`) for this
     rank, with its own seed, and a stream that shards itself (Hugging Face's after `split_dataset_by_node`,
@@ -104,17 +103,18 @@ def prepare_data_loader(
     if exact and loader.drop_last:
         raise ValueError("exact=True sees every sample, but this loader has drop_last=True: build it without.")
     dataset: Any = loader.dataset
-    if isinstance(dataset, (SeededDataset, _IterableShard)):  # prepared before
-        dataset = dataset._dataset
+    dataset = inside(dataset)  # if it was prepared before
     collate = _seeded_collate(loader)
     if isinstance(dataset, IterableDataset):
         batch_size = _batch_size(loader, here, global_batch_size)
         deals_to_all_ranks()
         if shards_itself(dataset, here):
             # Each rank has its own samples already: what they are, and how many, is not decided here.
-            stream: Any = _IterableShard(dataset, batch_size, World(), True, loader.drop_last, seed, collate, here.size)
+            stream: Any = StreamShard(
+                dataset, batch_size, World(), True, loader.drop_last, seed, collate, here.data_size
+            )
         else:
-            stream = _IterableShard(dataset, batch_size, here, exact, loader.drop_last, seed, collate)
+            stream = StreamShard(dataset, batch_size, here, exact, loader.drop_last, seed, collate)
         return _rebuilt(loader, stream, seed, collate, batch_size=batch_size, drop_last=loader.drop_last)
     shuffle = _is_shuffled(loader)
     batch_size = _batch_size(loader, here, global_batch_size)
@@ -122,8 +122,6 @@ def prepare_data_loader(
     sampler = kept or ElasticSampler(
         dataset,
         batch_size=batch_size or 1,
-        num_replicas=here.size,
-        rank=here.rank,
         shuffle=shuffle,
         seed=seed,
         drop_last=loader.drop_last,
@@ -145,7 +143,7 @@ def data_state(data: object) -> DataState | None:
     It can be of a loader that `prepare_data_loader` gave, and of one with an `ElasticSampler`.
     """
     for part in (getattr(data, "sampler", None), getattr(data, "dataset", None)):
-        if isinstance(part, (ElasticSampler, _IterableShard)):
+        if isinstance(part, (ElasticSampler, StreamShard)):
             return part.state()
         if isinstance(part, KeptSampler):
             return part.state(getattr(data, "batch_size", None) or 1)
@@ -154,13 +152,13 @@ def data_state(data: object) -> DataState | None:
 
 def inside(part: Any) -> Any:
     """The data set of the user that `prepare_data_loader` has wrapped; anything else as it is."""
-    return part._dataset if isinstance(part, (SeededDataset, _IterableShard)) else part
+    return part._dataset if isinstance(part, (SeededDataset, StreamShard)) else part
 
 
 def pass_counters(data: object) -> list[PassCounter]:
     """The counters of what in `data` an engine tells the epoch, and what otherwise goes on by itself."""
     parts = (data, getattr(data, "sampler", None), getattr(data, "dataset", None))
-    return [part.passes for part in parts if isinstance(part, (ElasticSampler, KeptSampler, _IterableShard))]
+    return [part.passes for part in parts if isinstance(part, (ElasticSampler, KeptSampler, StreamShard))]
 
 
 def renew_workers(data: object, epoch: int) -> None:
@@ -223,15 +221,17 @@ def _batch_size(loader: "DataLoader[Any]", here: World, global_batch_size: int |
     if global_batch_size is None:
         return loader.batch_size
     total = whole_number("global_batch_size", global_batch_size, least=1)
-    if total % here.size:
-        below = total // here.size * here.size
-        nearest = f"{below} and {below + here.size}" if below else f"{here.size}"
+    num_parts = here.data_size
+    if total % num_parts:
+        below = total // num_parts * num_parts
+        nearest = f"{below} and {below + num_parts}" if below else f"{num_parts}"
+        parts = "ranks" if num_parts == here.size else "parts, one for each group of ranks with the same data"
         raise ValueError(
-            f"global_batch_size={total} does not divide into {here.size} ranks; the nearest sizes that do: {nearest}."
+            f"global_batch_size={total} does not divide into {num_parts} {parts}; the nearest sizes that do: {nearest}."
         )
     if loader.batch_size is None:
         raise ValueError("global_batch_size= needs a loader that makes batches, but this one has batch_size=None.")
-    return total // here.size
+    return total // num_parts
 
 
 def _seeded_collate(loader: "DataLoader[Any]") -> SeededCollate | None:
@@ -251,7 +251,7 @@ def _rebuilt(
         kept.pop("pin_memory_device", None)  # deprecated: even its default draws a warning
     if kept.get("generator") is None:
         # Without one of its own, each iteration draws the workers' seed from the global generator.
-        kept["generator"] = torch.Generator().manual_seed(derived_seed(seed, world().rank))
+        kept["generator"] = torch.Generator().manual_seed(derived_seed(seed, world().data_rank))
     if changed["batch_size"] is None:
         changed.pop("drop_last")
     start = loader.worker_init_fn
@@ -265,7 +265,7 @@ class PreparedLoader(DataLoader[T]):
     keeps_sampler = False  # the user's own
 
     def __iter__(self) -> Any:
-        if isinstance(self.dataset, _IterableShard):  # a sampler counts for itself
+        if isinstance(self.dataset, StreamShard):  # a sampler counts for itself
             self.dataset.begin_pass()
         return super().__iter__()
 
@@ -285,96 +285,3 @@ class _WorkerStart:
             os.setpgid(0, 0)
         if self._inside is not None:
             self._inside(worker)
-
-
-class _IterableShard(IterableDataset[Any]):
-    """Every `size`-th run of `batch_size` samples of a stream, from the `rank`-th on.
-
-    Ranks take turns by batch. In the last round, where the stream ends before everybody had a turn, the ranks left out
-    repeat its first batch, so that all take the same number of steps; with `exact` they have one fewer.
-    """
-
-    def __init__(
-        self,
-        dataset: "IterableDataset[Any]",
-        batch_size: int | None,
-        here: World,
-        exact: bool,
-        drop_last: bool,
-        seed: int = 0,
-        collate: SeededCollate | None = None,
-        num_ranks: int | None = None,
-    ) -> None:
-        self._num_ranks = here.size if num_ranks is None else num_ranks
-        self._dataset = dataset
-        self._batch_size = batch_size or 1
-        self._rank, self._size = here.rank, here.size
-        self._exact, self._drop_last = exact, drop_last
-        self._seed = seed
-        self._collate = collate
-        kind = {"length": None, "seed": seed, "shuffle": None, "exact": exact, "drop_last": drop_last}
-        self.passes = PassCounter(kind)
-        self._epoch = -1  # of the pass under way; a worker's copy is of when it was started. -1: nobody counts
-        # Workers that outlive an epoch get no index that could carry the next one. They read it here when an iteration
-        # starts, which they are told of after it was set.
-        self._epoch_for_workers = torch.full((), -1, dtype=torch.int64)
-        self._epoch_for_workers.share_memory_()  # type: ignore[no-untyped-call]
-        self._has_iterated_in_worker = False
-
-    def begin_pass(self) -> None:
-        """Called in the main process when an iteration over the loader begins."""
-        is_counted = self._epoch >= 0
-        epoch = self.passes.begin(self._dataset)
-        self._epoch = epoch if is_counted or epoch else -1
-        self._epoch_for_workers.fill_(self._epoch)
-
-    def __iter__(self) -> Iterator[Any]:
-        epoch = self._epoch
-        if self._has_iterated_in_worker:
-            epoch = int(self._epoch_for_workers)
-        self._has_iterated_in_worker = get_worker_info() is not None
-        if epoch >= 0:
-            tell_epoch_in_worker(self._dataset, epoch)
-        return self._turns(SeededStream(self._seed, max(epoch, 0)))
-
-    def _turns(self, generators: SeededStream) -> Iterator[Any]:
-        with generators.drawing():
-            stream = iter(self._dataset)
-        for turn in count(self._rank, self._size):
-            with generators.drawing():
-                first, mine, is_whole = self._round(stream)
-            if self._collate is not None:  # which gets the samples of one turn
-                self._collate.next_seed = generators.seed_of(turn * self._batch_size)
-            if is_whole or not self._drop_last:
-                yield from mine if mine or self._exact else first
-            if not is_whole:
-                return
-
-    def _round(self, stream: Iterator[Any]) -> tuple[list[Any], list[Any], bool]:
-        """The first turn of the next round, this rank's turn, and whether everybody had a whole one."""
-        first: list[Any] = []
-        mine: list[Any] = []
-        for rank in range(self._size):
-            turn = list(islice(stream, self._batch_size))
-            first = turn if rank == 0 else first
-            mine = turn if rank == self._rank else mine
-            if len(turn) < self._batch_size:
-                return first, mine, False
-        return first, mine, True
-
-    def set_epoch(self, epoch: int) -> None:
-        """Seed the next iteration for `epoch`; pass it on to a data set that shuffles by epoch."""
-        self.passes.tell(epoch)
-        self._epoch = epoch
-        tell_epoch(self._dataset, epoch)
-
-    def state(self) -> DataState:
-        """As of `ElasticSampler`; a stream's length is not known, nor its order another one's."""
-        return {
-            "length": None,
-            "global_batch_size": self._num_ranks * self._batch_size,
-            "seed": self._seed,
-            "shuffle": None,
-            "exact": self._exact,
-            "drop_last": self._drop_last,
-        }

@@ -93,6 +93,9 @@ class ElasticSampler(DistributedSampler[int]):
     Nobody has to tell the epoch: each new iteration goes on to the next one's order, and an iteration keeps the epoch
     that it began with. After `set_epoch`, as an engine calls it, the next iteration is of that epoch.
 
+    `num_replicas` and `rank` are, if they are not given, `World.data_size` and `data_rank`: the ranks of this process
+    group, or on a mesh the groups of ranks that share their data.
+
     With `carries_epoch` set, as `prepare_data_loader` does, indices are `EpochIndex`: ints that carry the epoch to
     where the sample is fetched.
 
@@ -122,12 +125,13 @@ class ElasticSampler(DistributedSampler[int]):
     ) -> None:
         # DistributedSampler's own constructor would ask for a process group; its attributes are kept to.
         self.dataset: Any = dataset
+        here = world()
         self.num_replicas = whole_number(
-            "num_replicas", world().size if num_replicas is None else num_replicas, least=1
+            "num_replicas", here.data_size if num_replicas is None else num_replicas, least=1
         )
-        if self.num_replicas == world().size:
+        if self.num_replicas == here.size:
             deals_to_all_ranks()
-        self.rank = whole_number("rank", world().rank if rank is None else rank, least=0)
+        self.rank = whole_number("rank", here.data_rank if rank is None else rank, least=0)
         if self.rank >= self.num_replicas:
             raise ValueError(f"rank={rank} must lie below num_replicas={self.num_replicas}.")
         if exact and drop_last:

@@ -5,13 +5,13 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from dengine.data.passes import PassCounter
 from dengine.data.seeding import EpochIndex
 from dengine.launch.world import World
 
-__all__ = ["KeptSampler", "check_fits", "shards_itself"]
+__all__ = ["KeptSampler", "check_fits", "refuse_other_part", "shards_itself"]
 
 # The first part of a module's name, and the class in it (or one derived from it) that asks for its rank by itself.
 _CLASSES = {("streaming", "StreamingDataset"), ("litdata", "StreamingDataset")}
@@ -31,8 +31,8 @@ def shards_itself(dataset: Any, here: World) -> bool:
             split.rank,
             split.world_size,
             here,
-            "Split it by distributed.world().rank and .size, or not at all: prepare_data_loader() gives each rank its "
-            "own samples",
+            "Split it by distributed.world().data_rank and .data_size, or not at all: prepare_data_loader() gives each "
+            "rank its own samples",
         )
         return True
     if getattr(dataset, "shards_itself", False) is True:
@@ -48,13 +48,7 @@ def check_fits(sampler: "DistributedSampler[Any]", here: World, *, exact: bool) 
     Raises:
         ValueError: the sampler's shard is not this rank's, or it pads where `exact` is wanted.
     """
-    _check_place(
-        f"This loader has a {type(sampler).__qualname__} for",
-        sampler.rank,
-        sampler.num_replicas,
-        here,
-        "Give it this rank and number of ranks, or leave it out: prepare_data_loader() makes one from shuffle=",
-    )
+    _check_sampler(sampler, here)
     size = len(sampler.dataset)  # type: ignore[arg-type]
     is_exact = getattr(sampler, "exact", sampler.total_size == size)
     if exact and not is_exact:
@@ -63,6 +57,17 @@ def check_fits(sampler: "DistributedSampler[Any]", here: World, *, exact: bool) 
             f"{sampler.total_size} samples of {size}: leave the sampler out, and prepare_data_loader() makes one that "
             "does, or use ElasticSampler(..., exact=True)."
         )
+
+
+def refuse_other_part(data: object, here: World) -> None:
+    """Refuse a loader that nobody prepared and whose sampler gives other samples than the mesh does.
+
+    Raises:
+        ValueError: the sampler's shard is not this rank's.
+    """
+    sampler = data.sampler if isinstance(data, DataLoader) else None
+    if here.mesh is not None and isinstance(sampler, DistributedSampler):
+        _check_sampler(sampler, here)
 
 
 class KeptSampler(DistributedSampler[int]):
@@ -120,12 +125,26 @@ class KeptSampler(DistributedSampler[int]):
         }
 
 
+def _check_sampler(sampler: "DistributedSampler[Any]", here: World) -> None:
+    _check_place(
+        f"This loader has a {type(sampler).__qualname__} for",
+        sampler.rank,
+        sampler.num_replicas,
+        here,
+        "Give it rank=world().data_rank and num_replicas=world().data_size, or leave it out: prepare_data_loader() "
+        "makes one from shuffle=",
+    )
+
+
 def _check_place(what: str, rank: int, num_ranks: int, here: World, way_out: str) -> None:
-    if (rank, num_ranks) != (here.rank, here.size):
-        raise ValueError(
-            f"{what} rank {rank} of {num_ranks}, but this is rank {here.rank} of {here.size}, so that samples would be "
-            f"missed or come twice. {way_out}."
-        )
+    if (rank, num_ranks) == (here.data_rank, here.data_size):
+        return
+    place = f"this is rank {here.rank} of {here.size}"
+    if here.mesh is not None:
+        place += f" on a mesh ({here.place_of(here.rank)}), which is given part {here.data_rank} of {here.data_size}"
+    raise ValueError(
+        f"{what} rank {rank} of {num_ranks}, but {place}, so that samples would be missed or come twice. {way_out}."
+    )
 
 
 def _splits_by_node(stage: Any) -> bool:

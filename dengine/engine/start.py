@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dengine.checks import whole_number
 from dengine.comm.consistency import Compared
 from dengine.data.alike import is_whole_on_every_rank, samples_of, shard_entries
+from dengine.data.self_sharding import refuse_other_part
 from dengine.distributed import world
 from dengine.engine.data.epochs import EpochIterator, check_data
 from dengine.launch.world import refuse_forgotten_group
@@ -40,12 +41,14 @@ def checked_data(data: Iterable[Any], epoch_length: Any, *, is_joined: bool, dis
     """The epochs of a run over `data`.
 
     Raises:
-        TypeError, ValueError: it cannot be iterated over, has no batch, or `epoch_length` is wrong.
+        TypeError, ValueError: it cannot be iterated over, has no batch, or `epoch_length` is wrong; on a mesh, a loader
+            with a sampler for other ranks.
         LaunchError: a launcher started several processes, but no process group is open.
     """
     check_data(data)
     if distributed:
         refuse_forgotten_group("run() of an Engine")
+        refuse_other_part(data, world())
     if epoch_length is not None:
         epoch_length = whole_number("epoch_length", epoch_length, least=1)
     may_be_empty = distributed and world().size > 1
@@ -117,7 +120,7 @@ def _samples_if_whole(data: Any) -> str:
 def _warn_of_whole_data(data: Any) -> None:
     """Warn, once for a loader, if every rank goes through all samples. On rank 0 only."""
     here = world()
-    if here.rank != 0 or not is_whole_on_every_rank(data) or _WARNED in vars(data):
+    if here.rank != 0 or here.data_size == 1 or not is_whole_on_every_rank(data) or _WARNED in vars(data):
         return
     vars(data)[_WARNED] = True
     warnings.warn(

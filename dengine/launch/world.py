@@ -84,6 +84,13 @@ class World:
         index = tuple(place if name in DATA_NAMES else slice(None) for name, place in self.coordinates.items())
         return tuple(sorted(self.mesh.mesh[index].flatten().tolist()))
 
+    def place_of(self, rank: int) -> str:
+        """The coordinates of any rank in words, "dp=0, tp=1"; "" without a mesh."""
+        if self.mesh is None:
+            return ""
+        places = (self.mesh.mesh == rank).nonzero()[0].tolist()
+        return ", ".join(f"{name}={place}" for name, place in zip(self._sizes, places, strict=True))
+
     @cached_property
     def has_last_stage(self) -> bool:
         """Whether this rank has the last stage of a pipeline (`pp`), which gives the output. True without one."""

@@ -18,8 +18,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from dengine.data.loader import _IterableShard, data_state
+from dengine.data.loader import data_state
 from dengine.data.seeding import SeededDataset
+from dengine.data.stream import StreamShard
 from dengine.distributed import ElasticSampler, World, prepare_data_loader
 
 NUMBERS = TensorDataset(torch.arange(10))
@@ -162,7 +163,7 @@ def stream_shards(
     size: int, num_ranks: int, batch_size: int, *, exact: bool, drop_last: bool = False
 ) -> list[list[int]]:
     return [
-        list(_IterableShard(Stream(size), batch_size, World(rank=rank, size=num_ranks), exact, drop_last))
+        list(StreamShard(Stream(size), batch_size, World(rank=rank, size=num_ranks), exact, drop_last))
         for rank in range(num_ranks)
     ]
 

@@ -1,0 +1,109 @@
+"""A stream of samples over ranks: each reads all of it, and keeps its turns."""
+
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dengine.data.passes import PassCounter
+from dengine.data.sampler import DataState
+from dengine.data.seeding import SeededCollate, SeededStream, tell_epoch, tell_epoch_in_worker
+from dengine.launch.world import World
+
+__all__ = ["StreamShard"]
+
+
+class StreamShard(IterableDataset[Any]):
+    """This rank's turns, of `batch_size` samples each, in a stream; `dataset` is the user's own.
+
+    Ranks take turns by batch. In the last round, where the stream ends before everybody had a turn, the ranks left out
+    repeat its first batch, so that all take the same number of steps; with `exact` they have one fewer.
+    `here` is a world of one for a stream that gives each rank its own already, of `num_parts` over all ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: "IterableDataset[Any]",
+        batch_size: int | None,
+        here: World,
+        exact: bool,
+        drop_last: bool,
+        seed: int = 0,
+        collate: SeededCollate | None = None,
+        num_parts: int | None = None,
+    ) -> None:
+        self._num_parts = here.data_size if num_parts is None else num_parts
+        self._dataset = dataset
+        self._batch_size = batch_size or 1
+        self._rank, self._size = here.data_rank, here.data_size
+        self._exact, self._drop_last = exact, drop_last
+        self._seed = seed
+        self._collate = collate
+        kind = {"length": None, "seed": seed, "shuffle": None, "exact": exact, "drop_last": drop_last}
+        self.passes = PassCounter(kind)
+        self._epoch = -1  # of the pass under way; a worker's copy is of when it was started. -1: nobody counts
+        # Workers that outlive an epoch get no index that could carry the next one. They read it here when an iteration
+        # starts, which they are told of after it was set.
+        self._epoch_for_workers = torch.full((), -1, dtype=torch.int64)
+        self._epoch_for_workers.share_memory_()  # type: ignore[no-untyped-call]
+        self._has_iterated_in_worker = False
+
+    def begin_pass(self) -> None:
+        """Called in the main process when an iteration over the loader begins."""
+        is_counted = self._epoch >= 0
+        epoch = self.passes.begin(self._dataset)
+        self._epoch = epoch if is_counted or epoch else -1
+        self._epoch_for_workers.fill_(self._epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch = self._epoch
+        if self._has_iterated_in_worker:
+            epoch = int(self._epoch_for_workers)
+        self._has_iterated_in_worker = get_worker_info() is not None
+        if epoch >= 0:
+            tell_epoch_in_worker(self._dataset, epoch)
+        return self._turns(SeededStream(self._seed, max(epoch, 0)))
+
+    def _turns(self, generators: SeededStream) -> Iterator[Any]:
+        with generators.drawing():
+            stream = iter(self._dataset)
+        for turn in count(self._rank, self._size):
+            with generators.drawing():
+                first, mine, is_whole = self._round(stream)
+            if self._collate is not None:  # which gets the samples of one turn
+                self._collate.next_seed = generators.seed_of(turn * self._batch_size)
+            if is_whole or not self._drop_last:
+                yield from mine if mine or self._exact else first
+            if not is_whole:
+                return
+
+    def _round(self, stream: Iterator[Any]) -> tuple[list[Any], list[Any], bool]:
+        """The first turn of the next round, this rank's turn, and whether everybody had a whole one."""
+        first: list[Any] = []
+        mine: list[Any] = []
+        for rank in range(self._size):
+            turn = list(islice(stream, self._batch_size))
+            first = turn if rank == 0 else first
+            mine = turn if rank == self._rank else mine
+            if len(turn) < self._batch_size:
+                return first, mine, False
+        return first, mine, True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Seed the next iteration for `epoch`; pass it on to a data set that shuffles by epoch."""
+        self.passes.tell(epoch)
+        self._epoch = epoch
+        tell_epoch(self._dataset, epoch)
+
+    def state(self) -> DataState:
+        """As of `ElasticSampler`; a stream's length is not known, nor its order another one's."""
+        return {
+            "length": None,
+            "global_batch_size": self._num_parts * self._batch_size,
+            "seed": self._seed,
+            "shuffle": None,
+            "exact": self._exact,
+            "drop_last": self._drop_last,
+        }

@@ -1,0 +1,182 @@
+"""Data on a mesh of ranks: which samples each gets. What it should be is computed here, in the parent."""
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
+
+from dengine import Engine, Events, distributed
+from dengine.distributed import ElasticSampler
+from dengine.engine import Absent
+from dengine.handlers import Checkpoint
+
+# A mesh, and the ranks that share their data, in the order of their parts.
+MESHES = [
+    ({"dp": 2, "tp": 2}, [(0, 1), (2, 3)]),
+    ({"dp_replicate": 2, "dp_shard": 2}, [(0,), (1,), (2,), (3,)]),
+    ({"dp": 2, "cp": 2}, [(0, 1), (2, 3)]),
+    ({"pp": 2, "dp": 2}, [(0, 2), (1, 3)]),
+    ({"tp": 4}, [(0, 1, 2, 3)]),
+]
+SIZE = 23  # uneven for any of them
+
+
+class Noisy(Dataset[Any]):
+    """The index of a sample, and what each generator draws for it."""
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, index: int) -> Any:
+        return index, random.random(), float(np.random.rand()), torch.rand(()).item()
+
+
+class Numbers(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(SIZE))
+
+
+def numbers(size: int) -> Any:
+    """A data set whose samples are their indices; to the type checker it would be none."""
+    return range(size)
+
+
+def seen_on(rank: int, size: int, mesh: dict[str, int], kind: str) -> list[list[Any]]:
+    """The samples of two epochs."""
+    with distributed.process_group(mesh=mesh):
+        if kind == "stream":
+            loader: Any = distributed.prepare_data_loader(DataLoader(Numbers(), batch_size=2), exact=True)
+        elif kind == "sampler":
+            loader = DataLoader(
+                numbers(SIZE), batch_size=2, sampler=ElasticSampler(range(SIZE), batch_size=2, exact=True)
+            )
+        else:
+            workers: dict[str, Any] = {"num_workers": 2, "persistent_workers": True} if kind == "workers" else {}
+            loader = DataLoader(Noisy(), batch_size=2, shuffle=True, **workers)
+            loader = distributed.prepare_data_loader(loader, exact=True, seed=3)
+        seen: list[list[Any]] = [[], []]
+
+        def step(engine: Engine, batch: Any) -> None:
+            rows = (
+                zip(*(column.tolist() for column in batch), strict=True) if isinstance(batch, list) else batch.tolist()
+            )
+            seen[engine.state.epoch].extend(rows)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Engine(step).run(loader, max_epochs=2)
+        return seen
+
+
+@pytest.mark.parametrize("kind", ["augmented", "workers", "stream", "sampler"])
+@pytest.mark.parametrize(("mesh", "groups"), MESHES, ids=str)
+def test_each_sample_is_seen_once_and_alike_by_the_ranks_that_share_it(
+    mesh: dict[str, int], groups: list[tuple[int, ...]], kind: str
+) -> None:
+    seen = run_ranks(seen_on, 4, mesh, kind, init=False, deadline_s=60)
+    for group in groups:
+        assert all(seen[rank] == seen[group[0]] for rank in group), "peers have other samples, or other augmentation"
+    for epoch in (0, 1):
+        found = [row[0] if isinstance(row, tuple) else row for group in groups for row in seen[group[0]][epoch]]
+        assert Counter(found) == Counter(range(SIZE))
+        lengths = [len(seen[group[0]][epoch]) for group in groups]
+        assert max(lengths) - min(lengths) <= (1 if kind != "stream" else 2)
+    assert kind == "stream" or seen[0][0] != seen[0][1], "both epochs are in one order"
+
+
+def test_the_samples_are_those_of_as_many_ranks_without_a_mesh() -> None:
+    on_a_mesh = run_ranks(seen_on, 4, {"dp": 2, "tp": 2}, "augmented", init=False, deadline_s=60)
+    plain = run_ranks(seen_on, 2, {"dp": 2}, "augmented", init=False, deadline_s=60)
+    assert [on_a_mesh[0], on_a_mesh[2]] == plain
+
+
+def refused(rank: int, size: int, mesh: dict[str, int]) -> list[str]:
+    told = []
+
+    def note(call: Any) -> None:
+        try:
+            call()
+        except ValueError as error:
+            told.append(str(error))
+
+    with distributed.process_group(mesh=mesh):
+        of_torch = DataLoader(numbers(8), sampler=DistributedSampler(numbers(8)))  # takes all ranks for its own
+        by_hand = DataLoader(numbers(8), sampler=ElasticSampler(range(8), num_replicas=4, rank=rank))
+        note(lambda: distributed.prepare_data_loader(of_torch))
+        note(lambda: distributed.prepare_data_loader(by_hand))
+        note(lambda: distributed.prepare_data_loader(DataLoader(numbers(8)), global_batch_size=3))
+        note(lambda: Engine(lambda engine, batch: None, distributed=False).run(by_hand))  # is this rank's own affair
+        kept = DataLoader(numbers(8), sampler=ElasticSampler(range(8)))
+        assert distributed.prepare_data_loader(kept).sampler is kept.sampler, "a sampler that fits is made anew"
+        note(lambda: Engine(lambda engine, batch: None).run(by_hand))
+    return told
+
+
+def test_a_sampler_for_other_ranks_is_refused_and_the_place_on_the_mesh_is_told() -> None:
+    told = run_ranks(refused, 4, {"dp": 2, "tp": 2}, init=False, expect_failures=True, deadline_s=60)
+    for rank, outcome in enumerate(told):
+        assert outcome.value is not None, outcome.error_message
+        place = (
+            f"this is rank {rank} of 4 on a mesh (dp={rank // 2}, tp={rank % 2}), which is given part {rank // 2} of 2"
+        )
+        first, second, third, fourth = outcome.value
+        assert first.startswith(f"This loader has a DistributedSampler for rank {rank} of 4, but {place}")
+        assert "rank=world().data_rank and num_replicas=world().data_size" in first
+        assert second.startswith(f"This loader has a ElasticSampler for rank {rank} of 4, but {place}")
+        assert "does not divide into 2 parts, one for each group of ranks with the same data" in third
+        assert fourth == second
+
+
+def trains(
+    rank: int, size: int, mesh: dict[str, int], batch_size: int, folder: Path, stop: int | None
+) -> list[list[int]]:
+    with distributed.process_group(mesh=mesh):
+        loader = DataLoader(TensorDataset(torch.arange(24)), batch_size=batch_size, shuffle=True)
+        seen: list[list[int]] = []
+        trainer = Engine(lambda engine, batch: seen.append(batch[0].tolist()))
+        trainer.on(Events.ITERATION_COMPLETED(every=2), Checkpoint({"trainer": trainer}, folder))
+        Checkpoint.resume(folder, {"trainer": trainer})
+        trainer.run(distributed.prepare_data_loader(loader), max_epochs=2, max_iterations=stop)
+        return seen
+
+
+def test_a_run_goes_on_at_the_same_sample_on_another_mesh(tmp_path: Path) -> None:
+    """The position counts by parts of the data: 2 parts of batches of 2, then 4 of 1, then 1 of 4."""
+    whole = run_ranks(trains, 1, {"dp": 1}, 4, tmp_path / "whole", None, init=False, deadline_s=60)[0]
+    first = run_ranks(trains, 4, {"dp": 2, "tp": 2}, 2, tmp_path, 4, init=False, deadline_s=60)
+    second = run_ranks(trains, 4, {"dp_replicate": 2, "dp_shard": 2}, 1, tmp_path, 8, init=False, deadline_s=60)
+    third = run_ranks(trains, 2, {"tp": 2}, 4, tmp_path, None, init=False, deadline_s=60)
+    assert first[0] == first[1]
+    assert third[0] == third[1]
+    batches = [one + other for one, other in zip(first[0], first[2], strict=True)]
+    batches += [[sample for part in row for sample in part] for row in zip(*second, strict=True)]
+    assert batches + third[0] == whole
+
+
+def joined(rank: int, size: int) -> tuple[list[list[int]], int]:
+    """Three batches of one sample over two parts of the data: ranks of the second one lack the last batch."""
+    with distributed.process_group(mesh={"dp": 2, "tp": 2}):
+        seen, num_absent = [], 0
+
+        def step(engine: Engine, batch: Any) -> None:
+            nonlocal num_absent
+            seen.append((batch.spare if isinstance(batch, Absent) else batch).tolist())
+            num_absent += isinstance(batch, Absent)
+            distributed.barrier("in the step")  # which all ranks must reach
+
+        loader = distributed.prepare_data_loader(DataLoader(numbers(3)), exact=True)
+        Engine(step, joined=True).run(loader)
+    return seen, num_absent
+
+
+def test_a_joined_engine_goes_on_by_the_longest_part_of_the_data() -> None:
+    told = run_ranks(joined, 4, init=False, deadline_s=60)
+    assert told == [([[0], [2]], 0), ([[0], [2]], 0), ([[1], [1]], 1), ([[1], [1]], 1)]
