@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 __all__ = ["is_number", "is_whole_number", "number", "path_of", "takes", "whole_number"]
 
@@ -52,7 +52,7 @@ def whole_number(name: str, value: object, *, least: int | None, why: str = "") 
     return whole
 
 
-def takes(function: Callable[..., Any], num_arguments: int) -> bool:
+def takes(function: Callable[..., object], num_arguments: int) -> bool:
     """Whether `function` can be called with so many positional arguments; True for those that do not tell."""
     try:
         inspect.signature(function).bind(*[None] * num_arguments)

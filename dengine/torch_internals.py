@@ -6,7 +6,7 @@
 
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ __all__ = [
     "wait_in",
 ]
 
+T = TypeVar("T")
+
 HIDDEN_BY_COMPILE = "_orig_mod"  # the attribute of torch.compile's wrapper that holds the module
 FSDP_ATTRIBUTES = ("__composable_api", "_is_fsdp", "_fsdp_")  # how those begin that `fully_shard` leaves on a module
 
@@ -54,22 +56,23 @@ _WAITING_FOLDERS = ("/torch/autograd/", "/torch/distributed/", "/torch/nn/parall
 # -- process groups ----------------------------------------------------------------------------------------------
 
 
-def process_groups() -> list[Any]:
+def process_groups() -> list[dist.ProcessGroup]:
     """All process groups of this process, the default one included."""
     return list(dist.distributed_c10d._world.pg_map)
 
 
-def num_collectives(group: Any) -> int:
+def num_collectives(group: dist.ProcessGroup | None) -> int:
     """How many collectives this rank has joined in `group`."""
-    return int(group._get_sequence_number_for_group())
+    counted: Any = group
+    return int(counted._get_sequence_number_for_group())
 
 
-def default_store() -> Any:
+def default_store() -> dist.Store:
     """The store by which the default process group was made."""
     return dist.distributed_c10d._get_default_store()
 
 
-def set_timeout(group: Any, timeout: timedelta) -> None:
+def set_timeout(group: dist.ProcessGroup | None, timeout: timedelta) -> None:
     """Set the timeout of a group's collectives: a mesh makes its groups with torch's own."""
     dist.distributed_c10d._set_pg_timeout(timeout, group)
 
@@ -123,7 +126,7 @@ def build_ddp_buckets(model: "DistributedDataParallel", parameters: list[nn.Para
 # -- torch.compile -----------------------------------------------------------------------------------------------
 
 
-def inside_compile(model: Any) -> Any:
+def inside_compile(model: T) -> T:
     """What `torch.compile` has wrapped; anything else as it is."""
     return getattr(model, HIDDEN_BY_COMPILE, model)
 

@@ -8,9 +8,11 @@ knows a dataclass only if somebody has registered its class, and takes a subclas
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 __all__ = ["has_names", "leaves", "map_leaves", "named_leaves", "parts", "with_parts"]
+
+T = TypeVar("T")
 
 # Of so many types the kind is remembered: a leaf costs one look-up instead of a call of isinstance() for each kind.
 _NUM_TYPES = 1024
@@ -22,13 +24,13 @@ class _Kind(NamedTuple):
     with_parts: Callable[[Any, list[Any]], Any]
 
 
-def parts(value: Any) -> list[tuple[Any, Any]] | None:
+def parts(value: object) -> list[tuple[Any, Any]] | None:
     """What a container holds: (key, index or name of a field, part), in its own order; None for a leaf."""
     kind = _KINDS[type(value)]
     return None if kind is None else kind.parts(value)
 
 
-def with_parts(value: Any, new: Sequence[Any]) -> Any:
+def with_parts(value: T, new: Sequence[object]) -> T:
     """A container like `value` that holds `new`, in the order of `parts(value)`. `value` stays as it is.
 
     It is of the same type, with its other attributes (the factory of a defaultdict); of a mapping that cannot be
@@ -36,10 +38,11 @@ def with_parts(value: Any, new: Sequence[Any]) -> Any:
     """
     kind = _KINDS[type(value)]
     assert kind is not None, "a leaf has no parts"
-    return kind.with_parts(value, list(new))
+    container: T = kind.with_parts(value, list(new))
+    return container
 
 
-def has_names(value: Any) -> bool:
+def has_names(value: object) -> bool:
     """Whether `value` is a container whose parts have names: any but a plain list or tuple."""
     kind = _KINDS[type(value)]
     return kind is not None and kind.has_names
@@ -66,7 +69,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any, is_leaf: Callable[[An
     return kind.with_parts(value, [map_leaves(function, part, is_leaf) for _, part in kind.parts(value)])
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def leaves(value: object) -> Iterator[Any]:
     """The leaves of `value`, depth first."""
     kind = _KINDS[type(value)]
     if kind is None:
@@ -76,7 +79,7 @@ def leaves(value: Any) -> Iterator[Any]:
         yield from leaves(part)
 
 
-def named_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def named_leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
     """The leaves of `value` by the path that leads to them: `optimizer.state.0.step`."""
     inside = parts(value)
     if inside is None:

@@ -24,7 +24,7 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
 
 
 class PerRankState(Stateful, Protocol):
@@ -35,7 +35,7 @@ class PerRankState(Stateful, Protocol):
 
     def load_random_state(self, random_state: Any, /, *, data_only: bool = False) -> None: ...
 
-    def data_restored(self, objects: Iterable[Any], /) -> None: ...
+    def data_restored(self, objects: Iterable[object], /) -> None: ...
 
 
 def with_per_rank_state(objects: Mapping[str, object]) -> dict[str, PerRankState]:
@@ -60,6 +60,6 @@ def summable(count: Any) -> Any:
     return count.item() if getattr(count, "ndim", None) == 0 and hasattr(count, "item") else count
 
 
-def is_short_float(value: Any) -> bool:
+def is_short_float(value: object) -> bool:
     """Whether it is a tensor of floats of 16 bits, in which a mean is too coarse."""
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype.itemsize == 2

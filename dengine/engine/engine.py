@@ -197,7 +197,7 @@ class Engine:
     @other_keywords(**foreign_names.RUN)
     def run(
         self,
-        data: Iterable[Any],
+        data: Iterable[object],
         max_epochs: int | None = 1,
         *,
         max_iterations: int | None = None,
@@ -325,7 +325,7 @@ class Engine:
         self._refuse_while_running("load_random_state()")
         self._resuming.load(passes_of(random_state) if data_only else random_state)
 
-    def data_restored(self, objects: Iterable[Any]) -> None:
+    def data_restored(self, objects: Iterable[object]) -> None:
         """Have the next `run()` take its data as they are if they iterate over one of `objects`, which were restored to
         their position by a state of their own. `Checkpoint.resume` calls it with all that it has loaded.
 

@@ -190,7 +190,7 @@ def filtered(
     )
 
 
-def event_parts(events: Any) -> tuple[FilteredEvent, ...]:
+def event_parts(events: object) -> tuple[FilteredEvent, ...]:
     """Any subscribable thing as a tuple of filtered events (a bare event becomes one without options)."""
     if isinstance(events, EventsList):
         return events.events

@@ -88,7 +88,7 @@ def phase_of(handler: object) -> Phase:
     return phase
 
 
-def _inside(handler: Any) -> Any:
+def _inside(handler: object) -> Any:
     """The object or function that is called in the end: in a `functools.partial`, or by its `__call__`."""
     while isinstance(handler, functools.partial):
         handler = handler.func
@@ -96,14 +96,14 @@ def _inside(handler: Any) -> Any:
     return getattr(handler, "__self__", handler) if is_call else handler
 
 
-def owner_of(handler: Any) -> str:
+def owner_of(handler: object) -> str:
     """The name of the class that `handler` is a method of, or its own."""
     inside = _inside(handler)
     owner = getattr(inside, "__self__", None)
     return describe(inside) if owner is None else type(owner).__qualname__
 
 
-def warn_of_failure(failure: Exception, handler: Callable[..., Any], error: BaseException) -> None:
+def warn_of_failure(failure: Exception, handler: Callable[..., object], error: BaseException) -> None:
     """Warn that `handler` raised `failure` while it handled `error`."""
     with suppress(RuntimeWarning):  # if warnings are errors, it must still be `error` that is raised
         warnings.warn(

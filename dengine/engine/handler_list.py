@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from dengine.engine.events import AnyEvent, FilteredEvent
 from dengine.engine.handler_checks import warn_of_failure
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NEVER", "Handler", "HandlerList", "Subscription"]
 
-Handler: TypeAlias = "Callable[[Engine], Any]"
+Handler: TypeAlias = "Callable[[Engine], object]"
 
 # The count at which nobody is ever due.
 NEVER = sys.maxsize

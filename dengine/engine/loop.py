@@ -177,7 +177,7 @@ class Loop:
                 pass_start = state.iteration
                 batches = epochs.start()
 
-    def _run_pass(self, batches: Iterator[Any]) -> bool:
+    def _run_pass(self, batches: Iterator[object]) -> bool:
         """Run the iterations of a pass over the data: every line is paid in each one. True if the data ran dry."""
         engine, state, step, metrics, limits = self.engine, self.state, self.step, self.metrics, self.limits
         run = limits.run
@@ -208,7 +208,7 @@ class Loop:
                 get_batch_started.fire(engine, iteration + 1 - fetch_started_offset)
         return True
 
-    def _first_batches(self) -> Iterator[Any]:
+    def _first_batches(self) -> Iterator[object]:
         """The batches of the epoch from its present position, the random number generators set as they were then."""
         state, consumed, self._consumed_before = self.state, self._consumed_before, 0
         batches = self.resuming.first_batches(self.epochs, skip=state.epoch_iteration, consumed=consumed)

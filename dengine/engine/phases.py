@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dengine.engine.engine import Engine
@@ -29,9 +29,9 @@ class SavePhase:
 
     def __init__(self) -> None:
         self.is_put_off = False
-        self.waiting: list[Callable[[Engine], Any]] = []
+        self.waiting: list[Callable[[Engine], object]] = []
 
-    def call(self, action: Callable[[Engine], Any], engine: Engine) -> None:
+    def call(self, action: Callable[[Engine], object], engine: Engine) -> None:
         """Call `action(engine)`: now, or in the phase of the event around this one."""
         if self.is_put_off:
             self.waiting.append(action)

@@ -25,14 +25,14 @@ class Resuming:
         self._own: OwnState | None = None
         self._at_start: RandomState | None = None  # of the epoch under way (a one-shot iterator), before it started
         self._saved: RandomState | None = None
-        self._restored: list[Any] = []
+        self._restored: list[object] = []
         self._is_one_shot = False
 
     def load(self, saved: RandomState) -> None:
         """Have the next run go on from `saved`, which `state()` gave."""
         self._saved = saved
 
-    def data_restored(self, objects: Iterable[Any]) -> None:
+    def data_restored(self, objects: Iterable[object]) -> None:
         """Note that `objects` are at their position: the next run is not to fast-forward what iterates over them."""
         self._restored = list(objects)
 
@@ -78,7 +78,7 @@ class Resuming:
             # A one-shot iterator is yet to be fast-forwarded, from its beginning.
             self._saved = {**self._saved, "now": None} if epochs.is_one_shot and self._saved["epoch_start"] else None
 
-    def first_batches(self, epochs: EpochIterator, *, skip: int, consumed: int) -> Iterator[Any]:
+    def first_batches(self, epochs: EpochIterator, *, skip: int, consumed: int) -> Iterator[object]:
         """The batches of the epoch from its batch `skip` on, with the generators as they were then."""
         saved, self._saved = self._saved, None
         if saved is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dengine.checks import whole_number
 from dengine.comm.consistency import Compared
@@ -23,7 +23,7 @@ __all__ = ["checked_data", "checked_limits", "compare_start"]
 _WARNED = "_dengine_warned"  # on a loader
 
 
-def checked_limits(max_epochs: Any, max_iterations: Any) -> tuple[int | None, int | None]:
+def checked_limits(max_epochs: object, max_iterations: object) -> tuple[int | None, int | None]:
     """Both as whole numbers, or None.
 
     Raises: TypeError, ValueError: one is wrong, or there is none.
@@ -37,7 +37,7 @@ def checked_limits(max_epochs: Any, max_iterations: Any) -> tuple[int | None, in
     return checked[0], checked[1]
 
 
-def checked_data(data: Iterable[Any], epoch_length: Any, *, is_joined: bool, distributed: bool) -> EpochIterator:
+def checked_data(data: Iterable[object], epoch_length: object, *, is_joined: bool, distributed: bool) -> EpochIterator:
     """The epochs of a run over `data`.
 
     Raises:
@@ -112,12 +112,12 @@ def _must_be_alike(loop: Loop) -> list[Compared]:
     ]
 
 
-def _samples_if_whole(data: Any) -> str:
+def _samples_if_whole(data: object) -> str:
     """A text for the samples of `data`, to be compared if it looks as if no rank had a shard of them; else ""."""
     return samples_of(data) if is_whole_on_every_rank(data) and _WARNED not in vars(data) else ""
 
 
-def _warn_of_whole_data(data: Any) -> None:
+def _warn_of_whole_data(data: object) -> None:
     """Warn, once for a loader, if every rank goes through all samples. On rank 0 only."""
     here = world()
     if here.rank != 0 or here.data_size == 1 or not is_whole_on_every_rank(data) or _WARNED in vars(data):

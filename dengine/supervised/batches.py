@@ -41,7 +41,7 @@ OutputFunction: TypeAlias = Callable[..., Any]
 _WHO = "A supervised trainer"
 
 
-def pair_on_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
+def pair_on_device(batch: object, device: torch.device) -> tuple[object, object]:
     """`(inputs, targets)` of a batch that is a pair, on `device`.
 
     Raises: TypeError: it is no pair; it says what to pass.
@@ -55,34 +55,35 @@ def pair_on_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
     return on_device(batch[0], device), on_device(batch[1], device)
 
 
-def on_device(value: Any, device: torch.device) -> Any:
+def on_device(value: object, device: torch.device) -> Any:
     """Tensors in nested containers on `device`; from pinned memory without a wait."""
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device, non_blocking=True)
     return trees.map_leaves(lambda leaf: _leaf_on_device(leaf, device), value, is_leaf=_moves_itself)
 
 
-def _leaf_on_device(leaf: Any, device: torch.device) -> Any:
+def _leaf_on_device(leaf: object, device: torch.device) -> object:
     if isinstance(leaf, Tensor):
         return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
-    return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
+    to = getattr(leaf, "to", None)
+    return to(device) if callable(to) else leaf
 
 
-def _moves_itself(container: Any) -> bool:
+def _moves_itself(container: object) -> bool:
     """A tuple or a dataclass may know better: a PackedSequence leaves its sizes on the host."""
     return callable(getattr(container, "to", None)) and not isinstance(container, Mapping)
 
 
-def detached(value: Any) -> Any:
+def detached(value: object) -> Any:
     """`value` without its graph, so that a step's output keeps no activations."""
     return _detached_leaf(value) if isinstance(value, Tensor) else trees.map_leaves(_detached_leaf, value)
 
 
-def _detached_leaf(leaf: Any) -> Any:
+def _detached_leaf(leaf: object) -> object:
     return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
-def num_samples(inputs: Any, targets: Any) -> int:
+def num_samples(inputs: object, targets: object) -> int:
     """The first dimension of the targets, or of what they are made of, else of the inputs.
 
     Raises: TypeError: neither has one, or lists of tensors differ in it: one tensor a sample; it says what to pass.
@@ -109,26 +110,26 @@ class ClassWeight:
     what is known of many batches at once need not be agreed upon at each one.
     """
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: object) -> None:
         self._source = source
         self.is_plain = option(source, "weight") is None and option(source, "ignore_index") == -100
 
-    def __call__(self, inputs: Any, targets: Any) -> Count:
+    def __call__(self, inputs: object, targets: object) -> Count:
         if not isinstance(targets, Tensor) or (self.is_plain and targets.ndim == 1):
             return num_samples(inputs, targets)
         return num_probabilities(targets) if targets.is_floating_point() else count_of(self._source, targets)
 
-    def counts_samples(self, targets: Any) -> bool:
+    def counts_samples(self, targets: object) -> bool:
         """Whether batches with `targets` like these count their samples, whatever their values."""
         return self.is_plain and not (isinstance(targets, Tensor) and targets.ndim > 1)
 
 
-def counts_samples(weight: WeightFunction, targets: Any) -> bool:
+def counts_samples(weight: WeightFunction, targets: object) -> bool:
     """Whether a batch with such targets counts its samples, as far as is known without a look at their values."""
     return weight is num_samples or (isinstance(weight, ClassWeight) and weight.counts_samples(targets))
 
 
-def _refuse_one_a_sample(inputs: Any, targets: list[Any] | tuple[Any, ...]) -> None:
+def _refuse_one_a_sample(inputs: object, targets: list[Any] | tuple[Any, ...]) -> None:
     """Several inputs of a batch have its size in common, tensors of one sample each have not."""
     if not targets or not isinstance(targets[0], Tensor):
         return
@@ -145,7 +146,7 @@ def checked_pair(prepare_batch: PrepareBatch) -> PrepareBatch:
     Raises: (by what is given) TypeError: it gave something else.
     """
 
-    def prepare(batch: Any, device: torch.device) -> tuple[Any, Any]:
+    def prepare(batch: object, device: torch.device) -> tuple[object, object]:
         pair = prepare_batch(batch, device)
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"prepare_batch gave {_what(pair)}, but must give the pair (inputs, targets).")
@@ -160,7 +161,7 @@ def checked_weight(weight: WeightFunction) -> WeightFunction:
     Raises: (by what is given) TypeError: it gave something else.
     """
 
-    def weigh(inputs: Any, targets: Any) -> Count:
+    def weigh(inputs: object, targets: object) -> Count:
         count = weight(inputs, targets)
         if isinstance(count, Tensor):
             if count.ndim == 0 and not count.is_complex():
@@ -175,13 +176,13 @@ def checked_weight(weight: WeightFunction) -> WeightFunction:
     return weigh
 
 
-def _what(value: Any) -> str:
+def _what(value: object) -> str:
     if isinstance(value, (Tensor, np.ndarray)):
         return f"a {type(value).__qualname__} of shape {tuple(value.shape)}"
     return f"a {type(value).__qualname__}{f' of {len(value)}' if isinstance(value, Sized) else ''}"
 
 
-def check_callables(**functions: Any) -> None:
+def check_callables(**functions: object) -> None:
     """Raises: TypeError: one that is neither None nor callable, or a class of modules in place of one."""
     for name, function in functions.items():
         if function is not None and not callable(function):
@@ -192,7 +193,7 @@ def check_callables(**functions: Any) -> None:
             )
 
 
-def check_calls(functions: Mapping[str, tuple[Any, str]]) -> None:
+def check_calls(functions: Mapping[str, tuple[Callable[..., object] | None, str]]) -> None:
     """`check_callables` of functions by name, each with the arguments that it is called with.
 
     Raises: TypeError: as there, and if one cannot be called with these arguments.

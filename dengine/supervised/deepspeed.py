@@ -85,7 +85,7 @@ def check_precision(accelerator: "Accelerator") -> None:
         )
 
 
-def is_placeholder(optimizer: Any) -> bool:
+def is_placeholder(optimizer: object) -> bool:
     """Whether it is accelerate's stand-in for the optimizer that DeepSpeed's configuration names."""
     return type(optimizer).__name__ == "DummyOptim" and type(optimizer).__module__.startswith("accelerate.")
 
@@ -101,7 +101,7 @@ def cast_around(call: ModelFunction | None) -> ModelFunction:
 
     from accelerate.utils import recursively_apply
 
-    def called(model: nn.Module, inputs: Any) -> Any:
+    def called(model: nn.Module, inputs: object) -> Any:
         dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
         if dtype.itemsize > 2:
             return model(inputs) if call is None else call(model, inputs)
@@ -112,11 +112,11 @@ def cast_around(call: ModelFunction | None) -> ModelFunction:
     return called
 
 
-def _is_float(value: Any) -> bool:
+def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def keep_states_out(engine: Any, optimizer: Any, accelerator: "Accelerator") -> None:
+def keep_states_out(engine: Any, optimizer: object, accelerator: "Accelerator") -> None:
     """See that checkpoints refuse what DeepSpeed has parts or copies of: `optimizer` and the model in `engine`."""
     stage = engine.zero_optimization_stage()
     if stage == 0 and accelerator.mixed_precision == "no":

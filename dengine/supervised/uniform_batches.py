@@ -11,7 +11,7 @@ from dengine.supervised.batches import num_samples
 __all__ = ["num_uniform"]
 
 
-def num_uniform(data: Any, first_count: int) -> int:
+def num_uniform(data: object, first_count: int) -> int:
     """How many batches, from the first one of a pass over `data` on, have `first_count` samples on every rank.
 
     0 if ranks differ, or if one of them does not know.

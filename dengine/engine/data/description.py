@@ -10,7 +10,7 @@ from dengine.distributed import world
 __all__ = ["changes_of", "check_unchanged", "described", "length_of"]
 
 
-def length_of(data: Iterable[Any]) -> int | None:
+def length_of(data: Iterable[object]) -> int | None:
     """How many batches, or samples, there are; None if the data do not know, or not yet.
 
     Raises:
@@ -24,7 +24,7 @@ def length_of(data: Iterable[Any]) -> int | None:
         return None
 
 
-def described(data: Iterable[Any], epoch: int) -> dict[str, Any] | None:
+def described(data: Iterable[object], epoch: int) -> dict[str, Any] | None:
     """What the order of samples depends on, of a loader of `prepare_data_loader`; of other data, how long they are.
 
     Plain values; None if nothing is known.

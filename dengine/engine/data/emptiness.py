@@ -1,7 +1,7 @@
 """Data without a batch: whether that is an error, and its message."""
 
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch.utils.data import IterableDataset
 
@@ -20,7 +20,7 @@ class Emptiness:
     (`may_be_empty`), and even then one rank must have one.
     """
 
-    def __init__(self, data: Iterable[Any], *, may_be_empty: bool) -> None:
+    def __init__(self, data: Iterable[object], *, may_be_empty: bool) -> None:
         self.may_be_empty = may_be_empty
         self.is_unsure = False  # whether any rank has a batch
         self._data = data

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
@@ -42,7 +41,7 @@ class EpochIterator:
     """
 
     def __init__(
-        self, data: Iterable[Any], epoch_length: int | None, *, is_joined: bool = False, may_be_empty: bool = False
+        self, data: Iterable[object], epoch_length: int | None, *, is_joined: bool = False, may_be_empty: bool = False
     ) -> None:
         self.data = data
         self.is_one_shot = isinstance(data, Iterator)
@@ -55,7 +54,7 @@ class EpochIterator:
         self._may_try_again = False
         self._pass = Pass()
 
-    def iterates_over(self, objects: Iterable[Any]) -> bool:
+    def iterates_over(self, objects: Iterable[object]) -> bool:
         """Whether the data are one of `objects`, or give the samples that one of them gives."""
         return holds_any(self.data, (each for each in objects if not _is_map_style(each)))
 
@@ -85,7 +84,7 @@ class EpochIterator:
         if not self.is_length_given:
             self.length = length_of(self.data) if self._pass.length is None else self._pass.length
 
-    def start(self, *, skip: int = 0, consumed: int = 0) -> Iterator[Any]:
+    def start(self, *, skip: int = 0, consumed: int = 0) -> Iterator[object]:
         """An iterator over the batches of the epoch that was entered, from its batch `skip` on.
 
         `consumed` is the number of batches the whole training has taken: what an iterator, given anew to a resumed
@@ -125,7 +124,7 @@ class EpochIterator:
             is_longest = self._pass.length in (None, own)  # else the pass was iterated to its end
             self._resetting.finish(is_whole=is_longest and own is not None and own > 0 and num_iterations % own == 0)
 
-    def looked_into(self, batches: Iterator[Any], epoch: int, iterations: int) -> Iterator[Any]:
+    def looked_into(self, batches: Iterator[object], epoch: int, iterations: int) -> Iterator[object]:
         """`batches`; the first one of the run has been drawn if nobody knew whether any rank has one.
 
         Collective in that case, once a run: a small all-reduce, as soon as every rank has drawn its first batch.
@@ -174,7 +173,7 @@ class EpochIterator:
             self.emptiness.refuse_empty_epoch(epoch, iterations)
         return is_empty or not self.is_length_given
 
-    def _replayed(self, in_epoch: int, consumed: int) -> Iterator[Any]:
+    def _replayed(self, in_epoch: int, consumed: int) -> Iterator[object]:
         """A self-resetting iterator does all of the training again: what it keeps from pass to pass is unknown."""
         warn_of_drawing(self.data, consumed)
         earlier = consumed - in_epoch
@@ -193,13 +192,13 @@ class EpochIterator:
         num_passes, rest = divmod(num_iterations, self._pass.length)
         return num_passes * own + min(rest, own)
 
-    def _any_batch(self) -> Any:
+    def _any_batch(self) -> object:
         batch = next(self._new_pass())
         if self._resetting is not None:
             self._resetting.put_back(batch)
         return batch
 
-    def _new_pass(self) -> Iterator[Any]:
+    def _new_pass(self) -> Iterator[object]:
         for counter in self.counters:
             counter.again()
         if self._resetting is not None:
@@ -208,11 +207,11 @@ class EpochIterator:
         # without __iter__, which `for` takes, would not be taken. Through chain() neither matters.
         return chain(self.data)
 
-    def _jumped(self, skip: int) -> Iterator[Any]:
+    def _jumped(self, skip: int) -> Iterator[object]:
         batches = skipped_by_sampler(self.data, skip) if skip else None
         return self._fast_forwarded(skip) if batches is None else batches
 
-    def _fast_forwarded(self, num_batches: int) -> Iterator[Any]:
+    def _fast_forwarded(self, num_batches: int) -> Iterator[object]:
         """Draw and drop `num_batches`, passing over the data as often as an epoch longer than the data does."""
         if not isinstance(self.data, Sequence):
             warn_of_drawing(self.data, num_batches)

@@ -46,7 +46,7 @@ def agreed_pass(own: int | None) -> Pass:
     return Pass(longest, longest == shortest, shortest == 0, -found["source"])
 
 
-def with_own_spare(batches: Iterator[Any], num_absent: int, any_batch: Callable[[], Any]) -> Iterator[Any]:
+def with_own_spare(batches: Iterator[object], num_absent: int, any_batch: Callable[[], object]) -> Iterator[object]:
     """`batches`, then so many placeholders with the last one of them, or with `any_batch()` if there was none."""
     last = None
     for last in batches:
@@ -59,8 +59,8 @@ def with_own_spare(batches: Iterator[Any], num_absent: int, any_batch: Callable[
 
 
 def with_sent_spare(
-    batches: Iterator[Any], own: int, num_absent: int, source: int, any_batch: Callable[[], Any]
-) -> Iterator[Any]:
+    batches: Iterator[object], own: int, num_absent: int, source: int, any_batch: Callable[[], object]
+) -> Iterator[object]:
     """`batches`, then so many placeholders with a batch of rank `source`, the first that has one: some rank has none.
 
     Collective: one object broadcast.

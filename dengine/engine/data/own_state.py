@@ -24,7 +24,7 @@ SavedOwnState: TypeAlias = list[dict[str, Any]]  # one for each part; numbers, s
 _SEARCH_DEPTH, _SEARCH_SIZE = 6, 10_000
 
 
-def parts_of(data: Any) -> list[Any]:
+def parts_of(data: object) -> list[object]:
     """The data, its data set and its samplers, each once: whatever may have a `set_epoch`."""
     batch_sampler = getattr(data, "batch_sampler", None)
     parts = (
@@ -43,7 +43,7 @@ class OwnState:
     An iterator has none: it is fast-forwarded from its beginning, with all that it keeps.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: object) -> None:
         self._parts = [] if isinstance(data, Iterator) else [inside(part) for part in parts_of(data)]
         self._first = [_whole_numbers(part) for part in self._parts]
 
@@ -70,7 +70,7 @@ class OwnState:
                     setattr(part, name, value)
 
 
-def holds_any(data: Any, objects: Iterable[Any]) -> bool:
+def holds_any(data: object, objects: Iterable[object]) -> bool:
     """Whether `data` is one of `objects`, or iterates over one: inside a wrapper, a generator, a `zip`."""
     wanted = {id(each) for each in objects}
     seen: set[int] = set()
@@ -86,23 +86,23 @@ def holds_any(data: Any, objects: Iterable[Any]) -> bool:
     return False
 
 
-def is_restored_by_hand(data: Any) -> bool:
+def is_restored_by_hand(data: object) -> bool:
     """Whether a state was loaded into `data`, from which their next pass goes on, as torchdata's loader shows."""
     return any(getattr(part, "next_iter_state", None) is not None for part in parts_of(data))
 
 
-def _is_leaf(value: Any) -> bool:
+def _is_leaf(value: object) -> bool:
     # What leads everywhere, and what keeps no position.
     return isinstance(
         value, (ModuleType, type, FunctionType, BuiltinFunctionType, str, bytes, int, float, torch.Tensor, nn.Module)
     )
 
 
-def _whole_numbers(part: Any) -> dict[str, int]:
+def _whole_numbers(part: object) -> dict[str, int]:
     return {name: value for name, value in _attributes(part).items() if type(value) is int}
 
 
-def _generators(part: Any) -> dict[str, tuple[Any, Callable[[Any], None]]]:
+def _generators(part: object) -> dict[str, tuple[Any, Callable[[Any], None]]]:
     """By name, the state of a generator and what sets it."""
     found: dict[str, tuple[Any, Callable[[Any], None]]] = {}
     for name, value in _attributes(part).items():
@@ -138,6 +138,6 @@ def _setter_of_numpy(bits: Any) -> Callable[[str], None]:
     return set_state
 
 
-def _attributes(part: Any) -> dict[str, Any]:
+def _attributes(part: object) -> dict[str, Any]:
     attributes = getattr(part, "__dict__", {})
     return attributes if isinstance(attributes, dict) else {}

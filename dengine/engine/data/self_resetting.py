@@ -11,7 +11,7 @@ from dengine.engine.data.description import length_of
 __all__ = ["SelfResetting", "may_reset_itself"]
 
 
-def may_reset_itself(data: Iterator[Any]) -> bool:
+def may_reset_itself(data: Iterator[object]) -> bool:
     """Whether it is an iterator with a length: one that says how much it gives before it starts again."""
     return not torch_internals.is_loader_iterator(data) and length_of(data) is not None
 
@@ -19,7 +19,7 @@ def may_reset_itself(data: Iterator[Any]) -> bool:
 class _Position:
     def __init__(self) -> None:
         self.is_under_way = False
-        self.ahead: list[Any] = []
+        self.ahead: list[object] = []
 
 
 # The positions of iterators between two runs: an evaluation that was cut short, and the next one.
@@ -33,14 +33,14 @@ class SelfResetting:
     drawn ahead comes first in the next pass.
     """
 
-    def __init__(self, data: Iterator[Any]) -> None:
+    def __init__(self, data: Iterator[object]) -> None:
         self._data = data
         try:
             self._position = _positions.setdefault(data, _Position())
         except TypeError:  # no weak references, or no hash
             self._position = _Position()
 
-    def begin(self) -> Iterator[Any]:
+    def begin(self) -> Iterator[object]:
         """Its batches, from its present position on."""
         ahead, self._position.ahead = self._position.ahead, []
         self._position.is_under_way = True
@@ -66,11 +66,11 @@ class SelfResetting:
         for _ in islice(self._rest(), num_at_most):
             pass
 
-    def put_back(self, batch: Any) -> None:
+    def put_back(self, batch: object) -> None:
         """Have `batch`, which was drawn but not used, come first in the next pass."""
         self._position.ahead.append(batch)
 
-    def _rest(self) -> Iterator[Any]:
+    def _rest(self) -> Iterator[object]:
         while True:  # not `yield from`: iter() may start it again
             try:
                 batch = next(self._data)

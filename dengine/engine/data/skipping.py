@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from dengine.data.loader import pass_counters
 from dengine.distributed import world
@@ -19,12 +19,12 @@ class _Skips(Protocol):
     def skip(self, num_samples: int) -> None: ...
 
 
-def jumps(data: Iterable[Any]) -> bool:
+def jumps(data: Iterable[object]) -> bool:
     """Whether a pass over the data is the same however often they were passed over before in this epoch."""
     return bool(pass_counters(data)) or isinstance(data, Sequence) or _skipping(data) is not None
 
 
-def skipped_by_sampler(data: Iterable[Any], num_batches: int) -> Iterator[Any] | None:
+def skipped_by_sampler(data: Iterable[object], num_batches: int) -> Iterator[object] | None:
     """The batches after the first `num_batches`, of an iterator that has started; None if the sampler cannot skip."""
     skipping = _skipping(data)
     if skipping is None:
@@ -34,7 +34,7 @@ def skipped_by_sampler(data: Iterable[Any], num_batches: int) -> Iterator[Any] |
     return _rest_of(iter(data))
 
 
-def dropping(new_pass: Callable[[], Iterator[Any]], num_batches: int) -> Iterator[Any]:
+def dropping(new_pass: Callable[[], Iterator[object]], num_batches: int) -> Iterator[object]:
     """An iterator after `num_batches`, which are drawn and dropped, in as many passes over the data as that takes."""
     iterator = new_pass()
     while num_batches:
@@ -47,7 +47,7 @@ def dropping(new_pass: Callable[[], Iterator[Any]], num_batches: int) -> Iterato
     return iterator
 
 
-def warn_of_drawing(data: Iterable[Any], num_batches: int) -> None:
+def warn_of_drawing(data: Iterable[object], num_batches: int) -> None:
     """Warn, on rank 0, that so many batches are drawn only to be dropped."""
     if not num_batches or world().rank != 0:
         return
@@ -60,13 +60,13 @@ def warn_of_drawing(data: Iterable[Any], num_batches: int) -> None:
     )
 
 
-def _skipping(data: Iterable[Any]) -> tuple[_Skips, int] | None:
+def _skipping(data: Iterable[object]) -> tuple[_Skips, int] | None:
     sampler = getattr(data, "sampler", None)
     batch_size = getattr(data, "batch_size", None)
     return (sampler, batch_size) if isinstance(sampler, _Skips) and isinstance(batch_size, int) else None
 
 
-def _rest_of(iterator: Iterator[Any]) -> Iterator[Any]:
+def _rest_of(iterator: Iterator[object]) -> Iterator[object]:
     while True:  # not `yield from`: that calls iter() once more
         try:
             batch = next(iterator)
