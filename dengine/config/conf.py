@@ -139,17 +139,20 @@ def _check_config(cfg: Any, function: str) -> None:
 
 
 def _resolved(cfg: Config) -> dict[Any, Any]:
-    container: dict[Any, Any] = translated(
-        lambda: omegaconf().to_container(cfg._node, resolve=True, throw_on_missing=True), cfg._document, cfg._key
-    )
-    return container
+    return translated(lambda: _data_of(cfg._node, resolve=True), cfg._document, cfg._key)
+
+
+def _data_of(node: object, *, resolve: bool) -> dict[Any, Any]:
+    data = omegaconf().to_container(node, resolve=resolve, throw_on_missing=resolve)
+    assert isinstance(data, dict)
+    return data
 
 
 def _document(conf: Any) -> Document:
     if not isinstance(conf, Config):
         return _from_mapping(conf, "merge()")
     if conf._key == "":
-        data = omegaconf().to_container(conf._node, resolve=False)
+        data = _data_of(conf._node, resolve=False)
         return Document(data, conf._document.sources, dict(conf._document.locations))
     # A part of a tree: its ${...} may point to other parts, which do not come along.
     return Document(_resolved(conf), conf._document.sources)
@@ -211,9 +214,7 @@ def _merged(base: Document, over: Document) -> Document:
     _refuse_clash(base, over)
     refuse_growth(base)
     refuse_growth(over)
-    data = translated(
-        lambda: omegaconf().to_container(omegaconf().merge(base.data, over.data), resolve=False), both, ""
-    )
+    data = translated(lambda: _data_of(omegaconf().merge(base.data, over.data), resolve=False), both, "")
     return Document(data, sources, both.locations)
 
 

@@ -59,7 +59,7 @@ def _bytes_of(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def refuse_all_but_mapping(data: Any, source: str) -> Mapping[Any, Any]:
+def refuse_all_but_mapping(data: object, source: str) -> Mapping[Any, Any]:
     """`data`, which must be a mapping; an empty file is an empty mapping. Raises: ConfigError."""
     if data is None:
         return {}
@@ -68,7 +68,7 @@ def refuse_all_but_mapping(data: Any, source: str) -> Mapping[Any, Any]:
     return data
 
 
-def _kind(data: Any) -> str:
+def _kind(data: object) -> str:
     return "list" if isinstance(data, list | tuple) else f"single value ({data!r})"
 
 

@@ -65,11 +65,11 @@ class Repeats:
 
     def __init__(self, source: SourceLocation) -> None:
         self._source = source
-        self._seen: dict[int, Any] = {}  # objects by id, which is theirs only while they are kept
+        self._seen: dict[int, object] = {}  # objects by id, which is theirs only while they are kept
         self._num_once = 0
         self._num_again = 0
 
-    def count(self, value: Any, num_inside: int) -> None:
+    def count(self, value: object, num_inside: int) -> None:
         """Count a list or a mapping of `num_inside` values that is about to be copied.
 
         Raises: ConfigError: there are too many copies.

@@ -2,11 +2,14 @@
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dengine.config.limits import refuse_growth
 from dengine.config.source_locations import Document, below, plain
 from dengine.errors import ConfigError, MissingKeyError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig, OmegaConf
 
 __all__ = ["Config", "ConfigList", "MissingKeyError", "new_config", "omegaconf", "translated"]
 
@@ -41,12 +44,12 @@ class Config(Mapping[Any, Any]):
 
     __slots__ = ("_cache", "_document", "_key", "_node")
 
-    _node: Any
+    _node: "DictConfig"
     _document: Document
     _key: str
     _cache: dict[Any, Any]
 
-    def __init__(self, node: Any, document: Document, key: str) -> None:
+    def __init__(self, node: "DictConfig", document: Document, key: str) -> None:
         for name, value in zip(self.__slots__, ({}, document, key, node), strict=True):
             object.__setattr__(self, name, value)
 
@@ -161,7 +164,7 @@ def translated(action: Callable[[], T], document: Document, key: str) -> T:
         raise ConfigError(f"{document.location(key)}: {key!r} is nested too deep, or refers to itself.") from error
 
 
-def omegaconf() -> Any:
+def omegaconf() -> "type[OmegaConf]":
     """The class `OmegaConf`, imported when it is used.
 
     Raises:

@@ -1,7 +1,7 @@
 """Checks of the arguments of handlers, with errors in the words of the user."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def check_function(name: str, function: object, *arguments: str) -> None:
         raise TypeError(f"{name}={describe(function)} cannot be called as {called}.")
 
 
-def checked_names(names: Any) -> tuple[str, ...] | Literal["all"] | None:
+def checked_names(names: object) -> tuple[str, ...] | Literal["all"] | None:
     """`metric_names` as a tuple, or "all", or None.
 
     Raises: TypeError: it is another string, or not a list of strings.
@@ -47,7 +47,7 @@ def checked_names(names: Any) -> tuple[str, ...] | Literal["all"] | None:
     return found
 
 
-def as_number(value: Any) -> float | None:
+def as_number(value: object) -> float | None:
     """`value` as a number (one on a device is waited for); None if it is text, or several numbers."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         size = value.numel() if isinstance(value, torch.Tensor) else value.size

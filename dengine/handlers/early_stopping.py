@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from dengine.checks import is_number, is_whole_number, number, whole_number
 from dengine.comm.outcome import from_rank_zero
@@ -112,12 +112,15 @@ class EarlyStopping:
         if self._num_calls_without_improvement >= self._patience:
             self._trainer.terminate()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, float | int | None]:
         """The best score (None before the first one), the number of calls since it, and of the calls ignored."""
-        state_dict = {"best": self._best, "num_calls_without_improvement": self._num_calls_without_improvement}
+        state_dict: dict[str, float | int | None] = {
+            "best": self._best,
+            "num_calls_without_improvement": self._num_calls_without_improvement,
+        }
         return {**state_dict, "num_passed_over": self._num_passed_over} if self._start_after else state_dict
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Continue from a `state_dict()`. If it has no number of ignored calls, there are no more to ignore.
 
         Raises:
@@ -169,7 +172,7 @@ class EarlyStopping:
         return has_improved
 
 
-def _count(state_dict: Mapping[str, Any], name: str) -> int:
+def _count(state_dict: Mapping[str, object], name: str) -> int:
     value = state_dict[name]
     if not is_whole_number(value) or value < 0:
         raise ValueError(f"{name}={value!r} in the state of EarlyStopping must be a whole number of at least 0.")

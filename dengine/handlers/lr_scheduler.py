@@ -65,7 +65,7 @@ class LRScheduler:
     @other_keywords(
         lr_scheduler="it is called scheduler=",
     )
-    def __init__(self, scheduler: Any, metric_name: str | None = None, metric_engine: Engine | None = None) -> None:
+    def __init__(self, scheduler: object, metric_name: str | None = None, metric_engine: Engine | None = None) -> None:
         if not isinstance(scheduler, TorchScheduler) and not _takes_step_number(scheduler):
             raise TypeError(
                 f"LRScheduler() takes a scheduler of torch.optim.lr_scheduler or of timm, but got {scheduler!r}."
@@ -121,7 +121,7 @@ class LRScheduler:
         state: dict[str, Any] = self._scheduler.state_dict()
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Have the scheduler continue from a `state_dict()`.
 
         Raises:

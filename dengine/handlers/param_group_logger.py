@@ -1,6 +1,7 @@
 """Writes learning rates and momenta into a tracked run, on rank 0."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from dengine.distributed import world
 from dengine.engine import Engine
@@ -9,6 +10,13 @@ from dengine.handlers.tracking_handler import sink_of
 from dengine.naming import other_keywords, other_names, shown
 
 __all__ = ["ParamGroupLogger"]
+
+
+class HasParamGroups(Protocol):
+    """An optimizer, or a wrapper of one."""
+
+    @property
+    def param_groups(self) -> Sequence[Mapping[str, Any]]: ...
 
 
 @other_names(
@@ -44,7 +52,9 @@ class ParamGroupLogger:
     @other_keywords(
         logger="it is called run=",
     )
-    def __init__(self, optimizer: Any, run: Any, global_step_transform: StepTransform | None = None) -> None:
+    def __init__(
+        self, optimizer: HasParamGroups, run: object, global_step_transform: StepTransform | None = None
+    ) -> None:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"ParamGroupLogger() takes an optimizer with param_groups, but got {optimizer!r}.")
         check_step_transform("global_step_transform", global_step_transform)

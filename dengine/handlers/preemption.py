@@ -51,7 +51,7 @@ class Preemption:
 
     def __init__(
         self,
-        checkpoint: Callable[[Engine], Any],
+        checkpoint: Callable[[Engine], object],
         signals: Sequence[int] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2),
     ) -> None:
         if not callable(checkpoint):

@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from dengine.distributed import world
@@ -11,6 +11,7 @@ from dengine.engine import Engine, Events
 from dengine.handlers.arguments import MetricNames, as_number, check_engine, check_function, checked_names
 from dengine.handlers.priorities import Priority
 from dengine.handlers.tracking_handler import metrics_and_outputs
+from dengine.metrics.core.metric import OutputTransform
 from dengine.naming import other_keywords, shown
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class ProgressBar:
         self,
         engine: Engine,
         metric_names: MetricNames = None,
-        output_transform: Callable[[Any], Any] | None = None,
+        output_transform: OutputTransform | None = None,
     ) -> None:
         """Show the run of `engine`.
 
@@ -91,7 +92,7 @@ class _Display:
         persist: bool,
         desc: str,
         metric_names: tuple[str, ...] | Literal["all"],
-        output_transform: Callable[[Any], Any] | None,
+        output_transform: OutputTransform | None,
     ) -> None:
         self._persist = persist
         self._desc = desc

@@ -2,7 +2,6 @@
 
 import numbers
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from dengine import trees
 from dengine.dtensor import local_part, summed_up
 from dengine.engine import Engine
 from dengine.handlers.arguments import check_function
+from dengine.metrics.core.metric import OutputTransform
 from dengine.naming import other_names, shown
 
 __all__ = ["TerminateOnNan"]
@@ -48,7 +48,7 @@ class TerminateOnNan:
         4
     """
 
-    def __init__(self, output_transform: Callable[[Any], Any] | None = None) -> None:
+    def __init__(self, output_transform: OutputTransform | None = None) -> None:
         check_function("output_transform", output_transform, "output")
         self._transform = output_transform
         self._flags: dict[torch.device, torch.Tensor] = {}  # whether all values were finite

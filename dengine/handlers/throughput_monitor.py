@@ -62,7 +62,7 @@ class ThroughputMonitor:
     def __init__(
         self,
         num_samples: Callable[[Engine], int] | None = None,
-        num_tokens: Callable[[Engine], Any] | None = None,
+        num_tokens: Callable[[Engine], float | torch.Tensor] | None = None,
         *,
         count_flops: bool = True,
         peak_flops_per_s: float | None = None,

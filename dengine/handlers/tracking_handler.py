@@ -9,13 +9,14 @@ from dengine.distributed import world
 from dengine.engine import Engine
 from dengine.handlers.arguments import MetricNames, check_function, checked_names
 from dengine.handlers.step import StepTransform, check_step_transform, step_of
+from dengine.metrics.core.metric import OutputTransform
 from dengine.naming import other_keywords, other_names, shown
 from dengine.tracking.run import Run
 from dengine.tracking.values import RowMaker, scalar
 
 __all__ = ["Sink", "TrackingHandler", "metrics_and_outputs", "sink_of"]
 
-Sink: TypeAlias = Callable[[dict[str, Any], int], object]
+Sink: TypeAlias = Callable[[dict[str, object], int], object]
 
 
 @other_names(
@@ -64,9 +65,9 @@ class TrackingHandler:
     )
     def __init__(
         self,
-        run: Any,
+        run: object,
         metric_names: MetricNames = None,
-        output_transform: Callable[[Any], Any] | None = None,
+        output_transform: OutputTransform | None = None,
         global_step_transform: StepTransform | None = None,
     ) -> None:
         names = checked_names(metric_names)
@@ -90,7 +91,7 @@ class TrackingHandler:
         if values:
             self._sink(values, step_of(engine, self._step_transform))
 
-    def _values(self, engine: Engine) -> dict[str, Any]:
+    def _values(self, engine: Engine) -> dict[str, object]:
         outputs = self._outputs(engine)
         if self._names is None:
             # A whole output may hold predictions as well: without names, only what a row can hold is taken.
@@ -98,7 +99,7 @@ class TrackingHandler:
             spread = (_spread(name, value) for name, value in found.items())
             return {name: value for part in spread for name, value in part.items() if _fits(value)}
         have = metrics_and_outputs(engine, outputs, self._names)
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for name in self._names:
             if name in have:
                 entries = _spread(name, have[name])
@@ -110,7 +111,7 @@ class TrackingHandler:
                 )
         return values
 
-    def _outputs(self, engine: Engine) -> dict[str, Any]:
+    def _outputs(self, engine: Engine) -> dict[str, object]:
         if self._output_transform is None:
             return {}
         output = self._output_transform(engine.state.output)
@@ -125,8 +126,8 @@ class TrackingHandler:
 
 
 def metrics_and_outputs(
-    engine: Engine, outputs: Mapping[str, Any], names: Sequence[str] | None = None
-) -> dict[str, Any]:
+    engine: Engine, outputs: Mapping[str, object], names: Sequence[str] | None = None
+) -> dict[str, object]:
     """The metrics of `engine`, and `outputs` of its step.
 
     Raises: ValueError: one of `names` (by default any name) is in both, even if the metric has no value yet.
@@ -143,7 +144,7 @@ def metrics_and_outputs(
     return {**{name: have[name] for name in wanted}, **outputs}
 
 
-def sink_of(run: Any) -> Sink:
+def sink_of(run: object) -> Sink:
     """A function that writes values to `run`, which may be any of the common trackers.
 
     Raises: TypeError: it is none of them.
@@ -151,24 +152,24 @@ def sink_of(run: Any) -> Sink:
     if isinstance(run, Run):  # it reads and joins them itself
         return run.log
     row = RowMaker().row
-    if callable(getattr(run, "add_scalar", None)):  # a SummaryWriter
+    if callable(add_scalar := getattr(run, "add_scalar", None)):  # a SummaryWriter
 
-        def add_scalars(values: dict[str, Any], step: int) -> None:
+        def add_scalars(values: dict[str, object], step: int) -> None:
             for name, value in _numbers(row(values)).items():
-                run.add_scalar(name, value, step)
+                add_scalar(name, value, step)
 
         return add_scalars
-    if callable(getattr(run, "log_metrics", None)):  # the module mlflow
-        return lambda values, step: run.log_metrics(_numbers(row(values)), step=step)
-    if callable(getattr(run, "log", None)):
-        return lambda values, step: run.log(row(values), step=step)
-    if hasattr(getattr(run, "info", None), "run_id"):  # what mlflow.start_run() gives
+    if callable(log_metrics := getattr(run, "log_metrics", None)):  # the module mlflow
+        return lambda values, step: log_metrics(_numbers(row(values)), step=step)
+    if callable(log := getattr(run, "log", None)):
+        return lambda values, step: log(row(values), step=step)
+    if (run_id := getattr(getattr(run, "info", None), "run_id", None)) is not None:  # what mlflow.start_run() gives
         import mlflow
 
-        return lambda values, step: mlflow.log_metrics(_numbers(row(values)), step=step, run_id=run.info.run_id)
+        return lambda values, step: mlflow.log_metrics(_numbers(row(values)), step=step, run_id=run_id)
     if (each := _one_by_one(run)) is not None:
 
-        def log_each(values: dict[str, Any], step: int) -> None:
+        def log_each(values: dict[str, object], step: int) -> None:
             for name, value in _numbers(row(values)).items():
                 each(name, value, step)
 
@@ -179,15 +180,17 @@ def sink_of(run: Any) -> Sink:
     )
 
 
-def _one_by_one(run: Any) -> Callable[[str, float, int], object] | None:
+def _one_by_one(run: object) -> Callable[[str, float, int], object] | None:
     """A function that writes a single number to `run`, if it takes them one by one."""
-    if callable(getattr(run, "track", None)):  # a run of aim
-        return lambda name, value, step: run.track(value, name=name, step=step)
-    if callable(getattr(run, "report_scalar", None)):  # a logger of clearml: a plot for what is before the last slash
+    if callable(track := getattr(run, "track", None)):  # a run of aim
+        return lambda name, value, step: track(value, name=name, step=step)
+    if callable(
+        report_scalar := getattr(run, "report_scalar", None)
+    ):  # a logger of clearml: a plot for what is before the last slash
 
         def report(name: str, value: float, step: int) -> None:
             title, _, series = name.rpartition("/")
-            run.report_scalar(title=title or name, series=series, value=value, iteration=step)
+            report_scalar(title=title or name, series=series, value=value, iteration=step)
 
         return report
     return None

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Best:
     over: str
 
 
-def curves_of(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
+def curves_of(rows: Sequence[Mapping[str, object]]) -> list[Curve]:
     """The curves in order of their first appearance.
 
     If a run was resumed, a step may be there twice: the later row counts. If some rows have an epoch as their step and
@@ -100,7 +100,7 @@ def _curve(name: str, points: Mapping[float, float], over: str) -> Curve:
     return Curve(matched[2], _SPLITS[matched[1]], x, y, over)
 
 
-def _iteration_at(rows: Sequence[Mapping[str, Any]]) -> Any:
+def _iteration_at(rows: Sequence[Mapping[str, object]]) -> Callable[[float, float], float]:
     """`(time, otherwise) -> iteration`, from the rows of iterations; `otherwise` if no row has both."""
     known = [
         (_number(row["time"]), _number(row["step"]))

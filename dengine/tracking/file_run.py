@@ -36,7 +36,7 @@ class FileRun(Run):
 
     def __init__(
         self,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         directory: Path,
         config: dict[str, Any],
         rows: RowFile,
@@ -65,7 +65,7 @@ class FileRun(Run):
 
     # -- what is logged --------------------------------------------------------------------------------------------
 
-    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+    def log(self, values: Mapping[str, object], step: int | None = None) -> None:
         self._refuse_when_finished("log()")
         row = self._row_maker.row(values)
         for own in _OWN:

@@ -13,7 +13,7 @@ from dengine.tracking.values import to_json
 __all__ = ["TrackingError", "inner_path", "path_part", "read_json", "refuse_outside", "refuse_special", "write_json"]
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Replace the file in one step: a reader finds the old one or the new one. Raises: OSError: it is as it was."""
     text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
 

@@ -30,7 +30,7 @@ class Run(ABC):
     summary: dict[str, Any]
 
     @abstractmethod
-    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+    def log(self, values: Mapping[str, object], step: int | None = None) -> None:
         """Record numbers, bools and strings; nested names are joined by "/". The row is in `metrics.jsonl` on return.
 
         A value that a row cannot hold (a list, a tensor of several elements) is left out, with one warning for its
@@ -95,7 +95,7 @@ class NullRun(Run):
         self.summary = {}
         self._store = ArtifactStore(root / project)
 
-    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+    def log(self, values: Mapping[str, object], step: int | None = None) -> None:
         pass
 
     def log_artifact(self, artifact: Artifact, aliases: Sequence[str] = ()) -> Artifact:

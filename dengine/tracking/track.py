@@ -46,7 +46,7 @@ class Track:
     def run(
         project: str,
         name: str | None = None,
-        config: Any = None,
+        config: object = None,
         tags: Sequence[str] | None = (),
         dir: str | Path | None = None,
         resume: str | None = None,

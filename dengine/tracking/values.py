@@ -15,9 +15,10 @@ from dengine import trees
 from dengine.dtensor import is_dtensor, local_part
 from dengine.errors import RankZeroCollectiveError
 
-__all__ = ["RowMaker", "Scalar", "encode", "plain", "scalar", "to_json"]
+__all__ = ["Plain", "RowMaker", "Scalar", "encode", "plain", "scalar", "to_json"]
 
 Scalar: TypeAlias = float | int | bool | str | None
+Plain: TypeAlias = "Scalar | list[Plain] | dict[str, Plain]"
 
 _ENCODE = json.JSONEncoder(allow_nan=False).encode
 _AS_IT_IS = (float, int, bool, str)
@@ -25,7 +26,7 @@ _MOST_BITS = 8192  # of a whole number: 2467 digits
 _MAX_DEPTH = 100  # what contains itself is deeper than any
 
 
-def scalar(name: str, value: Any) -> Scalar:
+def scalar(name: str, value: object) -> Scalar:
     """`value` as a Python number, bool or string. A tensor is read from its device here, which waits for it.
 
     Raises:
@@ -33,7 +34,7 @@ def scalar(name: str, value: Any) -> Scalar:
             cannot be read.
     """
     if type(value) in _AS_IT_IS and not _is_too_long(value):
-        return value  # type: ignore[no-any-return]
+        return value  # type: ignore[return-value]
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         if (value.numel() if isinstance(value, torch.Tensor) else value.size) != 1:
             kind = "a tensor" if isinstance(value, torch.Tensor) else "an array"
@@ -57,7 +58,7 @@ class RowMaker:
     def __init__(self) -> None:
         self._warned: set[str] = set()  # names
 
-    def row(self, values: Mapping[str, Any]) -> dict[str, Scalar]:
+    def row(self, values: Mapping[str, object]) -> dict[str, Scalar]:
         """Scalars by name: `{"val": {"acc": tensor(0.5)}}` gives `{"val/acc": 0.5}`; None stays None.
 
         Raises:
@@ -88,7 +89,7 @@ def encode(row: Mapping[str, Scalar]) -> bytes:
     return line.encode() + b"\n"
 
 
-def plain(value: Any, keys: Sequence[object] = ()) -> Any:
+def plain(value: object, keys: Sequence[object] = ()) -> Plain:
     """`value` as dicts, lists and scalars; anything else becomes its `repr`. `keys` leads to it from the outermost.
 
     Raises: ValueError: something in it contains itself; the message names the key.
@@ -97,7 +98,7 @@ def plain(value: Any, keys: Sequence[object] = ()) -> Any:
     if isinstance(value, int) and _is_too_long(value):
         return hex(value)
     if value is None or type(value) in _AS_IT_IS:
-        return value
+        return value  # type: ignore[return-value]
     if isinstance(value, Namespace):
         value = vars(value)
     if (parts := trees.parts(value)) is not None:
@@ -113,7 +114,7 @@ def plain(value: Any, keys: Sequence[object] = ()) -> Any:
         return repr(value)
 
 
-def to_json(value: Any) -> Any:
+def to_json(value: object) -> object:
     """`value`, of dicts, lists and scalars, with numbers that are not finite as strings: JSON has none of them."""
     if isinstance(value, Mapping):
         return {key: to_json(each) for key, each in value.items()}
@@ -159,7 +160,7 @@ def _own_copy(name: str, value: Any) -> Any:
     return local_part(value)
 
 
-def _item(name: str, value: Any) -> Any:
+def _item(name: str, value: torch.Tensor | np.ndarray | np.generic) -> object:
     """The one element. An error of the device is raised as it is: it is not about this value."""
     try:
         return value.item()

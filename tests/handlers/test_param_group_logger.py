@@ -56,6 +56,6 @@ def test_a_schedule_is_seen_at_the_step_that_is_asked_for() -> None:
 
 def test_what_is_no_optimizer_and_no_run_is_refused() -> None:
     with pytest.raises(TypeError, match="takes an optimizer with param_groups, but got 3"):
-        ParamGroupLogger(3, Log())
+        ParamGroupLogger(3, Log())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="cannot be logged to"):
         ParamGroupLogger(torch.optim.SGD([parameter()]), None)
