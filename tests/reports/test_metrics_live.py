@@ -345,6 +345,7 @@ def test_the_metrics_own_transform_is_used_and_given_once() -> None:
 
 
 def test_what_cannot_be_averaged_is_refused() -> None:
+    metric: Any
     for metric in (3, Accuracy, torchmetrics.MetricTracker(torchmetrics.MeanMetric(), maximize=True)):
         with pytest.raises(TypeError, match="metric="):
             RunningAverage(metric=metric)

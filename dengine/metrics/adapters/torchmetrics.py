@@ -15,6 +15,7 @@ from torchmetrics.utilities.data import dim_zero_cat, dim_zero_sum
 
 from dengine.comm.collectives import all_gather_object
 from dengine.launch.world import world
+from dengine.metrics.core.computed import Form
 from dengine.metrics.core.metric import StateOp
 from dengine.metrics.reduction.reduce import State
 
@@ -24,7 +25,9 @@ __all__ = ["TorchmetricsAdapter"]
 class TorchmetricsAdapter:
     """A metric of torchmetrics, or a collection of them, its compute groups included."""
 
-    def __init__(self, metric: Any, label: str, *, is_alone: bool) -> None:
+    def __init__(
+        self, metric: torchmetrics.Metric | torchmetrics.MetricCollection, label: str, *, is_alone: bool
+    ) -> None:
         self._metric = metric
         self._label = label
         states = [] if is_alone else list(_states(metric))
@@ -37,7 +40,7 @@ class TorchmetricsAdapter:
             for state in self._states
         ]
 
-    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[tuple[Any, ...]] = ()) -> Any:
+    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form] = ()) -> Any:
         """A copy that holds the reduced states and takes part in no collective of torchmetrics' own.
 
         Collective only for lists that are kept apart (no reduction function): one object gather each.
@@ -90,7 +93,7 @@ class _Declared:
         return stacked if self.function is None else self.function(stacked)
 
 
-def _states(metric: Any) -> Iterator[_Declared]:
+def _states(metric: torchmetrics.Metric | torchmetrics.MetricCollection) -> Iterator[_Declared]:
     """The states of a metric and of those inside it.
 
     Those of a compute group come for each of its members, though they are one: groups are found at the first update,

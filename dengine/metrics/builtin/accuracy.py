@@ -11,7 +11,7 @@ from dengine.metrics.builtin.label_metric import LabelMetric
 from dengine.metrics.builtin.labels import Answers, ClassSettings, Task, check_scores, foreign_keywords
 from dengine.metrics.core.derived import DerivedMetric
 from dengine.metrics.core.inputs import as_pair, checked_ignore_index, is_number
-from dengine.metrics.core.metric import OutputTransform
+from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.types import MetricValue
 
 __all__ = ["Accuracy", "TopKAccuracy"]
@@ -79,9 +79,10 @@ class Accuracy(DerivedMetric):
         super().__init__(stateful, output_transform)
         self._average: Average = average
 
-    def value_of(self, stateful: Any) -> MetricValue:
+    def value_of(self, stateful: Metric) -> MetricValue:
         if isinstance(stateful, _PlainAccuracy):
             return stateful.compute()
+        assert isinstance(stateful, ClassCounts)
         stateful.check("Accuracy")
         return class_average(stateful.true_positives, stateful.actual, stateful, self._average)
 
@@ -200,7 +201,7 @@ class TopKAccuracy(_Share):
         self._k = whole_number("k", k, least=1)
         self._ignore_index = checked_ignore_index(ignore_index)
 
-    def take_in(self, output: Any) -> None:
+    def take_in(self, output: object) -> None:
         scores, target = as_pair(output, self.name)
         labels, num_classes = check_scores(scores, target, self.name, self._ignore_index)
         self.expect(num_classes)
@@ -212,5 +213,5 @@ class TopKAccuracy(_Share):
         self.count((classes == answers.target.unsqueeze(1)).any(1), answers.kept)
 
 
-def _is_number_pair(output: Any) -> bool:
+def _is_number_pair(output: object) -> bool:
     return isinstance(output, (tuple, list)) and len(output) == 2 and is_number(output[0]) and is_number(output[1])

@@ -63,7 +63,7 @@ class Average(WeightedMean):
 
     adds_to_no_graph = True
 
-    def default_transform(self, output: Any) -> Any:
+    def default_transform(self, output: object) -> object:
         return loss_value(output)
 
     def update(self, output: Any) -> None:
@@ -82,7 +82,7 @@ class Average(WeightedMean):
         return self.mean()
 
 
-def value_of(output: Any, metric: str) -> Any:
+def value_of(output: object, metric: str) -> Any:
     """A number, or a tensor that may be of any shape.
 
     Raises:
@@ -98,7 +98,7 @@ def value_of(output: Any, metric: str) -> Any:
     return as_real(output, metric)
 
 
-def sum_and_count(output: Any, metric: str) -> tuple[Amount, Amount]:
+def sum_and_count(output: object, metric: str) -> tuple[Amount, Amount]:
     """The sum of the values, and how many they are."""
     if not isinstance(output, (tuple, list)) or len(output) != 2:
         value = value_of(output, metric)

@@ -1,6 +1,6 @@
 """What precision, recall, F1 and the confusion matrix are computed from, and how classes are averaged."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -49,7 +49,7 @@ class ClassCounts(LabelMetric):
             and (self.has_matrix or not other.has_matrix)
         )
 
-    def take_in(self, output: Any) -> None:
+    def take_in(self, output: object) -> None:
         answers = self.settings.read(output, self._name)
         if not answers.num_classes:
             raise ValueError(

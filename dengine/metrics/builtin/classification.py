@@ -1,7 +1,7 @@
 """Precision, recall, F1 and the confusion matrix: derived from one count, made once for all that an engine has."""
 
 from abc import abstractmethod
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -10,7 +10,7 @@ from dengine.metrics.builtin.label_metric import LabelMetric
 from dengine.metrics.builtin.labels import ClassSettings, Task, foreign_keywords
 from dengine.metrics.builtin.sample_ratios import SampleRatios
 from dengine.metrics.core.derived import DerivedMetric
-from dengine.metrics.core.metric import OutputTransform
+from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.types import MetricValue
 
 __all__ = ["ConfusionMatrix", "F1Score", "Precision", "Recall"]
@@ -47,9 +47,10 @@ class _ClassRatio(DerivedMetric):
     def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
         """(C,) numerators and denominators."""
 
-    def value_of(self, stateful: Any) -> MetricValue:
+    def value_of(self, stateful: Metric) -> MetricValue:
         if isinstance(stateful, SampleRatios):
             return float(stateful.means(type(self).__name__)[self.place])
+        assert isinstance(stateful, ClassCounts)
         stateful.check(type(self).__name__)
         part, whole = self.part_and_whole(stateful)
         if self._is_positive_only:
@@ -169,7 +170,7 @@ class ConfusionMatrix(DerivedMetric):
         stateful = ClassCounts(settings, "ConfusionMatrix", has_matrix=True, output_transform=output_transform)
         super().__init__(stateful, output_transform)
 
-    def value_of(self, stateful: Any) -> MetricValue:
+    def value_of(self, stateful: Metric) -> MetricValue:
+        assert isinstance(stateful, ClassCounts)
         stateful.check("ConfusionMatrix")
-        matrix: torch.Tensor = stateful.matrix
-        return matrix.clone()  # by hand, it would be the state itself
+        return stateful.matrix.clone()  # by hand, it would be the state itself

@@ -7,7 +7,7 @@ import torch
 from dengine import trees
 from dengine.metrics.builtin.accuracy import Accuracy
 from dengine.metrics.core.batch_size import samples_or_one
-from dengine.metrics.core.kinds import is_metric, is_tracker, shows_live
+from dengine.metrics.core.kinds import AnyMetric, is_metric, is_tracker, shows_live
 from dengine.metrics.core.metric import Metric
 from dengine.metrics.core.updates import takes_pair
 from dengine.types import MetricValue
@@ -42,7 +42,9 @@ class DistributedMetric(Metric):
         0.6667
     """
 
-    def __init__(self, base_metric: Any, reduce_op: ValueOp = "mean", device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, base_metric: AnyMetric, reduce_op: ValueOp = "mean", device: torch.device | str | None = None
+    ) -> None:
         if reduce_op not in _VALUE_OPS:
             raise ValueError(f"reduce_op={reduce_op!r} must be one of {', '.join(_VALUE_OPS)}.")
         if not is_metric(base_metric) or is_tracker(base_metric):
@@ -54,7 +56,7 @@ class DistributedMetric(Metric):
             # None too: a base without one gets the whole output, as it does on its own.
             self.transform = base_metric.transform if isinstance(base_metric, Metric) else None
         self.reduce_op: ValueOp = reduce_op
-        self._base = base_metric
+        self._base: Any = base_metric
         self._device = None if device is None else torch.device(device)
         self._num_samples = 0
 
@@ -91,7 +93,7 @@ class DistributedMetric(Metric):
         self._base.reset()
         self._num_samples = 0
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         output = _moved(output, self._device)
         if self._spreads and isinstance(output, (tuple, list)):
             self._base.update(*output)
@@ -123,7 +125,7 @@ class DistributedAccuracy(DistributedMetric):
         super().__init__(Accuracy(**kwargs), "mean", device)
 
 
-def _moved(output: Any, device: torch.device | None) -> Any:
+def _moved(output: object, device: torch.device | None) -> Any:
     if device is None:
         return output
     return trees.map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, output)

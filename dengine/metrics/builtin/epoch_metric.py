@@ -53,7 +53,7 @@ class EpochMetric(Metric):
         self.add_state("predictions", [], reduce="cat")
         self.add_state("targets", [], reduce="cat")
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         pair = as_pair(output, "EpochMetric")
         prediction, target = pair
         if prediction.shape[0] != target.shape[0]:

@@ -34,10 +34,10 @@ class LabelMetric(Metric):
         self._highest_score: torch.Tensor | None = None  # since the states were last read
 
     @abstractmethod
-    def take_in(self, output: Any) -> None:
+    def take_in(self, output: object) -> None:
         """Check and count a batch. Must not wait for the device."""
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         if self._queue.add(output):
             if self._queue.is_full:
                 self._take_in_waiting()

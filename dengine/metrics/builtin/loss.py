@@ -76,7 +76,7 @@ class Loss(WeightedMean):
         self._source = class_loss(loss_fn)
         self._check(source_of(loss_fn))
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         prediction, target = _pair(output)
         with torch.no_grad():
             kept, count = self._kept_and_count(prediction, target)
@@ -94,7 +94,7 @@ class Loss(WeightedMean):
     def compute(self) -> float:
         return self.mean()
 
-    def _check(self, source: Any) -> None:
+    def _check(self, source: object) -> None:
         """Raises: ValueError: `loss_fn` says that it gives something else than a mean over what is counted here."""
         if self._batch_size is not None:
             if self._ignore_index is not None:
@@ -157,7 +157,7 @@ class Loss(WeightedMean):
             self.add(accumulable(mean) * count, count)
 
 
-def _pair(output: Any) -> tuple[Any, Any]:
+def _pair(output: object) -> tuple[Any, Any]:
     if not isinstance(output, (tuple, list)):
         output = prediction_and_target(output)
     if not isinstance(output, (tuple, list)) or len(output) != 2:

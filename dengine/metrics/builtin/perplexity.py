@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from math import exp
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -51,14 +50,14 @@ class Perplexity(WeightedMean):
         self._ignore_index = checked_ignore_index(ignore_index)
         self.add_state("num_outside", 0)
 
-    def default_transform(self, output: Any) -> Any:
+    def default_transform(self, output: object) -> object:
         value = loss_value(output)
         if value is not output:
             return value
         pair = prediction_and_target(output)
         return pair if _is_logits_and_labels(pair) else output
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         if isinstance(output, Mapping):
             output = self.default_transform(output)
         if _is_logits_and_labels(output):
@@ -96,7 +95,7 @@ class Perplexity(WeightedMean):
         self.num_outside = self.num_outside + is_outside_NX.sum()
 
 
-def _is_logits_and_labels(output: Any) -> bool:
+def _is_logits_and_labels(output: object) -> bool:
     """Whether it is no `(value, count)` pair: labels are whole numbers, with one dimension less than the logits."""
     if not isinstance(output, (tuple, list)) or len(output) != 2:
         return False

@@ -28,7 +28,7 @@ class _MeanError(Metric):
     def error(self, difference: torch.Tensor) -> torch.Tensor:
         """What each element adds."""
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         prediction, target = _floats(output, type(self).__name__)
         self.error_sum = self.error_sum + self.error(prediction - target).sum()
         self.total += target.numel()
@@ -101,7 +101,7 @@ class RMSE(Metric):
         self.add_state("squared_D", torch.zeros(0, dtype=torch.float64))
         self.add_state("num_samples", 0)
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         prediction_ND, target_ND = _columns(output, "RMSE", self.squared_D.shape)
         squared_D = (prediction_ND - target_ND).square().sum(0)
         self.squared_D = self.squared_D + squared_D if self.squared_D.numel() else squared_D
@@ -139,7 +139,7 @@ class R2Score(Metric):
         self.add_state("moments_3D", torch.zeros(3, 0, dtype=torch.float64), reduce="gather")
         self.add_state("num_samples", 0, reduce="gather")
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         prediction_ND, target_ND = _columns(output, "R2Score", self.moments_3D.shape[1:])
         num_samples = target_ND.shape[0]
         if not num_samples:
@@ -193,7 +193,7 @@ def _seen(count: Any) -> int:
     return number
 
 
-def _floats(output: Any, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _floats(output: object, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
     prediction, target = as_pair(output, metric)
     if prediction.shape != target.shape:
         raise shape_error(metric, prediction, target, "the same shape for both")
@@ -201,7 +201,7 @@ def _floats(output: Any, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
     return prediction.to(dtype), target.to(dtype)
 
 
-def _columns(output: Any, metric: str, before: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+def _columns(output: object, metric: str, before: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
     """Prediction and target as (N, D); the positions of further dimensions are samples."""
     prediction, target = _floats(output, metric)
     num_columns = 1 if target.ndim == 1 else target.shape[1]

@@ -10,7 +10,7 @@ from dengine.errors import NotComputableError
 from dengine.metrics.builtin.average import accumulable, value_of
 from dengine.metrics.core.batch_size import samples_or_one
 from dengine.metrics.core.computed import checked
-from dengine.metrics.core.kinds import is_metric, is_tracker
+from dengine.metrics.core.kinds import AnyMetric, is_metric, is_tracker
 from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.metrics.core.transform import loss_value, prediction_and_target
 from dengine.metrics.core.updates import takes_pair
@@ -54,7 +54,7 @@ class RunningAverage(Metric):
     num_values: Any  # int; (ranks,) once reduced
 
     def __init__(
-        self, alpha: float = 0.98, *, metric: Any = None, output_transform: OutputTransform | None = None
+        self, alpha: float = 0.98, *, metric: AnyMetric | None = None, output_transform: OutputTransform | None = None
     ) -> None:
         alpha = number("alpha", alpha)
         if not 0 <= alpha < 1:
@@ -66,7 +66,7 @@ class RunningAverage(Metric):
         super().__init__(output_transform)
         self.has_own_transform = self.has_own_transform or getattr(metric, "has_own_transform", False)
         self._alpha = alpha
-        self._metric = metric
+        self._metric: Any = metric
         self._spreads = metric is not None and takes_pair(metric)
         self.add_state("average", 0.0, reduce="gather")
         self.add_state("num_values", 0, reduce="gather")
@@ -74,14 +74,14 @@ class RunningAverage(Metric):
     def metrics_within(self) -> tuple[Any, ...]:
         return () if self._metric is None else (self._metric,)
 
-    def default_transform(self, output: Any) -> Any:
+    def default_transform(self, output: object) -> object:
         if self._metric is None:
             return loss_value(output)
         if isinstance(self._metric, Metric):
             return output if self._metric.transform is None else self._metric.transform(output)
         return prediction_and_target(output) if self._spreads else output
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         value = value_of(output, "RunningAverage") if self._metric is None else self._value_of_batch(output)
         if isinstance(value, torch.Tensor):
             if not value.numel():

@@ -1,7 +1,5 @@
 """Precision, recall and F1 within each sample of a multilabel task, averaged over the samples."""
 
-from typing import Any
-
 import torch
 
 from dengine.errors import NotComputableError
@@ -32,7 +30,7 @@ class SampleRatios(LabelMetric):
     def can_lead(self, other: Metric) -> bool:
         return isinstance(other, SampleRatios) and self.settings == other.settings
 
-    def take_in(self, output: Any) -> None:
+    def take_in(self, output: object) -> None:
         answers = self.settings.read(output, self._name)
         self.watch_all(answers)
         predicted, target = answers.predicted == 1, answers.target == 1

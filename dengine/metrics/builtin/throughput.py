@@ -2,7 +2,6 @@
 
 from numbers import Integral
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -54,7 +53,7 @@ class Throughput(Metric):
         super().reset()
         self._clock = _Clock()
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         given = _number_given(output)
         if given is not None:
             self.num_given = self.num_given + given

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dengine.metrics.collection.saved_state import load_state_dict, state_dict
-from dengine.metrics.core.computed import Computed
+from dengine.metrics.core.computed import Computed, Form
 from dengine.metrics.core.kinds import is_metric
 from dengine.metrics.reduction.reduce import State
 
@@ -21,7 +21,7 @@ __all__ = ["MergingAdapter"]
 class MergingAdapter:
     """A metric with `merge_state`. A rank that saw nothing sends nothing, and is not merged."""
 
-    def __init__(self, metric: Any, label: str, *, is_alone: bool, is_seen: bool) -> None:
+    def __init__(self, metric: object, label: str, *, is_alone: bool, is_seen: bool) -> None:
         self._metric = metric
         self._label = label
         self._is_alone = is_alone
@@ -36,7 +36,7 @@ class MergingAdapter:
             State(self._label, "state", "cat", state, self._is_seen),
         ]
 
-    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[tuple[Any, ...]]) -> Any:
+    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Any:
         """A copy that holds what all ranks have seen; their states are merged in the order of ranks."""
         if self._is_alone:
             return self._metric if self._is_seen else Computed(None)

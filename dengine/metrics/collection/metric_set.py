@@ -121,7 +121,7 @@ class MetricSet:
                 self._seen[key].num_samples = state["seen"]["num_samples"]
         return True
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         if self._may_be_spread:
             if output is None and self._may_be_none:
                 return
@@ -187,7 +187,7 @@ class MetricSet:
         shown.follow(live)
         return shown
 
-    def _check(self, name: str, metric: Any, output_transform: OutputTransform | None) -> None:
+    def _check(self, name: str, metric: AnyMetric, output_transform: OutputTransform | None) -> None:
         if not isinstance(name, str):
             raise TypeError(f"A metric's name must be a string, but got {name!r}.")
         if not is_metric(metric):
@@ -212,7 +212,7 @@ class MetricSet:
                 "output_transform, but is updated once: make a second object."
             )
 
-    def _add(self, name: str, metric: Any, output_transform: OutputTransform | None) -> None:
+    def _add(self, name: str, metric: AnyMetric, output_transform: OutputTransform | None) -> None:
         for stateful in stateful_of(metric):
             if id(stateful) not in self._stateful:
                 self._add_stateful(name, metric, self._own_stateful(metric, stateful), output_transform)
@@ -220,6 +220,7 @@ class MetricSet:
         self._adds_to_no_graph = all(
             getattr(stateful, "adds_to_no_graph", False)
             and updated_through(stateful) is stateful
+            and isinstance(stateful, Metric)
             and counts_updates(stateful)
             and self._given_transforms[key] is None
             for key, (_, stateful) in self._stateful.items()
@@ -235,7 +236,7 @@ class MetricSet:
         metric.read_from(stateful, own)
         return own
 
-    def _update(self, key: int, stateful: Any) -> Callable[[Any], None]:
+    def _update(self, key: int, stateful: AnyMetric) -> Callable[[Any], None]:
         update = update_of(updated_through(stateful), self._transforms[key])
         return self._seen[key].counting(update) if key in self._seen else update
 
@@ -312,7 +313,7 @@ def _may_lead(leader: Any, stateful: Metric) -> bool:
     return leader.can_lead(stateful) and not (leader.num_updates or stateful.num_updates)
 
 
-def _value(name: str, metric: Any, reduced: Mapping[int, Any]) -> Any:
+def _value(name: str, metric: AnyMetric, reduced: Mapping[int, Any]) -> Any:
     try:
         return evaluated(metric, reduced)
     except NotComputableError as error:

@@ -4,7 +4,6 @@ import gc
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
 from weakref import WeakSet
 
 from dengine.metrics.core.kinds import AnyMetric, updaters
@@ -17,8 +16,8 @@ class _Claim:
     """What an owner knows of a metric that it updates, which may be inside of another one."""
 
     name: str
-    metric: Any
-    updater: Any  # through which it is updated
+    metric: AnyMetric
+    updater: AnyMetric  # through which it is updated
 
 
 class MetricOwner:
@@ -77,7 +76,7 @@ _alive: WeakSet[MetricOwner] = WeakSet()
 _alive_lock = Lock()
 
 
-def _add_claims(name: str, metric: Any, claims: dict[int, _Claim]) -> None:
+def _add_claims(name: str, metric: AnyMetric, claims: dict[int, _Claim]) -> None:
     """Add `metric`, and the metrics inside of it, to `claims`.
 
     Raises:

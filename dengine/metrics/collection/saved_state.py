@@ -35,14 +35,14 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 
 
-def state_dict(metric: Any) -> dict[str, Entry]:
+def state_dict(metric: object) -> dict[str, Entry]:
     """The entries of what the attributes of `metric` hold, tensors copied to the CPU, and of metrics inside it, however
     they are nested. Anything else is what the metric was built with, and stays.
     """
     return _state_dict(metric, set())
 
 
-def load_state_dict(metric: Any, state: dict[str, Entry]) -> None:
+def load_state_dict(metric: object, state: dict[str, Entry]) -> None:
     """Set the attributes of `metric` to what `state_dict` gave, tensors on the devices where they are now."""
     if isinstance(metric, Metric):
         metric.flush()  # what waits there belongs to what is replaced
@@ -59,7 +59,7 @@ def load_state_dict(metric: Any, state: dict[str, Entry]) -> None:
 # -- out -----------------------------------------------------------------------------------------------------------
 
 
-def _state_dict(metric: Any, seen: set[int]) -> dict[str, Entry]:
+def _state_dict(metric: object, seen: set[int]) -> dict[str, Entry]:
     seen.add(id(metric))
     if isinstance(metric, Metric):
         metric.flush()
@@ -284,7 +284,7 @@ def _slots(kind: type) -> list[str]:
     return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
-def _set(metric: Any, name: str, value: Any) -> None:
+def _set(metric: object, name: str, value: Any) -> None:
     # Past __setattr__, by which torchmetrics guards its own.
     if hasattr(metric, "__dict__") and not any(name in _slots(base) for base in type(metric).__mro__):
         vars(metric)[name] = value

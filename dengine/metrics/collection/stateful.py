@@ -11,7 +11,7 @@ from dengine.errors import NotComputableError
 from dengine.metrics.builtin.distributed import DistributedMetric
 from dengine.metrics.collection.merging import MergingAdapter
 from dengine.metrics.core.computed import Computed, Form, checked, laid_out, put_together
-from dengine.metrics.core.kinds import is_mergeable
+from dengine.metrics.core.kinds import AnyMetric, is_mergeable
 from dengine.metrics.core.metric import Metric
 from dengine.metrics.core.transform import is_torchmetrics
 from dengine.metrics.core.updates import Seen
@@ -28,7 +28,7 @@ class Adapter(Protocol):
     def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Any: ...
 
 
-def adapter_of(metric: Any, label: str, *, is_alone: bool, seen: Seen | None) -> Adapter:
+def adapter_of(metric: AnyMetric, label: str, *, is_alone: bool, seen: Seen | None) -> Adapter:
     """The adapter of `metric`, which is known to the user by `label`.
 
     Args:
@@ -51,13 +51,13 @@ def adapter_of(metric: Any, label: str, *, is_alone: bool, seen: Seen | None) ->
     return ValueAdapter(metric, label, "mean", _seen_by(metric, seen), is_alone=is_alone)
 
 
-def knows_what_it_saw(metric: Any) -> bool:
+def knows_what_it_saw(metric: AnyMetric) -> bool:
     """Whether the states that travel say what it saw; of the others, whoever updates them has to count."""
     has_states = isinstance(metric, Metric) and bool(metric.states)
     return has_states or isinstance(metric, DistributedMetric) or is_torchmetrics(metric)
 
 
-def _seen_by(metric: Any, seen: Seen | None) -> Seen:
+def _seen_by(metric: AnyMetric, seen: Seen | None) -> Seen:
     """What an undeclared metric was given, by its set or by hand. If nobody counted, one update of no known samples."""
     num_updates = metric.num_updates if isinstance(metric, Metric) else 0
     if seen is None:
@@ -90,7 +90,7 @@ class ValueAdapter:
     One that was not updated is not asked for its value: it may divide by what it counts.
     """
 
-    def __init__(self, metric: Any, label: str, op: str, seen: Seen, *, is_alone: bool) -> None:
+    def __init__(self, metric: AnyMetric, label: str, op: str, seen: Seen, *, is_alone: bool) -> None:
         self._metric = metric
         self._label = label
         self._op = op
@@ -123,8 +123,8 @@ class ValueAdapter:
         value = self._value()
         if value is None:
             return None, 0.0
-        is_weighted = isinstance(self._metric, DistributedMetric)
-        weight = self._metric.weight if is_weighted else float(self._seen.num_updates)
+        metric = self._metric
+        weight = metric.weight if isinstance(metric, DistributedMetric) else float(self._seen.num_updates)
         # The mean over an empty batch is often nan, which would be nan times 0 as well.
         return (value, weight) if weight else (None, 0.0)
 
@@ -142,11 +142,11 @@ class ValueAdapter:
             self._failure = f"no sample was seen, and compute() raised {error!r}"
         return None
 
-    def _computed(self, value: Any) -> Computed:
+    def _computed(self, value: object) -> Computed:
         return Computed(value) if self._failure is None else Computed(value, self._failure)
 
 
-def _tensor(value: Any, label: str, name: str) -> torch.Tensor:
+def _tensor(value: object, label: str, name: str) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, list):

@@ -16,7 +16,7 @@ _CLASS_LOSSES = (cross_entropy, nll_loss)
 _CLASS_MODULES = (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)
 
 
-def class_loss(loss_fn: Any) -> Any:
+def class_loss(loss_fn: object) -> Any:
     """The function, module or partial inside `loss_fn` if that is `cross_entropy` or `nll_loss`, else None."""
     source = source_of(loss_fn)
     function = source.func if isinstance(source, partial) else source
@@ -24,14 +24,14 @@ def class_loss(loss_fn: Any) -> Any:
     return source if is_one else None
 
 
-def source_of(loss_fn: Any) -> Any:
+def source_of(loss_fn: object) -> Any:
     """The function, module or partial inside a bound method or a compiled module."""
     owner = getattr(loss_fn, "__self__", None)
     source = owner if isinstance(owner, torch.nn.Module) else loss_fn
     return torch_internals.inside_compile(source)
 
 
-def option(source: Any, name: str) -> Any:
+def option(source: object, name: str) -> Any:
     """An option of a loss function, as it is now: the weights of a module move with it to another device."""
     default = {"weight": None, "ignore_index": -100, "reduction": "mean"}[name]
     if isinstance(source, partial):
@@ -41,7 +41,7 @@ def option(source: Any, name: str) -> Any:
     return getattr(source, name, default) if isinstance(source, torch.nn.Module) else default
 
 
-def count_of(source: Any, labels: torch.Tensor) -> torch.Tensor:
+def count_of(source: object, labels: torch.Tensor) -> torch.Tensor:
     """What a class loss divides the mean over `labels` by: those that count, or their weights."""
     kept = is_kept(labels, option(source, "ignore_index"))
     weight = option(source, "weight")

@@ -19,7 +19,7 @@ Form: TypeAlias = tuple[tuple[str, tuple[int, ...], bool], ...]
 class Computed:
     """A value that is there already, in the place of a metric that would compute it."""
 
-    def __init__(self, value: Any, reason: str = "it was not updated on any rank") -> None:
+    def __init__(self, value: object, reason: str = "it was not updated on any rank") -> None:
         self._value = value
         self._reason = reason
 
@@ -29,7 +29,7 @@ class Computed:
         return self._value
 
 
-def checked(value: Any, label: str) -> Any:
+def checked(value: object, label: str) -> Any:
     """`value`, arrays and lists of numbers as tensors.
 
     Raises:
@@ -64,7 +64,7 @@ def flat(name: str, value: Any) -> dict[str, MetricValue]:
     return {name: float(value) if isinstance(value, (int, float)) else value}
 
 
-def laid_out(value: Any) -> tuple[torch.Tensor, Form]:
+def laid_out(value: object) -> tuple[torch.Tensor, Form]:
     """All numbers of a checked value in float64, and what they are."""
     parts = _parts("", value)
     form = tuple((name, tuple(part.shape), part.is_complex()) for name, part in parts)
@@ -92,5 +92,5 @@ def _parts(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
     return [(name, value.cpu() if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=_wide(value)))]
 
 
-def _wide(value: Any) -> torch.dtype:
+def _wide(value: object) -> torch.dtype:
     return torch.complex128 if isinstance(value, complex) else torch.float64

@@ -27,7 +27,7 @@ class DerivedMetric(Metric):
             stateful.updated_by = self
 
     @abstractmethod
-    def value_of(self, stateful: Any) -> MetricValue:
+    def value_of(self, stateful: Metric) -> MetricValue:
         """The value, given the stateful metric or its reduced copy."""
 
     def stateful_metrics(self) -> tuple[Metric, ...]:
@@ -40,7 +40,7 @@ class DerivedMetric(Metric):
     def reset(self) -> None:
         self._stateful.reset()
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         self._stateful.update(output)
 
     def compute(self) -> MetricValue:

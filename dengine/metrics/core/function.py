@@ -64,7 +64,7 @@ class MetricFunction(Metric):
         for stateful in self.stateful_metrics():
             updated_through(stateful).reset()
 
-    def update(self, output: Any) -> None:
+    def update(self, output: object) -> None:
         for stateful in map(updated_through, self.stateful_metrics()):
             update_of(stateful, default_transform(stateful))(output)
 

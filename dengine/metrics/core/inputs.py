@@ -1,7 +1,6 @@
 """Predictions and targets as metrics take them: numbers or tensors, checked by shape, never by value."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -22,7 +21,7 @@ __all__ = [
 ]
 
 
-def as_pair(output: Any, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
+def as_pair(output: object, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`(prediction, target)` as tensors of at least one dimension, detached, on one device. No wait for the device.
 
     A mapping is read by its keys, as a step's output is.
@@ -47,7 +46,7 @@ def as_pair(output: Any, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
     return prediction, target
 
 
-def as_real(part: Any, metric: str) -> torch.Tensor:
+def as_real(part: object, metric: str) -> torch.Tensor:
     """`as_tensor`, of real numbers.
 
     Raises:
@@ -62,7 +61,7 @@ def as_real(part: Any, metric: str) -> torch.Tensor:
     return tensor
 
 
-def as_tensor(part: Any, metric: str) -> torch.Tensor:
+def as_tensor(part: object, metric: str) -> torch.Tensor:
     """A detached tensor of any dimension. Python's floats keep their 64 bits. A DTensor is made whole: a collective.
 
     Raises:
@@ -110,7 +109,7 @@ def is_kept(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
     return labels != ignore_index
 
 
-def what_it_got(output: Any) -> str:
+def what_it_got(output: object) -> str:
     """For an error: the type of a step's output and, of a mapping, the keys that there are."""
     keys = f" with the keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
     return f"a {type(output).__qualname__}{keys}"

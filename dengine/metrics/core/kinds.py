@@ -56,22 +56,22 @@ def shows_live(metric: object) -> bool:
     return isinstance(metric, Metric) and metric.shows_live
 
 
-def stateful_of(metric: Any) -> tuple[Any, ...]:
+def stateful_of(metric: AnyMetric) -> tuple[AnyMetric, ...]:
     """The metrics that hold the states which `metric` is computed from."""
     return metric.stateful_metrics() if isinstance(metric, Metric) else (metric,)
 
 
-def updated_through(stateful: Any) -> Any:
+def updated_through(stateful: AnyMetric) -> AnyMetric:
     """What is called in place of `stateful` to reset and update it: itself, or a user's own metric around it."""
     return (stateful.updated_by or stateful) if isinstance(stateful, Metric) else stateful
 
 
-def evaluated(metric: Any, reduced: Mapping[int, Any]) -> Any:
+def evaluated(metric: AnyMetric, reduced: Mapping[int, MetricLike]) -> object:
     """The value of `metric`, given the reduced copies of the stateful metrics that it reads, by their `id`."""
     return metric.evaluate(reduced) if isinstance(metric, Metric) else reduced[id(metric)].compute()
 
 
-def updaters(metric: Any, updater: Any = None) -> Iterator[tuple[Any, Any]]:
+def updaters(metric: AnyMetric, updater: AnyMetric | None = None) -> Iterator[tuple[AnyMetric, AnyMetric]]:
     """`metric` and each metric inside of it, with the one through which it is updated: itself, or one around it."""
     own = metric if updater is None else updater
     yield metric, own

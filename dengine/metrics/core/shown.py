@@ -13,7 +13,7 @@ _SHORT = (bool, int, float, str, type, torch.device, torch.dtype)
 _HOLDERS = ("_stateful", "settings", "_settings")
 
 
-def shown_settings(metric: Any) -> str:
+def shown_settings(metric: object) -> str:
     """`average='macro', num_classes=10`, of what the metric remembers under the names of its arguments."""
     shown = []
     for parameter in signature(type(metric).__init__).parameters.values():
@@ -23,7 +23,7 @@ def shown_settings(metric: Any) -> str:
     return ", ".join(shown)
 
 
-def _remembered(metric: Any, name: str) -> Any:
+def _remembered(metric: object, name: str) -> Any:
     for holder in _holders(metric):
         for attribute in (name, f"_{name}"):
             if attribute in getattr(holder, "__dict__", {}):
@@ -31,19 +31,19 @@ def _remembered(metric: Any, name: str) -> Any:
     return _NOT_THERE
 
 
-def _holders(metric: Any) -> Iterator[Any]:
+def _holders(metric: object) -> Iterator[Any]:
     yield metric
     for name in _HOLDERS:
         if (holder := getattr(metric, "__dict__", {}).get(name)) is not None:
             yield from _holders(holder)
 
 
-def _is_default(value: Any, parameter: Parameter) -> bool:
+def _is_default(value: object, parameter: Parameter) -> bool:
     default = parameter.default
     return value is default or (type(value) in (bool, int, float, str) and value == default)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if callable(value) and not isinstance(value, type):
         return getattr(value, "__name__", f"{type(value).__name__}()")
     is_short = value is None or isinstance(value, _SHORT) or hasattr(type(value), "compute")

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 __all__ = ["is_torchmetrics", "loss_value", "prediction_and_target"]
 
@@ -10,7 +10,7 @@ _PREDICTION_KEYS = ("pred", "y_pred", "preds", "logits")
 _TARGET_KEYS = ("label", "labels", "y", "target", "targets")
 
 
-def prediction_and_target(output: Any) -> Any:
+def prediction_and_target(output: object) -> object:
     """The `(prediction, target)` pair of a mapping that has both; anything else as it is."""
     if type(output) is dict and "pred" in output and "label" in output:  # a supervised step's: once an iteration
         return output["pred"], output["label"]
@@ -22,7 +22,7 @@ def prediction_and_target(output: Any) -> Any:
     return output
 
 
-def loss_value(output: Any) -> Any:
+def loss_value(output: object) -> object:
     """The `"loss"` of a mapping that has one; anything else as it is."""
     if type(output) is dict and "loss" in output:  # a supervised step's: once an iteration
         return output["loss"]
@@ -31,7 +31,7 @@ def loss_value(output: Any) -> Any:
     return output
 
 
-def is_torchmetrics(metric: object) -> bool:
+def is_torchmetrics(metric: object) -> TypeGuard[Any]:
     """Whether `metric` is one of torchmetrics', without importing a package that nobody has imported."""
     package = sys.modules.get("torchmetrics")
     return package is not None and isinstance(metric, (package.Metric, package.MetricCollection))

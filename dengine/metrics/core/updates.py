@@ -7,7 +7,7 @@ from inspect import Signature, signature
 from typing import Any
 
 from dengine.metrics.core.batch_size import samples_or_one
-from dengine.metrics.core.kinds import is_mergeable
+from dengine.metrics.core.kinds import AnyMetric, is_mergeable
 from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.metrics.core.transform import is_torchmetrics, prediction_and_target
 from dengine.metrics.core.wrapped_methods import counting, counts_updates
@@ -23,7 +23,7 @@ class Seen:
     num_samples: int = 0
 
     def counting(self, update: Callable[[Any], None]) -> Callable[[Any], None]:
-        def counted(output: Any) -> None:
+        def counted(output: object) -> None:
             update(output)
             self.num_updates += 1
             self.num_samples += samples_or_one(output)
@@ -34,11 +34,11 @@ class Seen:
         self.num_updates = self.num_samples = 0
 
 
-def update_of(metric: Any, transform: OutputTransform | None) -> Callable[[Any], None]:
+def update_of(metric: AnyMetric, transform: OutputTransform | None) -> Callable[[Any], None]:
     """`metric.update` as a function of a step's output."""
     if takes_pair(metric):
 
-        def update_spread(output: Any) -> None:
+        def update_spread(output: object) -> None:
             arguments = transform(output) if transform is not None else output
             metric.update(*arguments) if isinstance(arguments, (tuple, list)) else metric.update(arguments)
 
@@ -51,14 +51,14 @@ def update_of(metric: Any, transform: OutputTransform | None) -> Callable[[Any],
     return lambda output: update(transform(output))
 
 
-def default_transform(metric: Any) -> OutputTransform | None:
+def default_transform(metric: AnyMetric) -> OutputTransform | None:
     """What a step's output goes through if the user gives nothing."""
     if isinstance(metric, Metric):
         return metric.transform
     return prediction_and_target if takes_pair(metric) else None
 
 
-def takes_pair(metric: Any) -> bool:
+def takes_pair(metric: AnyMetric) -> bool:
     """Whether `update` takes prediction and target as two arguments: torchmetrics', torcheval's, and others alike."""
     if isinstance(metric, Metric):
         return False
@@ -68,7 +68,7 @@ def takes_pair(metric: Any) -> bool:
     return takes is not None and not _fits(takes, 1) and _fits(takes, 2)
 
 
-def check_update(name: str, metric: Any) -> None:
+def check_update(name: str, metric: AnyMetric) -> None:
     """Raises: TypeError: `metric.update` can be called neither with an output nor with prediction and target."""
     takes = _signature(metric)
     if takes is None or _fits(takes, 1) or (_fits(takes, 2) and not isinstance(metric, Metric)):
@@ -80,12 +80,12 @@ def check_update(name: str, metric: Any) -> None:
 
 
 @counting
-def _update_of_object(self: Metric, output: Any) -> None:
+def _update_of_object(self: Metric, output: object) -> None:
     """An `update` that was set on the object, which the class knows nothing of."""
     self.update(output)
 
 
-def _signature(metric: Any) -> Signature | None:
+def _signature(metric: AnyMetric) -> Signature | None:
     try:
         return signature(metric.update)
     except (TypeError, ValueError):  # written in C, or a callable without a signature

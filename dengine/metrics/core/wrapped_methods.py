@@ -19,7 +19,7 @@ _IS_WRAPPED = "_dengine_is_wrapped"
 class _Counted(Protocol):
     num_updates: int
 
-    def update(self, output: Any) -> None: ...
+    def update(self, output: object) -> None: ...
 
 
 def wrap_methods(cls: type, base: type) -> set[str]:
@@ -45,7 +45,7 @@ def counting(update: Callable[..., None]) -> Callable[..., None]:
     """`update`, counted once however many base classes count the same call; anew, if it was a reset as well."""
 
     @wraps(update)
-    def counted_one(self: _Counted, output: Any) -> None:
+    def counted_one(self: _Counted, output: object) -> None:
         before = self.num_updates
         update(self, output)
         after = self.num_updates

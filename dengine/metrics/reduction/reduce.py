@@ -8,13 +8,13 @@ which it says by a flag in the header of the buffer itself.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 
 from dengine.comm.collectives import all_gather_object, sum_tensor
 from dengine.errors import MetricStateError
 from dengine.launch.world import World
+from dengine.metrics.core.computed import Form
 from dengine.metrics.reduction.packing import HEADER, Plan, packed, unpacked
 from dengine.metrics.reduction.schema import Schema, State, fitted, merged, schema_of
 
@@ -54,7 +54,7 @@ class Reduction:
     def is_agreed(self) -> bool:
         return self._schemas is not None
 
-    def forms(self) -> list[tuple[Any, ...]]:
+    def forms(self) -> list[Form]:
         """What the ranks have agreed upon of each state, besides its shape: see `State.form`."""
         return [schema.form for schema in self._schemas or ()]
 

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from dengine.errors import MetricStateError
+from dengine.metrics.core.computed import Form
 from dengine.metrics.core.metric import StateOp
 
 __all__ = ["Schema", "State", "fitted", "merged", "schema_of"]
@@ -22,7 +22,7 @@ class State:
     op: StateOp
     value: torch.Tensor
     is_seen: bool = True
-    form: tuple[Any, ...] = ()  # what else of it must be the same on all ranks: what several values were laid into one
+    form: Form = ()  # what else of it must be the same on all ranks: what several values were laid into one
 
     def __post_init__(self) -> None:
         if self.op != "cat" and self.value.is_complex():
@@ -42,7 +42,7 @@ class Schema:
     dtype: torch.dtype
     shape: tuple[int, ...]
     is_seen: bool
-    form: tuple[Any, ...] = ()
+    form: Form = ()
 
     @property
     def is_whole(self) -> bool:
