@@ -12,7 +12,7 @@ dengine digests what it writes and lists it in a manifest; what the others leave
     python benchmarks/checkpoint.py [--mb MB] [--rounds R] [--folder FOLDER]
 
 The folder must lie on the disk that is meant: a tmpfs has no fsync to speak of. PyTorch-Ignite and Lightning take part
-where they are installed: `pip install "dengine[bench]"`.
+if they are installed: `pip install "dengine[bench]"`.
 """
 
 import argparse

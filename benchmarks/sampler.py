@@ -2,7 +2,7 @@
 
 Both shuffle; all indices of one rank are drawn, from the start of the epoch on. Printed are the medians in
 milliseconds, the median of the rounds' ratios, and what the start of an epoch costs until the first index is there.
-"with epochs": dengine's indices carry the epoch, as they do where the data set may draw at random.
+"with epochs": dengine's indices carry the epoch, as they do if the data set may draw at random.
 
     python benchmarks/sampler.py [--samples N] [--rounds R]
 """

@@ -1,7 +1,7 @@
 """Training with everything on, dengine and its peers, against the bare loop of torch, in turns within one run.
 
 Everything: accuracy and mean loss of the epoch, a progress bar, a row of tracking every 10 iterations, a checkpoint of
-model and optimizer at the end of the epoch (asynchronous where there is such a thing). The bare loop has none of it.
+model and optimizer at the end of the epoch (asynchronous if there is such a thing). The bare loop has none of it.
 Compared is CPU time, of all threads of rank 0's process: what the machine spends; on a GPU, where the process waits
 for the device at the end of an epoch, wall-clock time. Printed are medians over rounds of the ratio to the bare loop of
 the same round.
@@ -65,7 +65,7 @@ class Work:
 
 
 def batches_of(shape: tuple[int, ...], number: int) -> list[Batch]:
-    """As a loader would give them: on the host, pinned where there is a device to copy to."""
+    """As a loader would give them: on the host, pinned if there is a device to copy to."""
     made = [(torch.randn(shape), torch.randint(0, 10, shape[:1])) for _ in range(NUM_BATCHES)]
     if distributed.world().device.type == "cuda":
         made = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in made]

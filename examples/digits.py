@@ -5,7 +5,7 @@
     srun --ntasks=8 python examples/digits.py
 
 digits.yaml has the configuration, _config.py checks it, and _data.py reads the images. Cut short (interrupted,
-preempted, killed, by a lost node), it goes on where it was when the same line is run again.
+preempted, killed, by a lost node), it goes on from there when the same line is run again.
 """
 
 import argparse

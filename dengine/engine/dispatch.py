@@ -100,7 +100,8 @@ class Dispatcher:
         """Set the counts of the events back, as a run starts."""
         for handlers in self._lists.values():
             handlers.count = 0
-            handlers.rewind()
+            if handlers.subscriptions:
+                handlers.rewind()
 
     def collectives(self) -> list[str]:
         """The handlers that all ranks must have, in the order in which an event calls them."""
