@@ -9,7 +9,7 @@ from ranks import Outcome, run_ranks
 from torch import nn
 
 from dengine import ConsistencyError, Engine, Events, distributed
-from dengine.comm.consistency import _digest
+from dengine.comm.consistency import tensor_digest
 from dengine.handlers import ConsistencyCheck, TerminateOnNan, TimeLimit
 from dengine.metrics import Average
 
@@ -72,16 +72,16 @@ def test_ranks_that_train_the_same_are_left_alone_whatever_their_buffers() -> No
 
 def test_every_bit_counts() -> None:
     value = torch.randn(7)
-    found = {int(_digest(value))}
+    found = {int(tensor_digest(value))}
     for place in range(7):
         for bit in range(31):
             changed = value.clone()
             changed.view(torch.int32)[place] ^= 1 << bit
-            found.add(int(_digest(changed)))
+            found.add(int(tensor_digest(changed)))
     swapped = value[torch.tensor([1, 0, 2, 3, 4, 5, 6])]
-    found.add(int(_digest(swapped)))
+    found.add(int(tensor_digest(swapped)))
     # Two flips of a sign do not cancel.
-    found.add(int(_digest(torch.cat([-value[:2], value[2:]]))))
+    found.add(int(tensor_digest(torch.cat([-value[:2], value[2:]]))))
     assert len(found) == 1 + 7 * 31 + 2
 
 

@@ -14,9 +14,12 @@ from ranks import run_ranks
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from dengine import Engine, Events, distributed
+from dengine.control.plane import plane
 from dengine.distributed import ElasticSampler
 from dengine.engine import Absent
+from dengine.errors import ConsistencyError
 from dengine.handlers import Checkpoint
+from dengine.torch_internals import num_collectives
 
 # A mesh, and the ranks that share their data, in the order of their parts.
 MESHES = [
@@ -180,3 +183,103 @@ def joined(rank: int, size: int) -> tuple[list[list[int]], int]:
 def test_a_joined_engine_goes_on_by_the_longest_part_of_the_data() -> None:
     told = run_ranks(joined, 4, init=False, deadline_s=60)
     assert told == [([[0], [2]], 0), ([[0], [2]], 0), ([[1], [1]], 1), ([[1], [1]], 1)]
+
+
+def told_of(rank: int, size: int, mesh: dict[str, int], batches: list[Any]) -> str:
+    with distributed.process_group(mesh=mesh):
+        try:
+            Engine(lambda engine, batch: None).run([batches[rank]])
+        except ConsistencyError as error:
+            return str(error)
+    return "ran"
+
+
+@pytest.mark.parametrize(
+    ("batches", "ranks", "text"),
+    [
+        # Ranks 1 and 2 have each other's batch.
+        ([torch.tensor([each]) for each in (0, 1, 0, 1)], "1 (dp=0, tp=1)", "rank 1 has int64 (1,) that begins 1"),
+        ([{"x": [np.arange(2 + each)]} for each in (5, 5, 6, 5)], "3 (dp=1, tp=1)", "rank 3 has x.0: int64 (7,)"),
+        ([("a", 1.0), ("a", 1.0), ("a", 1.0), ("a", 2.0)], "3 (dp=1, tp=1)", "rank 3 has 1: 2.0, rank 2 has 1: 1.0"),
+        ([*[torch.eye(9)] * 3, torch.eye(9).flip(0)], "3 (dp=1, tp=1)", "rank 3 has float32 (9, 9)"),
+        ([*[torch.ones(9)] * 3, torch.ones(9).cumprod(0)], "", "ran"),
+        ([torch.zeros(9), torch.arange(9) // 8.0] * 2, "1 (dp=0, tp=1)", "both have float32 (9,) that begins 0.0, "),
+        ([[1], [1, 2]] * 2, "1 (dp=0, tp=1)", "rank 1 has 2 parts of it, rank 0 1"),
+        ([{"s": torch.eye(2).to_sparse(), "o": object(), "e": torch.zeros(0)}] * 4, "", "ran"),
+    ],
+)  # fmt: skip
+def test_other_first_batches_of_ranks_that_share_them_are_named_on_all(
+    batches: list[Any], ranks: str, text: str
+) -> None:
+    told = run_ranks(told_of, 4, {"dp": 2, "tp": 2}, batches, init=False, deadline_s=60)
+    assert len(set(told)) == 1
+    assert text in told[0]
+    assert told[0].startswith(f"Rank {ranks} and rank" if ranks else "ran")
+
+
+def test_ranks_with_data_of_their_own_may_have_other_batches() -> None:
+    batches = [torch.tensor([each]) for each in range(4)]
+    mesh = {"dp_replicate": 2, "dp_shard": 2}
+    assert run_ranks(told_of, 4, mesh, batches, init=False, deadline_s=60) == ["ran"] * 4
+
+
+def other_seed(rank: int, size: int, odd: int) -> str:
+    with distributed.process_group(mesh={"pp": 2, "dp": 2}):
+        loader = distributed.prepare_data_loader(DataLoader(numbers(8), shuffle=True), seed=int(rank == odd))
+        try:
+            Engine(lambda engine, batch: None).run(loader)
+        except ConsistencyError as error:
+            return str(error)
+    return "ran"
+
+
+def test_another_seed_of_the_loader_is_named() -> None:
+    told = run_ranks(other_seed, 4, 2, init=False, deadline_s=60)
+    assert len(set(told)) == 1
+    assert "rank 2 has seed=1, but rank 0 has seed=0" in told[0]
+
+
+def resumed_with_another_batch(rank: int, size: int) -> list[str]:
+    told: list[str] = []
+    state: dict[str, Any] = {}
+    with distributed.process_group(mesh={"dp": 1, "tp": 2}):
+        batches = [[0], [1], [2], [3] if rank == 0 else [4]]
+        for stop in (1, 3, None):
+            engine = Engine(lambda engine, batch: None)
+            if told:
+                engine.load_state_dict(state)
+            try:
+                engine.run(batches, max_iterations=stop)
+                told.append("ran")
+            except ConsistencyError as error:
+                told.append(str(error))
+            state = engine.state_dict()
+    return told
+
+
+def test_a_resumed_run_is_looked_at_in_its_first_iteration() -> None:
+    for told in run_ranks(resumed_with_another_batch, 2, init=False, deadline_s=60):
+        assert told[:2] == ["ran", "ran"]
+        assert "rank 1 has 0: 4, rank 0 has 0: 3" in told[2]
+
+
+def num_calls(rank: int, size: int, mesh: dict[str, int] | None, kind: str) -> list[int]:
+    """How many collectives a run of two epochs takes, and one more run."""
+    with distributed.process_group(mesh=mesh):
+        data: Any = Numbers() if kind == "stream" else numbers(8)
+        loader = distributed.prepare_data_loader(DataLoader(data))
+        found = []
+        for _ in range(2):
+            before = num_collectives(plane().group)
+            Engine(lambda engine, batch: None).run(loader, max_epochs=2)
+            found.append(num_collectives(plane().group) - before)
+    return found
+
+
+def test_the_comparison_takes_one_small_collective_and_none_without_ranks_that_share_data() -> None:
+    """A stream takes one more anyway, to find out whether any rank has a batch: the comparison is in it."""
+    for mesh in (None, {"dp": 2}):
+        assert run_ranks(num_calls, 2, mesh, "map", init=False, deadline_s=60) == [[1, 1]] * 2
+        assert run_ranks(num_calls, 2, mesh, "stream", init=False, deadline_s=60) == [[2, 2]] * 2
+    for kind in ("map", "stream"):
+        assert run_ranks(num_calls, 2, {"tp": 2}, kind, init=False, deadline_s=60) == [[2, 2]] * 2

@@ -30,6 +30,8 @@ __all__ = [
     "refuse_differences",
     "refuse_different_models",
     "same_on_all_ranks",
+    "tensor_digest",
+    "text_digest",
 ]
 
 _BUILD_ALIKE = "Build the same on every rank."
@@ -64,7 +66,7 @@ class Start(NamedTuple):
 
 def compare_start(entries: Sequence[str], *, batches: int = 0, data: str = "") -> Start:
     """Compare `entries` and `data`, and find the largest `batches`. Collective. Cost: an all-reduce of 5 numbers."""
-    mine, samples = _digest_of(entries), _digest_of([data])
+    mine, samples = text_digest(entries), text_digest([data])
     numbers = torch.tensor([mine, -mine, samples, -samples, batches])
     found = max_tensor(numbers, world(), what=START_OF_RUN).tolist()
     # All are equal if the largest is the smallest.
@@ -73,7 +75,7 @@ def compare_start(entries: Sequence[str], *, batches: int = 0, data: str = "") -
 
 def same_on_all_ranks(entries: Sequence[str], what: str) -> bool:
     """Whether all ranks give the same `entries`. Collective. Cost: an all-reduce of 2 numbers."""
-    mine = _digest_of(entries)
+    mine = text_digest(entries)
     both = max_tensor(torch.tensor([mine, -mine]), world(), what=what)
     return bool(both[0] == -both[1])
 
@@ -83,7 +85,7 @@ def any_rank(value: bool, what: str) -> bool:
     return bool(max_tensor(torch.tensor([int(value)]), world(), what=what)[0])
 
 
-def _digest_of(entries: Sequence[str]) -> int:
+def text_digest(entries: Sequence[str]) -> int:
     """A digest of `entries`, of 63 bits."""
     return int.from_bytes(hashlib.sha256("\n".join(entries).encode()).digest()[:8], "big") >> 1
 
@@ -199,7 +201,7 @@ def _odd_one(values: Sequence[Any]) -> tuple[int | None, int]:
 
 def _digests(values: Iterable[Any]) -> torch.Tensor:
     """One int64 for each value. Shapes: result (P,), on the CPU."""
-    digests = [_digest(value if isinstance(value, torch.Tensor) else _number(value)) for value in values]
+    digests = [tensor_digest(value if isinstance(value, torch.Tensor) else _number(value)) for value in values]
     # In one copy a device: each by itself would wait for it.
     return torch.stack([each.cpu() for each in digests]) if digests else torch.zeros(0, dtype=torch.int64)
 
@@ -210,7 +212,7 @@ def _number(value: Any) -> torch.Tensor:
     return torch.tensor(list(repr(value).encode()), dtype=torch.uint8)
 
 
-def _digest(tensor: torch.Tensor) -> torch.Tensor:
+def tensor_digest(tensor: torch.Tensor) -> torch.Tensor:
     """A digest of 64 bits, which any changed bit changes. Shapes: result () int64, on the tensor's device."""
     with torch.no_grad():
         data = local_part(tensor).contiguous().reshape(-1).view(torch.uint8)

@@ -212,9 +212,8 @@ class Loop:
         """The batches of the epoch from its present position, the random number generators set as they were then."""
         state, consumed, self._consumed_before = self.state, self._consumed_before, 0
         batches = self.resuming.first_batches(self.epochs, skip=state.epoch_iteration, consumed=consumed)
-        if state.epoch_iteration:  # there was a batch; there may be no more
-            return batches
-        return self.epochs.looked_into(batches, state.epoch, state.iteration)
+        is_start = not state.epoch_iteration  # else there was a batch; there may be no more
+        return self.epochs.looked_into(batches, state.epoch, state.iteration, is_start=is_start)
 
     def _announce_fetch(self) -> None:
         handlers, count = self._iteration_lists[0], self.state.iteration + 1 - self._fetch_started_offset

@@ -51,8 +51,14 @@ def checked_data(data: Iterable[object], epoch_length: object, *, is_joined: boo
         refuse_other_part(data, world())
     if epoch_length is not None:
         epoch_length = whole_number("epoch_length", epoch_length, least=1)
-    may_be_empty = distributed and world().size > 1
-    epochs = EpochIterator(data, epoch_length, is_joined=is_joined, may_be_empty=may_be_empty)
+    here = world()
+    epochs = EpochIterator(
+        data,
+        epoch_length,
+        is_joined=is_joined,
+        may_be_empty=distributed and here.size > 1,
+        is_shared=distributed and here.data_size < here.size,
+    )
     if epochs.length == 0:
         epochs.emptiness.refuse_no_batch()
     return epochs

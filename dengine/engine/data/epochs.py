@@ -7,13 +7,14 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dengine.comm.consistency import any_rank
 from dengine.data.alike import empties_together
+from dengine.data.first_batch import compare_first_batch
 from dengine.data.loader import pass_counters, renew_workers
 from dengine.data.passes import PassCounter
 from dengine.data.seeding import tell_epoch
 from dengine.distributed import world
 from dengine.engine.data.description import length_of
 from dengine.engine.data.emptiness import Emptiness
-from dengine.engine.data.joined import Pass, agreed_pass, with_own_spare, with_sent_spare
+from dengine.engine.data.joined import Absent, Pass, agreed_pass, with_own_spare, with_sent_spare
 from dengine.engine.data.own_state import holds_any, is_restored_by_hand, parts_of
 from dengine.engine.data.self_resetting import SelfResetting, may_reset_itself
 from dengine.engine.data.skipping import dropping, jumps, skipped_by_sampler, warn_of_drawing
@@ -37,11 +38,19 @@ class EpochIterator:
     Joined, a pass over the data is as long as the longest one of any rank: what a rank lacks are `Absent`s. Ranks agree
     upon it when an epoch is entered; data of unknown length, on any rank, is not joined.
 
+    `is_shared`: some ranks must be given the same data, whose first batches are compared.
+
     Data without a batch are an error, unless they are one shard of several (`may_be_empty`) and another one has some.
     """
 
     def __init__(
-        self, data: Iterable[object], epoch_length: int | None, *, is_joined: bool = False, may_be_empty: bool = False
+        self,
+        data: Iterable[object],
+        epoch_length: int | None,
+        *,
+        is_joined: bool = False,
+        may_be_empty: bool = False,
+        is_shared: bool = False,
     ) -> None:
         self.data = data
         self.is_one_shot = isinstance(data, Iterator)
@@ -51,6 +60,7 @@ class EpochIterator:
         self._resetting = SelfResetting(data) if isinstance(data, Iterator) and may_reset_itself(data) else None
         self.emptiness = Emptiness(data, may_be_empty=may_be_empty)
         self._is_joined = is_joined
+        self._must_compare = is_shared
         self._may_try_again = False
         self._pass = Pass()
 
@@ -124,24 +134,37 @@ class EpochIterator:
             is_longest = self._pass.length in (None, own)  # else the pass was iterated to its end
             self._resetting.finish(is_whole=is_longest and own is not None and own > 0 and num_iterations % own == 0)
 
-    def looked_into(self, batches: Iterator[object], epoch: int, iterations: int) -> Iterator[object]:
-        """`batches`; the first one of the run has been drawn if nobody knew whether any rank has one.
+    def looked_into(
+        self, batches: Iterator[object], epoch: int, iterations: int, *, is_start: bool
+    ) -> Iterator[object]:
+        """`batches`; the first one of the run has been drawn if nobody knew whether any rank has one, or if some ranks
+        must have the same. `is_start`: they start at the beginning of the epoch, so that some rank has to have one.
 
         Collective in that case, once a run: a small all-reduce, as soon as every rank has drawn its first batch.
 
-        Raises: ValueError, on every rank: no rank has a batch, or none any more.
+        Raises, on every rank:
+            ValueError: no rank has a batch, or none any more.
+            ConsistencyError: ranks that share their data have other ones.
         """
-        if not self.emptiness.is_unsure:
+        is_unsure = is_start and self.emptiness.is_unsure
+        if not (is_unsure or self._must_compare):
             return batches
-        self.emptiness.is_unsure = False
         first = list(islice(batches, 1))
-        if not first and self._may_try_again:  # it stood at the end of a pass
-            self._may_try_again = False
-            batches = self._new_pass()
-            first = list(islice(batches, 1))
-        if not any_rank(bool(first), "whether any rank has a batch"):
+        if is_unsure:
+            self.emptiness.is_unsure = False
+            if not first and self._may_try_again:  # it stood at the end of a pass
+                self._may_try_again = False
+                batches = self._new_pass()
+                first = list(islice(batches, 1))
+        if not self._has_any_rank(first) and is_unsure:
             self.emptiness.refuse_empty_epoch(epoch, iterations)
         return chain(first, batches)
+
+    def _has_any_rank(self, first: list[object]) -> bool:
+        if not self._must_compare:
+            return any_rank(bool(first), "whether any rank has a batch")
+        self._must_compare = False
+        return compare_first_batch([batch.spare if isinstance(batch, Absent) else batch for batch in first])
 
     def is_over(self, epoch: int, iterations: int, *, is_empty: bool) -> bool:
         """Whether the epoch ends with the data, which are at their end; else they are iterated again.

@@ -1,0 +1,102 @@
+"""Whether ranks that share their data were given the same first batch of a run."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dengine import trees
+from dengine.comm.collectives import all_gather_object, max_tensor
+from dengine.comm.consistency import tensor_digest, text_digest
+from dengine.dtensor import is_dtensor
+from dengine.errors import ConsistencyError
+from dengine.launch.world import World, world
+
+__all__ = ["compare_first_batch"]
+
+_NUM_SHOWN = 3  # values of a tensor, in a message
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+class _Leaf(NamedTuple):
+    """A part of a batch: what a message shows of it, and a digest of all of it."""
+
+    shown: str
+    digest: int
+
+
+def compare_first_batch(first: Sequence[object]) -> bool:
+    """Compare the first batch between the ranks that share their data; gives whether any rank has one.
+
+    `first` is empty on a rank without a batch. What a batch holds beside containers, tensors, arrays and plain values
+    is compared by its type alone, and a DTensor by its shape.
+
+    Collective. Cost: reads the batch once (a wait for the device, if it is there), and one all-reduce of 16 bytes for
+    each part of the data.
+
+    Raises:
+        ConsistencyError: on every rank, naming two ranks whose batches differ, and the first difference.
+    """
+    here = world()
+    mine = [leaf for batch in first for leaf in _leaves_of(batch)]
+    digest = text_digest([f"{leaf.shown} {leaf.digest}" for leaf in mine])
+    numbers = torch.full((1 + 2 * here.data_size,), torch.iinfo(torch.int64).min)  # what others hold counts for nothing
+    numbers[0] = len(first)
+    numbers[1 + 2 * here.data_rank : 3 + 2 * here.data_rank] = torch.tensor([digest, -digest])
+    found = max_tensor(numbers, here, what="the comparison of the first batch")
+    if not bool((found[1::2] == -found[2::2]).all()):  # all are equal if the largest is the smallest
+        _refuse(all_gather_object((here.data_rank, mine)), here)
+    return bool(found[0])
+
+
+def _refuse(gathered: Sequence[tuple[int, list[_Leaf]]], here: World) -> None:
+    """
+    Raises: ConsistencyError: of two ranks with the same part of the data.
+    """
+    firsts: dict[int, int] = {}  # by the part of the data, the first rank that has it
+    for rank, (part, theirs) in enumerate(gathered):
+        first = firsts.setdefault(part, rank)
+        if theirs != gathered[first][1]:
+            raise ConsistencyError(
+                f"Rank {rank} ({here.place_of(rank)}) and rank {first} ({here.place_of(first)}) must be given the same "
+                "data, as they differ in cp, tp or pp alone, but their first batches differ: "
+                f"{_difference(rank, theirs, first, gathered[first][1])}. Pass the loader to prepare_data_loader() "
+                "with the same arguments on every rank, or choose the samples by world().data_rank and data_size."
+            )
+
+
+def _difference(rank: int, theirs: Sequence[_Leaf], first: int, of_first: Sequence[_Leaf]) -> str:
+    for leaf, other in zip(theirs, of_first, strict=False):
+        if leaf.shown != other.shown:
+            return f"rank {rank} has {leaf.shown}, rank {first} has {other.shown}"
+        if leaf.digest != other.digest:
+            return f"both have {leaf.shown}, but other values after that"
+    return f"rank {rank} has {len(theirs)} parts of it, rank {first} {len(of_first)}"
+
+
+def _leaves_of(batch: object) -> Iterator[_Leaf]:
+    for name, value in trees.named_leaves(batch):
+        start = f"{name}: " if name else ""
+        if isinstance(value, torch.Tensor):
+            yield _leaf_of_tensor(start, value)
+        elif isinstance(value, np.ndarray) and value.dtype.kind in "biufcSU":
+            digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+            begin = ", ".join(map(str, value.reshape(-1)[:_NUM_SHOWN].tolist()))
+            yield _Leaf(f"{start}{value.dtype} {value.shape} that begins {begin}", text_digest([digest]))
+        elif isinstance(value, _PLAIN):
+            yield _Leaf(f"{start}{value!r:.60}", text_digest([repr(value)]))
+        else:
+            yield _Leaf(f"{start}a {type(value).__qualname__}", 0)
+
+
+def _leaf_of_tensor(start: str, value: torch.Tensor) -> _Leaf:
+    kind = f"{start}{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if is_dtensor(value):  # whose parts differ between ranks on purpose
+        return _Leaf(kind, 0)
+    with suppress(RuntimeError, NotImplementedError, TypeError, ValueError):  # a sparse or nested tensor: by its shape
+        begin = ", ".join(map(str, value.reshape(-1)[:_NUM_SHOWN].tolist()))
+        return _Leaf(f"{kind} that begins {begin}", int(tensor_digest(value)))
+    return _Leaf(kind, 0)
