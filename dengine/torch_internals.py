@@ -8,6 +8,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore, TCPStore
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FSDP_ATTRIBUTES",
     "HIDDEN_BY_COMPILE",
+    "LIBUV_TAKES_LISTENER",
     "HashStore",
     "PrefixStore",
     "TCPStore",
@@ -43,6 +45,7 @@ __all__ = [
 T = TypeVar("T")
 
 HIDDEN_BY_COMPILE = "_orig_mod"  # the attribute of torch.compile's wrapper that holds the module
+LIBUV_TAKES_LISTENER = torch.__version__ >= "2.8"  # else a TCPStore on a given socket has to be the older kind
 FSDP_ATTRIBUTES = ("__composable_api", "_is_fsdp", "_fsdp_")  # how those begin that `fully_shard` leaves on a module
 
 _BACKWARD = "backward()"
@@ -116,8 +119,6 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
 
 def build_ddp_buckets(model: "DistributedDataParallel", parameters: list[nn.Parameter]) -> None:
     """A backward pass of zeros through `parameters`, in reverse order, as DDP sees one. Collective: one all-reduce."""
-    import torch
-
     model.reducer.prepare_for_backward([])
     for each in reversed(parameters):
         torch.autograd.backward(each, torch.zeros_like(each))
@@ -136,8 +137,6 @@ def compiles_own_call(model: nn.Module, **options: Any) -> None:
 
     torch looks into no frame of its own, so that it would leave an nn.Sequential as it is, in silence.
     """
-    import torch
-
     call: Any = model._call_impl
 
     def called(*args: Any, **kwargs: Any) -> Any:

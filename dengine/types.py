@@ -1,7 +1,7 @@
 """Protocols and types that more than one layer uses."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import torch
 
@@ -11,6 +11,7 @@ __all__ = [
     "Stateful",
     "accumulator_dtype",
     "is_short_float",
+    "is_stateful",
     "summable",
     "with_per_rank_state",
 ]
@@ -18,13 +19,18 @@ __all__ = [
 MetricValue: TypeAlias = float | torch.Tensor
 
 
-@runtime_checkable
 class Stateful(Protocol):
     """What can be put into a checkpoint and taken out again."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
+
+
+def is_stateful(value: object) -> TypeGuard[Stateful]:
+    """Whether it has the two methods; those of a delegate count, which `isinstance` of a Protocol does not see from
+    Python 3.12 on."""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
 class PerRankState(Stateful, Protocol):

@@ -3,7 +3,9 @@
 A new torch is judged by `bash launch/test.sh -m canary`.
 """
 
+import gc
 import io
+import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +34,7 @@ def group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        gc.collect()  # a worker of a loader that frees a group of its parent's would wait for the group's threads
 
 
 # -- process groups ----------------------------------------------------------------------------------------------
@@ -80,6 +83,19 @@ def test_stores_keep_compare_and_count_as_their_names_say() -> None:
     assert store.delete_key("key")
     server = torch_internals.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     client = torch_internals.TCPStore("localhost", server.port, is_master=False, wait_for_workers=False)
+    client.set("key", "value")
+    assert server.get("key") == b"value"
+
+
+def test_a_store_listens_on_a_socket_that_is_there() -> None:
+    """Else no process group begins without torchrun, or its store listens on all of the host's networks."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    options: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "multi_tenant": True}
+    server = torch_internals.TCPStore(
+        "127.0.0.1", port, master_listen_fd=listener.detach(), use_libuv=torch_internals.LIBUV_TAKES_LISTENER, **options
+    )
+    client = torch_internals.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     client.set("key", "value")
     assert server.get("key") == b"value"
 

@@ -86,6 +86,8 @@ class EventEnum(_Joins, Enum, metaclass=_EventType):
 
     # Enum's own hash is a Python function of the name; identity is what events mean, and is three times faster.
     __hash__ = object.__hash__
+    # Enum's own says, from Python 3.12 on, that a member takes what its class does.
+    __signature__ = None
 
     @_OPTIONS
     def __call__(

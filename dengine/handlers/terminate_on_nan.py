@@ -43,7 +43,8 @@ class TerminateOnNan:
         >>> from dengine import Engine, Events
         >>> trainer = Engine(lambda engine, batch: {"loss": 1.0 if batch < 3 else float("nan")})
         >>> handle = trainer.on(Events.ITERATION_COMPLETED, TerminateOnNan())
-        >>> with warnings.catch_warnings(action="ignore"):
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
         ...     trainer.run(range(100)).iteration
         4
     """

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from dengine.launch.env import Launch, is_agents_store
-from dengine.torch_internals import TCPStore
+from dengine.torch_internals import LIBUV_TAKES_LISTENER, TCPStore
 
 __all__ = ["open_store"]
 
@@ -33,6 +33,7 @@ def open_store(launch: Launch, timeout_s: float) -> TCPStore:
     }
     if is_host and (listener := _listening(address, is_one_host=launch.local_size == launch.size)) is not None:
         options["master_listen_fd"] = listener.detach()  # the store's, even if it cannot be made
+        options["use_libuv"] = LIBUV_TAKES_LISTENER
     return TCPStore(*address, launch.size, **options)
 
 

@@ -15,7 +15,7 @@ from dengine.checkpoint.states.replicas import Print, prints_of, refuse_lost
 from dengine.distributed import all_gather_object, unwrap_model
 from dengine.dtensor import PLAIN, any_dtensor, is_made_of_others, local_part, whole
 from dengine.errors import CheckpointError
-from dengine.types import Stateful, with_per_rank_state
+from dengine.types import Stateful, is_stateful, with_per_rank_state
 
 __all__ = [
     "FORMAT_VERSION",
@@ -57,7 +57,7 @@ def check_objects(objects: Mapping[str, Any]) -> dict[str, Stateful]:
             raise ValueError(f"The name {RESERVED!r} is reserved for dengine's own entry: choose another one.")
         if isinstance(value, type):
             raise TypeError(f"{name!r} cannot be saved: it is the class {value.__qualname__}; pass an instance.")
-        if not isinstance(value, Stateful):
+        if not is_stateful(value):
             raise TypeError(
                 f"{name!r} cannot be saved: a {type(value).__qualname__} has no state_dict() and load_state_dict()"
                 f"{_way_out(name, value)}."

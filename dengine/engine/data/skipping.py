@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from dengine.data.loader import pass_counters
 from dengine.distributed import world
@@ -12,7 +12,6 @@ from dengine.naming import type_name
 __all__ = ["dropping", "jumps", "skipped_by_sampler", "warn_of_drawing"]
 
 
-@runtime_checkable
 class _Skips(Protocol):
     """A sampler that can start in the middle of an epoch without drawing what comes before."""
 
@@ -61,9 +60,9 @@ def warn_of_drawing(data: Iterable[object], num_batches: int) -> None:
 
 
 def _skipping(data: Iterable[object]) -> tuple[_Skips, int] | None:
-    sampler = getattr(data, "sampler", None)
+    sampler: Any = getattr(data, "sampler", None)
     batch_size = getattr(data, "batch_size", None)
-    return (sampler, batch_size) if isinstance(sampler, _Skips) and isinstance(batch_size, int) else None
+    return (sampler, batch_size) if callable(getattr(sampler, "skip", None)) and isinstance(batch_size, int) else None
 
 
 def _rest_of(iterator: Iterator[object]) -> Iterator[object]:

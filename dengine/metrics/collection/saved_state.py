@@ -23,7 +23,7 @@ import torch
 
 from dengine import trees
 from dengine.launch.world import world
-from dengine.metrics.core.kinds import MetricLike
+from dengine.metrics.core.kinds import is_metric
 from dengine.metrics.core.metric import Metric
 
 __all__ = ["load_state_dict", "state_dict"]
@@ -123,7 +123,7 @@ def _gathers(value: Any) -> bool:
     """Whether it is an object whose own attributes are a state: a metric, a meter (`reset`, `update`), a dataclass."""
     if isinstance(value, type):
         return False
-    if isinstance(value, MetricLike):
+    if is_metric(value):
         return True
     if isinstance(value, torch.nn.Module | dict):
         return False

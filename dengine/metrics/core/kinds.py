@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias
 
 from dengine.metrics.core.metric import Metric
 from dengine.metrics.core.transform import is_torchmetrics
@@ -21,7 +21,6 @@ __all__ = [
 ]
 
 
-@runtime_checkable
 class MetricLike(Protocol):
     """Anything with the three methods of a metric."""
 
@@ -36,7 +35,10 @@ AnyMetric: TypeAlias = Metric | MetricLike
 
 
 def is_metric(value: object) -> bool:
-    return isinstance(value, MetricLike) and not isinstance(value, type)
+    """Whether it has the three methods of a metric. Not by `isinstance` of the Protocol, which does not see those of a
+    delegate from Python 3.12 on."""
+    methods = ("reset", "update", "compute")
+    return not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in methods)
 
 
 def is_mergeable(metric: object) -> bool:

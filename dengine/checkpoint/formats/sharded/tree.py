@@ -29,6 +29,7 @@ Path: TypeAlias = tuple[Any, ...]  # of keys and places in lists, from the root
 # (path of a tensor, its dtype, its whole shape) -> what stands for it in the tree
 TensorMaker: TypeAlias = Callable[[Path, torch.dtype, torch.Size], Any]
 
+_MOST_LEVELS = 400  # of containers in each other: within the recursion limit of every Python
 _WHOLE_NUMBERS = (bool, int, str, type(None))
 
 
@@ -36,8 +37,10 @@ def encoded(value: Any, tensors: dict[str, torch.Tensor], path: Path = ()) -> No
     """`value` as JSON; its tensors are put into `tensors` under the text of their paths.
 
     Raises:
-        TypeError: something that cannot be written as data, with its path; two keys that read alike.
+        TypeError: something that cannot be written as data, with its path; two keys that read alike; nested too deep.
     """
+    if len(path) > _MOST_LEVELS:
+        raise TypeError(f"{_too_deep(path)}: a state may hold itself, by mistake.")
     if isinstance(value, torch.Tensor):
         tensors[_free_name(path, tensors)] = value
         return {"type": "tensor", "dtype": dtype_name(value.dtype), "shape": list(value.shape)}
@@ -56,8 +59,10 @@ def decoded(node: Node, make: TensorMaker, path: Path = ()) -> Any:
     """What `encoded` was given; in the place of each tensor what `make` gives.
 
     Raises:
-        ValueError, TypeError, KeyError: no such node.
+        ValueError, TypeError, KeyError: no such node, or nested too deep.
     """
+    if len(path) > _MOST_LEVELS:
+        raise ValueError(_too_deep(path))
     if isinstance(node, list):
         return [decoded(part, make, (*path, index)) for index, part in enumerate(node)]
     if not isinstance(node, dict):
@@ -117,6 +122,10 @@ def dtype_named(name: Any) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"torch {torch.__version__} has no dtype {name!r}.")
     return dtype
+
+
+def _too_deep(path: Path) -> str:
+    return f"{path_text(path[:3])!r} is nested more than {_MOST_LEVELS} levels deep"
 
 
 def _free_name(path: Path, taken: dict[str, torch.Tensor]) -> str:
