@@ -24,7 +24,7 @@ def without_compiled(name: str) -> str:
     return ".".join([part for part in parts if part != HIDDEN_BY_COMPILE] + [last])
 
 
-def aligned(state: Any, like: Any) -> Any:
+def aligned(state: object, like: object) -> Any:
     """`state` with the names that `like` has for the same, at every depth; unknown ones lose `_orig_mod`.
 
     `like` is what the object that is to take it says of itself; of {}, all names become the plain ones. What needs no

@@ -25,7 +25,7 @@ class _Kind(NamedTuple):
 
 
 def parts(value: object) -> list[tuple[Any, Any]] | None:
-    """What a container holds: (key, index or name of a field, part), in its own order; None for a leaf."""
+    """The parts of a container with their keys, indices or names of fields, in its own order; None for a leaf."""
     kind = _KINDS[type(value)]
     return None if kind is None else kind.parts(value)
 

@@ -20,7 +20,7 @@ MetricValue: TypeAlias = float | torch.Tensor
 
 
 class Stateful(Protocol):
-    """What can be put into a checkpoint and taken out again."""
+    """An object with a state that can be put into a checkpoint and taken out again."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -34,10 +34,11 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
 
 
 class PerRankState(Stateful, Protocol):
-    """What has, beside its state, one of each rank, and learns which objects were loaded with it: an engine, with its
-    generators and what its metrics have seen, whose data may be one of these objects."""
+    """An engine, to a checkpoint: beside its state it has one of each rank (its generators, and what its metrics have
+    seen), and it learns which objects were loaded with it, of which its data may be one.
+    """
 
-    def random_state(self) -> Any: ...
+    def random_state(self) -> object: ...
 
     def load_random_state(self, random_state: Any, /, *, data_only: bool = False) -> None: ...
 
@@ -51,7 +52,7 @@ def with_per_rank_state(objects: Mapping[str, object]) -> dict[str, PerRankState
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
-    """What floats are summed in: float64, except on Apple's GPU, which has none."""
+    """The dtype in which floats are summed: float64, except on Apple's GPU, which has none."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -138,7 +138,7 @@ class FilteredEvent(_Joins):
         return f"FilteredEvent({', '.join([f'event={self.event!r}', *shown])})"
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """Those that were given, by name."""
         options = {name: getattr(self, name) for name in ("every", "once", "after", "before", "filter")}
         return {name: value for name, value in options.items() if value is not None}

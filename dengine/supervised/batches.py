@@ -183,7 +183,7 @@ def _what(value: object) -> str:
 
 
 def check_callables(**functions: object) -> None:
-    """Raises: TypeError: one that is neither None nor callable, or a class of modules in place of one."""
+    """Refuse what is neither None nor callable, and a class of modules in place of one. Raises: TypeError."""
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise TypeError(f"{name}={function!r} must be a function.")

@@ -66,7 +66,7 @@ def configured(accelerator: "Accelerator", num_batches: int, max_grad_norm: floa
 
 
 def check_clipping(max_grad_norm: float | None, configured: float) -> None:
-    """Raises: ValueError: `max_grad_norm` is another one."""
+    """Refuse a `max_grad_norm` other than the `configured` one. Raises: ValueError."""
     if max_grad_norm not in (None, configured):
         raise ValueError(
             f"max_grad_norm={max_grad_norm}, but DeepSpeed's configuration says gradient_clipping={configured}: give "
@@ -75,7 +75,7 @@ def check_clipping(max_grad_norm: float | None, configured: float) -> None:
 
 
 def check_precision(accelerator: "Accelerator") -> None:
-    """Raises: ValueError: DeepSpeed would train in fp16 without scaling the loss, and divide gradients by the scale."""
+    """Refuse fp16 without a scaled loss, whose gradients DeepSpeed would divide by the scale. Raises: ValueError."""
     stage = (_config(accelerator).get("zero_optimization") or {}).get("stage", 0)
     if accelerator.mixed_precision == "fp16" and stage == 0:
         raise ValueError(
@@ -186,7 +186,7 @@ class DeepSpeedStep:
         self._num_done = 0
 
     def cut_short(self, num_batches: int) -> None:
-        """Raises: RuntimeError: the batches were weighted as parts of a step of more."""
+        """Refuse a step of fewer batches, which were weighted as parts of more. Raises: RuntimeError."""
         raise RuntimeError(
             f"The data ended after {num_batches} of the {self._num_in_step} batches that an accumulation was to have "
             "by the length it gave, and DeepSpeed has weighted them by that: correct the data's __len__, or "

@@ -42,15 +42,19 @@ class Emptiness:
         self.is_unsure = self.may_be_empty and expected == PERHAPS_BATCHES
 
     def refuse_no_batch(self) -> None:
-        """Raises: ValueError: there is no batch, and there has to be one."""
+        """Refuse data without a batch, if they must have one.
+
+        Raises: ValueError: they must.
+        """
         if not self.may_be_empty:
             self.refuse("no batch")
         if empties_together(self._data):
             self.refuse("no batch on any rank")
 
     def refuse_empty_epoch(self, epoch: int, iterations: int) -> NoReturn:
-        """Raises: ValueError: no rank has a batch in `epoch`. RuntimeError: the same in a world of one, where there
-        were batches before.
+        """Refuse an `epoch` in which no rank has a batch.
+
+        Raises: ValueError; RuntimeError: the same in a world of one, in which there were batches before.
         """
         if iterations == 0:
             self.refuse("no batch on any rank" if self.may_be_empty else "no batch")
@@ -61,7 +65,7 @@ class Emptiness:
         raise RuntimeError(f"The data gave no batch {text}: {again}.")
 
     def refuse(self, nothing: str) -> NoReturn:
-        """Raises: ValueError: the data gave `nothing`."""
+        """Say that the data gave `nothing`, and what to check. Raises: ValueError."""
         raise ValueError(
             f"The data ({type_name(self._data)}) gave {nothing}: there is nothing to run over. "
             "Check the data set's size, and drop_last with a batch size above it."

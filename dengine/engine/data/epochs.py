@@ -24,7 +24,7 @@ __all__ = ["EpochIterator", "check_data"]
 
 
 def check_data(data: object) -> None:
-    """Raises: TypeError: it cannot be iterated over."""
+    """Refuse `data` that cannot be iterated over. Raises: TypeError."""
     if isinstance(data, type) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise TypeError(f"run() takes data that can be iterated over (a DataLoader, a list), but got {data!r}.")
 
