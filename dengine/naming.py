@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-__all__ = ["describe", "other_keywords", "other_names", "refuse_name", "shown", "type_name"]
+__all__ = ["describe", "other_keywords", "other_names", "printable", "refuse_name", "shown", "type_name"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,6 +23,11 @@ def describe(function: object) -> str:
 def type_name(value: object) -> str:
     """The name of the type of `value` that a user knows: a prepared `DataLoader` is one to whoever gave it."""
     return next(kind.__qualname__ for kind in type(value).__mro__ if not kind.__module__.startswith("dengine."))
+
+
+def printable(text: str) -> str:
+    """`text` with what would command a terminal (escapes, line ends, marks of direction) written out."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)
 
 
 def shown(value: object, /, *first: object, **parts: object) -> str:

@@ -9,10 +9,12 @@ __all__ = [
     "MetricValue",
     "PerRankState",
     "Stateful",
+    "TakesRestored",
     "accumulator_dtype",
     "is_short_float",
     "is_stateful",
     "summable",
+    "takes_restored",
     "with_per_rank_state",
 ]
 
@@ -34,21 +36,30 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
 
 
 class PerRankState(Stateful, Protocol):
-    """An engine, to a checkpoint: beside its state it has one of each rank (its generators, and what its metrics have
-    seen), and it learns which objects were loaded with it, of which its data may be one.
-    """
+    """What has, beside its state, one of each rank: an engine, with its generators and what its metrics have seen."""
 
     def random_state(self) -> object: ...
 
-    def load_random_state(self, random_state: Any, /, *, data_only: bool = False) -> None: ...
+    def load_random_state(self, random_state: Any, /) -> None: ...
+
+
+class TakesRestored(Stateful, Protocol):
+    """What learns which objects were loaded with it: an engine, whose data may be one of them."""
 
     def data_restored(self, objects: Iterable[object], /) -> None: ...
+
+    def load_random_state(self, random_state: Any, /, *, data_only: bool = False) -> None: ...
 
 
 def with_per_rank_state(objects: Mapping[str, object]) -> dict[str, PerRankState]:
     """Those of `objects` that are engines to a checkpoint. By one name: `isinstance` of a Protocol takes 30 times as
     long."""
-    return {name: value for name, value in objects.items() if hasattr(value, "data_restored")}  # type: ignore[misc]
+    return {name: value for name, value in objects.items() if hasattr(value, "load_random_state")}  # type: ignore[misc]
+
+
+def takes_restored(value: object) -> TypeGuard[TakesRestored]:
+    """Whether it wants to know what was loaded with it."""
+    return hasattr(value, "data_restored")
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:

@@ -3,8 +3,9 @@
 The parts, for a script of one's own; `dengine.handlers.Checkpoint` is the policy over them.
 """
 
-from dengine.checkpoint.catalogue.manifest import Entry
-from dengine.checkpoint.loading import latest, load, verify
+from dengine.checkpoint.catalogue.entry import Entry
+from dengine.checkpoint.loading import load, verify
+from dengine.checkpoint.resuming import latest
 from dengine.checkpoint.saving import save
 from dengine.checkpoint.states.partial import LeftOut
 

@@ -1,7 +1,5 @@
-"""A checkpoint's way back: what a file is, which one is the newest, and its states for the objects of every rank."""
+"""One checkpoint's way back: whether it is intact, and its states for the objects of every rank."""
 
-import os
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -10,10 +8,8 @@ from typing import Any, BinaryIO, Literal, overload
 
 import torch
 
-from dengine import atomic_files
 from dengine.checkpoint.catalogue import manifest
-from dengine.checkpoint.catalogue.manifest import Entry
-from dengine.checkpoint.catalogue.paths import no_folder_of_checkpoints, path_of, printable
+from dengine.checkpoint.catalogue.entry import Entry, from_footer
 from dengine.checkpoint.disk.archive import check_archive
 from dengine.checkpoint.disk.footer import check_footer, read_footer
 from dengine.checkpoint.disk.regular import open_regular
@@ -24,12 +20,12 @@ from dengine.checkpoint.states.partial import Fitting, LeftOut
 from dengine.checkpoint.states.plain import check_loaded
 from dengine.checkpoint.states.restore import Restoring, give_random_states
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, States, check_objects, unwrapped
-from dengine.comm.outcome import from_rank_zero
+from dengine.checks import path_of
 from dengine.distributed import all_gather_object, world
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.types import Stateful
 
-__all__ = ["latest", "load", "newest_first", "resume", "verify"]
+__all__ = ["UnreadableError", "agree_on_names", "load", "verify"]
 
 
 def verify(path: str | Path) -> Entry:
@@ -44,7 +40,7 @@ def verify(path: str | Path) -> Entry:
     path = path_of("path", path)
     try:
         entry = manifest.entry_of(path, proven=True)
-        manifest.refuse_other(entry, manifest.listed_beside(path), path)
+        manifest.refuse_other(entry, path)
         return entry
     except CorruptCheckpointError as error:
         raise _explained(error, path) from None
@@ -52,57 +48,18 @@ def verify(path: str | Path) -> Entry:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
-    """The intact checkpoint of `prefix` in `save_dir` that was saved last; None where there is none.
-
-    This rank's own. Cost: as `verify`, for each file until one is intact.
-
-    Raises:
-        CheckpointError: `save_dir` is a checkpoint itself, or another file.
-    """
-    folder = path_of("save_dir", save_dir)
-    if (reason := no_folder_of_checkpoints(folder, "latest")) is not None:
-        raise CheckpointError(reason)
-    for entry in newest_first(folder, prefix):
-        path = folder / entry.name
-        try:
-            verify(path)
-        except CheckpointError:
-            continue
-        return path
-    return None
-
-
-def newest_first(folder: Path, prefix: str) -> list[Entry]:
-    """Checkpoints of `prefix` by the time they were saved, the damaged and lost ones at the place that was theirs."""
-    try:
-        found = manifest.scan(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
-
-    def when(entry: Entry) -> float:
-        if entry.sequence >= 0:
-            return entry.sequence
-        # Only its name is known: right after those that lead up to it.
-        earlier = [each.sequence for each in found.entries if (each.step or 0) <= (entry.step or 0)]
-        return max(earlier, default=-1) + 0.5
-
-    entries = [each for each in (*found.lost, *found.damaged, *found.entries) if each.prefix == prefix]
-    return sorted(entries, key=when, reverse=True)
+@overload
+def load(path: str | Path, into: Mapping[str, object], *, partial: Literal[False] = False) -> None: ...
 
 
 @overload
-def load(path: str | Path, into: Mapping[str, Any], *, partial: Literal[False] = False) -> None: ...
+def load(path: str | Path, into: Mapping[str, object], *, partial: bool) -> LeftOut | None: ...
 
 
-@overload
-def load(path: str | Path, into: Mapping[str, Any], *, partial: bool) -> LeftOut | None: ...
-
-
-def load(path: str | Path, into: Mapping[str, Any], *, partial: bool = False) -> LeftOut | None:
+def load(path: str | Path, into: Mapping[str, object], *, partial: bool = False) -> LeftOut | None:
     """Give the states in `path` to the objects of `into`, by name, on every rank: to all of them or to none.
 
-    No byte is used that was not checked. Of a file, one rank of each node reads the whole and holds it against its
+    No byte is used that was not checked. Of a file, one rank of each node reads the whole and compares it with its
     digest, every rank loads from the file it has opened before that, and all of them must see the same one. Of a folder
     (sharded models), each rank reads and checks the parts that it needs; the objects may be sharded over another number
     of ranks, or not at all; an optimizer finds its state by the names in the model that it belongs to, which is in
@@ -121,8 +78,8 @@ def load(path: str | Path, into: Mapping[str, Any], *, partial: bool = False) ->
 
     Raises:
         TypeError, ValueError: `into` is no dict of objects with a `state_dict`, or `path` no path.
-        CorruptCheckpointError: on every rank, where it is damaged for one, or is not what the manifest lists.
-        CheckpointError: on every rank, where one does not find it or sees another one, it is a folder of checkpoints,
+        CorruptCheckpointError: on every rank, if it is damaged for one, or is not what the manifest lists.
+        CheckpointError: on every rank, if one does not find it or sees another one, it is a folder of checkpoints,
             one asks for other names than rank 0, or an object refuses its state (missing and extra names are listed);
             every object is then as it was.
 
@@ -140,14 +97,14 @@ def load(path: str | Path, into: Mapping[str, Any], *, partial: bool = False) ->
     with ExitStack() as stack:
         file, seen = _open(path, stack)
         everyone = all_gather_object((sorted(targets), seen))
-        _agree_on_names([names for names, _ in everyone])
+        agree_on_names([names for names, _ in everyone])
         _agree_on_file(path, [theirs for _, theirs in everyone])
         wanted = targets if fitting is None or file is not None else _there(seen.objects, targets, fitting)
         states = read_folder(path, wanted) if file is None and wanted else {}
         restoring = Restoring(targets, fitting)
         failure, cause, kind = None, None, CheckpointError
         try:
-            refuse_to_load({name: unwrapped(value) for name, value in targets.items()})
+            refuse_to_load(unwrapped(targets))
             states = _numbered(states, wanted, fitting) if file is None else _read_file(file)
             if fitting is not None:
                 wanted = _there(list(states), wanted, fitting if file is not None else None)
@@ -179,7 +136,7 @@ def _there(saved: Sequence[str], targets: dict[str, Stateful], fitting: Fitting 
 
 
 def _numbered(states: States, into: dict[str, Stateful], fitting: Fitting | None) -> States:
-    """As `numbered`; where not all needs to fit, an optimizer with other parameters is left out."""
+    """As `numbered`; with `fitting`, an optimizer with other parameters is left out."""
     if fitting is None:
         return numbered(states, into)
     loadable = {RESERVED: states[RESERVED]} if RESERVED in states else {}
@@ -191,78 +148,12 @@ def _numbered(states: States, into: dict[str, Stateful], fitting: Fitting | None
     return loadable
 
 
-def resume(save_dir: str | Path, to_load: Mapping[str, Any], prefix: str = "checkpoint") -> Path | None:
-    """Load the newest intact checkpoint of `prefix` in `save_dir`; its path, or None where there is nothing yet.
-
-    One that is damaged or lost is passed over for the one before it, with a warning on rank 0. So is, silently, one
-    that does not hold all the names of `to_load` (the best model beside the last full state). Where there are only
-    those of other prefixes, a warning on rank 0 names them. Nothing is changed in the folder, but for a sharded one
-    that a kill has left aside while it was replaced: it gets its name again.
-
-    Collective, as `load`, once more for each file that is passed over.
-
-    Raises:
-        CorruptCheckpointError: there are checkpoints, but none is intact: to begin anew would be a surprise.
-        CheckpointError: on every rank, where `save_dir` is a checkpoint itself, or none holds all the names; or see
-            `load`.
-    """
-    folder, mine = path_of("save_dir", save_dir), sorted(check_objects(to_load))
-    # By rank 0's names, so that all ranks try the same ones; load() compares them with those of the others.
-    found, names = from_rank_zero(lambda: (_found(folder, prefix), mine), f"look for checkpoints in {folder}")
-    if isinstance(found, str):
-        raise CheckpointError(found)
-    candidates, others = found
-    if not candidates and others and world().rank == 0:
-        warnings.warn(
-            f"{folder} holds no checkpoint {prefix!r}, so the run begins anew; there are some of "
-            f"{', '.join(map(repr, others))}, which filename_prefix= would name.",
-            stacklevel=3,
-        )
-    # What a file without a readable end holds is not known: it is tried, and told of.
-    fitting = [entry for entry in candidates if not entry.objects or set(names) <= set(entry.objects)]
-    if candidates and not fitting:
-        _agree_on_names(all_gather_object(mine))
-        held = "; ".join(f"{entry.name} holds {', '.join(entry.objects)}" for entry in candidates)
-        raise CheckpointError(
-            f"No checkpoint {prefix!r} in {folder} holds all of {', '.join(names)}: {printable(held)}."
-        )
-    reasons: list[str] = []
-    for entry in fitting:
-        try:
-            _load_or_miss(folder / entry.name, to_load)
-        except (CorruptCheckpointError, _UnreadableError) as error:
-            reasons.append(str(error))
-            continue
-        if reasons and world().rank == 0:
-            warnings.warn(f"Resuming from {folder / entry.name}, as {printable(' '.join(reasons))}", stacklevel=2)
-        return folder / entry.name
-    if reasons:
-        raise CorruptCheckpointError(
-            f"No checkpoint {prefix!r} in {folder} is intact: {' '.join(reasons)} To begin anew, use another folder."
-        )
-    return None
-
-
-def _found(folder: Path, prefix: str) -> tuple[list[Entry], list[str]] | str:
-    """Those of `prefix`, newest first, and which other prefixes there are; or why that is no folder to look into."""
-    try:
-        if (reason := no_folder_of_checkpoints(folder, "resume")) is not None:
-            return reason
-        atomic_files.recover(folder)
-        if entries := newest_first(folder, prefix):
-            return entries, []
-        found = manifest.scan(folder)
-    except (OSError, CheckpointError) as error:
-        return f"{folder} cannot be read: {error}"
-    return [], sorted({each.prefix for each in (*found.entries, *found.damaged)})
+class UnreadableError(CheckpointError):
+    """A file is there, but this process may not read it, or the disk cannot."""
 
 
 class _UnusableError(Exception):
     """A whole file holds something that cannot be states."""
-
-
-class _UnreadableError(CheckpointError):
-    """A file is there, but this process may not read it, or the disk cannot."""
 
 
 def _read_file(file: BinaryIO) -> States:
@@ -291,14 +182,6 @@ def _check_reserved(entry: Any) -> None:
         raise ValueError(f"its entry {RESERVED!r} is not as it is written")
 
 
-def _load_or_miss(path: Path, into: Mapping[str, Any]) -> None:
-    """`load`; a file that is gone for every rank counts as damaged, one that only some see does not."""
-    gone = all_gather_object(not os.path.lexists(path))
-    if all(gone):
-        raise CorruptCheckpointError(f"{path} is gone, though the manifest lists it.")
-    load(path, into)
-
-
 @dataclass(frozen=True)
 class _Seen:
     """What one rank sees under a path."""
@@ -322,26 +205,26 @@ def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO | None, _Seen]:
         file = stack.enter_context(open_regular(path))
         # The ranks of a node read the same pages: the first one checks them for all.
         footer = check_footer(file, path) if world().local_rank == 0 else read_footer(file, path)
-        entry = manifest.from_footer(footer, path)
+        entry = from_footer(footer, path)
     except CorruptCheckpointError as error:
         return None, _Seen(corrupt=_explained(error, path))
     except FileNotFoundError as error:
         return None, _Seen(missing=str(error))
     except OSError as error:
-        return None, _Seen(corrupt=_UnreadableError(f"{path} cannot be read: {error}."))
+        return None, _Seen(corrupt=UnreadableError(f"{path} cannot be read: {error}."))
     return file, _Seen(sha256=footer.sha256, other=_other(entry, path))
 
 
 def _other(entry: Entry, path: Path) -> str | None:
     """Why it is another file than was saved under its name, or None."""
     try:
-        manifest.refuse_other(entry, manifest.listed_beside(path), path)
+        manifest.refuse_other(entry, path)
     except CorruptCheckpointError as error:
         return str(error)
     return None
 
 
-def _agree_on_names(names: Sequence[list[str]]) -> None:
+def agree_on_names(names: Sequence[list[str]]) -> None:
     for rank, theirs in enumerate(names):
         if theirs != names[0]:
             here, on_zero = (" and ".join(each) for each in (theirs, names[0]))

@@ -1,20 +1,19 @@
-"""One save by hand, without a handler that plans it."""
+"""One save to a given path, which removes nothing else."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from dengine.checkpoint.catalogue import manifest
-from dengine.checkpoint.catalogue.paths import path_of
-from dengine.checkpoint.formats.base import Format, SavePlan, new_entry
+from dengine.checkpoint.formats.base import Format
 from dengine.checkpoint.formats.file import FileFormat
 from dengine.checkpoint.formats.folder import FolderFormat
+from dengine.checkpoint.planning import plan_alone
 from dengine.checkpoint.states.snapshot import check_objects, collect
+from dengine.checks import path_of
 
 __all__ = ["save"]
 
 
-def save(path: str | Path, objects: Mapping[str, Any]) -> None:
+def save(path: str | Path, objects: Mapping[str, object]) -> None:
     """Save the states of `objects`, by name, to `path`, and list it in the `manifest.json` beside it.
 
     A path that ends with .pt becomes one file, which rank 0 writes; sharded tensors (FSDP2) are gathered whole for it.
@@ -27,7 +26,7 @@ def save(path: str | Path, objects: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError, ValueError: something without `state_dict`, nothing at all, or a path with another ending.
-        CheckpointError: on every rank, where it cannot be written; what was there before is untouched.
+        CheckpointError: on every rank, if it cannot be written; what was there before is untouched.
 
     Example:
         >>> import tempfile, torch
@@ -47,12 +46,5 @@ def save(path: str | Path, objects: Mapping[str, Any]) -> None:
             "how checkpoints are found again."
         )
     format: Format = FolderFormat() if path.suffix == "" else FileFormat()
-    format.save(path, collect(checked), checked, lambda: _plan(path, tuple(checked)))
-
-
-def _plan(path: Path, objects: tuple[str, ...]) -> SavePlan:
-    found = manifest.from_name(path)
-    prefix, step = (path.stem, None) if found is None else (found.prefix, found.step)
-    seen = manifest.scan(path.parent)
-    entry = new_entry(path, prefix, step, None, None, objects, seen.next_sequence)
-    return SavePlan(path, entry, kept=[], dropped=[], seen=seen)
+    collected = collect(checked)
+    format.save(path, collected, checked, lambda: plan_alone(path, checked, collected.num_ranks))

@@ -5,20 +5,18 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from dengine.checkpoint import loading
-from dengine.checkpoint.catalogue import manifest
-from dengine.checkpoint.catalogue.manifest import Entry
-from dengine.checkpoint.catalogue.paths import path_of
-from dengine.checkpoint.catalogue.retention import is_kept, own, to_drop
-from dengine.checkpoint.catalogue.rivals import Rivals
-from dengine.checkpoint.formats.base import Background, Format, Job, SaveOutcome, SavePlan, SaveRequest, new_entry
+from dengine.checkpoint import resuming
+from dengine.checkpoint.catalogue.entry import Entry
+from dengine.checkpoint.catalogue.retention import is_kept
+from dengine.checkpoint.formats.base import Background, Format, Job, SaveOutcome, SaveRequest
 from dengine.checkpoint.formats.file import FileFormat
 from dengine.checkpoint.formats.folder import FolderFormat
+from dengine.checkpoint.planning import Planner
 from dengine.checkpoint.states.snapshot import check_objects, collect
-from dengine.checks import whole_number
+from dengine.checks import path_of, whole_number
 from dengine.comm.outcome import from_rank_zero
 from dengine.distributed import world
 from dengine.engine import Engine, Events
@@ -32,12 +30,12 @@ from dengine.types import MetricValue
 
 __all__ = ["Checkpoint", "Saved"]
 
-_PATIENCE_S = 1.0  # so long nobody needs to be told why a run that was interrupted does not end
+_PATIENCE_S = 1.0  # so long nobody needs to know why a run that was interrupted does not end
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is complete. `score` is None where the newest are kept rather than the best."""
+    """A checkpoint that is complete. `score` is None if the newest are kept rather than the best."""
 
     path: Path
     step: int
@@ -52,17 +50,17 @@ class Saved:
 class Checkpoint:
     """Saves objects with a `state_dict` to `{save_dir}/{filename_prefix}_{step}.pt`, or with a score to
     `{filename_prefix}_{step}_{score_name}={score:.4f}.pt`. `torch.load(path, weights_only=True)` gives
-    `{name: state_dict}`, and one entry `"dengine"`. Where something is sharded (FSDP2), all ranks write their parts
+    `{name: state_dict}`, and one entry `"dengine"`. If something is sharded (FSDP2), all ranks write their parts
     into a folder of that name without the `.pt`; nothing is gathered, and any number of ranks can load it.
 
     Attach it on every rank: `trainer.on(Events.EPOCH_COMPLETED, checkpoint)`. Rank 0 writes a file; every rank learns
     the outcome. What has its final name is complete, and proves itself when it is loaded; `manifest.json` beside it
     lists what there is. Older ones go only after it is safe; they are counted from the manifest, so that a restarted
-    run goes on pruning, and goes on with the best score. Several may share a folder, and a prefix too where their
+    run goes on pruning, and goes on with the best score. Several may share a folder, and a prefix too if their
     `score_name` differs: each prunes only its own.
 
-    Collective. Cost: two small broadcasts and one small gather a call, five more where something is sharded (three, if
-    asynchronous); one broadcast where the score is not good enough.
+    Collective. Cost: two small broadcasts and one small gather a call, five more if something is sharded (three, if
+    asynchronous); one broadcast if the score is not good enough.
 
     Args:
         to_save: what to save, by name; a model wrapped in DDP is saved without the wrapper. With an engine among it,
@@ -77,8 +75,8 @@ class Checkpoint:
             Attached to an evaluator, by default that of the trainer whose handler runs the evaluation.
         asynchronous: hold the loop only for a copy of the states into host memory (on rank 0, as large as the file; on
             each rank, as large as its part of a folder; it is used again), and write in a thread. One is written at a
-            time: a save that comes earlier waits. What a thread meets with is raised on every rank at the next save or
-            at the end of the run, which waits for the last write. Where a run ends by an exception, each rank waits for
+            time: a save that comes earlier waits. What fails in a thread is raised on every rank at the next save or
+            at the end of the run, which waits for the last write. If a run ends by an exception, each rank waits for
             what it writes itself, and a failed write is a warning.
 
     Attributes:
@@ -87,7 +85,7 @@ class Checkpoint:
 
     Raises (when called):
         TypeError: `score_function` gave no number, or `global_step_transform` no whole one.
-        CheckpointError: on every rank, where it cannot be written; what was there before is untouched.
+        CheckpointError: on every rank, if it cannot be written; what was there before is untouched.
 
     Example:
         >>> import tempfile, torch
@@ -117,7 +115,7 @@ class Checkpoint:
     )
     def __init__(
         self,
-        to_save: Mapping[str, Any],
+        to_save: Mapping[str, object],
         save_dir: str | Path,
         filename_prefix: str = "checkpoint",
         n_saved: int | None = 1,
@@ -142,7 +140,7 @@ class Checkpoint:
         self._is_asynchronous = bool(asynchronous)
         self.last_path: Path | None = None
         self._kept: list[Entry] = []
-        self._rivals = Rivals()
+        self._planner = Planner(self._save_dir, self._prefix, self._score_name, self._n_saved)
         self._has_looked = False  # into the folder, so that it holds what is kept
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._background = Background()  # beside rank 0, busy with folders only
@@ -164,8 +162,8 @@ class Checkpoint:
         return [Saved(self._save_dir / each.name, each.step or 0, each.score) for each in self._kept]
 
     @staticmethod
-    def resume(save_dir: str | Path, to_load: Mapping[str, Any], filename_prefix: str = "checkpoint") -> Path | None:
-        """Load the newest intact checkpoint of `filename_prefix`; its path, or None where there is nothing yet.
+    def resume(save_dir: str | Path, to_load: Mapping[str, object], filename_prefix: str = "checkpoint") -> Path | None:
+        """Load the newest intact checkpoint of `filename_prefix`; its path, or None if there is nothing yet.
 
         Call it on every rank, before `run()`. With an engine in `to_load`, the next `run()` goes on from there, with
         each rank's random number generators as they were. See `dengine.checkpoint.load` for what is checked, and what
@@ -173,10 +171,10 @@ class Checkpoint:
 
         Raises:
             CorruptCheckpointError: there are checkpoints, but none is intact.
-            CheckpointError: on every rank, where `save_dir` is a checkpoint rather than its folder, one does not find
+            CheckpointError: on every rank, if `save_dir` is a checkpoint rather than its folder, one does not find
                 the file, or an object refuses its state; every object is then as it was.
         """
-        return loading.resume(save_dir, to_load, filename_prefix)
+        return resuming.resume(save_dir, to_load, filename_prefix)
 
     def __call__(self, engine: Engine) -> None:
         if not engine.distributed and world().size > 1:
@@ -202,19 +200,19 @@ class Checkpoint:
                 # Last, and with the states given up: from here on the thread takes turns of the interpreter.
                 job.writing.go()
         if engine.firing in (Events.COMPLETED, Events.EXCEPTION_RAISED):
-            self.wait()  # nobody will be told of the end any more
+            self.wait()  # there is no later call that could raise it
 
     def wait(self) -> None:
-        """Have the last write end, and every rank know what became of it. The end of a run does so by itself.
+        """Wait for the last write, and learn on every rank what became of it. The end of a run does so by itself.
 
-        Collective: one small broadcast; nothing at all where saving is not asynchronous.
+        Collective: one small broadcast; nothing at all if saving is not asynchronous.
 
         Raises:
-            CheckpointError: on every rank, where it failed.
+            CheckpointError: on every rank, if it failed.
         """
         if self._is_asynchronous:
-            self._take(from_rank_zero(self._settle, "wait for a checkpoint to be written"))
-            self._settle()
+            self._take(from_rank_zero(self._resolve, "wait for a checkpoint to be written"))
+            self._resolve()
 
     # -- on every rank -------------------------------------------------------------------------------------------
 
@@ -223,9 +221,10 @@ class Checkpoint:
         format: Format = FolderFormat() if collected.is_sharded else FileFormat()
         path = self._path(request, format.ending)
         if self._is_asynchronous:
-            self._settle()  # this rank's part of the one before, which rank 0 has settled
-        where = self._background if self._is_asynchronous else None
-        outcome = format.save(path, collected, self._objects, lambda: self._plan(request, path), where)
+            self._resolve()  # this rank's part of the one before, which rank 0 has settled
+        background = self._background if self._is_asynchronous else None
+        plan = partial(self._planner.plan, path, request, self._kept, self._objects, collected.num_ranks)
+        outcome = format.save(path, collected, self._objects, plan, background)
         if outcome is not None:
             self._take(outcome)
 
@@ -239,7 +238,7 @@ class Checkpoint:
             raise CheckpointError(outcome.failure)
 
     def _watch(self, engine: Engine) -> None:
-        """Be told when the run ends: there is no other place where all ranks pass afterwards."""
+        """Wait at the end of the run: there is no other place where all ranks pass afterwards."""
         if self._is_asynchronous and engine not in self._watched:
             self._watched.add(engine)
             engine.on(Events.COMPLETED, lambda engine: self.wait(), priority=Priority.FINISHED)
@@ -256,42 +255,35 @@ class Checkpoint:
         self._background.is_leaving.set()
         if (job := self._background.job) is not None and not job.writing.is_done_within(_PATIENCE_S):
             warnings.warn(f"{job.plan.path} is still being written: the run ends once it is safe.", stacklevel=2)
-        if (failure := self._settle().failure) is not None:
+        if (failure := self._resolve().failure) is not None:
             raise CheckpointError(failure)
 
     # -- on rank 0 -----------------------------------------------------------------------------------------------
 
     def _request(self, engine: Engine) -> tuple[SaveOutcome, SaveRequest | None]:
         """What to save now; None if the score is not among the best, or the last write has failed."""
-        if (job := self._background.job) is not None and job.writing.is_done and (outcome := self._settle()).failure:
+        if (job := self._background.job) is not None and job.writing.is_done and (outcome := self._resolve()).failure:
             return outcome, None
-        found = None if self._has_looked else self._scan()
+        found = None
+        if not self._has_looked:
+            found = self._kept = self._planner.first_look()
+            self._has_looked = True
         score = None if self._score_function is None else score_of(engine, self._score_function, "a Checkpoint")
-        # One that is still being written counts as saved: where it fails, the run ends.
+        # One that is still being written counts as saved: if it fails, the run ends.
         if not is_kept(score, self._expected(), self._n_saved):
             return self._known(), None
         step = step_of(engine, self._step_transform, self._objects.values())
         if (job := self._background.job) is not None:
             self._say_that_it_waits(job)
-            if (outcome := self._settle()).failure is not None:
+            if (outcome := self._resolve()).failure is not None:
                 return outcome, None
         if found is not None:
-            self._warn_of_later(found, step)
+            self._planner.warn_of_later(found, step)
         return self._known(), SaveRequest(step, score)
 
-    def _plan(self, request: SaveRequest, path: Path) -> SavePlan:
-        seen = manifest.scan(self._save_dir)
-        self._rivals.check(path, own(seen.entries, self._prefix, self._score_name))
-        names, writer = tuple(self._objects), self._rivals.writer
-        what = path, self._prefix, request.step, request.score, self._score_name, names, seen.next_sequence
-        entry = new_entry(*what, writer)
-        dropped = to_drop(self._kept, entry, self._n_saved)
-        kept = [each for each in self._kept if each not in dropped and each.name != entry.name]
-        return SavePlan(path, entry, kept, dropped, seen)
-
-    def _settle(self) -> SaveOutcome:
+    def _resolve(self) -> SaveOutcome:
         """Wait for what is being written, and note what became of it."""
-        outcome = self._background.settle(self._known())
+        outcome = self._background.resolve(self._known())
         self._kept, self.last_path = outcome.kept, outcome.last
         return outcome
 
@@ -301,23 +293,6 @@ class Checkpoint:
     def _expected(self) -> list[Entry]:
         job = self._background.job
         return self._kept if job is None else [*job.plan.kept, job.plan.entry]
-
-    def _scan(self) -> list[Entry]:
-        """What an earlier run has left of its own."""
-        found = own(manifest.scan(self._save_dir).entries, self._prefix, self._score_name)
-        self._kept = self._rivals.first_look(self._save_dir, found)
-        self._has_looked = True
-        return self._kept
-
-    def _warn_of_later(self, found: list[Entry], step: int) -> None:
-        later = [each.name for each in found if each.step is not None and each.step > step]
-        if later and self._score_name is None:
-            warnings.warn(
-                f"{self._save_dir} holds checkpoints that are ahead of this run's step {step}: {', '.join(later)}. "
-                "They count as older than what this run saves. To go on from them, call Checkpoint.resume(); to keep "
-                "them, use another folder or filename_prefix.",
-                stacklevel=2,
-            )
 
     def _say_that_it_waits(self, job: Job) -> None:
         if job.writing.is_done or self._has_said_that_it_waits:

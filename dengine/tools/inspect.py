@@ -12,7 +12,6 @@ import torch
 from dengine.checkpoint import Entry, verify
 from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.catalogue.manifest import entry_of
-from dengine.checkpoint.catalogue.paths import printable
 from dengine.checkpoint.disk.archive import check_archive
 from dengine.checkpoint.disk.regular import open_regular
 from dengine.checkpoint.formats.sharded.files import METADATA, Chunk, read_metadata
@@ -21,6 +20,7 @@ from dengine.checkpoint.formats.sharded.verify import check_file, holds_shards, 
 from dengine.checkpoint.states.plain import check_loaded
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED
 from dengine.errors import CheckpointError, CorruptCheckpointError
+from dengine.naming import printable
 from dengine.tools.arguments import a_path
 
 __all__ = ["configure", "run"]

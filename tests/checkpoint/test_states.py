@@ -8,7 +8,7 @@ from torch import nn
 
 from dengine import Engine
 from dengine.checkpoint import load, save
-from dengine.checkpoint.catalogue.manifest import Entry
+from dengine.checkpoint.catalogue.entry import Entry
 from dengine.checkpoint.catalogue.retention import is_kept, to_drop
 from dengine.checkpoint.states.snapshot import HostCopy
 from dengine.errors import CheckpointError

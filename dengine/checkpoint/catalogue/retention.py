@@ -3,14 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from dengine.checkpoint.catalogue.manifest import Entry
+from dengine.checkpoint.catalogue.entry import Entry
 
-__all__ = ["is_kept", "own", "to_drop"]
-
-
-def own(entries: Sequence[Entry], prefix: str, score_name: str | None) -> list[Entry]:
-    """Those that one `Checkpoint` may prune: of its prefix, and of its score's name or, like it, without a score."""
-    return [entry for entry in entries if entry.prefix == prefix and entry.score_name == score_name]
+__all__ = ["is_kept", "to_drop"]
 
 
 def is_kept(score: float | None, saved: Sequence[Entry], n_saved: int) -> bool:
@@ -26,7 +21,7 @@ def is_kept(score: float | None, saved: Sequence[Entry], n_saved: int) -> bool:
 
 
 def to_drop(saved: Sequence[Entry], new: Entry, n_saved: int) -> list[Entry]:
-    """What is too much beside `new`: all but the `n_saved` newest or, where there are scores, best.
+    """What is too much beside `new`: all but the `n_saved` newest or, if there are scores, best.
 
     Newest is what was saved last. What is ahead of `new` (a run that went on from an earlier step, or began anew in the
     same folder) counts as older than all that leads up to it; `new` itself is never dropped for being newest.

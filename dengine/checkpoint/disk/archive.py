@@ -62,7 +62,7 @@ def _content(file: BinaryIO, part: zipfile.ZipInfo) -> bytes:
 def check_calls(pickle: bytes) -> None:
     """Refuse calls that take memory for nothing that is in the file.
 
-    Nothing is called here. Cost: one look for names; the operations are only followed where one of them is there.
+    Nothing is called here. Cost: one look for names; the operations are only followed if one of them is there.
 
     Raises:
         ValueError: there is such a call, or something that is no pickle of `torch.save`.

@@ -15,7 +15,7 @@ _PATIENCE_S = 1.0
 
 
 def at_work() -> None:
-    """Tell that the disk goes on, which is progress of the loop where it is the loop that writes, or that waits."""
+    """Report that the disk is at work, which is progress of the loop if the loop itself writes, or waits."""
     thread = threading.current_thread()
     if not isinstance(thread, _Thread) or thread.is_awaited:
         progress()
@@ -53,7 +53,7 @@ class Writing(Generic[T]):
 
     def go(self) -> None:
         """Begin; this returns at once."""
-        with suppress(RuntimeError):  # it was told before
+        with suppress(RuntimeError):  # it has begun already
             self._may_go.release()
 
     def is_done_within(self, timeout_s: float) -> bool:

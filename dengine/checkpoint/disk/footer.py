@@ -5,8 +5,8 @@ object (step, score, versions, ...), its length, and the digest of everything be
 
     zip archive | JSON | "dengine1" | length of the JSON, 8 hex digits | SHA-256, 64 hex digits
 
-So one pass writes and digests, no second file is needed to tell a whole file from a broken one, and
-`torch.load(path, weights_only=True)` reads it. By hand: `head -c -64 FILE | sha256sum` gives what `tail -c 64
+So one pass writes and digests, no second file is needed to know a whole file from a broken one, and
+`torch.load(path, weights_only=True)` reads it. In a shell, `head -c -64 FILE | sha256sum` gives what `tail -c 64
 FILE` says.
 """
 
@@ -16,7 +16,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.errors import CorruptCheckpointError
@@ -35,12 +35,12 @@ _READ_BYTES = 4 << 20
 class Footer:
     """What a file says about itself: `about` (its JSON), its digest as text, its length in bytes."""
 
-    about: dict[str, Any]
+    about: dict[str, object]
     sha256: str
     num_bytes: int
 
 
-def write_footer(file: HashingWriter, about: dict[str, Any]) -> Footer:
+def write_footer(file: HashingWriter, about: dict[str, object]) -> Footer:
     """End the archive that `torch.save` has written with `about` and the digest; `file` is complete then, but not on
     the disk.
 
@@ -54,10 +54,7 @@ def write_footer(file: HashingWriter, about: dict[str, Any]) -> Footer:
     end = file.take_back(_ZIP_END_BYTES)  # torch.save writes it as a part of its own
     assert end.startswith(b"PK\x05\x06"), "torch.save wrote something else than a zip archive"
     assert end.endswith(b"\0\0"), "the zip archive has a comment already"
-    file.write(end[:-2] + length.to_bytes(2, "little") + text + _MAGIC + b"%08x" % len(text))
-    digest = file.digest()
-    file.write(digest.encode())
-    file.write_gathered()
+    digest = file.end_with_digest(end[:-2] + length.to_bytes(2, "little") + text + _MAGIC + b"%08x" % len(text))
     return Footer(about, digest, file.num_bytes)
 
 
@@ -94,7 +91,7 @@ def read_footer(file: BinaryIO, path: Path) -> Footer:
 
 
 def check_footer(file: BinaryIO, path: Path) -> Footer:
-    """Read all of the file, and hold it against its digest. Cost: one read, one SHA-256 (about 1 GB/s).
+    """Read all of the file, and compare it with its digest. Cost: one read, one SHA-256 (about 1 GB/s).
 
     Raises:
         CorruptCheckpointError: a byte is missing or not what it was. OSError: it cannot be read.

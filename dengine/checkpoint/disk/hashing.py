@@ -1,7 +1,7 @@
-"""A file that is digested while it is written, and that the disk takes while more of it is written.
+"""A file whose SHA-256 is computed while it is written, and that reaches the disk while more of it is written.
 
-Three things at a time: a thread digests, the disk takes what was written so far, and the caller writes on. One after
-the other, they cost about twice as much.
+Three things at a time: a thread computes the digest, the disk takes what was written so far, and the caller writes on.
+One after the other, they cost about twice as much.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ __all__ = ["HashingWriter"]
 
 # Smaller parts are gathered to that much: each part by itself would cost the threads a turn of the interpreter.
 _PART_BYTES = 1 << 20
-# Digested without a thread, if it is all there is: to start one costs as much.
+# So little is digested without a thread: to start one costs as much.
 _THREAD_BYTES = 1 << 17
 _REPORT_BYTES = 1 << 17  # less is written too fast to be worth a report of progress
 # The disk is given that much at a time: early, for it to begin; not less, since each time costs a call.
@@ -32,7 +32,7 @@ class HashingWriter:
         expected_bytes: at least so many will come; room for them is taken at once.
 
     Raises:
-        OSError: here and in each method, where the disk is full or fails.
+        OSError: here and in each method, if the disk is full or fails.
     """
 
     def __init__(self, descriptor: int, expected_bytes: int = 0) -> None:
@@ -99,6 +99,14 @@ class HashingWriter:
         """Of all that was written so far."""
         self.write_gathered()
         return self._digest.hexdigest()
+
+    def end_with_digest(self, data: bytes) -> str:
+        """Write `data`, and after it the digest of all before the digest, as text, which is also given."""
+        self.write(data)
+        digest = self.digest()
+        self.write(digest.encode())
+        self.write_gathered()
+        return digest
 
     def _write_large(self, view: memoryview) -> None:
         digested = self._digest.add(view)

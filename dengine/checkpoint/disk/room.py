@@ -24,10 +24,10 @@ _lock = threading.Lock()
 
 
 def reserve(descriptor: int, num_bytes: int) -> None:
-    """Take the blocks for `num_bytes` at once, where the file system can, so that a full disk is met before any write.
-    Where room is scarce, what is being freed aside is waited for.
+    """Take the blocks for `num_bytes` at once, if the file system can, so that a full disk fails before any write.
+    If room is scarce, wait for what is being freed in a thread.
 
-    Not `os.posix_fallocate`, which writes into each block where the file system cannot reserve.
+    Not `os.posix_fallocate`, which writes into each block if the file system cannot reserve.
 
     Raises:
         OSError: there is no room, or not within the quota.
@@ -38,7 +38,7 @@ def reserve(descriptor: int, num_bytes: int) -> None:
     if left.f_bavail * left.f_frsize < 2 * num_bytes:  # twice: a file is larger than its tensors
         wait_for_room()
     code = _reserved(descriptor, num_bytes)
-    if code != 0:  # a quota, which only this call knows of; or the file system cannot tell
+    if code != 0:  # a quota, which only this call knows of; or the file system does not know
         wait_for_room()
         code = _reserved(descriptor, num_bytes)
     if code in _NO_ROOM:
@@ -46,10 +46,10 @@ def reserve(descriptor: int, num_bytes: int) -> None:
 
 
 def start_flush(descriptor: int) -> None:
-    """Have the disk begin with what the file has so far, where the system can. Nothing is promised: fsync does that.
+    """Have the disk begin with what the file has so far, if the system can. Nothing is promised: fsync does that.
 
     Raises:
-        OSError: the disk is full or fails. What it meets with later, fsync raises.
+        OSError: the disk is full or fails. If that happens later, fsync raises it.
     """
     call = _of_c_library("sync_file_range")
     if call is not None and call(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_BEGIN_WRITING)) != 0:
@@ -99,7 +99,7 @@ def wait_for_room() -> None:
 
 
 def _reserved(descriptor: int, num_bytes: int) -> int:
-    """The error's number; 0 where there is none."""
+    """The error's number; 0 if there is none."""
     call = _of_c_library("fallocate")
     if call is None:
         return errno.ENOSYS

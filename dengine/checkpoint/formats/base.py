@@ -12,19 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import torch
-
 from dengine import atomic_files
 from dengine.checkpoint.catalogue import manifest
-from dengine.checkpoint.catalogue.manifest import Entry, Scan
+from dengine.checkpoint.catalogue.entry import Entry
+from dengine.checkpoint.catalogue.manifest import Scan
 from dengine.checkpoint.disk import room
 from dengine.checkpoint.disk.background import Writing
 from dengine.checkpoint.states.snapshot import Collected, HostCopy
 from dengine.comm.outcome import from_rank_zero
-from dengine.distributed import world
 from dengine.errors import CheckpointError
 from dengine.types import Stateful
-from dengine.version import __version__
 
 __all__ = [
     "Background",
@@ -35,7 +32,6 @@ __all__ = [
     "SaveRequest",
     "agree",
     "failure_text",
-    "new_entry",
     "publish",
 ]
 
@@ -47,9 +43,10 @@ _listing = threading.Lock()
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What is to be saved now. `score` is None if the newest are kept rather than the best."""
+    """What is to be saved now. `score` is None if the newest are kept rather than the best; `step`, if a path was given
+    that names none."""
 
-    step: int
+    step: int | None
     score: float | None
 
 
@@ -104,8 +101,8 @@ class Background:
         self.is_leaving.clear()
         self.job = Job(Writing(prepare), plan)
 
-    def settle(self, before: SaveOutcome) -> SaveOutcome:
-        """Wait for the thread, and say what became of the save; `before` if there is none, or rank 0 will tell."""
+    def resolve(self, before: SaveOutcome) -> SaveOutcome:
+        """Wait for the thread, and say what became of the save; `before` if there is none, or rank 0 knows."""
         job = self.job
         if job is None:
             return before
@@ -146,21 +143,6 @@ class Format(ABC):
         """
 
 
-def new_entry(
-    path: Path,
-    prefix: str,
-    step: int | None,
-    score: float | None,
-    score_name: str | None,
-    objects: tuple[str, ...],
-    sequence: int,
-    writer: str = "",
-) -> Entry:
-    """The entry of a file that is yet to be written by this process."""
-    versions = {"dengine": __version__, "torch": str(torch.__version__)}
-    return Entry(path.name, prefix, step, score, score_name, sequence, objects, world().size, versions, writer=writer)
-
-
 def publish(temporary: Path, plan: SavePlan, entry: Entry) -> SaveOutcome:
     """Give what is complete its name, list it, and only then remove what the plan drops. This rank's own.
 
@@ -176,7 +158,7 @@ def agree(action: Callable[[], T], path: Path) -> T:
     """Rank 0's result of `action`, on every rank. Collective: one small broadcast.
 
     Raises:
-        CheckpointError: on every rank, where it failed, with the reason.
+        CheckpointError: on every rank, if it failed, with the reason.
     """
     return from_rank_zero(action, f"save {path}", lambda error: (CheckpointError, failure_text(path, error)))
 
@@ -188,14 +170,14 @@ def failure_text(path: Path, error: BaseException) -> str:
 def _commit(temporary: Path, plan: SavePlan, entry: Entry) -> None:
     """Give the file or folder its name, then list it in the manifest, without those that are to go.
 
-    The manifest is written before either gets its name, so that a full disk is met before anything has changed. What
-    fails is undone; an interrupt undoes nothing, and leaves what a kill would: a whole file, which is listed or found.
+    The manifest is written before either gets its name, so that a full disk fails before anything has changed. A
+    failure is undone; an interrupt undoes nothing, and leaves what a kill would: a whole file, listed or found.
     """
     path, folder = plan.path, plan.path.parent
     with _listing:
         try:
             dropped = {one.name for one in plan.dropped}
-            text = manifest.manifest_text(manifest.listing(folder, [entry], dropped, plan.seen))
+            text = manifest.next_manifest(folder, entry, dropped, plan.seen)
             listed, _ = atomic_files.write_beside(
                 folder / manifest.FILE_NAME, lambda descriptor: _put(descriptor, text)
             )
@@ -222,7 +204,7 @@ def _give_up(temporary: Path) -> None:
 
 
 def _take_back(path: Path) -> None:
-    """Remove the file or folder, and the manifest where it lists that already: it is rebuilt from what there is."""
+    """Remove the file or folder, and the manifest if it lists that already: it is rebuilt from what there is."""
     if manifest.listed_beside(path) is not None:
         atomic_files.discard(path.parent / manifest.FILE_NAME)
     room.remove(path)

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from dengine import atomic_files
-from dengine.checkpoint.catalogue import manifest
-from dengine.checkpoint.catalogue.manifest import Entry
+from dengine.checkpoint.catalogue.entry import Entry, about
 from dengine.checkpoint.disk.footer import write_footer
 from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, publish
@@ -76,7 +75,7 @@ def _write(states: States, plan: SavePlan) -> tuple[Path, SavePlan, Entry]:
             try:
                 with _without_checksums():
                     torch.save(states, file)  # type: ignore[arg-type]
-                footer = write_footer(file, manifest.about(plan.entry))
+                footer = write_footer(file, about(plan.entry))
             except Exception:
                 if file.error is not None:
                     raise file.error from None

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dengine import atomic_files
-from dengine.checkpoint.catalogue.manifest import about
+from dengine.checkpoint.catalogue.entry import about
 from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, failure_text, publish
 from dengine.checkpoint.formats.sharded.files import Written
 from dengine.checkpoint.formats.sharded.names import (
@@ -42,7 +42,7 @@ class FolderFormat(Format):
     that they fit any other sharding. A folder of the same name is replaced.
 
     Cost: six small collectives. With a background: two small gathers, two broadcasts, and one copy of the bytes that
-    this rank writes; the ranks' threads tell rank 0's through the store how they fared, and it commits.
+    this rank writes; the ranks' threads report to rank 0's through the store what became of it, and it commits.
     """
 
     ending = ""
@@ -76,7 +76,7 @@ def _copied(
     plan: SavePlan, states: States, objects: Mapping[str, Stateful], background: Background
 ) -> Callable[[], SaveOutcome | None]:
     """What the thread of this rank is to call, after its part is copied. On rank 0 it gives the outcome, or raises what
-    failed, on whichever rank; elsewhere None. Collective: two small gathers, one broadcast."""
+    failed, on whichever rank; on the others None. Collective: two small gathers, one broadcast."""
     with _refused(plan.path):
         shards = plan_shards(plan.path, _by_name(plan.path, states, objects), may_exist=True)
     mailbox = Mailbox(shards.temporary.name, background.is_leaving)
@@ -127,7 +127,7 @@ def _publish(plan: SavePlan, temporary: Path) -> SaveOutcome:
 
 
 def _by_name(path: Path, states: States, objects: Mapping[str, Stateful]) -> States:
-    """Collective: one small gather, so that all raise where one does."""
+    """Collective: one small gather, so that all raise if one does."""
     by_name: States = {}
     shared_by_all(lambda: by_name.update(_named(states, objects)), f"save {path}")
     return by_name
@@ -139,8 +139,8 @@ def read_folder(path: Path, into: Mapping[str, Stateful]) -> States:
     Collective: call on all ranks. Cost: one small gather, and as `read_shards`.
 
     Raises:
-        CorruptCheckpointError: on every rank, where one finds a byte changed that it needs.
-        CheckpointError: on every rank, where it lacks a name, or has no model for an optimizer.
+        CorruptCheckpointError: on every rank, if one finds a byte changed that it needs.
+        CheckpointError: on every rank, if it lacks a name, or has no model for an optimizer.
     """
     like: dict[str, Any] = {}
     try:
@@ -176,15 +176,15 @@ def _named(states: States, objects: Mapping[str, Stateful]) -> States:
 
 
 def _layouts(into: Mapping[str, Stateful]) -> dict[str, Any]:
-    """How each state is to come: sharded where its object is, whole elsewhere."""
+    """How each state is to come: sharded if its object is, else whole."""
     layouts: dict[str, Any] = {RESERVED: None}
     engines = with_per_rank_state(into)
-    for name, value in into.items():
+    for name, value in unwrapped(into).items():
         if isinstance(value, torch.optim.Optimizer):
             model: nn.Module = unwrap_model(model_of(name, value, into))
             layouts[name] = LikeParameters.of(model)
         elif name in engines:  # numbers alone
             layouts[name] = None
         else:
-            layouts[name] = LikeTensors.of(unwrapped(value).state_dict())
+            layouts[name] = LikeTensors.of(value.state_dict())
     return layouts

@@ -32,7 +32,7 @@ class Fitting:
         self.left_out = LeftOut([], [])
 
     def of(self, name: str, target: Stateful, saved: Any, own: Any) -> Any:
-        """`own` with what fits of `saved`; None where the object is left out as a whole. An optimizer is taken or left
+        """`own` with what fits of `saved`; None if the object is left out as a whole. An optimizer is taken or left
         as a whole: what it has of one parameter goes with the others."""
         if isinstance(target, torch.optim.Optimizer):
             if _fits(target, saved):

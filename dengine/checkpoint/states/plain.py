@@ -34,7 +34,7 @@ _DEEPEST_PLAIN = 12  # the states of models, optimizers and engines are less dee
 _MOST_EXPANDED = 1 << 31
 
 
-def plain_states(states: Mapping[str, Any]) -> tuple[dict[str, Any], list[torch.Tensor]]:
+def plain_states(states: Mapping[str, object]) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Each of `states`, by name, as plain data that equals it, and all tensors in them. A member of a `str` enum or a
     scalar of NumPy's becomes a string or a number, a `frozenset` a set, another mapping a dict; and names lose what
     `torch.compile` has put into them. A state in which there is nothing to change is given as it is.
@@ -57,7 +57,7 @@ def plain_states(states: Mapping[str, Any]) -> tuple[dict[str, Any], list[torch.
     return plain, tensors
 
 
-def check_loadable(states: Mapping[str, Any]) -> list[torch.Tensor]:
+def check_loadable(states: Mapping[str, object]) -> list[torch.Tensor]:
     """Refuse what `torch.load(weights_only=True)` would refuse: a checkpoint that nobody can load is none. Gives the
     tensors in `states`.
 
@@ -72,7 +72,7 @@ def check_loadable(states: Mapping[str, Any]) -> list[torch.Tensor]:
     def tensor(value: torch.Tensor) -> torch.Tensor:
         tensors.append(value)
         if type(value) not in PLAIN and (kinds := _kinds(value)) not in tried:
-            hint = ", or import the library that has the class, which may have told torch that it is safe"
+            hint = ", or import the library that has the class, which may have declared it safe to torch"
             _try(value, f"{hint} (torch.serialization.add_safe_globals)")
             tried.add(kinds)
         return value

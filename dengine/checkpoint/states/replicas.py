@@ -1,6 +1,6 @@
-"""What would be lost: parameters that differ between ranks under one name, of which a checkpoint keeps one.
+"""Finds what a checkpoint would lose: of parameters that differ between ranks under one name, it keeps one.
 
-So it is with the stages of a pipeline, and with experts, that somebody has laid out by hand.
+So it is with the stages of a pipeline, and with experts, that somebody has laid out.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ __all__ = ["Print", "prints_of", "refuse_lost"]
 
 
 class Print(NamedTuple):
-    """What is told of a parameter: its shape and type, a digest of some of its elements, and whether the model is laid
-    out over parts of the ranks, so that it is no slip where they differ."""
+    """What ranks compare of a parameter: its shape and type, a digest of some of its elements, and whether the model is
+    laid out over parts of the ranks, so that a difference is no mistake."""
 
     kind: str
     digest: bytes
     is_apart: bool
 
 
-_NUM_SAMPLES = 16  # elements of a parameter: what was drawn or trained apart differs in nearly all of them
+_NUM_SAMPLES = 16  # elements of a parameter: what was drawn or trained separately differs in nearly all of them
 
 
 def prints_of(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Print]]:
@@ -65,8 +65,8 @@ def _prints_of(model: nn.Module, num_ranks: int) -> dict[str, Print]:
 
 
 def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]]) -> None:
-    """Where the ranks have one model by name and shape, and nothing tells that they are to differ, a warning is enough:
-    they may have been seeded differently, or not prepared.
+    """Refuse to save a model of which a part would be lost. If the ranks have one model by name and shape, and nothing
+    says that they are to differ, a warning is enough: they may have been seeded differently, or not prepared.
 
     Raises:
         CheckpointError: a model has other parameters on one rank than on another; it is named, and both ranks are.
@@ -84,7 +84,7 @@ def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]]) -> None:
 
 
 def _lost(key: str, of_ranks: Sequence[dict[str, Print]]) -> tuple[str | None, bool]:
-    """What of the parameter `key` would be lost, or None; and whether that is a slip rather than meant."""
+    """What of the parameter `key` would be lost, or None; and whether that is a mistake rather than meant."""
     holders = [rank for rank, prints in enumerate(of_ranks) if key in prints]
     first = of_ranks[holders[0]][key]
     # A part of a tensor that is sharded over some of the ranks is not on the others.

@@ -1,4 +1,4 @@
-"""Gives states back to objects: to all of them or, where one refuses, to none."""
+"""Gives states back to objects: to all of them or, if one refuses, to none."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,26 +12,26 @@ from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, HostCopy, State
 from dengine.compiled_names import aligned
 from dengine.distributed import world
 from dengine.dtensor import any_dtensor, cut_like
-from dengine.types import Stateful, with_per_rank_state
+from dengine.types import Stateful, takes_restored, with_per_rank_state
 
 __all__ = ["Restoring", "give_random_states"]
 
 
 class Restoring:
-    """Loads states into objects, and can take it back.
+    """Loads states into objects, and can undo it.
 
-    `load` copies each object's present state into host memory before it is overwritten, so that `undo` can return it:
-    that memory is the price of all or nothing. It is little for an optimizer that has not stepped yet.
+    `load` copies the present states of all objects into host memory before it changes one, so that `undo` can return
+    them: that memory is the price of all or nothing. It is little for an optimizer that has not stepped yet.
 
-    What cannot be taken back: what an object's own `load_state_dict` does beside its state, and an object that refuses
-    the state it gave itself (a warning names it).
+    What cannot be undone: what an object's own `load_state_dict` does besides its state, and an object that refuses the
+    state it gave itself (a warning names it).
     """
 
     def __init__(self, into: Mapping[str, Stateful], fitting: Fitting | None = None) -> None:
-        self._fitting = fitting  # where not all of each state is to be loaded
+        self._fitting = fitting  # if not all of each state is to be loaded
         # Last what checks before it changes anything, and remembers that it was loaded: the engine.
         self._engines = with_per_rank_state(into)
-        self._into = {name: unwrapped(value) for name, value in into.items() if name not in self._engines}
+        self._into = unwrapped({name: value for name, value in into.items() if name not in self._engines})
         self._into |= self._engines
         self._before: dict[str, Any] = {}
 
@@ -45,17 +45,18 @@ class Restoring:
         if missing:
             there = ", ".join(sorted(states.keys() - {RESERVED}))
             raise KeyError(f"there is no {', '.join(missing)} in it; it holds {there}.")
+        before = HostCopy().take({name: _state_of(name, target) for name, target in self._into.items()})
+        named = aligned({name: states[name] for name in before if name not in self._engines}, before)
         for name, target in self._into.items():
-            before = HostCopy().take({name: _state_of(name, target)})[name]
-            if name not in self._engines:
-                state = aligned(states[name], before)
-                if self._fitting is not None and (state := self._fitting.of(name, target, state, before)) is None:
-                    continue
-                self._before[name] = before
-                target.load_state_dict(_fitted(target, state))
+            if name in self._engines:
+                target.load_state_dict(states[name])
+                self._before[name] = before[name]
                 continue
-            target.load_state_dict(states[name])
-            self._before[name] = before
+            state = named[name]
+            if self._fitting is not None and (state := self._fitting.of(name, target, state, before[name])) is None:
+                continue
+            self._before[name] = before[name]
+            target.load_state_dict(_fitted(target, state))
 
     def undo(self) -> None:
         """Return the states that `load` replaced, the last one first."""
@@ -88,8 +89,9 @@ def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
     data among it are at their position."""
     here = world()
     saved = states.get(RESERVED, {}).get(RANDOM, {})
-    for name, engine in with_per_rank_state(into).items():
-        engine.data_restored([each for each in into.values() if each is not engine])
+    for name, value in with_per_rank_state(into).items():
+        if takes_restored(value):
+            value.data_restored([each for each in into.values() if each is not value])
         of_ranks = saved.get(name)
         if not of_ranks:
             continue
@@ -100,13 +102,13 @@ def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
                 stacklevel=2,
             )
         if here.rank < len(of_ranks):
-            engine.load_random_state(of_ranks[here.rank])
-        else:
-            engine.load_random_state(of_ranks[0], data_only=True)
+            value.load_random_state(of_ranks[here.rank])
+        elif takes_restored(value):
+            value.load_random_state(of_ranks[0], data_only=True)
 
 
 def _fitted(target: Stateful, state: Any) -> Any:
-    """`state` with its tensors cut up as the target's are (FSDP2); as it is where nothing is sharded."""
+    """`state` with its tensors cut up as the target's are (FSDP2); as it is if nothing is sharded."""
     if isinstance(target, nn.Module):
         own = target.state_dict()
         return (
@@ -127,6 +129,6 @@ def _fitted(target: Stateful, state: Any) -> Any:
 
 
 def _cut(value: Any, like: Any) -> Any:
-    """This rank's part of `value`, where `like` is sharded and of its shape. No collective: each rank has the whole."""
+    """This rank's part of `value`, if `like` is sharded and of its shape. No collective: each rank has the whole."""
     fits = isinstance(value, torch.Tensor) and isinstance(like, torch.Tensor) and value.shape == like.shape
     return cut_like(value, like) if fits else value

@@ -38,7 +38,7 @@ FORMAT_VERSION = 1
 States: TypeAlias = dict[str, Any]
 
 
-def check_objects(objects: Mapping[str, Any]) -> dict[str, Stateful]:
+def check_objects(objects: Mapping[str, object]) -> dict[str, Stateful]:
     """`objects` as they can be saved and loaded.
 
     Raises:
@@ -50,6 +50,7 @@ def check_objects(objects: Mapping[str, Any]) -> dict[str, Stateful]:
         raise TypeError(f"A checkpoint takes a dict such as {{'model': model}}, but got {objects!r}.")
     if not objects:
         raise ValueError("A checkpoint needs at least one object to save, e.g. {'model': model}.")
+    checked: dict[str, Stateful] = {}
     for name, value in objects.items():
         if not isinstance(name, str):
             raise TypeError(f"The names of what is saved must be strings, but got {name!r}.")
@@ -62,11 +63,12 @@ def check_objects(objects: Mapping[str, Any]) -> dict[str, Stateful]:
                 f"{name!r} cannot be saved: a {type(value).__qualname__} has no state_dict() and load_state_dict()"
                 f"{_way_out(name, value)}."
             )
-    return dict(objects)
+        checked[name] = value
+    return checked
 
 
 def _way_out(name: str, value: object) -> str:
-    """Where a value without a state is kept instead, as far as that can be told."""
+    """The end of the message: how a value without a state is saved instead, as far as that is known."""
     if value is None:
         return ": leave it out"
     if isinstance(value, torch.Tensor):
@@ -89,6 +91,7 @@ class Collected:
 
     states: States
     is_sharded: bool
+    num_ranks: int
 
 
 class _Given(NamedTuple):
@@ -131,10 +134,12 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
         if reason is not None:
             raise CheckpointError(f"Nothing was saved or changed, since on rank {rank} {reason}") from cause
     _agree_on_names([sorted(theirs) for _, theirs, _, _ in gathered], "random number generators of ")
-    refuse_lost([prints for *_, prints in gathered])
+    if any(prints for *_, prints in gathered):
+        refuse_lost([prints for *_, prints in gathered])
     random = {name: [theirs[name] for _, theirs, _, _ in gathered] for name in mine.random}
     reserved = {"format": FORMAT_VERSION, "world_size": len(gathered), RANDOM: random}
-    return Collected({**mine.states, RESERVED: reserved}, any(theirs for _, _, theirs, _ in gathered))
+    is_sharded = any(theirs for _, _, theirs, _ in gathered)
+    return Collected({**mine.states, RESERVED: reserved}, is_sharded, len(gathered))
 
 
 def _given(objects: Mapping[str, Stateful]) -> _Given:
@@ -142,12 +147,12 @@ def _given(objects: Mapping[str, Stateful]) -> _Given:
     Raises:
         CheckpointError, TypeError, _NoStateError: something cannot be saved.
     """
-    bare = {name: unwrapped(value) for name, value in objects.items()}
-    refuse_to_save(bare)
+    inner = unwrapped(objects)
+    refuse_to_save(inner)
     engines = with_per_rank_state(objects)
     states: States = {}
     random: dict[str, Any] = {}
-    for name, value in bare.items():
+    for name, value in inner.items():
         try:
             states[name] = value.state_dict()
             if name in engines:
@@ -189,8 +194,8 @@ def gather_full(states: States) -> States:
 class HostCopy:
     """Copies of states in host memory, which share nothing with what goes on being trained.
 
-    The memory is used again by the next copy, so one copy at a time is valid. It is pinned where tensors come from a
-    CUDA device. Tensors that are one and the same (tied weights) stay so.
+    The memory is used again by the next copy, so one copy at a time is valid. It is pinned if tensors come from a CUDA
+    device. Tensors that are one and the same (tied weights) stay so.
     """
 
     def __init__(self) -> None:
@@ -223,7 +228,7 @@ class HostCopy:
         return taken  # type: ignore[no-any-return]
 
     def _fill(self, sources: list[torch.Tensor]) -> None:
-        """One call for all: where tensors are small, a call for each would cost more than the bytes."""
+        """One call for all: if tensors are small, a call for each would cost more than the bytes."""
         devices = {source.device for source in sources if source.device.type == "cuda"}
         targets = [buffer if type(buffer) in PLAIN else local_part(buffer) for buffer in self._buffers]
         with torch.no_grad():
@@ -240,13 +245,13 @@ class HostCopy:
         self._layouts[place : place + 1] = [layout]
 
 
-def unwrapped(value: Stateful) -> Stateful:
-    """A model without its wrappers; anything else as it is."""
-    return unwrap_model(value) if isinstance(value, nn.Module) else value
+def unwrapped(objects: Mapping[str, Stateful]) -> dict[str, Stateful]:
+    """`objects`, with models without their wrappers."""
+    return {name: unwrap_model(each) if isinstance(each, nn.Module) else each for name, each in objects.items()}
 
 
 def _whole(value: Any) -> Any:
-    """A sharded tensor put together: saved as it is, each file would hold one rank's part."""
+    """All of a sharded tensor: saved as it is, each file would hold one rank's part."""
     return whole(value) if isinstance(value, torch.Tensor) else value
 
 

@@ -20,7 +20,7 @@ _DEEPEST = 200  # containers within containers: pickle and deepcopy end a little
 
 
 class Refused(Exception):
-    """`path` is put together on the way up, so that nobody pays for it while nothing is wrong."""
+    """`path` is made on the way up, so that nobody pays for it while nothing is wrong."""
 
     def __init__(self, reason: str, hint: str = "", *, is_pickle: bool = False) -> None:
         super().__init__(reason)
@@ -28,12 +28,12 @@ class Refused(Exception):
         self.path: list[Any] = []
 
     def text(self, name: str) -> str:
-        where = "/".join(map(str, (name, *reversed(self.path))))
+        place = "/".join(map(str, (name, *reversed(self.path))))
         if not self.is_pickle:
-            return f"the state of {name!r} cannot be saved: {where!r} {self.reason}"
+            return f"the state of {name!r} cannot be saved: {place!r} {self.reason}"
         return (
             f"the state of {name!r} holds something that only a pickle could bring back, which is never executed: "
-            f"{where!r} {self.reason}. Make it of tensors, numbers, strings, lists and dicts{self.hint}."
+            f"{place!r} {self.reason}. Make it of tensors, numbers, strings, lists and dicts{self.hint}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether what a sharded checkpoint declares can be: told from `metadata.json` alone, before anything is allocated.
+"""Whether what a sharded checkpoint declares can be, by `metadata.json` alone, before anything is allocated.
 
 Its digest says that it is as it was written; not that whoever wrote it meant well. No tensor is made here.
 """
@@ -17,7 +17,7 @@ __all__ = ["check_declared"]
 Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
 _MOST_ELEMENTS = 1 << 58  # beyond, torch counts bytes no more
-_MOST_CELLS = 1 << 22  # of one tensor, where its parts are laid out as no framework does
+_MOST_CELLS = 1 << 22  # of one tensor, if its parts are laid out as no framework does
 
 
 def check_declared(states: Node, chunks: Mapping[str, Sequence[Any]], files: Mapping[str, tuple[int, str]]) -> None:

@@ -56,7 +56,7 @@ class MadeUpError(CorruptCheckpointError, ValueError):
 
 @dataclass(frozen=True)
 class TensorBox:
-    """The part of a tensor that one rank holds: `sizes` elements from `offsets` on; None where it holds none of it."""
+    """The part of a tensor that one rank holds: `sizes` elements from `offsets` on; None if it holds none of it."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -103,11 +103,11 @@ class Metadata:
     chunks: dict[str, list[Chunk]]
     files: dict[str, tuple[int, str]]
     world_size: int
-    about: dict[str, Any]
+    about: dict[str, object]
 
 
 def local_box(name: str, tensor: torch.Tensor) -> TensorBox:
-    """The part of `tensor` that this rank holds; all of it, where it is not sharded.
+    """The part of `tensor` that this rank holds; all of it, if it is not sharded.
 
     Raises:
         TypeError: it is sparse, quantized, without data, not summed up yet, or cut into several pieces a rank.
@@ -140,7 +140,7 @@ def local_box(name: str, tensor: torch.Tensor) -> TensorBox:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], boxes: Mapping[str, TensorBox]) -> Written | None:
-    """Write this rank's part of `tensors` one after another, down to the disk; None where there is nothing to write.
+    """Write this rank's part of `tensors` one after another, down to the disk; None if there is nothing to write.
 
     Raises:
         OSError: the file cannot be written.
@@ -166,7 +166,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], boxes: Mappin
 
 
 def write_metadata(
-    folder: Path, states: Node, written: Sequence[Written | None], about: Mapping[str, Any] | None = None
+    folder: Path, states: Node, written: Sequence[Written | None], about: Mapping[str, object] | None = None
 ) -> None:
     """Write `metadata.json`, what is said `about` the whole in it, and have the folder with all files on the disk.
 

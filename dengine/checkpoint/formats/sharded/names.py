@@ -31,10 +31,10 @@ class LikeParameters:
 def named_optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """`optimizer.state_dict()`, or `state`, which it gave, with the names of `model`'s parameters in the place of
+    """`optimizer.state_dict()`, or `state`, which it gave, with the names of `model`'s parameters in place of
     numbers. No collective.
 
-    The tensors are the optimizer's own, sharded where the parameters are.
+    The tensors are the optimizer's own, sharded if the parameters are.
 
     Raises:
         ValueError: the optimizer has a parameter that is not one of the model's.
@@ -69,14 +69,14 @@ def numbered_optimizer_state(
     for place, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         own = [names[number] for number in group["params"]]
         if different := sorted(set(own) ^ set(map(without_compiled, saved["params"]))):
-            where = "the optimizer's" if different[0] in own else "the saved one's"
-            raise ValueError(f"Parameter group {place} differs: {different[0]!r} is in {where} only.")
+            holder = "the optimizer's" if different[0] in own else "the saved one's"
+            raise ValueError(f"Parameter group {place} differs: {different[0]!r} is in {holder} only.")
         loaded.append({**saved, "params": list(group["params"])})
     by_number = {numbers[without_compiled(name)]: value for name, value in state["state"].items()}
     return {"state": by_number, "param_groups": loaded}
 
 
-def model_of(name: str, optimizer: torch.optim.Optimizer, objects: Mapping[str, Any]) -> nn.Module:
+def model_of(name: str, optimizer: torch.optim.Optimizer, objects: Mapping[str, object]) -> nn.Module:
     """The model among `objects` whose parameters `optimizer` has, by their identity; `name` is for the error.
 
     Raises:

@@ -52,9 +52,9 @@ _KEPT_CLASSES: tuple[type[Exception], ...] = (
 
 def write_shards(
     folder: Path,
-    states: Mapping[str, Any],
+    states: Mapping[str, object],
     *,
-    about: Mapping[str, Any] | None = None,
+    about: Mapping[str, object] | None = None,
     commit: Callable[[Path], T] | None = None,
 ) -> T | None:
     """Write `states` into `folder`: tensors, sharded (DTensor) or not, and plain values, nested as they are.
@@ -105,7 +105,7 @@ class ShardPlan:
     def finish(
         self,
         written: Sequence[Written | None],
-        about: Mapping[str, Any] | None,
+        about: Mapping[str, object] | None,
         commit: Callable[[Path], T] | None,
     ) -> T | None:
         """On rank 0, once all have written: say what there is, and give the folder its name. No collective."""
@@ -116,7 +116,7 @@ class ShardPlan:
         return None
 
 
-def plan_shards(folder: Path, states: Mapping[str, Any], *, may_exist: bool) -> ShardPlan:
+def plan_shards(folder: Path, states: Mapping[str, object], *, may_exist: bool) -> ShardPlan:
     """Who writes what, and an empty temporary folder for it, until `atomic_files.end`. The tensors are the live ones.
 
     Collective: one gather, one broadcast. Raises: as `write_shards`.
@@ -216,7 +216,7 @@ def _discard(temporary: Path) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_shards(folder: Path, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_shards(folder: Path, like: Mapping[str, object] | None = None) -> dict[str, Any]:
     """The states in `folder`, as new tensors laid out as those in `like`. Nothing of `like` is changed.
 
     Collective: call on all ranks, with `like` of the same structure. Each rank reads the parts that it needs, and
@@ -234,7 +234,7 @@ def read_shards(folder: Path, like: Mapping[str, Any] | None = None) -> dict[str
         ValueError: a tensor of `like` was not saved, or with another shape.
 
     Cost: one small collective; memory for this rank's part, and for one part as it was saved. A saved part is read as
-    a whole where any of it is needed.
+    a whole if any of it is needed.
     """
     folder = Path(folder)
     read: list[dict[str, Any]] = []

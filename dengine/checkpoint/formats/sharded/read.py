@@ -24,9 +24,9 @@ Slices = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class LikeTensors:
-    """Says how tensors are laid out where they have been saved, with the same shape, and asks for none of them.
+    """Says how tensors are laid out if they were saved, with the same shape, and asks for none of them.
 
-    By their paths within the state: so an object's own `load_state_dict` can tell all that is missing or differs.
+    By their paths within the state: so an object's own `load_state_dict` can name all that is missing or differs.
     """
 
     tensors: Mapping[Path, torch.Tensor]
@@ -46,7 +46,7 @@ class _Copy:
     target: Slices
 
 
-def read_states(folder: FilePath, like: Mapping[str, Any] | None) -> dict[str, Any]:
+def read_states(folder: FilePath, like: Mapping[str, object] | None) -> dict[str, Any]:
     """As `read_shards`, for this rank alone.
 
     Raises:

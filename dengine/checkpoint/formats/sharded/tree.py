@@ -78,7 +78,7 @@ def decoded(node: Node, make: TensorMaker, path: Path = ()) -> Any:
     return _LEAVES[kind](node["value"])
 
 
-def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
+def tensors_in(value: object, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
     """The tensors in `value`, each with its path."""
     if isinstance(value, torch.Tensor):
         yield path, value
@@ -90,7 +90,7 @@ def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor
             yield from tensors_in(part, (*path, index))
 
 
-def all_tensors(value: Any) -> list[torch.Tensor]:
+def all_tensors(value: object) -> list[torch.Tensor]:
     """The tensors in `value`, in no particular order: what a save asks of each costs less than their paths would."""
     left, tensors = [value], []
     while left:
@@ -113,7 +113,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def dtype_named(name: Any) -> torch.dtype:
+def dtype_named(name: object) -> torch.dtype:
     """
     Raises:
         ValueError: this torch has no such dtype.

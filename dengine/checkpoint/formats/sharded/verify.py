@@ -30,8 +30,11 @@ def holds_shards(path: Path) -> bool:
     """Whether the folder `path` is, or was, a checkpoint: a `metadata.json` of something else makes it none."""
     if not path.is_dir():
         return False
-    if any(FILE_NAME.fullmatch(name) for name in os.listdir(path)):
+    names = os.listdir(path)
+    if any(map(FILE_NAME.fullmatch, names)):
         return True
+    if METADATA not in names:
+        return False
     try:
         read_outline(path)
     except (CorruptCheckpointError, OSError):

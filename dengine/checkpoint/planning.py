@@ -1,0 +1,141 @@
+"""What rank 0 does before a byte is written: what the new checkpoint is called, and which others go for it.
+
+Two writers of one folder (a job started twice, say) are found out here, too.
+"""
+
+import itertools
+import os
+import socket
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from dengine.checkpoint.catalogue import manifest
+from dengine.checkpoint.catalogue.entry import Entry, from_name
+from dengine.checkpoint.catalogue.retention import to_drop
+from dengine.checkpoint.formats.base import SavePlan, SaveRequest
+from dengine.errors import CheckpointError
+from dengine.version import __version__
+
+__all__ = ["Planner", "plan_alone"]
+
+_count = itertools.count(1)
+_WAY_OUT = "Give each job, and each Checkpoint of a job, its own folder or filename_prefix."
+
+
+def plan_alone(path: Path, objects: Iterable[str], num_ranks: int) -> SavePlan:
+    """The plan of one save to `path` that keeps all others."""
+    found = from_name(path)
+    prefix, step = (path.stem, None) if found is None else (found.prefix, found.step)
+    seen = manifest.scan(path.parent)
+    entry = _entry(path, prefix, SaveRequest(step, None), None, objects, seen.next_sequence, num_ranks)
+    return SavePlan(path, entry, kept=[], dropped=[], seen=seen)
+
+
+def _entry(
+    path: Path,
+    prefix: str,
+    request: SaveRequest,
+    score_name: str | None,
+    objects: Iterable[str],
+    sequence: int,
+    num_ranks: int,
+    writer: str = "",
+) -> Entry:
+    versions = {"dengine": __version__, "torch": str(torch.__version__)}
+    what = request.step, request.score, score_name, sequence, tuple(objects), num_ranks, versions
+    return Entry(path.name, prefix, *what, writer=writer)
+
+
+class Planner:
+    """Plans the saves of one writer of `folder`, which prunes only what has its `prefix` and its `score_name`. It
+    remembers what it has seen there, so that it knows another writer by what is new."""
+
+    def __init__(self, folder: Path, prefix: str, score_name: str | None, n_saved: int) -> None:
+        self._folder, self._prefix, self._score_name, self._n_saved = folder, prefix, score_name, n_saved
+        self._process = f"{socket.gethostname()} {os.getpid()}"
+        self._writer = f"{self._process} {next(_count)}"  # a checkpoint says it
+        self._made_s = time.time()
+        self._seen: dict[str, str] = {}  # name -> digest
+        self._has_warned = False
+
+    def first_look(self) -> list[Entry]:
+        """What an earlier run has left; not what another process of this host has saved since this writer was made.
+        (Clocks of other hosts may differ: what these save is known from the next save on.)"""
+        found = self._own(manifest.scan(self._folder).entries)
+        earlier = [entry for entry in found if not self._is_new(entry)]
+        self._seen = {entry.name: entry.sha256 for entry in earlier}
+        return earlier
+
+    def warn_of_later(self, found: Sequence[Entry], step: int) -> None:
+        """Warn if an earlier run has left checkpoints of later steps than this run is at."""
+        later = [each.name for each in found if each.step is not None and each.step > step]
+        if later and self._score_name is None:
+            warnings.warn(
+                f"{self._folder} holds checkpoints that are ahead of this run's step {step}: {', '.join(later)}. "
+                "They count as older than what this run saves. To go on from them, call Checkpoint.resume(); to keep "
+                "them, use another folder or filename_prefix.",
+                stacklevel=2,
+            )
+
+    def plan(
+        self, path: Path, request: SaveRequest, kept: Sequence[Entry], objects: Iterable[str], num_ranks: int
+    ) -> SavePlan:
+        """The plan of a save to `path`, where `kept` is there of what was saved before.
+
+        Raises:
+            CheckpointError: another process has saved `path` while this one was there.
+        """
+        seen = manifest.scan(self._folder)
+        self._look_for_others(path, self._own(seen.entries))
+        what = self._prefix, request, self._score_name, objects, seen.next_sequence, num_ranks
+        entry = _entry(path, *what, self._writer)
+        dropped = to_drop(kept, entry, self._n_saved)
+        stay = [each for each in kept if each not in dropped and each.name != entry.name]
+        return SavePlan(path, entry, stay, dropped, seen)
+
+    def _own(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Those with its prefix, and with its score's name or, like it, without a score."""
+        return [each for each in entries if each.prefix == self._prefix and each.score_name == self._score_name]
+
+    def _look_for_others(self, path: Path, entries: Sequence[Entry]) -> None:
+        """Warn, once, if somebody else has saved some of the `entries`; refuse to replace such a one."""
+        strange = [entry for entry in entries if self._is_strange(entry)]
+        if not strange:
+            return
+        who = ", ".join(sorted({_shown(entry.writer) for entry in strange}))
+        if any(entry.name == path.name and not self._is_of_this_process(entry) for entry in strange):
+            raise CheckpointError(f"it was saved meanwhile by another job ({who}), which needs it. {_WAY_OUT}")
+        self._seen.update((entry.name, entry.sha256) for entry in strange)
+        if not self._has_warned:
+            self._has_warned = True
+            names = ", ".join(entry.name for entry in strange)
+            warnings.warn(
+                f"Something else ({who}) saves into {self._folder} under the prefix {self._prefix!r}: {names}. "
+                f"Each may replace or remove what the other needs. {_WAY_OUT} This is said once.",
+                stacklevel=2,
+            )
+
+    def _is_strange(self, entry: Entry) -> bool:
+        """Whether another writer has saved it. checkpoint.save() names none, nor did the first versions."""
+        return entry.writer not in ("", self._writer) and self._seen.get(entry.name) != entry.sha256
+
+    def _is_of_this_process(self, entry: Entry) -> bool:
+        return entry.writer.rpartition(" ")[0] == self._process
+
+    def _is_new(self, entry: Entry) -> bool:
+        host = self._process.partition(" ")[0]
+        if entry.writer.partition(" ")[0] != host or self._is_of_this_process(entry):
+            return False
+        try:
+            return os.stat(self._folder / entry.name).st_mtime > self._made_s
+        except OSError:
+            return False
+
+
+def _shown(writer: str) -> str:
+    host, _, rest = writer.partition(" ")
+    return f"process {rest.partition(' ')[0]} on {host}"
