@@ -31,6 +31,7 @@ __all__ = [
     "compiles_own_call",
     "default_store",
     "drop_workers",
+    "flat_mesh",
     "has_final_buckets",
     "has_gradient_hooks",
     "inside_compile",
@@ -38,6 +39,7 @@ __all__ = [
     "is_waiting_file",
     "num_collectives",
     "process_groups",
+    "replicate",
     "set_timeout",
     "wait_in",
 ]
@@ -151,7 +153,25 @@ def compiles_own_call(model: nn.Module, **options: Any) -> None:
 
 def class_before_fsdp(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before `fully_shard`: FSDPLinear(FSDPModule, Linear)."""
-    return type(module).__mro__[2]
+    kind: Any = type(module)
+    return kind.__mro__[kind._orig_cls_mro_index]  # type: ignore[no-any-return]
+
+
+def replicate(module: nn.Module, mesh: Any) -> None:
+    """Average the gradients of `module` over `mesh`, as DDP does, by FSDP2's ways, which take DTensors."""
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    replicate(module, mesh=mesh)
+
+
+def flat_mesh(mesh: Any, names: list[str]) -> str:
+    """The name of a dimension of `mesh` that stands for those of `names` as one, by which the mesh can be indexed.
+
+    Collective, if there are several: a new group, the first time.
+    """
+    if len(names) > 1:
+        mesh[tuple(names)]._flatten("_".join(names))
+    return "_".join(names)
 
 
 def clear_load_hooks(module: nn.Module) -> None:

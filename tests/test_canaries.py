@@ -249,6 +249,30 @@ def test_fully_shard_puts_its_class_before_the_module_s_and_its_notes_under_know
     assert all(hasattr(module.weight, name) for name in ("device_mesh", "placements", "to_local", "full_tensor"))
 
 
+@pytest.mark.usefixtures("group")
+def test_a_replicated_module_is_one_of_fsdp_and_keeps_its_class_where_torch_says() -> None:
+    """Else a tensor-parallel model cannot be averaged over `dp`, or EMA cannot copy it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule
+
+    module = nn.Linear(2, 2)
+    torch_internals.replicate(module, init_device_mesh("cpu", (1,)))
+    assert isinstance(module, FSDPModule)
+    assert torch_internals.class_before_fsdp(module) is nn.Linear
+
+
+@pytest.mark.usefixtures("group")
+def test_dimensions_of_a_mesh_can_be_taken_as_one() -> None:
+    """Else neither `dp_shard` with `cp` can be sharded over, nor `dp` with `cp` replicated."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("dp_replicate", "dp_shard", "cp"))
+    name = torch_internals.flat_mesh(mesh, ["dp_shard", "cp"])
+    assert mesh[name].ndim == 1
+    assert mesh["dp_replicate", name].ndim == 2
+    assert torch_internals.flat_mesh(mesh, ["cp"]) == "cp"
+
+
 # -- DataLoader --------------------------------------------------------------------------------------------------
 
 

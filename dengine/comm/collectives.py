@@ -3,7 +3,7 @@
 A lone process runs the same code, and gets its own values back.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ __all__ = [
     "all_gather_object",
     "all_reduce",
     "barrier",
+    "broadcast_each",
     "broadcast_object",
     "broadcast_tensors",
     "collective",
@@ -198,18 +199,38 @@ def broadcast_tensors(
         within: pairs of a rank and a group that it is in, in place of `source` and all ranks: one broadcast after the
             other, in each of which this rank's group takes part.
     """
-    start = f"from rank {source}" if within is None else "within a mesh"
-    with collective(f"broadcast_tensors({len(tensors)} tensors) {start}") as group:
+    # Within a mesh, other ranks may have other tensors.
+    start = f"{len(tensors)} tensors) from rank {source}" if within is None else "...) within a mesh"
+    with collective(f"broadcast_tensors({start}") as group:
         if world().size == 1:
             return
         for indices in grouped(tensors).values():
             alike = [tensors[index].detach() for index in indices]
             flat = torch.cat([tensor.reshape(-1) for tensor in alike])
             sent = flat.to(_transport(flat.device))
-            for rank, members in within or [(source, _group_of(sent, group))]:
+            for rank, members in [(source, _group_of(sent, group))] if within is None else within:
                 dist.broadcast(sent, src=rank, group=members)
             for tensor, part in zip(alike, split(sent.to(flat.device), alike), strict=True):
                 tensor.copy_(part)
+
+
+def broadcast_each(tensors: Iterable[torch.Tensor], *, within: Sequence[tuple[int, Any]] | None = None) -> None:
+    """Overwrite each of `tensors` in place with rank 0's, one after the other as they are given.
+
+    Collective: as many tensors on all ranks, of the same shapes. Cost: a broadcast of each; no memory beside it.
+
+    Args:
+        within: as of `broadcast_tensors`.
+    """
+    with collective("broadcast_each of a model's tensors") as group:
+        for tensor in tensors:
+            own = tensor.detach()
+            sent = own.to(_transport(own.device)).contiguous()
+            if world().size > 1:
+                for rank, members in [(0, _group_of(sent, group))] if within is None else within:
+                    dist.broadcast(sent, src=rank, group=members)
+            if sent is not own:
+                own.copy_(sent)
 
 
 # -- for the packed reduction of metrics -------------------------------------------------------------------------

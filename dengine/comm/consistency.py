@@ -29,6 +29,7 @@ __all__ = [
     "prepared_parameters",
     "refuse_differences",
     "refuse_different_models",
+    "refuse_different_parts",
     "same_on_all_ranks",
     "tensor_digest",
     "text_digest",
@@ -100,6 +101,17 @@ def refuse_differences(compared: Sequence[Compared]) -> None:
     for slot, each in enumerate(compared):
         entries = {rank: theirs[slot] for rank, theirs in enumerate(gathered) if theirs[slot] or not each.may_lack}
         _refuse(entries, each.subject, each.advice)
+
+
+def refuse_different_parts(compared: Compared, place: int) -> None:
+    """Raise if the entries differ between the ranks of one `place`, which have the same part of a model.
+
+    Collective. Cost: one object gather. Raises: ConsistencyError: as `refuse_differences`.
+    """
+    gathered = all_gather_object((place, list(compared.entries)))
+    for each in sorted({theirs for theirs, _ in gathered}):
+        of_place = {rank: entries for rank, (theirs, entries) in enumerate(gathered) if theirs == each}
+        _refuse(of_place, compared.subject, compared.advice)
 
 
 def refuse_different_models(parameters: Mapping[int, Sequence[str]]) -> None:

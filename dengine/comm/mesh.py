@@ -91,6 +91,8 @@ def deals_to_all_ranks() -> None:
 
 
 def _note_sharing(why: str) -> None:
+    if world().mesh is not None:  # by which the data are dealt out
+        return
     prepared = plane().prepared
     prepared.shared_data = prepared.shared_data or why
     _warn_if_both(prepared)

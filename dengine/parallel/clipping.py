@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dengine.comm.rank_zero import refuse_on_rank_zero_alone
+from dengine.control.plane import plane
 from dengine.dtensor import is_dtensor, local_part, mesh_of, sharding_groups, summed_up
 from dengine.parallel.gradients import scale_gradients
 from dengine.types import accumulator_dtype
@@ -42,7 +43,8 @@ def clip_grad_norm_(
         RankZeroCollectiveError: there are DTensors, and only rank 0 runs here.
 
     Collective if there are DTensors: call it on all ranks of their meshes, with parameters in the same order. Cost: one
-    all-reduce of a few numbers for each group of ranks that shards them; none for plain tensors. A gradient that is a
+    all-reduce of a few numbers for each group of ranks that shards them, or has other stages of a pipeline
+    (`prepare_model(parts="pp")`); none for plain tensors. A gradient that is a
     partial sum is summed up first, which costs an all-reduce of it.
     """
     if not norm_type > 0:
@@ -50,7 +52,8 @@ def clip_grad_norm_(
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     # What has no gradient counts for nothing, but it may have one on another rank, which then expects the sum.
     spread = [each for each in listed if each.grad is not None or (each.requires_grad and is_dtensor(each))]
-    if not any(is_dtensor(each) or is_dtensor(each.grad) for each in spread):
+    is_whole = not any(is_dtensor(each) or is_dtensor(each.grad) for each in spread)
+    if is_whole and not plane().prepared.living_parts():
         return torch.nn.utils.clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, foreach)
     refuse_on_rank_zero_alone("clip_grad_norm_()")
     total = _total_norm(spread, float(norm_type))
@@ -72,21 +75,32 @@ def _total_norm(parameters: list[Tensor], order: float) -> Tensor:
     """Shapes: result (), on the device of the first part."""
     op = dist.ReduceOp.MAX if order == math.inf else dist.ReduceOp.SUM
     parts: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    along = _groups_of_parts()
     for parameter in parameters:
-        found = parts.setdefault(sharding_groups(parameter if parameter.grad is None else parameter.grad), [])
+        groups = sharding_groups(parameter if parameter.grad is None else parameter.grad)
+        found = parts.setdefault((*groups, *along.get(id(parameter), ())), [])
         if parameter.grad is not None and (local := local_part(summed_up(parameter.grad))).numel():
             found.append(local)
     device = local_part(parameters[0]).device
     # Shards may have been moved to the host, which the groups of the mesh need not reach.
-    transport = next(mesh.device_type for each in parameters for mesh in (mesh_of(each), mesh_of(each.grad)) if mesh)
+    meshes = (mesh for each in parameters for mesh in (mesh_of(each), mesh_of(each.grad)) if mesh is not None)
+    transport = next((mesh.device_type for mesh in meshes), device)
     sums = torch.stack([_sum_of_powers(locals_, order, device) for locals_ in parts.values()]).to(transport)
-    for group in dict.fromkeys(group for groups in parts for group in groups):
+    # Last those whose ranks have other parts of the model, so that all ranks go through the groups in one order.
+    last = [group for groups in along.values() for group in groups]
+    for group in dict.fromkeys([*(each for groups in parts for each in groups if each not in last), *last]):
         places = [place for place, groups in enumerate(parts) if group in groups]
         of_group = sums[places]
         dist.all_reduce(of_group, op, group=group)
         sums[places] = of_group
     total = sums.amax() if order == math.inf else sums.sum().pow(1 / order)
     return total.to(device)
+
+
+def _groups_of_parts() -> dict[int, tuple[dist.ProcessGroup, ...]]:
+    """Of parameters by id, the groups in which each rank has another part of their model (the stages of a pipeline)."""
+    living = plane().prepared.living_parts()
+    return {id(each): tuple(mesh.get_all_groups()) for model, mesh in living for each in model.parameters()}
 
 
 def _sum_of_powers(locals_: list[Tensor], order: float, device: torch.device) -> Tensor:

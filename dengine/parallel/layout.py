@@ -1,0 +1,232 @@
+"""Over which ranks a model is replicated, sharded and tensor-parallel, by the mesh of `process_group()`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
+
+from torch import nn
+
+from dengine.comm.mesh import check_mesh, refuse_laid_out, sources_of, spreads_part
+from dengine.dtensor import describe_mesh, is_fsdp, mesh_of
+from dengine.launch.world import World
+from dengine.torch_internals import flat_mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+__all__ = ["Layout", "Parts", "TensorParallel", "apply_plan", "check_plan", "layout_of"]
+
+Parts: TypeAlias = Literal["pp"]
+# Not in quotes as a whole: others write `TensorParallel | None`.
+TensorParallel: TypeAlias = Union["ParallelStyle", Mapping[str, "ParallelStyle"]]
+
+_REPLICAS = ("dp", "dp_replicate", "ep")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over the ranks of a mesh.
+
+    Attributes:
+        strategy: what is done over the dimensions of data: "ddp", "fsdp" or, if there is none, "none".
+        data: these dimensions: one that replicates or shards, or a replicating and a sharding one.
+        tp: the dimension of tensor parallelism.
+        within: from whom a rank takes its weights, as `broadcast_tensors` has it; None is rank 0 of all.
+        within_tp: the same, where they are cut up over `tp` already.
+        place: which part of the model this rank has; ranks with the same number have the same.
+    """
+
+    strategy: Literal["ddp", "fsdp", "none"]
+    data: "DeviceMesh | None" = None
+    tp: "DeviceMesh | None" = None
+    within: Sequence[tuple[int, Any]] | None = None
+    within_tp: Sequence[tuple[int, Any]] = ()
+    place: int = 0
+
+    def refuse_options_of_ddp(self, compression: str | None, kwargs: Mapping[str, object]) -> None:
+        """Raises: ValueError: some are given, but the model is tensor-parallel, and DDP takes no DTensors."""
+        given = [*kwargs, *(["gradient_compression"] if compression is not None else [])]
+        if self.strategy != "fsdp" and given:
+            raise ValueError(
+                f"{', '.join(given)} of DistributedDataParallel cannot be had for a tensor-parallel model, whose "
+                "gradients are averaged by FSDP2's ways, since DDP takes no DTensors: leave it out."
+            )
+
+
+def layout_of(
+    model: nn.Module, strategy: str, parts: Parts | None, kwargs: Mapping[str, Any], here: World, *, is_planned: bool
+) -> Layout:
+    """How `prepare_model` spreads `model`, by the mesh of `process_group()` or, if one is given, by that in `kwargs`.
+
+    Collective on a mesh: a group for dimensions that act as one.
+
+    Raises: ValueError, TypeError: the model is laid out already, the mesh is not for it, or there is none.
+    """
+    if here.size == 1:
+        return Layout("none")
+    if here.mesh is None or not kwargs.keys().isdisjoint(("mesh", "device_mesh", "process_group")):
+        for name, is_given in (("tensor_parallel=", is_planned), ("parts=", parts is not None)):
+            if is_given:
+                raise ValueError(
+                    f"{name} is about a dimension of the mesh of the run, so it needs process_group(mesh={{...}}), and "
+                    "no mesh=, device_mesh= or process_group= here."
+                )
+        return _layout_by_hand(model, strategy, kwargs, here)
+    layout = _layout_on(here.mesh, strategy, parts, here)
+    if is_planned and layout.tp is None:
+        raise ValueError(
+            f"tensor_parallel= needs a dimension 'tp' of more than one rank, but {describe_mesh(here.mesh)} has none: "
+            'process_group(mesh={..., "tp": 2}).'
+        )
+    is_laid_out = _is_tensor_parallel(model, layout.tp)
+    if is_laid_out and is_planned:
+        raise ValueError("tensor_parallel= is for a model that is not laid out yet, but this one has DTensors already.")
+    if strategy != "none" and not is_laid_out:
+        refuse_laid_out(model, strategy)
+    return layout
+
+
+def _layout_by_hand(model: nn.Module, strategy: str, kwargs: Mapping[str, Any], here: World) -> Layout:
+    if strategy == "none":
+        return Layout("none")
+    if strategy != "fsdp" and "mesh" in kwargs:
+        raise ValueError(
+            f"mesh= is what strategy='fsdp' shards over; strategy={strategy!r} takes device_mesh= of one dimension."
+        )
+    if strategy == "fsdp" or any(parameter.requires_grad for parameter in model.parameters()):
+        refuse_laid_out(model, strategy)
+    if (mesh := kwargs.get("mesh", kwargs.get("device_mesh"))) is not None:
+        check_mesh(mesh)
+        spreads_part("mesh=" if "mesh" in kwargs else "device_mesh=", mesh.size(), here)
+    elif (group := kwargs.get("process_group")) is not None:
+        spreads_part("process_group=", group.size(), here)
+    if strategy != "fsdp":
+        return Layout("ddp")
+    # What other ranks have than those of the mesh is their own, if it is of some of the ranks only.
+    return Layout("fsdp", data=mesh, within=None if mesh is None or mesh.size() == here.size else sources_of(mesh))
+
+
+def _layout_on(mesh: "DeviceMesh", strategy: str, parts: Parts | None, here: World) -> Layout:
+    """What `strategy` is on `mesh`, that of the world `here`.
+
+    Collective: dimensions that act as one get a group.
+
+    Raises: ValueError: the strategy and the dimensions of the mesh do not go together.
+    """
+    sizes = {name: size for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True) if size > 1}
+    if parts is not None and parts not in (mesh.mesh_dim_names or ()):
+        raise ValueError(f"parts={parts!r} is a dimension of the mesh, but there is none of that name in {sizes}.")
+    if strategy == "ddp" and "dp_shard" in sizes:
+        raise ValueError(
+            f"strategy='ddp' keeps a whole model on each rank, but {describe_mesh(mesh)} has the dimension dp_shard, "
+            "over which it is cut up: 'auto' or 'fsdp' does that; for DDP call the dimension dp or dp_replicate."
+        )
+    is_sharded = strategy == "fsdp" or (strategy == "auto" and "dp_shard" in sizes)
+    cut = _sharding(sizes) if is_sharded else []
+    replicas = [name for name in sizes if name in (*_REPLICAS, "cp") and name not in cut]
+    if is_sharded and not cut:
+        raise ValueError(f"strategy='fsdp' has nothing to shard over in {describe_mesh(mesh)}: add a dp_shard to it.")
+    if cut and replicas and list(sizes).index(cut[0]) < list(sizes).index(replicas[-1]):
+        raise ValueError(f"{replicas[-1]!r} replicates what {cut[0]!r} shards, so it must come before it in mesh=.")
+    names = [flat_mesh(mesh, each) for each in (replicas, cut) if each]
+    spread = None if strategy == "none" or not names else mesh[tuple(names) if len(names) > 1 else names[0]]
+    sources = {name: sources_of(mesh[name])[0] for name in sizes if name != parts}
+    return Layout(
+        "none" if spread is None else "fsdp" if is_sharded else "ddp",
+        data=spread,
+        tp=mesh["tp"] if "tp" in sizes else None,
+        within=None if parts is None else list(sources.values()),
+        within_tp=[source for name, source in sources.items() if name != "tp"],
+        place=0 if parts is None else here.coordinates[parts],
+    )
+
+
+def _sharding(sizes: Mapping[str, int]) -> list[str]:
+    """The dimensions over which FSDP shards, `cp` among them, as its ranks need not have the weights whole either."""
+    first = next((name for name in ("dp_shard", "dp", "dp_replicate", "ep") if name in sizes), None)
+    return [name for name in sizes if name in (first, "cp")]
+
+
+def _is_tensor_parallel(model: nn.Module, tp: "DeviceMesh | None") -> bool:
+    """Whether `model` is laid out over the dimension `tp` of the mesh already, and over no other."""
+    meshes = [mesh for mesh in map(mesh_of, model.parameters()) if mesh is not None]
+    return bool(meshes) and not any(map(is_fsdp, model.modules())) and all(mesh == tp for mesh in meshes)
+
+
+# -- the plan of tensor parallelism ------------------------------------------------------------------------------
+
+
+def check_plan(plan: TensorParallel, model: nn.Module, size: int) -> list[str]:
+    """What is in `plan`, in one line each, checked against `model` before anything is changed.
+
+    Raises:
+        TypeError: it is no plan. ValueError: it names a module that is not there; a layer that it cuts up cannot be, or
+        does not divide by `size`.
+    """
+    from torch.distributed.tensor.parallel.style import ParallelStyle
+
+    if not isinstance(plan, ParallelStyle | Mapping):
+        raise TypeError(
+            "tensor_parallel= takes a plan as torch's parallelize_module does, {'layers.*.wq': ColwiseParallel()}, but "
+            f"got {plan!r}."
+        )
+    lines = []
+    for path, style in ({"": plan} if isinstance(plan, ParallelStyle) else plan).items():
+        if not isinstance(style, ParallelStyle):
+            raise TypeError(f"tensor_parallel[{path!r}] must be a style such as ColwiseParallel(), but is {style!r}.")
+        for name, module in _matching(model, path):
+            _check_divides(name, module, style, size)
+        lines.append(f"tensor_parallel[{path!r}] = {type(style).__name__}")
+    return lines
+
+
+def apply_plan(plan: TensorParallel, model: nn.Module, tp: "DeviceMesh") -> None:
+    """Cut up the parameters of `model` as the checked `plan` says. No collective for those on the meta device."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    requires = {name: each.requires_grad for name, each in model.named_parameters(remove_duplicate=False)}
+    parallelize_module(model, tp, dict(plan) if isinstance(plan, Mapping) else plan, src_data_rank=None)
+    for name, each in model.named_parameters(remove_duplicate=False):
+        each.requires_grad_(requires[name])  # torch makes new ones, all of which require one
+
+
+def _matching(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """The modules that `path` means, as torch reads it: a pattern for each name between dots."""
+    found = [("", model)]
+    for token in path.split(".") if path else []:
+        found = [
+            (f"{start}.{name}".lstrip("."), child)
+            for start, module in found
+            for name, child in module.named_children()
+            if fnmatch(name, token)
+        ]
+    if not found:
+        names = [name for name, _ in model.named_modules() if name]
+        close = get_close_matches(path, names, 1) or names[:3]
+        raise ValueError(
+            f"tensor_parallel= names {path!r}, but there is no such module in this {type(model).__qualname__}"
+            + (f": there is {', '.join(map(repr, close))}." if close else ", which has none inside.")
+        )
+    return found
+
+
+def _check_divides(name: str, module: nn.Module, style: "ParallelStyle", size: int) -> None:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    if not isinstance(style, ColwiseParallel | RowwiseParallel):
+        return
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        raise ValueError(
+            f"tensor_parallel= has {type(style).__name__} for {name!r}, which is a {type(module).__qualname__}: it "
+            "cuts up nn.Linear and nn.Embedding."
+        )
+    is_by_rows = isinstance(style, ColwiseParallel) == isinstance(module, nn.Linear)
+    length = module.weight.shape[0 if is_by_rows else 1]
+    if length % size:
+        raise ValueError(
+            f"tensor_parallel= cuts dimension {0 if is_by_rows else 1} of {name + '.weight'!r} over the {size} ranks "
+            f"of tp, but its length of {length} does not divide by {size}."
+        )

@@ -1,0 +1,116 @@
+"""The options of `prepare_model()`: which ones go together, and what each is to torch."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dengine import torch_internals
+from dengine.launch.world import World
+
+__all__ = [
+    "Compression",
+    "Precision",
+    "Strategy",
+    "check_options",
+    "checkpoint_blocks",
+    "compile_model",
+    "compression_hook",
+    "fsdp_options",
+    "refuse_unsendable",
+]
+
+Strategy: TypeAlias = Literal["auto", "ddp", "fsdp", "none"]
+Precision: TypeAlias = Literal["bf16", "fp16"]
+Compression: TypeAlias = Literal["bf16", "fp16"]
+_STRATEGIES = ("auto", "ddp", "fsdp", "none")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_options(
+    strategy: str,
+    blocks: tuple[type[nn.Module], ...],
+    mixed_precision: str | None,
+    gradient_compression: str | None,
+    activation_checkpointing: bool,
+    parts: str | None,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Raises: ValueError: an option is none of those there are, or not of this strategy."""
+    if strategy not in _STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} must be one of {', '.join(_STRATEGIES)}.")
+    if parts not in (None, "pp"):
+        raise ValueError(f"parts={parts!r} must be 'pp', the dimension of a pipeline's stages, or None.")
+    for name, value in (("mixed_precision", mixed_precision), ("gradient_compression", gradient_compression)):
+        if value not in (None, "bf16", "fp16"):
+            raise ValueError(f"{name}={value!r} must be 'bf16', 'fp16' or None.")
+    if activation_checkpointing and not blocks:
+        raise ValueError("activation_checkpointing=True needs blocks=, the classes of the layers that it is about.")
+    if blocks and strategy != "fsdp" and not activation_checkpointing:
+        raise ValueError(f"blocks= says what strategy='fsdp' shards one by one; strategy={strategy!r} takes none.")
+    if mixed_precision is not None and strategy != "fsdp":
+        raise ValueError(
+            f"mixed_precision= is a policy of strategy='fsdp'; with strategy={strategy!r} it belongs to "
+            "create_supervised_trainer(), or to torch.autocast."
+        )
+    if gradient_compression is not None and strategy not in ("auto", "ddp"):
+        raise ValueError(f"gradient_compression= is DDP's; strategy={strategy!r} takes none.")
+    if kwargs and strategy == "none":
+        raise ValueError(f"strategy='none' takes no options, but got {', '.join(sorted(kwargs))}.")
+    if "mp_policy" in kwargs and mixed_precision is not None:
+        raise ValueError("mixed_precision= and mp_policy= say the same thing: give one of them.")
+
+
+def checkpoint_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:
+    """Have each module of `blocks` in `model` compute its activations anew in the backward pass. In place, once.
+
+    The forward of each is wrapped, not the module: its name and its parameters' names stay.
+
+    Raises: ValueError: there is no such module.
+    """
+    found = [module for module in model.modules() if isinstance(module, blocks)]
+    if not found:
+        names = ", ".join(block.__name__ for block in blocks)
+        raise ValueError(
+            f"There is no {names} in this {type(model).__qualname__}: blocks= names the classes of layers."
+        )
+    for module in found:
+        if not isinstance(module.forward, partial):
+            # Through the instance: assigned to the class, it would hold for other models too.
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def compile_model(model: nn.Module, options: Mapping[str, Any]) -> None:
+    if not type(model).forward.__module__.startswith("torch.nn."):
+        model.compile(**options)
+        return
+    torch_internals.compiles_own_call(model, **options)  # else left as it is, in silence
+
+
+def refuse_unsendable(compression: Compression | None, here: World) -> None:
+    """Raises: ValueError: the backend cannot send what gradients are compressed to."""
+    if compression == "bf16" and here.size > 1 and (here.device.type == "cpu" or "nccl" not in here.backend):
+        raise ValueError(
+            f"gradient_compression='bf16' needs NCCL, but the backend is {here.backend!r}: 'fp16' can be sent by Gloo."
+        )
+
+
+def fsdp_options(kwargs: Mapping[str, Any], mixed_precision: Precision | None, here: World) -> dict[str, Any]:
+    """What `fully_shard` is given beside the mesh."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    options = {name: value for name, value in kwargs.items() if name != "mesh"}
+    if mixed_precision is not None:
+        options["mp_policy"] = MixedPrecisionPolicy(_DTYPES[mixed_precision], reduce_dtype=torch.float32)
+    if here.device.type == "cpu" and isinstance(options.get("offload_policy"), CPUOffloadPolicy):
+        del options["offload_policy"]  # all is there already, and torch would ask a GPU for pinned memory
+    return options
+
+
+def compression_hook(compression: Compression) -> Any:
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    return default_hooks.bf16_compress_hook if compression == "bf16" else default_hooks.fp16_compress_hook

@@ -1,0 +1,299 @@
+"""`prepare_model` on the mesh of `process_group(mesh=)`: 4 ranks train as one process does on the whole batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import nn
+from torch.testing import assert_close
+
+from dengine import distributed
+
+STEPS = 3
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("shift", torch.full((3,), 0.5))
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return self.head(self.norm(self.second(self.first(inputs).tanh()))) + self.shift
+
+
+def net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def plan() -> Any:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    return {"first": ColwiseParallel(), "second": RowwiseParallel()}
+
+
+def samples() -> torch.Tensor:
+    return torch.randn(STEPS, 8, 6, generator=torch.Generator().manual_seed(1))
+
+
+def as_any(value: Any) -> Any:
+    return value
+
+
+def whole(value: Any) -> torch.Tensor:
+    tensor: torch.Tensor = value.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    bare = distributed.unwrap_model(model)
+    return {name: whole(value).clone() for name, value in bare.state_dict().items()}
+
+
+def train(model: nn.Module, shard: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    for inputs in samples():
+        model(shard(inputs)).square().mean().backward()
+        distributed.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+    return state_of(model)
+
+
+def trained(rank: int, size: int, mesh: dict[str, int], options: dict[str, Any]) -> dict[str, Any]:
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    seen: dict[str, Any] = {}
+    with distributed.process_group(mesh=mesh) as here:
+        model: nn.Module = net(seed=rank)  # only rank 0's weights count
+        if options.pop("laid_out", False):
+            assert here.mesh is not None
+            model = parallelize_module(net(), here.mesh["tp"], plan())
+        elif "tp" in mesh:
+            options["tensor_parallel"] = plan()
+        if not options.pop("is_drawn_apart", True):
+            model = net()
+        model = distributed.prepare_model(model, **options)
+        seen["before"] = state_of(model)
+        seen["kind"] = type(model).__name__
+        seen["held"] = sum(each.to_local().numel() for each in model.parameters() if hasattr(each, "to_local"))
+        num_data = here.data_size * mesh.get("cp", 1)
+        data_rank = here.data_rank * mesh.get("cp", 1) + here.coordinates.get("cp", 0)
+        seen["after"] = train(model, lambda inputs: inputs.chunk(num_data)[data_rank])
+    return seen
+
+
+CASES: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {
+    "replicas and tp": ({"dp": 2, "tp": 2}, {}, "ReplicateNet"),
+    "replicas and tp by hand": ({"dp": 2, "tp": 2}, {"laid_out": True}, "ReplicateNet"),
+    "shards and tp": ({"dp_shard": 2, "tp": 2}, {}, "FSDPNet"),
+    "shards and tp by hand": ({"dp_shard": 2, "tp": 2}, {"laid_out": True}, "FSDPNet"),
+    "shards by layer and tp": ({"dp_shard": 2, "tp": 2}, {"strategy": "fsdp", "blocks": (nn.Linear,)}, "FSDPNet"),
+    "replicas of shards": ({"dp_replicate": 2, "dp_shard": 2}, {}, "FSDPNet"),
+    "shards and cp": ({"dp_shard": 2, "cp": 2}, {}, "FSDPNet"),
+    "replicas and cp": ({"dp": 2, "cp": 2}, {}, "DistributedDataParallel"),
+    "all replicas": ({"dp": 4}, {}, "DistributedDataParallel"),
+    "dp sharded": ({"dp": 4}, {"strategy": "fsdp"}, "FSDPNet"),
+    "tp alone": ({"tp": 4}, {}, "Net"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_mesh_trains_as_one_process(name: str) -> None:
+    mesh, options, kind = CASES[name]
+    before, after = state_of(net()), train(net(), lambda inputs: inputs)
+    for seen in run_ranks(trained, 4, mesh, dict(options), deadline_s=120):
+        assert seen["kind"] == kind
+        for key, value in before.items():
+            assert seen["before"][key].equal(value), f"{key} began as another one"
+        for key, value in after.items():
+            assert_close(seen["after"][key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def drawn(rank: int, size: int, mesh: dict[str, int] | None, strategy: Any, is_planned: bool) -> Any:
+    torch.manual_seed(5 + rank)  # only rank 0's seed counts
+    with distributed.process_group(mesh=mesh):
+        with torch.device("meta"):
+            model: nn.Module = Net()
+        state = torch.random.get_rng_state()
+        options: dict[str, Any] = {"tensor_parallel": plan()} if is_planned else {}
+        model = distributed.prepare_model(model, strategy, init_fn=initialise, **options)
+        assert torch.random.get_rng_state().equal(state), "the generators went on"
+        return state_of(model)
+
+
+def initialise(module: Any) -> None:
+    if isinstance(module, Net):
+        module.shift.fill_(0.5)
+    else:
+        module.reset_parameters()
+
+
+def test_a_model_on_the_meta_device_is_the_same_on_every_mesh() -> None:
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        model: nn.Module = Net()
+    expected = state_of(distributed.prepare_model(model, init_fn=initialise))
+    assert expected["first.weight"].std() > 0
+    assert not expected["first.weight"][:4].equal(expected["second.weight"].T[:4, :2])
+    for mesh, strategy, is_planned in (
+        ({"dp_shard": 2, "tp": 2}, "auto", True),
+        ({"dp": 2, "tp": 2}, "auto", True),
+        ({"dp_replicate": 2, "dp_shard": 2}, "fsdp", False),
+        (None, "fsdp", False),
+        (None, "ddp", False),
+        (None, "none", False),
+    ):
+        for found in run_ranks(drawn, 4, mesh, strategy, is_planned, deadline_s=120):
+            for name, value in expected.items():
+                assert found[name].equal(value), (mesh, strategy, name)
+
+
+def staged(rank: int, size: int) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    with distributed.process_group(mesh={"pp": 2, "dp": 2}) as here:
+        stage = here.coordinates["pp"]
+        # Each stage has modules of its own, with as many weights as it likes; ranks of dp begin apart.
+        torch.manual_seed(rank)
+        layers = nn.ModuleDict({"0": nn.Linear(4, 4)} if stage == 0 else {"1": nn.Linear(4, 2), "2": nn.BatchNorm1d(2)})
+        own = [each.detach().clone() for each in layers.parameters()]
+        model = distributed.prepare_model(layers, "ddp", parts="pp")
+        seen["kind"] = type(model).__name__
+        seen["kept"] = [each.detach() for each in model.parameters()]
+        seen["own"] = own
+        for each in model.parameters():
+            each.grad = torch.full_like(each, 1.0 + stage)
+        seen["norm"] = float(distributed.clip_grad_norm_(model.parameters(), 1.0))
+        if stage == 1:
+            as_any(layers["2"]).running_mean.fill_(float(rank))
+        with distributed.evaluating(model) as bare:
+            seen["mean"] = [buffer.clone() for buffer in bare.buffers()][:1]
+        # The model is not compared with that of the other stage when a run begins, either.
+        from dengine import Engine
+
+        Engine(lambda engine, batch: None).run([0])
+        other = nn.Linear(2, 2 if rank != 3 else 3)
+        try:
+            distributed.prepare_model(other, parts="pp")
+        except Exception as error:
+            seen["other"] = f"{type(error).__name__}: {error}"
+    return seen
+
+
+def test_stages_of_a_pipeline_keep_their_own_weights() -> None:
+    first, second, third, fourth = run_ranks(staged, 4)
+    for one, two in ((first, second), (third, fourth)):
+        for start, kept, other in zip(one["own"], one["kept"], two["kept"], strict=True):
+            assert kept.equal(start)
+            assert other.equal(start)
+    numel = [20, 14]
+    for seen in (first, second, third, fourth):
+        assert seen["kind"] == "DistributedDataParallel"
+        assert seen["norm"] == pytest.approx((numel[0] + 4 * numel[1]) ** 0.5, rel=1e-6)
+        assert "ConsistencyError: The parameters of the model differ between ranks: rank 3" in seen["other"]
+    assert fourth["mean"][0].equal(torch.full((2,), 2.0))
+
+
+def refused(rank: int, size: int) -> dict[str, str]:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    seen: dict[str, str] = {}
+    with distributed.process_group(mesh={"dp_shard": 2, "tp": 2}):
+        model = net()
+        before = dict(model.named_parameters())
+        odd = nn.Sequential(nn.Linear(4, 3))
+        for name, target, options in (
+            ("name", model, {"tensor_parallel": {"frist": ColwiseParallel()}}),
+            ("length", odd, {"tensor_parallel": {"0": ColwiseParallel()}}),
+            ("layer", model, {"tensor_parallel": {"norm": RowwiseParallel()}}),
+            ("style", model, {"tensor_parallel": {"first": "colwise"}}),
+            ("plan", model, {"tensor_parallel": 3}),
+            ("ddp", model, {"strategy": "ddp"}),
+            ("parts", model, {"parts": "pp"}),
+            ("init_fn", model, {"init_fn": initialise}),
+        ):
+            try:
+                distributed.prepare_model(target, **options)
+            except Exception as error:
+                seen[name] = f"{type(error).__name__}: {error}"
+        now = dict(model.named_parameters())
+        seen["same"] = str(type(model) is Net and all(now[name] is before[name] for name in before))
+    return seen
+
+
+def test_what_does_not_fit_is_refused_on_all_ranks_and_changes_nothing() -> None:
+    for seen in run_ranks(refused, 4):
+        assert "ValueError: tensor_parallel= names 'frist', but there is no such module" in seen["name"]
+        assert "'first'" in seen["name"]
+        assert "its length of 3 does not divide by 2" in seen["length"]
+        assert "'norm', which is a LayerNorm" in seen["layer"]
+        assert "TypeError: tensor_parallel['first'] must be a style" in seen["style"]
+        assert "TypeError: tensor_parallel= takes a plan" in seen["plan"]
+        assert "has the dimension dp_shard" in seen["ddp"]
+        assert "there is none of that name" in seen["parts"]
+        assert "has its values already" in seen["init_fn"]
+        assert seen["same"] == "True"
+
+
+def tied(rank: int, size: int) -> Any:
+    with distributed.process_group():
+        model: Any = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
+        model[1].weight = model[0].weight
+        model[0].weight.requires_grad_(True)
+        own = model[0].weight.detach().clone()
+        frozen = nn.Parameter(torch.ones(3) * rank, requires_grad=False)
+        model[0].register_parameter("scale", frozen)
+        prepared = distributed.prepare_model(model, "fsdp")
+        is_tied = prepared[0].weight is prepared[1].weight
+        found = [whole(each) for each in prepared.parameters()]
+        prepared(torch.arange(6)).sum().backward()
+        return is_tied, len(found), [each.requires_grad for each in prepared.parameters()], found, own
+
+
+def test_tied_and_frozen_weights_stay_so_when_they_are_sharded() -> None:
+    seen = run_ranks(tied, 2)
+    for is_tied, num, requires, found, _ in seen:
+        assert is_tied
+        assert num == 2
+        assert requires == [True, False]
+        assert found[0].equal(seen[0][4])
+        assert found[1].equal(torch.zeros(3))
+
+
+def peak(rank: int, size: int) -> float:
+    import resource
+
+    num = 64
+    with distributed.process_group():
+        distributed.prepare_model(nn.Linear(2, 2), "fsdp")  # what is imported and begun for any model
+        model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(num)])
+        dist.barrier()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        distributed.prepare_model(model, "fsdp")
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 / num  # in tensors of 1 MiB
+
+
+def test_no_rank_needs_more_memory_than_for_its_part_and_one_tensor() -> None:
+    for found in run_ranks(peak, 4):
+        assert found < 0.25 + 0.1
+
+
+def offloaded(rank: int, size: int) -> list[float]:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    with distributed.process_group() as here:
+        model = distributed.prepare_model(net(), "fsdp", offload_policy=CPUOffloadPolicy())
+        return [float(each.sum()) for each in train(model, lambda inputs: inputs.chunk(here.size)[here.rank]).values()]
+
+
+def test_offloading_to_the_cpu_is_nothing_where_all_is_there() -> None:
+    expected = [float(each.sum()) for each in train(net(), lambda inputs: inputs).values()]
+    for found in run_ranks(offloaded, 2):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
