@@ -3,7 +3,7 @@
 #
 #   set_up test,lint    afterwards $VENV_PYTHON runs, with those extras of pyproject.toml installed
 #
-# Environment: PYTHON (the Python to make it with), DENGINE_VENV (where it lies; default: .venv of this repository).
+# Environment: PYTHON (the Python to make it with), DENGINE_VENV (its folder; default: .venv of this repository).
 set -euo pipefail
 
 ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -87,7 +87,7 @@ pip_install() {
     # Not --quiet: that hides which packages are in conflict. The log keeps everything out of sight.
     if ! (cd -- "$ROOT" && "$VENV_PYTHON" -m pip install --no-input --disable-pip-version-check \
         --constraint constraints.txt --editable ".[$extras]") >"$log" 2>&1; then
-        # Where pip searches local folders it warns about each package that is not in them.
+        # If pip searches local folders, it warns about each package that is not in them.
         local noise="WARNING: Location .* is ignored|Requirement already|Looking in|Obtaining|Collecting|Using"
         noise="$noise|Downloading|[^:]*: (started|finished with status 'done')"
         grep -vE "^ *($noise)" "$log" | tail -n 25 >&2 || true

@@ -11,7 +11,7 @@ Run a script under torchrun on as many machines as there are, between two bounds
 
   NNODES=1:4 HEAD=node1 bash launch/elastic.sh SCRIPT [arguments of the script]
 
-Where a machine goes or comes, or a rank fails, all ranks are begun again on those that are there; the script goes on
+If a machine goes or comes, or a rank fails, all ranks are started again on those that are there; the script goes on
 from its newest checkpoint (Checkpoint.resume), in a folder that all machines share. A machine whose torchrun ends by an
 error joins again. HEAD must stay: the ranks meet there. SIGUSR1, SIGUSR2 and SIGTERM end it, and its ranks have two
 minutes to save.
@@ -21,7 +21,7 @@ minutes to save.
   RESTARTS          how often the ranks, and each torchrun, are begun again after a failure (default: 10)
   LAST_CALL         seconds for which those that are enough wait for more (default: 30)
   PORT              the port on HEAD (default: 29400)
-  RUN_ID            what tells this run from another on the same machines (default: dengine)
+  RUN_ID            distinguishes this run from others on the same machines (default: dengine)
   NPROC=n           number of processes on this machine instead
   OMP_NUM_THREADS   CPU threads per process (default without a GPU: 1)
   DENGINE_VENV      the environment's folder (default: .venv of this repository); it is to be there already
@@ -38,26 +38,26 @@ meeting_command ",last_call_timeout=${LAST_CALL:-30}" "--max-restarts=$restarts"
 command+=("$@")
 show_command
 
-agent="" told=""
+agent="" received=""
 for name in TERM INT HUP USR1 USR2; do
     # shellcheck disable=SC2064 # which signal it is, is known now
-    trap "told=$name; [[ -z \"\$agent\" ]] || kill -s $name \"\$agent\" 2>/dev/null || true" "$name"
+    trap "received=$name; [[ -z \"\$agent\" ]] || kill -s $name \"\$agent\" 2>/dev/null || true" "$name"
 done
 for ((attempt = 1; ; attempt++)); do
     "${command[@]}" &
     agent=$!
-    [[ -z "$told" ]] || kill -s "$told" "$agent" 2>/dev/null || true # it came before there was anybody to pass it on to
+    [[ -z "$received" ]] || kill -s "$received" "$agent" 2>/dev/null || true # it came before there was an agent
     code=0 own=0
     while kill -0 "$agent" 2>/dev/null; do
         code=0
         wait "$agent" || code=$?
     done
-    # `wait` returns at a signal, too, with that signal's code, also where the agent ends just then: so its own is asked
-    # for once it has ended. Where both came at once bash has lost it, and says -1: the signal's stands.
+    # `wait` returns at a signal, too, with that signal's code, even if the agent ends at that moment: so it is called
+    # again once the agent has ended. If both came at once, bash has lost the agent's code, and gives -1.
     wait "$agent" || own=$?
     ((own < 0)) || code=$own
     agent=""
-    if ((code == 0)) || [[ -n "$told" ]] || ((attempt > restarts)); then
+    if ((code == 0)) || [[ -n "$received" ]] || ((attempt > restarts)); then
         exit "$code"
     fi
     say "torchrun ended with $code; it joins again, for the ${attempt}. time of $restarts"

@@ -17,7 +17,7 @@ SIGUSR1, SIGUSR2 and SIGTERM to one torchrun reach its ranks, which have two min
   NNODES            number of machines
   HEAD              name or address of the first, by which the others reach it: there the ranks meet
   PORT              the port there (default: 29400)
-  RUN_ID            what tells this run from another on the same machines (default: dengine)
+  RUN_ID            distinguishes this run from others on the same machines (default: dengine)
   NPROC=n           number of processes on this machine instead
   OMP_NUM_THREADS   CPU threads per process (default without a GPU: 1)
   DENGINE_VENV      the environment's folder (default: .venv of this repository); it is to be there already

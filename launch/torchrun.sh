@@ -40,11 +40,11 @@ torchrun_command() {
     fi
     : "${num_processes:=$num_gpus}"
     # Rank 0 is to host the store, and not the agent, which keeps it over a restart, and its address with it: an agent that
-    # joins again would wait in vain for the others to say it. And where an agent is killed, its ranks still save.
+    # joins again would wait in vain for the others to say it. And if an agent is killed, its ranks still save.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     # Through the environment's python: torchrun's own first line breaks when the repository is moved.
     # A scheduler's warning is to reach the ranks, and they are to have the time to save: SIGUSR1 would else kill
-    # torchrun and leave its workers behind.
+    # torchrun without ending its workers.
     # shellcheck disable=SC2034 # for who sources this
     command=("$VENV_PYTHON" "$VENV/bin/torchrun" "$@" "--nproc-per-node=$num_processes"
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2" --shutdown-timeout=120)
@@ -61,13 +61,13 @@ meeting_command() {
 }
 
 show_command() {
-    # Short where it can be: seen from this folder, the printed line does the same.
+    # Short if it can be: seen from this folder, the printed line does the same.
     local printed
     printed="$(printf ' %q' "${command[@]#"$PWD/"}")"
     printf '%s\n' "${OMP_NUM_THREADS:+OMP_NUM_THREADS=$OMP_NUM_THREADS }TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1${printed}"
 }
 
-# Sets $is_head: HEAD is this machine where its name, or address, stands for an address that is ours. Asked here because
+# Sets $is_head: HEAD is this machine if its name, or address, stands for an address that is ours. Asked here because
 # torchrun goes by this machine's own name: Debian gives it 127.0.1.1, and no machine then takes itself for the host.
 find_head() {
     [[ -n "${HEAD:-}" ]] || fail "HEAD is not set: give the name or address of the first machine; see --help"
