@@ -38,7 +38,7 @@ def nobody_launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
-def of_each(name: str, *values: Any) -> dict[int, dict[str, Any]]:
+def of_each(name: str, *values: Any) -> Any:
     return {rank: {name: value} for rank, value in enumerate(values)}
 
 
@@ -217,7 +217,7 @@ def test_code_is_compared_file_by_file_by_its_name_below_the_folder(tmp_path: Pa
 # -- devices and limits ------------------------------------------------------------------------------------------
 
 
-def gpu(identity: str, **more: Any) -> dict[str, Any]:
+def gpu(identity: str, **more: Any) -> Any:
     facts = {"device": "cuda:0", "visible": None, "num_visible": 1, "name": "H100", "identity": identity}
     return {**facts, "has_unused_gpu": False, **more}
 
@@ -291,7 +291,7 @@ def test_a_limit_that_is_low_on_one_host(judge: Any, changed: dict[str, Any], ve
 # -- network and clock -------------------------------------------------------------------------------------------
 
 
-def interface(**changed: Any) -> dict[str, Any]:
+def interface(**changed: Any) -> Any:
     names = {"lo": "127.0.0.1", "eth0": "10.0.0.7", "ib0": "10.1.0.7"}
     told = {"interfaces": names, "gloo_named": "", "nccl_named": "", "own_name": "node", "infiniband": []}
     return {**told, "gloo": "10.0.0.7", "route": "10.0.0.7", **changed}
@@ -334,7 +334,7 @@ def test_clocks_that_are_apart(ahead: float, verdict: Verdict) -> None:
         assert found.ranks == (2,)
 
 
-def exercised(seconds: float = 0.1, *, is_right: bool = True, pings: dict[str, float] | None = None) -> dict[str, Any]:
+def exercised(seconds: float = 0.1, *, is_right: bool = True, pings: dict[str, float] | None = None) -> Any:
     sizes = [{"bytes": size, "seconds": seconds, "is_right": is_right} for size in (4, 64 << 10, 1 << 20, 16 << 20)]
     join = {"seconds": 0.1, "backend": "gloo"}
     saved = {"save_s": 0.1, "verify_s": 0.1, "load_s": 0.1, "is_equal": True}
@@ -363,8 +363,8 @@ def test_the_slowest_rank_is_named_and_warned_of_where_it_stands_out() -> None:
 
 
 def test_who_failed_by_itself_is_named_and_not_who_was_told_of_it() -> None:
-    own = {"failed": {"step": "join", "error": "RuntimeError: Connection refused"}}
-    told = {"failed": {"step": "join", "error": "RemoteRankError: rank 1 failed"}}
+    own: Any = {"failed": {"step": "join", "error": "RuntimeError: Connection refused"}}
+    told: Any = {"failed": {"step": "join", "error": "RemoteRankError: rank 1 failed"}}
     found = group.judge_group({0: told, 1: own, 2: told}, HOSTS)
     assert (found[0].verdict, found[0].ranks) == (Verdict.FAIL, (1,))
     assert "Connection refused" in found[0].figure
@@ -374,7 +374,7 @@ def test_who_failed_by_itself_is_named_and_not_who_was_told_of_it() -> None:
 # -- the folder --------------------------------------------------------------------------------------------------
 
 
-def probe(**changed: Any) -> dict[str, Any]:
+def probe(**changed: Any) -> Any:
     told = {"folder": "/runs", "base": "/runs", "part": "/runs/.x", "free": 1 << 40, "has_inodes": True}
     return {**told, "flush_s": [0.001] * 5, "is_whole": True, **changed}
 

@@ -120,7 +120,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 
 
 def one_device(rank: int, size: int, folder: str) -> None:
-    gpu = {"device": "cuda:0", "visible": "0", "num_visible": 1, "name": "H100", "identity": f"GPU-{max(rank, 1)}"}
+    gpu: Any = {"device": "cuda:0", "visible": "0", "num_visible": 1, "name": "H100", "identity": f"GPU-{max(rank, 1)}"}
     devices.device_facts = lambda launch: gpu
 
 

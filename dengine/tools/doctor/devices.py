@@ -3,22 +3,22 @@
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dengine.launch.env import Launch
 from dengine.launch.world import default_device
+from dengine.tools.doctor.facts import DeviceFacts, Facts, ThreadFacts
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["device_facts", "judge_devices", "judge_threads", "thread_facts"]
 
 
-def device_facts(launch: Launch | None) -> dict[str, Any]:
+def device_facts(launch: Launch | None) -> DeviceFacts:
     """The device that this rank would use in a training. `identity` is the same only for the same piece of hardware."""
     index = 0 if launch is None else launch.device_index
     device = default_device(index)
-    facts: dict[str, Any] = {"device": str(device), "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    facts: DeviceFacts = {"device": str(device), "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}
     if device.type == "cpu":
         has_driver = Path("/dev/nvidiactl").exists() and facts["visible"] != ""
         return {**facts, "name": "CPU", "identity": None, "num_visible": 0, "has_unused_gpu": has_driver}
@@ -30,7 +30,7 @@ def device_facts(launch: Launch | None) -> dict[str, Any]:
     return {**facts, "name": properties.name, "identity": str(getattr(properties, "uuid", device.index))}
 
 
-def judge_devices(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_devices(facts: Facts, hosts: dict[int, str]) -> Finding:
     reported = {rank: each["device"] for rank, each in facts.items()}
     problem = _missing(reported, hosts) or _shared(reported, hosts) or _mixed(reported, hosts)
     if problem is not None:
@@ -51,7 +51,7 @@ def judge_devices(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fi
     return Finding("devices", Verdict.OK, f"one {' or '.join(names)} for each rank")
 
 
-def thread_facts() -> dict[str, Any]:
+def thread_facts() -> ThreadFacts:
     try:
         cpus = sorted(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
@@ -59,7 +59,7 @@ def thread_facts() -> dict[str, Any]:
     return {"cpus": cpus, "num_threads": torch.get_num_threads()}
 
 
-def judge_threads(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_threads(facts: Facts, hosts: dict[int, str]) -> Finding:
     """Whether the ranks of a host start more threads than it has cores for them."""
     worst: tuple[float, str, int, int, list[int]] = (0.0, "", 0, 0, [])
     for host in sorted({hosts[rank] for rank in facts}):
@@ -78,7 +78,7 @@ def judge_threads(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fi
     return Finding("threads", Verdict.OK, figure)
 
 
-def _missing(reported: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding | None:
+def _missing(reported: dict[int, DeviceFacts], hosts: dict[int, str]) -> Finding | None:
     lost = [rank for rank, each in reported.items() if each.get("is_missing")]
     if not lost:
         return None
@@ -93,7 +93,7 @@ def _missing(reported: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Find
     )
 
 
-def _shared(reported: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding | None:
+def _shared(reported: dict[int, DeviceFacts], hosts: dict[int, str]) -> Finding | None:
     users: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for rank, each in reported.items():
         if each["identity"] is not None:
@@ -114,7 +114,7 @@ def _shared(reported: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Findi
     )
 
 
-def _mixed(reported: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding | None:
+def _mixed(reported: dict[int, DeviceFacts], hosts: dict[int, str]) -> Finding | None:
     on_cpu = [rank for rank, each in reported.items() if each["device"] == "cpu"]
     if not on_cpu or len(on_cpu) == len(reported):
         return None

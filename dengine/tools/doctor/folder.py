@@ -6,8 +6,8 @@ import statistics
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from dengine.tools.doctor.facts import FolderFacts
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["judge_folder", "judge_shared", "leave_folder", "probe_folder", "sees_file_of"]
@@ -27,7 +27,7 @@ _ADVICE = {
 _ADVICE[errno.EPERM] = _ADVICE[errno.EACCES]
 
 
-def probe_folder(folder: Path, session_id: str, rank: int) -> dict[str, Any]:
+def probe_folder(folder: Path, session_id: str, rank: int) -> FolderFacts:
     """Write, flush, rename and read a file of this rank's own in a new sub-folder of `folder`, named after the session.
 
     If `folder` does not exist yet, the nearest one above it that does is tried; nothing but the sub-folder is made.
@@ -35,7 +35,7 @@ def probe_folder(folder: Path, session_id: str, rank: int) -> dict[str, Any]:
     around = (folder.absolute(), *folder.absolute().parents)
     base = next(each for each in around if each.is_dir())
     part = base / f".dengine-doctor-{session_id}"
-    results: dict[str, Any] = {"folder": str(folder.absolute()), "base": str(base), "part": str(part)}
+    results: FolderFacts = {"folder": str(folder.absolute()), "base": str(base), "part": str(part)}
     if (in_the_way := next((each for each in around if os.path.lexists(each)), base)) != base:
         return results | {"base": str(in_the_way), "error": "it is not a folder", "errno": errno.ENOTDIR}
     try:
@@ -51,7 +51,7 @@ def probe_folder(folder: Path, session_id: str, rank: int) -> dict[str, Any]:
     return results
 
 
-def sees_file_of(probe: dict[str, Any], session_id: str, coordinator: int) -> bool:
+def sees_file_of(probe: FolderFacts, session_id: str, coordinator: int) -> bool:
     """Whether this rank finds the coordinator's file in the folder, as it was written."""
     path, expected = Path(probe["part"], f"rank_{coordinator}"), f"{session_id} {coordinator}".encode()
     end = time.monotonic() + _APPEARS_S
@@ -64,7 +64,7 @@ def sees_file_of(probe: dict[str, Any], session_id: str, coordinator: int) -> bo
         time.sleep(0.1)
 
 
-def leave_folder(probe: dict[str, Any], rank: int) -> None:
+def leave_folder(probe: FolderFacts, rank: int) -> None:
     """Remove what this rank wrote, and the sub-folder once it is empty."""
     part = Path(probe["part"])
     for path in (part / f"{rank}.tmp", part / f"rank_{rank}"):
@@ -74,7 +74,7 @@ def leave_folder(probe: dict[str, Any], rank: int) -> None:
         part.rmdir()
 
 
-def judge_folder(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_folder(facts: dict[int, FolderFacts], hosts: dict[int, str]) -> Finding:
     failed = [rank for rank, each in facts.items() if "error" in each]
     if failed:
         first = facts[failed[0]]
@@ -82,7 +82,7 @@ def judge_folder(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fin
             "folder",
             Verdict.FAIL,
             f"{first['base']} cannot be written by {ranks_text(failed, hosts)}: {first['error']}",
-            _ADVICE.get(first["errno"], "pass another folder by --folder."),
+            _ADVICE.get(first["errno"] or 0, "pass another folder by --folder."),
             tuple(failed),
         )
     torn = [rank for rank, each in facts.items() if not each["is_whole"]]
@@ -118,7 +118,7 @@ def judge_folder(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fin
 
 
 def judge_shared(
-    seen: dict[int, bool], probes: dict[int, dict[str, Any]], coordinator: int, hosts: dict[int, str]
+    seen: dict[int, bool], probes: dict[int, FolderFacts], coordinator: int, hosts: dict[int, str]
 ) -> Finding:
     """`seen`: for each rank other than the coordinator, whether it sees the coordinator's file."""
     if "error" in probes[coordinator] or not seen:

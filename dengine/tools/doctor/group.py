@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dengine import checkpoint, distributed
+from dengine.tools.doctor.facts import GroupFacts
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["LIMIT_S", "exercise", "is_hanging", "judge_group"]
@@ -29,13 +30,13 @@ _SLOW_RATIO, _SLOW_S = 4.0, 0.005
 _PERIOD = 251  # of the values that are added up: their sums are whole in float32
 
 
-def exercise(backend: str, part: Path) -> dict[str, Any]:
+def exercise(backend: str, part: Path) -> GroupFacts:
     """Try everything that needs a process group; errors and hangs are in the result, and are not raised.
 
     `backend` is as for `process_group()`; a checkpoint is saved in the folder `part`.
     Collective: call on all ranks. Cost: `LIMIT_S` at most. What hangs then stays in its thread.
     """
-    results: dict[str, Any] = {}
+    results: GroupFacts = {}
     # Gloo's own wait for a peer that cannot reach this host does not end with the group's timeout.
     thread = threading.Thread(target=_exercise, args=(backend, part, results), name=_THREAD, daemon=True)
     thread.start()
@@ -50,7 +51,7 @@ def is_hanging() -> bool:
     return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
-def judge_group(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> list[Finding]:
+def judge_group(facts: dict[int, GroupFacts], hosts: dict[int, str]) -> list[Finding]:
     found = [_judge_join(facts, hosts), *(_judge_reduction(each, facts, hosts) for each in ("gloo", "nccl"))]
     return [*(each for each in found if each is not None), _judge_checkpoint(facts, hosts)]
 
@@ -58,7 +59,7 @@ def judge_group(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> list
 # -- on each rank ------------------------------------------------------------------------------------------------
 
 
-def _exercise(backend: str, part: Path, results: dict[str, Any]) -> None:
+def _exercise(backend: str, part: Path, results: GroupFacts) -> None:
     began = time.monotonic()
     try:
         with distributed.process_group(backend, timeout=_JOIN_S) as world:
@@ -80,7 +81,7 @@ def _headline(error: Exception) -> str:
     return re.sub(r"\[/[^\]\s]*:\d+\] ", "", lines[0])
 
 
-def _step(results: dict[str, Any]) -> str:
+def _step(results: GroupFacts) -> str:
     """The step that was under way: the first without a result."""
     if "join" in results and results["join"]["backend"] == "none":
         return "checkpoint"
@@ -152,7 +153,7 @@ def _round_trip(path: Path) -> dict[str, Any]:
 # -- judged ------------------------------------------------------------------------------------------------------
 
 
-def _judge_join(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def _judge_join(facts: dict[int, GroupFacts], hosts: dict[int, str]) -> Finding:
     failed = _failed(facts, {"join"})
     if failed:
         first = _most_telling(failed)
@@ -171,7 +172,7 @@ def _judge_join(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Find
     return Finding("join", Verdict.OK, f"process group over {backend} made in {slowest:.2f} s")
 
 
-def _judge_reduction(backend: str, facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding | None:
+def _judge_reduction(backend: str, facts: dict[int, GroupFacts], hosts: dict[int, str]) -> Finding | None:
     """All-reduces over `backend`: right sums first, then how fast; None if nobody tried it."""
     results = {rank: each["reduced"][backend] for rank, each in facts.items() if backend in each.get("reduced", {})}
     failed = _failed(facts, {"reduced", "pings"})
@@ -198,7 +199,7 @@ def _judge_reduction(backend: str, facts: dict[int, dict[str, Any]], hosts: dict
     return _speed(backend, results, _pinged(facts) if backend == "gloo" else {}, hosts)
 
 
-def _judge_checkpoint(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def _judge_checkpoint(facts: dict[int, GroupFacts], hosts: dict[int, str]) -> Finding:
     failed = _failed(facts, {"checkpoint"})
     if failed:
         first = _most_telling(failed)
@@ -217,7 +218,7 @@ def _judge_checkpoint(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -
     return Finding("checkpoint", Verdict.OK, f"1 MB there and back: {parts}", data=slowest)
 
 
-def _failed(facts: dict[int, dict[str, Any]], steps: set[str]) -> dict[int, str]:
+def _failed(facts: dict[int, GroupFacts], steps: set[str]) -> dict[int, str]:
     """The ranks that failed in one of `steps` by themselves, with their errors; if there are none, those that failed
     because of another rank.
     """
@@ -231,7 +232,7 @@ def _most_telling(failed: dict[int, str]) -> int:
     return min(failed, key=lambda rank: (failed[rank].startswith(_NO_ANSWER), rank))
 
 
-def _pinged(facts: dict[int, dict[str, Any]]) -> dict[int, float]:
+def _pinged(facts: dict[int, GroupFacts]) -> dict[int, float]:
     # JSON has made the ranks text.
     return {int(rank): seconds for rank, seconds in facts.get(0, {}).get("pings", {}).items()}
 

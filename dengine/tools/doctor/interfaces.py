@@ -4,16 +4,16 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from dengine.launch.env import Launch
 from dengine.launch.network import address_towards, chosen_interface, interfaces
+from dengine.tools.doctor.facts import Facts, InterfaceFacts
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["interface_facts", "judge_interfaces"]
 
 
-def interface_facts(launch: Launch | None) -> dict[str, Any]:
+def interface_facts(launch: Launch | None) -> InterfaceFacts:
     """This host's interfaces. `gloo`: the address that Gloo would offer the others; `route`: the one from which this
     host reaches the master.
     """
@@ -31,7 +31,7 @@ def interface_facts(launch: Launch | None) -> dict[str, Any]:
     }
 
 
-def judge_interfaces(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_interfaces(facts: Facts, hosts: dict[int, str]) -> Finding:
     reported = {rank: each["interfaces"] for rank, each in facts.items()}
     for rank, each in reported.items():
         problem = _unknown_name(rank, each, hosts) or (
@@ -45,7 +45,7 @@ def judge_interfaces(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) ->
     return Finding("interfaces", Verdict.OK, f"Gloo takes {_chosen(reported)}{nccl}{fabric}")
 
 
-def _unknown_name(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Finding | None:
+def _unknown_name(rank: int, each: InterfaceFacts, hosts: dict[int, str]) -> Finding | None:
     wanted = {"GLOO_SOCKET_IFNAME": each["gloo_named"], "NCCL_SOCKET_IFNAME": each["nccl_named"]}
     for variable, value in wanted.items():
         names = each["interfaces"]
@@ -62,7 +62,7 @@ def _unknown_name(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Fin
     return None
 
 
-def _local_address(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Finding | None:
+def _local_address(rank: int, each: InterfaceFacts, hosts: dict[int, str]) -> Finding | None:
     """What is wrong, with several hosts, if the address is one that only this host can reach."""
     if each["gloo"] and not each["gloo"].startswith("127."):
         return None
@@ -79,7 +79,7 @@ def _local_address(rank: int, each: dict[str, Any], hosts: dict[int, str]) -> Fi
     )
 
 
-def _chosen(reported: dict[int, dict[str, Any]]) -> str:
+def _chosen(reported: dict[int, InterfaceFacts]) -> str:
     """`eth0 (10.0.0.1, 10.0.0.2)`: each interface that is taken by a rank, with its addresses."""
     addresses: dict[str, dict[str, None]] = {}
     for each in reported.values():

@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 from dengine.errors import LaunchError
 from dengine.launch.env import Choice
 from dengine.launch.slurm import host_names
 from dengine.tools.doctor.board import Board
+from dengine.tools.doctor.facts import Facts, LaunchFacts
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["claimed_rank", "half_set", "judge_came", "judge_launcher", "judge_variables", "launch_facts"]
@@ -17,7 +17,7 @@ _TUNING = ("GLOO_", "NCCL_", "TORCH_NCCL_")
 _RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
-def launch_facts(choice: Choice, env: Mapping[str, str]) -> dict[str, Any]:
+def launch_facts(choice: Choice, env: Mapping[str, str]) -> LaunchFacts:
     """What this rank's environment variables say. Pure."""
     nodes = env.get("SLURM_STEP_NODELIST", "") if choice.launch is not None else ""
     hosts: list[str] = []
@@ -33,7 +33,7 @@ def launch_facts(choice: Choice, env: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def judge_launcher(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_launcher(facts: Facts, hosts: dict[int, str]) -> Finding:
     reported = {rank: each["launch"] for rank, each in facts.items()}
     conflicts = {rank: each["conflict"] for rank, each in reported.items() if each["conflict"]}
     if conflicts:
@@ -44,7 +44,7 @@ def judge_launcher(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> F
     return Finding("launcher", Verdict.OK, reason)
 
 
-def judge_came(facts: dict[int, dict[str, Any]], board: Board, wait_s: float, hosts: dict[int, str]) -> Finding:
+def judge_came(facts: Facts, board: Board, wait_s: float, hosts: dict[int, str]) -> Finding:
     """Whether every rank is here, once."""
     size = board.size
     twice = [board.wait(key, 1.0) for rank in range(size) if board.is_there(key := f"twice/{rank}")]
@@ -73,7 +73,7 @@ def judge_came(facts: dict[int, dict[str, Any]], board: Board, wait_s: float, ho
     )
 
 
-def judge_variables(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_variables(facts: Facts, hosts: dict[int, str]) -> Finding:
     """Whether the ranks tune Gloo and NCCL alike."""
     reported = {rank: each["launch"]["tuning"] for rank, each in facts.items()}
     names = sorted({name for each in reported.values() for name in each})

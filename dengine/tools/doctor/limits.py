@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
+from dengine.tools.doctor.facts import Facts, LimitFacts, SignalFacts
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["judge_files", "judge_memory", "judge_shared_memory", "judge_signals", "limit_facts", "signal_facts"]
@@ -25,7 +25,7 @@ _CGROUPS = {
 }
 
 
-def limit_facts() -> dict[str, Any]:
+def limit_facts() -> LimitFacts:
     shm: dict[str, int] | None = None
     with suppress(OSError):
         found = os.statvfs("/dev/shm")
@@ -41,7 +41,7 @@ def limit_facts() -> dict[str, Any]:
     }
 
 
-def signal_facts() -> dict[str, Any]:
+def signal_facts() -> SignalFacts:
     """Whether the signals by which a scheduler announces the end reach Python: this process sends them to itself."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     unseen, slowest = [], 0.0
@@ -56,7 +56,7 @@ def signal_facts() -> dict[str, Any]:
     return {"unseen": unseen, "slowest_s": slowest, "deadly_to_agent": _deadly_to_agent()}
 
 
-def judge_files(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_files(facts: Facts, hosts: dict[int, str]) -> Finding:
     limits = {rank: each["limits"]["num_files"] for rank, each in facts.items()}
     lowest = min(limits, key=lambda rank: _finite(limits[rank]))
     if _finite(limits[lowest]) < _FEW_FILES:
@@ -72,7 +72,7 @@ def judge_files(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Find
     return Finding("open files", Verdict.OK, f"{_number(limits[lowest])} at once, at least")
 
 
-def judge_memory(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_memory(facts: Facts, hosts: dict[int, str]) -> Finding:
     """Whether there is enough memory on the host that has the least for each of its ranks."""
     per_rank = {}
     for rank, each in facts.items():
@@ -95,7 +95,7 @@ def judge_memory(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Fin
     return Finding("memory", Verdict.OK, figure)
 
 
-def judge_shared_memory(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_shared_memory(facts: Facts, hosts: dict[int, str]) -> Finding:
     reported = {rank: each["limits"]["shm"] for rank, each in facts.items()}
     lost = [rank for rank, shm in reported.items() if shm is None or shm["free"] < _NO_SHM]
     advice = "enlarge it: docker run --shm-size=16g (or --ipc=host), `mount -o remount,size=16G /dev/shm`; else remove "
@@ -104,14 +104,14 @@ def judge_shared_memory(facts: dict[int, dict[str, Any]], hosts: dict[int, str])
         shm = reported[lost[0]]
         figure = "is not there" if shm is None else f"has {_size(shm['free'])} left of {_size(shm['total'])}"
         return Finding("/dev/shm", Verdict.FAIL, f"{figure} on {ranks_text(lost, hosts)}", advice, tuple(lost))
-    least = min(reported, key=lambda rank: reported[rank]["free"])
-    figure = f"{_size(reported[least]['free'])} free of {_size(reported[least]['total'])} on {hosts[least]}"
-    if reported[least]["free"] < _LITTLE_SHM:
+    free, total, least = min((shm["free"], shm["total"], rank) for rank, shm in reported.items() if shm is not None)
+    figure = f"{_size(free)} free of {_size(total)} on {hosts[least]}"
+    if free < _LITTLE_SHM:
         return Finding("/dev/shm", Verdict.WARN, figure, advice, (least,))
     return Finding("/dev/shm", Verdict.OK, figure)
 
 
-def judge_signals(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_signals(facts: Facts, hosts: dict[int, str]) -> Finding:
     reported = {rank: each["signals"] for rank, each in facts.items()}
     deaf = [rank for rank, each in reported.items() if each["unseen"]]
     if deaf:
@@ -184,7 +184,7 @@ def _memory_free() -> int:
     return free
 
 
-def _cannot_lock(limits: dict[str, Any]) -> bool:
+def _cannot_lock(limits: LimitFacts) -> bool:
     return bool(limits["has_infiniband"]) and limits["memory_locked"] != resource.RLIM_INFINITY
 
 

@@ -7,9 +7,9 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from dengine.launch.env import Launch, is_agents_store
+from dengine.tools.doctor.facts import Facts, MasterFacts
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["MasterError", "judge_master", "reach_master", "unreachable"]
@@ -28,7 +28,7 @@ class MasterError(Exception):
         self.advice = advice
 
 
-def reach_master(launch: Launch | None, timeout_s: float) -> dict[str, Any]:
+def reach_master(launch: Launch | None, timeout_s: float) -> MasterFacts:
     """The master's address, and the seconds until it answered this rank.
 
     Raises: MasterError: the address cannot be resolved, hosted (on rank 0), or reached within `timeout_s`.
@@ -36,7 +36,8 @@ def reach_master(launch: Launch | None, timeout_s: float) -> dict[str, Any]:
     if launch is None:
         return {}
     address = _resolved(launch)
-    facts = {"name": launch.master_addr, "address": address, "port": launch.master_port, "lookup_s": _lookup_s(address)}
+    facts: MasterFacts = {"name": launch.master_addr, "address": address, "port": launch.master_port}
+    facts["lookup_s"] = _lookup_s(address)
     if launch.rank == 0 and not is_agents_store(os.environ):
         _check_port(launch, address)
         return {**facts, "is_host": True}
@@ -49,7 +50,7 @@ def unreachable(error: Exception) -> Finding:
     return Finding("master", Verdict.FAIL, str(error).splitlines()[0], advice)
 
 
-def judge_master(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_master(facts: Facts, hosts: dict[int, str]) -> Finding:
     named = {rank: master for rank, each in facts.items() if (master := each["master"])}
     if not named:
         return Finding("master", Verdict.SKIP, "one process has none")

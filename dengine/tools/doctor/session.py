@@ -16,6 +16,7 @@ from dengine.launch.env import Choice, Launch, choose_launch
 from dengine.tools.arguments import a_path
 from dengine.tools.doctor import clock, devices, folder, group, interfaces, launcher, limits, master, software
 from dengine.tools.doctor.board import Board, BoardLostError, open_board
+from dengine.tools.doctor.facts import FolderFacts, RankFacts
 from dengine.tools.doctor.master import MasterError
 from dengine.tools.doctor.report import Finding, Header, Report, Verdict, ranks_text
 
@@ -43,7 +44,7 @@ class _Session:
 
     options: argparse.Namespace
     board: Board
-    facts: dict[str, Any]
+    facts: RankFacts
 
 
 class _RanksLostError(Exception):
@@ -102,7 +103,7 @@ def _ended(code: int) -> int:
     return code
 
 
-def _measured(choice: Choice, code: dict[str, str]) -> dict[str, Any]:
+def _measured(choice: Choice, code: dict[str, str]) -> RankFacts:
     launch: Launch | None = choice.launch
     return {
         "host": socket.gethostname(),
@@ -141,7 +142,7 @@ def _examine_together(session: _Session, report: Report) -> int:
         folder.leave_folder(probe, board.rank)
 
 
-def _take_part(session: _Session, plan: dict[str, Any], probe: dict[str, Any]) -> int:
+def _take_part(session: _Session, plan: dict[str, Any], probe: FolderFacts) -> int:
     """Answer, on a rank that is not the coordinator, in the order in which `_examine` asks; gives the exit code."""
     board, coordinator = session.board, plan["here"][0]
     board.post("clock", clock.ask_clock(board, turn_s=_STEP_S))
@@ -157,7 +158,7 @@ def _take_part(session: _Session, plan: dict[str, Any], probe: dict[str, Any]) -
     return code
 
 
-def _coordinate(session: _Session, report: Report, plan: dict[str, Any], probe: dict[str, Any]) -> int:
+def _coordinate(session: _Session, report: Report, plan: dict[str, Any], probe: FolderFacts) -> int:
     """Ask the others, judge and print, on the coordinator; gives the exit code."""
     board = session.board
     others = set(plan["here"]) - {board.rank}
@@ -178,7 +179,7 @@ def _coordinate(session: _Session, report: Report, plan: dict[str, Any], probe: 
     return code
 
 
-def _examine(session: _Session, report: Report, plan: dict[str, Any], probe: dict[str, Any]) -> None:
+def _examine(session: _Session, report: Report, plan: dict[str, Any], probe: FolderFacts) -> None:
     board = session.board
     here: list[int] = plan["here"]
     others = [rank for rank in here if rank != board.rank]
@@ -223,7 +224,7 @@ def _backend(report: Report) -> str:
 # -- alone -------------------------------------------------------------------------------------------------------
 
 
-def _alone(options: argparse.Namespace, report: Report, facts: dict[str, Any], finding: Finding, rank: int) -> int:
+def _alone(options: argparse.Namespace, report: Report, facts: RankFacts, finding: Finding, rank: int) -> int:
     """Report what a process that finds no others can measure: rank 0 everything, the others one line each."""
     if rank != 0:
         return _complain(rank, f"{finding.figure}\n  -> {finding.advice}")

@@ -5,11 +5,11 @@ import platform
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from dengine.tools.doctor.facts import Facts
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 from dengine.version import __version__
 
@@ -43,7 +43,7 @@ def code_facts(paths: Iterable[Path]) -> dict[str, str]:
     return found
 
 
-def judge_versions(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_versions(facts: Facts, hosts: dict[int, str]) -> Finding:
     reported = {rank: each["versions"] for rank, each in facts.items()}
     first = reported[min(reported)]
     for name in first:
@@ -61,7 +61,7 @@ def judge_versions(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> F
     return Finding("versions", Verdict.OK, figure, data=first)
 
 
-def judge_code(facts: dict[int, dict[str, Any]], hosts: dict[int, str]) -> Finding:
+def judge_code(facts: Facts, hosts: dict[int, str]) -> Finding:
     reported = {rank: each["code"] for rank, each in facts.items()}
     odd, _ = _odd({rank: _digest_of_all(each) for rank, each in reported.items()})
     reference = reported[next(rank for rank in sorted(reported) if rank not in odd)]
