@@ -34,9 +34,12 @@ __all__ = [
     "flat_mesh",
     "has_final_buckets",
     "has_gradient_hooks",
+    "hooks_of_others",
     "inside_compile",
     "is_loader_iterator",
+    "is_replicated",
     "is_waiting_file",
+    "mesh_of_fsdp",
     "num_collectives",
     "process_groups",
     "replicate",
@@ -50,6 +53,7 @@ HIDDEN_BY_COMPILE = "_orig_mod"  # the attribute of torch.compile's wrapper that
 LIBUV_TAKES_LISTENER = torch.__version__ >= "2.8"  # else a TCPStore on a given socket has to be the older kind
 FSDP_ATTRIBUTES = ("__composable_api", "_is_fsdp", "_fsdp_")  # how those begin that `fully_shard` leaves on a module
 
+_FSDP_MODULES = ("torch.distributed.fsdp.", "torch.distributed._composable.")
 _BACKWARD = "backward()"
 _WAITS = {
     "/torch/nn/parallel/distributed.py": "forward of DistributedDataParallel",
@@ -155,6 +159,34 @@ def class_before_fsdp(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before `fully_shard`: FSDPLinear(FSDPModule, Linear)."""
     kind: Any = type(module)
     return kind.__mro__[kind._orig_cls_mro_index]  # type: ignore[no-any-return]
+
+
+def mesh_of_fsdp(module: Any) -> Any:
+    """The mesh over which `fully_shard` or `replicate` spreads the parameters of `module`; None if it has none."""
+    group = module._get_fsdp_state()._fsdp_param_group
+    return None if group is None else group.mesh_info.mesh
+
+
+def is_replicated(module: nn.Module) -> bool:
+    """Whether `replicate` was called for `module`, which is of FSDP2 then, too."""
+    return any(base.__name__ == "ReplicateModule" for base in type(module).__mro__)
+
+
+def hooks_of_others(module: nn.Module) -> dict[str, Any]:
+    """What is called around the forward pass of `module`, but for FSDP2's own: a copy of each of torch's tables."""
+    kept: dict[str, Any] = {}
+    for table in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks: dict[int, Any] = getattr(module, table)
+        of_others = {
+            key: hook
+            for key, hook in hooks.items()
+            if not type(getattr(hook, "__self__", None)).__module__.startswith(_FSDP_MODULES)
+        }
+        kept[table] = type(hooks)(of_others)
+        for flags in (f"{table}_with_kwargs", f"{table}_always_called"):
+            if (known := getattr(module, flags, None)) is not None:
+                kept[flags] = type(known)({key: value for key, value in known.items() if key in of_others})
+    return kept
 
 
 def replicate(module: nn.Module, mesh: Any) -> None:

@@ -256,8 +256,14 @@ def test_a_replicated_module_is_one_of_fsdp_and_keeps_its_class_where_torch_says
     from torch.distributed.fsdp import FSDPModule
 
     module = nn.Linear(2, 2)
-    torch_internals.replicate(module, init_device_mesh("cpu", (1,)))
+    module.register_forward_hook(print)
+    mesh = init_device_mesh("cpu", (1,))
+    torch_internals.replicate(module, mesh)
     assert isinstance(module, FSDPModule)
+    assert torch_internals.is_replicated(module)
+    assert torch_internals.mesh_of_fsdp(module) is mesh
+    assert list(torch_internals.hooks_of_others(module)["_forward_hooks"].values()) == [print]
+    assert not torch_internals.hooks_of_others(module)["_forward_pre_hooks"]
     assert torch_internals.class_before_fsdp(module) is nn.Linear
 
 

@@ -90,6 +90,61 @@ def trained(rank: int, size: int, mesh: dict[str, int], options: dict[str, Any])
     return seen
 
 
+def averaged(rank: int, size: int, mesh: dict[str, int], options: dict[str, Any]) -> dict[str, Any]:
+    from dengine.handlers import EMA
+
+    seen: dict[str, Any] = {}
+    with distributed.process_group(mesh=mesh) as here:
+        if "tp" in mesh:
+            options["tensor_parallel"] = plan()
+        model = distributed.prepare_model(net(), **options)
+        ema = EMA(model, decay=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for inputs in samples():
+            model(inputs.chunk(here.data_size)[here.data_rank]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema(as_any(None))
+        with torch.no_grad():
+            seen["output"] = ema.model(samples()[0])
+        seen["after"] = state_of(ema.model)
+        before = {name: whole(value).clone() for name, value in ema.state_dict()["model"].items()}
+        ema.load_state_dict({"num_updates": 3, "model": {name: value + 1 for name, value in before.items()}})
+        seen["loaded"] = state_of(ema.model)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ({"dp_shard": 2, "tp": 2}, {}),
+        ({"dp_shard": 2, "tp": 2}, {"strategy": "fsdp", "blocks": (nn.Linear,)}),
+        ({"dp": 2, "tp": 2}, {}),
+        ({"tp": 4}, {}),
+        ({"dp_replicate": 2, "dp_shard": 2}, {}),
+    ],
+)
+def test_an_average_of_weights_is_laid_out_as_they_are(mesh: dict[str, int], options: dict[str, Any]) -> None:
+    from dengine.handlers import EMA
+
+    model = net()
+    ema = EMA(model, decay=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for inputs in samples():
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema(as_any(None))
+    expected = state_of(ema.model)
+    with torch.no_grad():
+        output = ema.model(samples()[0])
+    for seen in run_ranks(averaged, 4, mesh, options, deadline_s=120):
+        assert_close(seen["output"], output, rtol=1e-5, atol=1e-6)
+        for name, value in expected.items():
+            assert_close(seen["after"][name], value, rtol=1e-6, atol=1e-6)
+            assert_close(seen["loaded"][name], value + 1, rtol=1e-6, atol=1e-6)
+
+
 CASES: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {
     "replicas and tp": ({"dp": 2, "tp": 2}, {}, "ReplicateNet"),
     "replicas and tp by hand": ({"dp": 2, "tp": 2}, {"laid_out": True}, "ReplicateNet"),

@@ -1,7 +1,7 @@
 """Keeps an exponential moving average of a model's weights."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,7 +11,7 @@ from dengine import torch_internals
 from dengine.checks import is_number, whole_number
 from dengine.compiled_names import aligned
 from dengine.distributed import unwrap_model
-from dengine.dtensor import as_fsdp, cut_like, is_dtensor, is_fsdp, laid_out_like, local_part, mesh_of
+from dengine.dtensor import as_fsdp, cut_like, is_dtensor, is_fsdp, laid_out_like, local_part
 from dengine.engine import Engine
 from dengine.naming import other_keywords, other_names, shown
 
@@ -221,22 +221,25 @@ def _sharded_copy(model: nn.Module) -> nn.Module:
     """
     from torch.distributed.fsdp import fully_shard
 
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        if is_dtensor(parameter):
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     # Children first: a module's copy finds theirs in the memo.
     sharded = [module for module in reversed(list(model.modules())) if is_fsdp(module)]
+    meshes = [torch_internals.mesh_of_fsdp(module) for module in sharded]
+    names = {name for mesh in meshes if mesh is not None for name in mesh.mesh_dim_names or ()}
+    memo: dict[int, Any] = {
+        id(each): nn.Parameter(_before_fsdp(each, names), requires_grad=each.requires_grad)
+        for each in model.parameters()
+        if is_dtensor(each)
+    }
     for module in sharded:
         memo[id(module)] = _bare_copy(module, memo)
     copied: nn.Module = copy.deepcopy(model, memo)
     for module in copied.modules():
         torch_internals.clear_load_hooks(module)
-    for module in sharded:
-        shards = list(_shards(module).values())
-        mesh = mesh_of(shards[0]) if shards else None
-        fully_shard(memo[id(module)], mesh=mesh, reshard_after_forward=True)
+    for module, mesh in zip(sharded, meshes, strict=True):
+        if torch_internals.is_replicated(module):
+            torch_internals.replicate(memo[id(module)], mesh)
+        else:
+            fully_shard(memo[id(module)], mesh=mesh, reshard_after_forward=True)
     own = _shards(model)
     device = next(iter(own.values())).device
     cast("Any", copied)._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value)
@@ -248,6 +251,22 @@ def _sharded_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
+def _before_fsdp(parameter: "DTensor", names: Collection[str]) -> Tensor:
+    """What `parameter` was before FSDP2 came, which is over the dimensions `names`: whole or over `tp`. It is empty."""
+    from torch.distributed.tensor import distribute_tensor
+
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    mesh = parameter.device_mesh
+    others = {
+        name: placement
+        for name, placement in zip(mesh.mesh_dim_names or (), parameter.placements, strict=False)
+        if name not in names
+    }
+    if not others:
+        return empty
+    return distribute_tensor(empty, mesh[tuple(others)], list(others.values()), src_data_rank=None)
+
+
 def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy of the class that the module had before `fully_shard`, without the hooks that it added."""
     kind: Any = torch_internals.class_before_fsdp(module)
@@ -255,7 +274,7 @@ def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     own = {name: value for name, value in vars(module).items() if not name.startswith(torch_internals.FSDP_ATTRIBUTES)}
     hooks = {name: type(value)() for name, value in own.items() if "_hooks" in name}
     kept = {name: value for name, value in own.items() if name not in hooks}
-    bare.__dict__.update(copy.deepcopy(kept, memo), **hooks)
+    bare.__dict__.update(copy.deepcopy(kept, memo), **{**hooks, **torch_internals.hooks_of_others(module)})
     return bare
 
 
