@@ -59,7 +59,7 @@ def _bytes_of(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def refuse_all_but_mapping(data: object, source: str) -> Mapping[Any, Any]:
+def refuse_all_but_mapping(data: object, source: str) -> Mapping[object, object]:
     """`data`, which must be a mapping; an empty file is an empty mapping. Raises: ConfigError."""
     if data is None:
         return {}

@@ -23,13 +23,15 @@ line that fits no rule are errors, with the line and the column.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from dengine.checks import is_number, is_whole_number
 from dengine.config.sdn_values import MAX_DEPTH, Reader
 from dengine.config.source_locations import Document, below
 
 __all__ = ["read_sdn"]
+
+T = TypeVar("T")
 
 _INTS = ("i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64", "int")
 _FLOATS = ("f16", "f32", "f64", "float")
@@ -73,7 +75,7 @@ class _Blocks:
             self._found = self.reader.offset, indent
         return self._found[1]
 
-    def block(self, full: str, outer: int, depth: int) -> Any:
+    def block(self, full: str, outer: int, depth: int) -> object:
         """The lines below a key that are indented further than it: a mapping, a list, or null if there are none."""
         indent = self._indent_of_rows(outer)
         if indent is None:
@@ -86,8 +88,8 @@ class _Blocks:
             return self.mapping(full, indent, depth)
         return self._rows(indent, lambda index: self._line(below(full, index)))
 
-    def mapping(self, full: str, indent: int, depth: int) -> dict[str, Any]:
-        mapping: dict[str, Any] = {}
+    def mapping(self, full: str, indent: int, depth: int) -> dict[str, object]:
+        mapping: dict[str, object] = {}
         while self._goes_on(indent):
             start = self.reader.offset
             key = self.reader.key()
@@ -100,7 +102,7 @@ class _Blocks:
 
     # -- entries -------------------------------------------------------------------------------------------------
 
-    def _entry(self, full: str, indent: int, depth: int) -> Any:
+    def _entry(self, full: str, indent: int, depth: int) -> object:
         reader = self.reader
         if reader.take("|"):
             return self._named_table(full, indent)
@@ -116,12 +118,12 @@ class _Blocks:
                 return self._typed_table(full, indent)
         return self._line(full)
 
-    def _line(self, full: str) -> Any:
+    def _line(self, full: str) -> object:
         value = self.reader.value(full)
         self.reader.end_line()
         return value
 
-    def _dashed(self, full: str, indent: int, depth: int) -> Any:
+    def _dashed(self, full: str, indent: int, depth: int) -> object:
         """`- value`, or `- key: value` with the mapping's other lines below its first key."""
         reader = self.reader
         if not self._is_dash():
@@ -142,13 +144,13 @@ class _Blocks:
 
     # -- tables --------------------------------------------------------------------------------------------------
 
-    def _named_table(self, full: str, indent: int) -> list[dict[str, Any]]:
+    def _named_table(self, full: str, indent: int) -> list[dict[str, object]]:
         names = self._names("|", "names of a table")
         if len(set(names)) < len(names):
             raise self.reader.error("a table names each of its columns once.")
         return [dict(zip(names, row, strict=True)) for row in self._table_rows(full, indent, len(names))]
 
-    def _typed_table(self, full: str, indent: int) -> list[list[Any]]:
+    def _typed_table(self, full: str, indent: int) -> list[list[object]]:
         reader, start = self.reader, self.reader.offset
         types = self._names("}", "types of a table")
         if unknown := [name for name in types if name not in _CHECKS]:
@@ -176,8 +178,8 @@ class _Blocks:
                 return names
             reader.take(",")
 
-    def _table_rows(self, full: str, outer: int, width: int, types: list[str] | None = None) -> list[list[Any]]:
-        def row(index: int) -> list[Any]:
+    def _table_rows(self, full: str, outer: int, width: int, types: list[str] | None = None) -> list[list[object]]:
+        def row(index: int) -> list[object]:
             start = self.reader.offset
             cells = self.reader.row(below(full, index))
             self._check_row(cells, width, types, start)
@@ -190,7 +192,7 @@ class _Blocks:
         indent = self._indent_of_rows(outer)
         return [] if indent is None else self._rows(indent, row)
 
-    def _check_row(self, cells: list[Any], width: int, types: list[str] | None, offset: int) -> None:
+    def _check_row(self, cells: list[object], width: int, types: list[str] | None, offset: int) -> None:
         if len(cells) != width:
             raise self.reader.error(f"this row has {len(cells)} values, but the table has {width} columns.", offset)
         for cell, kind in zip(cells, types or (), strict=False):
@@ -225,8 +227,8 @@ class _Blocks:
                 return -1
             reader.offset += 1
 
-    def _rows(self, indent: int, read: Callable[[int], Any]) -> list[Any]:
-        rows: list[Any] = []
+    def _rows(self, indent: int, read: Callable[[int], T]) -> list[T]:
+        rows: list[T] = []
         while self._goes_on(indent):
             rows.append(read(len(rows)))
         return rows
@@ -247,5 +249,5 @@ class _Blocks:
         return key is not None and sign in ("=", "|")
 
 
-def _typed(row: list[Any], types: list[str]) -> list[Any]:
+def _typed(row: list[Any], types: list[str]) -> list[object]:
     return [float(cell) if kind in _FLOATS else cell for cell, kind in zip(row, types, strict=True)]

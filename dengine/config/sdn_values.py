@@ -80,7 +80,7 @@ class Reader:
         self.offset = found.end()
         return found.group()
 
-    def add(self, mapping: dict[str, Any], prefix: str, key: str, offset: int) -> str:
+    def add(self, mapping: dict[str, object], prefix: str, key: str, offset: int) -> str:
         """The full key of `key`, which was read at `offset`. Raises: ConfigError: it is in `mapping` already."""
         full = below(prefix, key)
         if key in mapping:
@@ -90,14 +90,14 @@ class Reader:
 
     # -- values --------------------------------------------------------------------------------------------------
 
-    def value(self, full: str) -> Any:
+    def value(self, full: str) -> object:
         """The one value that the rest of this line holds; in brackets, it may go on over further lines."""
         self.skip_blanks()
         return self._bracketed(full, 1) if self.peek() in ("{", "[") else self._scalar("")
 
-    def row(self, full: str) -> list[Any]:
+    def row(self, full: str) -> list[object]:
         """The values of a table's row, up to the end of the line."""
-        cells: list[Any] = []
+        cells: list[object] = []
         while True:
             self.skip_blanks()
             if self.peek() == "," or self.is_at_line_end():
@@ -109,15 +109,15 @@ class Reader:
                 return cells
             self._expect(",", "between the values of a row")
 
-    def tuples(self, full: str) -> list[list[Any]]:
+    def tuples(self, full: str) -> list[list[object]]:
         """`[(1, 2), (3, 4)]`: the rows of a table in brackets."""
-        rows: list[list[Any]] = []
+        rows: list[list[object]] = []
         self.skip_blanks()
         self._expect("[", "before the rows of a table")
 
         def one() -> None:
             self._expect("(", "before a row of a table")
-            row: list[Any] = []
+            row: list[object] = []
             self._items(")", lambda: row.append(self._nested(below(full, len(rows)), 1)))
             rows.append(row)
 
@@ -184,7 +184,7 @@ class Reader:
             self._items("]", lambda: values.append(self._nested(below(full, len(values)), depth)))
             return values
         self.take("{")
-        mapping: dict[str, Any] = {}
+        mapping: dict[str, object] = {}
 
         def pair() -> None:
             start = self.offset

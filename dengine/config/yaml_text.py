@@ -15,7 +15,7 @@ _STR, _INT, _FLOAT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int", "tag:yaml
 _TAGGED: dict[str, Callable[[str], Any]] = {_STR: str, "!": str, _INT: whole, _FLOAT: finite}
 
 
-def read_yaml(text: str, source: str) -> tuple[Any, Document]:
+def read_yaml(text: str, source: str) -> tuple[object, Document]:
     """What `text` holds, and a document with the line of each key. Anchors, aliases and `<<` work.
 
     Raises:
@@ -27,7 +27,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, Document]:
     return (None if root is None else _Builder(document).build(root, "")), document
 
 
-def parse_value(text: str, source: str) -> Any:
+def parse_value(text: str, source: str) -> object:
     """One value, as it could follow a key in a file; no text at all is null.
 
     Raises:

@@ -16,12 +16,13 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from dengine.checks import whole_number
-from dengine.tracking.artifacts import Artifact, ArtifactStore
+from dengine.tracking.artifact_store import ArtifactStore
+from dengine.tracking.artifacts import Artifact
 from dengine.tracking.backend import Backend, StoredFiles
 from dengine.tracking.files import TrackingError, read_json, write_json
 from dengine.tracking.rows import ROWS, RowFile, read_rows
 from dengine.tracking.run import Run
-from dengine.tracking.values import RowMaker, plain
+from dengine.tracking.values import Plain, RowMaker, plain
 
 __all__ = ["FileRun"]
 
@@ -38,7 +39,7 @@ class FileRun(Run):
         self,
         identity: Mapping[str, object],
         directory: Path,
-        config: dict[str, Any],
+        config: dict[str, Plain],
         rows: RowFile,
     ) -> None:
         self.id, self.name, self.project = (str(identity[key]) for key in ("id", "name", "project"))

@@ -6,7 +6,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dengine.tracking.artifacts import Artifact, ArtifactStore
+from dengine.tracking.artifact_store import ArtifactStore
+from dengine.tracking.artifacts import Artifact
+from dengine.tracking.values import Plain
 
 __all__ = ["NullRun", "Run"]
 
@@ -87,7 +89,7 @@ class Run(ABC):
 class NullRun(Run):
     """Records nothing: the run on ranks other than 0, and if tracking is disabled."""
 
-    def __init__(self, name: str | None, project: str, root: Path, config: dict[str, Any]) -> None:
+    def __init__(self, name: str | None, project: str, root: Path, config: dict[str, Plain]) -> None:
         self.id = "unrecorded"
         self.name, self.project = name or self.id, project
         self.dir = root / project / self.id

@@ -137,7 +137,7 @@ def test_a_write_that_fails_leaves_neither_a_version_nor_half_a_folder(
         target.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dengine.tracking.artifacts._stored", full)
+    monkeypatch.setattr("dengine.tracking.artifact_store._stored", full)
     with pytest.raises(OSError, match="No space left"):
         run.log_artifact(model(tmp_path, "a"))
     assert not (run.dir / "artifacts" / "model").exists()
