@@ -1,4 +1,7 @@
-"""What a rank does once a stall is known: it shows where it is, and a frozen process of its host is killed."""
+"""What a rank does once a stall is known: it shows where it is, and a frozen process of its host is killed.
+
+Which rank is blamed for it: `liveness.py`.
+"""
 
 import faulthandler
 import os

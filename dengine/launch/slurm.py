@@ -1,6 +1,6 @@
-"""Parse SLURM's variables: lists of hosts, tasks on each node, steps that are a shell, GPUs.
+"""What the texts in SLURM's variables mean: lists of hosts, tasks on each node, steps that are a shell, GPUs.
 
-Pure: reads a mapping only.
+Which variables give this process its rank: `env.py`. Pure: reads a mapping only.
 """
 
 import re
