@@ -1,6 +1,7 @@
 """`prepare_model` on the mesh of `process_group(mesh=)`: 4 ranks train as one process does on the whole batch."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,6 +144,41 @@ def test_an_average_of_weights_is_laid_out_as_they_are(mesh: dict[str, int], opt
         for name, value in expected.items():
             assert_close(seen["after"][name], value, rtol=1e-6, atol=1e-6)
             assert_close(seen["loaded"][name], value + 1, rtol=1e-6, atol=1e-6)
+
+
+def saved(rank: int, size: int, mesh: dict[str, int], folder: str) -> dict[str, torch.Tensor]:
+    from dengine import checkpoint
+
+    with distributed.process_group(mesh=mesh):
+        model = distributed.prepare_model(net(), **({"tensor_parallel": plan()} if "tp" in mesh else {}))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        model(samples()[0]).square().mean().backward()
+        optimizer.step()
+        checkpoint.save(folder, {"model": model, "optimizer": optimizer})
+        own = state_of(model)
+        optimizer.step()
+        checkpoint.load(folder, {"model": model, "optimizer": optimizer})
+        now = state_of(model)
+        assert all(now[name].equal(own[name]) for name in own), "not what was saved"
+        optimizer.step()
+        return state_of(model)
+
+
+@pytest.mark.parametrize("mesh", [{"dp": 2, "tp": 2}, {"dp_shard": 2, "tp": 2}, {"dp_shard": 2, "cp": 2}], ids=str)
+def test_a_checkpoint_of_a_mesh_is_loaded_by_one_process(mesh: dict[str, int], tmp_path: Path) -> None:
+    from dengine import checkpoint
+
+    first, *_ = run_ranks(saved, 4, mesh, str(tmp_path / "saved"), deadline_s=120)
+    model = net(seed=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    checkpoint.load(tmp_path / "saved", {"model": model, "optimizer": optimizer})
+    begun = net()
+    begun(samples()[0]).square().mean().backward()
+    for parameter, twin in zip(model.parameters(), begun.parameters(), strict=True):
+        parameter.grad = twin.grad
+    optimizer.step()  # the ranks' second one, of the same gradient
+    for name, value in state_of(model).items():
+        assert_close(first[name], value, rtol=1e-6, atol=1e-6)
 
 
 CASES: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {

@@ -1,0 +1,112 @@
+"""The supervised trainer on a mesh: the weights of one process, with uneven shards, token weights and clipping."""
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from dengine import create_supervised_trainer, distributed
+
+IGNORED = -100
+LENGTH = 4  # tokens of a sample
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 5)
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return self.second(self.first(inputs).tanh())
+
+
+def plan() -> Any:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    return {"first": ColwiseParallel(), "second": RowwiseParallel()}
+
+
+def samples() -> TensorDataset:
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(22, LENGTH, 6, generator=generator)
+    labels = torch.randint(5, (22, LENGTH), generator=generator)
+    labels[::3, 0] = IGNORED
+    labels[1::4, 2:3] = IGNORED
+    return TensorDataset(inputs, labels)
+
+
+def loss_of(pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(pred.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+def train(model: nn.Module, batch_size: int, part: int, num_parts: int, accumulation: int) -> nn.Module:
+    torch.manual_seed(7)
+    loader = distributed.prepare_data_loader(
+        DataLoader(samples(), batch_size=batch_size, shuffle=True), exact=True, seed=3
+    )
+    length = LENGTH // num_parts
+
+    def own_tokens(batch: Any, device: torch.device) -> Any:
+        inputs, labels = batch
+        mine = slice(part * length, (part + 1) * length)
+        return inputs[:, mine].to(device), labels[:, mine].to(device)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    trainer = create_supervised_trainer(
+        model,
+        optimizer,
+        loss_of,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=0.2,
+        weight=lambda inputs, labels: (labels != IGNORED).sum(),
+        prepare_batch=own_tokens,
+    )
+    trainer.run(loader, max_epochs=2)
+    return model
+
+
+def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    found: dict[str, Any] = dict(distributed.unwrap_model(model).named_parameters())
+    return {
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+        for name, value in found.items()
+    }
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def trained(rank: int, size: int, mesh: dict[str, int], accumulation: int) -> dict[str, torch.Tensor]:
+    with distributed.process_group(mesh=mesh) as here:
+        model = distributed.prepare_model(net(), **({"tensor_parallel": plan()} if "tp" in mesh else {}))
+        part, num_parts = here.coordinates.get("cp", 0), mesh.get("cp", 1)
+        return parameters_of(train(model, 8 // here.data_size, part, num_parts, accumulation))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"dp": 2, "tp": 2},
+        {"dp_shard": 2, "tp": 2},
+        {"dp_replicate": 2, "dp_shard": 2},
+        {"dp": 2, "cp": 2},
+        {"dp_shard": 2, "cp": 2},
+        {"tp": 4},
+        {"cp": 2, "tp": 2},
+    ],
+    ids=str,
+)
+def test_the_gradient_is_that_of_the_mean_over_the_global_batch(mesh: dict[str, int], accumulation: int) -> None:
+    expected = parameters_of(train(net(), 8, 0, 1, accumulation))
+    assert all(not value.equal(begun) for value, begun in zip(expected.values(), net().parameters(), strict=True))
+    for found in run_ranks(trained, 4, mesh, accumulation, deadline_s=120):
+        for name, value in expected.items():
+            assert_close(found[name], value, rtol=1e-6, atol=1e-6)
