@@ -71,7 +71,7 @@ def over_ranks(monkeypatch: pytest.MonkeyPatch) -> OverRanks:
         exchange = _Exchange(len(shards))
         doubles = {
             "world": exchange.world,
-            "all_gather_object": lambda value: exchange.all("object gather", value),
+            "gather_objects": lambda value, here: exchange.all("object gather", value),
             "sum_tensor": lambda sent, here: torch.stack(exchange.all("sum", sent)).sum(0),
             "max_tensor": lambda sent, here: torch.stack(exchange.all("max", sent)).amax(0),
             "gather_bytes": lambda mine, sizes, here: exchange.all("gather", mine),

@@ -5,7 +5,7 @@ A lone process runs the same code, and gets its own values back.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dengine import trees
 from dengine.comm.nested import ReduceOp, flatten, grouped, signature, split
 from dengine.comm.rank_zero import refuse_on_rank_zero_alone
+from dengine.comm.transport import GroupTransport, NoTransport, Transport
 from dengine.control.failure import repr_of
 from dengine.control.plane import plane
 from dengine.dtensor import any_dtensor, is_dtensor, may_be_dtensors, whole
@@ -29,6 +30,7 @@ __all__ = [
     "broadcast_tensors",
     "collective",
     "gather_bytes",
+    "gather_objects",
     "max_tensor",
     "progress",
     "rank_zero_first",
@@ -39,6 +41,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+_NO_TRANSPORT = NoTransport()
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
@@ -78,22 +81,29 @@ def rank_zero_first() -> Iterator[None]:
 
 
 @contextmanager
-def collective(what: str, *, site: str = "") -> Iterator[Any]:
+def collective(what: str, *, site: str = "") -> Iterator[Transport]:
     """Enter a collective, unless only rank 0 runs here or a rank has failed, and compare it with the others' calls.
 
-    Gives the group for tensors on the CPU; None is the default group.
+    Gives what carries values between the ranks.
     """
     refuse_on_rank_zero_alone(what)
-    here = plane()
-    here.enter_call(what, site)
+    with _among(world(), what, site) as transport:
+        yield transport
+
+
+@contextmanager
+def _among(here: World, what: str, site: str = "") -> Iterator[Transport]:
+    """Enter a collective of the ranks of `here`. A world of one, which a single engine is too, has none."""
+    if here.size == 1:
+        yield _NO_TRANSPORT
+        return
+    refuse_on_rank_zero_alone(what)
+    open_plane = plane()
+    open_plane.enter_call(what, site)
     try:
-        yield here.group
+        yield GroupTransport(here, open_plane.group)
     finally:
-        here.leave_call()
-
-
-def _group_of(tensor: torch.Tensor, cpu_group: Any) -> Any:
-    return cpu_group if tensor.device.type == "cpu" else None
+        open_plane.leave_call()
 
 
 def progress() -> None:
@@ -128,8 +138,8 @@ def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
         raise ValueError(f"op={op!r} must be one of {', '.join(_OPS)}.")
     leaves: list[torch.Tensor] = []
     rebuild = flatten(value, leaves, op)
-    with collective(f"all_reduce({name or signature(value)}, {op!r})", site=name or plane().call_site()) as group:
-        return rebuild(_reduced([whole(leaf) for leaf in leaves], op, group))  # type: ignore[no-any-return]
+    with collective(f"all_reduce({name or signature(value)}, {op!r})", site=name or plane().call_site()) as transport:
+        return rebuild(_reduced([whole(leaf) for leaf in leaves], op, transport))  # type: ignore[no-any-return]
 
 
 def whole_tensor(tensor: torch.Tensor, what: str) -> torch.Tensor:
@@ -158,22 +168,14 @@ def whole_tensors(value: T, what: str) -> T:
 
 def all_gather_object(value: T) -> list[T]:
     """Every rank's `value`, in the order of ranks. Collective. The value must pickle. Cost: two small gathers."""
-    with collective("all_gather_object") as group:
-        if world().size == 1:
-            return [value]
-        gathered: list[Any] = [None] * world().size
-        dist.all_gather_object(gathered, value, group=group)
-        return gathered
+    with collective("all_gather_object") as transport:
+        return transport.all_gather_object(value)
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
     """Rank `source`'s `value`, on every rank. Collective. The value must pickle. Cost: two small broadcasts."""
-    with collective(f"broadcast_object from rank {source}") as group:
-        if world().size == 1:
-            return value
-        holder = [value]
-        dist.broadcast_object_list(holder, src=source, group=group)
-        return holder[0]
+    with collective(f"broadcast_object from rank {source}") as transport:
+        return transport.broadcast_object(value, source)
 
 
 def barrier(name: str = "barrier") -> None:
@@ -184,14 +186,16 @@ def barrier(name: str = "barrier") -> None:
         LaunchError: a launcher started several processes, but no process group is open.
     """
     refuse_forgotten_group("barrier()")
-    with collective(f"barrier({name!r})") as group:
-        if world().size > 1:
-            # An all-reduce of one number rather than dist.barrier(): that one picks a device of its own with NCCL.
-            _sum(torch.zeros(1, device=_transport(torch.device("cpu"))), group)
+    with collective(f"barrier({name!r})") as transport:
+        # An all-reduce of one number rather than dist.barrier(): that one picks a device of its own with NCCL.
+        transport.all_reduce(torch.zeros(1, device=transport.device_for(torch.device("cpu"))))
 
 
 def broadcast_tensors(
-    tensors: list[torch.Tensor], source: int = 0, *, within: Sequence[tuple[int, Any]] | None = None
+    tensors: list[torch.Tensor],
+    source: int = 0,
+    *,
+    within: Sequence[tuple[int, dist.ProcessGroup | None]] | None = None,
 ) -> None:
     """Overwrite `tensors` in place with rank `source`'s. Collective. Cost: one broadcast per dtype and device.
 
@@ -201,20 +205,13 @@ def broadcast_tensors(
     """
     # Within a mesh, other ranks may have other tensors.
     start = f"{len(tensors)} tensors) from rank {source}" if within is None else "...) within a mesh"
-    with collective(f"broadcast_tensors({start}") as group:
-        if world().size == 1:
-            return
-        for indices in grouped(tensors).values():
-            alike = [tensors[index].detach() for index in indices]
-            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-            sent = flat.to(_transport(flat.device))
-            for rank, members in [(source, _group_of(sent, group))] if within is None else within:
-                dist.broadcast(sent, src=rank, group=members)
-            for tensor, part in zip(alike, split(sent.to(flat.device), alike), strict=True):
-                tensor.copy_(part)
+    with collective(f"broadcast_tensors({start}") as transport:
+        transport.broadcast(tensors, source, within)
 
 
-def broadcast_each(tensors: Iterable[torch.Tensor], *, within: Sequence[tuple[int, Any]] | None = None) -> None:
+def broadcast_each(
+    tensors: Iterable[torch.Tensor], *, within: Sequence[tuple[int, dist.ProcessGroup | None]] | None = None
+) -> None:
     """Overwrite each of `tensors` in place with rank 0's, one after the other as they are given.
 
     Collective: as many tensors on all ranks, of the same shapes. Cost: a broadcast of each; no memory beside it.
@@ -222,15 +219,9 @@ def broadcast_each(tensors: Iterable[torch.Tensor], *, within: Sequence[tuple[in
     Args:
         within: as of `broadcast_tensors`.
     """
-    with collective("broadcast_each of a model's tensors") as group:
+    with collective("broadcast_each of a model's tensors") as transport:
         for tensor in tensors:
-            own = tensor.detach()
-            sent = own.to(_transport(own.device)).contiguous()
-            if world().size > 1:
-                for rank, members in [(0, _group_of(sent, group))] if within is None else within:
-                    dist.broadcast(sent, src=rank, group=members)
-            if sent is not own:
-                own.copy_(sent)
+            transport.broadcast_one(tensor, 0, within)
 
 
 # -- for the packed reduction of metrics -------------------------------------------------------------------------
@@ -238,18 +229,22 @@ def broadcast_each(tensors: Iterable[torch.Tensor], *, within: Sequence[tuple[in
 
 def sum_tensor(tensor: torch.Tensor, here: World, *, what: str = "the sum of the metrics") -> torch.Tensor:
     """The sum over the ranks of `here`, in place. Collective: one all-reduce."""
-    if here.size > 1:
-        with collective(f"{what}, {tensor.numel()} numbers") as group:
-            _sum(tensor, group)
+    with _among(here, f"{what}, {tensor.numel()} numbers") as transport:
+        transport.all_reduce(tensor)
     return tensor
 
 
 def max_tensor(tensor: torch.Tensor, here: World, *, what: str = "the extrema of the metrics") -> torch.Tensor:
     """The maximum over the ranks of `here`, in place. Collective: one all-reduce."""
-    if here.size > 1:
-        with collective(f"{what}, {tensor.numel()} numbers") as group:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_group_of(tensor, group))
+    with _among(here, f"{what}, {tensor.numel()} numbers") as transport:
+        transport.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
+
+
+def gather_objects(value: T, here: World) -> list[T]:
+    """The `value` of every rank of `here`. Collective. Cost: two small gathers."""
+    with _among(here, "all_gather_object") as transport:
+        return transport.all_gather_object(value)
 
 
 def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torch.Tensor]:
@@ -257,41 +252,23 @@ def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torc
 
     Shapes: mine (sizes[rank],) uint8; result: one (sizes[r],) uint8 for each rank r.
     """
-    if here.size == 1:
-        return [mine]
     longest = max(sizes)
     if longest == 0:
         return [mine] * len(sizes)
-    padded = mine.new_zeros(longest)
-    padded[: mine.numel()] = mine
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    with collective(f"the gather of the metrics, {longest} bytes") as group:
-        dist.all_gather(gathered, padded, group=_group_of(padded, group))
-    return [row[:size] for row, size in zip(gathered, sizes, strict=True)]
+    with _among(here, f"the gather of the metrics, {longest} bytes") as transport:
+        return transport.all_gather(mine, sizes)
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------
 
 
-def _transport(device: torch.device) -> torch.device:
-    """The device on which a tensor of `device` must lie to be sent: a group of NCCL alone takes no CPU tensors."""
-    here = world()
-    has_gloo = "gloo" in here.backend or plane().group is not None
-    return here.device if device.type == "cpu" and not has_gloo and here.size > 1 else device
-
-
-def _sum(tensor: torch.Tensor, cpu_group: Any) -> None:
-    dist.all_reduce(tensor, group=_group_of(tensor, cpu_group))
-
-
-def _reduced(leaves: list[torch.Tensor], op: ReduceOp, cpu_group: Any) -> list[torch.Tensor]:
+def _reduced(leaves: list[torch.Tensor], op: ReduceOp, transport: Transport) -> list[torch.Tensor]:
     reduced = list(leaves)
     for indices in grouped(leaves).values():
         alike = [leaves[index] for index in indices]
         flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        sent = flat.to(_transport(flat.device), torch.uint8 if flat.dtype == torch.bool else flat.dtype)
-        if world().size > 1:
-            dist.all_reduce(sent, op=_OPS[op], group=_group_of(sent, cpu_group))
+        sent = flat.to(transport.device_for(flat.device), torch.uint8 if flat.dtype == torch.bool else flat.dtype)
+        transport.all_reduce(sent, _OPS[op])
         if op == "mean":
             sent = sent / world().size
         for index, part in zip(indices, split(sent.to(flat.device, flat.dtype), alike), strict=True):

@@ -6,8 +6,10 @@ ranks in stop.py, and what a rank does by itself now and then (publish its posit
 hangs) in watchdog.py.
 """
 
+import atexit
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
@@ -47,6 +49,9 @@ class Plane(Protocol):
 
     @property
     def prepared(self) -> Prepared: ...
+
+    def start(self) -> None:
+        """Start the threads. Their end is `close`."""
 
     def begin_run(self, *, is_shared: bool, where: Where) -> Run:
         """Begin the next run of an engine: one that all ranks run or (not `is_shared`) this rank's own. No
@@ -96,6 +101,9 @@ class NullPlane:
     @property
     def prepared(self) -> Prepared:
         return Prepared()  # nobody to compare with
+
+    def start(self) -> None:
+        pass
 
     def begin_run(self, *, is_shared: bool, where: Where) -> Run:
         return OwnRun(Runs())
@@ -168,6 +176,8 @@ class Control:
     def start(self) -> None:
         self._thread.start()
         self._watchdog.start()
+        # If the block is never left (in a notebook), the threads must be gone before the interpreter is.
+        atexit.register(_end_at_exit, weakref.ref(self))
 
     # -- runs, collectives, and time for them ----------------------------------------------------------------------
 
@@ -266,10 +276,10 @@ class Control:
     def _close(self, is_failing: bool) -> None:
         if is_failing:
             wait_for_stacks(self._status, self.context.here.rank, self.context.store)
-        self.end_threads(is_failing=is_failing)
+        self._end_threads(is_failing=is_failing)
         self.context.connections.close(is_failing=is_failing)
 
-    def end_threads(self, *, is_failing: bool) -> None:
+    def _end_threads(self, *, is_failing: bool) -> None:
         """End the threads, unless that is done."""
         status, connections = self._status, self.context.connections
         if status.is_closed:
@@ -288,3 +298,8 @@ class Control:
             if self.context.endpoint.is_hosted_by_rank_zero and self.context.here.rank == 0:
                 self._leaving.wait_for_readers()
         self._watchdog.stop()
+
+
+def _end_at_exit(control: "weakref.ref[Control]") -> None:
+    if (here := control()) is not None:
+        here._end_threads(is_failing=True)

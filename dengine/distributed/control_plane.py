@@ -1,10 +1,8 @@
 """Opening the control plane: of a process group that this package made, or beside one that was there."""
 
-import atexit
 import os
 import socket
 import uuid
-import weakref
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,11 +26,9 @@ def open_plane(
     launch: Launch, here: World, connections: list[socket.socket], timeout_s: float, stall_timeout_s: float
 ) -> Plane:
     """The control plane of the ranks that `launch` started, its threads running; `connections` are the group's."""
-    if launch.size == 1:
-        for each in connections:
-            each.close()
-        return NullPlane()
-    return _started(_control(launch, here, connections, timeout_s, stall_timeout_s))
+    plane = _plane(launch, here, connections, timeout_s, stall_timeout_s)
+    plane.start()
+    return plane
 
 
 def open_plane_beside(here: World, timeout_s: float, stall_timeout_s: float) -> Plane:
@@ -40,11 +36,14 @@ def open_plane_beside(here: World, timeout_s: float, stall_timeout_s: float) -> 
     launch = find_launch(os.environ)
     assert launch is not None
     connections = existing_connections(gathered, launch.master_port)
-    control = None
+    plane: Plane | None = None
     with suppress(DistError):  # the store of the launcher is not reached
-        control = _control(launch, here, connections, timeout_s, stall_timeout_s)
-    is_reached = all(gathered(control is not None))
-    return _started(control) if control is not None and is_reached else NullPlane()
+        plane = _plane(launch, here, connections, timeout_s, stall_timeout_s)
+    is_reached = all(gathered(plane is not None))
+    if plane is None or not is_reached:
+        return NullPlane()
+    plane.start()
+    return plane
 
 
 def gathered(value: T) -> list[T]:
@@ -54,9 +53,13 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def _control(
+def _plane(
     launch: Launch, here: World, connections: list[socket.socket], timeout_s: float, stall_timeout_s: float
-) -> Control:
+) -> Plane:
+    if here.size == 1:
+        for each in connections:
+            each.close()
+        return NullPlane()
     # A name of its own for each group: an agent's store outlives it, and keeps what an earlier one has said.
     holder: list[Any] = [uuid.uuid4().hex, identity()]
     dist.broadcast_object_list(holder, src=0)
@@ -68,15 +71,3 @@ def _control(
     all_connections = Connections([*connections, *gloo_connections])
     context = ControlContext(here, endpoint, endpoint.connect(), all_connections, group, host_process)
     return Control(context, stall_timeout_s)
-
-
-def _started(control: Control) -> Control:
-    control.start()
-    # If the block is never left (in a notebook), the threads must be gone before the interpreter is.
-    atexit.register(_end_at_exit, weakref.ref(control))
-    return control
-
-
-def _end_at_exit(control: "weakref.ref[Control]") -> None:
-    if (here := control()) is not None:
-        here.end_threads(is_failing=True)

@@ -223,8 +223,6 @@ def _first_exchange(here: World, mesh: str) -> tuple[bool, list[str]]:
             "all ranks.",
             stacklevel=5,
         )
-    if here.size == 1:
-        return False, [mesh]
     found = gathered((is_launched or (is_part and is_agents_store(os.environ)), mesh))
     return all(reaches for reaches, _ in found), [each for _, each in found]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dengine.checks import whole_number
 from dengine.comm.consistency import Compared
+from dengine.comm.rank_zero import refuse_on_rank_zero_alone
 from dengine.data.alike import is_whole_on_every_rank, samples_of, shard_entries
 from dengine.data.self_sharding import refuse_other_part
 from dengine.distributed import world
@@ -71,8 +72,8 @@ def compare_start(loop: Loop) -> None:
         MetricStateError, ConsistencyError: on every rank, naming the rank and the first thing that differs.
         ValueError: no rank has a batch; on every rank.
     """
-    if world().size == 1:
-        loop.metrics.agree()
+    refuse_on_rank_zero_alone("A run of an Engine")
+    if world().size == 1:  # nobody to compare with
         return
     data, emptiness = loop.epochs.data, loop.epochs.emptiness
     start = loop.metrics.agree(_must_be_alike(loop), batches=emptiness.expected(), data=_samples_if_whole(data))

@@ -78,8 +78,6 @@ def rendezvous(
     deadline = _Deadline(timeout_s, max(stall_timeout_s, _LEAST_STALL_S))
     try:
         store = within(deadline.limit_s, lambda: _store_of(launch, timeout_s))
-        if launch.size == 1:
-            return store, uuid.uuid4().hex
         common = PrefixStore("dengine/meet", store)
         return store, (_coordinate if launch.rank == 0 else _join)(common, _this_peer(launch, mesh), launch, deadline)
     except (DistError, OSError) as error:

@@ -80,7 +80,7 @@ def create_supervised_evaluator(
         model = model.to(accelerator.device)
     prepare = checked_pair(prepare_batch) if prepare_batch else pair_on_device
     step = _EvaluationStep(model, accelerator, prepare, model_fn, output_transform, distributed=distributed)
-    evaluator = Engine(step, distributed=distributed, joined=step.is_collective and world().size > 1)
+    evaluator = Engine(step, distributed=distributed, joined=step.is_collective)
     evaluator.add_metrics(metrics or {})
     evaluator.on(Events.STARTED, step.enter, priority=Priority.SETUP)
     # Whichever comes first; a preempted run fires no COMPLETED.

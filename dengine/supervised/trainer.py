@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from dengine.checks import number, whole_number
-from dengine.distributed import world
 from dengine.engine import Engine
 from dengine.supervised.accelerator import accelerator_for, distributed_kind
 from dengine.supervised.batches import (
@@ -122,7 +121,7 @@ def create_supervised_trainer(
     )
     optimizer_step = make_optimizer_step(model, optimizer, accelerator, num_batches, max_grad_norm)
     step = train_step(model, optimizer_step, accelerator, functions, num_batches)
-    trainer = Engine(step, joined=world().size > 1, stop_every=num_batches)
+    trainer = Engine(step, joined=True, stop_every=num_batches)
     step.attach(trainer)
     return trainer
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from dengine.comm.collectives import broadcast_tensors
 from dengine.comm.mesh import spreads_model
-from dengine.distributed import prepare_model, world
+from dengine.distributed import prepare_model
 from dengine.parallel.ddp_buckets import settle_buckets
 from dengine.parallel.gradients import find_ddp, find_fsdp
 from dengine.supervised.accelerator import distributed_kind
@@ -96,8 +96,6 @@ def wrap_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:
         if (ddp := find_ddp(model)) is not None:
             settle_buckets(ddp)
         return model
-    if world().size == 1:
-        return model.to(accelerator.device)
     return prepare_model(model)
 
 

@@ -11,7 +11,6 @@ from dengine.data.first_batch import compare_first_batch
 from dengine.data.loader import pass_counters, renew_workers
 from dengine.data.passes import PassCounter
 from dengine.data.seeding import tell_epoch
-from dengine.distributed import world
 from dengine.engine.data.description import length_of
 from dengine.engine.data.emptiness import Emptiness
 from dengine.engine.data.joined import Absent, Pass, agreed_pass, with_own_spare, with_sent_spare
@@ -87,7 +86,7 @@ class EpochIterator:
         """Set the epoch of the data, and find out how long it is: data may grow from epoch to epoch."""
         self.set_epoch(epoch)
         self._may_try_again = self.is_restored or self._resetting is not None
-        if self._is_joined and world().size > 1:
+        if self._is_joined:
             self._pass = agreed_pass(length_of(self.data))
             if self._pass.length == 0:
                 self.emptiness.refuse("no batch on any rank")

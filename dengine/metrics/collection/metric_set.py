@@ -145,9 +145,6 @@ class MetricSet:
         Raises:
             MetricStateError, ConsistencyError: on every rank, naming the rank and the first thing that differs.
         """
-        refuse_on_rank_zero_alone("A run of an Engine")
-        if world().size == 1:
-            return Start(is_same=True, most_batches=batches, is_same_data=True)
         parameters = prepared_parameters()
         states: list[State] = [] if self._reduction.is_agreed else self._collect(world())[1]
         entries = [entry for each in compared for entry in (each.subject, *each.entries)]
@@ -158,7 +155,7 @@ class MetricSet:
             return found
         refuse_differences(compared)
         refuse_different_models(parameters)
-        self._reduction.agree(states or self._collect(world())[1])
+        self._reduction.agree(states or self._collect(world())[1], world())
         return found
 
     def compute(self, *, distributed: bool) -> dict[str, MetricValue]:
@@ -280,9 +277,8 @@ class MetricSet:
         try:
             owners, states = self._collect(here)
         except Exception as error:
-            if here.size > 1:
-                # The others wait in the all-reduce: they learn there that this rank has failed.
-                self._reduction.fail(repr(error), here)
+            # Others wait in the all-reduce: they learn there that this rank has failed.
+            self._reduction.fail(repr(error), here)
             raise
         values = self._reduction.reduce(states, here)
         forms = self._reduction.forms()

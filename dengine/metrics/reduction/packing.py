@@ -92,8 +92,6 @@ def _weighted_means(states: list[State], plan: Plan) -> list[torch.Tensor]:
 
 def _in_its_row(own: torch.Tensor, here: World) -> torch.Tensor:
     """Zeros in the other ranks' rows: summed, each rank has its own."""
-    if here.size == 1:
-        return own
     ranks = _ranks_with_rows(here)
     rows = own.new_zeros(len(ranks), own.numel())
     rows[ranks.index(here.rank)] = own

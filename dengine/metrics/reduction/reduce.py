@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import torch
 
-from dengine.comm.collectives import all_gather_object, sum_tensor
+from dengine.comm.collectives import gather_objects, sum_tensor
 from dengine.errors import MetricStateError
 from dengine.launch.world import World
 from dengine.metrics.core.computed import Form
@@ -28,8 +28,8 @@ class Reduction:
         self._schemas: tuple[Schema, ...] | None = None
         self._plan = Plan.of(())
 
-    def agree(self, states: Sequence[State], failure: str | None = None) -> None:
-        """Have the ranks compare their states: the same metrics, in the same order, of the same shapes.
+    def agree(self, states: Sequence[State], here: World, failure: str | None = None) -> None:
+        """Have the ranks of `here` compare their states: the same metrics, in the same order, of the same shapes.
 
         Collective. Cost: one object gather.
 
@@ -38,7 +38,7 @@ class Reduction:
         """
         mine = tuple(schema_of(state) for state in states)
         self._schemas = None
-        of_ranks = all_gather_object((mine, failure))
+        of_ranks = gather_objects((mine, failure), here)
         _raise_failures([rank_failure for _, rank_failure in of_ranks])
         self._take(merged([schemas for schemas, _ in of_ranks]))
 
@@ -69,20 +69,16 @@ class Reduction:
         """
         if not states and failure is None:
             return []
-        is_alone = here.size == 1
-        if not is_alone and (self._schemas is None or any(schema.is_open for schema in self._schemas)):
-            self.agree(states, failure)
+        if self._schemas is None or any(schema.is_open for schema in self._schemas):
+            self.agree(states, here, failure)
         for _ in range(2):
             mine = None if self._schemas is None else fitted(states, self._schemas)
-            if mine is None and is_alone:  # nobody to agree with
-                self._take(tuple(schema_of(state) for state in states))
-                continue
             assert self._schemas is not None
             sent = packed(mine, self._schemas, self._plan, here, failure)
             host = sum_tensor(sent, here).cpu()
-            if is_alone or not host[:HEADER].any():
+            if not host[:HEADER].any():
                 return unpacked(host, mine or [], self._schemas, self._plan, here)
-            self.agree(states, failure)
+            self.agree(states, here, failure)
         raise MetricStateError("The metrics' states changed while they were being reduced.")  # pragma: no cover
 
     def fail(self, failure: str, here: World) -> None:

@@ -1,0 +1,120 @@
+"""What carries tensors and objects between the ranks of a world. In a world of one they stay as they are."""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from dengine.comm.nested import grouped, split
+from dengine.launch.world import World
+
+__all__ = ["GroupTransport", "NoTransport", "Transport"]
+
+T = TypeVar("T")
+_Within: TypeAlias = "Sequence[tuple[int, ProcessGroup | None]] | None"  # of the mesh, in place of all ranks
+
+
+class Transport(Protocol):
+    """Between the ranks of a world, all of which call the same."""
+
+    def device_for(self, device: torch.device) -> torch.device:
+        """The device on which a tensor of `device` must lie to be sent."""
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        """Reduce `tensor` over all ranks, in place."""
+
+    def all_gather(self, mine: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Every rank's bytes. Shapes: mine (sizes[rank],) uint8; result: one (sizes[r],) uint8 for each rank r."""
+
+    def broadcast(self, tensors: list[torch.Tensor], source: int, within: _Within) -> None:
+        """Overwrite `tensors` in place with rank `source`'s, packed; see `broadcast_tensors`."""
+
+    def broadcast_one(self, tensor: torch.Tensor, source: int, within: _Within) -> None:
+        """Overwrite `tensor` in place with rank `source`'s."""
+
+    def all_gather_object(self, value: T) -> list[T]: ...
+
+    def broadcast_object(self, value: T, source: int) -> T: ...
+
+
+class NoTransport:
+    """In a world of one."""
+
+    def device_for(self, device: torch.device) -> torch.device:
+        return device
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        pass
+
+    def all_gather(self, mine: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        return [mine]
+
+    def broadcast(self, tensors: list[torch.Tensor], source: int, within: _Within) -> None:
+        pass
+
+    def broadcast_one(self, tensor: torch.Tensor, source: int, within: _Within) -> None:
+        pass
+
+    def all_gather_object(self, value: T) -> list[T]:
+        return [value]
+
+    def broadcast_object(self, value: T, source: int) -> T:
+        return value
+
+
+class GroupTransport:
+    """By the default process group, and `cpu_group` for tensors on the CPU (None: the default one, too)."""
+
+    def __init__(self, here: World, cpu_group: ProcessGroup | None) -> None:
+        self._here = here
+        self._cpu_group = cpu_group
+
+    def device_for(self, device: torch.device) -> torch.device:
+        has_gloo = "gloo" in self._here.backend or self._cpu_group is not None
+        # A group of NCCL alone takes no CPU tensors.
+        return self._here.device if device.type == "cpu" and not has_gloo else device
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        dist.all_reduce(tensor, op=op, group=self._group_for(tensor))
+
+    def all_gather(self, mine: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        padded = mine.new_zeros(max(sizes))
+        padded[: mine.numel()] = mine
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded, group=self._group_for(padded))
+        return [row[:size] for row, size in zip(gathered, sizes, strict=True)]
+
+    def broadcast(self, tensors: list[torch.Tensor], source: int, within: _Within) -> None:
+        for indices in grouped(tensors).values():
+            alike = [tensors[index].detach() for index in indices]
+            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+            sent = flat.to(self.device_for(flat.device))
+            self._broadcast(sent, source, within)
+            for tensor, part in zip(alike, split(sent.to(flat.device), alike), strict=True):
+                tensor.copy_(part)
+
+    def broadcast_one(self, tensor: torch.Tensor, source: int, within: _Within) -> None:
+        own = tensor.detach()
+        sent = own.to(self.device_for(own.device)).contiguous()
+        self._broadcast(sent, source, within)
+        if sent is not own:
+            own.copy_(sent)
+
+    def _broadcast(self, sent: torch.Tensor, source: int, within: _Within) -> None:
+        for rank, members in [(source, self._group_for(sent))] if within is None else within:
+            dist.broadcast(sent, src=rank, group=members)
+
+    def all_gather_object(self, value: T) -> list[T]:
+        gathered = [value] * self._here.size
+        dist.all_gather_object(gathered, value, group=self._cpu_group)
+        return gathered
+
+    def broadcast_object(self, value: T, source: int) -> T:
+        holder = [value]
+        dist.broadcast_object_list(holder, src=source, group=self._cpu_group)
+        return holder[0]
+
+    def _group_for(self, tensor: torch.Tensor) -> ProcessGroup | None:
+        return self._cpu_group if tensor.device.type == "cpu" else None
