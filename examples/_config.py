@@ -11,7 +11,7 @@ from dengine import ConfigError, distributed
 from dengine.config import Conf, Config
 from dengine.distributed import World
 
-__all__ = ["read_arguments", "refuse", "settings", "start", "unfinished_run"]
+__all__ = ["mesh_sizes", "read_arguments", "refuse", "settings", "start", "unfinished_run"]
 
 
 def read_arguments(path: Path, about: str | None, *, fractions: Collection[str] = ()) -> Config:
@@ -20,6 +20,16 @@ def read_arguments(path: Path, about: str | None, *, fractions: Collection[str] 
         print(f"{about}\n{path.read_text()}", end="")
         raise SystemExit(0)
     return settings(Conf.load(path), sys.argv[1:], fractions=fractions)
+
+
+def mesh_sizes(text: object) -> dict[str, int] | None:
+    """The mesh that "dp_shard=2,tp=2" says; None says none."""
+    if text is None:
+        return None
+    try:
+        return {name: int(size) for name, _, size in (part.partition("=") for part in str(text).split(","))}
+    except ValueError:
+        refuse(f"mesh={text} must be sizes by name, such as dp_shard=2,tp=2")
 
 
 def settings(base: Config, arguments: Sequence[str], *, fractions: Collection[str] = ()) -> Config:
@@ -54,9 +64,9 @@ def unfinished_run(project: str, cfg: Config) -> str | None:
     return None
 
 
-def start(run: Callable[[World], object]) -> None:
+def start(run: Callable[[World], object], mesh: Mapping[str, int] | None = None) -> None:
     """`run(world)` in the group of processes that this one is of; Ctrl-C ends all of them with one line."""
-    with distributed.process_group() as world:
+    with distributed.process_group(mesh=mesh) as world:
         try:
             run(world)
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
     python examples/language_model.py epochs=2 model.width=64
     torchrun --standalone --nproc-per-node=2 examples/language_model.py
+    torchrun --standalone --nproc-per-node=4 examples/language_model.py mesh=dp_shard=2,tp=2
 
 language_model.sdn has the configuration, and _config.py checks it. Interrupted or preempted, it goes on where
 it was when it is run again; with more epochs than before, at the lowest of the learning rates that it had come to.
@@ -12,18 +13,22 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from _config import read_arguments, refuse, start
+from _config import mesh_sizes, read_arguments, refuse, start
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from dengine import Engine, Events, distributed
 from dengine.config import Conf
+from dengine.engine import Absent
 from dengine.handlers import Checkpoint, LRScheduler, ParamGroupLogger, Preemption, ProgressBar, TrackingHandler
 from dengine.metrics import Perplexity, Throughput
 from dengine.tracking import Track
 
 END, PADDING = 0, 256  # the byte that ends a text, and what fills it up to its length and is never scored
+# Over the ranks of `tp`: the wide middle of each layer, two thirds of its weights.
+PLAN = {"layers.layers.*.linear1": ColwiseParallel(), "layers.layers.*.linear2": RowwiseParallel()}
 say = distributed.rank_zero_only(print)
 
 
@@ -64,6 +69,7 @@ def loss_and_count(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def continued(model: nn.Module, text: bytes, length: int, device: torch.device) -> str:
+    torch.manual_seed(0)  # only all ranks together can call a sharded model: they draw the same
     while len(text) < length and text[-1] != END:
         scores = model(torch.tensor([[*text]], device=device))[0, -1, :PADDING]
         text += bytes(torch.multinomial((scores / 0.7).softmax(0), 1).tolist())
@@ -72,31 +78,35 @@ def continued(model: nn.Module, text: bytes, length: int, device: torch.device) 
 
 def run(cfg, world):
     torch.manual_seed(cfg.seed)
-    model = distributed.prepare_model(GPT(cfg.length, **cfg.model))
+    torch.backends.mha.set_fastpath_enabled(world.mesh is None)  # it takes no weights that are laid out
+    model = GPT(cfg.length, **cfg.model)
+    model = distributed.prepare_model(model, tensor_parallel=PLAN if "tp" in world.coordinates else None)
     bare_model = distributed.unwrap_model(model)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.95))
     texts = docstrings(cfg.length, cfg.max_texts)
     held_out, rest = texts.tensor_split([len(texts) // 10])
-    loader = DataLoader(TensorDataset(rest), max(1, cfg.batch_size // world.size), shuffle=True, drop_last=True)
+    loader = DataLoader(TensorDataset(rest), max(1, cfg.batch_size // world.data_size), shuffle=True, drop_last=True)
     loader = distributed.prepare_data_loader(loader, seed=cfg.seed)
     val_loader = distributed.prepare_data_loader(DataLoader(TensorDataset(held_out), batch_size=64), exact=True)
 
     def train_step(engine, batch):
         loss, count = loss_and_count(model, batch[0].to(world.device))
-        # The mean over the tokens of all ranks: DDP gives the mean of the ranks' gradients, and texts differ in length.
+        # The mean over the tokens of all ranks: a gradient is the mean of the ranks' ones, and texts differ in length.
         mean = loss / distributed.all_reduce(count, "sum") * world.size
         optimizer.zero_grad()
         mean.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        distributed.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss.detach() / count, count
 
     @torch.no_grad()
     def val_step(engine, batch):
+        if isinstance(batch, Absent):  # other ranks have one more batch, and a sharded model needs all of them
+            batch = batch.spare
         loss, count = loss_and_count(bare_model, batch[0].to(world.device))
         return loss / count, count
 
-    trainer, evaluator = Engine(train_step), Engine(val_step)
+    trainer, evaluator = Engine(train_step), Engine(val_step, joined=True)
     trainer.add_metrics({"train/perplexity": Perplexity(), "tokens_per_s": Throughput(lambda output: output[1])})
     evaluator.add_metric(Perplexity(), "val/perplexity")
     ProgressBar().attach(trainer, output_transform=lambda output: {"loss": output[0]})
@@ -146,4 +156,4 @@ if __name__ == "__main__":
     cfg = read_arguments(Path(__file__).with_suffix(".sdn"), __doc__, fractions=["model.dropout"])
     if cfg.model.width % cfg.model.num_heads:
         refuse(f"model.width={cfg.model.width} does not divide into model.num_heads={cfg.model.num_heads}")
-    start(lambda world: run(cfg, world))
+    start(lambda world: run(cfg, world), mesh_sizes(cfg.mesh))

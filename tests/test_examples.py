@@ -279,6 +279,7 @@ def test_the_language_model_goes_on_where_it_was_and_its_perplexity_is_that_of_i
         ("gan", "epochs=0", "epochs=0 must be a whole number above 0"),
         ("gan", "ema_decay=1", "ema_decay=1 must be a number from 0 to below 1"),
         ("language_model", "model.with=1", "Did you mean 'model.width'?"),
+        ("language_model", "mesh=tp", "mesh=tp must be sizes by name, such as dp_shard=2,tp=2"),
         ("language_model", "epochs=x", "epochs=x must be a whole number above 0"),
         ("language_model", "max_texts=x", "max_texts=x must be a whole number above 0"),
     ],
@@ -294,7 +295,8 @@ def test_a_wrong_argument_ends_the_script_with_one_line(
     monkeypatch.setattr(sys, "argv", [f"{name}.py", argument])
     (path,) = (path for path in EXAMPLES.glob(f"{name}.*") if path.suffix in (".toml", ".sdn"))
     with pytest.raises(SystemExit) as ended:
-        config.read_arguments(path, None, fractions=["ema_decay", "model.dropout"])
+        cfg = config.read_arguments(path, None, fractions=["ema_decay", "model.dropout"])
+        config.mesh_sizes(cfg.mesh)
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import runpy
 import sys
@@ -61,3 +62,28 @@ def test_the_language_model_finds_the_perplexity_of_one_process_and_goes_on(
     with torch.no_grad():
         loss, count = module["loss_and_count"](net, module["docstrings"](128, 210)[:21])
     assert float(perplexity) == pytest.approx(float((loss / count).exp()), rel=1e-5)
+
+
+def curve(folder: Path) -> dict[str, list[float]]:
+    """What a run of the language model has recorded, by name."""
+    (numbers,) = folder.glob("language_model/*/metrics.jsonl")
+    rows = [json.loads(line) for line in numbers.read_text().splitlines()]
+    names = ("train/loss", "train/perplexity", "val/perplexity")
+    return {name: [row[name] for row in rows if name in row] for name in names}
+
+
+@pytest.mark.parametrize(("size", "mesh"), [(2, "tp=2"), (4, "dp_shard=2,tp=2")])
+def test_on_a_mesh_the_language_model_learns_what_it_learns_in_one_process(
+    tmp_path: Path, size: int, mesh: str
+) -> None:
+    options = ("epochs=2", "max_texts=210", "warm_up=2", "model.num_layers=1", "model.dropout=0")
+    run_ranks(run_example, 1, "language_model", *options, f"output={tmp_path / 'one'}", init=False, deadline_s=200.0)
+    spread = (*options, f"mesh={mesh}", f"output={tmp_path / 'mesh'}")
+    printed = run_ranks(run_example, size, "language_model", *spread, init=False, deadline_s=300.0)
+    assert "Checkpoint: " in printed[0]
+    one, on_mesh = curve(tmp_path / "one"), curve(tmp_path / "mesh")
+    assert [len(values) for values in one.values()] == [1, 2, 2]
+    if "dp_shard" in mesh:  # a single loss is of the texts of rank 0
+        assert len(on_mesh.pop("train/loss")) == len(one.pop("train/loss"))
+    for name, values in one.items():
+        assert on_mesh[name] == pytest.approx(values, rel=1e-4), name
