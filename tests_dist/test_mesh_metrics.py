@@ -100,11 +100,15 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
     return scores, torch.randint(0, NUM_CLASSES, (NUM_SAMPLES, NUM_TOKENS), generator=generator)
 
 
-def outputs(data_rank: int, data_size: int, cp: int, num_cp: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What a rank sees: every `data_size`-th sample, and of each the tokens of its place along `cp`."""
-    tokens = slice(cp * NUM_TOKENS // num_cp, (cp + 1) * NUM_TOKENS // num_cp)
-    scores, labels = (part[data_rank::data_size, ..., tokens] for part in samples())
-    return list(zip(scores.split(BATCH), labels.split(BATCH), strict=True))
+def batches(data_rank: int, data_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Every `data_size`-th sample."""
+    parts = (part[data_rank::data_size].split(BATCH) for part in samples())
+    return list(zip(*parts, strict=True))
+
+
+def own_tokens(batch: tuple[torch.Tensor, ...], cp: int, num_cp: int) -> tuple[torch.Tensor, ...]:
+    """The tokens of a place along `cp`."""
+    return tuple(part[..., cp * NUM_TOKENS // num_cp : (cp + 1) * NUM_TOKENS // num_cp] for part in batch)
 
 
 def add(engine: Engine) -> None:
@@ -114,18 +118,18 @@ def add(engine: Engine) -> None:
 
 def values_on(rank: int, size: int, mesh: dict[str, int] | None, parts: tuple[int, int]) -> dict[str, Any]:
     with distributed.process_group(mesh=mesh) as world:
-        data = outputs(world.data_rank, parts[0], world.coordinates.get("cp", 0), parts[1])
-        has_output = world.coordinates.get("pp", 1) == 1
-        engine = Engine(lambda engine, batch: batch if has_output else None)
+        data = batches(world.data_rank, parts[0])
+        cp, has_output = world.coordinates.get("cp", 0), world.coordinates.get("pp", 1) == 1
+        engine = Engine(lambda engine, batch: own_tokens(batch, cp, parts[1]) if has_output else None)
         add(engine)
-        calls = CountCollectives()
-        with calls:
-            engine.run(data, max_epochs=1)
-        first = calls.counts.copy()
-        with calls:
+        engine.run(data, max_epochs=1)
+        one_epoch, two_epochs = CountCollectives(), CountCollectives()
+        with one_epoch:
             engine.run(data, max_epochs=2)
-        second = {name: calls.counts[name] - first[name] for name in first}
-        return {"values": plain(engine.state.metrics), "collectives": second}
+        with two_epochs:
+            engine.run(data, max_epochs=4)
+        of_an_epoch = {name: two_epochs.counts[name] - one_epoch.counts[name] for name in one_epoch.counts}
+        return {"values": plain(engine.state.metrics), "collectives": of_an_epoch}
 
 
 class CountCollectives:
@@ -169,21 +173,21 @@ def expected(num_data: int, num_cp: int, *, cp_first: bool) -> dict[str, Any]:
     places = [(data, cp) for data in range(num_data) for cp in range(num_cp)]
     if cp_first:
         places.sort(key=lambda place: place[1])
-    seen = [outputs(data, num_data, cp, num_cp) for data, cp in places]
+    seen = [[own_tokens(batch, cp, num_cp) for batch in batches(data, num_data)] for data, cp in places]
     alone = Engine(lambda engine, batch: batch, distributed=False)
     for name, metric in metrics().items():
         if name not in ("ops", "undeclared", "running"):
             alone.add_metric(name=name, metric=metric, output_transform=transforms().get(name))
-    alone.run([batch for batches in seen for batch in batches])
+    alone.run([output for of_rank in seen for output in of_rank])
     scores, labels = samples()
     running, last = [], []
-    for batches in seen:
-        average = batches[0][1].double().mean()
-        for _, target in batches[1:]:
+    for of_rank in seen:
+        average = of_rank[0][1].double().mean()
+        for _, target in of_rank[1:]:
             average = 0.98 * average + 0.02 * target.double().mean()
         running.append(average.item())
-        last.append(float(batches[-1][1].sum()))
-    num_updates = [len(batches) for batches in seen]
+        last.append(float(of_rank[-1][1].sum()))
+    num_updates = [len(of_rank) for of_rank in seen]
     by_updates = sum(value * count for value, count in zip(last, num_updates, strict=True)) / sum(num_updates)
     return {
         **{name: pytest.approx(value, rel=1e-6) for name, value in plain(alone.state.metrics).items()},
@@ -191,9 +195,9 @@ def expected(num_data: int, num_cp: int, *, cp_first: bool) -> dict[str, Any]:
         "undeclared": pytest.approx(by_updates),
         "ops/lowest": pytest.approx(min(5.0, scores.min().item() + 1)),
         "ops/highest": pytest.approx(scores.max().item() - 2),
-        "ops/most": max(int(target.sum()) for batches in seen for _, target in batches),
-        "ops/mean": pytest.approx(sum(float(len(batches[-1][1])) for batches in seen) / len(seen)),
-        "ops/rows": [sum(target.numel() for _, target in batches) for batches in seen],
+        "ops/most": max(int(target.sum()) for of_rank in seen for _, target in of_rank),
+        "ops/mean": pytest.approx(sum(float(len(of_rank[-1][1])) for of_rank in seen) / len(seen)),
+        "ops/rows": [sum(target.numel() for _, target in of_rank) for of_rank in seen],
         "ops/float_rows": [7.0 + 0.5 * count for count in num_updates],
         "ops/samples": NUM_SAMPLES,
         "ops/total": len(seen) + labels.numel(),
@@ -224,15 +228,15 @@ def test_a_mesh_costs_not_one_collective_more() -> None:
 def speeds_on(rank: int, size: int, mesh: dict[str, int], pooled_on: int | None) -> dict[str, Any]:
     with distributed.process_group(mesh=mesh) as world:
         cp = world.coordinates.get("cp", 0)
-        data = outputs(world.data_rank, world.data_size, cp, mesh.get("cp", 1))
+        num_cp = mesh.get("cp", 1)
         has_output = world.has_last_stage and pooled_on in (None, cp)
-        engine = Engine(lambda engine, batch: batch if has_output else None)
+        engine = Engine(lambda engine, batch: own_tokens(batch, cp, num_cp) if has_output else None)
         throughput, tokens = Seconds(), Seconds(lambda output: output[1].numel())
         engine.add_metric(throughput, "samples")
         engine.add_metric(tokens, "tokens")
-        monitor = ThroughputMonitor(num_tokens=lambda engine: engine.state.batch[1].numel(), print_line=False)
+        monitor = ThroughputMonitor(num_tokens=lambda engine: engine.state.batch[1].numel() // num_cp, print_line=False)
         monitor.attach(engine)
-        engine.run(data)
+        engine.run(batches(world.data_rank, world.data_size))
         rates = engine.state.metrics
         return {**plain(rates), "ratio": rates["tokens_per_s"] / rates["samples_per_s"]}
 

@@ -102,7 +102,7 @@ class World:
 
         Of ranks that differ in `tp` the first, of those in `pp` the last; those of `cp` all, each with its own tokens.
         """
-        return self.has_last_stage and self.coordinates.get("tp", 0) == 0
+        return self.mesh is None or (self.has_last_stage and self.coordinates.get("tp", 0) == 0)
 
     @cached_property
     def counting_ranks(self) -> tuple[tuple[int, ...], ...]:

@@ -264,7 +264,7 @@ class MetricSet:
         """The states of all metrics, and which of them are whose: (id of the metric, its adapter, number of states)."""
         owners, states = [], []
         for key, (label, metric) in self._stateful.items():
-            adapter = adapter_of(metric, label, is_alone=here.size == 1, seen=self._seen.get(key))
+            adapter = adapter_of(metric, label, here, seen=self._seen.get(key))
             mine = adapter.states()
             if not here.counts_samples:  # a rank with the same data and tokens does
                 mine = [replace(state, is_seen=False) for state in mine]

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from dengine.distributed import world
 from dengine.errors import NotComputableError
+from dengine.launch.world import World, world
 from dengine.metrics.builtin.distributed import DistributedMetric
 from dengine.metrics.collection.merging import MergingAdapter
 from dengine.metrics.core.computed import Computed, Form, checked, laid_out, put_together
@@ -28,18 +28,19 @@ class Adapter(Protocol):
     def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Any: ...
 
 
-def adapter_of(metric: AnyMetric, label: str, *, is_alone: bool, seen: Seen | None) -> Adapter:
+def adapter_of(metric: AnyMetric, label: str, here: World, *, seen: Seen | None) -> Adapter:
     """The adapter of `metric`, which is known to the user by `label`.
 
     Args:
-        is_alone: there is one rank, so nothing is averaged.
+        here: the ranks that it is reduced over.
         seen: what a metric was given that does not count it by itself; None if nobody counted.
     """
+    is_alone = here.size == 1
     if isinstance(metric, DistributedMetric):
         seen = Seen(metric.num_updates, int(metric.has_samples))
         return ValueAdapter(metric, label, metric.reduce_op, seen, is_alone=is_alone)
     if isinstance(metric, Metric) and metric.states:
-        return DeclaredAdapter(metric, label)
+        return DeclaredAdapter(metric, label, shares_samples=here.mesh is not None)
     if is_torchmetrics(metric):
         from dengine.metrics.adapters.torchmetrics import TorchmetricsAdapter
 
@@ -66,19 +67,23 @@ def _seen_by(metric: AnyMetric, seen: Seen | None) -> Seen:
 
 
 class DeclaredAdapter:
-    """A metric with declared states."""
+    """A metric with declared states. `shares_samples`: ranks may have the same samples."""
 
-    def __init__(self, metric: Metric, label: str) -> None:
+    def __init__(self, metric: Metric, label: str, *, shares_samples: bool) -> None:
         self._metric = metric
         self._label = label
+        self._shares_samples = shares_samples
 
     def states(self) -> list[State]:
         self._metric.flush()
         is_seen = self._metric.num_updates > 0
-        return [
-            State(self._label, name, spec.reduce, _tensor(getattr(self._metric, name), self._label, name), is_seen)
-            for name, spec in self._metric.states.items()
-        ]
+        states = []
+        for name, spec in self._metric.states.items():
+            op = "sum" if spec.reduce == "samples" and not self._shares_samples else spec.reduce
+            states.append(
+                State(self._label, name, op, _tensor(getattr(self._metric, name), self._label, name), is_seen)
+            )
+        return states
 
     def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Metric:
         return self._metric.with_states(dict(zip(self._metric.states, values, strict=True)))

@@ -36,11 +36,14 @@ class Plan:
     per_rank_counts: tuple[int, ...]
     joined: tuple[int, ...]  # "cat": their lengths, after `per_rank_counts`
     extremes: tuple[int, ...]
+    numels: tuple[int, ...]  # of every state, one after the other
 
     @classmethod
     def of(cls, schemas: tuple[Schema, ...]) -> "Plan":
+        whole = [schema.is_whole for schema in schemas]
+
         def those(*ops: str, is_whole: bool | None = None) -> tuple[int, ...]:
-            return tuple(i for i, e in enumerate(schemas) if e.op in ops and is_whole in (None, e.is_whole))
+            return tuple(i for i, e in enumerate(schemas) if e.op in ops and is_whole in (None, whole[i]))
 
         return cls(
             sums=those("sum", is_whole=False),
@@ -50,6 +53,7 @@ class Plan:
             per_rank_counts=those("gather", "samples", is_whole=True),
             joined=those("cat"),
             extremes=those("min", "max"),
+            numels=tuple(schema.numel for schema in schemas),
         )
 
 
@@ -105,10 +109,10 @@ def _ranks_with_rows(here: World) -> Sequence[int]:
 
 def _sections(schemas: tuple[Schema, ...], plan: Plan, here: World) -> tuple[int, int, int, int]:
     """Lengths of what follows the header: floats, halves of whole numbers (two sections), the rows of the ranks."""
-    floats = sum(schemas[index].numel for index in plan.sums) + sum(schemas[index].numel + 1 for index in plan.means)
-    counts = sum(schemas[index].numel for index in plan.counts)
-    row = sum(schemas[index].numel for index in plan.per_rank_floats)
-    row += 2 * (sum(schemas[index].numel for index in plan.per_rank_counts) + len(plan.joined))
+    floats = sum(plan.numels[index] for index in plan.sums) + sum(plan.numels[index] + 1 for index in plan.means)
+    counts = sum(plan.numels[index] for index in plan.counts)
+    row = sum(plan.numels[index] for index in plan.per_rank_floats)
+    row += 2 * (sum(plan.numels[index] for index in plan.per_rank_counts) + len(plan.joined))
     return floats, counts, counts, len(_ranks_with_rows(here)) * row
 
 
@@ -131,11 +135,11 @@ def unpacked(
     """The reduced states, from the summed buffer. Collective if there are minima, maxima or "cat" states."""
     _, floats, high, low, rows = _split(host, [HEADER, *_sections(schemas, plan, here)])
     values = dict(_extremes(states, schemas, plan, here))
-    num_floats = [schemas[index].numel for index in plan.sums]
+    num_floats = [plan.numels[index] for index in plan.sums]
     *sums, means = _split(floats, [*num_floats, floats.numel() - sum(num_floats)])
     values |= {index: _shaped(part, schemas[index]) for index, part in zip(plan.sums, sums, strict=True)}
     values |= _unpacked_means(means, states, schemas, plan)
-    counts = _split(_joined_halves(high, low), [schemas[index].numel for index in plan.counts])
+    counts = _split(_joined_halves(high, low), [plan.numels[index] for index in plan.counts])
     values |= {index: _shaped(part, schemas[index]) for index, part in zip(plan.counts, counts, strict=True)}
     if plan.per_rank_floats or plan.per_rank_counts or plan.joined:
         values |= _unpacked_rows(rows.reshape(len(_ranks_with_rows(here)), -1), states, schemas, plan, here)
@@ -171,8 +175,8 @@ def _unpacked_rows(
     rows: torch.Tensor, states: list[State], schemas: tuple[Schema, ...], plan: Plan, here: World
 ) -> dict[int, torch.Tensor]:
     """What keeps the ranks apart: (ranks, ...) for "gather", and the "cat" states, whose lengths are among it."""
-    num_floats = [schemas[index].numel for index in plan.per_rank_floats]
-    num_wholes = [schemas[index].numel for index in plan.per_rank_counts] + [1] * len(plan.joined)
+    num_floats = [plan.numels[index] for index in plan.per_rank_floats]
+    num_wholes = [plan.numels[index] for index in plan.per_rank_counts] + [1] * len(plan.joined)
     floats, high, low = _split(rows, [sum(num_floats), sum(num_wholes), sum(num_wholes)], 1)
     pieces = [*_split(floats, num_floats, 1), *_split(_joined_halves(high, low), num_wholes, 1)]
     values = {}
@@ -185,8 +189,6 @@ def _unpacked_rows(
 
 def _once_a_sample(counts_R: torch.Tensor, here: World) -> torch.Tensor:
     """The sum of counts of samples, of which ranks that share their samples have the same or, without output, none."""
-    if here.mesh is None:
-        return counts_R.sum(0)
     row = {rank: index for index, rank in enumerate(_ranks_with_rows(here))}
     return torch.stack([counts_R[[row[rank] for rank in ranks]].amax(0) for ranks in here.counting_ranks]).sum(0)
 
@@ -200,7 +202,7 @@ def _extremes(states: list[State], schemas: tuple[Schema, ...], plan: Plan, here
     if not wanted:
         return {}
     sent = torch.cat([_ordered(states[index], schemas[index], here) for index in wanted])
-    pieces = _split(max_tensor(sent, here).cpu(), [schemas[index].numel for index in wanted])
+    pieces = _split(max_tensor(sent, here).cpu(), [plan.numels[index] for index in wanted])
     return {index: _from_ordered(schemas[index], piece) for index, piece in zip(wanted, pieces, strict=True)}
 
 
@@ -241,7 +243,7 @@ def _concatenated(
     if not wanted:
         return {}
     lengths = {index: piece.reshape(-1).tolist() for index, piece in zip(wanted, lengths_R, strict=True)}
-    widths = {index: schemas[index].numel * schemas[index].dtype.itemsize for index in wanted}
+    widths = {index: plan.numels[index] * schemas[index].dtype.itemsize for index in wanted}
     mine = [states[index].value.detach().to(here.device, schemas[index].dtype).contiguous() for index in wanted]
     ranks = _ranks_with_rows(here)
     sizes = [0] * here.size
