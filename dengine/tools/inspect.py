@@ -203,7 +203,7 @@ def _shards(path: Path) -> int:
     alive: list[torch.Tensor] = []
     for name, state_of in decoded(metadata.states, placeholder).items():
         leaves = [] if name == RESERVED else list(_leaves(state_of, ""))
-        rows = [[key, *_shown(value), *_held(holders.get(id(value), []), verdicts)] for key, value in leaves]
+        rows = [[key, *_shown(value), *_written_by(holders.get(id(value), []), verdicts)] for key, value in leaves]
         _print_state(name, state_of, leaves, ["name", "shape", "dtype", "size", "ranks", "verified"], rows)
     return 1 if damaged else 0
 
@@ -216,7 +216,7 @@ def _shard_damage(folder: Path, name: str, num_bytes: int, sha256: str) -> str |
     return None
 
 
-def _held(chunks: list[Chunk], verdicts: dict[str, str]) -> list[str]:
+def _written_by(chunks: list[Chunk], verdicts: dict[str, str]) -> list[str]:
     """The ranks that wrote the parts of a tensor, and whether their files are intact."""
     if not chunks:
         return ["", "intact"]  # it is in metadata.json, which has been checked
