@@ -194,6 +194,8 @@ def sync(path: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make the folder and those above it, each on the disk in its own parent."""
+    if folder.is_dir():
+        return
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:

@@ -270,7 +270,7 @@ class Checkpoint:
             self._has_looked = True
         score = None if self._score_function is None else score_of(engine, self._score_function, "a Checkpoint")
         # One that is still being written counts as saved: if it fails, the run ends.
-        if not is_kept(score, self._expected(), self._n_saved):
+        if score is not None and not is_kept(score, self._expected(), self._n_saved):
             return self._known(), None
         step = step_of(engine, self._step_transform, self._objects.values())
         if (job := self._background.job) is not None:

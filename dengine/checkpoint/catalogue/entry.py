@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def entries_of(files: Mapping[str, Any]) -> dict[str, Entry]:
 
 def about(entry: Entry) -> dict[str, object]:
     """What a file says of itself: the entry without what only the finished file has."""
-    values = asdict(entry)
+    values = dict(vars(entry))
     for key in ("name", "sha256", "num_bytes"):
         del values[key]
     # JSON knows no infinity.

@@ -10,6 +10,8 @@ import queue
 import threading
 from typing import Any
 
+import numpy as np
+
 from dengine.checkpoint.disk import room
 from dengine.checkpoint.disk.background import at_work
 
@@ -42,7 +44,8 @@ class HashingWriter:
         self._num_unflushed = 0
         self._digest = _Digest()
         # One is filled while the other is digested.
-        self._memory, self._other = (memoryview(bytearray(_PART_BYTES)) for _ in range(2))
+        # Without zeros: a small file does not pay for memory that it never fills.
+        self._memory, self._other = (np.empty(_PART_BYTES, np.uint8).data for _ in range(2))
         self._num_gathered = 0
         self._is_other_digested = _DONE
         room.reserve(descriptor, expected_bytes)
