@@ -14,7 +14,7 @@ import pytest
 
 from dengine.__main__ import main
 from dengine.launch.env import choose_launch
-from dengine.tools.doctor import clock, devices, folder, group, interfaces, launcher, limits, master, software
+from dengine.tools.doctor import clock, devices, folder, group, interfaces, launcher, limits, master, mesh, software
 from dengine.tools.doctor.report import Finding, Header, Report, Verdict, ranks_text
 
 HOSTS = {0: "node1", 1: "node1", 2: "node2", 3: "node2"}
@@ -398,3 +398,39 @@ def test_what_is_wrong_with_a_folder_is_said_with_a_way_out(
     assert text in f"{found.figure} {found.advice}"
     if verdict is not Verdict.OK:
         assert found.ranks == (2,)
+
+
+# -- the mesh ----------------------------------------------------------------------------------------------------
+
+
+def test_a_mesh_on_one_host_or_within_hosts_is_shown() -> None:
+    found = mesh.judge_mesh({"dp_shard": -1, "tp": 2}, 4, HOSTS)
+    assert (found.verdict, found.data) == (Verdict.OK, {"sizes": {"dp_shard": 2, "tp": 2}})
+    assert found.figure == "dp_shard=2 x tp=2: 2 parts of the data, for ranks 0 and 1; ranks 2 and 3"
+    assert mesh.judge_mesh({"dp": 4}, 4, HOSTS).figure == "dp=4: 4 parts of the data"
+    assert mesh.judge_mesh({"tp": 1, "pp": 4}, 4, HOSTS).verdict is Verdict.OK
+
+
+def test_tensor_parallel_ranks_on_several_hosts_are_a_warning() -> None:
+    found = mesh.judge_mesh({"tp": 2, "dp": 2}, 4, HOSTS)
+    assert (found.verdict, found.ranks) == (Verdict.WARN, (0, 2, 1, 3))
+    assert "2 of the groups along tp span hosts: ranks 0 (node1) and 2 (node2)" in found.figure
+    assert "name it last" in found.advice
+
+
+def test_a_mesh_that_does_not_fit_is_a_failure() -> None:
+    found = mesh.judge_mesh({"dp": 3, "tp": -1}, 4, HOSTS)
+    assert found.verdict is Verdict.FAIL
+    assert "3 ranks to each place along tp, which does not divide the 4" in found.figure
+
+
+@pytest.mark.parametrize("text", ["dp", "dp=", "dp=two", "dp=2,dp=2", "dp=2;tp=2", "x=2", "dp=0", "dp=-1,tp=-1", ""])
+def test_a_mesh_that_is_none_is_a_wrong_argument(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--mesh", text]) == 2
+    assert "doctor --help" in capsys.readouterr().err
+
+
+def test_alone_it_can_make_a_mesh_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--folder", str(tmp_path), "--mesh", "dp_shard=-1,tp=1", "--json"]) == 0
+    found = {each["check"]: each for each in json.loads(capsys.readouterr().out)["checks"]}
+    assert found["mesh"]["figure"] == "dp_shard=1 x tp=1: 1 part of the data"

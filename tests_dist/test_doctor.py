@@ -64,6 +64,15 @@ def test_nothing_is_wrong_and_nothing_is_left_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mesh_is_made_and_shown(tmp_path: Path) -> None:
+    visits = run_ranks(doctor, 4, str(tmp_path), "--mesh", "dp=-1,tp=2", init=False)
+    shown = checks(visits[0])
+    assert shown["mesh"]["figure"] == "dp=2 x tp=2: 2 parts of the data, for ranks 0 and 1; ranks 2 and 3"
+    assert (shown["mesh"]["verdict"], shown["join"]["verdict"]) == ("ok", "ok")
+    visits = run_ranks(doctor, 2, str(tmp_path), "--mesh", "dp=3", init=False)
+    found(visits, "mesh", "fail", [], "a mesh of 3 ranks, but there are 2", "whose product is the number of ranks")
+
+
 def in_one_line(output: str) -> str:
     """However wide the terminal is."""
     return " ".join(output.split())
@@ -300,7 +309,7 @@ def hasty(limit_s: float) -> None:
 def killed_in_the_group(rank: int, size: int, folder: str) -> None:
     hasty(15.0)
     if rank == 1:
-        group.exercise = lambda backend, part: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[return-value]
+        group.exercise = lambda backend, part: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_rank_that_dies_in_the_midst(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """A mesh of ranks, on real ones; what each must have is computed here, in the parent."""
 
+import os
+import signal
+import time
 from typing import Any
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from dengine import distributed
+from dengine import Engine, distributed
 from dengine.distributed import mesh as mesh_module
 from dengine.errors import LaunchError
 
@@ -161,3 +164,31 @@ def test_who_waits_in_a_group_of_the_mesh_is_freed_by_a_failure() -> None:
     kinds = ["RemoteRankError", "ValueError", "RemoteRankError", "RemoteRankError"]
     assert [outcome.error_type for outcome in outcomes] == kinds
     assert all(outcome.seconds < 30 for outcome in outcomes)
+    told = [outcome.error_message for outcome in outcomes if outcome.rank != 1]
+    assert all("Rank 1 (dp=0, tp=1) was outside of a run" in each for each in told), told
+
+
+def hangs(rank: int, size: int) -> None:
+    with distributed.process_group(mesh={"pp": 2, "dp": 2}, stall_timeout=3):
+        Engine(lambda engine, batch: time.sleep(60) if rank == 2 and engine.state.iteration == 2 else None).run([0] * 3)
+        distributed.barrier("the end")
+
+
+def test_who_hangs_is_told_with_its_place_on_the_mesh() -> None:
+    outcomes = run_ranks(hangs, 4, init=False, expect_failures=True, deadline_s=60)
+    told = [outcome.error_message + outcome.output for outcome in outcomes]
+    assert all("Rank 2 (pp=1, dp=0) is at epoch 0, iteration 2" in each for each in told), told
+    assert "dengine: rank 1 (pp=0, dp=1) is" in told[1]
+
+
+def is_killed(rank: int, size: int) -> None:
+    with distributed.process_group(mesh={"dp": 2, "tp": 2}):
+        distributed.barrier("all are there")
+        if rank == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        distributed.barrier("the end")
+
+
+def test_who_vanished_is_told_with_its_place_on_the_mesh() -> None:
+    outcomes = run_ranks(is_killed, 4, init=False, expect_failures=True, deadline_s=60)
+    assert all("Rank 3 (dp=1, tp=1) was last seen" in outcome.error_message for outcome in outcomes[:3]), outcomes

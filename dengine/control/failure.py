@@ -62,7 +62,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that raised, vanished or stalled. `run` is the number of the run that it left by raising, if any."""
+    """A rank that raised, vanished or stalled. `run` is the number of the run that it left by raising, if any.
+
+    `place` tells where on the mesh the rank is, if there is one.
+    """
 
     kind: Kind
     rank: int
@@ -73,6 +76,7 @@ class Failure:
     started: int = -1  # how far the rank had started that run, see `Run.started`
     is_frozen: bool = False  # it does not even answer
     is_interrupt: bool = False  # Ctrl-C
+    place: str = ""
 
     def message(self) -> str:
         if self.kind == "raised":
@@ -84,7 +88,8 @@ class Failure:
         is_or_was = {"raised": "was", "vanished": "was last seen", "stalled": "is"}[self.kind]
         if self.is_frozen:
             is_or_was = "was last seen"
-        text += f"\n  Rank {self.rank} {is_or_was} {where_text(self.where)}."
+        place = f" ({self.place})" if self.place else ""
+        text += f"\n  Rank {self.rank}{place} {is_or_was} {where_text(self.where)}."
         return text + (f"\n\nOn rank {self.rank}:\n{self.traceback}" if self.traceback else "")
 
     def as_error(self) -> RemoteRankError | StallError:
@@ -110,7 +115,7 @@ class Failure:
         """The failure that `to_dict` gave. Raises: TypeError, ValueError, KeyError: it is something else."""
         failure = cls(**{**fields, "where": tuple(Level.from_dict(level) for level in fields["where"])})
         _check_types(failure, rank=int, error=str, traceback=str, run=(int, type(None)), started=int)
-        _check_types(failure, is_frozen=bool, is_interrupt=bool)
+        _check_types(failure, is_frozen=bool, is_interrupt=bool, place=str)
         if failure.kind not in get_args(Kind):
             raise ValueError(f"kind={failure.kind!r}")
         return failure

@@ -176,7 +176,7 @@ class LivenessProbe:
             error += f"; its last report was {max(time.time() - beat['time_s'], 0):.1f} s before"
         if len(gone) > 1:
             error += f"; gone are ranks {', '.join(map(str, gone[:_NUM_SHOWN]))}"
-        return Failure("vanished", gone[0], error, levels_of(beat))
+        return Failure("vanished", gone[0], error, levels_of(beat), place=self._here.place_of(gone[0]))
 
     def _stall_failure(
         self, answers: dict[int, dict[str, Any]], missing: list[int], timeout_s: float, limit: str

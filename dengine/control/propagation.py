@@ -9,6 +9,7 @@ run.
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from types import FrameType
 
 from torch.distributed import DistError
@@ -200,6 +201,7 @@ class Failures:
 
         `is_store_lost`: the store went with it. Then nobody is asked, as a request to it may take long.
         """
+        failure = replace(failure, place=self._here.place_of(failure.rank))
         with self._receive_lock:
             if failure.run in self._recovered:
                 return
@@ -208,7 +210,7 @@ class Failures:
                 self._status.update(is_store_lost=is_store_lost)
                 return
             if failure.kind == "stalled":
-                show_stall(failure, self._here.rank, self._store, self._heartbeat, is_store_lost=is_store_lost)
+                show_stall(failure, self._here, self._store, self._heartbeat, is_store_lost=is_store_lost)
             self._received_at_s = time.monotonic()
             self._status.update(failure=failure, is_store_lost=is_store_lost)
         self._runs.interrupt()

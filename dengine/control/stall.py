@@ -17,6 +17,7 @@ from dengine.control.failure import Failure, where_text
 from dengine.control.heartbeat import Heartbeat
 from dengine.control.status import GroupStatus
 from dengine.launch.console import say
+from dengine.launch.world import World
 
 __all__ = ["show_stall", "stacks", "wait_for_stacks"]
 
@@ -25,14 +26,15 @@ _STACKS = "stacks"  # key in the store: the rank that hangs has shown its stacks
 _POLL_S = 0.02
 
 
-def show_stall(failure: Failure, rank: int, store: Any, heartbeat: Heartbeat, *, is_store_lost: bool) -> None:
+def show_stall(failure: Failure, here: World, store: Any, heartbeat: Heartbeat, *, is_store_lost: bool) -> None:
     """Print where this rank is, and kill the process that hangs if it is frozen.
 
     Comes before the loop learns of the stall: afterwards this process may be gone at any moment.
     """
-    say(f"dengine: rank {rank} is {where_text(heartbeat.activity.position())}\n{stacks()}")
+    place = f" ({here.place_of(here.rank)})" if here.mesh is not None else ""
+    say(f"dengine: rank {here.rank}{place} is {where_text(heartbeat.activity.position())}\n{stacks()}")
     with suppress(DistError):  # the store is gone: whoever reads from it notices
-        if failure.rank == rank:
+        if failure.rank == here.rank:
             store.set(_STACKS, "shown")
         elif failure.is_frozen:
             _kill_frozen(failure.rank, heartbeat, is_store_lost=is_store_lost)

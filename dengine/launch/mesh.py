@@ -1,6 +1,7 @@
 """The dimensions of a mesh of ranks: their names, their sizes, and which ranks are given the same data. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from math import prod
 
 from dengine.checks import whole_number
@@ -12,6 +13,7 @@ __all__ = [
     "SEQUENCE_NAMES",
     "checked_sizes",
     "filled_sizes",
+    "groups_along",
     "other_meshes_text",
     "shown_sizes",
 ]
@@ -82,6 +84,20 @@ def filled_sizes(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
 def shown_sizes(sizes: Mapping[str, int]) -> str:
     """`sizes` as they are written in a script."""
     return "{" + ", ".join(f'"{name}": {size}' for name, size in sizes.items()) + "}"
+
+
+def groups_along(sizes: Mapping[str, int], names: Collection[str]) -> list[list[int]]:
+    """The ranks of a mesh in groups that differ in the dimensions `names` alone.
+
+    Example:
+        >>> groups_along({"dp": 2, "tp": 2}, ["tp"])
+        [[0, 1], [2, 3]]
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank, place in enumerate(product(*map(range, sizes.values()))):
+        others = tuple(each for name, each in zip(sizes, place, strict=True) if name not in names)
+        groups.setdefault(others, []).append(rank)
+    return list(groups.values())
 
 
 def other_meshes_text(meshes: Sequence[str]) -> str:

@@ -30,15 +30,15 @@ _SLOW_RATIO, _SLOW_S = 4.0, 0.005
 _PERIOD = 251  # of the values that are added up: their sums are whole in float32
 
 
-def exercise(backend: str, part: Path) -> GroupFacts:
+def exercise(backend: str, part: Path, *, mesh: dict[str, int] | None = None) -> GroupFacts:
     """Try everything that needs a process group; errors and hangs are in the result, and are not raised.
 
-    `backend` is as for `process_group()`; a checkpoint is saved in the folder `part`.
+    `backend` and `mesh` are as for `process_group()`; a checkpoint is saved in the folder `part`.
     Collective: call on all ranks. Cost: `LIMIT_S` at most. What hangs then stays in its thread.
     """
     results: GroupFacts = {}
     # Gloo's own wait for a peer that cannot reach this host does not end with the group's timeout.
-    thread = threading.Thread(target=_exercise, args=(backend, part, results), name=_THREAD, daemon=True)
+    thread = threading.Thread(target=_exercise, args=(backend, part, mesh, results), name=_THREAD, daemon=True)
     thread.start()
     thread.join(LIMIT_S)
     if thread.is_alive():
@@ -59,10 +59,10 @@ def judge_group(facts: dict[int, GroupFacts], hosts: dict[int, str]) -> list[Fin
 # -- on each rank ------------------------------------------------------------------------------------------------
 
 
-def _exercise(backend: str, part: Path, results: GroupFacts) -> None:
+def _exercise(backend: str, part: Path, mesh: dict[str, int] | None, results: GroupFacts) -> None:
     began = time.monotonic()
     try:
-        with distributed.process_group(backend, timeout=_JOIN_S) as world:
+        with distributed.process_group(backend, timeout=_JOIN_S, mesh=mesh) as world:
             results["join"] = {"seconds": time.monotonic() - began, "backend": world.backend}
             if dist.is_initialized():
                 reduced = {"gloo": _reduced(torch.device("cpu"))}

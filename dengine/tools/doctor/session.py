@@ -14,9 +14,9 @@ from typing import Any
 from dengine.errors import LaunchError
 from dengine.launch.env import Choice, Launch, choose_launch
 from dengine.tools.arguments import a_path
-from dengine.tools.doctor import clock, devices, folder, group, interfaces, launcher, limits, master, software
+from dengine.tools.doctor import clock, devices, folder, group, interfaces, launcher, limits, master, mesh, software
 from dengine.tools.doctor.board import Board, BoardLostError, open_board
-from dengine.tools.doctor.facts import FolderFacts, RankFacts
+from dengine.tools.doctor.facts import FolderFacts, GroupFacts, RankFacts
 from dengine.tools.doctor.master import MasterError
 from dengine.tools.doctor.report import Finding, Header, Report, Verdict, ranks_text
 
@@ -64,6 +64,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="files or folders that must be equal on all ranks",
     )
+    parser.add_argument(
+        "--mesh", metavar="NAME=SIZE,...", help="as process_group(mesh=) will have it: dp_shard=-1,tp=2"
+    )
     parser.add_argument("--wait", type=float, default=20.0, metavar="S", help="seconds for ranks to come (default: 20)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
 
@@ -74,8 +77,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         if not options.wait > 0:
             raise ValueError(f"--wait {options.wait} is no number of seconds above 0.")
+        options.mesh = None if options.mesh is None else mesh.mesh_from(options.mesh)
         code = software.code_facts(options.code)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         print(f"{error} See python -m dengine doctor --help.", file=sys.stderr)
         return 2
     try:
@@ -151,7 +155,7 @@ def _take_part(session: _Session, plan: dict[str, Any], probe: FolderFacts) -> i
     board.post("shared", has_written and folder.sees_file_of(probe, plan["session_id"], coordinator))
     backend = board.wait("backend", _STEP_S)
     if backend:
-        board.post("group", group.exercise(backend, Path(probe["part"])))
+        board.post("group", _in_a_group(session, backend, probe))
     code = int(board.wait("code", _STEP_S + group.LIMIT_S))
     folder.leave_folder(probe, board.rank)
     board.post("left", True)
@@ -188,6 +192,8 @@ def _examine(session: _Session, report: Report, plan: dict[str, Any], probe: Fol
     report.open(Header(session.facts["launch"]["launcher"], board.size, tuple(dict.fromkeys(hosts.values()))))
     came = launcher.judge_came(facts, board, session.options.wait, hosts)
     report.add(launcher.judge_launcher(facts, hosts), master.judge_master(facts, hosts), came)
+    if session.options.mesh is not None:
+        report.add(mesh.judge_mesh(session.options.mesh, board.size, hosts))
     report.add(*(judge(facts, hosts) for judge in _JUDGES))
     try:
         clock.answer_clock(board, others)
@@ -204,8 +210,13 @@ def _examine(session: _Session, report: Report, plan: dict[str, Any], probe: Fol
         report.add(Finding("join", Verdict.SKIP, "a process group needs all ranks"))
         return
     until = time.monotonic() + group.LIMIT_S + _SLACK_S
-    board.post("group", group.exercise(backend, Path(probe["part"])))
+    board.post("group", _in_a_group(session, backend, probe))
     report.add(*group.judge_group(_all(board, "group", here, until - time.monotonic()), hosts))
+
+
+def _in_a_group(session: _Session, backend: str, probe: FolderFacts) -> GroupFacts:
+    part, asked = Path(probe["part"]), session.options.mesh
+    return group.exercise(backend, part) if asked is None else group.exercise(backend, part, mesh=asked)
 
 
 def _all(board: Board, topic: str, ranks: list[int], timeout_s: float | None = None) -> dict[int, Any]:
