@@ -16,7 +16,7 @@ from torch import nn
 from dengine import Engine, Events, distributed
 from dengine.checkpoint import load, verify
 from dengine.checkpoint.catalogue.manifest import scan
-from dengine.control.exchange import Mailbox
+from dengine.control.mailbox import Mailbox
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
 

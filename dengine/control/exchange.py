@@ -1,93 +1,59 @@
-"""Notes that a thread of each rank leaves for rank 0.
+"""The store exchange: texts that ranks leave for each other in a store, by topic and rank.
 
-They go through the store, since a collective of a thread could mix with those of the training.
+Through the store, since a collective of a thread could mix with those of the training, and since it can tell who never
+came.
 """
 
-import math
-import threading
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from dengine import torch_internals
-from dengine.control.plane import Control
-from dengine.errors import RemoteRankError
-from dengine.launch.world import entered_plane, world
-
-__all__ = ["Mailbox"]
-
-_POLL_S = 0.01  # how often rank 0 looks for notes
-# How much longer rank 0 waits after a failure: a rank that is gone leaves no note; one that raised is alive, and its
-# thread may still be at work.
-_GONE_S = 2.0
-_RAISED_S = 30.0
-_UNWATCHED_S = 1800.0  # if there is no control plane that reports failures: as long as a collective of torch waits
+__all__ = ["StoreExchange", "after"]
 
 
-class Mailbox:
-    """One note from each rank, under a name that is used once. Make it on the loop's thread, on all ranks; everything
-    else is for one thread of each. No collective. Cost: one request to the store a note, and one look in 10 ms.
-
-    Args:
-        is_leaving: set once this rank leaves its run by an error: then a note that is missing is not waited for.
+class StoreExchange:
+    """One text of each rank for a topic, whose name is used once. Cost: two requests to the store a text; one in
+    `poll_s` while texts are waited for, and two for each text.
     """
 
-    def __init__(self, name: str, is_leaving: threading.Event) -> None:
-        self._is_leaving = is_leaving
-        self._here = world()
-        plane = entered_plane()
-        self._status = plane._status if isinstance(plane, Control) else None
-        self._prefix = f"mailbox/{name}"
-        self._store: Any = None
-        if self._here.size > 1:
-            # A group that was made elsewhere has a store of its own.
-            self._store = plane.context.store if isinstance(plane, Control) else torch_internals.default_store()
-        self._own: str | None = None
+    def __init__(self, store: Any, rank: int, *, poll_s: float = 0.02) -> None:
+        self._store = store
+        self._rank = rank
+        self._poll_s = poll_s
 
-    @property
-    def is_mine(self) -> bool:
-        """Whether this rank collects the notes."""
-        return self._here.rank == 0
+    def post(self, topic: str, text: str) -> None:
+        """Leave this rank's text."""
+        self._store.set(f"{topic}/{self._rank}", text)
+        self._store.add(f"{topic}/count", 1)
 
-    def post(self, note: str) -> None:
-        """Leave this rank's note.
+    def collect(
+        self, topic: str, ranks: Iterable[int], is_over: Callable[[], bool], *, is_read_once: bool = False
+    ) -> dict[int, bytes]:
+        """The texts of those of `ranks` that have left one before the wait `is_over`, in the order of ranks.
 
-        Raises:
-            RuntimeError: the store is gone.
+        `is_read_once`: nobody else reads them, so that they are removed.
         """
-        self._own = note
-        if not self.is_mine:
-            self._store.set(f"{self._prefix}/{self._here.rank}", note)
+        wanted = sorted(ranks)
+        found: dict[int, bytes] = {}
+        while True:
+            is_last = is_over()
+            # One question for all of them, until they are there or the wait is over.
+            if is_last or len(wanted) == 1 or self._store.add(f"{topic}/count", 0) >= len(wanted):
+                found |= {rank: text for rank in wanted if rank not in found and (text := self._text(topic, rank))}
+            if is_last or len(found) == len(wanted):
+                break
+            time.sleep(self._poll_s)
+        if is_read_once:
+            for key in [*(f"{topic}/{rank}" for rank in found), f"{topic}/count"]:
+                self._store.delete_key(key)
+        return {rank: found[rank] for rank in wanted if rank in found}
 
-    def collect(self) -> list[str]:
-        """On rank 0, after its own `post`: the notes of all ranks, in their order. Waits for them.
+    def _text(self, topic: str, rank: int) -> bytes:
+        key = f"{topic}/{rank}"
+        return bytes(self._store.get(key)) if self._store.check([key]) else b""
 
-        Raises:
-            RemoteRankError: another rank has failed, and left none. RuntimeError: the store is gone.
-        """
-        assert self._own is not None
-        notes = {0: self._own}
-        end = math.inf
-        while len(notes) < self._here.size:
-            for rank in range(1, self._here.size):
-                key = f"{self._prefix}/{rank}"
-                if rank not in notes and self._store.check([key]):
-                    notes[rank] = self._store.get(key).decode()
-                    self._store.delete_key(key)
-            if len(notes) < self._here.size:
-                patience_s = self._patience_s()
-                # A failure that was recovered from meanwhile sets no limit.
-                end = math.inf if math.isinf(patience_s) else min(end, time.monotonic() + patience_s)
-                if time.monotonic() >= end:
-                    missing = next(rank for rank in range(self._here.size) if rank not in notes)
-                    raise RemoteRankError(f"Rank {missing} has not reported that its part is written.", rank=missing)
-                time.sleep(_POLL_S)
-        return [notes[rank] for rank in range(self._here.size)]
 
-    def _patience_s(self) -> float:
-        """How many more seconds a note may take, given the status of the group."""
-        failure = None if self._status is None else self._status.failure
-        if failure is not None and failure.kind != "raised":
-            return _GONE_S
-        if failure is not None or self._is_leaving.is_set():
-            return _RAISED_S
-        return _UNWATCHED_S if self._status is None else math.inf
+def after(timeout_s: float) -> Callable[[], bool]:
+    """Whether `timeout_s` have passed since this call."""
+    end_s = time.monotonic() + timeout_s
+    return lambda: time.monotonic() >= end_s

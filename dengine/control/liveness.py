@@ -9,6 +9,7 @@ from typing import Any
 from dengine.control.call_log import num_joined, user_line
 from dengine.control.channel import ControlContext, Messages
 from dengine.control.deadlock import cause, is_certain, waits_in
+from dengine.control.exchange import StoreExchange, after
 from dengine.control.failure import Failure, where_text
 from dengine.control.heartbeat import Heartbeat, levels_of
 from dengine.control.status import GroupStatus
@@ -44,6 +45,7 @@ class LivenessProbe:
         self._context = context
         self._here = context.here
         self._store = context.store
+        self._exchange = StoreExchange(context.store, context.here.rank, poll_s=_POLL_S)
         self._messages = messages
         self._status = status
         self._heartbeat = heartbeat
@@ -123,8 +125,7 @@ class LivenessProbe:
                 int(call_log.is_inside),
             ],
         }
-        self._store.set(f"here/{number}/{self._here.rank}", json.dumps(answer))
-        self._store.add(f"here/{number}", 1)
+        self._exchange.post(f"here/{number}", json.dumps(answer))
 
     def _wait_details(self) -> dict[str, Any]:
         """The part of the answer that deadlock.py reads."""
@@ -153,18 +154,13 @@ class LivenessProbe:
         """The answers by rank; a rank whose thread does not answer is missing."""
         number = self._store.add("calls", 1)
         self._messages.publish(kind="call", number=number)
-        end = time.monotonic() + _ANSWER_S
-        while self._store.add(f"here/{number}", 0) < self._here.size and time.monotonic() < end:
-            time.sleep(_POLL_S)
-        answers = {}
-        for rank in range(self._here.size):
-            key = f"here/{number}/{rank}"
-            if self._store.check([key]):
-                answer = parse_object(self._store.get(key))
-                # A malformed answer is an answer: that rank is not the one that is silent.
-                answers[rank] = answer if answer is not None and _is_complete(answer) else dict(_UNREADABLE)
-                self._store.delete_key(key)
-        return answers
+        ranks = range(self._here.size)
+        texts = self._exchange.collect(f"here/{number}", ranks, after(_ANSWER_S), is_read_once=True)
+        parsed = {rank: parse_object(text) for rank, text in texts.items()}
+        # A malformed answer is an answer: that rank is not the one that is silent.
+        return {
+            rank: dict(_UNREADABLE) if each is None or not _is_complete(each) else each for rank, each in parsed.items()
+        }
 
     def _vanished(self, gone: list[int]) -> Failure:
         beat = self._heartbeat.latest(gone[0])

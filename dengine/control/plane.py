@@ -7,6 +7,7 @@ hangs) in watchdog.py.
 """
 
 import atexit
+import math
 import threading
 import time
 import weakref
@@ -15,8 +16,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from types import FrameType
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch.distributed import DistError, ProcessGroup
 
+from dengine import torch_internals
 from dengine.control.activity import Activity
 from dengine.control.call_log import CallLog, call_site
 from dengine.control.channel import ControlContext, Messages
@@ -34,10 +37,16 @@ from dengine.control.undisturbed import undisturbed
 from dengine.control.watchdog import Watchdog
 from dengine.launch.parsing import has_fields, warn_malformed
 from dengine.launch.world import entered_plane
+from dengine.torch_internals import HashStore
 
 __all__ = ["Control", "NullPlane", "Plane", "plane"]
 
 _LATE_S = 0.3
+# How much longer a report may take after a failure: a rank that is gone makes none; one that raised is alive, and its
+# thread may still be at work.
+_GONE_S = 2.0
+_RAISED_S = 30.0
+_UNWATCHED_S = 1800.0  # if nobody reports failures: as long as a collective of torch waits
 
 
 class Plane(Protocol):
@@ -48,7 +57,14 @@ class Plane(Protocol):
         """The process group of this package's own collectives, for tensors on the CPU. None: the default group."""
 
     @property
+    def store(self) -> Any:
+        """A store that the ranks share."""
+
+    @property
     def prepared(self) -> Prepared: ...
+
+    def patience_s(self, *, is_leaving: bool) -> float:
+        """How many more seconds another rank's report may take. `is_leaving`: this rank leaves its run by an error."""
 
     def start(self) -> None:
         """Start the threads. Their end is `close`."""
@@ -99,8 +115,15 @@ class NullPlane:
     group = None
 
     @property
+    def store(self) -> Any:
+        return torch_internals.default_store() if dist.is_available() and dist.is_initialized() else HashStore()
+
+    @property
     def prepared(self) -> Prepared:
         return Prepared()  # nobody to compare with
+
+    def patience_s(self, *, is_leaving: bool) -> float:
+        return _RAISED_S if is_leaving else _UNWATCHED_S
 
     def start(self) -> None:
         pass
@@ -150,6 +173,7 @@ class Control:
     def __init__(self, context: ControlContext, stall_timeout_s: float) -> None:
         self.context = context
         self.group: ProcessGroup | None = context.group
+        self.store = context.store
         self.prepared = Prepared()
         self.messages = messages = Messages(context)
         self._runs = Runs()
@@ -187,6 +211,12 @@ class Control:
         self._runs.begin(run, where)
         self.context.connections.wake()
         return run
+
+    def patience_s(self, *, is_leaving: bool) -> float:
+        failure = self._status.failure
+        if failure is not None and failure.kind != "raised":
+            return _GONE_S
+        return _RAISED_S if failure is not None or is_leaving else math.inf
 
     def enter_call(self, what: str, site: str) -> None:
         self._failures.check()

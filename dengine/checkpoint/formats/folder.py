@@ -28,7 +28,7 @@ from dengine.checkpoint.formats.sharded.plan import ShardPlan, plan_shards, read
 from dengine.checkpoint.formats.sharded.read import LikeTensors
 from dengine.checkpoint.formats.sharded.verify import read_outline
 from dengine.checkpoint.states.snapshot import RESERVED, Collected, States, unwrapped
-from dengine.control.exchange import Mailbox
+from dengine.control.mailbox import Mailbox
 from dengine.distributed import unwrap_model
 from dengine.dtensor import local_part
 from dengine.errors import CheckpointError, CorruptCheckpointError

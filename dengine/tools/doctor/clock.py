@@ -2,7 +2,7 @@
 
 import time
 
-from dengine.tools.doctor.board import Board
+from dengine.tools.doctor.exchange import Exchange
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["answer_clock", "ask_clock", "judge_clock"]
@@ -12,24 +12,24 @@ _WARN_S, _FAIL_S = 1.0, 300.0
 _ROUND_S = 10.0
 
 
-def answer_clock(board: Board, ranks: list[int]) -> None:
-    """Answer the questions of `ranks` for the time, on the coordinator. Raises: TimeoutError; BoardLostError."""
+def answer_clock(exchange: Exchange, ranks: list[int]) -> None:
+    """Answer the questions of `ranks` for the time, on the coordinator. Raises: TimeoutError; StoreLostError."""
     for rank in ranks:
-        for turn in range(_NUM_ROUNDS if rank != board.rank else 0):
-            board.wait(f"clock/ask/{rank}/{turn}", _ROUND_S)
-            board.answer(f"clock/answer/{rank}/{turn}", repr(time.time()))
+        for turn in range(_NUM_ROUNDS if rank != exchange.rank else 0):
+            exchange.wait(f"clock/ask/{rank}/{turn}", _ROUND_S)
+            exchange.answer(f"clock/answer/{rank}/{turn}", repr(time.time()))
 
 
-def ask_clock(board: Board, turn_s: float) -> dict[str, float]:
+def ask_clock(exchange: Exchange, turn_s: float) -> dict[str, float]:
     """Seconds that this rank's clock is ahead of the coordinator's, and how far off that may be.
 
-    Raises: TimeoutError: this rank had no turn within `turn_s`; BoardLostError.
+    Raises: TimeoutError: this rank had no turn within `turn_s`; StoreLostError.
     """
     rounds = []
     for turn in range(_NUM_ROUNDS):
         began, began_at = time.time(), time.monotonic()
-        board.ping(f"clock/ask/{board.rank}/{turn}")
-        theirs = float(board.wait(f"clock/answer/{board.rank}/{turn}", _ROUND_S if turn else turn_s))
+        exchange.ping(f"clock/ask/{exchange.rank}/{turn}")
+        theirs = float(exchange.wait(f"clock/answer/{exchange.rank}/{turn}", _ROUND_S if turn else turn_s))
         took = time.monotonic() - began_at
         rounds.append((took, began + took / 2 - theirs))
     took, ahead = min(rounds[1:])

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dengine.errors import LaunchError
 from dengine.launch.env import Choice
 from dengine.launch.slurm import host_names
-from dengine.tools.doctor.board import Board
+from dengine.tools.doctor.exchange import Exchange
 from dengine.tools.doctor.facts import Facts, LaunchFacts
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
@@ -44,10 +44,10 @@ def judge_launcher(facts: Facts, hosts: dict[int, str]) -> Finding:
     return Finding("launcher", Verdict.OK, reason)
 
 
-def judge_came(facts: Facts, board: Board, wait_s: float, hosts: dict[int, str]) -> Finding:
+def judge_came(facts: Facts, exchange: Exchange, wait_s: float, hosts: dict[int, str]) -> Finding:
     """Whether every rank is here, once."""
-    size = board.size
-    twice = [board.wait(key, 1.0) for rank in range(size) if board.is_there(key := f"twice/{rank}")]
+    size = exchange.size
+    twice = [exchange.wait(key, 1.0) for rank in range(size) if exchange.is_there(key := f"twice/{rank}")]
     if twice:
         return Finding(
             "ranks",

@@ -15,7 +15,7 @@ from dengine.errors import LaunchError
 from dengine.launch.env import Choice, Launch, choose_launch
 from dengine.tools.arguments import a_path
 from dengine.tools.doctor import clock, devices, folder, group, interfaces, launcher, limits, master, mesh, software
-from dengine.tools.doctor.board import Board, BoardLostError, open_board
+from dengine.tools.doctor.exchange import Exchange, StoreLostError, open_exchange
 from dengine.tools.doctor.facts import FolderFacts, GroupFacts, RankFacts
 from dengine.tools.doctor.master import MasterError
 from dengine.tools.doctor.report import Finding, Header, Report, Verdict, ranks_text
@@ -43,7 +43,7 @@ class _Session:
     """The options and measurements of this process, and the store through which it reaches the others."""
 
     options: argparse.Namespace
-    board: Board
+    exchange: Exchange
     facts: RankFacts
 
 
@@ -91,12 +91,12 @@ def run(options: argparse.Namespace) -> int:
     rank = 0 if choice.launch is None else choice.launch.rank
     try:
         facts["master"] = master.reach_master(choice.launch, options.wait)
-        board = open_board(choice.launch, options.wait)
+        exchange = open_exchange(choice.launch, options.wait)
     except (MasterError, RuntimeError, OSError) as error:
         return _alone(options, report, facts, master.unreachable(error), rank)
     try:
-        return _ended(_examine_together(_Session(options, board, facts), report))
-    except (BoardLostError, TimeoutError) as error:
+        return _ended(_examine_together(_Session(options, exchange, facts), report))
+    except (StoreLostError, TimeoutError) as error:
         return _ended(_complain(rank, f"the others stopped answering: {error}"))
 
 
@@ -127,91 +127,95 @@ def _measured(choice: Choice, code: dict[str, str]) -> RankFacts:
 
 
 def _examine_together(session: _Session, report: Report) -> int:
-    board, wait_s = session.board, session.options.wait
-    if board.count(f"taken/{board.rank}") > 1:
-        board.answer(f"twice/{board.rank}", f"rank {board.rank}, on {session.facts['host']} (pid {os.getpid()})")
-        return _complain(board.rank, "another process is this rank too: each needs a RANK of its own")
-    board.post("facts", session.facts)
-    came = board.collect("facts", range(board.size), wait_s)
+    exchange, wait_s = session.exchange, session.options.wait
+    if exchange.count(f"taken/{exchange.rank}") > 1:
+        exchange.answer(
+            f"twice/{exchange.rank}", f"rank {exchange.rank}, on {session.facts['host']} (pid {os.getpid()})"
+        )
+        return _complain(exchange.rank, "another process is this rank too: each needs a RANK of its own")
+    exchange.post("facts", session.facts)
+    came = exchange.collect("facts", range(exchange.size), wait_s)
     # The first rank that gets here decides which ranks are here, so that all go on with the same ones.
-    plan = board.decide("plan", {"here": sorted(came), "session_id": uuid.uuid4().hex[:8]})
-    if board.rank not in plan["here"]:
-        return _complain(board.rank, f"came after the others had stopped waiting ({wait_s:g} s): try a longer --wait")
-    probe = folder.probe_folder(session.options.folder, plan["session_id"], board.rank)
+    plan = exchange.decide("plan", {"here": sorted(came), "session_id": uuid.uuid4().hex[:8]})
+    if exchange.rank not in plan["here"]:
+        return _complain(
+            exchange.rank, f"came after the others had stopped waiting ({wait_s:g} s): try a longer --wait"
+        )
+    probe = folder.probe_folder(session.options.folder, plan["session_id"], exchange.rank)
     try:
-        if board.rank == plan["here"][0]:
+        if exchange.rank == plan["here"][0]:
             return _coordinate(session, report, plan, probe)
         return _take_part(session, plan, probe)
     finally:
-        folder.leave_folder(probe, board.rank)
+        folder.leave_folder(probe, exchange.rank)
 
 
 def _take_part(session: _Session, plan: dict[str, Any], probe: FolderFacts) -> int:
     """Answer, on a rank that is not the coordinator, in the order in which `_examine` asks; gives the exit code."""
-    board, coordinator = session.board, plan["here"][0]
-    board.post("clock", clock.ask_clock(board, turn_s=_STEP_S))
-    board.post("folder", probe)
-    has_written = "error" not in board.read("folder", coordinator, _STEP_S)
-    board.post("shared", has_written and folder.sees_file_of(probe, plan["session_id"], coordinator))
-    backend = board.wait("backend", _STEP_S)
+    exchange, coordinator = session.exchange, plan["here"][0]
+    exchange.post("clock", clock.ask_clock(exchange, turn_s=_STEP_S))
+    exchange.post("folder", probe)
+    has_written = "error" not in exchange.read("folder", coordinator, _STEP_S)
+    exchange.post("shared", has_written and folder.sees_file_of(probe, plan["session_id"], coordinator))
+    backend = exchange.wait("backend", _STEP_S)
     if backend:
-        board.post("group", _in_a_group(session, backend, probe))
-    code = int(board.wait("code", _STEP_S + group.LIMIT_S))
-    folder.leave_folder(probe, board.rank)
-    board.post("left", True)
+        exchange.post("group", _in_a_group(session, backend, probe))
+    code = int(exchange.wait("code", _STEP_S + group.LIMIT_S))
+    folder.leave_folder(probe, exchange.rank)
+    exchange.post("left", True)
     return code
 
 
 def _coordinate(session: _Session, report: Report, plan: dict[str, Any], probe: FolderFacts) -> int:
     """Ask the others, judge and print, on the coordinator; gives the exit code."""
-    board = session.board
-    others = set(plan["here"]) - {board.rank}
+    exchange = session.exchange
+    others = set(plan["here"]) - {exchange.rank}
     try:
         _examine(session, report, plan, probe)
     except _RanksLostError as error:
         others -= set(error.ranks)
         advice = "look at what they printed themselves: they were killed, crashed or hang."
         report.add(Finding("ranks", Verdict.FAIL, str(error), advice, error.ranks))
-    except (BoardLostError, TimeoutError) as error:
+    except (StoreLostError, TimeoutError) as error:
         advice = "torchrun's agent, or whoever hosts the store, ended: look at what it printed."
         report.add(Finding("master", Verdict.FAIL, f"it stopped answering: {error}", advice))
     code = 1 if report.verdict is Verdict.FAIL else 0
     report.close()
-    board.answer("code", str(code))
-    board.collect("left", others, _STEP_S)  # the store ends with this process
+    exchange.answer("code", str(code))
+    exchange.collect("left", others, _STEP_S)  # the store ends with this process
     shutil.rmtree(probe["part"], ignore_errors=True)
     return code
 
 
 def _examine(session: _Session, report: Report, plan: dict[str, Any], probe: FolderFacts) -> None:
-    board = session.board
+    exchange = session.exchange
     here: list[int] = plan["here"]
-    others = [rank for rank in here if rank != board.rank]
-    facts = _all(board, "facts", here)
+    others = [rank for rank in here if rank != exchange.rank]
+    facts = _all(exchange, "facts", here)
     hosts = {rank: str(each["host"]) for rank, each in facts.items()}
-    report.open(Header(session.facts["launch"]["launcher"], board.size, tuple(dict.fromkeys(hosts.values()))))
-    came = launcher.judge_came(facts, board, session.options.wait, hosts)
+    report.open(Header(session.facts["launch"]["launcher"], exchange.size, tuple(dict.fromkeys(hosts.values()))))
+    came = launcher.judge_came(facts, exchange, session.options.wait, hosts)
     report.add(launcher.judge_launcher(facts, hosts), master.judge_master(facts, hosts), came)
     if session.options.mesh is not None:
-        report.add(mesh.judge_mesh(session.options.mesh, board.size, hosts))
+        report.add(mesh.judge_mesh(session.options.mesh, exchange.size, hosts))
     report.add(*(judge(facts, hosts) for judge in _JUDGES))
     try:
-        clock.answer_clock(board, others)
+        clock.answer_clock(exchange, others)
     except TimeoutError as error:
         raise _RanksLostError({int(str(error).split("/")[2])}, "clock") from error
-    report.add(clock.judge_clock(_all(board, "clock", others), board.rank, hosts))
-    board.post("folder", probe)
-    probes = _all(board, "folder", here)
+    report.add(clock.judge_clock(_all(exchange, "clock", others), exchange.rank, hosts))
+    exchange.post("folder", probe)
+    probes = _all(exchange, "folder", here)
     report.add(folder.judge_folder(probes, hosts))
-    report.add(folder.judge_shared(_all(board, "shared", others), probes, board.rank, hosts))
+    report.add(folder.judge_shared(_all(exchange, "shared", others), probes, exchange.rank, hosts))
     backend = "" if came.verdict is Verdict.FAIL else _backend(report)
-    board.answer("backend", backend)
+    exchange.answer("backend", backend)
     if not backend:
         report.add(Finding("join", Verdict.SKIP, "a process group needs all ranks"))
         return
     until = time.monotonic() + group.LIMIT_S + _SLACK_S
-    board.post("group", _in_a_group(session, backend, probe))
-    report.add(*group.judge_group(_all(board, "group", here, until - time.monotonic()), hosts))
+    exchange.post("group", _in_a_group(session, backend, probe))
+    report.add(*group.judge_group(_all(exchange, "group", here, until - time.monotonic()), hosts))
 
 
 def _in_a_group(session: _Session, backend: str, probe: FolderFacts) -> GroupFacts:
@@ -219,8 +223,8 @@ def _in_a_group(session: _Session, backend: str, probe: FolderFacts) -> GroupFac
     return group.exercise(backend, part) if asked is None else group.exercise(backend, part, mesh=asked)
 
 
-def _all(board: Board, topic: str, ranks: list[int], timeout_s: float | None = None) -> dict[int, Any]:
-    found = board.collect(topic, ranks, _STEP_S if timeout_s is None else timeout_s)
+def _all(exchange: Exchange, topic: str, ranks: list[int], timeout_s: float | None = None) -> dict[int, Any]:
+    found = exchange.collect(topic, ranks, _STEP_S if timeout_s is None else timeout_s)
     if len(found) < len(ranks):
         raise _RanksLostError(set(ranks) - found.keys(), topic)
     return found
