@@ -22,6 +22,7 @@ __all__ = [
     "as_fsdp",
     "cut_like",
     "describe_mesh",
+    "has_dimension",
     "is_dtensor",
     "is_fsdp",
     "is_made_of_others",
@@ -150,6 +151,11 @@ def laid_out_like(local: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def has_dimension(mesh: "DeviceMesh | None", name: str) -> bool:
+    """Whether `mesh` has a dimension of this name, of any size."""
+    return mesh is not None and name in (mesh.mesh_dim_names or ())
 
 
 def describe_mesh(mesh: "DeviceMesh") -> str:

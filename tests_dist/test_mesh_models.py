@@ -181,6 +181,43 @@ def test_a_checkpoint_of_a_mesh_is_loaded_by_one_process(mesh: dict[str, int], t
         assert_close(first[name], value, rtol=1e-6, atol=1e-6)
 
 
+def with_options(rank: int, size: int) -> dict[str, Any]:
+    from torch.distributed.tensor import Shard
+
+    seen: dict[str, Any] = {}
+    with distributed.process_group(mesh={"dp_shard": 2}):
+        model = net()
+        wide = model.second.weight
+        model = as_any(
+            distributed.prepare_model(
+                model,
+                ignored_params={model.norm.weight},
+                shard_placement_fn=lambda parameter: Shard(1) if parameter is wide else None,
+                mixed_precision="bf16",
+                blocks=(nn.LayerNorm,),
+            )
+        )
+        seen["ignored"] = type(model.norm.weight) is nn.Parameter
+        seen["placements"] = [str(model.second.weight.placements), str(model.first.weight.placements)]
+        seen["blocks"] = type(model.norm).__name__
+        seen["state"] = state_of(model)
+        try:
+            distributed.prepare_model(net(), static_graph=True)
+        except TypeError as error:
+            seen["unknown"] = str(error)
+    return seen
+
+
+def test_options_of_fsdp_are_taken_where_the_mesh_says_that_it_shards() -> None:
+    for seen in run_ranks(with_options, 2):
+        assert seen["ignored"]
+        assert seen["placements"] == ["(Shard(dim=1),)", "(Shard(dim=0),)"]
+        assert seen["blocks"] == "FSDPLayerNorm"
+        assert "fully_shard() takes no static_graph" in seen["unknown"]
+        for name, value in state_of(net()).items():
+            assert seen["state"][name].equal(value)
+
+
 CASES: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {
     "replicas and tp": ({"dp": 2, "tp": 2}, {}, "ReplicateNet"),
     "replicas and tp by hand": ({"dp": 2, "tp": 2}, {"laid_out": True}, "ReplicateNet"),

@@ -1,22 +1,18 @@
 """Keeps an exponential moving average of a model's weights."""
 
-import copy
-from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dengine import torch_internals
 from dengine.checks import is_number, whole_number
 from dengine.compiled_names import aligned
 from dengine.distributed import unwrap_model
-from dengine.dtensor import as_fsdp, cut_like, is_dtensor, is_fsdp, laid_out_like, local_part
+from dengine.dtensor import any_dtensor, cut_like, is_dtensor, laid_out_like, local_part
 from dengine.engine import Engine
 from dengine.naming import other_keywords, other_names, shown
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from dengine.parallel.copying import copy_of, reshard
 
 __all__ = ["EMA"]
 
@@ -86,10 +82,10 @@ class EMA:
             )
         self._decay = float(decay)
         self._source = unwrap_model(model)
-        _reshard(self._source)
-        self.model = _copy_of(self._source).eval().requires_grad_(False)
+        reshard(self._source)
+        self.model = copy_of(self._source).eval().requires_grad_(False)
         self.num_updates = 0
-        self._is_sharded = bool(_shards(self.model))
+        self._is_sharded = any_dtensor(self.model.parameters())
         own, source = _slots(self.model), _slots(self._source)
         self._pairs = [(name, *own[name], *source[name]) for name in own]
         self._wide: dict[str, Tensor] = {}  # the averages, by name, that the model has in a coarser dtype
@@ -100,7 +96,7 @@ class EMA:
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:
         if self._is_sharded:
-            _reshard(self.model)  # else the next evaluation would use what this one has gathered
+            reshard(self.model)  # else the next evaluation would use what this one has gathered
         averaged: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
         for name, own, own_key, others, key in self._pairs:
             target, source = local_part(own[own_key]), local_part(others[key])
@@ -138,7 +134,7 @@ class EMA:
         Averages of weights in 16 bits are in float32.
         """
         if self._is_sharded:
-            _reshard(self.model)
+            reshard(self.model)
         state: dict[str, Any] = self.model.state_dict()
         for names, value, slot in self._coarse():
             wide = self._wide.get(slot)
@@ -160,7 +156,7 @@ class EMA:
         except TypeError as error:
             raise ValueError(f"The state of EMA is wrong: {error}") from error
         if self._is_sharded:
-            _reshard(self.model)
+            reshard(self.model)
         own = self.model.state_dict()
         fitting = _fitted(aligned(state_dict["model"], own), own)
         self.model.load_state_dict(fitting)
@@ -195,87 +191,6 @@ def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
                     seen.add(id(value))
                     slots[f"{prefix}.{key}"] = ({key: value}, key) if is_dtensor(value) else (holder, key)
     return slots
-
-
-def _reshard(model: nn.Module) -> None:
-    """Put the shards back in the place of the whole parameters that FSDP2 uses in forward and backward."""
-    for module in model.modules():
-        if (sharded := as_fsdp(module)) is not None:
-            sharded.reshard()
-
-
-def _shards(model: nn.Module) -> "dict[str, DTensor]":
-    return {name: value for name, value in model.named_parameters() if is_dtensor(value)}
-
-
-def _copy_of(model: nn.Module) -> nn.Module:
-    if not any(map(is_fsdp, model.modules())):
-        return copy.deepcopy(model)
-    return _sharded_copy(model)
-
-
-def _sharded_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model that `fully_shard` has sharded, sharded in the same way: FSDP2 cannot be copied as it is.
-
-    A bare copy without storage is sharded anew, and then filled with the shards.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    # Children first: a module's copy finds theirs in the memo.
-    sharded = [module for module in reversed(list(model.modules())) if is_fsdp(module)]
-    meshes = [torch_internals.mesh_of_fsdp(module) for module in sharded]
-    names = {name for mesh in meshes if mesh is not None for name in mesh.mesh_dim_names or ()}
-    memo: dict[int, Any] = {
-        id(each): nn.Parameter(_before_fsdp(each, names), requires_grad=each.requires_grad)
-        for each in model.parameters()
-        if is_dtensor(each)
-    }
-    for module in sharded:
-        memo[id(module)] = _bare_copy(module, memo)
-    copied: nn.Module = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        torch_internals.clear_load_hooks(module)
-    for module, mesh in zip(sharded, meshes, strict=True):
-        if torch_internals.is_replicated(module):
-            torch_internals.replicate(memo[id(module)], mesh)
-        else:
-            fully_shard(memo[id(module)], mesh=mesh, reshard_after_forward=True)
-    own = _shards(model)
-    device = next(iter(own.values())).device
-    cast("Any", copied)._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value)
-    with torch.no_grad():
-        for name, shard in _shards(copied).items():
-            if shard.placements != own[name].placements:
-                raise ValueError(f"EMA cannot copy {name!r}, which is sharded in a way of its own: {own[name]!r}.")
-            local_part(shard).copy_(local_part(own[name]))
-    return copied
-
-
-def _before_fsdp(parameter: "DTensor", names: Collection[str]) -> Tensor:
-    """What `parameter` was before FSDP2 came, which is over the dimensions `names`: whole or over `tp`. It is empty."""
-    from torch.distributed.tensor import distribute_tensor
-
-    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-    mesh = parameter.device_mesh
-    others = {
-        name: placement
-        for name, placement in zip(mesh.mesh_dim_names or (), parameter.placements, strict=False)
-        if name not in names
-    }
-    if not others:
-        return empty
-    return distribute_tensor(empty, mesh[tuple(others)], list(others.values()), src_data_rank=None)
-
-
-def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy of the class that the module had before `fully_shard`, without the hooks that it added."""
-    kind: Any = torch_internals.class_before_fsdp(module)
-    bare: nn.Module = kind.__new__(kind)
-    own = {name: value for name, value in vars(module).items() if not name.startswith(torch_internals.FSDP_ATTRIBUTES)}
-    hooks = {name: type(value)() for name, value in own.items() if "_hooks" in name}
-    kept = {name: value for name, value in own.items() if name not in hooks}
-    bare.__dict__.update(copy.deepcopy(kept, memo), **{**hooks, **torch_internals.hooks_of_others(module)})
-    return bare
 
 
 def _is_coarse(value: Tensor) -> bool:

@@ -18,7 +18,7 @@ from dengine.comm.consistency import (
 )
 from dengine.comm.mesh import sources_of, spreads_model
 from dengine.control.plane import plane
-from dengine.dtensor import any_dtensor, local_part
+from dengine.dtensor import any_dtensor, has_dimension, local_part
 from dengine.launch.world import World, refuse_forgotten_group, world
 from dengine.parallel.ddp_buckets import settle_buckets
 from dengine.parallel.layout import Layout, Parts, TensorParallel, check_plan, layout_of
@@ -103,20 +103,24 @@ def prepare_model(
         raise ValueError("This model is wrapped in DistributedDataParallel already: pass the bare module.")
     refuse_forgotten_group("prepare_model()")
     here = world()
-    check_options(strategy, blocks, mixed_precision, gradient_compression, activation_checkpointing, parts, kwargs)
+    is_given = blocks, mixed_precision, gradient_compression, activation_checkpointing, parts, kwargs
+    # In a run of one process as well, so that what is wrong is found before there are several.
+    check_options("fsdp" if strategy == "auto" and has_dimension(here.mesh, "dp_shard") else strategy, *is_given)
     refuse_unsendable(gradient_compression, here)
     is_on_meta = check_meta(model, init_fn)
     layout = layout_of(model, strategy, parts, kwargs, here, is_planned=tensor_parallel is not None)
+    if layout.strategy == "ddp":
+        check_options("ddp", *is_given)
     plan = [] if tensor_parallel is None else check_plan(tensor_parallel, model, layout.tp.size() if layout.tp else 1)
     if layout.tp is not None and (tensor_parallel is not None or any_dtensor(model.parameters())):
         layout.refuse_options_of_ddp(gradient_compression, kwargs)
+    options = fsdp_options(kwargs, mixed_precision, here) if layout.strategy == "fsdp" else {}
     if here.size > 1:
         _compare(model, plan, layout, parts, here)
     if activation_checkpointing:
         checkpoint_blocks(model, blocks)
     if compile:
         compile_model(model, compile if isinstance(compile, Mapping) else {})
-    options = fsdp_options(kwargs, mixed_precision, here) if layout.strategy == "fsdp" else {}
     spread(model, layout, tensor_parallel, blocks, options, init_fn, is_on_meta=is_on_meta)
     if layout.strategy != "ddp" or any_dtensor(model.parameters()):
         return model

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -99,9 +100,15 @@ def refuse_unsendable(compression: Compression | None, here: World) -> None:
 
 
 def fsdp_options(kwargs: Mapping[str, Any], mixed_precision: Precision | None, here: World) -> dict[str, Any]:
-    """What `fully_shard` is given beside the mesh."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+    """What `fully_shard` is given beside the mesh.
 
+    Raises: TypeError: it does not know one of `kwargs`.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    known = signature(fully_shard).parameters.keys() - {"module"}
+    if unknown := sorted(kwargs.keys() - known):
+        raise TypeError(f"fully_shard() takes no {', '.join(unknown)}: its options are {', '.join(sorted(known))}.")
     options = {name: value for name, value in kwargs.items() if name != "mesh"}
     if mixed_precision is not None:
         options["mp_policy"] = MixedPrecisionPolicy(_DTYPES[mixed_precision], reduce_dtype=torch.float32)

@@ -10,7 +10,7 @@ from dengine.comm.collectives import broadcast_each
 from dengine.dtensor import any_dtensor, is_dtensor, local_part
 from dengine.launch.world import world
 from dengine.parallel.layout import Layout, TensorParallel, apply_plan
-from dengine.parallel.weights import Initialize, given_back, set_aside
+from dengine.parallel.weights import Initialize, Kept, given_back, set_aside
 
 __all__ = ["spread"]
 
@@ -43,7 +43,7 @@ def spread(
         if plan is not None and layout.tp is not None:
             apply_plan(plan, model, layout.tp)
         if layout.strategy == "fsdp":
-            _shard(model, layout, blocks, options)
+            _shard(model, layout, blocks, _for_new(options, kept))
         elif is_tensor_parallel and layout.strategy == "ddp":
             torch_internals.replicate(model, layout.data)
         seed = torch.tensor(torch.initial_seed() & (2**63 - 1))
@@ -63,6 +63,18 @@ def _send_what_stays(model: nn.Module, layout: Layout) -> None:
     staying = [value for value in model.parameters() if not value.is_meta]
     broadcast_each([local_part(value) for value in staying if is_dtensor(value)], within=layout.within_tp)
     broadcast_each([local_part(value) for value in staying if not is_dtensor(value)], within=layout.within)
+
+
+def _for_new(options: dict[str, Any], kept: Kept) -> dict[str, Any]:
+    """`options` that name parameters, or ask a function about them, for those that stand in place of `kept` now."""
+    pairs = [(module._parameters[name], before) for (module, name), before in kept.items()]
+    stand_ins, originals = {id(before): new for new, before in pairs}, {id(new): before for new, before in pairs}
+    told = dict(options)
+    if (ignored := options.get("ignored_params")) is not None:
+        told["ignored_params"] = {stand_ins.get(id(each), each) for each in ignored}
+    if (place := options.get("shard_placement_fn")) is not None:
+        told["shard_placement_fn"] = lambda new: place(originals.get(id(new), new))
+    return told
 
 
 def _shard(model: nn.Module, layout: Layout, blocks: tuple[type[nn.Module], ...], options: dict[str, Any]) -> None:
