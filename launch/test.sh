@@ -12,12 +12,13 @@ Install what is needed, then run the tests.
   bash launch/test.sh tests/engine [arguments]     one pytest over the paths named
 
 PYTHON and DENGINE_VENV: as in launch/quickstart.sh --help.
+DENGINE_COVERAGE: a file into which the lines that tests/ has run are written, for `coverage report --data-file=...`.
 TEXT
 }
 
 case "${1:-}" in -h | --help) usage; exit ;; esac
 
-set_up test
+set_up "test${DENGINE_COVERAGE:+,coverage}"
 cd -- "$ROOT"
 # Several processes share the cores, in tests_dist/ as under xdist.
 export OMP_NUM_THREADS=1
@@ -48,8 +49,13 @@ closing_line() {
     grep -E ' in [0-9]+\.[0-9]+s' "$logs/$1" | tail -n 1 || printf 'pytest gave no closing line\n'
 }
 
+measured=()
+if [[ -n "${DENGINE_COVERAGE:-}" ]]; then
+    export COVERAGE_FILE="$DENGINE_COVERAGE"
+    measured=(--cov=dengine --cov-report=)
+fi
 tests_code=0
-run_pytest tests tests -n logical --maxprocesses=4 --dist=loadfile "$@" || tests_code=$?
+run_pytest tests tests -n logical --maxprocesses=4 --dist=loadfile ${measured[@]+"${measured[@]}"} "$@" || tests_code=$?
 dist_code=0
 run_pytest tests_dist tests_dist "$@" || dist_code=$?
 gpu_code=0
