@@ -131,14 +131,14 @@ class Recorder:
 
 def tracked(rank: int, size: int, *names: str) -> tuple[list[dict[str, Any]], str]:
     run, failure = Recorder(), ""
-    with distributed.process_group():
-        engine = Engine(lambda engine, batch: spread(torch.tensor([2.0]), *names))
-        handler = TrackingHandler(run, output_transform=lambda output: {"loss": output})
-        engine.on(Events.ITERATION_COMPLETED, handler)
-        try:
+    try:
+        with distributed.process_group():
+            engine = Engine(lambda engine, batch: spread(torch.tensor([2.0]), *names))
+            handler = TrackingHandler(run, output_transform=lambda output: {"loss": output})
+            engine.on(Events.ITERATION_COMPLETED, handler)
             engine.run([0])
-        except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
+    except Exception as error:  # in the run, or at its end if a rank was through before rank 0 failed
+        failure = f"{type(error).__name__}: {error}"
     return run.rows, failure
 
 

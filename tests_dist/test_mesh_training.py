@@ -1,5 +1,6 @@
 """The supervised trainer on a mesh: the weights of one process, with uneven shards, token weights and clipping."""
 
+from math import prod
 from typing import Any
 
 import pytest
@@ -101,12 +102,20 @@ def trained(rank: int, size: int, mesh: dict[str, int], accumulation: int) -> di
         {"dp_shard": 2, "cp": 2},
         {"tp": 4},
         {"cp": 2, "tp": 2},
+        {"dp_replicate": 4},
+        {"dp_shard": 4},
+        {"cp": 4},
+        {"dp_replicate": 2, "cp": 2},
+        {"dp_replicate": 2, "tp": 2},
+        {"dp_replicate": 2, "dp_shard": 2, "tp": 2},
+        {"dp_shard": 2, "cp": 2, "tp": 2},
+        {"dp_replicate": 2, "dp_shard": 2, "cp": 2},
     ],
     ids=str,
 )
 def test_the_gradient_is_that_of_the_mean_over_the_global_batch(mesh: dict[str, int], accumulation: int) -> None:
     expected = parameters_of(train(net(), 8, 0, 1, accumulation))
     assert all(not value.equal(begun) for value, begun in zip(expected.values(), net().parameters(), strict=True))
-    for found in run_ranks(trained, 4, mesh, accumulation, deadline_s=120):
+    for found in run_ranks(trained, prod(mesh.values()), mesh, accumulation, deadline_s=180):
         for name, value in expected.items():
             assert_close(found[name], value, rtol=1e-6, atol=1e-6)

@@ -322,6 +322,7 @@ def test_in_a_subfolder_of_another_pytest_ranks_work_and_a_leak_is_an_error(tmp_
         "--import-mode=importlib",
         "--rootdir",
         str(tmp_path),
+        f"--basetemp={tmp_path / 'inner'}",  # of its own: another pytest of this machine would clear up the common one
         "-rA",
         "-p",
         "no:cacheprovider",
