@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.testing import assert_close
 
-from dengine import distributed
+from dengine import create_supervised_evaluator, distributed
 
 STEPS = 3
 
@@ -327,6 +327,47 @@ def test_stages_of_a_pipeline_keep_their_own_weights() -> None:
         assert seen["norm"] == pytest.approx((numel[0] + 4 * numel[1]) ** 0.5, rel=1e-6)
         assert "ConsistencyError: The parameters of the model differ between ranks: rank 3" in seen["other"]
     assert fourth["mean"][0].equal(torch.full((2,), 2.0))
+
+
+class Scaled(nn.Module):
+    scale: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+        self.register_buffer("scale", torch.arange(8.0))
+
+
+def with_cut_buffer(rank: int, size: int, mesh: dict[str, int]) -> dict[str, Any]:
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    with distributed.process_group(mesh=mesh) as here:
+        assert here.mesh is not None
+        model = as_any(Scaled())
+        parallelize_module(model.inner, here.mesh["tp"], plan())
+        # Ranks begin apart along the dimensions of data, of which the first counts.
+        first = torch.arange(8.0) + 10 * here.data_rank
+        model.scale = distribute_tensor(first, here.mesh["tp"], [Shard(0)], src_data_rank=None)
+        model = as_any(distributed.unwrap_model(distributed.prepare_model(model)))
+        seen = {"prepared": model.scale.full_tensor()}
+        model.scale.to_local().add_(here.data_rank)
+        with distributed.evaluating(model) as bare:
+            seen["judged"] = as_any(bare).scale.full_tensor()
+        seen["after"] = model.scale.full_tensor() - here.data_rank
+        try:
+            create_supervised_evaluator(model, distributed=False)
+        except ValueError as error:
+            seen["alone"] = str(error)
+        return seen
+
+
+@pytest.mark.parametrize("mesh", [{"dp": 2, "tp": 2}, {"dp_shard": 2, "tp": 2}, {"tp": 4}], ids=str)
+def test_a_buffer_that_is_cut_up_over_tp_keeps_its_parts(mesh: dict[str, int]) -> None:
+    for seen in run_ranks(with_cut_buffer, 4, mesh):
+        for when in ("prepared", "judged", "after"):
+            assert seen[when].equal(torch.arange(8.0)), when
+        assert "spread over the ranks" in seen["alone"]
 
 
 def refused(rank: int, size: int) -> dict[str, str]:

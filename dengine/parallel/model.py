@@ -1,6 +1,6 @@
 """A model on its device and spread over the ranks, and the way back to the bare module."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dengine import torch_internals
-from dengine.comm.collectives import broadcast_tensors, collective
+from dengine.comm.collectives import broadcast_each, broadcast_tensors, collective
 from dengine.comm.consistency import (
     Compared,
     parameters_of,
@@ -18,7 +18,7 @@ from dengine.comm.consistency import (
 )
 from dengine.comm.mesh import sources_of, spreads_model
 from dengine.control.plane import plane
-from dengine.dtensor import any_dtensor, has_dimension, local_part
+from dengine.dtensor import any_dtensor, has_dimension, is_dtensor, local_part, mesh_of
 from dengine.launch.world import World, refuse_forgotten_group, world
 from dengine.parallel.ddp_buckets import settle_buckets
 from dengine.parallel.layout import Layout, Parts, TensorParallel, check_plan, layout_of
@@ -189,7 +189,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     modes = {module: module.training for module in (model, *model.modules())}
     buffers = [local_part(buffer) for buffer in bare.buffers()]
     own = [buffer.clone() for buffer in buffers] if world().rank != 0 else []
-    broadcast_tensors(buffers, within=_sources_of_part(bare, world()))
+    _broadcast_buffers(bare, world())
     for module in (model, bare):  # the wrapper has a mode of its own
         module.eval()
     try:
@@ -201,10 +201,20 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             buffer.copy_(value)
 
 
-def _sources_of_part(model: nn.Module, here: World) -> list[tuple[int, Any]] | None:
-    """Whom ranks with the same part of a model take its buffers from; None if `model` is no part but all of one."""
-    along = next((mesh.mesh_dim_names for part, mesh in plane().prepared.living_parts() if part is model), None)
-    if along is None or here.mesh is None:
-        return None
-    names = [name for name in here.mesh.mesh_dim_names or () if name not in along]
-    return [source for name in names for source in sources_of(here.mesh[name])]
+def _broadcast_buffers(model: nn.Module, here: World) -> None:
+    """Overwrite each buffer, of a DTensor its local part, with that of the first rank that has the same."""
+    parts = next((mesh.mesh_dim_names or () for part, mesh in plane().prepared.living_parts() if part is model), ())
+    plain = [buffer for buffer in model.buffers() if not is_dtensor(buffer)]
+    broadcast_tensors(plain, within=_sources_beside(parts, here) if parts and here.mesh is not None else None)
+    for buffer in model.buffers():
+        if (mesh := mesh_of(buffer)) is not None:
+            own = (*parts, *(mesh.mesh_dim_names or ()))
+            broadcast_each([local_part(buffer)], within=_sources_beside(own, here))
+
+
+def _sources_beside(names: Sequence[str], here: World) -> list[tuple[int, Any]]:
+    """From whom a rank takes what differs along the dimensions `names` of the mesh alone."""
+    if here.mesh is None:
+        return []
+    others = [name for name in here.mesh.mesh_dim_names or () if name not in names]
+    return [source for name in others for source in sources_of(here.mesh[name])]

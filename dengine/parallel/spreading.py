@@ -61,7 +61,8 @@ def spread(
 def _send_what_stays(model: nn.Module, layout: Layout) -> None:
     """Tensors of other classes than torch's own, and those that are cut up over `tp` already, are not set aside."""
     staying = [value for value in model.parameters() if not value.is_meta]
-    broadcast_each([local_part(value) for value in staying if is_dtensor(value)], within=layout.within_tp)
+    cut = [local_part(value) for value in (*staying, *model.buffers()) if is_dtensor(value) and not value.is_meta]
+    broadcast_each(cut, within=layout.within_tp)
     broadcast_each([local_part(value) for value in staying if not is_dtensor(value)], within=layout.within)
 
 

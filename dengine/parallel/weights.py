@@ -91,8 +91,8 @@ def given_back(
             if value is not None:
                 whole = made[name] if value.is_meta else value.to(device)
                 module._buffers[name] = whole
-                if not value.is_meta:
-                    yield local_part(whole)
+                if not (value.is_meta or is_dtensor(whole)):
+                    yield whole
 
 
 def _part(whole: Tensor, source: Tensor, target: Tensor, *, on_host: bool) -> nn.Parameter:

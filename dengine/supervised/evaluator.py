@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dengine.distributed import evaluating, unwrap_model, world
+from dengine.dtensor import any_dtensor
 from dengine.engine import Absent, Engine, Events
 from dengine.handlers.priorities import Priority
 from dengine.metrics.collection.metric_set import AnyMetric
@@ -103,7 +104,7 @@ class _EvaluationStep:
     ) -> None:
         kind = distributed_kind(accelerator)
         self.is_collective = find_fsdp(model) is not None or kind in ("FSDP", "DEEPSPEED")
-        if self.is_collective and not distributed and world().size > 1:
+        if not distributed and world().size > 1 and (self.is_collective or any_dtensor(model.parameters())):
             raise ValueError(
                 "distributed=False, but this model is spread over the ranks, which only together can call it: leave "
                 "distributed= out, and run the evaluator on every rank."
