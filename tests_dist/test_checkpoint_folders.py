@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Outcome, run_ranks
+from tensors import whole_tensor
 from torch import nn
 
 from dengine import Engine, Events, distributed
@@ -46,8 +47,7 @@ def bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> Bits:
     found = {}
     for name, parameter in distributed.unwrap_model(model).named_parameters():
         for key, tensor in {"weight": parameter, **optimizer.state.get(parameter, {})}.items():
-            whole: Any = tensor.detach()
-            whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+            whole = whole_tensor(tensor.detach())
             found[f"{name}/{key}"] = whole.numpy().tobytes()
     return found
 

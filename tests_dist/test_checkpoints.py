@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from tensors import whole_tensor
 from torch import nn
 
 from dengine import Engine, Events, distributed
@@ -30,8 +31,8 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def whole(value: Any) -> torch.Tensor:
-    tensor: torch.Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return tensor.detach().clone()
+    tensor: torch.Tensor = whole_tensor(value.detach())
+    return tensor.clone()
 
 
 class Broken:

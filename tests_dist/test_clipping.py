@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from tensors import whole_tensor
 from torch import nn
 from torch.testing import assert_close
 
@@ -67,14 +68,9 @@ def mixed(rank: int, size: int) -> list[tuple[float, float, float, int, dict[str
                 dist.all_reduce, num_sent = counted, 0
                 norm = distributed.clip_grad_norm_(parameters.values(), 0.5, order, foreach=foreach)
                 dist.all_reduce = own
-                after = {name: distributed_whole(each.grad) for name, each in parameters.items() if name in SHAPES}
+                after = {name: whole_tensor(each.grad) for name, each in parameters.items() if name in SHAPES}
                 found.append((order, scale, float(norm), num_sent, after))
     return found
-
-
-def distributed_whole(value: Any) -> torch.Tensor:
-    tensor: torch.Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return tensor
 
 
 def test_the_norm_is_that_of_the_whole_tensors_whatever_their_meshes() -> None:
@@ -116,7 +112,7 @@ def trained(rank: int, size: int) -> tuple[list[float], list[torch.Tensor]]:
             norms.append(float(distributed.clip_grad_norm_(model.parameters(), 0.1)))
             optimizer.step()
             optimizer.zero_grad()
-        return norms, [distributed_whole(each.detach()) for each in model.parameters()]
+        return norms, [whole_tensor(each.detach()) for each in model.parameters()]
 
 
 def test_a_tensor_parallel_model_of_fsdp_trains_as_in_one_process() -> None:

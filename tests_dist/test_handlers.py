@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from tensors import whole_tensor
 from torch import nn
 
 from dengine import Engine, Events, distributed
@@ -37,7 +38,7 @@ def averaged(model: nn.Module, batches: list[torch.Tensor]) -> tuple[EMA, torch.
 
 
 def whole(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
+    return {name: whole_tensor(value) for name, value in state.items()}
 
 
 def averaged_over_ranks(rank: int, size: int, strategy: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, bool]:

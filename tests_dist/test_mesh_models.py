@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from tensors import whole_tensor
 from torch import nn
 from torch.testing import assert_close
 
@@ -49,8 +50,8 @@ def as_any(value: Any) -> Any:
 
 
 def whole(value: Any) -> torch.Tensor:
-    tensor: torch.Tensor = value.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    tensor: torch.Tensor = whole_tensor(value.detach())
+    return tensor
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

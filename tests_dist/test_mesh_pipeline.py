@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from tensors import whole_parameters
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,14 +51,6 @@ def samples() -> TensorDataset:
 
 def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return nn.functional.mse_loss(output, target)
-
-
-def whole_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    found: dict[str, Any] = dict(distributed.unwrap_model(model).named_parameters())
-    return {
-        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
-        for name, value in found.items()
-    }
 
 
 def train(model: nn.Module, pipeline: Any, part: slice, batch_size: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from tensors import whole_parameters
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -71,14 +72,6 @@ def train(model: nn.Module, batch_size: int, part: int, num_parts: int, accumula
     return model
 
 
-def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    found: dict[str, Any] = dict(distributed.unwrap_model(model).named_parameters())
-    return {
-        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
-        for name, value in found.items()
-    }
-
-
 def net() -> Net:
     torch.manual_seed(0)
     return Net()
@@ -88,7 +81,7 @@ def trained(rank: int, size: int, mesh: dict[str, int], accumulation: int) -> di
     with distributed.process_group(mesh=mesh) as here:
         model = distributed.prepare_model(net(), **({"tensor_parallel": plan()} if "tp" in mesh else {}))
         part, num_parts = here.coordinates.get("cp", 0), mesh.get("cp", 1)
-        return parameters_of(train(model, 8 // here.data_size, part, num_parts, accumulation))
+        return whole_parameters(train(model, 8 // here.data_size, part, num_parts, accumulation))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -114,7 +107,7 @@ def trained(rank: int, size: int, mesh: dict[str, int], accumulation: int) -> di
     ids=str,
 )
 def test_the_gradient_is_that_of_the_mean_over_the_global_batch(mesh: dict[str, int], accumulation: int) -> None:
-    expected = parameters_of(train(net(), 8, 0, 1, accumulation))
+    expected = whole_parameters(train(net(), 8, 0, 1, accumulation))
     assert all(not value.equal(begun) for value, begun in zip(expected.values(), net().parameters(), strict=True))
     for found in run_ranks(trained, prod(mesh.values()), mesh, accumulation, deadline_s=180):
         for name, value in expected.items():

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from tensors import whole_tensor
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -41,7 +42,7 @@ def trained(rank: int, size: int, strategy: str, options: dict[str, Any]) -> dic
     trainer = create_supervised_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy)
     trainer.run([batch_of(rank)])
     state: Any = distributed.unwrap_model(model).state_dict()
-    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
+    whole = {name: whole_tensor(value) for name, value in state.items()}
     return {"weights": whole, "dtypes": dtypes, "calls": len(dtypes)}
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from ranks import run_ranks
+from tensors import whole_tensor
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -124,7 +125,7 @@ def trained(rank: int, size: int, strategy: str, seeds: list[int]) -> dict[str, 
 
     Engine(step).run(loader)
     state = distributed.unwrap_model(net).state_dict()
-    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
+    return {name: whole_tensor(value) for name, value in state.items()}
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])

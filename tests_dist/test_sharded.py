@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Outcome, run_ranks
+from tensors import whole_tensor
 from torch import nn
 
 from dengine import distributed
@@ -25,8 +26,7 @@ def bits(tensors: dict[str, torch.Tensor]) -> Bits:
     """The whole tensors, byte for byte. Collective where they are sharded."""
     found = {}
     for name, tensor in tensors.items():
-        whole = tensor.detach()
-        whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+        whole = whole_tensor(tensor.detach())
         content = whole.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         found[name] = (str(whole.dtype), tuple(whole.shape), content)
     return found

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from masked import IGNORED, Batch, batches_of, num_tokens
 from ranks import run_ranks
+from tensors import whole_tensor
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset, default_collate
@@ -70,7 +71,7 @@ def trained(
     trainer.on(SupervisedEvents.OPTIMIZER_STEP_COMPLETED, lambda engine: steps.append(engine.state.iteration))
     trainer.run(batches_of(rank, shards[rank], is_masked=is_masked), max_epochs=epochs)
     found: Any = {name: value.detach() for name, value in distributed.unwrap_model(model).named_parameters()}
-    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in found.items()}
+    whole = {name: whole_tensor(value) for name, value in found.items()}
     return whole, trainer.state.iteration, len(steps)
 
 
@@ -454,7 +455,7 @@ def cut_short(rank: int, size: int, how: str, strategy: str) -> tuple[dict[str, 
         with distributed.process_group():
             trainer.run([*batches, *batches])
     found: Any = dict(distributed.unwrap_model(model).named_parameters())
-    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in found.items()}
+    whole = {name: whole_tensor(value) for name, value in found.items()}
     return {name: value.detach() for name, value in whole.items()}, steps, trainer.state.iteration
 
 

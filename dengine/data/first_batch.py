@@ -53,9 +53,7 @@ def compare_first_batch(first: Sequence[object]) -> bool:
 
 
 def _refuse(gathered: Sequence[tuple[int, list[_Leaf]]], here: World) -> None:
-    """
-    Raises: ConsistencyError: of two ranks with the same part of the data.
-    """
+    """Raises: ConsistencyError: of two ranks with the same part of the data."""
     firsts: dict[int, int] = {}  # by the part of the data, the first rank that has it
     for rank, (part, theirs) in enumerate(gathered):
         first = firsts.setdefault(part, rank)

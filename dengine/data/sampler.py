@@ -1,6 +1,6 @@
 """Which samples each rank sees, and in which order: one order of the epoch, dealt out in global batches."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ from dengine.data.permutation import Permutation
 from dengine.data.seeding import EpochIndex
 from dengine.launch.world import world
 
-__all__ = ["DataState", "ElasticSampler", "changed_order", "check_same"]
+__all__ = ["DataState", "ElasticSampler", "changed_order", "check_same", "refuse_changes"]
 
 DataState: TypeAlias = dict[str, Any]  # None: not known
 
@@ -36,7 +36,7 @@ _MUST_STAY = {
 
 
 def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to go on with other data, or in another order, than a run was begun with. Pure.
+    """Refuse to go on with other data, or in another order, than a run was started with. Pure.
 
     `saved` and `current` are what `ElasticSampler.state()` gave then and gives now. The number of ranks may differ.
 
@@ -49,14 +49,18 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         >>> check_same(state, {**state, "seed": 5})
         Traceback (most recent call last):
             ...
-        ValueError: The data is not what this run was begun with, so samples could be missed or come twice:
+        ValueError: The data is not what this run was started with, so samples could be missed or come twice:
         the seed of the order was 0 and is 5: pass seed=0 to prepare_data_loader().
         Or say allow_changed_data=True, and the run goes on at the same batch of the changed data.
     """
-    changes = changed_order(saved, current)
+    refuse_changes(changed_order(saved, current))
+
+
+def refuse_changes(changes: Sequence[str]) -> None:
+    """Raises: ValueError: there are some, each told in a line."""
     if changes:
         raise ValueError(
-            "The data is not what this run was begun with, so samples could be missed or come twice:\n"
+            "The data is not what this run was started with, so samples could be missed or come twice:\n"
             + ";\n".join(changes)
             + ".\nOr say allow_changed_data=True, and the run goes on at the same batch of the changed data."
         )

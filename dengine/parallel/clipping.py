@@ -24,8 +24,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Scale the gradients of `parameters` in place, so that their common norm is at most `max_norm`; gives the norm
-    they had.
+    """Scale the gradients of `parameters` in place, so that their norm is at most `max_norm`; gives the norm before.
 
     As `torch.nn.utils.clip_grad_norm_`, which it is for plain tensors. DTensors are counted as whole tensors, each
     element once, whatever their meshes and placements: FSDP2, HSDP, tensor parallelism, and mixtures of them and plain
@@ -44,8 +43,8 @@ def clip_grad_norm_(
 
     Collective if there are DTensors: call it on all ranks of their meshes, with parameters in the same order. Cost: one
     all-reduce of a few numbers for each group of ranks that shards them, or has other stages of a pipeline
-    (`prepare_model(parts="pp")`); none for plain tensors. A gradient that is a
-    partial sum is summed up first, which costs an all-reduce of it.
+    (`prepare_model(parts="pp")`); none for plain tensors. A gradient that is a partial sum is summed up first, which
+    costs an all-reduce of it.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type={norm_type!r} must be a positive number, or inf for the largest absolute value.")

@@ -55,7 +55,7 @@ def _sharded_copy(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, shard in _shards(copied).items():
             if shard.placements != own[name].placements:
-                raise ValueError(f"EMA cannot copy {name!r}, which is sharded in a way of its own: {own[name]!r}.")
+                raise ValueError(f"{name!r} cannot be copied, as it is sharded in a way of its own: {own[name]!r}.")
             local_part(shard).copy_(local_part(own[name]))
     return copied
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 from torch import nn
 
 from dengine.comm.mesh import check_mesh, refuse_laid_out, sources_of, spreads_part
-from dengine.dtensor import describe_mesh, is_fsdp, mesh_of
+from dengine.dtensor import describe_mesh, has_dimension, is_fsdp, mesh_of
 from dengine.launch.world import World
 from dengine.torch_internals import flat_mesh
 
@@ -117,7 +117,7 @@ def _layout_on(mesh: "DeviceMesh", strategy: str, parts: Parts | None, here: Wor
     Raises: ValueError: the strategy and the dimensions of the mesh do not go together.
     """
     sizes = {name: size for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True) if size > 1}
-    if parts is not None and parts not in (mesh.mesh_dim_names or ()):
+    if parts is not None and not has_dimension(mesh, parts):
         raise ValueError(f"parts={parts!r} is a dimension of the mesh, but there is none of that name in {sizes}.")
     if strategy == "ddp" and "dp_shard" in sizes:
         raise ValueError(

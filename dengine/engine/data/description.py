@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dengine.data.loader import data_state
-from dengine.data.sampler import changed_order
+from dengine.data.sampler import changed_order, refuse_changes
 from dengine.distributed import world
 
 __all__ = ["changes_of", "check_unchanged", "described", "length_of"]
@@ -53,13 +53,7 @@ def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any] | None)
     Raises:
         ValueError: `current` is not of the data that `saved` is of; both values are named, and the way back.
     """
-    changes = changes_of(saved, current)
-    if changes:
-        raise ValueError(
-            "The data is not what this run was started with, so samples could be missed or come twice:\n"
-            + ";\n".join(changes)
-            + ".\nOr say allow_changed_data=True, and the run goes on at the same batch of the changed data."
-        )
+    refuse_changes(changes_of(saved, current))
 
 
 def changes_of(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> list[str]:

@@ -10,7 +10,7 @@ from dengine.metrics.builtin.class_counts import Average, ClassCounts, check_ave
 from dengine.metrics.builtin.label_metric import LabelMetric
 from dengine.metrics.builtin.labels import Answers, ClassSettings, Task, check_scores, foreign_keywords
 from dengine.metrics.core.derived import DerivedMetric
-from dengine.metrics.core.inputs import as_pair, checked_ignore_index, is_number
+from dengine.metrics.core.inputs import as_pair, checked_ignore_index, is_python_number
 from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.types import MetricValue
 
@@ -214,4 +214,9 @@ class TopKAccuracy(_Share):
 
 
 def _is_number_pair(output: object) -> bool:
-    return isinstance(output, (tuple, list)) and len(output) == 2 and is_number(output[0]) and is_number(output[1])
+    return (
+        isinstance(output, (tuple, list))
+        and len(output) == 2
+        and is_python_number(output[0])
+        and is_python_number(output[1])
+    )

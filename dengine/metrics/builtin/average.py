@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch
 
 from dengine.errors import NotComputableError
-from dengine.metrics.core.inputs import as_real, as_tensor, is_number, what_it_got
+from dengine.metrics.core.inputs import as_real, as_tensor, is_python_number, what_it_got
 from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.metrics.core.transform import loss_value
 from dengine.types import accumulator_dtype, summable
@@ -88,7 +88,7 @@ def value_of(output: object, metric: str) -> Any:
     Raises:
         TypeError: neither, or complex; it lists a mapping's keys and says what to do.
     """
-    if is_number(output):
+    if is_python_number(output):
         return output
     if isinstance(output, (Mapping, str, tuple, list)) or output is None:
         raise TypeError(

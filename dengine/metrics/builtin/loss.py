@@ -13,7 +13,7 @@ from dengine.metrics.core.inputs import (
     as_tensor,
     checked_ignore_index,
     is_kept,
-    is_number,
+    is_python_number,
     what_it_got,
 )
 from dengine.metrics.core.metric import OutputTransform
@@ -85,7 +85,7 @@ class Loss(WeightedMean):
             if is_short_float(prediction):
                 prediction = prediction.float()  # as autocast computes losses
             loss = self._loss_fn(prediction, target)
-            if not is_number(loss):
+            if not is_python_number(loss):
                 loss = as_real(loss, "Loss")
                 if loss.ndim:
                     loss = _mean_of_each(loss, kept, count)

@@ -7,7 +7,7 @@ import torch
 
 from dengine.errors import NotComputableError
 from dengine.metrics.core.batch_size import cannot_count, samples_in
-from dengine.metrics.core.inputs import is_number, what_it_got
+from dengine.metrics.core.inputs import is_python_number, what_it_got
 from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.types import summable
 
@@ -104,7 +104,7 @@ def _number_given(output: object) -> torch.Tensor | int | None:
 
 
 def _num_samples(output: object) -> int:
-    is_scalar = is_number(output) or getattr(output, "ndim", None) == 0
+    is_scalar = is_python_number(output) or getattr(output, "ndim", None) == 0
     samples = None if is_scalar else samples_in(output)
     if samples is not None:
         return samples

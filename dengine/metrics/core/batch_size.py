@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from dengine import trees
-from dengine.metrics.core.inputs import is_number
+from dengine.metrics.core.inputs import is_python_number
 from dengine.metrics.core.transform import prediction_and_target
 
 __all__ = ["cannot_count", "num_samples", "samples_in", "samples_or_one"]
@@ -19,7 +19,7 @@ def num_samples(target: object, prediction: object = None) -> int | None:
     """
     if isinstance(target, torch.Tensor) and target.ndim:  # nearly always
         return target.shape[0]
-    if is_number(target) or getattr(target, "ndim", None) == 0:
+    if is_python_number(target) or getattr(target, "ndim", None) == 0:
         return 1
     sizes, lengths = _sizes(target)
     if not sizes and not lengths:

@@ -15,7 +15,7 @@ __all__ = [
     "as_tensor",
     "checked_ignore_index",
     "is_kept",
-    "is_number",
+    "is_python_number",
     "shape_error",
     "what_it_got",
 ]
@@ -91,7 +91,7 @@ def as_tensor(part: object, metric: str) -> torch.Tensor:
         raise TypeError(f"{metric} takes numbers or tensors, but got {part!r}.") from None
 
 
-def is_number(value: object) -> bool:
+def is_python_number(value: object) -> bool:
     """Whether `value` is one of Python's own numbers, so that no tensor is needed."""
     return isinstance(value, (int, float))
 
