@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,38 @@ def no_state_on_one(rank: int, size: int, folder: str) -> str:
 def test_an_object_without_a_state_on_one_rank_fails_the_save_on_every_rank(tmp_path: Path) -> None:
     for message in run_ranks(no_state_on_one, 3, str(tmp_path), deadline_s=30):
         assert "on rank 1 'other' gave no state: ArithmeticError: no state here" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+class FailingMapping(UserDict[str, int]):
+    """A container of a state's own, which cannot be read."""
+
+    def __iter__(self) -> Any:
+        raise RuntimeError("lost")
+
+
+class HasMapping:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def unreadable_on_one(rank: int, size: int, folder: str) -> str:
+    value = FailingMapping(one=1) if rank == 1 else {"one": 1}
+    try:
+        save(Path(folder) / "c_1.pt", {"other": HasMapping(value)})
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_state_that_cannot_be_read_on_one_rank_fails_the_save_on_every_rank(tmp_path: Path) -> None:
+    for message in run_ranks(unreadable_on_one, 3, str(tmp_path), deadline_s=30):
+        assert "on rank 1 'other' gave no state: RuntimeError: lost" in message
     assert list(tmp_path.iterdir()) == []
 
 

@@ -262,7 +262,7 @@ def _explained(error: CorruptCheckpointError, path: Path) -> CheckpointError:
                 f"{path} is a folder of checkpoints, not a checkpoint: Checkpoint.resume({str(path)!r}, ...) loads the "
                 "newest intact one, and dengine.checkpoint.latest() gives its path."
             )
-        listed = manifest.scan(path.parent).listed.get(path.name)
+        listed = manifest.listed_beside(path)
         size = path.stat().st_size
         if listed is not None and path.is_file() and listed.num_bytes != size:
             return CorruptCheckpointError(f"{error} The manifest knows it with {listed.num_bytes} bytes.")

@@ -31,23 +31,22 @@ def plan_alone(path: Path, objects: Iterable[str], num_ranks: int) -> SavePlan:
     found = from_name(path)
     prefix, step = (path.stem, None) if found is None else (found.prefix, found.step)
     seen = manifest.scan(path.parent)
-    entry = _entry(path, prefix, SaveRequest(step, None), None, objects, seen.next_sequence, num_ranks)
+    entry = Entry(
+        path.name,
+        prefix,
+        step=step,
+        score=None,
+        score_name=None,
+        sequence=seen.next_sequence,
+        objects=tuple(objects),
+        world_size=num_ranks,
+        versions=_versions(),
+    )
     return SavePlan(path, entry, kept=[], dropped=[], seen=seen)
 
 
-def _entry(
-    path: Path,
-    prefix: str,
-    request: SaveRequest,
-    score_name: str | None,
-    objects: Iterable[str],
-    sequence: int,
-    num_ranks: int,
-    writer: str = "",
-) -> Entry:
-    versions = {"dengine": __version__, "torch": str(torch.__version__)}
-    what = request.step, request.score, score_name, sequence, tuple(objects), num_ranks, versions
-    return Entry(path.name, prefix, *what, writer=writer)
+def _versions() -> dict[str, str]:
+    return {"dengine": __version__, "torch": str(torch.__version__)}
 
 
 class Planner:
@@ -91,8 +90,18 @@ class Planner:
         """
         seen = manifest.scan(self._folder)
         self._look_for_others(path, self._own(seen.entries))
-        what = self._prefix, request, self._score_name, objects, seen.next_sequence, num_ranks
-        entry = _entry(path, *what, self._writer)
+        entry = Entry(
+            path.name,
+            self._prefix,
+            step=request.step,
+            score=request.score,
+            score_name=self._score_name,
+            sequence=seen.next_sequence,
+            objects=tuple(objects),
+            world_size=num_ranks,
+            versions=_versions(),
+            writer=self._writer,
+        )
         dropped = to_drop(kept, entry, self._n_saved)
         stay = [each for each in kept if each not in dropped and each.name != entry.name]
         return SavePlan(path, entry, stay, dropped, seen)

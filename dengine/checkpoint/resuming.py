@@ -17,7 +17,7 @@ from dengine.distributed import all_gather_object, world
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.naming import printable
 
-__all__ = ["latest", "newest_first", "resume"]
+__all__ = ["latest", "resume"]
 
 
 def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
@@ -31,7 +31,11 @@ def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
     folder = path_of("save_dir", save_dir)
     if (reason := _no_folder_of_checkpoints(folder, "latest")) is not None:
         raise CheckpointError(reason)
-    for entry in newest_first(folder, prefix):
+    try:
+        found = manifest.scan(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    for entry in _newest_first(found, prefix):
         path = folder / entry.name
         try:
             verify(path)
@@ -41,12 +45,8 @@ def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
     return None
 
 
-def newest_first(folder: Path, prefix: str) -> list[Entry]:
+def _newest_first(found: manifest.Scan, prefix: str) -> list[Entry]:
     """Checkpoints of `prefix` by the time they were saved, the damaged and lost ones at the place that was theirs."""
-    try:
-        found = manifest.scan(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
     def when(entry: Entry) -> float:
         if entry.sequence >= 0:
@@ -117,12 +117,10 @@ def _found(folder: Path, prefix: str) -> tuple[list[Entry], list[str]] | str:
         if (reason := _no_folder_of_checkpoints(folder, "resume")) is not None:
             return reason
         atomic_files.recover(folder)
-        if entries := newest_first(folder, prefix):
-            return entries, []
         found = manifest.scan(folder)
     except (OSError, CheckpointError) as error:
         return f"{folder} cannot be read: {error}"
-    return [], sorted({each.prefix for each in (*found.entries, *found.damaged)})
+    return _newest_first(found, prefix), sorted({each.prefix for each in (*found.entries, *found.damaged)})
 
 
 def _load_or_miss(path: Path, into: Mapping[str, object]) -> None:

@@ -221,7 +221,7 @@ class Checkpoint:
         format: Format = FolderFormat() if collected.is_sharded else FileFormat()
         path = self._path(request, format.ending)
         if self._is_asynchronous:
-            self._resolve()  # this rank's part of the one before, which rank 0 has settled
+            self._resolve()  # this rank's part of the one before, which rank 0 has resolved
         background = self._background if self._is_asynchronous else None
         plan = partial(self._planner.plan, path, request, self._kept, self._objects, collected.num_ranks)
         outcome = format.save(path, collected, self._objects, plan, background)

@@ -138,9 +138,8 @@ class LRScheduler:
             raise ValueError(f"The state given to LRScheduler is not one of {self._kind}: it {what} {different[0]!r}.")
         before = copy.deepcopy(own)
         try:
-            self._scheduler.load_state_dict(
-                copy.deepcopy(dict(state_dict))
-            )  # some schedulers empty the dict they are given
+            # A copy: some schedulers empty the dict they are given.
+            self._scheduler.load_state_dict(copy.deepcopy(dict(state_dict)))
         except Exception as error:
             self._scheduler.load_state_dict(before)
             raise ValueError(f"The state given to LRScheduler is not one of {self._kind}: {error!r}.") from error

@@ -119,9 +119,8 @@ class _Display:
     def _begin(self, engine: Engine) -> None:
         self._close()  # of a run that was left without an event
         self._started_s = time.time()
-        self._num_done = self._first_iteration = (
-            engine.state.epoch_iteration
-        )  # not 0 if a run was resumed within an epoch
+        # Not 0 if a run was resumed within an epoch.
+        self._num_done = self._first_iteration = engine.state.epoch_iteration
         self._drawn_s = time.monotonic()
         if self._is_drawn():
             self._drawn_s = 0.0  # the first iteration is shown

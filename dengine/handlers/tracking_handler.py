@@ -184,9 +184,8 @@ def _one_by_one(run: object) -> Callable[[str, float, int], object] | None:
     """A function that writes a single number to `run`, if it takes them one by one."""
     if callable(track := getattr(run, "track", None)):  # a run of aim
         return lambda name, value, step: track(value, name=name, step=step)
-    if callable(
-        report_scalar := getattr(run, "report_scalar", None)
-    ):  # a logger of clearml: a plot for what is before the last slash
+    # A logger of clearml: a plot for what is before the last slash.
+    if callable(report_scalar := getattr(run, "report_scalar", None)):
 
         def report(name: str, value: float, step: int) -> None:
             title, _, series = name.rpartition("/")

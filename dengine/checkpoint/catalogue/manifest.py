@@ -116,7 +116,7 @@ def _is_candidate(path: Path) -> bool:
     if path.name.startswith("."):
         return False
     try:
-        return path.is_file() if path.suffix == ".pt" else path.is_dir() and is_shard_folder(path)
+        return path.is_file() if path.suffix == ".pt" else is_shard_folder(path)
     except OSError:
         return from_name(path) is not None
 

@@ -1,4 +1,4 @@
-"""Which saved checkpoints to keep. Pure: touches no file (atomic_files.py does) and knows no rank."""
+"""Which saved checkpoints to keep. Pure: touches no file (disk/room.py does) and knows no rank."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,11 @@ from dengine.checkpoint.catalogue.entry import Entry
 __all__ = ["is_kept", "to_drop"]
 
 
-def is_kept(score: float | None, saved: Sequence[Entry], n_saved: int) -> bool:
+def is_kept(score: float, saved: Sequence[Entry], n_saved: int) -> bool:
     """Whether a checkpoint of `score` would be among the `n_saved` that are kept. NaN is never a best score.
 
     Of two with one score the older stays: it took less training.
     """
-    if score is None:
-        return True
     if math.isnan(score):
         return False
     return len(saved) < n_saved or any(one.score is not None and score > one.score for one in saved)

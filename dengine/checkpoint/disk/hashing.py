@@ -61,7 +61,7 @@ class HashingWriter:
         view = memoryview(data).cast("B")
         try:
             if self._num_gathered + len(view) > _PART_BYTES:
-                self.write_gathered()
+                self._write_gathered()
             if len(view) >= _PART_BYTES:
                 self._write_large(view)
                 return len(view)
@@ -75,16 +75,6 @@ class HashingWriter:
 
     def flush(self) -> None:
         """Nothing: the last bytes can still be taken back. `torch.save` asks for the method."""
-
-    def write_gathered(self) -> None:
-        """Write what was gathered; whether it is on the disk is another question."""
-        if not self._num_gathered:
-            return
-        gathered, self._num_gathered = self._memory[: self._num_gathered], 0
-        self._is_other_digested.wait()
-        self._memory, self._other = self._other, self._memory
-        self._is_other_digested = self._digest.add(gathered)
-        self._put(gathered)
 
     def take_back(self, num_bytes: int) -> bytes:
         """The last bytes, which are not written then.
@@ -100,7 +90,7 @@ class HashingWriter:
 
     def digest(self) -> str:
         """Of all that was written so far."""
-        self.write_gathered()
+        self._write_gathered()
         return self._digest.hexdigest()
 
     def end_with_digest(self, data: bytes) -> str:
@@ -108,8 +98,18 @@ class HashingWriter:
         self.write(data)
         digest = self.digest()
         self.write(digest.encode())
-        self.write_gathered()
+        self._write_gathered()
         return digest
+
+    def _write_gathered(self) -> None:
+        """Write what was gathered; whether it is on the disk is another question."""
+        if not self._num_gathered:
+            return
+        gathered, self._num_gathered = self._memory[: self._num_gathered], 0
+        self._is_other_digested.wait()
+        self._memory, self._other = self._other, self._memory
+        self._is_other_digested = self._digest.add(gathered)
+        self._put(gathered)
 
     def _write_large(self, view: memoryview) -> None:
         digested = self._digest.add(view)

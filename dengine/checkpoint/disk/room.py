@@ -5,7 +5,6 @@ import errno
 import functools
 import os
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ def remove(path: Path) -> None:
             doomed = temporary_path(path)
             os.rename(path, doomed)
             begin(doomed)
-            _free_aside(lambda: _free(doomed)) if is_large else _free(doomed)
+            (_free_aside if is_large else _free)(doomed)
         else:
             os.unlink(path)
 
@@ -82,9 +81,9 @@ def _free(doomed: Path) -> None:
     end(doomed)
 
 
-def _free_aside(free: Callable[[], object]) -> None:
-    """Call `free`, which removes what nobody needs any more, in a thread: it takes long for large files."""
-    freeing = threading.Thread(target=free, name="dengine-checkpoint-free", daemon=False)
+def _free_aside(doomed: Path) -> None:
+    """`_free` in a thread: it takes long for large files."""
+    freeing = threading.Thread(target=_free, args=(doomed,), name="dengine-checkpoint-free", daemon=False)
     with _lock:
         _freeing[:] = [each for each in _freeing if each.is_alive()]
         _freeing.append(freeing)

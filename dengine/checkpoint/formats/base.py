@@ -43,10 +43,9 @@ _listing = threading.Lock()
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What is to be saved now. `score` is None if the newest are kept rather than the best; `step`, if a path was given
-    that names none."""
+    """What is to be saved now. `score` is None if the newest are kept rather than the best."""
 
-    step: int | None
+    step: int
     score: float | None
 
 

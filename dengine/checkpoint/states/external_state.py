@@ -28,7 +28,7 @@ def refuse_to_save(objects: Mapping[str, object]) -> None:
     """Raises: CheckpointError: the `state_dict()` of one of `objects` has only a part of the state on each rank."""
     for name, value in objects.items():
         _refuse_wrapper(name, value)
-        if (is_whole := _is_whole(value)) is not None and not is_whole:
+        if _is_whole(value) is False:
             raise CheckpointError(
                 f"DeepSpeed keeps a part of {name!r} on each rank, which state_dict() does not give. Leave it out, and "
                 "save it by the DeepSpeed engine's own save_checkpoint(), which pickles; or shard by "

@@ -18,8 +18,9 @@ from torch import nn
 from dengine.checkpoint.states.walk import CERTAIN, MOST_VALUES, Refused, Walk
 from dengine.compiled_names import HIDDEN, without_compiled
 from dengine.dtensor import PLAIN, is_made_of_others
+from dengine.errors import CheckpointError
 
-__all__ = ["check_loadable", "check_loaded", "plain_states"]
+__all__ = ["check_loadable", "check_loaded", "no_state", "plain_states"]
 
 # What a subclass of one of these (an Enum with str, say) equals, and is stored as.
 _BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
@@ -43,6 +44,7 @@ def plain_states(states: Mapping[str, object]) -> tuple[dict[str, Any], list[tor
 
     Raises:
         TypeError: a state that contains itself, or a tensor without data; it names the path within the state.
+        CheckpointError: a container of the state's own failed as it was read.
     """
     tensors: list[torch.Tensor] = []
 
@@ -53,8 +55,18 @@ def plain_states(states: Mapping[str, object]) -> tuple[dict[str, Any], list[tor
     plain = dict(states)
     for name, state in states.items():
         if not _is_plain(state, tensors):
-            plain[name] = _walked(name, state, Walk(tensor, _as_base, without_compiled))
+            try:
+                plain[name] = _walked(name, state, Walk(tensor, _as_base, without_compiled))
+            except TypeError:
+                raise
+            except Exception as error:  # of a container of the state's own
+                raise no_state(name, error) from error
     return plain, tensors
+
+
+def no_state(name: str, error: Exception) -> CheckpointError:
+    """The error for an object whose own code failed as its state was taken."""
+    return CheckpointError(f"{name!r} gave no state: {type(error).__qualname__}: {error}")
 
 
 def check_loadable(states: Mapping[str, object]) -> list[torch.Tensor]:

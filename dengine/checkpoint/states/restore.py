@@ -111,9 +111,9 @@ def _fitted(target: Stateful, state: Any) -> Any:
     """`state` with its tensors cut up as the target's are (FSDP2); as it is if nothing is sharded."""
     if isinstance(target, nn.Module):
         own = target.state_dict()
-        return (
-            {name: _cut(value, own.get(name)) for name, value in state.items()} if any_dtensor(own.values()) else state
-        )
+        if not any_dtensor(own.values()):
+            return state
+        return {name: _cut(value, own.get(name)) for name, value in state.items()}
     if isinstance(target, torch.optim.Optimizer):
         parameters = [each for group in target.param_groups for each in group["params"]]
         if not any_dtensor(parameters):

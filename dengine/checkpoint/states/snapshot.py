@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dengine.checkpoint.states.external_state import refuse_to_save
-from dengine.checkpoint.states.plain import plain_states
+from dengine.checkpoint.states.plain import no_state, plain_states
 from dengine.checkpoint.states.replicas import Print, prints_of, refuse_lost
 from dengine.distributed import all_gather_object, unwrap_model
 from dengine.dtensor import PLAIN, any_dtensor, is_made_of_others, local_part, whole
@@ -106,10 +106,6 @@ class _Given(NamedTuple):
 _NOTHING = _Given({}, {}, False, {})
 
 
-class _NoStateError(Exception):
-    """An object gave no state."""
-
-
 def collect(objects: Mapping[str, Stateful]) -> Collected:
     """The states by name, as `torch.load(weights_only=True)` reads them, and the random generators of every rank.
 
@@ -124,8 +120,10 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
     mine, failure, cause = _NOTHING, None, None
     try:
         mine = _given(objects)
-    except (CheckpointError, TypeError, _NoStateError) as error:
+    except (CheckpointError, TypeError) as error:
         failure, cause = str(error), error.__cause__ or error
+    except Exception as error:  # whatever it is, the other ranks must not be left waiting
+        failure, cause = f"the states could not be taken: {type(error).__qualname__}: {error}", error
     report = failure, mine.random, mine.has_shards, mine.prints
     everyone = all_gather_object((sorted(objects), report))
     gathered = [theirs for _, theirs in everyone]
@@ -134,8 +132,7 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
         if reason is not None:
             raise CheckpointError(f"Nothing was saved or changed, since on rank {rank} {reason}") from cause
     _agree_on_names([sorted(theirs) for _, theirs, _, _ in gathered], "random number generators of ")
-    if any(prints for *_, prints in gathered):
-        refuse_lost([prints for *_, prints in gathered])
+    refuse_lost([prints for *_, prints in gathered])
     random = {name: [theirs[name] for _, theirs, _, _ in gathered] for name in mine.random}
     reserved = {"format": FORMAT_VERSION, "world_size": len(gathered), RANDOM: random}
     is_sharded = any(theirs for _, _, theirs, _ in gathered)
@@ -143,10 +140,7 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
 
 
 def _given(objects: Mapping[str, Stateful]) -> _Given:
-    """
-    Raises:
-        CheckpointError, TypeError, _NoStateError: something cannot be saved.
-    """
+    """Raises: CheckpointError, TypeError: something cannot be saved."""
     inner = unwrapped(objects)
     refuse_to_save(inner)
     engines = with_per_rank_state(objects)
@@ -158,11 +152,10 @@ def _given(objects: Mapping[str, Stateful]) -> _Given:
             if name in engines:
                 random[name] = engines[name].random_state()
         except Exception as error:
-            raise _NoStateError(f"{name!r} gave no state: {type(error).__qualname__}: {error}") from error
+            raise no_state(name, error) from error
     states, tensors = plain_states(states)
     models = {name: value for name, value in objects.items() if isinstance(value, nn.Module)}
-    prints = prints_of(models) if models else {}
-    return _Given(states, plain_states(random)[0] if random else {}, _has_shards(tensors, objects), prints)
+    return _Given(states, plain_states(random)[0], _has_shards(tensors, objects), prints_of(models))
 
 
 def _has_shards(tensors: Sequence[torch.Tensor], objects: Mapping[str, Stateful]) -> bool:
