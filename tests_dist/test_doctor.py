@@ -309,7 +309,7 @@ def hasty(limit_s: float) -> None:
 def killed_in_the_group(rank: int, size: int, folder: str) -> None:
     hasty(15.0)
     if rank == 1:
-        group.exercise = lambda backend, part: os.kill(os.getpid(), signal.SIGKILL)
+        group.exercise = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_rank_that_dies_in_the_midst(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 A lone process runs the same code, and gets its own values back.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dengine import trees
 from dengine.comm.nested import ReduceOp, flatten, grouped, signature, split
 from dengine.comm.rank_zero import refuse_on_rank_zero_alone
-from dengine.comm.transport import GroupTransport, NoTransport, Transport
+from dengine.comm.transport import GroupTransport, NoTransport, Sources, Transport
 from dengine.control.failure import repr_of
 from dengine.control.plane import plane
 from dengine.dtensor import any_dtensor, is_dtensor, may_be_dtensors, whole
@@ -191,27 +191,20 @@ def barrier(name: str = "barrier") -> None:
         transport.all_reduce(torch.zeros(1, device=transport.device_for(torch.device("cpu"))))
 
 
-def broadcast_tensors(
-    tensors: list[torch.Tensor],
-    source: int = 0,
-    *,
-    within: Sequence[tuple[int, dist.ProcessGroup | None]] | None = None,
-) -> None:
-    """Overwrite `tensors` in place with rank `source`'s. Collective. Cost: one broadcast per dtype and device.
+def broadcast_tensors(tensors: list[torch.Tensor], *, within: Sources | None = None) -> None:
+    """Overwrite `tensors` in place with rank 0's. Collective. Cost: one broadcast per dtype and device.
 
     Args:
-        within: pairs of a rank and a group that it is in, in place of `source` and all ranks: one broadcast after the
+        within: pairs of a rank and a group that it is in, in place of rank 0 and all ranks: one broadcast after the
             other, in each of which this rank's group takes part.
     """
     # Within a mesh, other ranks may have other tensors.
-    start = f"{len(tensors)} tensors) from rank {source}" if within is None else "...) within a mesh"
+    start = f"{len(tensors)} tensors) from rank 0" if within is None else "...) within a mesh"
     with collective(f"broadcast_tensors({start}") as transport:
-        transport.broadcast(tensors, source, within)
+        transport.broadcast(tensors, within)
 
 
-def broadcast_each(
-    tensors: Iterable[torch.Tensor], *, within: Sequence[tuple[int, dist.ProcessGroup | None]] | None = None
-) -> None:
+def broadcast_each(tensors: Iterable[torch.Tensor], *, within: Sources | None = None) -> None:
     """Overwrite each of `tensors` in place with rank 0's, one after the other as they are given.
 
     Collective: as many tensors on all ranks, of the same shapes. Cost: a broadcast of each; no memory beside it.
@@ -221,7 +214,7 @@ def broadcast_each(
     """
     with collective("broadcast_each of a model's tensors") as transport:
         for tensor in tensors:
-            transport.broadcast_one(tensor, 0, within)
+            transport.broadcast_one(tensor, within)
 
 
 # -- for the packed reduction of metrics -------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from torch.distributed import ProcessGroup
 from dengine.comm.nested import grouped, split
 from dengine.launch.world import World
 
-__all__ = ["GroupTransport", "NoTransport", "Transport"]
+__all__ = ["GroupTransport", "NoTransport", "Sources", "Transport"]
 
 T = TypeVar("T")
-_Within: TypeAlias = "Sequence[tuple[int, ProcessGroup | None]] | None"  # of the mesh, in place of all ranks
+# From whom a rank takes a tensor: from a rank in each of these groups, one broadcast after the other.
+Sources: TypeAlias = Sequence[tuple[int, ProcessGroup | None]]
 
 
 class Transport(Protocol):
@@ -28,11 +29,11 @@ class Transport(Protocol):
     def all_gather(self, mine: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
         """Every rank's bytes. Shapes: mine (sizes[rank],) uint8; result: one (sizes[r],) uint8 for each rank r."""
 
-    def broadcast(self, tensors: list[torch.Tensor], source: int, within: _Within) -> None:
-        """Overwrite `tensors` in place with rank `source`'s, packed; see `broadcast_tensors`."""
+    def broadcast(self, tensors: list[torch.Tensor], within: Sources | None) -> None:
+        """Overwrite `tensors` in place with rank 0's, packed; see `broadcast_tensors`."""
 
-    def broadcast_one(self, tensor: torch.Tensor, source: int, within: _Within) -> None:
-        """Overwrite `tensor` in place with rank `source`'s."""
+    def broadcast_one(self, tensor: torch.Tensor, within: Sources | None) -> None:
+        """Overwrite `tensor` in place with rank 0's."""
 
     def all_gather_object(self, value: T) -> list[T]: ...
 
@@ -51,10 +52,10 @@ class NoTransport:
     def all_gather(self, mine: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
         return [mine]
 
-    def broadcast(self, tensors: list[torch.Tensor], source: int, within: _Within) -> None:
+    def broadcast(self, tensors: list[torch.Tensor], within: Sources | None) -> None:
         pass
 
-    def broadcast_one(self, tensor: torch.Tensor, source: int, within: _Within) -> None:
+    def broadcast_one(self, tensor: torch.Tensor, within: Sources | None) -> None:
         pass
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -86,24 +87,24 @@ class GroupTransport:
         dist.all_gather(gathered, padded, group=self._group_for(padded))
         return [row[:size] for row, size in zip(gathered, sizes, strict=True)]
 
-    def broadcast(self, tensors: list[torch.Tensor], source: int, within: _Within) -> None:
+    def broadcast(self, tensors: list[torch.Tensor], within: Sources | None) -> None:
         for indices in grouped(tensors).values():
             alike = [tensors[index].detach() for index in indices]
             flat = torch.cat([tensor.reshape(-1) for tensor in alike])
             sent = flat.to(self.device_for(flat.device))
-            self._broadcast(sent, source, within)
+            self._broadcast(sent, within)
             for tensor, part in zip(alike, split(sent.to(flat.device), alike), strict=True):
                 tensor.copy_(part)
 
-    def broadcast_one(self, tensor: torch.Tensor, source: int, within: _Within) -> None:
+    def broadcast_one(self, tensor: torch.Tensor, within: Sources | None) -> None:
         own = tensor.detach()
         sent = own.to(self.device_for(own.device)).contiguous()
-        self._broadcast(sent, source, within)
+        self._broadcast(sent, within)
         if sent is not own:
             own.copy_(sent)
 
-    def _broadcast(self, sent: torch.Tensor, source: int, within: _Within) -> None:
-        for rank, members in [(source, self._group_for(sent))] if within is None else within:
+    def _broadcast(self, sent: torch.Tensor, within: Sources | None) -> None:
+        for rank, members in [(0, self._group_for(sent))] if within is None else within:
             dist.broadcast(sent, src=rank, group=members)
 
     def all_gather_object(self, value: T) -> list[T]:

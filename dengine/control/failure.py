@@ -18,6 +18,7 @@ __all__ = [
     "Level",
     "cause_chain",
     "frames_of",
+    "in_brackets",
     "is_of_backend",
     "line_of",
     "remove_error_file",
@@ -36,6 +37,11 @@ _NUM_LEAVES = 1_000  # errors of a group that are looked at
 _GROUP: Any = getattr(builtins, "BaseExceptionGroup", ())  # Python 3.11
 # Read from the message: below DDP and autograd a broken connection comes out as a bare RuntimeError.
 _BACKEND_WORDS = ("gloo", "nccl", "processgroup", "c10d", "tcpstore", "closed by peer", "reset by peer", "broken pipe")
+
+
+def in_brackets(place: str) -> str:
+    """A place on the mesh as it follows the number of a rank; "" without one."""
+    return f" ({place})" if place else ""
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,7 @@ class Failure:
         is_or_was = {"raised": "was", "vanished": "was last seen", "stalled": "is"}[self.kind]
         if self.is_frozen:
             is_or_was = "was last seen"
-        place = f" ({self.place})" if self.place else ""
-        text += f"\n  Rank {self.rank}{place} {is_or_was} {where_text(self.where)}."
+        text += f"\n  Rank {self.rank}{in_brackets(self.place)} {is_or_was} {where_text(self.where)}."
         return text + (f"\n\nOn rank {self.rank}:\n{self.traceback}" if self.traceback else "")
 
     def as_error(self) -> RemoteRankError | StallError:

@@ -50,7 +50,10 @@ _UNWATCHED_S = 1800.0  # if nobody reports failures: as long as a collective of 
 
 
 class Plane(Protocol):
-    """What this package asks of the control plane: `Control`, or `NullPlane` if there are no ranks to talk to."""
+    """What this package asks of the control plane.
+
+    It is `Control`, or `NullPlane` if there are no other ranks, or no store by which to reach them.
+    """
 
     @property
     def group(self) -> ProcessGroup | None:

@@ -12,12 +12,12 @@ collective could meet a connection that can no longer be written to.
 import os
 import select
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias, TypeVar
 
 from dengine import torch_internals
+from dengine.launch.abandonable import unless_given_up
 
 __all__ = ["Connections", "abort_group", "existing_connections", "new_connections", "unless_hung_up"]
 
@@ -71,27 +71,12 @@ def unless_hung_up(action: Callable[[], T], peers: Sequence[socket.socket]) -> T
 
     Raises: ConnectionError: one has. What `action` raises.
     """
-    outcome: list[T | BaseException] = []
     mine, its = socket.socketpair()
-
-    def act() -> None:
-        try:
-            outcome.append(action())
-        except BaseException as error:
-            outcome.append(error)
-        its.close()
-
     poll = select.poll()
     for each in (mine, *peers):
         poll.register(each, select.POLLRDHUP)
-    threading.Thread(target=act, name="dengine-connect", daemon=True).start()
     with mine:
-        poll.poll()
-    if not outcome:
-        raise ConnectionError("a peer has hung up")
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
+        return unless_given_up(action, lambda _: poll.poll(), ConnectionError("a peer has hung up"), at_end=its.close)
 
 
 class Connections:

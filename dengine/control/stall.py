@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from dengine.control.failure import Failure, where_text
+from dengine.control.failure import Failure, in_brackets, where_text
 from dengine.control.heartbeat import Heartbeat
 from dengine.control.status import GroupStatus
 from dengine.launch.console import say
@@ -31,7 +31,7 @@ def show_stall(failure: Failure, here: World, store: Any, heartbeat: Heartbeat, 
 
     Comes before the loop learns of the stall: afterwards this process may be gone at any moment.
     """
-    place = f" ({here.place_of(here.rank)})" if here.mesh is not None else ""
+    place = in_brackets(here.place_of(here.rank))
     say(f"dengine: rank {here.rank}{place} is {where_text(heartbeat.activity.position())}\n{stacks()}")
     with suppress(DistError):  # the store is gone: whoever reads from it notices
         if failure.rank == here.rank:

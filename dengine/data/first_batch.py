@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,12 +82,15 @@ def _leaves_of(batch: object) -> Iterator[_Leaf]:
             yield _leaf_of_tensor(start, value)
         elif isinstance(value, np.ndarray) and value.dtype.kind in "biufcSU":
             digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-            begin = ", ".join(map(str, value.reshape(-1)[:_NUM_SHOWN].tolist()))
-            yield _Leaf(f"{start}{value.dtype} {value.shape} that begins {begin}", text_digest([digest]))
+            yield _Leaf(f"{start}{value.dtype} {value.shape} that begins {_beginning(value)}", text_digest([digest]))
         elif isinstance(value, _PLAIN):
             yield _Leaf(f"{start}{value!r:.60}", text_digest([repr(value)]))
         else:
             yield _Leaf(f"{start}a {type(value).__qualname__}", 0)
+
+
+def _beginning(values: "torch.Tensor | np.ndarray[Any, Any]") -> str:
+    return ", ".join(map(str, values.reshape(-1)[:_NUM_SHOWN].tolist()))
 
 
 def _leaf_of_tensor(start: str, value: torch.Tensor) -> _Leaf:
@@ -95,6 +98,5 @@ def _leaf_of_tensor(start: str, value: torch.Tensor) -> _Leaf:
     if is_dtensor(value):  # whose parts differ between ranks on purpose
         return _Leaf(kind, 0)
     with suppress(RuntimeError, NotImplementedError, TypeError, ValueError):  # a sparse or nested tensor: by its shape
-        begin = ", ".join(map(str, value.reshape(-1)[:_NUM_SHOWN].tolist()))
-        return _Leaf(f"{kind} that begins {begin}", int(tensor_digest(value)))
+        return _Leaf(f"{kind} that begins {_beginning(value)}", int(tensor_digest(value)))
     return _Leaf(kind, 0)

@@ -138,7 +138,7 @@ def prepare_data_loader(
 
 
 def data_state(data: object) -> DataState | None:
-    """What a resumed run must find unchanged in `data` (`check_same` compares two), or None where it cannot be told.
+    """What a resumed run must find unchanged in `data` (`changed_order` compares two), or None where it cannot be told.
 
     It can be of a loader that `prepare_data_loader` gave, and of one with an `ElasticSampler`.
     """

@@ -14,7 +14,7 @@ from dengine.data.permutation import Permutation
 from dengine.data.seeding import EpochIndex
 from dengine.launch.world import world
 
-__all__ = ["DataState", "ElasticSampler", "changed_order", "check_same", "refuse_changes"]
+__all__ = ["DataState", "ElasticSampler", "changed_order", "refuse_changes"]
 
 DataState: TypeAlias = dict[str, Any]  # None: not known
 
@@ -35,29 +35,21 @@ _MUST_STAY = {
 }
 
 
-def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to go on with other data, or in another order, than a run was started with. Pure.
+def refuse_changes(changes: Sequence[str]) -> None:
+    """Refuse to go on with other data, or in another order, than a run was started with, if there are `changes`.
 
-    `saved` and `current` are what `ElasticSampler.state()` gave then and gives now. The number of ranks may differ.
-
-    Raises:
-        ValueError: names each value that changed, both values, and the way back.
+    Raises: ValueError: there are some, each told in a line.
 
     Example:
         >>> state = ElasticSampler(range(9), batch_size=2, num_replicas=2, rank=0).state()
-        >>> check_same(state, ElasticSampler(range(9), batch_size=4, num_replicas=1, rank=0).state())
-        >>> check_same(state, {**state, "seed": 5})
+        >>> refuse_changes(changed_order(state, ElasticSampler(range(9), batch_size=4, num_replicas=1, rank=0).state()))
+        >>> refuse_changes(changed_order(state, {**state, "seed": 5}))
         Traceback (most recent call last):
             ...
         ValueError: The data is not what this run was started with, so samples could be missed or come twice:
         the seed of the order was 0 and is 5: pass seed=0 to prepare_data_loader().
         Or say allow_changed_data=True, and the run goes on at the same batch of the changed data.
     """
-    refuse_changes(changed_order(saved, current))
-
-
-def refuse_changes(changes: Sequence[str]) -> None:
-    """Raises: ValueError: there are some, each told in a line."""
     if changes:
         raise ValueError(
             "The data is not what this run was started with, so samples could be missed or come twice:\n"
@@ -67,7 +59,9 @@ def refuse_changes(changes: Sequence[str]) -> None:
 
 
 def changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What `check_same` names, one line for each value.
+    """What differs between two states of an `ElasticSampler`, and the way back, one line for each value. Pure.
+
+    The number of ranks may differ.
 
     Raises:
         ValueError: `saved` lacks a value.
@@ -207,7 +201,7 @@ class ElasticSampler(DistributedSampler[int]):
         self._skipped = whole_number("num_samples", num_samples, least=0)
 
     def state(self) -> DataState:
-        """What the order of samples depends on; `check_same` compares two. The number of ranks is none of it."""
+        """What the order of samples depends on; `changed_order` compares two. The number of ranks is none of it."""
         return {
             "length": len(self.dataset),
             "global_batch_size": self.num_replicas * self.batch_size,

@@ -99,11 +99,4 @@ class StreamShard(IterableDataset[Any]):
 
     def state(self) -> DataState:
         """As of `ElasticSampler`; a stream's length is not known, nor its order another one's."""
-        return {
-            "length": None,
-            "global_batch_size": self._num_parts * self._batch_size,
-            "seed": self._seed,
-            "shuffle": None,
-            "exact": self._exact,
-            "drop_last": self._drop_last,
-        }
+        return {**self.passes.kind, "global_batch_size": self._num_parts * self._batch_size}

@@ -228,13 +228,14 @@ class Engine:
                 batch (with several ranks an empty shard is legal, as long as another rank has a batch in that epoch).
             LaunchError: a launcher started several processes, but no process group is open.
             ConsistencyError: what all ranks must have alike differs: metrics, models, prepared data, handlers that are
-                collective.
+                collective, the first batch of ranks that share their data.
             RuntimeError: this engine is running already, or a one-shot iterator ran dry.
             Any exception of a step, a handler or the data, after `EXCEPTION_RAISED`.
             RemoteRankError, StallError: another rank failed, vanished or hangs; it says which one, and where it was.
 
         Cost: over several ranks, one all-reduce of 5 numbers at the start (what must be alike), one more of 1 number
-        over data of which no rank knows the length, and one all-reduce an epoch if there are metrics.
+        over data of which no rank knows the length, and one all-reduce an epoch if there are metrics. On a mesh whose
+        ranks share data, one more at the start, of the first batch, which is read for it.
         """
         self._refuse_while_running("run()")
         max_epochs, max_iterations = checked_limits(max_epochs, max_iterations)

@@ -80,7 +80,7 @@ class HandlerList:
     """One event's subscriptions, as one tuple in the order of calling.
 
     `due` is the smallest count at which anybody wants to be called: the loop compares with it and needs nothing else
-    of a handlers in an iteration in which nobody is due.
+    of the list in an iteration in which nobody is due.
     """
 
     __slots__ = ("count", "due", "due_with_options", "event", "plain_handlers", "subscriptions")

@@ -47,12 +47,12 @@ def checked_data(data: Iterable[object], epoch_length: object, *, is_joined: boo
         LaunchError: a launcher started several processes, but no process group is open.
     """
     check_data(data)
+    here = world()
     if distributed:
         refuse_forgotten_group("run() of an Engine")
-        refuse_other_part(data, world())
+        refuse_other_part(data, here)
     if epoch_length is not None:
         epoch_length = whole_number("epoch_length", epoch_length, least=1)
-    here = world()
     epochs = EpochIterator(
         data,
         epoch_length,

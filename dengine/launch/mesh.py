@@ -15,6 +15,7 @@ __all__ = [
     "filled_sizes",
     "groups_along",
     "other_meshes_text",
+    "shown_ranks",
     "shown_sizes",
 ]
 
@@ -42,7 +43,7 @@ def checked_sizes(mesh: Mapping[str, int]) -> dict[str, int]:
     for name, size in mesh.items():
         if name not in NAMES:
             raise ValueError(f"mesh={shown_sizes(mesh)} has a dimension {name!r}, but the names are {_ROLES}.")
-        if size != _REST or isinstance(size, bool):
+        if size != _REST:
             whole_number(f"mesh[{name!r}]", size, least=1)
     rest = [name for name, size in mesh.items() if size == _REST]
     if len(rest) > 1:
@@ -100,20 +101,19 @@ def groups_along(sizes: Mapping[str, int], names: Collection[str]) -> list[list[
     return list(groups.values())
 
 
+def shown_ranks(ranks: Sequence[int], most: int = _NUM_SHOWN) -> str:
+    """As an error names them: "rank 3", "ranks 0, 1, ..."."""
+    shown = ", ".join(map(str, ranks[:most])) + (", ..." if len(ranks) > most else "")
+    return f"{'ranks' if len(ranks) > 1 else 'rank'} {shown}"
+
+
 def other_meshes_text(meshes: Sequence[str]) -> str:
     """Why the ranks cannot go on, if they ask for other meshes; "" if all ask for the same. One text for each rank."""
     if len(set(meshes)) == 1:
         return ""
-    given = "; ".join(
-        f"{_ranks([rank for rank, each in enumerate(meshes) if each == text])}: {f'mesh={text}' if text else 'none'}"
-        for text in dict.fromkeys(meshes)
-    )
+    by_mesh = {text: [rank for rank, each in enumerate(meshes) if each == text] for text in meshes}
+    given = "; ".join(f"{shown_ranks(ranks)}: {f'mesh={text}' if text else 'none'}" for text, ranks in by_mesh.items())
     return f"The ranks ask for different meshes ({given}): pass the same mesh= to process_group() on every rank."
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:_NUM_SHOWN])) + (", ..." if len(ranks) > _NUM_SHOWN else "")
-    return f"{'ranks' if len(ranks) > 1 else 'rank'} {shown}"
 
 
 def _product(sizes: Mapping[str, int]) -> str:

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -27,8 +26,9 @@ from typing import Any, TypeVar
 from torch.distributed import DistError
 
 from dengine.errors import LaunchError, StallError
+from dengine.launch.abandonable import unless_given_up
 from dengine.launch.env import Launch, is_agents_store
-from dengine.launch.mesh import other_meshes_text
+from dengine.launch.mesh import other_meshes_text, shown_ranks
 from dengine.launch.network import is_reached_by_name, network_of_this_host
 from dengine.launch.parsing import has_fields, parse_object
 from dengine.launch.store import open_store
@@ -112,22 +112,8 @@ def within(timeout_s: float, action: Callable[[], T]) -> T:
 
     Raises: TimeoutError, and what `action` raises.
     """
-    outcome: list[T | BaseException] = []
-
-    def act() -> None:
-        try:
-            outcome.append(action())
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=act, name="dengine-connect", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if not outcome:
-        raise TimeoutError("no store has answered there")
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
+    gave_up = TimeoutError("no store has answered there")
+    return unless_given_up(action, lambda thread: thread.join(timeout_s), gave_up)
 
 
 def _store_of(launch: Launch, timeout_s: float) -> Any:
@@ -237,8 +223,7 @@ def _this_peer(launch: Launch, mesh: str) -> _Peer:
 
 
 def _absence_text(missing: Sequence[int], launch: Launch, deadline: _Deadline) -> str:
-    shown = ", ".join(map(str, missing[:_NUM_SHOWN])) + (", ..." if len(missing) > _NUM_SHOWN else "")
-    who = f"ranks {shown} of {launch.size} have" if len(missing) > 1 else f"rank {shown} of {launch.size} has"
+    who = f"{shown_ranks(missing, _NUM_SHOWN)} of {launch.size} {'have' if len(missing) > 1 else 'has'}"
     return (
         f"The process group was not made, as {who} not come within the {deadline.shown} s of process_group(): not "
         f"started, ended before, or without a way to the store at {launch.master_addr}:{launch.master_port}. See what "

@@ -102,7 +102,7 @@ class World:
 
         Of ranks that differ in `tp` the first, of those in `pp` the last; those of `cp` all, each with its own tokens.
         """
-        return self.mesh is None or (self.has_last_stage and self.coordinates.get("tp", 0) == 0)
+        return self.rank in self.all_counting_ranks
 
     @cached_property
     def counting_ranks(self) -> tuple[tuple[int, ...], ...]:
@@ -117,12 +117,18 @@ class World:
         return tuple(map(tuple, ranks.reshape(-1, self._sizes.get("cp", 1)).tolist()))
 
     @cached_property
+    def all_counting_ranks(self) -> tuple[int, ...]:
+        """The ranks for which `counts_samples` holds, in order."""
+        return tuple(sorted(rank for ranks in self.counting_ranks for rank in ranks))
+
+    @cached_property
     def _sizes(self) -> dict[str, int]:
-        names = () if self.mesh is None else self.mesh.mesh_dim_names or ()
-        return dict(zip(names, () if self.mesh is None else self.mesh.shape, strict=True))
+        if self.mesh is None:
+            return {}
+        return dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
 
 
-# The one global of the package: the worlds that `process_group()` opened, and how their ranks leave together.
+# The worlds that `process_group()` opened, the innermost last, each with its control plane.
 _entered: list[tuple[World, Plane]] = []
 _left: list[World] = []  # of several ranks: what a script does after them, it does alone on purpose
 

@@ -58,7 +58,7 @@ def pair_on_device(batch: object, device: torch.device) -> tuple[object, object]
 def on_device(value: object, device: torch.device) -> Any:
     """Tensors in nested containers on `device`; from pinned memory without a wait."""
     if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device, non_blocking=True)
+        return _leaf_on_device(value, device)
     return trees.map_leaves(lambda leaf: _leaf_on_device(leaf, device), value, is_leaf=_moves_itself)
 
 

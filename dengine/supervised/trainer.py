@@ -103,8 +103,8 @@ def create_supervised_trainer(
     if max_grad_norm is not None:
         max_grad_norm = number("max_grad_norm", max_grad_norm, "a number above 0, or None to clip nothing", above=0)
     accelerator = accelerator_for(accelerator, mixed_precision)
-    num_batches = _num_batches(num_batches, accelerator)
     is_deepspeed = distributed_kind(accelerator) == "DEEPSPEED"
+    num_batches = _num_batches(num_batches, accelerator, is_deepspeed=is_deepspeed)
     _check_optimizer(optimizer, model, is_deepspeed=is_deepspeed)
     if is_deepspeed and weight is not None and num_batches > 1:
         raise ValueError(
@@ -142,9 +142,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, is_d
         )
 
 
-def _num_batches(given: int, accelerator: "Accelerator") -> int:
+def _num_batches(given: int, accelerator: "Accelerator", *, is_deepspeed: bool) -> int:
     """The batches of an accumulation, `given` here or to the accelerator."""
-    is_deepspeed = distributed_kind(accelerator) == "DEEPSPEED"
     theirs = configured_num_batches(accelerator) if is_deepspeed else int(accelerator.gradient_accumulation_steps)
     if given > 1 and theirs not in (1, given):
         raise ValueError(

@@ -58,7 +58,7 @@ def _refused(reason: str) -> int:
 
 
 def _say(text: str, file: TextIO | None = None) -> None:
-    """Print text from files without control characters for the terminal, and characters that it cannot show."""
+    """Print text that came from files, without control characters and without what the terminal cannot show."""
     file = sys.stdout if file is None else file
     shown = "\n".join(map(printable, text.split("\n")))
     encoding = getattr(file, "encoding", None) or "utf-8"

@@ -38,7 +38,7 @@ def test_the_store_listens_by_ipv4_where_the_master_has_such_an_address(host: st
 
 @pytest.mark.parametrize("is_torchs", [False, True])
 def test_a_process_that_hosts_a_store_there_already_shares_it(is_torchs: bool) -> None:
-    """As the doctor's board, or init_process_group() of the user's own, has left one."""
+    """As the doctor's exchange, or init_process_group() of the user's own, has left one."""
     port = free_port()
     options: dict[str, Any] = {
         "is_master": True,

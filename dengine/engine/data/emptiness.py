@@ -9,7 +9,7 @@ from dengine.data.alike import empties_together
 from dengine.engine.data.description import length_of
 from dengine.naming import type_name
 
-__all__ = ["NO_BATCH", "SOME_BATCHES", "Emptiness"]
+__all__ = ["Emptiness"]
 
 # What a rank knows of its batches before a run, and the ranks together by the largest of it.
 NO_BATCH, PERHAPS_BATCHES, SOME_BATCHES = 0, 1, 2

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from dengine import torch_internals
 from dengine.engine.data.description import length_of
+from dengine.engine.data.skipping import rest_of
 
 __all__ = ["SelfResetting", "may_reset_itself"]
 
@@ -54,7 +55,7 @@ class SelfResetting:
         """End the epoch; `is_whole`: a pass ends with it, and nothing but StopIteration is to come."""
         self._position.is_under_way = False
         if is_whole:
-            self._position.ahead.extend(islice(self._rest(), 1))
+            self._position.ahead.extend(islice(rest_of(self._data), 1))
 
     def finish_what_was_left(self) -> None:
         """Draw and drop what an epoch that was cut short has left, so that the next one is whole."""
@@ -63,17 +64,9 @@ class SelfResetting:
         self._position.is_under_way = False
         self._position.ahead = []
         num_at_most = (length_of(self._data) or 0) + 1
-        for _ in islice(self._rest(), num_at_most):
+        for _ in islice(rest_of(self._data), num_at_most):
             pass
 
     def put_back(self, batch: object) -> None:
         """Have `batch`, which was drawn but not used, come first in the next pass."""
         self._position.ahead.append(batch)
-
-    def _rest(self) -> Iterator[object]:
-        while True:  # not `yield from`: iter() may start it again
-            try:
-                batch = next(self._data)
-            except StopIteration:
-                return
-            yield batch

@@ -9,7 +9,7 @@ from dengine.data.loader import pass_counters
 from dengine.distributed import world
 from dengine.naming import type_name
 
-__all__ = ["dropping", "jumps", "skipped_by_sampler", "warn_of_drawing"]
+__all__ = ["dropping", "jumps", "rest_of", "skipped_by_sampler", "warn_of_drawing"]
 
 
 class _Skips(Protocol):
@@ -30,7 +30,7 @@ def skipped_by_sampler(data: Iterable[object], num_batches: int) -> Iterator[obj
         return None
     sampler, batch_size = skipping
     sampler.skip(num_batches * batch_size)
-    return _rest_of(iter(data))
+    return rest_of(iter(data))
 
 
 def dropping(new_pass: Callable[[], Iterator[object]], num_batches: int) -> Iterator[object]:
@@ -65,7 +65,8 @@ def _skipping(data: Iterable[object]) -> tuple[_Skips, int] | None:
     return (sampler, batch_size) if callable(getattr(sampler, "skip", None)) and isinstance(batch_size, int) else None
 
 
-def _rest_of(iterator: Iterator[object]) -> Iterator[object]:
+def rest_of(iterator: Iterator[object]) -> Iterator[object]:
+    """What `iterator` has still to give."""
     while True:  # not `yield from`: that calls iter() once more
         try:
             batch = next(iterator)

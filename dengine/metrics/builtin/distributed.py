@@ -1,6 +1,6 @@
 """A metric computed on each rank, whose values are then reduced; as in `DistributedMetric(Accuracy(), "mean")`."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -15,7 +15,7 @@ from dengine.types import MetricValue
 __all__ = ["DistributedAccuracy", "DistributedMetric", "ValueOp"]
 
 ValueOp: TypeAlias = Literal["mean", "sum", "max", "min"]
-_VALUE_OPS = ("mean", "sum", "max", "min")
+_VALUE_OPS = get_args(ValueOp)
 
 
 class DistributedMetric(Metric):

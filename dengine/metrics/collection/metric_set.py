@@ -72,12 +72,9 @@ class MetricSet:
         self.updates: tuple[Callable[[Any], None], ...] = ()
 
     def add(self, name: str, metric: AnyMetric, output_transform: OutputTransform | None = None) -> None:
-        self._add_checked({name: metric}, output_transform)
+        self.add_all({name: metric}, output_transform)
 
-    def add_all(self, metrics: Mapping[str, AnyMetric]) -> None:
-        self._add_checked(metrics, None)
-
-    def _add_checked(self, metrics: Mapping[str, AnyMetric], output_transform: OutputTransform | None) -> None:
+    def add_all(self, metrics: Mapping[str, AnyMetric], output_transform: OutputTransform | None = None) -> None:
         for name, metric in metrics.items():
             self._check(name, metric, output_transform)
         self._owner.take(metrics, is_only_one=self._counts_once)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -19,7 +19,7 @@ __all__ = ["Metric", "OutputTransform", "StateOp", "StateSpec"]
 
 OutputTransform: TypeAlias = Callable[[Any], Any]
 StateOp: TypeAlias = Literal["sum", "mean", "min", "max", "cat", "gather", "samples"]
-_STATE_OPS = ("sum", "mean", "min", "max", "cat", "gather", "samples")
+_STATE_OPS = get_args(StateOp)
 
 
 @dataclass(frozen=True)

@@ -96,15 +96,10 @@ def _weighted_means(states: list[State], plan: Plan) -> list[torch.Tensor]:
 
 def _in_its_row(own: torch.Tensor, here: World) -> torch.Tensor:
     """Zeros in the other ranks' rows: summed, each rank has its own."""
-    ranks = _ranks_with_rows(here)
+    ranks = here.all_counting_ranks
     rows = own.new_zeros(len(ranks), own.numel())
     rows[ranks.index(here.rank)] = own
     return rows.reshape(-1)
-
-
-def _ranks_with_rows(here: World) -> Sequence[int]:
-    """Those that count samples, in the order of their rows."""
-    return range(here.size) if here.mesh is None else sorted(rank for ranks in here.counting_ranks for rank in ranks)
 
 
 def _sections(schemas: tuple[Schema, ...], plan: Plan, here: World) -> tuple[int, int, int, int]:
@@ -113,7 +108,7 @@ def _sections(schemas: tuple[Schema, ...], plan: Plan, here: World) -> tuple[int
     counts = sum(plan.numels[index] for index in plan.counts)
     row = sum(plan.numels[index] for index in plan.per_rank_floats)
     row += 2 * (sum(plan.numels[index] for index in plan.per_rank_counts) + len(plan.joined))
-    return floats, counts, counts, len(_ranks_with_rows(here)) * row
+    return floats, counts, counts, len(here.all_counting_ranks) * row
 
 
 def _halves(value: torch.Tensor) -> list[torch.Tensor]:
@@ -142,7 +137,7 @@ def unpacked(
     counts = _split(_joined_halves(high, low), [plan.numels[index] for index in plan.counts])
     values |= {index: _shaped(part, schemas[index]) for index, part in zip(plan.counts, counts, strict=True)}
     if plan.per_rank_floats or plan.per_rank_counts or plan.joined:
-        values |= _unpacked_rows(rows.reshape(len(_ranks_with_rows(here)), -1), states, schemas, plan, here)
+        values |= _unpacked_rows(rows.reshape(len(here.all_counting_ranks), -1), states, schemas, plan, here)
     return [values[index] for index in range(len(schemas))]
 
 
@@ -189,7 +184,7 @@ def _unpacked_rows(
 
 def _once_a_sample(counts_R: torch.Tensor, here: World) -> torch.Tensor:
     """The sum of counts of samples, of which ranks that share their samples have the same or, without output, none."""
-    row = {rank: index for index, rank in enumerate(_ranks_with_rows(here))}
+    row = {rank: index for index, rank in enumerate(here.all_counting_ranks)}
     return torch.stack([counts_R[[row[rank] for rank in ranks]].amax(0) for ranks in here.counting_ranks]).sum(0)
 
 
@@ -245,7 +240,7 @@ def _concatenated(
     lengths = {index: piece.reshape(-1).tolist() for index, piece in zip(wanted, lengths_R, strict=True)}
     widths = {index: plan.numels[index] * schemas[index].dtype.itemsize for index in wanted}
     mine = [states[index].value.detach().to(here.device, schemas[index].dtype).contiguous() for index in wanted]
-    ranks = _ranks_with_rows(here)
+    ranks = here.all_counting_ranks
     sizes = [0] * here.size
     for row, rank in enumerate(ranks):
         sizes[rank] = sum(lengths[index][row] * widths[index] for index in wanted)

@@ -46,9 +46,8 @@ def signal_facts() -> SignalFacts:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     unseen, slowest = [], 0.0
     for number in _SIGNALS:
-        took = (
-            _delivered(number) if number not in blocked else None
-        )  # a blocked one would come later, and end this process
+        # A blocked one would come later, and end this process.
+        took = None if number in blocked else _delivered(number)
         if took is None:
             unseen.append(number.name)
         else:

@@ -219,8 +219,7 @@ def _examine(session: _Session, report: Report, plan: dict[str, Any], probe: Fol
 
 
 def _in_a_group(session: _Session, backend: str, probe: FolderFacts) -> GroupFacts:
-    part, asked = Path(probe["part"]), session.options.mesh
-    return group.exercise(backend, part) if asked is None else group.exercise(backend, part, mesh=asked)
+    return group.exercise(backend, Path(probe["part"]), mesh=session.options.mesh)
 
 
 def _all(exchange: Exchange, topic: str, ranks: list[int], timeout_s: float | None = None) -> dict[int, Any]:
