@@ -47,7 +47,7 @@ _ERRORS = (
     "TrackingError",
 )
 _SUPERVISED = ("SupervisedEvents", "create_supervised_evaluator", "create_supervised_trainer")
-_ROOMS = (
+_SUBPACKAGES = (
     "checkpoint",
     "config",
     "distributed",
@@ -61,7 +61,7 @@ _ROOMS = (
 
 
 # What other libraries have at this place -> what it is here.
-_ELSEWHERE = {
+_INSTEAD = {
     "Trainer": "write Engine(step), or create_supervised_trainer(model, optimizer, loss_fn), and trainer.run(data)",
     "LightningModule": "write the step as a function (engine, batch) -> output, for Engine(step)",
     "Accelerator": "create_supervised_trainer(..., accelerator=) takes one of accelerate's",
@@ -115,9 +115,9 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module("dengine.errors"), name)
     if name in _SUPERVISED:
         return getattr(import_module("dengine.supervised"), name)
-    if name in _ROOMS:
+    if name in _SUBPACKAGES:
         return import_module(f"dengine.{name}")
-    hint = f": {_ELSEWHERE[name]}." if name in _ELSEWHERE else ""
+    hint = f": {_INSTEAD[name]}." if name in _INSTEAD else ""
     raise AttributeError(f"module 'dengine' has no attribute {name!r}{hint}")
 
 

@@ -174,16 +174,16 @@ def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
     pieces = {name: piece_of(value) for name, value in named.items()}
     compared = {name: piece for name, piece in pieces.items() if piece[1] < world().size}
     starts = list(accumulate((num_pieces for _, num_pieces in compared.values()), initial=0))
-    held = [
+    slots = [
         start + piece for start, (piece, _) in zip(starts, compared.values(), strict=False)
     ]  # a slot for each piece
     digests_P = _digests(named[name] for name in compared)
     both = torch.full((2, starts[-1]), torch.iinfo(torch.int64).min)  # what this rank does not hold counts for nothing
-    both[:, held] = torch.stack([digests_P, -digests_P])
+    both[:, slots] = torch.stack([digests_P, -digests_P])
     both = max_tensor(both, world(), what=f"the comparison of {len(compared)} tensors")
     if bool((both[0] == -both[1]).all()):
         return
-    gathered = all_gather_object(dict(zip(held, digests_P.tolist(), strict=True)))
+    gathered = all_gather_object(dict(zip(slots, digests_P.tolist(), strict=True)))
     for name, start, end in zip(compared, starts, starts[1:], strict=False):
         for slot in range(start, end):
             _refuse_odd_one({rank: each[slot] for rank, each in enumerate(gathered) if slot in each}, name, subject)

@@ -57,10 +57,10 @@ def _shared(
             failed = (None, repr_of(error)) if failure is None else failure(error)
     try:
         outcomes = [broadcast_object((result, failed))] if len(ranks) < 2 else all_gather_object((result, failed))
-        for rank, (_, told) in zip(ranks, outcomes, strict=True):
-            if told is None:
+        for rank, (_, failed) in zip(ranks, outcomes, strict=True):
+            if failed is None:
                 continue
-            kind, text = told
+            kind, text = failed
             if kind is not None:
                 raise kind(text) from error
             if error is not None:

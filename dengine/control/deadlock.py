@@ -32,20 +32,20 @@ def is_certain(before: _Answers, now: _Answers) -> bool:
     Some wait in a collective of this package, which all ranks have to join. All the others wait, without work for their
     processor, in one of torch's, in which those have not joined: neither can happen before the other. Or they wait at
     the end of the process group, where no collective comes any more. A rank that is merely slow does work, or is
-    elsewhere.
+    somewhere else.
     """
     if not _is_crossed(before) or not _is_crossed(now) or before.keys() != now.keys():
         return False
     return all(_stands_still(before[rank], now[rank]) for rank in now)
 
 
-def cause(answers: _Answers, behind: int) -> tuple[int, str] | None:
+def cause(answers: _Answers, slowest: int) -> tuple[int, str] | None:
     """The culprit of a deadlock, and a text that says what keeps all ranks from going on and what to do.
 
-    None if they do not wait for each other. `behind`: the rank that has got least far.
+    None if they do not wait for each other. `slowest`: the rank that has come least far.
     """
-    if _waits_elsewhere(answers):
-        return behind, (
+    if _waits_in_torch(answers):
+        return slowest, (
             "The ranks wait for each other in different collectives of torch, so that none of them can go on:"
             f"{_all_shown(answers)}\n"
             "Call the same ones in the same order on every rank, none of them under `if world.rank == 0:` or in a "
@@ -55,14 +55,14 @@ def cause(answers: _Answers, behind: int) -> tuple[int, str] | None:
     if not _is_crossed(answers):
         return None
     first, other = _pair(answers)
-    culprit = _alone(answers, first, other) if len(_inside(answers)) == len(answers) else behind
+    culprit = _alone(answers, first, other) if len(_inside(answers)) == len(answers) else slowest
     return culprit, (
         f"Rank {culprit} has come to another place than the others, and they wait for each other, so that none of them "
         f"can go on:{_all_shown(answers)}\n{_advice(first, other, answers)}"
     )
 
 
-def _waits_elsewhere(answers: _Answers) -> bool:
+def _waits_in_torch(answers: _Answers) -> bool:
     """Whether all ranks wait in collectives of torch, and not in the same line of the script."""
     are_waiting = all(each["waits_in"] and not each["collective"] for each in answers.values())
     return are_waiting and len({(each["site"], each["waits_in"]) for each in answers.values()}) > 1
@@ -136,7 +136,7 @@ def _advice(first: int, other: int, answers: _Answers) -> str:
     one, two = answers[first], answers[other]
     mine, theirs = _levels(one), _levels(two)
     handler = next((level.handler for level in mine if level.handler), None)
-    is_behind = _joined(one) < _joined(two)
+    has_fewer_calls = _joined(one) < _joined(two)
     if one["collective"].startswith(START_OF_RUN):
         return (
             f"Rank {first} runs an Engine that rank {other} does not run: call run() on every rank, not under "
@@ -148,13 +148,19 @@ def _advice(first: int, other: int, answers: _Answers) -> str:
             f"Handler {handler} is called on rank {first}, and not on rank {other}, but what it does takes all ranks: "
             "attach it on every rank, not under `if world.rank == 0:`."
         )
-    if is_behind and mine and theirs and mine[0].epoch == theirs[0].epoch and mine[0].iteration < theirs[0].iteration:
+    if (
+        has_fewer_calls
+        and mine
+        and theirs
+        and mine[0].epoch == theirs[0].epoch
+        and mine[0].iteration < theirs[0].iteration
+    ):
         return (
             f"The data of rank {first} have ended after iteration {mine[0].iteration}, but rank {other} is in "
             f"iteration {theirs[0].iteration}, where DistributedDataParallel needs all ranks: give all ranks the same "
             "number of batches, by distributed.prepare_data_loader() with the same batch_size on every rank."
         )
-    if is_behind:
+    if has_fewer_calls:
         is_same_step = mine == theirs and one["collective"] != END_OF_GROUP
         only_here = (
             f" Or rank {other} does not call {one['collective']}: call it on every rank." if is_same_step else ""

@@ -98,9 +98,9 @@ class LivenessProbe:
             silent_s = time.time() - self._heartbeat.latest(missing[0]).get("time_s", 0.0)
             return self._stall_failure(answers, missing, round(silent_s), "timeout=")
         first, second = sorted(answers, key=lambda each: answers[each]["progress"])[:2]
-        is_behind = answers[first]["progress"][:-1] < answers[second]["progress"][:-1]
+        is_late = answers[first]["progress"][:-1] < answers[second]["progress"][:-1]
         idle_s = answers[first]["idle_s"]
-        if not is_behind or first == self._here.rank or idle_s < _IDLE_S:
+        if not is_late or first == self._here.rank or idle_s < _IDLE_S:
             return None
         return self._stall_failure(answers, [], round(idle_s), "timeout=")
 

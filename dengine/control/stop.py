@@ -160,7 +160,7 @@ class SharedRuns:
         self.failures = failures
         self.runs = runs
         self._by_number: dict[int, SharedRun] = {}
-        self._num_begun = 0
+        self._num_started = 0
         self._stop_requests: dict[int, dict[str, Any]] = {}  # rank 0: those that not all ranks have answered
         self._lock = threading.Lock()
 
@@ -172,14 +172,14 @@ class SharedRuns:
                 "Run them one after the other, or make one Engine(..., distributed=False)."
             )
         with self._lock:
-            number = self._num_begun
+            number = self._num_started
             run = self._by_number.setdefault(number, SharedRun(number, self))
             # A run that has ended here still reports how far it got, to ranks that are in it.
             ended = self._by_number.pop(number - _NUM_KEPT_RUNS, None)
             if ended is not None and self.context.here.rank == 0:
                 for key in ended.received:
                     self.context.store.delete_key(_asked_key(ended.number, key))
-            self._num_begun += 1
+            self._num_started += 1
             return run
 
     def _numbered(self, number: int) -> SharedRun:

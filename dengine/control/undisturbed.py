@@ -29,7 +29,7 @@ def undisturbed(action: Callable[[], T]) -> tuple[T, BaseException | None]:
     try:
         threading.Thread(target=work.do, name="dengine-undisturbed", daemon=True).start()
     except BaseException as error:
-        if not work.has_begun_within(_START_S):  # no thread can be started: at the end of the interpreter, for one
+        if not work.has_started_within(_START_S):  # no thread can be started: at the end of the interpreter, for one
             work.do()
         interruption = error if not isinstance(error, RuntimeError) or work.is_in_thread else None
     while not work.is_done:
@@ -53,17 +53,17 @@ class _Work(Generic[T]):
         self.end = threading.Lock()  # a plain one: an interrupt within an Event or a join() may leave it shut
         self.end.acquire()
         self._action = action
-        self._claim, self._begun = threading.Lock(), threading.Lock()
-        self._begun.acquire()
+        self._claim, self._started = threading.Lock(), threading.Lock()
+        self._started.acquire()
 
-    def has_begun_within(self, timeout_s: float) -> bool:
-        return self._begun.acquire(timeout=timeout_s)
+    def has_started_within(self, timeout_s: float) -> bool:
+        return self._started.acquire(timeout=timeout_s)
 
     def do(self) -> None:
         if not self._claim.acquire(blocking=False):
             return
         self.is_in_thread = threading.current_thread() is not threading.main_thread()
-        self._begun.release()
+        self._started.release()
         try:
             self.result = self._action()
         except BaseException as error:

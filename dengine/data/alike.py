@@ -42,15 +42,15 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def shard_entries(data: object) -> list[str]:
-    """What every rank must have alike where `data` is one shard of several; empty if nothing can be told."""
+    """The settings that must be the same on every rank if `data` is one shard of several; empty if none is known."""
     if not isinstance(data, DataLoader):
         return []
-    if (told := vars(data).get(_REMEMBERED)) is None:
-        told = vars(data)[_REMEMBERED] = _transforms(data)
+    if (transforms := vars(data).get(_REMEMBERED)) is None:
+        transforms = vars(data)[_REMEMBERED] = _transforms(data)
     state = _shard_state(data)
     if state is None:
         return ["no preparation by prepare_data_loader()"] if is_whole_on_every_rank(data) else []
-    return [*(f"{name}={value}" for name, value in state.items()), *told]
+    return [*(f"{name}={value}" for name, value in state.items()), *transforms]
 
 
 def empties_together(data: object) -> bool:

@@ -36,7 +36,7 @@ __all__ = ["PreparedLoader", "data_state", "inside", "pass_counters", "prepare_d
 
 T = TypeVar("T")
 
-_TOLD = "_dengine_epoch"  # on a loader: of which epoch its workers know
+_WORKERS_EPOCH = "_dengine_epoch"  # on a loader: the epoch that its workers were started for
 
 # Taken over as they are; what torch's version at hand does not know is left out.
 _KEPT = (
@@ -170,9 +170,9 @@ def renew_workers(data: object, epoch: int) -> None:
         return
     if not callable(getattr(data.dataset, "set_epoch", None)) or _is_shared(getattr(data.dataset, "_epoch", None)):
         return
-    if vars(data).get(_TOLD) != epoch:
+    if vars(data).get(_WORKERS_EPOCH) != epoch:
         torch_internals.drop_workers(data)
-    vars(data)[_TOLD] = epoch
+    vars(data)[_WORKERS_EPOCH] = epoch
 
 
 def _is_shared(epoch: object) -> bool:

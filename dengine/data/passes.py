@@ -1,8 +1,8 @@
-"""How often each loader's data was passed over: so that nobody has to tell a loader the epoch.
+"""Counts the passes over each loader's data, so that nobody has to set a loader's epoch.
 
-A sampler that is told the epoch takes its order. One that nobody tells (the loader is inside a `tqdm`, a `zip`, a class
-of the user's, a step) goes on to the next epoch with each new pass. Where the passes of this process stand is saved
-with its random number generators.
+A sampler whose epoch is set takes the order of that epoch. One whose epoch nobody sets (the loader is inside a `tqdm`,
+a `zip`, a class of the user's, a step) goes on to the next epoch with each new pass. The counters of this process are
+saved with its random number generators.
 """
 
 from collections.abc import Collection, Iterable
@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
-from dengine.data.seeding import tell_epoch
+from dengine.data.seeding import set_epoch_of
 
 __all__ = ["PassCounter", "Passes", "capture_passes", "restore_passes"]
 
@@ -21,15 +21,15 @@ _living: WeakValueDictionary[int, "PassCounter"] = WeakValueDictionary()
 
 
 class PassCounter:
-    """Which epoch the next pass over one loader's data is of.
+    """The epoch that the next pass over one loader's data belongs to.
 
-    `kind` tells counters apart that a resumed script makes again: settings of the loader, as plain values.
+    `kind` (settings of the loader, as plain values) finds the same counter again in a resumed script.
 
     Example:
         >>> passes = PassCounter({})
         >>> passes.begin(), passes.begin()
         (0, 1)
-        >>> passes.tell(7)
+        >>> passes.set_epoch(7)
         >>> passes.begin(), passes.begin()
         (7, 8)
     """
@@ -37,45 +37,45 @@ class PassCounter:
     def __init__(self, kind: dict[str, Any]) -> None:
         self.kind = kind
         self.epoch = 0
-        self.is_begun = False
+        self.has_started = False
         self._is_known = True  # to the data
         _living[next(_numbers)] = self
 
-    def tell(self, epoch: int) -> None:
-        """The next pass is of `epoch`, as somebody says who tells the data set too."""
-        self.epoch, self.is_begun, self._is_known = epoch, False, True
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass one of `epoch`. The caller sets the epoch of the data set, too."""
+        self.epoch, self.has_started, self._is_known = epoch, False, True
 
     def again(self) -> None:
-        """The next pass is of the same epoch as the last one."""
-        self.is_begun = False
+        """Make the next pass one of the same epoch as the last."""
+        self.has_started = False
 
-    def stand_at(self, epoch: int, *, is_begun: bool) -> None:
-        self.epoch, self.is_begun, self._is_known = epoch, is_begun, epoch == 0
+    def restore(self, epoch: int, *, has_started: bool) -> None:
+        self.epoch, self.has_started, self._is_known = epoch, has_started, epoch == 0
 
     def begin(self, dataset: object = None) -> int:
-        """Begin a pass: the epoch it is of, the one after that of the last pass unless another one was told.
+        """Begin a pass, and give its epoch: the one that was set, else the one after that of the last pass.
 
-        An epoch that nobody told is told to `dataset`, if that has a `set_epoch`.
+        An epoch that nobody set is set on `dataset`, if that has a `set_epoch`.
         """
-        if self.is_begun:
+        if self.has_started:
             self.epoch, self._is_known = self.epoch + 1, False
-        self.is_begun = True
+        self.has_started = True
         if not self._is_known:
             self._is_known = True
-            tell_epoch(dataset, self.epoch)
+            set_epoch_of(dataset, self.epoch)
         return self.epoch
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _counted, (self.kind, self.epoch, self.is_begun)  # a copy is counted by itself
+        return _counted, (self.kind, self.epoch, self.has_started)  # a copy is counted by itself
 
 
 def capture_passes() -> Passes:
-    """Where the passes of every loader of this process stand."""
-    return [{"kind": each.kind, "epoch": each.epoch, "is_begun": each.is_begun} for each in _in_order()]
+    """The state of the counters of every loader of this process."""
+    return [{"kind": each.kind, "epoch": each.epoch, "is_begun": each.has_started} for each in _in_order()]
 
 
-def restore_passes(saved: Passes, *, told: Collection[PassCounter] = ()) -> None:
-    """Set the passes of this process's loaders to what `capture_passes` gave; those of `told` are told by somebody.
+def restore_passes(saved: Passes, *, but: Collection[PassCounter] = ()) -> None:
+    """Set the counters of this process's loaders to what `capture_passes` gave, except those in `but`.
 
     A loader is the one that was made in the same order among those of its kind, counted from the newest: older ones may
     be left from before.
@@ -86,8 +86,8 @@ def restore_passes(saved: Passes, *, told: Collection[PassCounter] = ()) -> None
         if fitting is None:
             continue
         state = left.pop(fitting)
-        if not any(counter is each for each in told):
-            counter.stand_at(state["epoch"], is_begun=state["is_begun"])
+        if not any(counter is each for each in but):
+            counter.restore(state["epoch"], has_started=state["is_begun"])
 
 
 def _in_order() -> list[PassCounter]:
@@ -95,7 +95,7 @@ def _in_order() -> list[PassCounter]:
     return [counter for _, counter in sorted(items, key=lambda item: item[0])]
 
 
-def _counted(kind: dict[str, Any], epoch: int, is_begun: bool) -> PassCounter:
+def _counted(kind: dict[str, Any], epoch: int, has_started: bool) -> PassCounter:
     counter = PassCounter(kind)
-    counter.stand_at(epoch, is_begun=is_begun)
+    counter.restore(epoch, has_started=has_started)
     return counter

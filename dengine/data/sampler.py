@@ -151,7 +151,7 @@ class ElasticSampler(DistributedSampler[int]):
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self.passes.tell(epoch)
+        self.passes.set_epoch(epoch)
 
     @property
     def num_samples(self) -> int:  # type: ignore[override]  # a plain attribute there, and stale once the data grows
@@ -190,7 +190,7 @@ class ElasticSampler(DistributedSampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Take the order of `epoch` in the next iteration, from its beginning."""
-        self.passes.tell(epoch)
+        self.passes.set_epoch(epoch)
         self._skipped = 0
 
     def skip(self, num_samples: int) -> None:

@@ -32,8 +32,8 @@ __all__ = [
     "SeededStream",
     "draws_nothing",
     "seed_generators",
-    "tell_epoch",
-    "tell_epoch_in_worker",
+    "set_epoch_in_worker",
+    "set_epoch_of",
 ]
 
 _State: TypeAlias = tuple[Any, Any, torch.Tensor]
@@ -167,7 +167,7 @@ class SeededDataset(Dataset[Any]):
     def _seed_for(self, index: EpochIndex) -> None:
         if index.epoch != self._epoch:
             self.__dict__["_epoch"] = index.epoch
-            tell_epoch_in_worker(self._dataset, index.epoch)
+            set_epoch_in_worker(self._dataset, index.epoch)
         seed_generators(derived_seed(self._seed, index.epoch, index))
 
 
@@ -227,17 +227,17 @@ class SeededStream:
             self._inside = _state()
 
 
-def tell_epoch(dataset: object, epoch: int) -> None:
+def set_epoch_of(dataset: object, epoch: int) -> None:
     """Call `set_epoch` of what has one."""
     set_epoch = getattr(dataset, "set_epoch", None)
     if callable(set_epoch):
         set_epoch(epoch)
 
 
-def tell_epoch_in_worker(dataset: object, epoch: int) -> None:
+def set_epoch_in_worker(dataset: object, epoch: int) -> None:
     """Call `set_epoch` of a worker's copy of the data set: the engine reaches only the one in the main process."""
     if get_worker_info() is not None:
-        tell_epoch(dataset, epoch)
+        set_epoch_of(dataset, epoch)
 
 
 def _surroundings() -> AbstractContextManager[None]:

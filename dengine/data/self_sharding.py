@@ -82,8 +82,8 @@ class KeptSampler(DistributedSampler[int]):
         self.carries_epoch = False
         kind = {"kept": type(inside).__qualname__, "seed": inside.seed, "shuffle": inside.shuffle}
         self.passes = PassCounter(kind)
-        self.passes.tell(inside.epoch)
-        self._last_told = inside.epoch
+        self.passes.set_epoch(inside.epoch)
+        self._last_epoch = inside.epoch
         self._skipped = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -95,18 +95,18 @@ class KeptSampler(DistributedSampler[int]):
         return len(self.inside)
 
     def __iter__(self) -> Iterator[int]:
-        if self.inside.epoch != self._last_told:  # the user has told the sampler that he made
-            self.passes.tell(self.inside.epoch)
-        epoch = self._last_told = self.passes.begin(self.inside.dataset)
+        if self.inside.epoch != self._last_epoch:  # the user has called set_epoch() of his own sampler
+            self.passes.set_epoch(self.inside.epoch)
+        epoch = self._last_epoch = self.passes.begin(self.inside.dataset)
         self.inside.set_epoch(epoch)
         first, self._skipped = self._skipped, 0
         indices = islice(self.inside, first, None)
         yield from map(EpochIndex.of(epoch), indices) if self.carries_epoch else indices
 
     def set_epoch(self, epoch: int) -> None:
-        self.passes.tell(epoch)
+        self.passes.set_epoch(epoch)
         self.inside.set_epoch(epoch)
-        self._last_told = epoch
+        self._last_epoch = epoch
         self._skipped = 0
 
     def skip(self, num_samples: int) -> None:

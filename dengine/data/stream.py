@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dengine.data.passes import PassCounter
 from dengine.data.sampler import DataState
-from dengine.data.seeding import SeededCollate, SeededStream, tell_epoch, tell_epoch_in_worker
+from dengine.data.seeding import SeededCollate, SeededStream, set_epoch_in_worker, set_epoch_of
 from dengine.launch.world import World
 
 __all__ = ["StreamShard"]
@@ -63,7 +63,7 @@ class StreamShard(IterableDataset[Any]):
             epoch = int(self._epoch_for_workers)
         self._has_iterated_in_worker = get_worker_info() is not None
         if epoch >= 0:
-            tell_epoch_in_worker(self._dataset, epoch)
+            set_epoch_in_worker(self._dataset, epoch)
         return self._turns(SeededStream(self._seed, max(epoch, 0)))
 
     def _turns(self, generators: SeededStream) -> Iterator[Any]:
@@ -93,9 +93,9 @@ class StreamShard(IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Seed the next iteration for `epoch`; pass it on to a data set that shuffles by epoch."""
-        self.passes.tell(epoch)
+        self.passes.set_epoch(epoch)
         self._epoch = epoch
-        tell_epoch(self._dataset, epoch)
+        set_epoch_of(self._dataset, epoch)
 
     def state(self) -> DataState:
         """As of `ElasticSampler`; a stream's length is not known, nor its order another one's."""

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 # What other libraries have at this place -> what it is here.
-_ELSEWHERE = {
+_INSTEAD = {
     "auto_model": "it is prepare_model(model)",
     "auto_dataloader": "it is prepare_data_loader(loader), whose batch size is that of one rank",
     "auto_optim": "an optimizer stays as it is: build it after prepare_model(model)",
@@ -65,4 +65,4 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> NoReturn:
-    refuse_name(__name__, name, _ELSEWHERE)
+    refuse_name(__name__, name, _INSTEAD)

@@ -308,7 +308,7 @@ class Engine:
         Of tensors, numbers, strings, lists and dicts. A `Checkpoint` saves it of every rank.
         """
         return {
-            **self._resuming.state(has_begun=self.state.epoch_iteration > self.state._under_way),
+            **self._resuming.state(has_started=self.state.epoch_iteration > self.state._under_way),
             "data_state": deepcopy(self.state.data_state),
             "metrics": self._metrics.state_dict() if self.distributed else [],
             "world_size": world().size,

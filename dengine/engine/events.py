@@ -56,13 +56,13 @@ class _EventType(EnumMeta):
             if name in cls.__members__:  # up to Python 3.11 this is how members are found
                 return cls.__members__[name]
             known = list(cls.__members__)
-            close = _ELSEWHERE.get(name) or next(iter(get_close_matches(name.upper(), known, n=1, cutoff=0.4)), None)
+            close = _INSTEAD.get(name) or next(iter(get_close_matches(name.upper(), known, n=1, cutoff=0.4)), None)
             hint = f" Did you mean {cls.__name__}.{close}?" if close in known else ""
             raise AttributeError(f"There is no {cls.__name__}.{name}.{hint} There is {', '.join(known)}.")
 
 
 # Events of other libraries -> ours.
-_ELSEWHERE = {
+_INSTEAD = {
     "TERMINATE": "TERMINATED",
     "TERMINATE_SINGLE_EPOCH": "EPOCH_COMPLETED",
     "INTERRUPT": "TERMINATED",

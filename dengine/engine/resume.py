@@ -53,9 +53,9 @@ class Resuming:
                 check_unchanged(saved, described(epochs.data, epoch))
         state.data_state = described(epochs.data, epoch)
 
-    def state(self, *, has_begun: bool) -> RandomState:
-        """The state as of now, for `load`. `has_begun`: an iteration of the epoch is done."""
-        if self._at_start is not None and not has_begun and not self._is_one_shot:
+    def state(self, *, has_started: bool) -> RandomState:
+        """The state as of now, for `load`. `has_started`: an iteration of the epoch is done."""
+        if self._at_start is not None and not has_started and not self._is_one_shot:
             # The first batch is fetched again, by an iterator that is made again.
             return {"now": self._at_start, "epoch_start": None}
         return {"now": self._moment(), "epoch_start": self._at_start}
@@ -89,7 +89,7 @@ class Resuming:
         self._begin_epoch(epochs)
         batches = epochs.start(skip=skip, consumed=consumed)
         if saved["epoch_start"]:
-            self._return_to(now, epochs, has_begun=True)
+            self._return_to(now, epochs, has_started=True)
         return batches
 
     def end_epoch(self, epochs: EpochIterator) -> None:
@@ -111,12 +111,12 @@ class Resuming:
         """The state as of now. Cost: 0.05 ms, 11 kB; no wait for a device."""
         return {**capture(), "passes": capture_passes(), "data": [] if self._own is None else self._own.capture()}
 
-    def _return_to(self, state: RandomState, epochs: EpochIterator, *, has_begun: bool = False) -> None:
+    def _return_to(self, state: RandomState, epochs: EpochIterator, *, has_started: bool = False) -> None:
         if "python" in state:  # a rank that the interrupted run did not have gets no generators
             restore(state)
-        restore_passes(state.get("passes", []), told=epochs.counters)
+        restore_passes(state.get("passes", []), but=epochs.counters)
         if self._own is not None and not epochs.is_restored:
-            self._own.restore(state.get("data", []), counts=not has_begun)
+            self._own.restore(state.get("data", []), counts=not has_started)
 
 
 def passes_of(saved: RandomState) -> RandomState:

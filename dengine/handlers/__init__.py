@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 # What other libraries have at this place -> what it is here.
-_ELSEWHERE = {
+_INSTEAD = {
     "ModelCheckpoint": "it is Checkpoint(to_save, save_dir, filename_prefix)",
     "DiskSaver": "give Checkpoint the folder itself: Checkpoint(to_save, save_dir)",
     "EMAHandler": "it is EMA(model, decay)",
@@ -58,4 +58,4 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> NoReturn:
-    refuse_name(__name__, name, _ELSEWHERE)
+    refuse_name(__name__, name, _INSTEAD)

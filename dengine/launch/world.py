@@ -56,8 +56,8 @@ class World:
     @cached_property
     def coordinates(self) -> dict[str, int]:
         """Where this rank is along each dimension of the mesh; {} without a mesh."""
-        places = None if self.mesh is None else self.mesh.get_coordinate()
-        return {} if places is None else dict(zip(self._sizes, places, strict=True))
+        position = None if self.mesh is None else self.mesh.get_coordinate()
+        return {} if position is None else dict(zip(self._sizes, position, strict=True))
 
     @cached_property
     def data_rank(self) -> int:
@@ -81,15 +81,15 @@ class World:
         """The ranks that are given the same data as this one, which is among them."""
         if self.mesh is None:
             return (self.rank,)
-        index = tuple(place if name in DATA_NAMES else slice(None) for name, place in self.coordinates.items())
+        index = tuple(own if name in DATA_NAMES else slice(None) for name, own in self.coordinates.items())
         return tuple(sorted(self.mesh.mesh[index].flatten().tolist()))
 
     def place_of(self, rank: int) -> str:
         """The coordinates of any rank in words, "dp=0, tp=1"; "" without a mesh."""
         if self.mesh is None:
             return ""
-        places = (self.mesh.mesh == rank).nonzero()[0].tolist()
-        return ", ".join(f"{name}={place}" for name, place in zip(self._sizes, places, strict=True))
+        position = (self.mesh.mesh == rank).nonzero()[0].tolist()
+        return ", ".join(f"{name}={index}" for name, index in zip(self._sizes, position, strict=True))
 
     @cached_property
     def has_last_stage(self) -> bool:

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 # What other libraries have at this place -> what it is here.
-_ELSEWHERE = {
+_INSTEAD = {
     "MeanSquaredError": "it is MSE()",
     "MeanAbsoluteError": "it is MAE()",
     "RootMeanSquaredError": "it is RMSE()",
@@ -64,4 +64,4 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> NoReturn:
-    refuse_name(__name__, name, _ELSEWHERE)
+    refuse_name(__name__, name, _INSTEAD)

@@ -67,9 +67,9 @@ def curves_of(rows: Sequence[Mapping[str, object]]) -> list[Curve]:
 
 def best_of(curves: Sequence[Curve]) -> Best | None:
     """The best point of a validation accuracy or the like if there is one, else of a validation loss."""
-    held_out = [curve for curve in curves if curve.split in ("validation", "test")]
+    unseen = [curve for curve in curves if curve.split in ("validation", "test")]
     for pattern, pick in ((_HIGHER, np.nanargmax), (_LOWER, np.nanargmin)):
-        for curve in held_out:
+        for curve in unseen:
             finite = np.where(np.isfinite(curve.y), curve.y, np.nan)
             if pattern.search(curve.name) and not np.isnan(finite).all():
                 index = int(pick(finite))

@@ -19,7 +19,7 @@ __all__ = ["HashingWriter"]
 
 # Smaller parts are gathered to that much: each part by itself would cost the threads a turn of the interpreter.
 _PART_BYTES = 1 << 20
-# So little is digested without a thread: to start one costs as much.
+# So little is hashed without a thread: to start one costs as much.
 _THREAD_BYTES = 1 << 17
 _REPORT_BYTES = 1 << 17  # less is written too fast to be worth a report of progress
 # The disk is given that much at a time: early, for it to begin; not less, since each time costs a call.
@@ -43,11 +43,11 @@ class HashingWriter:
         self._descriptor = descriptor
         self._num_unflushed = 0
         self._digest = _Digest()
-        # One is filled while the other is digested.
+        # One is filled while the other is hashed.
         # Without zeros: a small file does not pay for memory that it never fills.
         self._memory, self._other = (np.empty(_PART_BYTES, np.uint8).data for _ in range(2))
         self._num_gathered = 0
-        self._is_other_digested = _DONE
+        self._is_other_hashed = _DONE
         room.reserve(descriptor, expected_bytes)
 
     def __enter__(self) -> "HashingWriter":
@@ -106,17 +106,17 @@ class HashingWriter:
         if not self._num_gathered:
             return
         gathered, self._num_gathered = self._memory[: self._num_gathered], 0
-        self._is_other_digested.wait()
+        self._is_other_hashed.wait()
         self._memory, self._other = self._other, self._memory
-        self._is_other_digested = self._digest.add(gathered)
+        self._is_other_hashed = self._digest.add(gathered)
         self._put(gathered)
 
     def _write_large(self, view: memoryview) -> None:
-        digested = self._digest.add(view)
+        is_hashed = self._digest.add(view)
         try:
             self._put(view)
         finally:
-            digested.wait()
+            is_hashed.wait()
 
     def _put(self, view: memoryview) -> None:
         while view:

@@ -109,7 +109,7 @@ def check_loaded(states: object) -> None:
     if _is_plain(states, tensors) and not any(map(_lack, tensors)):
         return
     try:
-        Walk(_check_held, lambda value: value, lambda name: name).of(states)
+        Walk(_check_complete, lambda value: value, lambda name: name).of(states)
     except Refused as refused:
         raise ValueError(f"{'/'.join(map(str, reversed(refused.path)))!r} {refused.reason}") from None
 
@@ -226,7 +226,7 @@ def _hint(value: Any) -> str:
     return ""
 
 
-def _check_held(value: torch.Tensor) -> torch.Tensor:
+def _check_complete(value: torch.Tensor) -> torch.Tensor:
     if (lack := _lack(value)) is not None:
         raise Refused(lack)
     return value
@@ -237,7 +237,7 @@ def _lack(value: torch.Tensor) -> str | None:
     if value.device.type == "meta":
         return f"declares {value.numel()} elements, of which there are none."
     if value.layout == torch.strided and value.numel() > _MOST_EXPANDED and not is_made_of_others(value):
-        held = value.untyped_storage().nbytes() // value.itemsize
-        if held < value.numel():
-            return f"declares {value.numel()} elements, of which there are {held}."
+        num_there = value.untyped_storage().nbytes() // value.itemsize
+        if num_there < value.numel():
+            return f"declares {value.numel()} elements, of which there are {num_there}."
     return None

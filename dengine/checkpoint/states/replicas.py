@@ -49,7 +49,7 @@ def prints_of(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Print]]:
 
 
 def _prints_of(model: nn.Module, num_ranks: int) -> dict[str, Print]:
-    alike = set(_held_alike(model, num_ranks))
+    alike = set(_kept_equal(model, num_ranks))
     is_apart = _is_apart(model, num_ranks)
     samples: dict[str, tuple[str, torch.Tensor]] = {}
     for name, parameter in unwrap_model(model).named_parameters():
@@ -89,8 +89,8 @@ def _lost(key: str, of_ranks: Sequence[dict[str, Print]]) -> tuple[str | None, b
     first = of_ranks[holders[0]][key]
     # A part of a tensor that is sharded over some of the ranks is not on the others.
     if " from (" not in key and len(holders) < len(of_ranks):
-        absent = next(rank for rank in range(len(of_ranks)) if rank not in holders)
-        return f"is on rank {holders[0]}, but not on rank {absent}", False
+        lacking = next(rank for rank in range(len(of_ranks)) if rank not in holders)
+        return f"is on rank {holders[0]}, but not on rank {lacking}", False
     for rank in holders:
         if (other := of_ranks[rank][key]) != first:
             return f"of rank {rank} is not that of rank {holders[0]}", other.kind == first.kind and not first.is_apart
@@ -112,7 +112,7 @@ def _is_apart(model: nn.Module, num_ranks: int) -> bool:
     return is_on_part or any(group.size() != num_ranks for group in groups)
 
 
-def _held_alike(model: nn.Module, num_ranks: int) -> Iterator[int]:
+def _kept_equal(model: nn.Module, num_ranks: int) -> Iterator[int]:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel) and module.process_group.size() == num_ranks:
             yield from map(id, module.parameters())

@@ -197,7 +197,7 @@ class HostCopy:
 
     def take(self, states: States) -> States:
         """Cost: one copy of the bytes, and one wait for each CUDA device that holds some of them."""
-        places: dict[tuple[Any, ...], int] = {}
+        slots: dict[tuple[Any, ...], int] = {}
         sources: list[torch.Tensor] = []
 
         def copy_of(value: Any) -> Any:
@@ -209,11 +209,11 @@ class HostCopy:
             if value.layout != torch.strided or is_made:  # then it has no address
                 return value.detach().cpu().clone()
             layout = (type(value) is torch.Tensor, value.device, value.dtype, value.shape, value.stride())
-            place = places.setdefault((part.data_ptr(), *layout), len(sources))
-            if place == len(sources):
+            slot = slots.setdefault((part.data_ptr(), *layout), len(sources))
+            if slot == len(sources):
                 sources.append(part)
-                self._make_fit(value, place, layout)
-            return self._buffers[place]
+                self._make_fit(value, slot, layout)
+            return self._buffers[slot]
 
         taken = mapped(states, copy_of)
         del self._buffers[len(sources) :], self._layouts[len(sources) :]
@@ -230,12 +230,12 @@ class HostCopy:
         for device in devices:
             torch.cuda.synchronize(device)  # the copies were only queued
 
-    def _make_fit(self, tensor: torch.Tensor, place: int, layout: tuple[Any, ...]) -> None:
-        if place < len(self._buffers) and self._layouts[place] == layout:
+    def _make_fit(self, tensor: torch.Tensor, slot: int, layout: tuple[Any, ...]) -> None:
+        if slot < len(self._buffers) and self._layouts[slot] == layout:
             return
         buffer = torch.empty_like(tensor.detach(), device="cpu", pin_memory=tensor.device.type == "cuda")
-        self._buffers[place : place + 1] = [buffer]
-        self._layouts[place : place + 1] = [layout]
+        self._buffers[slot : slot + 1] = [buffer]
+        self._layouts[slot : slot + 1] = [layout]
 
 
 def unwrapped(objects: Mapping[str, Stateful]) -> dict[str, Stateful]:

@@ -10,11 +10,11 @@ from dengine.data.alike import empties_together
 from dengine.data.first_batch import compare_first_batch
 from dengine.data.loader import pass_counters, renew_workers
 from dengine.data.passes import PassCounter
-from dengine.data.seeding import tell_epoch
+from dengine.data.seeding import set_epoch_of
 from dengine.engine.data.description import length_of
 from dengine.engine.data.emptiness import Emptiness
 from dengine.engine.data.joined import Absent, Pass, agreed_pass, with_own_spare, with_sent_spare
-from dengine.engine.data.own_state import holds_any, is_restored_by_hand, parts_of
+from dengine.engine.data.own_state import holds_any, is_restored_by_user, parts_of
 from dengine.engine.data.self_resetting import SelfResetting, may_reset_itself
 from dengine.engine.data.skipping import dropping, jumps, skipped_by_sampler, warn_of_drawing
 from dengine.naming import type_name
@@ -69,7 +69,7 @@ class EpochIterator:
 
     def goes_on(self) -> bool:
         """Whether the user has loaded a state into the data, from which their next pass goes on."""
-        return is_restored_by_hand(self.data)
+        return is_restored_by_user(self.data)
 
     @property
     def counters(self) -> list[PassCounter]:
@@ -80,7 +80,7 @@ class EpochIterator:
         """Call `set_epoch(epoch)` of the data, and of the data set and the samplers in it."""
         renew_workers(self.data, epoch)
         for part in parts_of(self.data):
-            tell_epoch(part, epoch)
+            set_epoch_of(part, epoch)
 
     def enter(self, epoch: int) -> None:
         """Set the epoch of the data, and find out how long it is: data may grow from epoch to epoch."""
@@ -217,7 +217,7 @@ class EpochIterator:
     def _any_batch(self) -> object:
         batch = next(self._new_pass())
         if self._resetting is not None:
-            self._resetting.put_back(batch)
+            self._resetting.push_back(batch)
         return batch
 
     def _new_pass(self) -> Iterator[object]:

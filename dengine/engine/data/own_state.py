@@ -17,7 +17,7 @@ from torch import nn
 
 from dengine.data.loader import inside
 
-__all__ = ["OwnState", "SavedOwnState", "holds_any", "is_restored_by_hand", "parts_of"]
+__all__ = ["OwnState", "SavedOwnState", "holds_any", "is_restored_by_user", "parts_of"]
 
 SavedOwnState: TypeAlias = list[dict[str, Any]]  # one for each part; numbers, strings and tensors
 
@@ -86,7 +86,7 @@ def holds_any(data: object, objects: Iterable[object]) -> bool:
     return False
 
 
-def is_restored_by_hand(data: object) -> bool:
+def is_restored_by_user(data: object) -> bool:
     """Whether a state was loaded into `data`, from which their next pass goes on, as torchdata's loader shows."""
     return any(getattr(part, "next_iter_state", None) is not None for part in parts_of(data))
 

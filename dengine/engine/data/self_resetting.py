@@ -67,6 +67,6 @@ class SelfResetting:
         for _ in islice(rest_of(self._data), num_at_most):
             pass
 
-    def put_back(self, batch: object) -> None:
+    def push_back(self, batch: object) -> None:
         """Have `batch`, which was drawn but not used, come first in the next pass."""
         self._position.ahead.append(batch)

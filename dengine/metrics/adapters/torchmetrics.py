@@ -46,7 +46,7 @@ class TorchmetricsAdapter:
         Collective only for lists that are kept apart (no reduction function): one object gather each.
         """
         memo: dict[int, Any] = {
-            id(state.value): state.put_together(value) for state, value in zip(self._states, values, strict=True)
+            id(state.value): state.synchronized(value) for state, value in zip(self._states, values, strict=True)
         }
         for state in self._loose_lists:
             mine = state.value if world().counts_samples else []
@@ -85,7 +85,7 @@ class _Declared:
             return dim_zero_cat(self.value) if self.value else torch.empty(0)
         return self.value  # type: ignore[no-any-return]
 
-    def put_together(self, reduced: torch.Tensor) -> torch.Tensor:
+    def synchronized(self, reduced: torch.Tensor) -> torch.Tensor:
         """The state as torchmetrics would have synchronised it."""
         if self.op != "gather":
             return reduced.to(self.owner.device)

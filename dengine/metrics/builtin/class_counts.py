@@ -55,7 +55,7 @@ class ClassCounts(LabelMetric):
             raise ValueError(
                 f"{self._name} got predicted labels, from which the number of classes is not known: pass num_classes=."
             )
-        self._make_room(answers.num_classes, answers.target.device)
+        self._allocate(answers.num_classes, answers.target.device)
         self.watch_all(answers)
         num_kept = answers.target.numel() if answers.kept is None else answers.kept.sum()
         if self.settings.task == "multilabel":
@@ -115,7 +115,7 @@ class ClassCounts(LabelMetric):
         has_kept = self.settings.task == "multilabel" and self.settings.ignore_index is not None
         return (4 if has_kept else 3), num_classes
 
-    def _make_room(self, num_classes: int, device: torch.device) -> None:
+    def _allocate(self, num_classes: int, device: torch.device) -> None:
         if not self.counts.numel():
             # A tensor made in inference mode could not be added to outside of it.
             with torch.inference_mode(False):

@@ -10,7 +10,7 @@ from dengine.errors import NotComputableError
 from dengine.launch.world import World, world
 from dengine.metrics.builtin.distributed import DistributedMetric
 from dengine.metrics.collection.merging import MergingAdapter
-from dengine.metrics.core.computed import Computed, Form, checked, laid_out, put_together
+from dengine.metrics.core.computed import Computed, Form, checked, from_flat, laid_out
 from dengine.metrics.core.kinds import AnyMetric, is_mergeable
 from dengine.metrics.core.metric import Metric
 from dengine.metrics.core.transform import is_torchmetrics
@@ -122,7 +122,7 @@ class ValueAdapter:
         value, weight = values
         if weight == 0:
             return self._computed(None)
-        return Computed(put_together(value / weight if self._op == "mean" else value, forms[0]))
+        return Computed(from_flat(value / weight if self._op == "mean" else value, forms[0]))
 
     def _value_and_weight(self) -> tuple[Any, float]:
         value = self._value()

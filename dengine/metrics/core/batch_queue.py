@@ -21,7 +21,7 @@ class BatchQueue:
 
     def __init__(self) -> None:
         self._kind: tuple[Any, ...] | None = None  # of the pairs taken: shapes, dtypes, devices
-        self._joined: _Pair | None = None
+        self._batches: _Pair | None = None
         self._rows: list[_Pair] = []
         self._num_waiting = 0
 
@@ -32,7 +32,7 @@ class BatchQueue:
     def expect(self, output: Any) -> None:
         """Take pairs of the kind of `output` from now on, which is known to be right; none if they are large."""
         self.clear()
-        self._joined, self._rows = None, []
+        self._batches, self._rows = None, []
         kind = _kind(output)
         self._kind = kind if kind is not None and _is_small(*output) else None
 
@@ -42,7 +42,7 @@ class BatchQueue:
             return False
         prediction, target = output
         if not self._rows:  # not before the second of a kind: the last batch of an epoch is often the only one of its
-            self._make_room(prediction, target)
+            self._allocate(prediction, target)
         prediction_row, target_row = self._rows[self._num_waiting]
         prediction_row.copy_(prediction.detach() if prediction.requires_grad else prediction)
         target_row.copy_(target.detach() if target.requires_grad else target)
@@ -53,22 +53,22 @@ class BatchQueue:
         """All pairs as one, of the samples of each in turn; None if there are none. Valid until the next `add`."""
         if not self._num_waiting:
             return None
-        assert self._joined is not None
-        predictions, targets = (part[: self._num_waiting].flatten(0, 1) for part in self._joined)
+        assert self._batches is not None
+        predictions, targets = (part[: self._num_waiting].flatten(0, 1) for part in self._batches)
         self._num_waiting = 0
         return predictions, targets
 
     def clear(self) -> None:
         self._num_waiting = 0
 
-    def _make_room(self, prediction: torch.Tensor, target: torch.Tensor) -> None:
+    def _allocate(self, prediction: torch.Tensor, target: torch.Tensor) -> None:
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            self._joined = (
+            self._batches = (
                 prediction.new_empty((_NUM_BATCHES, *prediction.shape)),
                 target.new_empty((_NUM_BATCHES, *target.shape)),
             )
-        self._rows = list(zip(*(part.unbind(0) for part in self._joined), strict=True))
+        self._rows = list(zip(*(part.unbind(0) for part in self._batches), strict=True))
 
 
 def _kind(output: Any) -> tuple[Any, ...] | None:

@@ -10,7 +10,7 @@ import torch
 from dengine.errors import NotComputableError
 from dengine.types import MetricValue
 
-__all__ = ["Computed", "Form", "checked", "flat", "laid_out", "put_together"]
+__all__ = ["Computed", "Form", "checked", "flat", "from_flat", "laid_out"]
 
 # Of each value in a mapping: name ("" for one that is in none), shape, whether it is complex. () for a number.
 Form: TypeAlias = tuple[tuple[str, tuple[int, ...], bool], ...]
@@ -74,13 +74,13 @@ def laid_out(value: object) -> tuple[torch.Tensor, Form]:
     return torch.cat(rows) if rows else torch.empty(0, dtype=torch.float64), form
 
 
-def put_together(joined: torch.Tensor, form: Form) -> Any:
-    """The value that `laid_out` took apart; a mapping's inner ones as `outer/inner`."""
+def from_flat(numbers: torch.Tensor, form: Form) -> Any:
+    """The value of which `laid_out` gave the numbers; a mapping's inner values as `outer/inner`."""
     if not form:
-        return joined
+        return numbers
     lengths = [prod(shape) * (2 if is_complex else 1) for _, shape, is_complex in form]
     values = {}
-    for (name, shape, is_complex), part in zip(form, joined.split(lengths), strict=True):  # type: ignore[no-untyped-call]
+    for (name, shape, is_complex), part in zip(form, numbers.split(lengths), strict=True):  # type: ignore[no-untyped-call]
         values[name] = torch.view_as_complex(part.reshape(*shape, 2).clone()) if is_complex else part.reshape(shape)
     return values[""] if list(values) == [""] else values
 
