@@ -17,6 +17,7 @@ from dengine.comm.consistency import (
     same_on_all_ranks,
 )
 from dengine.comm.mesh import sources_of, spreads_model
+from dengine.comm.parts import mark_part
 from dengine.control.plane import plane
 from dengine.dtensor import any_dtensor, has_dimension, is_dtensor, local_part, mesh_of
 from dengine.launch.world import World, refuse_forgotten_group, world
@@ -134,9 +135,8 @@ def _compare(model: nn.Module, plan: list[str], layout: Layout, parts: Parts | N
     # DDP would say that they differ, but neither which ones nor on which rank.
     compared = Compared("The parameters of the model", [*parameters_of(model), *plan])
     if parts is not None:
-        assert here.mesh is not None  # of which parts= is a dimension
         refuse_different_parts(compared, layout.place)
-        plane().prepared.add_part(model, here.mesh[parts])
+        mark_part(model, parts)
         return
     if not same_on_all_ranks(compared.entries, "the comparison of models in prepare_model()"):
         refuse_differences([compared])

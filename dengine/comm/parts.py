@@ -1,0 +1,100 @@
+"""Parts of a model that ranks have on purpose, the stages of a pipeline and experts: which tensors are in one.
+
+`prepare_model(module, parts="ep")` marks the module, and its copies are marked as well. This is the only place that
+reads the mark. A tensor is in a part along each dimension of the mesh that a module around it is marked with, but for
+those over which it is a DTensor, which says itself what this rank has of it. `world().coordinates` tells which part
+along a dimension is this rank's. Ranks that differ in other dimensions alone have the same part.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from dengine.control.plane import plane
+from dengine.dtensor import mesh_of
+from dengine.launch.world import world
+
+__all__ = [
+    "Dimensions",
+    "mark_part",
+    "named_modules_beside_parts",
+    "parts_of_names",
+    "parts_of_optimizer",
+    "parts_of_parameters",
+]
+
+Dimensions: TypeAlias = tuple[str, ...]  # of the mesh, in its order: ("pp",), ("ep",), ("pp", "ep")
+
+_MARK = "_dengine_part"
+
+
+def mark_part(module: nn.Module, dimension: str) -> None:
+    """Note that ranks along `dimension` of the mesh have other parts of a model than `module`, on purpose."""
+    setattr(module, _MARK, dimension)
+    mesh = world().mesh
+    assert mesh is not None  # of which it is a dimension
+    plane().prepared.add_part(module, mesh[dimension])
+
+
+def parts_of_names(model: nn.Module, names: Iterable[str]) -> dict[str, Dimensions]:
+    """The dimensions along which what `model.state_dict()` has by one of `names` is a part; names without are left out.
+
+    No collective. The answer is that of this rank: others may have other names.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        >>> parts_of_names(model, model.state_dict())  # nothing of it was prepared with parts=
+        {}
+    """
+    marked = {path: module for path, module in model.named_modules() if hasattr(module, _MARK)}
+    if not marked:
+        return {}
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    found = {}
+    for name in names:
+        around = [getattr(module, _MARK) for path, module in marked.items() if _is_within(name, path)]
+        if dimensions := _in_order(around, tensors.get(name)):
+            found[name] = dimensions
+    return found
+
+
+def parts_of_optimizer(optimizer: torch.optim.Optimizer) -> dict[int, Dimensions]:
+    """As `parts_of_names`, of the parameters of `optimizer` by the numbers that they have in its state."""
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    by_id = parts_of_parameters()
+    return {number: by_id[id(each)] for number, each in enumerate(parameters) if id(each) in by_id}
+
+
+def parts_of_parameters() -> dict[int, Dimensions]:
+    """As `parts_of_names`, of the parameters of all prepared parts that still live, by the `id` of each."""
+    around: dict[int, tuple[Tensor, list[str]]] = {}
+    for module, _ in plane().prepared.living_parts():
+        for parameter in module.parameters():
+            around.setdefault(id(parameter), (parameter, []))[1].append(getattr(module, _MARK))
+    found = {key: _in_order(dimensions, parameter) for key, (parameter, dimensions) in around.items()}
+    return {key: dimensions for key, dimensions in found.items() if dimensions}
+
+
+def named_modules_beside_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of `model` that are in no part inside it, by name; `model` itself may be one."""
+    parts = {path for path, module in model.named_modules() if path and hasattr(module, _MARK)}
+    for path, module in model.named_modules():
+        if not any(_is_within(path, part) for part in parts):
+            yield path, module
+
+
+def _is_within(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")
+
+
+def _in_order(marks: Iterable[str], tensor: Tensor | None) -> Dimensions:
+    """Those of `marks` that are dimensions of several ranks, and none of a mesh that `tensor` is spread over."""
+    mesh, own = world().mesh, mesh_of(tensor)
+    if mesh is None:
+        return ()
+    left = set(marks).difference((own.mesh_dim_names or ()) if own is not None else ())
+    names = mesh.mesh_dim_names or ()
+    return tuple(name for name, size in zip(names, mesh.shape, strict=True) if size > 1 and name in left)
