@@ -36,6 +36,7 @@ class Layout:
         tp: the dimension of tensor parallelism.
         within: from whom a rank takes its weights, as `broadcast_tensors` has it; None is rank 0 of all.
         within_tp: the same, where they are cut up over `tp` already.
+        beside_ddp: the same, along the dimensions in which DDP sends nothing: of a model that is not cut up.
         place: which part of the model this rank has; ranks with the same number have the same.
     """
 
@@ -44,6 +45,7 @@ class Layout:
     tp: "DeviceMesh | None" = None
     within: Sequence[tuple[int, Any]] | None = None
     within_tp: Sequence[tuple[int, Any]] = ()
+    beside_ddp: Sequence[tuple[int, Any]] = ()
     place: int = 0
 
     def refuse_options_of_ddp(self, compression: str | None, kwargs: Mapping[str, object]) -> None:
@@ -140,6 +142,7 @@ def _layout_on(mesh: "DeviceMesh", strategy: str, parts: Parts | None, here: Wor
         tp=mesh["tp"] if "tp" in sizes else None,
         within=None if parts is None else list(sources.values()),
         within_tp=[source for name, source in sources.items() if name != "tp"],
+        beside_ddp=[source for name, source in sources.items() if strategy != "none" and name not in (*replicas, *cut)],
         place=0 if parts is None else here.coordinates[parts],
     )
 

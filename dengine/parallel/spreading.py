@@ -34,7 +34,7 @@ def spread(
     is_tensor_parallel = is_planned or (layout.tp is not None and any_dtensor(model.parameters()))
     is_cut = layout.strategy == "fsdp" or is_tensor_parallel
     if not is_cut and not is_on_meta:
-        model.to(device)
+        _take_whole(model, layout, device)
         return
     with torch.no_grad():
         kept = set_aside(model, only_meta=not is_cut)
@@ -54,8 +54,16 @@ def spread(
             broadcast_each(values, within=layout.within)
         else:
             for _ in values:
-                pass  # DDP sends them itself
-            model.to(device)
+                pass  # all ranks have made the same
+            _take_whole(model, layout, device)
+
+
+def _take_whole(model: nn.Module, layout: Layout, device: torch.device) -> None:
+    """Bring a model that is not cut up onto `device`, with one rank's values along what DDP does not send over."""
+    model.to(device)
+    if layout.beside_ddp:
+        values = (value for value in (*model.parameters(), *model.buffers()) if not is_dtensor(value))
+        broadcast_each(values, within=layout.beside_ddp)
 
 
 def _send_what_stays(model: nn.Module, layout: Layout) -> None:

@@ -24,6 +24,7 @@ from dengine.supervised.batches import (
 )
 from dengine.supervised.deepspeed import cast_around
 from dengine.supervised.step import in_eval_mode
+from dengine.supervised.wrapping import refuse_stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,6 +77,7 @@ def create_supervised_evaluator(
     )
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(f"metrics takes a dict such as {{'acc': Accuracy()}}, but got {metrics!r}.")
+    refuse_stage(model, "create_supervised_evaluator")
     accelerator = accelerator_for(accelerator, mixed_precision)
     if world().size == 1 and not getattr(model, "_is_accelerate_prepared", False):
         model = model.to(accelerator.device)

@@ -23,7 +23,7 @@ from dengine.supervised.batches import (
 from dengine.supervised.deepspeed import cast_around, configured_num_batches, is_engine, is_placeholder
 from dengine.supervised.optimizer_step import make_optimizer_step
 from dengine.supervised.step import Functions, SupervisedEvents, train_step
-from dengine.supervised.wrapping import wrap
+from dengine.supervised.wrapping import refuse_stage, wrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -106,6 +106,7 @@ def create_supervised_trainer(
     is_deepspeed = distributed_kind(accelerator) == "DEEPSPEED"
     num_batches = _num_batches(num_batches, accelerator, is_deepspeed=is_deepspeed)
     _check_optimizer(optimizer, model, is_deepspeed=is_deepspeed)
+    refuse_stage(model, "create_supervised_trainer")
     if is_deepspeed and weight is not None and num_batches > 1:
         raise ValueError(
             f"With DeepSpeed, the {num_batches} batches of an accumulation count alike: leave weight= out, or take one "

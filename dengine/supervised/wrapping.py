@@ -7,7 +7,10 @@ from torch import nn
 
 from dengine.comm.collectives import broadcast_tensors
 from dengine.comm.mesh import spreads_model
-from dengine.distributed import prepare_model
+from dengine.control.plane import plane
+from dengine.distributed import prepare_model, unwrap_model, world
+from dengine.dtensor import any_dtensor, describe_mesh, has_dimension
+from dengine.launch.mesh import DATA_NAMES, SEQUENCE_NAMES
 from dengine.parallel.ddp_buckets import settle_buckets
 from dengine.parallel.gradients import find_ddp, find_fsdp
 from dengine.supervised.accelerator import distributed_kind
@@ -16,7 +19,7 @@ from dengine.supervised.deepspeed import check_clipping, check_precision, config
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["is_wrapped", "wrap", "wrap_model"]
+__all__ = ["is_wrapped", "refuse_stage", "wrap", "wrap_model"]
 
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_MLU", "MULTI_NPU", "MULTI_HPU", "MULTI_MUSA")
 
@@ -96,7 +99,32 @@ def wrap_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:
         if (ddp := find_ddp(model)) is not None:
             settle_buckets(ddp)
         return model
+    _refuse_replaced_parameters(model)
     return prepare_model(model)
+
+
+def refuse_stage(model: nn.Module, what: str) -> None:
+    """Raises: ValueError: `model` is a stage of a pipeline, which cannot be called with a batch."""
+    bare = unwrap_model(model)
+    if any(part is bare and has_dimension(mesh, "pp") for part, mesh in plane().prepared.living_parts()):
+        raise ValueError(
+            f"This {type(bare).__qualname__} is a stage of a pipeline, as prepare_model(parts='pp') was told, but "
+            f"{what}() calls a whole model: give an Engine a step that runs the schedule of the pipeline."
+        )
+
+
+def _refuse_replaced_parameters(model: nn.Module) -> None:
+    """Raises: ValueError: the optimizer would be left with parameters that the model has no more."""
+    if (mesh := world().mesh) is None:
+        return
+    sizes = zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)
+    names = [name for name, size in sizes if size > 1 and name in (*DATA_NAMES, *SEQUENCE_NAMES)]
+    if "dp_shard" in names or (names and any_dtensor(model.parameters())):
+        raise ValueError(
+            f"On {describe_mesh(mesh)} prepare_model() puts other parameters in the place of those of this "
+            f"{type(model).__qualname__}, which the optimizer has: call it yourself, and build the optimizer from the "
+            "parameters of what it gives."
+        )
 
 
 def is_wrapped(model: nn.Module) -> bool:
