@@ -60,7 +60,7 @@ _SUBPACKAGES = (
 )
 
 
-# What other libraries have at this place -> what it is here.
+# A name of another library -> what to write instead.
 _INSTEAD = {
     "Trainer": "write Engine(step), or create_supervised_trainer(model, optimizer, loss_fn), and trainer.run(data)",
     "LightningModule": "write the step as a function (engine, batch) -> output, for Engine(step)",

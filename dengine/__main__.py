@@ -7,7 +7,7 @@ from importlib import import_module
 
 __all__ = ["COMMANDS", "main"]
 
-# name -> what it is for. `python -m dengine NAME` runs dengine.tools.NAME.
+# The name of a command -> what it shows. `python -m dengine NAME` runs dengine.tools.NAME.
 COMMANDS = {
     "doctor": "whether a training would work here: launcher, ranks, devices, network, checkpoint folder",
     "inspect": "what is in a checkpoint, or in a folder of them, verified",
@@ -16,7 +16,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that `arguments` (by default, those of the process) name; gives the exit code."""
+    """Run the command that `arguments` (by default, those of the process) name, and give its exit code."""
     parser = argparse.ArgumentParser(prog="python -m dengine", description="Tools of dengine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, purpose in COMMANDS.items():

@@ -38,7 +38,7 @@ _lock = threading.Lock()
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make the file at the path that it is given; flushed, it then takes the place of `path`.
+    """Replace `path` by the file that `write` makes at the path it is given, once that is on the disk.
 
     Raises: OSError, or what `write` raises; `path` is as it was then.
     """
@@ -53,7 +53,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:
-    """Have `write` fill a temporary file (its descriptor) in the folder of `path`, down to the disk.
+    """Have `write` fill a temporary file (by its descriptor) in the folder of `path`, and flush it to the disk.
 
     In the same folder, since a rename is atomic only within one file system. If anything fails, the temporary file is
     gone again, and `path` is as it was. Until it is committed, no other thread takes it for a leftover.
@@ -96,8 +96,9 @@ def _beside(path: Path, write: Callable[[Path], T]) -> tuple[Path, T]:
 
 @contextmanager
 def _interrupts_raised() -> Iterator[None]:
-    """Raise the interrupt (Ctrl-C, an exit by a signal's handler) that led to an error: a file that is closed in its
-    midst, as torch's, complains about that.
+    """Raise the interrupt (Ctrl-C, an exit by a signal's handler) instead of the error that it led to.
+
+    torch's writer, for one, complains if its file is closed before the end.
     """
     handled = sys.exc_info()[1]  # before this block: no error of it comes from that one
     try:
@@ -117,10 +118,10 @@ def temporary_path(path: Path) -> Path:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Give the finished file or folder its name. From here on it survives a power cut.
+    """Give the finished file or folder its final name. From then on it survives a power cut.
 
     A folder takes no other's place in one step: one that has the name steps aside before, and goes afterwards. A kill
-    between the two renames leaves it aside, where `recover` finds it.
+    between the two renames leaves the old one aside, and `recover` finds it there.
 
     Raises:
         OSError: it cannot be renamed, or the folder not be flushed; the temporary file is gone then, and `path` is as
@@ -147,7 +148,7 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, as far as it can be removed; no error if it cannot."""
+    """Remove a file, or a folder with its content. What cannot be removed stays, without an error."""
     if path.is_dir():
         with _interrupts_raised():
             shutil.rmtree(path, ignore_errors=True)
@@ -157,7 +158,7 @@ def discard(path: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Give the folders in `folder` their names again that a kill has left aside, in the midst of being replaced."""
+    """Give folders in `folder` back their names if a kill left them aside while they were being replaced."""
     for aside in folder.glob(f".*{_REPLACED}"):
         path = folder / aside.name.removeprefix(".").removesuffix(_REPLACED)
         if path.is_dir():
@@ -193,7 +194,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder and those above it, each on the disk in its own parent."""
+    """Make the folder and those above it, and flush each parent to the disk."""
     if folder.is_dir():
         return
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -222,13 +223,13 @@ def _aside(path: Path) -> Path:
 
 
 def begin(temporary: Path) -> None:
-    """From now on, `temporary` is none of the leftovers that another thread of this process removes."""
+    """Protect `temporary` from now on: no thread of this process takes it for a leftover."""
     with _lock:
         _under_way.add(temporary.name)
 
 
 def end(temporary: Path) -> None:
-    """What is there still is a leftover."""
+    """End the protection of `temporary`: if it is still there, it is a leftover."""
     with _lock:
         _under_way.discard(temporary.name)
 
@@ -243,7 +244,7 @@ def _is_written(path: Path, pid: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # it is somebody else's
+        pass  # it is another user's
     return True
 
 

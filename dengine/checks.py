@@ -12,20 +12,20 @@ __all__ = ["is_number", "is_whole_number", "number", "path_of", "takes", "whole_
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a real number of Python's or numpy's. A bool is none: it is an int to Python, but a slip."""
+    """Whether it is a real number of Python's or numpy's. A bool does not count: passing one is a slip."""
     return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
 
 
 def is_whole_number(value: object) -> TypeGuard[int]:
-    """Whether it is an int of Python's, and no bool."""
+    """Whether it is a Python int, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def number(name: str, value: object, what: str = "a number", *, above: float | None = None) -> float:
-    """`value` as an int or float above `above`. The message says that it must be `what`.
+    """`value`, checked to be an int or float above `above`. The error says that it must be `what`.
 
     Raises:
-        TypeError: no number; a bool is none. ValueError: not above `above`.
+        TypeError: it is no number (a bool is none). ValueError: it is not above `above`.
     """
     if not is_number(value):
         raise TypeError(f"{name}={value!r} must be {what}.")
@@ -35,7 +35,7 @@ def number(name: str, value: object, what: str = "a number", *, above: float | N
 
 
 def whole_number(name: str, value: object, *, least: int | None, why: str = "") -> int:
-    """`value` as an int of at least `least`; of any size if that is None.
+    """`value`, checked to be an int of at least `least` (None: of any size).
 
     Raises:
         TypeError: not a whole number; a bool is none.
@@ -53,7 +53,7 @@ def whole_number(name: str, value: object, *, least: int | None, why: str = "") 
 
 
 def takes(function: Callable[..., object], num_arguments: int) -> bool:
-    """Whether `function` can be called with so many positional arguments; True for those that do not tell."""
+    """Whether `function` takes `num_arguments` positional arguments; True if its signature is unknown."""
     try:
         inspect.signature(function).bind(*[None] * num_arguments)
     except ValueError:  # some built-ins
@@ -64,7 +64,7 @@ def takes(function: Callable[..., object], num_arguments: int) -> bool:
 
 
 def path_of(name: str, value: str | os.PathLike[str]) -> Path:
-    """`value` as a path, with the home folder in the place of `~`, as a shell does it.
+    """`value` as a path, with the home folder for `~`, as in a shell.
 
     Raises:
         TypeError: `value` is no path. ValueError: there is no such user.

@@ -1,8 +1,8 @@
-"""Names without what `torch.compile` puts into them.
+"""Names of parameters without the part that `torch.compile` adds.
 
-A module that is wrapped by `torch.compile` stands in another one as `_orig_mod` of its wrapper. A checkpoint has the
-names of the plain model, so that it fits whether or not, and wherever, a model is compiled; older ones that have the
-longer names are read all the same.
+`torch.compile` wraps a module, and the wrapper holds it as `_orig_mod`. A checkpoint has the names of the plain model,
+so that it fits whether or not the model, or a part of it, is compiled. Older checkpoints with the longer names are
+read, too.
 """
 
 from collections import OrderedDict
@@ -25,10 +25,10 @@ def without_compiled(name: str) -> str:
 
 
 def aligned(state: object, like: object) -> Any:
-    """`state` with the names that `like` has for the same, at every depth; unknown ones lose `_orig_mod`.
+    """`state` with the names that `like` uses for the same things, at every depth; other names lose `_orig_mod`.
 
-    `like` is what the object that is to take it says of itself; of {}, all names become the plain ones. What needs no
-    other name comes back as it is.
+    `like` is the state of the object that will load `state`. If it is {}, all names become the plain ones. A state
+    that needs no other name comes back as it is.
     """
     if not isinstance(state, dict) or not isinstance(like, Mapping):
         return state
@@ -54,7 +54,7 @@ def _name(name: Any, like: Mapping[Any, Any], own: Mapping[str, str]) -> Any:
 
 
 def _versions(saved: Mapping[str, Any], own: Mapping[str, Any] | None) -> OrderedDict[str, Any]:
-    """The versions of modules, which a state carries beside its tensors, under the names that the model has."""
+    """The version numbers of modules, which a state carries beside its tensors, by the names of the model."""
     plain = {_module(name): versions for name, versions in saved.items()}  # what is within a wrapper comes after it
     return OrderedDict((name, plain[_module(name)]) for name in own or plain if _module(name) in plain)
 

@@ -1,7 +1,7 @@
 """Every question about tensors and modules that are spread over ranks: DTensors, their meshes, and FSDP2.
 
-Importing their classes costs a second, so they are looked up where somebody else has imported them: until then there is
-no such object.
+To import their classes costs a second, so they are only looked up once other code has imported them: before that, no
+such object can exist.
 """
 
 import sys
@@ -42,7 +42,7 @@ PLAIN = (Tensor, nn.Parameter)  # the types of nearly all tensors: a loop asks f
 
 
 def is_dtensor(value: object) -> "TypeGuard[DTensor]":
-    """Whether it is a tensor of which this rank has a part, a copy or a summand."""
+    """Whether it is a DTensor: a tensor of which this rank has a part, a copy or a summand."""
     if type(value) in PLAIN:
         return False
     known = sys.modules.get("torch.distributed.tensor")
@@ -50,17 +50,17 @@ def is_dtensor(value: object) -> "TypeGuard[DTensor]":
 
 
 def any_dtensor(values: Iterable[object]) -> bool:
-    """Whether one of `values` is a DTensor. Cost: of plain tensors a comparison of types, and no call."""
+    """Whether one of `values` is a DTensor. Cost: for plain tensors one comparison of types each."""
     return any(type(value) not in PLAIN and is_dtensor(value) for value in values)
 
 
 def may_be_dtensors() -> bool:
-    """Whether anybody in this process has imported what makes one."""
+    """Whether DTensors can exist: something in this process has imported their module."""
     return "torch.distributed.tensor" in sys.modules
 
 
 def is_mesh(value: object) -> "TypeGuard[DeviceMesh]":
-    """Whether it is torch's arrangement of ranks in dimensions."""
+    """Whether it is a `DeviceMesh`: torch's grid of ranks."""
     known = sys.modules.get("torch.distributed.device_mesh")
     return known is not None and isinstance(value, known.DeviceMesh)
 
@@ -77,33 +77,33 @@ def is_fsdp(module: nn.Module) -> bool:
 
 
 def is_made_of_others(tensor: Tensor) -> bool:
-    """Whether it keeps its elements in other tensors, and has no memory of its own: a DTensor, a quantized subclass."""
+    """Whether its elements are in other tensors, not in memory of its own: a DTensor, a quantized subclass."""
     return type(tensor) not in PLAIN and hasattr(tensor, "__tensor_flatten__")
 
 
 def with_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Those of `tensors` that are dense and keep their elements in memory of their own."""
+    """The tensors among `tensors` that are dense and have memory of their own."""
     return [each for each in tensors if each.layout == strided and (type(each) in PLAIN or not is_made_of_others(each))]
 
 
 def mesh_of(value: object) -> "DeviceMesh | None":
-    """The ranks that a DTensor is spread over; None of anything else."""
+    """The mesh of ranks that a DTensor is spread over; None for anything else."""
     return value.device_mesh if is_dtensor(value) else None
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank has of `tensor`, in the tensor's own memory, without its gradient's history. No collective."""
+    """This rank's part of `tensor`, in the same memory, detached from the graph. No collective."""
     detached = tensor.detach() if tensor.requires_grad else tensor
     return detached.to_local() if is_dtensor(detached) else detached
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of `tensor`, as a plain one. Collective where it is a DTensor: a gather over its mesh."""
+    """The whole of `tensor`, as a plain tensor. Collective if it is a DTensor: a gather over its mesh."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def piece_of(value: object) -> tuple[int, int]:
-    """Which piece of `value` this rank has, and how many pieces there are: ranks with the same one hold the same."""
+    """The index of this rank's piece of `value`, and the number of pieces. Ranks with one index have the same piece."""
     piece, num_pieces = 0, 1
     if is_dtensor(value):
         mesh = value.device_mesh
@@ -115,7 +115,7 @@ def piece_of(value: object) -> tuple[int, int]:
 
 
 def sharding_groups(value: object) -> "tuple[dist.ProcessGroup, ...]":
-    """The groups of this rank in which each rank has elements of its own: a sum over all of them is of the whole."""
+    """The groups whose ranks have different elements of `value`: a sum over all of them covers the whole."""
     if not is_dtensor(value) or value.device_mesh.get_coordinate() is None:
         return ()
     is_other = [not (each.is_replicate() or each.is_partial()) for each in value.placements]
@@ -123,7 +123,7 @@ def sharding_groups(value: object) -> "tuple[dist.ProcessGroup, ...]":
 
 
 def summed_up(tensor: Tensor) -> Tensor:
-    """`tensor` without partial sums. Collective where it has some: a sum over the ranks that have the summands."""
+    """`tensor` without partial sums. Collective if it has some: a sum over the ranks that have the summands."""
     if not is_dtensor(tensor) or not any(each.is_partial() for each in tensor.placements):
         return tensor
     from torch.distributed.tensor import Replicate
@@ -132,9 +132,10 @@ def summed_up(tensor: Tensor) -> Tensor:
 
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, which every rank has whole, laid out as `like`, of the same shape. No collective.
+    """This rank's part of `tensor` as a DTensor with the layout of `like`. Every rank has all of `tensor`. No
+    collective.
 
-    As it is where `like` is whole, or `tensor` is laid out already.
+    `tensor` itself if `like` is a plain tensor, or if `tensor` is a DTensor already.
     """
     if not is_dtensor(like) or is_dtensor(tensor):
         return tensor
@@ -145,7 +146,9 @@ def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def laid_out_like(local: Tensor, like: Tensor) -> Tensor:
-    """The DTensor laid out as `like` of which this rank has `local`; `local` itself where `like` is whole."""
+    """The DTensor with the layout of `like`, of which `local` is this rank's part; `local` itself if `like` is
+    plain.
+    """
     if not is_dtensor(like):
         return local
     from torch.distributed.tensor import DTensor
@@ -159,7 +162,7 @@ def has_dimension(mesh: "DeviceMesh | None", name: str) -> bool:
 
 
 def describe_mesh(mesh: "DeviceMesh") -> str:
-    """As an error names it: "a mesh of dp=2, tp=4"."""
+    """The mesh as an error message names it: "a mesh of dp=2, tp=4"."""
     sizes = tuple(mesh.size(dim) for dim in range(mesh.ndim))
     names = mesh.mesh_dim_names
     text = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True)) if names else str(sizes)

@@ -1,7 +1,7 @@
-"""Every exception that dengine raises of its own. Each is importable from `dengine` too.
+"""The exceptions of dengine. Each can also be imported from `dengine`.
 
-Wrong arguments are the built-in `TypeError`, `ValueError` and `KeyError`; the classes here are for what a caller
-may want to tell apart.
+Wrong arguments raise the built-in `TypeError`, `ValueError` and `KeyError`; the classes here are for failures that a
+caller may want to handle by kind.
 """
 
 __all__ = [
@@ -23,22 +23,22 @@ __all__ = [
 
 
 class DengineError(Exception):
-    """The root of all of them."""
+    """The base class of all exceptions of dengine."""
 
 
 class LaunchError(DengineError, RuntimeError):
-    """The launcher's variables (torchrun's, SLURM's) are half set, contradictory, or do not fit the machine; or what
-    the launcher started did not meet, or has lost its way to meet.
+    """The ranks cannot form a group: the launcher's variables (torchrun's, SLURM's) are incomplete, contradict each
+    other or do not fit the machine, or the ranks could not find or reach each other.
     """
 
 
 class _AtRank(DengineError, RuntimeError):
-    """Something that happened on one rank, and is raised on others.
+    """A failure of one rank, raised on the others.
 
     Attributes:
-        rank: the one where it happened.
-        epoch, iteration, event, handler: where that rank was; None outside of a run, or of a handler.
-        remote_traceback: of the exception there; "" where there was none.
+        rank: the rank where it happened.
+        epoch, iteration, event, handler: the position of that rank; None outside of a run, or of a handler.
+        remote_traceback: of the exception there; "" if there was none.
     """
 
     def __init__(
@@ -64,19 +64,21 @@ class RemoteRankError(_AtRank):
 
 
 class RemoteInterrupt(RemoteRankError, KeyboardInterrupt):
-    """Another rank was interrupted (Ctrl-C), so this one is too: a script's `except KeyboardInterrupt` holds on all."""
+    """Another rank was interrupted (Ctrl-C), so this one is too: `except KeyboardInterrupt` works on every rank."""
 
 
 class StallError(_AtRank):
-    """No rank made progress for `stall_timeout`, or none can any more; `rank` is the one that the others wait for."""
+    """No rank made progress for `stall_timeout`, or no rank can any more; the others wait for `rank`."""
 
 
 class ConsistencyError(DengineError, RuntimeError):
-    """What must be the same on all ranks is not: parameters, their names or shapes, or the collective called."""
+    """The ranks differ in something that must be the same: parameters, their names or shapes, or the collective
+    called.
+    """
 
 
 class RankZeroCollectiveError(DengineError, RuntimeError):
-    """A collective was called where only rank 0 runs: the other ranks would never join it."""
+    """A collective was called in code that only rank 0 runs: the other ranks would never join it."""
 
 
 class NotComputableError(DengineError, RuntimeError):
@@ -100,15 +102,15 @@ class CheckpointError(DengineError, RuntimeError):
 
 
 class CorruptCheckpointError(CheckpointError):
-    """A checkpoint is not what was saved: truncated, changed or gone. Nothing of it was used."""
+    """A checkpoint is damaged: cut short, changed or missing. Nothing of it was used."""
 
 
 class ConfigError(DengineError, ValueError):
-    """A configuration cannot be read, merged, or used as it is; the message names the key, the file and the line."""
+    """A configuration cannot be read, merged or used. The message names the key, the file and the line."""
 
 
 class MissingKeyError(ConfigError, AttributeError, KeyError):
-    """A configuration has no such key: an `AttributeError` and a `KeyError` too, so that `hasattr` and `get` work."""
+    """A configuration lacks a key. Also an `AttributeError` and a `KeyError`, so that `hasattr` and `get` work."""
 
     __str__ = Exception.__str__  # a KeyError's is its repr
 

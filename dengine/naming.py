@@ -1,4 +1,4 @@
-"""What things are called: short texts for a `repr`, and the names that other libraries have for what is here."""
+"""Names of things: short texts for a `repr`, and hints for names that other libraries use."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -14,26 +14,26 @@ _LENGTH = 60  # of one value in a repr
 
 
 def describe(function: object) -> str:
-    """A name for something callable that a user recognises."""
+    """The name by which a user recognises something callable."""
     inner = getattr(function, "func", function)  # functools.partial
     name = getattr(inner, "__qualname__", None)
     return name if isinstance(name, str) else type(function).__qualname__
 
 
 def type_name(value: object) -> str:
-    """The name of the type of `value` that a user knows: a prepared `DataLoader` is one to whoever gave it."""
+    """The name of the type of `value` as the user knows it: a prepared loader is still a `DataLoader`."""
     return next(kind.__qualname__ for kind in type(value).__mro__ if not kind.__module__.startswith("dengine."))
 
 
 def printable(text: str) -> str:
-    """`text` with what would command a terminal (escapes, line ends, marks of direction) written out."""
+    """`text` with control characters of a terminal (escapes, line ends, marks of direction) written out."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)
 
 
 def shown(value: object, /, *first: object, **parts: object) -> str:
     """`Kind(first, name=part, ...)`, for a `__repr__`: one line. A part that is None is left out.
 
-    Of functions, models, optimizers and other objects only the name is shown: nothing is read from a device.
+    Functions, models, optimizers and other objects are shown by name only: nothing is read from a device.
     """
     texts = [_text(part) for part in first]
     texts += [f"{name}={_text(part)}" for name, part in parts.items() if part is not None]
@@ -41,7 +41,7 @@ def shown(value: object, /, *first: object, **parts: object) -> str:
 
 
 def other_names(**instead: str) -> Callable[[C], C]:
-    """A class decorator: asking for one of these names, as another library has them, says what it is called here.
+    """A class decorator: an attribute that another library would have raises an error with the name used here.
 
     `hasattr` is False for them. They are looked up as any attribute of the class, so what the class has costs nothing
     more: a `__getattr__` would make each look-up slower.
@@ -56,7 +56,7 @@ def other_names(**instead: str) -> Callable[[C], C]:
 
 
 def other_keywords(**instead: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """A decorator: passing one of these keywords, as another library has them, says what it is called here."""
+    """A decorator: a keyword that another library would take raises an error with the name used here."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
@@ -72,13 +72,16 @@ def other_keywords(**instead: str) -> Callable[[Callable[P, T]], Callable[P, T]]
 
 
 def refuse_name(module: str, name: str, instead: Mapping[str, str]) -> NoReturn:
-    """Raises: AttributeError: `module` has no `name`; where another library has it, what it is called here."""
+    """Raise that `module` has no `name`, with what to write instead if another library has it.
+
+    Raises: AttributeError: always.
+    """
     hint = f": {instead[name]}." if name in instead else ""
     raise AttributeError(f"module {module!r} has no attribute {name!r}{hint}")
 
 
 class _OtherName:
-    """Only the lookup fails: a subclass, or an instance, may have an attribute of that name."""
+    """A descriptor whose look-up fails. A subclass or an instance may still have an attribute of that name."""
 
     def __init__(self, message: str) -> None:
         self._message = message

@@ -1,4 +1,4 @@
-"""The random number generators of this process, as plain data: what a resumed run needs to draw the same numbers."""
+"""The state of the random number generators of this process, as plain data, so that a resumed run draws the same."""
 
 import random
 from typing import Any, TypeAlias
@@ -33,7 +33,7 @@ def capture() -> RandomState:
 
 
 def restore(state: RandomState) -> None:
-    """Set the generators to what `capture` gave. Devices that are not there any more are passed over."""
+    """Set the generators to what `capture` gave. Devices that no longer exist are skipped."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
     kind, key, position, has_gauss, cached_gauss = state["numpy"]

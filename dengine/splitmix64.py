@@ -1,4 +1,4 @@
-"""64 bits in which neighbouring inputs have nothing in common: seeds from numbers, and digests of tensors.
+"""A mixer of 64 bits, for seeds and for digests of tensors: similar inputs give unrelated outputs.
 
 Source: the splitmix64 generator (Steele, Lea and Flood 2014).
 """
@@ -13,7 +13,7 @@ _GAMMA_INT64, _FIRST_INT64, _SECOND_INT64 = (each - 2**64 for each in (_GAMMA, _
 
 
 def derived_seed(*numbers: int) -> int:
-    """64 bits that depend on each of `numbers` and on their order, the same on every machine."""
+    """A seed of 64 bits from `numbers` and their order, the same on every machine."""
     seed = 0
     for number in numbers:
         seed = (seed * _SECOND + (number & _MASK) + _GAMMA) & _MASK
@@ -24,7 +24,7 @@ def derived_seed(*numbers: int) -> int:
 
 
 def mixed(words: torch.Tensor) -> torch.Tensor:
-    """Each word's bits spread over all 64, one to one; int64 as `words`, on their device.
+    """`words`, each mixed over all of its 64 bits, one to one; int64, on the same device.
 
     Not the numbers of `derived_seed`: a shift of int64 to the right brings in the sign.
     """

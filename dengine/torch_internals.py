@@ -1,4 +1,4 @@
-"""Every use of a private name of torch, and of behaviour that it does not promise: one function or constant for each.
+"""Every use of a private name of torch, or of behaviour that torch does not promise: one function or constant each.
 
 `tests/test_canaries.py` has a test for each, which fails if torch changes it and says what then no longer holds;
 `bash launch/test.sh -m canary` runs these alone.
@@ -77,17 +77,17 @@ def num_collectives(group: dist.ProcessGroup | None) -> int:
 
 
 def default_store() -> dist.Store:
-    """The store by which the default process group was made."""
+    """The store with which the default process group was made."""
     return dist.distributed_c10d._get_default_store()
 
 
 def set_timeout(group: dist.ProcessGroup | None, timeout: timedelta) -> None:
-    """Set the timeout of a group's collectives: a mesh makes its groups with torch's own."""
+    """Set the timeout of a group's collectives. A mesh makes its groups with torch's default."""
     dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def abort_process_groups() -> None:
-    """Abort what is under way on the device in any group, without waiting for it."""
+    """Abort the collectives that run on the device, in all groups, without waiting for them."""
     dist.distributed_c10d._abort_process_group()
 
 
@@ -95,7 +95,7 @@ def abort_process_groups() -> None:
 
 
 def is_waiting_file(file: str) -> bool:
-    """Whether it is a file of torch in which a thread waits for other ranks; it computes there, too."""
+    """Whether it is a file of torch in which a thread may wait for other ranks; it may compute there, too."""
     return any(folder in file.replace("\\", "/") for folder in _WAITING_FOLDERS)
 
 
@@ -111,20 +111,20 @@ def wait_in(frame: FrameType) -> str:
 
 
 def has_final_buckets(model: "DistributedDataParallel") -> bool:
-    """Whether DDP has laid out its buckets anew already, or is told not to: by a hook, or to reduce after the pass."""
+    """Whether DDP has rebuilt its buckets already, or will not: it has a hook, or reduces after the backward pass."""
     return bool(
         getattr(model, "_has_rebuilt_buckets", False) or model._comm_hooks or model._delay_all_reduce_all_params
     )
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
-    """Whether something is to run once the gradient of `parameter` is there."""
+    """Whether a hook runs when the gradient of `parameter` is ready."""
     hooks: Any = parameter
     return bool(hooks._backward_hooks or hooks._post_accumulate_grad_hooks)
 
 
 def build_ddp_buckets(model: "DistributedDataParallel", parameters: list[nn.Parameter]) -> None:
-    """A backward pass of zeros through `parameters`, in reverse order, as DDP sees one. Collective: one all-reduce."""
+    """Show DDP a backward pass of zeros through `parameters`, in reverse order. Collective: one all-reduce."""
     model.reducer.prepare_for_backward([])
     for each in reversed(parameters):
         torch.autograd.backward(each, torch.zeros_like(each))
@@ -134,14 +134,14 @@ def build_ddp_buckets(model: "DistributedDataParallel", parameters: list[nn.Para
 
 
 def inside_compile(model: T) -> T:
-    """What `torch.compile` has wrapped; anything else as it is."""
+    """The module that `torch.compile` has wrapped; any other model itself."""
     return getattr(model, HIDDEN_BY_COMPILE, model)
 
 
 def compiles_own_call(model: nn.Module, **options: Any) -> None:
-    """As `model.compile(**options)`, of a class of torch's own.
+    """Do `model.compile(**options)`, for a class of torch itself.
 
-    torch looks into no frame of its own, so that it would leave an nn.Sequential as it is, in silence.
+    torch compiles no code of its own, so it would silently leave an nn.Sequential as it is.
     """
     call: Any = model._call_impl
 
@@ -168,12 +168,12 @@ def mesh_of_fsdp(module: Any) -> Any:
 
 
 def is_replicated(module: nn.Module) -> bool:
-    """Whether `replicate` was called for `module`, which is of FSDP2 then, too."""
+    """Whether `replicate` was called for `module`, which then is a module of FSDP2, too."""
     return any(base.__name__ == "ReplicateModule" for base in type(module).__mro__)
 
 
 def hooks_of_others(module: nn.Module) -> dict[str, Any]:
-    """What is called around the forward pass of `module`, but for FSDP2's own: a copy of each of torch's tables."""
+    """The hooks around the forward pass of `module`, except FSDP2's own: a copy of each of torch's tables."""
     kept: dict[str, Any] = {}
     for table in ("_forward_pre_hooks", "_forward_hooks"):
         hooks: dict[int, Any] = getattr(module, table)
@@ -190,14 +190,14 @@ def hooks_of_others(module: nn.Module) -> dict[str, Any]:
 
 
 def replicate(module: nn.Module, mesh: Any) -> None:
-    """Average the gradients of `module` over `mesh`, as DDP does, by FSDP2's ways, which take DTensors."""
+    """Average the gradients of `module` over `mesh`, as DDP does, but by FSDP2, which takes DTensors."""
     from torch.distributed._composable.replicate_with_fsdp import replicate
 
     replicate(module, mesh=mesh)
 
 
 def flat_mesh(mesh: Any, names: list[str]) -> str:
-    """The name of a dimension of `mesh` that stands for those of `names` as one, by which the mesh can be indexed.
+    """The name of one dimension of `mesh` that joins those in `names`, by which the mesh can be indexed.
 
     Collective, if there are several: a new group, the first time.
     """
@@ -207,7 +207,7 @@ def flat_mesh(mesh: Any, names: list[str]) -> str:
 
 
 def clear_load_hooks(module: nn.Module) -> None:
-    """Drop what runs once a state was loaded: FSDP2's would reset the model instead of its copy."""
+    """Drop the hooks that run after a state was loaded: FSDP2's would reset the model instead of its copy."""
     module._load_state_dict_post_hooks.clear()
 
 
@@ -215,7 +215,7 @@ def clear_load_hooks(module: nn.Module) -> None:
 
 
 def is_loader_iterator(data: object) -> bool:
-    """Whether it is what `iter()` of a DataLoader gives."""
+    """Whether it is an iterator of a DataLoader."""
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
     return isinstance(data, _BaseDataLoaderIter)

@@ -1,7 +1,7 @@
-"""Nested containers: their parts, their leaves, and the same container with other leaves. Pure, and without torch.
+"""Walk nested containers: their parts, their leaves, and a copy with other leaves. Pure, and without torch.
 
 A container is a dict or another mapping, a list, a tuple, a named tuple or a dataclass object, subclasses included;
-everything else is a leaf, a set, an array and a tensor too. `torch.utils._pytree` is not used, because it is private,
+everything else is a leaf, also a set, an array and a tensor. `torch.utils._pytree` is not used, because it is private,
 knows a dataclass only if somebody has registered its class, and takes a subclass of dict for a leaf.
 """
 
@@ -14,7 +14,7 @@ __all__ = ["has_names", "leaves", "map_leaves", "named_leaves", "parts", "with_p
 
 T = TypeVar("T")
 
-# Of so many types the kind is remembered: a leaf costs one look-up instead of a call of isinstance() for each kind.
+# The kind is remembered for this many types: a leaf costs one look-up instead of an isinstance() for each kind.
 _NUM_TYPES = 1024
 
 
@@ -49,12 +49,12 @@ def has_names(value: object) -> bool:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """`value` with `function` of each leaf in its place; an object that `is_leaf` takes is a leaf too.
+    """`value` with each leaf replaced by `function` of it; an object for which `is_leaf` is true is a leaf, too.
 
-    No plain dict, list or tuple is asked.
+    `is_leaf` is not asked about a plain dict, list or tuple.
     """
     of = type(value)
-    if of is dict:  # the common ones by hand: a step's output goes through here once an iteration
+    if of is dict:  # the common types have their own code: a step's output goes through here once an iteration
         return {
             key: function(part) if _KINDS[type(part)] is None else map_leaves(function, part, is_leaf)
             for key, part in value.items()

@@ -1,1 +1,1 @@
-"""Talk: the collectives of the package, what only rank 0 runs, and whether all ranks hold the same."""
+"""Communication: the collectives, functions that only rank 0 runs, and checks that all ranks agree."""

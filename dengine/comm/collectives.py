@@ -1,4 +1,4 @@
-"""Every collective of the package. One place, so that it can be refused if only rank 0 runs it.
+"""Every collective of the package, in one place, so that each can be refused if only rank 0 would run it.
 
 A lone process runs the same code, and gets its own values back.
 """
@@ -50,7 +50,7 @@ _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "min": dist.ReduceO
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Run the body on rank 0 first, and on the others once rank 0 has finished it: to prepare a data set, say.
+    """Run the body on rank 0 first, and on the others once rank 0 has finished: for example, to prepare a data set.
 
     It may take longer than the `stall_timeout` of `process_group()`.
 
@@ -82,9 +82,9 @@ def rank_zero_first() -> Iterator[None]:
 
 @contextmanager
 def collective(what: str, *, site: str = "") -> Iterator[Transport]:
-    """Enter a collective, unless only rank 0 runs here or a rank has failed, and compare it with the others' calls.
+    """Enter a collective, and check that the other ranks call the same one. Gives the transport between the ranks.
 
-    Gives what carries values between the ranks.
+    Refuses to enter if only rank 0 runs this code, or if a rank has failed.
     """
     refuse_on_rank_zero_alone(what)
     with _among(world(), what, site) as transport:
@@ -93,7 +93,7 @@ def collective(what: str, *, site: str = "") -> Iterator[Transport]:
 
 @contextmanager
 def _among(here: World, what: str, site: str = "") -> Iterator[Transport]:
-    """Enter a collective of the ranks of `here`. A world of one, which a single engine is too, has none."""
+    """Enter a collective of the ranks of `here`. In a world of one, there is nothing to enter."""
     if here.size == 1:
         yield _NO_TRANSPORT
         return
@@ -121,14 +121,14 @@ def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
 
     A container is a dict or another mapping, a list, a tuple, a named tuple or a dataclass, and comes back as one.
 
-    Collective: call on all ranks with the same structure, from the same line or with the same `name`: two ranks that
-    reduce different things at a time (one its loss, the other its accuracy) are told apart by that. The same types,
-    dtypes and devices come back as went in; the input is left alone. A DTensor is taken as the whole tensor, and comes
-    back as a plain one. Cost: one all-reduce per dtype and device, and one request to the store; a gather for each
+    Collective: call on all ranks with the same structure, from the same line or with the same `name`, so that ranks
+    that reduce different things (one its loss, the other its accuracy) get an error. Types, dtypes and devices of the
+    result are those of the input, which is not changed. A DTensor is reduced as the whole tensor, and comes back as a
+    plain one. Cost: one all-reduce per dtype and device, and one request to the store; a gather for each
     DTensor.
 
     Raises:
-        ValueError: an unknown `op`; the mean of whole numbers, which would not be one.
+        ValueError: an unknown `op`; the mean of whole numbers, which may not be a whole number.
         TypeError: a leaf that is neither a number nor a tensor.
         ConsistencyError: another rank calls something else; both call sites are named.
         LaunchError: a launcher started several processes, but no process group is open.
@@ -143,7 +143,7 @@ def all_reduce(value: T, op: ReduceOp = "sum", *, name: str | None = None) -> T:
 
 
 def whole_tensor(tensor: torch.Tensor, what: str) -> torch.Tensor:
-    """`tensor`, or all of it where it is a DTensor. Collective then: a gather over the ranks of its mesh.
+    """The whole of `tensor`, as a plain tensor. Collective if it is a DTensor: a gather over the ranks of its mesh.
 
     Raises: RankZeroCollectiveError: it is a DTensor, and only rank 0 runs here.
     """
@@ -153,9 +153,9 @@ def whole_tensor(tensor: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def whole_tensors(value: T, what: str) -> T:
-    """`value` with the whole tensor for each DTensor in it, however nested. Collective where there is one.
+    """`value` with each DTensor in it, however nested, replaced by the whole tensor. Collective if there is one.
 
-    Cost: nothing where nobody has imported DTensor; otherwise a look at each leaf.
+    Cost: nothing if nobody has imported DTensor; otherwise a look at each leaf.
 
     Raises: RankZeroCollectiveError: as `whole_tensor`.
     """
@@ -179,7 +179,7 @@ def broadcast_object(value: T, source: int = 0) -> T:
 
 
 def barrier(name: str = "barrier") -> None:
-    """Wait until every rank is here. Collective. `name` says where, for whoever looks at a hang. Cost: one all-reduce.
+    """Wait until every rank is here. Collective. Error messages about a hang show `name`. Cost: one all-reduce.
 
     Raises:
         RankZeroCollectiveError: only rank 0 runs here.
@@ -195,8 +195,8 @@ def broadcast_tensors(tensors: list[torch.Tensor], *, within: Sources | None = N
     """Overwrite `tensors` in place with rank 0's. Collective. Cost: one broadcast per dtype and device.
 
     Args:
-        within: pairs of a rank and a group that it is in, in place of rank 0 and all ranks: one broadcast after the
-            other, in each of which this rank's group takes part.
+        within: pairs of a source rank and its group, instead of rank 0 and all ranks. Each group does one broadcast
+            after the other.
     """
     # Within a mesh, other ranks may have other tensors.
     start = f"{len(tensors)} tensors) from rank 0" if within is None else "...) within a mesh"
@@ -205,7 +205,7 @@ def broadcast_tensors(tensors: list[torch.Tensor], *, within: Sources | None = N
 
 
 def broadcast_each(tensors: Iterable[torch.Tensor], *, within: Sources | None = None) -> None:
-    """Overwrite each of `tensors` in place with rank 0's, one after the other as they are given.
+    """Overwrite each of `tensors` in place with rank 0's, one at a time.
 
     Collective: as many tensors on all ranks, of the same shapes. Cost: a broadcast of each; no memory beside it.
 

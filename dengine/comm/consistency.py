@@ -1,4 +1,4 @@
-"""Whether the ranks hold the same: names and shapes before each run, and parameters bit by bit on request."""
+"""Check that the ranks hold the same: names and shapes before each run, and parameters bit by bit on request."""
 
 import hashlib
 import math
@@ -40,9 +40,9 @@ _CHUNK = 1 << 20  # elements that are mixed at a time: what a digest takes of me
 
 
 class Compared(NamedTuple):
-    """What all ranks must have alike, entry by entry, and what to do if they have not.
+    """Entries that must be the same on all ranks, and the advice if they are not.
 
-    `may_lack`: a rank without any entry is passed over, as it has nothing of this kind.
+    `may_lack`: a rank without any entry is skipped, as it has nothing of this kind.
     """
 
     subject: str
@@ -52,12 +52,12 @@ class Compared(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What the ranks found out about each other at the start of a run.
+    """The result of the comparison of the ranks at the start of a run.
 
     Attributes:
         is_same: all ranks have the same entries.
-        most_batches: the largest number that any rank gave for its batches.
-        is_same_data: all ranks go through the same samples, as far as their descriptions tell.
+        most_batches: the largest number of batches that a rank gave.
+        is_same_data: all ranks go through the same samples, as far as their descriptions show.
     """
 
     is_same: bool
@@ -87,7 +87,7 @@ def any_rank(value: bool, what: str) -> bool:
 
 
 def text_digest(entries: Sequence[str]) -> int:
-    """A digest of `entries`, of 63 bits."""
+    """A digest of `entries` with 63 bits."""
     return int.from_bytes(hashlib.sha256("\n".join(entries).encode()).digest()[:8], "big") >> 1
 
 
@@ -104,7 +104,7 @@ def refuse_differences(compared: Sequence[Compared]) -> None:
 
 
 def refuse_different_parts(compared: Compared, place: int) -> None:
-    """Raise if the entries differ between the ranks of one `place`, which have the same part of a model.
+    """Raise if the entries differ between ranks with the same `place`, which have the same part of a model.
 
     Collective. Cost: one object gather. Raises: ConsistencyError: as `refuse_differences`.
     """
@@ -115,10 +115,9 @@ def refuse_different_parts(compared: Compared, place: int) -> None:
 
 
 def refuse_different_models(parameters: Mapping[int, Sequence[str]]) -> None:
-    """Raise if the `parameters` of a prepared model, by its number, differ between ranks.
+    """Raise if the `parameters` of a prepared model differ between ranks; `parameters` has them by the model's number.
 
-    A model that is gone on some rank is passed over: when a garbage collector took it says nothing. Collective. Cost:
-    one object gather.
+    A model that a garbage collector has taken on some rank is skipped. Collective. Cost: one object gather.
 
     Raises:
         ConsistencyError: as `refuse_differences`.
@@ -151,7 +150,7 @@ def _refuse(gathered: Mapping[int, Sequence[str]], subject: str, advice: str) ->
 
 
 def prepared_parameters() -> dict[int, list[str]]:
-    """Names, shapes and types of the parameters of all models that were prepared and still live, by their number."""
+    """Names, shapes and types of the parameters of each prepared model that is still alive, by the model's number."""
     return {number: parameters_of(model) for number, model in plane().prepared.living_models().items()}
 
 
@@ -163,7 +162,7 @@ def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
     """Raise if a tensor or number differs between ranks, bit by bit.
 
     A sharded tensor (DTensor) is compared piece by piece between the ranks that hold the same piece: the replicas of
-    HSDP, the copies of a tensor-parallel group. A tensor of which every rank holds another piece has no copies.
+    HSDP, the copies of a tensor-parallel group. A tensor of which every rank has a different piece is not compared.
 
     Collective: call on all ranks with the same names. Cost: reads every tensor once, one all-reduce of 16 bytes for
     each tensor or piece, one wait for the device; a gather if something differs.
@@ -178,7 +177,7 @@ def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
         start + piece for start, (piece, _) in zip(starts, compared.values(), strict=False)
     ]  # a slot for each piece
     digests_P = _digests(named[name] for name in compared)
-    both = torch.full((2, starts[-1]), torch.iinfo(torch.int64).min)  # what this rank does not hold counts for nothing
+    both = torch.full((2, starts[-1]), torch.iinfo(torch.int64).min)  # the least value
     both[:, slots] = torch.stack([digests_P, -digests_P])
     both = max_tensor(both, world(), what=f"the comparison of {len(compared)} tensors")
     if bool((both[0] == -both[1]).all()):
@@ -203,7 +202,7 @@ def _refuse_odd_one(digests: Mapping[int, int], name: str, subject: str) -> None
 
 
 def _odd_one(values: Sequence[Any]) -> tuple[int | None, int]:
-    """The index of a value that is not the commonest (None if all are the same), and of one that is."""
+    """The index of a value that is not the most frequent one (None if all are equal), and the index of one that is."""
     if not values:
         return None, 0
     commonest, _ = Counter(values).most_common(1)[0]  # of equals the first, so that rank 0 is right in doubt
@@ -225,7 +224,9 @@ def _number(value: Any) -> torch.Tensor:
 
 
 def tensor_digest(tensor: torch.Tensor) -> torch.Tensor:
-    """A digest of 64 bits, which any changed bit changes. Shapes: result () int64, on the tensor's device."""
+    """A digest of 64 bits, which changes with any bit of the tensor. Shapes: result () int64, on the tensor's
+    device.
+    """
     with torch.no_grad():
         data = local_part(tensor).contiguous().reshape(-1).view(torch.uint8)
         words = nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)

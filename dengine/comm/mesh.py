@@ -1,7 +1,7 @@
-"""Models that the user has laid out over a mesh: which ones are refused, and when to warn about their data.
+"""Models that the user has sharded over a mesh: which of them are refused, and when to warn about their data.
 
-Ranks that share a sample, as those of a tensor-parallel group do, must be given the same data. Which ranks
-those are is known only from a model: by parameters that are DTensors, or by the mesh that it was prepared with.
+Ranks of one tensor-parallel group need the same data. Only a model says which ranks those are: by parameters that are
+DTensors, or by the mesh that it was prepared with.
 """
 
 import warnings
@@ -43,7 +43,7 @@ def refuse_laid_out(model: nn.Module, strategy: str) -> None:
 def check_mesh(mesh: object) -> None:
     """Check the argument `mesh=`.
 
-    Raises: TypeError: it is no DeviceMesh. ValueError: it is of other ranks, or its dimensions lack names.
+    Raises: TypeError: it is no DeviceMesh. ValueError: this rank is not in it, or its dimensions lack names.
     """
     if not is_mesh(mesh):
         raise TypeError(f"mesh= takes a torch DeviceMesh, as init_device_mesh() gives it, but got {mesh!r}.")
@@ -61,26 +61,26 @@ def check_mesh(mesh: object) -> None:
 def sources_of(mesh: "DeviceMesh") -> list[tuple[int, Any]]:
     """For each dimension of the mesh, its first rank and its group.
 
-    Broadcasts over them, one after the other, give every rank of the mesh what its very first rank has.
+    Broadcasts over them, one after the other, give every rank of the mesh what the first rank has.
     """
     groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
     return [(dist.get_global_rank(group, 0), group) for group in groups]
 
 
 def spreads_part(what: str, mesh_size: int, here: World) -> None:
-    """Note that a model is spread over `mesh_size` of the ranks; `what` says by which option."""
+    """Note that a model is spread over `mesh_size` of the ranks; `what` names the option."""
     if mesh_size < here.size:
         _note_sharing(f"{what} spreads a model over {mesh_size} of the {here.size} ranks")
 
 
 def spreads_model(model: nn.Module) -> None:
-    """Note that `model` is used, which may have been laid out by hand."""
+    """Note that `model` is used: the user may have sharded it himself."""
     if (shared := _shared_by(model)) is not None:
         _note_sharing(shared)
 
 
 def deals_to_all_ranks() -> None:
-    """Note that data are dealt out to all ranks, each of which gets other samples: unless the mesh says otherwise."""
+    """Note that each rank gets different samples, unless the mesh says otherwise."""
     if world().data_size < world().size:
         return
     prepared = plane().prepared
@@ -104,7 +104,7 @@ def _warn_if_both(prepared: Prepared) -> None:
     prepared.has_warned_of_shared_data = True
     warnings.warn(
         f"{prepared.shared_data}, but the data are dealt out to all {world().size} ranks, so that ranks which should "
-        "see the same samples see different ones. Tell process_group() of the mesh (mesh={'dp': -1, 'tp': 2}), and "
+        "see the same samples see different ones. Pass the mesh to process_group() (mesh={'dp': -1, 'tp': 2}), and "
         "prepare_data_loader() and ElasticSampler() give those ranks the same samples.",
         UserWarning,
         stacklevel=4,
@@ -112,7 +112,7 @@ def _warn_if_both(prepared: Prepared) -> None:
 
 
 def _shared_by(model: nn.Module) -> str | None:
-    """Why several ranks need the same data for `model`, if its parameters tell."""
+    """The reason why several ranks need the same data for `model`, if its parameters show one."""
     is_sharded = any(map(is_fsdp, model.modules()))
     for mesh in {id(mesh): mesh for mesh in map(mesh_of, model.parameters()) if mesh is not None}.values():
         names = mesh.mesh_dim_names or ()

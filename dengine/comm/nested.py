@@ -13,7 +13,7 @@ ReduceOp: TypeAlias = Literal["sum", "mean", "min", "max"]
 
 
 def signature(value: Any) -> str:
-    """The signature of `value`, which all ranks must share: names, types and shapes, not values."""
+    """The signature of `value`, which must be the same on all ranks: names, types and shapes, not values."""
     if (parts := _parts_in_order(value)) is not None:
         if not trees.has_names(value):
             return "[" + ", ".join(signature(part) for _, _, part in parts) + "]"
@@ -51,7 +51,7 @@ def flatten(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable[[l
 
 
 def grouped(tensors: list[torch.Tensor]) -> dict[tuple[torch.dtype, torch.device], list[int]]:
-    """The places of those that can be sent as one: of one dtype, on one device."""
+    """The indices of the tensors that can be sent as one: those of one dtype, on one device."""
     groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, tensor in enumerate(tensors):
         groups.setdefault((tensor.dtype, tensor.device), []).append(index)
@@ -67,7 +67,7 @@ def split(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
 def _parts_in_order(value: Any) -> list[tuple[int, Any, Any]] | None:
     """The parts of a container as (index, key, part); None for a leaf.
 
-    A mapping's by key, so that two ranks that filled theirs in another order still reduce like with like.
+    The parts of a mapping are ordered by key, so that two ranks may have filled theirs in a different order.
     """
     parts = trees.parts(value)
     if parts is None:

@@ -1,4 +1,4 @@
-"""What runs on one rank or on all of them, and whose result, or failure, every rank gets."""
+"""Run a function on one rank or on all, and give its result, or its failure, to every rank."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
@@ -13,13 +13,14 @@ __all__ = ["Failure", "from_rank_zero", "on_all_ranks"]
 
 T = TypeVar("T")
 
-# As every rank raises it. What is sent is the class and the text, since not every exception can be pickled.
+# The error for every rank. Its class and text are sent, since not every exception can be pickled.
 Failure: TypeAlias = tuple[type[Exception], str]
 
 
 def from_rank_zero(action: Callable[[], T], purpose: str, failure: Callable[[Exception], Failure] | None = None) -> T:
-    """Run `action` on rank 0 and give its result, or its failure, to every rank; with `failure`, all raise what that
-    makes of the error.
+    """Run `action` on rank 0 and give its result, or its failure, to every rank.
+
+    With `failure`, every rank raises the error that this function makes of the exception.
 
     Collective: call on all ranks. The result must pickle. Cost: one object broadcast.
 
@@ -34,8 +35,9 @@ def from_rank_zero(action: Callable[[], T], purpose: str, failure: Callable[[Exc
 def on_all_ranks(
     action: Callable[[], T], purpose: str, failure: Callable[[Exception], Failure] | None = None
 ) -> list[T]:
-    """Run `action` on every rank and give all results to every rank. If it fails on any, all raise as in
-    `from_rank_zero`, and name the first rank that failed.
+    """Run `action` on every rank and give all results to every rank.
+
+    If it fails on any rank, all raise as in `from_rank_zero`, and name the first rank that failed.
 
     Collective: call on all ranks. The results must pickle. Cost: one gather of objects.
     """
@@ -45,7 +47,7 @@ def on_all_ranks(
 def _shared(
     action: Callable[[], T], purpose: str, failure: Callable[[Exception], Failure] | None, ranks: Sequence[int]
 ) -> list[T]:
-    """What `action` gave on each of `ranks`, which are all of them or rank 0 alone."""
+    """The results of `action` on each of `ranks`: all ranks, or rank 0 alone."""
     result: T | None = None
     error: Exception | None = None
     failed: tuple[type[Exception] | None, str] | None = None

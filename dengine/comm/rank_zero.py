@@ -15,7 +15,7 @@ P = ParamSpec("P")
 
 
 class _Scope(threading.local):
-    """The names of the rank-0-only functions that this thread is inside of."""
+    """The names of the rank-0-only functions that this thread is in."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -28,7 +28,7 @@ def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
     """`function` on rank 0; on every other rank a call does nothing and gives None.
 
     A collective of this package called inside it raises `RankZeroCollectiveError` at once, in a run of one process
-    too, so that it is found before the script meets a second rank. What stands in the brackets of a call is computed on
+    too, so that the mistake shows before the script runs on several ranks. The arguments of a call are computed on
     every rank, as always in Python.
     """
     name = getattr(function, "__qualname__", type(function).__qualname__)

@@ -1,4 +1,4 @@
-"""What carries tensors and objects between the ranks of a world. In a world of one they stay as they are."""
+"""Send tensors and objects between the ranks of a world. In a world of one nothing is sent."""
 
 from collections.abc import Sequence
 from typing import Protocol, TypeAlias, TypeVar
@@ -13,15 +13,15 @@ from dengine.launch.world import World
 __all__ = ["GroupTransport", "NoTransport", "Sources", "Transport"]
 
 T = TypeVar("T")
-# From whom a rank takes a tensor: from a rank in each of these groups, one broadcast after the other.
+# The sources of a broadcast: a rank in each of these groups, one broadcast after the other.
 Sources: TypeAlias = Sequence[tuple[int, ProcessGroup | None]]
 
 
 class Transport(Protocol):
-    """Between the ranks of a world, all of which call the same."""
+    """Carries values between the ranks of a world, all of which make the same calls."""
 
     def device_for(self, device: torch.device) -> torch.device:
-        """The device on which a tensor of `device` must lie to be sent."""
+        """The device to which a tensor on `device` must be moved to be sent."""
 
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Reduce `tensor` over all ranks, in place."""
@@ -41,7 +41,7 @@ class Transport(Protocol):
 
 
 class NoTransport:
-    """In a world of one."""
+    """The transport of a world of one, which sends nothing."""
 
     def device_for(self, device: torch.device) -> torch.device:
         return device
@@ -66,7 +66,9 @@ class NoTransport:
 
 
 class GroupTransport:
-    """By the default process group, and `cpu_group` for tensors on the CPU (None: the default one, too)."""
+    """The transport through the default process group, and `cpu_group` for tensors on the CPU (None: the default,
+    too).
+    """
 
     def __init__(self, here: World, cpu_group: ProcessGroup | None) -> None:
         self._here = here

@@ -1,1 +1,1 @@
-"""Samples over ranks: loaders, samplers, and the seeds of random augmentation."""
+"""Data on several ranks: loaders, samplers, and the seeds of random augmentation."""

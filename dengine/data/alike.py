@@ -1,7 +1,7 @@
-"""Whether the ranks go through their data alike: what each tells of its loader, to be compared at the start of a run.
+"""Descriptions of each rank's loader, which are compared at the start of a run.
 
-A shard is one part of an order that every rank computes by itself: with another seed, batch size or shuffling on one
-rank, samples are missed or come twice, and nothing shows it.
+A shard is one part of an order that every rank computes by itself. If one rank has another seed, batch size or
+shuffling, samples are missed or come twice without any sign of it.
 """
 
 import os
@@ -27,14 +27,14 @@ from dengine.launch.world import world
 
 __all__ = ["empties_together", "is_whole_on_every_rank", "samples_of", "shard_entries"]
 
-_REMEMBERED = "_dengine_entries"  # on a loader: its objects may count what they did, and differ by that later
+_REMEMBERED = "_dengine_entries"  # on a loader: kept, as its objects may count what they did and change by that
 _MAX_DEPTH, _MAX_PARTS, _MAX_ENTRIES = 5, 16, 256
-# In names of what each rank may well have for itself.
+# Parts of the names of attributes in which ranks may well differ.
 _OWN = (
     *("rank", "seed", "rng", "generator", "device", "epoch", "worker", "count", "num_", "calls", "seen", "step"),
     *("cache", "time", "path", "dir", "root", "file", "local", "node", "host", "pid", "index", "offset", "log"),
 )
-# In names of what a data set does to its samples.
+# Parts of the names of attributes that change samples.
 _CHANGING = ("transform", "augment", "train", "random", "noise", "flip", "crop", "jitter", "mixup", "cutmix")
 _SHARDING = ("rank", "world_size", "num_replicas", "num_shards", "shard", "distributed", "split")
 _STREAM_PACKAGES = ("datasets", "webdataset", "streaming", "torchdata", "torch_geometric", "litdata", "ray", "nvidia")
@@ -54,14 +54,14 @@ def shard_entries(data: object) -> list[str]:
 
 
 def empties_together(data: object) -> bool:
-    """Whether all ranks have shards of one length, so that where one is empty all are."""
+    """Whether the shards of all ranks have the same length, so that if one is empty all are."""
     state = _shard_state(data)
     return state is not None and (not state.get("exact", False) or state.get("length") == 0)
 
 
 def is_whole_on_every_rank(data: object) -> bool:
-    """Whether `data` is a loader that neither `prepare_data_loader` nor, as far as can be seen, anybody else has cut
-    into shards.
+    """Whether `data` is a loader that nobody has cut into shards: not `prepare_data_loader` and, as far as can be seen,
+    not the user.
     """
     if not isinstance(data, DataLoader) or _shard_state(data) is not None:
         return False
@@ -74,17 +74,17 @@ def is_whole_on_every_rank(data: object) -> bool:
 
 
 def samples_of(data: object) -> str:
-    """Which samples a loader goes through, as far as its description tells: ranks that differ have shards."""
+    """A description of the samples that a loader goes through. Ranks whose descriptions differ have shards."""
     if not isinstance(data, DataLoader):
         return ""
     return "\n".join((*_samples(data.dataset), *_head(getattr(data.sampler, "indices", None))))
 
 
 def _shard_state(data: object) -> Mapping[str, Any] | None:
-    """What the order of a shard depends on, of as many shards as there are ranks."""
+    """The values on which the order of a shard depends, if there are as many shards as ranks."""
     sampler: Any = getattr(data, "sampler", None)
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas != world().data_size:
-        return None  # of a part of the ranks only, or all of the samples on each
+        return None  # shards of a part of the ranks only, or all samples on each
     if isinstance(sampler, DistributedSampler) and not isinstance(sampler, ElasticSampler):
         return {
             "length": len(sampler.dataset),  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def _of_dataset(path: str, dataset: Any, depth: int) -> Iterator[str]:
 
 
 def _described(path: str, value: Any, depth: int) -> Iterator[str]:
-    """`value` and what it is made of, one line each: classes, functions, and the plain numbers that they hold."""
+    """`value` and its parts, one line each: classes, functions, and the plain numbers that they hold."""
     if isinstance(value, _PLAIN):
         yield f"{path}={value!r}"
     elif depth == 0 or isinstance(value, Tensor):
@@ -201,7 +201,7 @@ def _samples(dataset: Any, depth: int = _MAX_DEPTH) -> Iterator[str]:
 
 
 def _head(value: Any) -> Iterator[str]:
-    """The beginning of a list or tensor, or a plain value; nothing of other objects, whose names are addresses."""
+    """The beginning of a list or tensor, or a plain value; nothing for other objects, whose texts hold addresses."""
     if isinstance(value, _PLAIN):
         yield repr(value)
     elif isinstance(value, Tensor):

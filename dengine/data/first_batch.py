@@ -1,4 +1,4 @@
-"""Whether ranks that share their data were given the same first batch of a run."""
+"""Check that ranks that share their data got the same first batch of a run."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -22,17 +22,17 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 class _Leaf(NamedTuple):
-    """A part of a batch: what a message shows of it, and a digest of all of it."""
+    """A part of a batch: the text that a message shows, and a digest of all of it."""
 
     shown: str
     digest: int
 
 
 def compare_first_batch(first: Sequence[object]) -> bool:
-    """Compare the first batch between the ranks that share their data; gives whether any rank has one.
+    """Compare the first batch between the ranks that share their data, and give whether any rank has one.
 
-    `first` is empty on a rank without a batch. What a batch holds beside containers, tensors, arrays and plain values
-    is compared by its type alone, and a DTensor by its shape.
+    `first` is empty on a rank without a batch. Parts of a batch other than containers, tensors, arrays and plain values
+    are compared by their type alone, and a DTensor by its shape.
 
     Collective. Cost: reads the batch once (a wait for the device, if it is there), and one all-reduce of 16 bytes for
     each part of the data.
@@ -43,7 +43,7 @@ def compare_first_batch(first: Sequence[object]) -> bool:
     here = world()
     mine = [leaf for batch in first for leaf in _leaves_of(batch)]
     digest = text_digest([f"{leaf.shown} {leaf.digest}" for leaf in mine])
-    numbers = torch.full((1 + 2 * here.data_size,), torch.iinfo(torch.int64).min)  # what others hold counts for nothing
+    numbers = torch.full((1 + 2 * here.data_size,), torch.iinfo(torch.int64).min)  # the least value
     numbers[0] = len(first)
     numbers[1 + 2 * here.data_rank : 3 + 2 * here.data_rank] = torch.tensor([digest, -digest])
     found = max_tensor(numbers, here, what="the comparison of the first batch")
@@ -53,7 +53,7 @@ def compare_first_batch(first: Sequence[object]) -> bool:
 
 
 def _refuse(gathered: Sequence[tuple[int, list[_Leaf]]], here: World) -> None:
-    """Raises: ConsistencyError: of two ranks with the same part of the data."""
+    """Raises: ConsistencyError: about two ranks with the same part of the data."""
     firsts: dict[int, int] = {}  # by the part of the data, the first rank that has it
     for rank, (part, theirs) in enumerate(gathered):
         first = firsts.setdefault(part, rank)

@@ -1,4 +1,4 @@
-"""A `DataLoader` rebuilt over this rank's shard, with the settings of the one it is made from."""
+"""Rebuild a `DataLoader` over this rank's shard, with the settings of the original."""
 
 import inspect
 import os
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 _WORKERS_EPOCH = "_dengine_epoch"  # on a loader: the epoch that its workers were started for
 
-# Taken over as they are; what torch's version at hand does not know is left out.
+# Settings that are kept; those that the installed torch does not know are left out.
 _KEPT = (
     "num_workers",
     "pin_memory",
@@ -64,10 +64,10 @@ def prepare_data_loader(
     On a mesh (`process_group(mesh=)`) ranks that differ in `cp`, `tp` and `pp` alone get the same samples, augmented
     alike: what is said of ranks here is said of such groups (`World.data_rank` of `World.data_size`).
 
-    What gives each rank its own samples already stays as it is: a `DistributedSampler` (an `ElasticSampler`) for this
-    rank, with its own seed, and a stream that shards itself (Hugging Face's after `split_dataset_by_node`,
-    webdataset's with `split_by_node`, MosaicML's and LitData's `StreamingDataset`, any with `shards_itself = True`).
-    How many batches a rank has is then up to that stream.
+    Loaders that give each rank its own samples already stay as they are: those with a `DistributedSampler` (an
+    `ElasticSampler`) for this rank, with its own seed, and those of a stream that shards itself (Hugging Face's after
+    `split_dataset_by_node`, webdataset's with `split_by_node`, MosaicML's and LitData's `StreamingDataset`, any with
+    `shards_itself = True`). How many batches a rank has is then up to that stream.
 
     What comes back is a loader of torch's kind, also for torchdata's `StatefulDataLoader`: its position is saved with
     the trainer, so there is no state to list.
@@ -77,14 +77,14 @@ def prepare_data_loader(
     epoch; what a `collate_fn` of your own draws, from the batch's first sample (`SeededCollate`). `prepared.dataset`
     has the attributes of the data set inside. Iterating draws nothing from the global generators.
 
-    The engine tells the epoch. If nobody does (the loader is inside a `tqdm`, a `zip`, a class of yours, a step, or in
-    a loop of your own), each new iteration goes on to the next epoch, and a resumed run finds it where it was;
-    `prepared.sampler.set_epoch(epoch)` takes another one. Workers are process groups of their own, so that a
+    The engine sets the epoch. If nobody does (the loader is inside a `tqdm`, a `zip`, a class of yours, a step, or in a
+    loop of your own), each new iteration goes on to the next epoch, and a resumed run goes on from the saved one;
+    `prepared.sampler.set_epoch(epoch)` sets another one. Workers are process groups of their own, so that a
     scheduler's signal to the rank's group does not end them before the rank has saved.
 
     Args:
         exact: every sample once over all ranks, without padding; shards may differ in length (for evaluation).
-            Without it the last batch is padded where needed, so that all ranks take the same number of steps.
+            Without it the last batch is padded if needed, so that all ranks take the same number of steps.
         global_batch_size: samples of all ranks together in one step; without it the loader's `batch_size` is that of
             one rank.
         seed: of the permutation and of what the data set draws; the same on all ranks.
@@ -92,7 +92,7 @@ def prepare_data_loader(
     Raises:
         TypeError: `loader` is no DataLoader, or has a sampler or batch sampler of the user's own.
         ValueError: `global_batch_size` does not divide by the number of ranks; `exact` on a loader with `drop_last`, or
-            with a sampler that pads; a sampler or a split that is not this rank's of as many.
+            with a sampler that pads; a sampler or a split that is not for this rank, or for another number of ranks.
 
     Cost: no collective; O(1) memory and time for any size of the data set.
     """
@@ -138,9 +138,9 @@ def prepare_data_loader(
 
 
 def data_state(data: object) -> DataState | None:
-    """What a resumed run must find unchanged in `data` (`changed_order` compares two), or None where it cannot be told.
+    """The settings of `data` that a resumed run must find unchanged (`changed_order` compares two); None if unknown.
 
-    It can be of a loader that `prepare_data_loader` gave, and of one with an `ElasticSampler`.
+    They are known for a loader that `prepare_data_loader` gave, and for one with an `ElasticSampler`.
     """
     for part in (getattr(data, "sampler", None), getattr(data, "dataset", None)):
         if isinstance(part, (ElasticSampler, StreamShard)):
@@ -151,20 +151,20 @@ def data_state(data: object) -> DataState | None:
 
 
 def inside(part: Any) -> Any:
-    """The data set of the user that `prepare_data_loader` has wrapped; anything else as it is."""
+    """The user's data set that `prepare_data_loader` has wrapped; any other object itself."""
     return part._dataset if isinstance(part, (SeededDataset, StreamShard)) else part
 
 
 def pass_counters(data: object) -> list[PassCounter]:
-    """The counters of what in `data` an engine tells the epoch, and what otherwise goes on by itself."""
+    """The counters of the parts of `data` that go on to the next epoch by themselves, unless an engine sets it."""
     parts = (data, getattr(data, "sampler", None), getattr(data, "dataset", None))
     return [part.passes for part in parts if isinstance(part, (ElasticSampler, KeptSampler, StreamShard))]
 
 
 def renew_workers(data: object, epoch: int) -> None:
-    """End workers that would outlive an epoch and not hear of the next one, so that the next iteration starts others.
+    """End persistent workers if the epoch has changed, so that the next iteration starts new ones with that epoch.
 
-    They hold copies of the data set as it was when they were started; what `prepare_data_loader` gives reaches them.
+    They hold copies of the data set from when they were started. Prepared loaders do not need this.
     """
     if not isinstance(data, DataLoader) or isinstance(data, PreparedLoader) or not data.persistent_workers:
         return
@@ -203,12 +203,12 @@ def _is_shuffled(loader: "DataLoader[Any]") -> bool:
 
 
 def _is_torchdata(sampler: object) -> bool:
-    """Whether it is one that a `StatefulDataLoader` makes: it does what torch's does, and keeps its position."""
+    """Whether a `StatefulDataLoader` made it: such a sampler does what torch's does, and keeps its position."""
     return type(sampler).__module__ == "torchdata.stateful_dataloader.sampler"
 
 
 def _kept_sampler(loader: "DataLoader[Any]", here: World, *, exact: bool) -> ElasticSampler | KeptSampler | None:
-    """The user's own sampler that gives shards; None where there is none, or the one of a loader prepared before."""
+    """The sampler that gives shards already: the user's own, or that of a loader prepared before; None without one."""
     sampler = loader.sampler
     if not isinstance(sampler, DistributedSampler) or (isinstance(loader, PreparedLoader) and not loader.keeps_sampler):
         return None
@@ -235,7 +235,7 @@ def _batch_size(loader: "DataLoader[Any]", here: World, global_batch_size: int |
 
 
 def _seeded_collate(loader: "DataLoader[Any]") -> SeededCollate | None:
-    """None for torch's own, which draw nothing."""
+    """The loader's `collate_fn` with a seed; None for torch's own functions, which draw nothing."""
     collate: Any = loader.collate_fn
     if isinstance(collate, SeededCollate):  # prepared before
         collate = collate.inside
@@ -260,7 +260,7 @@ def _rebuilt(
 
 
 class PreparedLoader(DataLoader[T]):
-    """What `prepare_data_loader` gives."""
+    """The loader that `prepare_data_loader` gives."""
 
     keeps_sampler = False  # the user's own
 

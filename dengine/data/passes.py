@@ -77,8 +77,7 @@ def capture_passes() -> Passes:
 def restore_passes(saved: Passes, *, but: Collection[PassCounter] = ()) -> None:
     """Set the counters of this process's loaders to what `capture_passes` gave, except those in `but`.
 
-    A loader is the one that was made in the same order among those of its kind, counted from the newest: older ones may
-    be left from before.
+    Loaders of one kind are matched in the order in which they were made, from the newest: older ones may be left over.
     """
     left = list(saved)
     for counter in reversed(_in_order()):

@@ -1,7 +1,7 @@
-"""A permutation of n numbers that is computed where it is asked for, and never stored.
+"""A permutation of n numbers that is computed at the positions asked for, and never stored.
 
-A chain of operations each of which can be undone permutes the numbers of k bits (n <= 2^k); what falls on n or above
-is sent through the chain again until it falls below ("cycle walking"), which takes less than one more turn on average.
+A chain of invertible operations permutes the numbers of k bits (n <= 2^k). A result of n or more goes through the chain
+again until it is below n ("cycle walking"), which takes less than one more turn on average.
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ class Permutation:
         return numbers
 
     def _shifts(self, num_rounds: int) -> Iterator[int]:
-        """Half the bits and around it, by turns: one shift alone leaves patterns."""
+        """The shifts: half the bits and numbers around that, in turn. One shift alone leaves patterns."""
         half = (self._bits + 1) // 2
         for turn in range(num_rounds):
             yield max(1, half + (0, -1, 1)[turn % 3]) if self._bits > 2 else 1

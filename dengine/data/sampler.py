@@ -1,4 +1,4 @@
-"""Which samples each rank sees, and in which order: one order of the epoch, dealt out in global batches."""
+"""The samples of each rank and their order: one order per epoch, split in global batches."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain
@@ -21,7 +21,7 @@ DataState: TypeAlias = dict[str, Any]  # None: not known
 # Positions computed at a time: few, to start at once; then more, up to what fits a processor's cache.
 _FIRST_CHUNK, _CHUNK = 1 << 10, 1 << 15
 
-# What must be as it was for a resumed run to see each sample once: how it is called, and the way back.
+# Settings that must not change, so that a resumed run sees each sample once: the name of each, and the advice.
 _MUST_STAY = {
     "length": ("the number of samples", "continue with the data set that the run began with"),
     "global_batch_size": (
@@ -36,9 +36,9 @@ _MUST_STAY = {
 
 
 def refuse_changes(changes: Sequence[str]) -> None:
-    """Refuse to go on with other data, or in another order, than a run was started with, if there are `changes`.
+    """Refuse to resume a run if there are `changes` of its data or their order.
 
-    Raises: ValueError: there are some, each told in a line.
+    Raises: ValueError: there are some; the message has a line for each.
 
     Example:
         >>> state = ElasticSampler(range(9), batch_size=2, num_replicas=2, rank=0).state()
@@ -59,7 +59,7 @@ def refuse_changes(changes: Sequence[str]) -> None:
 
 
 def changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What differs between two states of an `ElasticSampler`, and the way back, one line for each value. Pure.
+    """The differences between two states of an `ElasticSampler`, each with advice, as lines of text. Pure.
 
     The number of ranks may differ.
 
@@ -81,26 +81,26 @@ class ElasticSampler(DistributedSampler[int]):
 
     The epoch is one permutation (or the given order). It is consumed in global batches of
     `batch_size * num_replicas` samples, of which each rank takes one run of `batch_size`: another number of ranks with
-    the same global batch sees the same global batches. What is left at the end, less than a global batch, is dealt out
-    evenly; where it does not divide, it is
+    the same global batch sees the same global batches. The rest at the end, less than a global batch, is split evenly.
+    If it does not divide, it is
 
     - padded from the start of the order, so that all ranks take the same number of steps (the default, for training),
     - dropped with `drop_last=True`,
     - left uneven with `exact=True`: every sample once over all ranks, shards differ in length by at most one.
 
-    Nobody has to tell the epoch: each new iteration goes on to the next one's order, and an iteration keeps the epoch
-    that it began with. After `set_epoch`, as an engine calls it, the next iteration is of that epoch.
+    Nobody has to set the epoch: each new iteration goes on to the next one, and keeps the epoch that it began with.
+    After `set_epoch`, which an engine calls, the next iteration is of that epoch.
 
     `num_replicas` and `rank` are, if they are not given, `World.data_size` and `data_rank`: the ranks of this process
     group, or on a mesh the groups of ranks that share their data.
 
-    With `carries_epoch` set, as `prepare_data_loader` does, indices are `EpochIndex`: ints that carry the epoch to
-    where the sample is fetched.
+    With `carries_epoch`, which `prepare_data_loader` sets, indices are `EpochIndex`: ints that carry the epoch to the
+    worker that fetches the sample.
 
     Cost: O(1) memory and time to set up, also for 10^9 samples; no collective. 0.1 us a sample, 0.3 with its epoch.
 
     Raises:
-        ValueError, TypeError: a size, rank or batch size that is none; `exact` together with `drop_last`.
+        ValueError, TypeError: an invalid size, rank or batch size; `exact` together with `drop_last`.
 
     Example:
         >>> list(ElasticSampler(range(5), batch_size=2, num_replicas=2, rank=0, shuffle=False, exact=True))
@@ -146,7 +146,7 @@ class ElasticSampler(DistributedSampler[int]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that was told last, or that the last iteration went on to."""
+        """The epoch that was set last, or that the last iteration went on to."""
         return self.passes.epoch
 
     @epoch.setter
@@ -196,12 +196,14 @@ class ElasticSampler(DistributedSampler[int]):
     def skip(self, num_samples: int) -> None:
         """Begin the next iteration after the first `num_samples` of this rank: O(1), for a resumed run.
 
-        Counted in batches of this rank's `batch_size`, the place is the same for any number of ranks.
+        In batches of this rank's `batch_size`, the position is the same for any number of ranks.
         """
         self._skipped = whole_number("num_samples", num_samples, least=0)
 
     def state(self) -> DataState:
-        """What the order of samples depends on; `changed_order` compares two. The number of ranks is none of it."""
+        """The values on which the order of samples depends, for `changed_order`. The number of ranks is not one of
+        them.
+        """
         return {
             "length": len(self.dataset),
             "global_batch_size": self.num_replicas * self.batch_size,
@@ -217,7 +219,7 @@ class ElasticSampler(DistributedSampler[int]):
         return 0 if self.drop_last else -(-left // self.num_replicas)
 
     def _positions(self, mine: "np.typing.NDArray[np.int64]") -> "np.typing.NDArray[np.int64]":
-        """Places in the epoch's order of this rank's samples number `mine`. Shapes: (N,) to (N,)."""
+        """The positions in the epoch's order of this rank's samples number `mine`. Shapes: (N,) to (N,)."""
         size = len(self.dataset)
         num_full, left = divmod(size, self.num_replicas * self.batch_size)
         batch, within = np.divmod(mine, self.batch_size)

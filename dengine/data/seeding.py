@@ -1,4 +1,4 @@
-"""Random augmentation that depends on the sample alone: not on the worker, the rank, or where a run was resumed.
+"""Random augmentation that depends only on the sample: not on the worker, the rank, or a resumed run.
 
 While sample i of epoch e is fetched, Python's, NumPy's and torch's CPU generators are seeded from (seed, e, i); while a
 batch is collated, from (seed, e, its first sample). The epoch travels with the index, so that it reaches workers that
@@ -38,13 +38,14 @@ __all__ = [
 
 _State: TypeAlias = tuple[Any, Any, torch.Tensor]
 
-_COLLATING = 1  # beside seed, epoch and sample: apart from the sample's own
+_COLLATING = 1  # added to seed, epoch and sample, so that it differs from the sample's own seed
 
 
 class EpochIndex(int):
-    """The index of a sample, and the epoch it is drawn in. An int wherever one is taken; it pickles with its epoch.
+    """The index of a sample, which carries the epoch in which it is drawn. It works as an int, and pickles with its
+    epoch.
 
-    Those of one epoch have a type of their own, `EpochIndex.of(epoch)`: to make one costs no more than any int.
+    Indices of one epoch have a type of their own, `EpochIndex.of(epoch)`: to make one costs no more than any int.
 
     Example:
         >>> index = EpochIndex.of(7)(1)
@@ -98,11 +99,11 @@ class SeededDataset(Dataset[Any]):
     """A map-style data set whose random state, while sample i of epoch e is fetched, follows from (seed, e, i).
 
     Attributes are those of the data set inside, to read and to set. An index that is no `EpochIndex` passes through.
-    In the main process the generators are as before afterwards; a worker's belong to the data set. A generator that the
-    data set holds itself is its own affair. `collate` is told which batch was fetched.
+    In the main process the generators are restored afterwards; a worker's belong to the data set. Generators that the
+    data set holds itself are not touched. `collate` gets the seed of the batch that was fetched.
 
-    A batched fetch (`__getitems__`) stays one as long as it draws nothing at random. From the first batch on that does,
-    samples are fetched one at a time, that batch once more; where a fetch gives no list, the batch is seeded by its
+    A batched fetch (`__getitems__`) stays batched as long as it draws nothing at random. Once a batch does, it is
+    fetched again sample by sample, and so are all later ones. If a fetch gives no list, the batch is seeded by its
     first sample.
 
     Cost: 8 us a sample; in the main process 0.15 ms a batch; a batched fetch 0.15 ms a batch and nothing a sample.
@@ -172,11 +173,11 @@ class SeededDataset(Dataset[Any]):
 
 
 class SeededCollate:
-    """A `collate_fn` whose random state follows from the batch: whoever fetches one sets `next_seed` before.
+    """A `collate_fn` whose random state follows from the batch: the data set sets `next_seed` when it fetches one.
 
-    A loader collates what it has fetched before it fetches again, in the same process; so the two need no more than an
-    object in common, which they still have after they were pickled for a worker. The generators are as before
-    afterwards. Cost: 0.2 ms a batch.
+    A loader collates a batch before it fetches the next one, in the same process, so the data set and this function can
+    share an object, also after they were pickled for a worker. The generators are restored afterwards. Cost: 0.2 ms a
+    batch.
     """
 
     def __init__(self, inside: Callable[[Any], Any]) -> None:
@@ -196,7 +197,7 @@ class SeededStream:
     """The generators of one iteration over an iterable data set: seeded from (seed, epoch, worker) as it starts.
 
     All ranks read the same stream, so they draw the same. In a worker the generators are the process's own; in the
-    main process they are exchanged for the surrounding ones in each `with stream.drawing():`. Cost there: 0.3 ms.
+    main process they replace the surrounding ones within each `with stream.drawing():`. Cost there: 0.3 ms.
     """
 
     def __init__(self, seed: int, epoch: int) -> None:
@@ -215,7 +216,7 @@ class SeededStream:
         return self._exchanged() if self._is_main else nullcontext()
 
     def seed_of(self, first: int) -> int:
-        """For collating the batch that begins with sample number `first` of the stream."""
+        """The seed for collating the batch that begins with sample number `first` of the stream."""
         return derived_seed(self._number, first)
 
     @contextmanager
@@ -228,20 +229,20 @@ class SeededStream:
 
 
 def set_epoch_of(dataset: object, epoch: int) -> None:
-    """Call `set_epoch` of what has one."""
+    """Call `set_epoch` of the data set, if it has one."""
     set_epoch = getattr(dataset, "set_epoch", None)
     if callable(set_epoch):
         set_epoch(epoch)
 
 
 def set_epoch_in_worker(dataset: object, epoch: int) -> None:
-    """Call `set_epoch` of a worker's copy of the data set: the engine reaches only the one in the main process."""
+    """Call `set_epoch` of a worker's copy of the data set: the engine reaches only the copy in the main process."""
     if get_worker_info() is not None:
         set_epoch_of(dataset, epoch)
 
 
 def _surroundings() -> AbstractContextManager[None]:
-    """In the main process, the generators are as before on the way out; a worker's belong to the data set."""
+    """A context that restores the generators at its end in the main process; a worker's belong to the data set."""
     return _kept() if get_worker_info() is None else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""Data that give each rank its own samples already: recognised, so that they are not cut into shards once more."""
+"""Recognise data that give each rank its own samples already, so that they are not cut into shards again."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +18,7 @@ _CLASSES = {("streaming", "StreamingDataset"), ("litdata", "StreamingDataset")}
 
 
 def shards_itself(dataset: Any, here: World) -> bool:
-    """Whether a stream gives this rank's samples only: Hugging Face's after `split_dataset_by_node`, webdataset's with
+    """Whether a stream gives only this rank's samples: Hugging Face's after `split_dataset_by_node`, webdataset's with
     `split_by_node`, MosaicML's and LitData's `StreamingDataset`, and whatever has `shards_itself = True`.
 
     Raises:
@@ -44,9 +44,10 @@ def shards_itself(dataset: Any, here: World) -> bool:
 
 
 def check_fits(sampler: "DistributedSampler[Any]", here: World, *, exact: bool) -> None:
-    """
+    """Refuse a sampler that does not fit this rank.
+
     Raises:
-        ValueError: the sampler's shard is not this rank's, or it pads where `exact` is wanted.
+        ValueError: the sampler's shard is not this rank's, or it pads although `exact` is wanted.
     """
     _check_sampler(sampler, here)
     size = len(sampler.dataset)  # type: ignore[arg-type]
@@ -114,7 +115,9 @@ class KeptSampler(DistributedSampler[int]):
         self._skipped = num_samples
 
     def state(self, batch_size: int) -> dict[str, Any]:
-        """As of `ElasticSampler`: the global batches are the same for any number of ranks, but for the last one."""
+        """The same as for `ElasticSampler`: global batches are the same for any number of ranks, except the last
+        one.
+        """
         return {
             "length": len(self.inside.dataset),  # type: ignore[arg-type]
             "global_batch_size": self.inside.num_replicas * batch_size,

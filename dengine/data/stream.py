@@ -1,4 +1,4 @@
-"""A stream of samples over ranks: each reads all of it, and keeps its turns."""
+"""Split a stream of samples over ranks: each rank reads all of it, and keeps its turns."""
 
 from collections.abc import Iterator
 from itertools import count, islice
@@ -18,9 +18,9 @@ __all__ = ["StreamShard"]
 class StreamShard(IterableDataset[Any]):
     """This rank's turns, of `batch_size` samples each, in a stream; `dataset` is the user's own.
 
-    Ranks take turns by batch. In the last round, where the stream ends before everybody had a turn, the ranks left out
-    repeat its first batch, so that all take the same number of steps; with `exact` they have one fewer.
-    `here` is a world of one for a stream that gives each rank its own already, of `num_parts` over all ranks.
+    Ranks take turns by batch. If the stream ends before every rank had a turn in the last round, the others repeat the
+    first batch of that round, so that all take the same number of steps; with `exact` they have one batch fewer. For a
+    stream that gives each rank its own samples already, `here` is a world of one, and `num_parts` counts all ranks.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class StreamShard(IterableDataset[Any]):
         self.passes = PassCounter(kind)
         self._epoch = -1  # of the pass under way; a worker's copy is of when it was started. -1: nobody counts
         # Workers that outlive an epoch get no index that could carry the next one. They read it here when an iteration
-        # starts, which they are told of after it was set.
+        # starts, which is after it was set.
         self._epoch_for_workers = torch.full((), -1, dtype=torch.int64)
         self._epoch_for_workers.share_memory_()  # type: ignore[no-untyped-call]
         self._has_iterated_in_worker = False
 
     def begin_pass(self) -> None:
-        """Called in the main process when an iteration over the loader begins."""
+        """Begin an iteration over the loader, in the main process."""
         is_counted = self._epoch >= 0
         epoch = self.passes.begin(self._dataset)
         self._epoch = epoch if is_counted or epoch else -1
@@ -80,7 +80,7 @@ class StreamShard(IterableDataset[Any]):
                 return
 
     def _round(self, stream: Iterator[Any]) -> tuple[list[Any], list[Any], bool]:
-        """The first turn of the next round, this rank's turn, and whether everybody had a whole one."""
+        """The first turn of the next round, this rank's turn, and whether every rank had a whole one."""
         first: list[Any] = []
         mine: list[Any] = []
         for rank in range(self._size):
@@ -98,5 +98,5 @@ class StreamShard(IterableDataset[Any]):
         set_epoch_of(self._dataset, epoch)
 
     def state(self) -> DataState:
-        """As of `ElasticSampler`; a stream's length is not known, nor its order another one's."""
+        """The same as for `ElasticSampler`, except that a stream has no known length, and its order never changes."""
         return {**self.passes.kind, "global_batch_size": self._num_parts * self._batch_size}

@@ -1,4 +1,4 @@
-"""Ranks: who is there, how they talk, and how models and loaders are spread over them."""
+"""The public face of everything about ranks: the process group, collectives, models and data loaders."""
 
 from typing import NoReturn
 
@@ -38,7 +38,7 @@ __all__ = [
     "world",
 ]
 
-# What other libraries have at this place -> what it is here.
+# A name of another library -> what to write instead.
 _INSTEAD = {
     "auto_model": "it is prepare_model(model)",
     "auto_dataloader": "it is prepare_data_loader(loader), whose batch size is that of one rank",
@@ -57,7 +57,7 @@ _INSTEAD = {
     "device": "it is world().device",
     "backend": "it is world().backend",
     "is_main_process": "it is world().rank == 0",
-    "is_initialized": "world().launcher tells who started the ranks; in one process everything works without a group",
+    "is_initialized": "world().launcher says who started the ranks; one process needs no group",
     "all_gather": "it is all_gather_object(value)",
     "gather": "it is all_gather_object(value)",
     "broadcast": "it is broadcast_object(value, source)",

@@ -1,4 +1,4 @@
-"""Opening the control plane: of a process group that this package made, or beside one that was there."""
+"""Open the control plane: for a process group that this package made, or for one that existed before."""
 
 import os
 import socket
@@ -32,12 +32,12 @@ def open_plane(
 
 
 def open_plane_beside(here: World, timeout_s: float, stall_timeout_s: float) -> Plane:
-    """The control plane for a group that somebody else made, whose ranks reach the store of their launcher."""
+    """The control plane for a group that other code made, if its ranks reach the store of their launcher."""
     launch = find_launch(os.environ)
     assert launch is not None
     connections = existing_connections(gathered, launch.master_port)
     plane: Plane | None = None
-    with suppress(DistError):  # the store of the launcher is not reached
+    with suppress(DistError):  # the store of the launcher cannot be reached
         plane = _plane(launch, here, connections, timeout_s, stall_timeout_s)
     is_reached = all(gathered(plane is not None))
     if plane is None or not is_reached:
@@ -47,7 +47,7 @@ def open_plane_beside(here: World, timeout_s: float, stall_timeout_s: float) -> 
 
 
 def gathered(value: T) -> list[T]:
-    """Every rank's `value`, through the default group: before there is anything else."""
+    """Every rank's `value`, through the default group: nothing else exists yet."""
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

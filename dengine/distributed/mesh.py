@@ -1,4 +1,4 @@
-"""The mesh of a process group: what `process_group(mesh=)` takes, made once the group is there."""
+"""Check `process_group(mesh=)`, and make the mesh once the group exists."""
 
 import socket
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ Mesh: TypeAlias = dict[str, int] | DeviceMesh | None  # what was asked for, chec
 
 
 def checked_mesh(mesh: Mapping[str, int] | DeviceMesh | None, *, is_alone: bool) -> Mesh:
-    """`mesh=` as far as it can be checked before the ranks have met.
+    """`mesh=`, checked as far as that is possible before the ranks have met.
 
-    Raises: TypeError, ValueError: it is no mesh, or has dimensions without a name or with one that is none, or is a
-        `DeviceMesh` without a process group.
+    Raises: TypeError, ValueError: it is no mesh, has a dimension without a name or with an unknown one, or is a
+        `DeviceMesh` although there is no process group.
     """
     if mesh is None:
         return None
@@ -38,7 +38,7 @@ def checked_mesh(mesh: Mapping[str, int] | DeviceMesh | None, *, is_alone: bool)
         )
     if mesh.mesh_dim_names is None:
         raise ValueError(
-            f"mesh= is a {mesh} without names, which tell what its ranks share: init_device_mesh(..., "
+            f"mesh= is a {mesh} without names, which say what its ranks share: pass init_device_mesh(..., "
             f"mesh_dim_names=(...)), of {', '.join(NAMES)}."
         )
     if not dist.is_initialized():
@@ -51,9 +51,9 @@ def checked_mesh(mesh: Mapping[str, int] | DeviceMesh | None, *, is_alone: bool)
 
 
 def fitted_mesh(mesh: Mesh, num_ranks: int) -> Mesh:
-    """`mesh` for so many ranks.
+    """`mesh` for `num_ranks` ranks.
 
-    Raises: ValueError: the sizes do not fit the number of ranks, or a `DeviceMesh` is not of all of them.
+    Raises: ValueError: the sizes do not fit the number of ranks, or a `DeviceMesh` lacks some of them.
     """
     if isinstance(mesh, dict):
         return filled_sizes(mesh, num_ranks)
@@ -63,7 +63,7 @@ def fitted_mesh(mesh: Mesh, num_ranks: int) -> Mesh:
 
 
 def as_text(mesh: Mesh) -> str:
-    """`mesh` in one line that is the same on all ranks if they mean the same; "" if there is none."""
+    """`mesh` as one line of text, which is the same on all ranks if their meshes are; "" if there is none."""
     if isinstance(mesh, DeviceMesh):
         return f"{mesh} of ranks {mesh.mesh.tolist()}"
     return "" if mesh is None else shown_sizes(mesh)
@@ -72,7 +72,7 @@ def as_text(mesh: Mesh) -> str:
 def make_mesh(
     mesh: Mesh, device: torch.device, timeout_s: float, peers: Sequence[socket.socket] = ()
 ) -> DeviceMesh | None:
-    """The mesh over the ranks of the default group, which is there and has the connections `peers`; `mesh` fits them.
+    """Make the mesh over the ranks of the default group, which has the connections `peers`. `mesh` fits them.
 
     Collective: call on all ranks with the same `mesh`. Cost: a group for each dimension.
 
@@ -83,7 +83,7 @@ def make_mesh(
 
     def make() -> DeviceMesh:
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # which each thread has for itself
+            torch.cuda.set_device(device)  # each thread has its own current device
         return init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
 
     try:
@@ -100,12 +100,12 @@ def make_mesh(
 
 
 def close_mesh(mesh: DeviceMesh) -> None:
-    """Destroy the groups of a mesh that `make_mesh` made, in a default group that stays: the last one first."""
+    """Destroy the groups of a mesh that `make_mesh` made, the last one first. The default group stays."""
     for group in reversed(mesh.get_all_groups()):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
 
 
 def make_group_of_one(backend: str) -> None:
-    """A process group of this process alone, as a mesh needs one."""
+    """Make a process group of this process alone: a mesh needs a group."""
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""Opening and leaving the process group: the same `with` under torchrun, srun and plain python."""
+"""Open and leave the process group: the same `with` under torchrun, srun and plain python."""
 
 import os
 import socket
@@ -43,13 +43,14 @@ def process_group(
 ) -> Iterator[World]:
     """Join the other ranks for the length of a `with` block, and give this process's `World`.
 
-    Finds a process group that is initialised already, else torchrun's variables, else SLURM's; without any of them
-    this process is a world of one, and no group is made. Leaving it destroys what it created: once all ranks are
-    there if all went well, and without waiting for any if this rank is failing.
+    Uses a process group that is initialised already, else torchrun's variables, else SLURM's; without any of them this
+    process is a world of one, and no group is made. At its end the block destroys what it created: once all ranks have
+    come there if all went well, and without waiting for any rank if this one fails.
 
-    A rank that torchrun started gets SIGTERM if that torchrun is killed: it does not train on unwatched.
+    A rank that torchrun started gets SIGTERM if that torchrun is killed, so that it does not go on training alone.
 
-    Inside it ranks leave together: if one raises, vanishes or hangs, all others raise what happened and where. A rank
+    Inside the block ranks leave together: if one raises, vanishes or hangs, all others raise an error that says what
+    happened and where. A rank
     that waits in a group made inside the block (`new_group()`) cannot be freed: within a run its process is
     ended, with the same message; outside of one it gets an error when the failed rank's process ends.
 
@@ -57,27 +58,28 @@ def process_group(
         backend: "auto" is NCCL for CUDA tensors with Gloo beside it for CPU tensors, and Gloo alone without CUDA;
             "none" makes this process a world of one, whatever started it (a sweep under srun); else one of torch's
             names.
-        timeout: seconds after which a collective fails that others do not join, and entering if ranks are missing.
+        timeout: seconds after which a collective fails if ranks do not join it, and entering the block if ranks are
+            missing.
         stall_timeout: seconds without progress on any rank, while a run is under way or a rank waits for the others in
             a collective of this package, on entering (30 s at least, as ranks begin at different times) or on leaving,
             after which the rank that the others wait for is named and all end. Iterations of any engine, handlers,
             collectives of this package and `distributed.progress()` are progress; the inside of `rank_zero_first()`
             may take as long as it likes. `math.inf`: never.
         mesh: the ranks as a grid, from the outermost dimension: sizes by name, of which one may be -1, or a
-            `DeviceMesh` of all ranks, which a process group must be there for already. Ranks along `dp`,
-            `dp_replicate`, `dp_shard` and `ep` have data of their own; those that differ in `cp`, `tp` and `pp` alone
-            are given the same. `World.mesh`, `coordinates`, `data_rank` and `data_size` tell what came of it.
+            `DeviceMesh` of all ranks, for which a process group must exist already. Ranks along `dp`,
+            `dp_replicate`, `dp_shard` and `ep` get data of their own; those that differ only in `cp`, `tp` and `pp`
+            get the same. `World.mesh`, `coordinates`, `data_rank` and `data_size` give the result.
 
     Raises:
-        LaunchError: the launcher's variables are half set, or do not fit this machine; not all ranks have come within
-            `timeout` (they are named), or one ended meanwhile, or Gloo could not connect their hosts; two ranks have
-            one GPU; they ask for different meshes; on leaving, the store is gone.
-        TypeError, ValueError: a timeout is no number above 0; `mesh` is no mesh, a name in it is none, or the product
-            of its sizes is not the number of ranks.
-        StallError: on entering, not all ranks have come within `stall_timeout`.
+        LaunchError: the launcher's variables are incomplete, or do not fit this machine; some ranks (they are named)
+            have not come within `timeout`, or one ended meanwhile, or Gloo could not connect their hosts; two ranks
+            have one GPU; they ask for different meshes; on leaving, the store is gone.
+        TypeError, ValueError: a timeout is no number above 0; `mesh` is no mesh, has an unknown name, or the product of
+            its sizes is not the number of ranks.
+        StallError: on entering, some ranks have not come within `stall_timeout`.
         RemoteRankError, StallError: on leaving, if another rank failed.
 
-    Cost: collective on entry; two threads that sleep (three if rank 0 hosts the store); one process pays nothing.
+    Cost: collective on entry; two threads that sleep (three if rank 0 hosts the store); nothing for a single process.
     """
     for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
         number(name, value, "a number of seconds above 0", above=0)
@@ -85,14 +87,14 @@ def process_group(
     asked = checked_mesh(mesh, is_alone=is_alone)
     is_external = dist.is_available() and dist.is_initialized() and not is_alone
     launch = None if is_external or is_alone else find_launch(os.environ)
-    own: Plane = NullPlane()  # which this block closes
+    own: Plane = NullPlane()  # the plane that this block closes
     if launch is not None:
         set_parent_death_signal(os.environ)
         opened, connections = _join(launch, backend, timeout, stall_timeout, asked)
         try:
             with _explaining_lost_rank(launch):
                 own = open_plane(launch, opened, connections, timeout, stall_timeout)
-        except BaseException:  # else the next try would take the group for one made elsewhere
+        except BaseException:  # else the next try would take the group for one that other code made
             _destroy(opened, is_failing=True)
             raise
     elif is_external:
@@ -101,7 +103,7 @@ def process_group(
         opened = _alone_on(asked, backend, timeout)
     else:
         opened = World(device=default_device(0))
-    # Within another block of the same group, that one's plane is used, and left to it.
+    # Inside another block of the same group, the plane of that block is used, and stays open.
     enter(opened, plane() if is_external and own.group is None else own)
     is_failing = True
     try:
@@ -115,7 +117,7 @@ def process_group(
             raise
         if raised.__cause__ is not None:  # a signal's handler raised it while `error` was being reported
             raise raised from raised.__cause__
-        raise raised from None  # `error` is only what the failure of the other rank looks like from here
+        raise raised from None  # `error` is only a consequence of the other rank's failure
     finally:
         leave()
         try:
@@ -142,7 +144,7 @@ def _join(
     device = _own_device(launch)
     backend = _backend_for(device, backend)
     if (interface := chosen_interface(os.environ, launch)) is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface  # which Gloo reads for each group that is made
+        os.environ["GLOO_SOCKET_IFNAME"] = interface  # Gloo reads it for each group that is made
     store, name = rendezvous(launch, timeout_s, stall_timeout_s, mesh=as_text(asked))
     asked = fitted_mesh(asked, launch.size)
     with new_connections(launch.master_port) as connections, _explaining(launch):
@@ -178,7 +180,7 @@ def _join(
 
 
 def _alone_on(asked: Mesh, backend: str, timeout_s: float) -> World:
-    """A world of one with a mesh, for which there must be a group."""
+    """A world of one with a mesh, which needs a group."""
     asked, device = fitted_mesh(asked, 1), default_device(0)
     backend = _backend_for(device, backend)
     make_group_of_one(backend)
@@ -192,7 +194,7 @@ def _backend_for(device: torch.device, backend: str) -> str:
 
 
 def _beside(asked: Mesh, timeout_s: float, stall_timeout_s: float) -> tuple[World, Plane]:
-    """This rank's world in a group that is there, and its control plane if there was none.
+    """This rank's world in a group that exists already, and a control plane if the group had none.
 
     Raises: LaunchError: the ranks ask for different meshes.
     """
@@ -210,7 +212,7 @@ def _beside(asked: Mesh, timeout_s: float, stall_timeout_s: float) -> tuple[Worl
 
 
 def _first_exchange(here: World, mesh: str) -> tuple[bool, list[str]]:
-    """Whether all ranks of a group that somebody else made reach the store of their launcher, and each one's mesh."""
+    """Whether all ranks of a group that other code made reach the store of their launcher, and each rank's mesh."""
     launch = find_launch(os.environ)
     is_launched = launch is not None and (launch.rank, launch.size) == (here.rank, here.size)
     is_part = launch is not None and here.size < launch.size
@@ -239,7 +241,7 @@ def _explaining(launch: Launch) -> Iterator[None]:
 
 @contextmanager
 def _explaining_lost_rank(launch: Launch) -> Iterator[None]:
-    """A connection that breaks on entering, when nobody can be asked yet who is gone."""
+    """Raise a clear error if a connection breaks while the group is being made: no probe can say yet who is gone."""
     try:
         yield
     except RuntimeError as error:

@@ -1,1 +1,1 @@
-"""Who this process is: what the launcher says, the hosts and addresses, and how the ranks find each other."""
+"""Who this process is: the launcher's variables, hosts and addresses, and how the ranks find each other."""

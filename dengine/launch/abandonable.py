@@ -1,4 +1,4 @@
-"""A call that can be given up, though nothing ends it: it goes on in a thread that nobody waits for."""
+"""Calls that can be given up but not ended: such a call goes on in a thread that nobody waits for."""
 
 import threading
 from collections.abc import Callable
@@ -16,10 +16,11 @@ def unless_given_up(
     *,
     at_end: Callable[[], object] | None = None,
 ) -> T:
-    """The result of `action`, run in a thread, if it has one when `wait(thread)` returns. `at_end` is called in the
-    thread after it.
+    """Run `action` in a thread, and give its result if there is one when `wait(thread)` returns.
 
-    Raises: `given_up`, if it has none; what `action` raises.
+    `at_end` is called in the thread after `action`.
+
+    Raises: `given_up`, if there is no result yet; what `action` raises.
     """
     outcome: list[T | BaseException] = []
 

@@ -1,4 +1,4 @@
-"""What a rank says on stderr, beside whatever else is written there."""
+"""Messages of a rank on stderr."""
 
 import sys
 from contextlib import suppress

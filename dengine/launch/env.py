@@ -1,4 +1,4 @@
-"""What the launcher says about this process: torchrun's variables, SLURM's, or nothing. Pure: reads a mapping only."""
+"""Read the launcher's variables: torchrun's, SLURM's, or none. Pure: reads a mapping only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ __all__ = ["Choice", "Launch", "choose_launch", "find_launch", "is_agents_store"
 class Launch:
     """One process as its launcher started it.
 
-    `has_own_gpus`: it sees no GPU but its own, so its local rank is not the index of a GPU.
+    `has_own_gpus`: the process sees only its own GPUs, so its local rank is not the index of a GPU.
     """
 
     launcher: str
@@ -33,7 +33,7 @@ class Launch:
 
 
 class Choice(NamedTuple):
-    """The launch that the variables describe (None: one process), and why it is that one."""
+    """The launch that the variables describe (None: one process), and why that one was chosen."""
 
     launch: Launch | None
     reason: str
@@ -45,7 +45,7 @@ def find_launch(env: Mapping[str, str]) -> Launch | None:
     torchrun's variables win over SLURM's: torchrun may itself run inside a SLURM task.
 
     Raises:
-        LaunchError: variables that are half set or no numbers, or a launcher whose variables are not read.
+        LaunchError: variables are incomplete or not numbers, or the launcher is not supported.
     """
     choice = choose_launch(env)
     if choice.launch is None and (started := _by_another_launcher(env)) is not None:
@@ -58,10 +58,10 @@ def find_launch(env: Mapping[str, str]) -> Launch | None:
 
 
 def shared_start(env: Mapping[str, str]) -> str | None:
-    """Who started this process together with others, and as which rank, in words; None if it is alone."""
+    """A sentence that says who started this process with others, and as which rank; None if it is alone."""
     try:
         launch = find_launch(env)
-    except LaunchError:  # half set: process_group() says what is missing
+    except LaunchError:  # incomplete: process_group() says what is missing
         if (started := _by_another_launcher(env)) is not None:
             return f"{started[0]} started this process together with others"
         rank, size = env.get("RANK", ""), env.get("WORLD_SIZE", "")
@@ -82,9 +82,9 @@ def is_agents_store(env: Mapping[str, str]) -> bool:
 
 
 def choose_launch(env: Mapping[str, str]) -> Choice:
-    """The launch as `find_launch` gives it, with the reason. A launcher whose variables are not read counts as none.
+    """The launch as `find_launch` gives it, with the reason. A launcher that is not supported counts as none.
 
-    Raises: LaunchError: variables that are half set or no numbers.
+    Raises: LaunchError: variables are incomplete or not numbers.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         by = "torchrun set RANK and WORLD_SIZE" if "TORCHELASTIC_RUN_ID" in env else "RANK and WORLD_SIZE are set"
@@ -98,7 +98,7 @@ def choose_launch(env: Mapping[str, str]) -> Choice:
 
 
 def _by_another_launcher(env: Mapping[str, str]) -> tuple[str, str] | None:
-    """The launcher that started several processes without variables that we read, and what to do; None if none did."""
+    """An unsupported launcher that started several processes, and what to do about it; None if there is none."""
     if _is_above_one(env, "SUBMITIT_LOCAL_NTASKS"):
         export = "call submitit.helpers.TorchDistributedEnvironment().export() before process_group()"
         return "submitit's local executor", export
@@ -128,7 +128,7 @@ def _choose_in_slurm(env: Mapping[str, str]) -> Choice:
 def _from_torchrun(env: Mapping[str, str]) -> Launch:
     given = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if env.get(name)]
     rank, size = (_number(env, name, given) for name in ("RANK", "WORLD_SIZE"))
-    # Launched by hand, these may be absent: one node then.
+    # These may be missing if the user started the ranks himself: then there is one node.
     local_rank = _number(env, "LOCAL_RANK", given) if "LOCAL_RANK" in env else rank
     local_size = _number(env, "LOCAL_WORLD_SIZE", given) if "LOCAL_WORLD_SIZE" in env else size
     node_rank = _number(env, "GROUP_RANK", given) if "GROUP_RANK" in env else rank // max(local_size, 1)

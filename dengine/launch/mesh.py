@@ -1,4 +1,4 @@
-"""The dimensions of a mesh of ranks: their names, their sizes, and which ranks are given the same data. Pure."""
+"""The dimensions of a mesh of ranks: names, sizes, and which ranks get the same data. Pure."""
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product
@@ -27,7 +27,7 @@ MODEL_NAMES = ("tp", "pp")
 NAMES = (*DATA_NAMES, *SEQUENCE_NAMES, *MODEL_NAMES)
 
 _NUM_SHOWN = 8
-_REST = -1  # the size of a dimension that takes the ranks that the others leave
+_REST = -1  # stands for the size that uses up all ranks
 _ROLES = f"data: {', '.join(DATA_NAMES)}; sequence: {', '.join(SEQUENCE_NAMES)}; model: {', '.join(MODEL_NAMES)}"
 
 
@@ -35,8 +35,8 @@ def checked_sizes(mesh: Mapping[str, int]) -> dict[str, int]:
     """The sizes in `mesh`, checked as far as they can be without the number of ranks.
 
     Raises:
-        TypeError: a size is no whole number. ValueError: a name that is none, a size below 1 that is not -1, two
-            sizes of -1, or no dimension at all.
+        TypeError: a size is not a whole number. ValueError: an unknown name, a size below 1 that is not -1, two sizes
+            of -1, or no dimension at all.
     """
     if not mesh:
         raise ValueError(f"mesh={{}} has no dimension: name at least one of these ({_ROLES}), or leave mesh= out.")
@@ -55,7 +55,7 @@ def checked_sizes(mesh: Mapping[str, int]) -> dict[str, int]:
 
 
 def filled_sizes(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
-    """The checked `sizes` for `num_ranks` ranks: with the size that -1 stands for.
+    """The checked `sizes` for `num_ranks` ranks, with -1 replaced by the size that it stands for.
 
     Raises:
         ValueError: their product is not `num_ranks`; names both, and the sizes that fit.
@@ -83,12 +83,12 @@ def filled_sizes(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
 
 
 def shown_sizes(sizes: Mapping[str, int]) -> str:
-    """`sizes` as they are written in a script."""
+    """`sizes` as a script writes them."""
     return "{" + ", ".join(f'"{name}": {size}' for name, size in sizes.items()) + "}"
 
 
 def groups_along(sizes: Mapping[str, int], names: Collection[str]) -> list[list[int]]:
-    """The ranks of a mesh in groups that differ in the dimensions `names` alone.
+    """The ranks of a mesh in groups, within which ranks differ only in the dimensions `names`.
 
     Example:
         >>> groups_along({"dp": 2, "tp": 2}, ["tp"])
@@ -102,13 +102,15 @@ def groups_along(sizes: Mapping[str, int], names: Collection[str]) -> list[list[
 
 
 def shown_ranks(ranks: Sequence[int], most: int = _NUM_SHOWN) -> str:
-    """As an error names them: "rank 3", "ranks 0, 1, ..."."""
+    """The ranks as an error message names them: "rank 3", "ranks 0, 1, ..."."""
     shown = ", ".join(map(str, ranks[:most])) + (", ..." if len(ranks) > most else "")
     return f"{'ranks' if len(ranks) > 1 else 'rank'} {shown}"
 
 
 def other_meshes_text(meshes: Sequence[str]) -> str:
-    """Why the ranks cannot go on, if they ask for other meshes; "" if all ask for the same. One text for each rank."""
+    """The error message if ranks ask for different meshes; "" if all ask for the same. `meshes` has a text for each
+    rank.
+    """
     if len(set(meshes)) == 1:
         return ""
     by_mesh = {text: [rank for rank, each in enumerate(meshes) if each == text] for text in meshes}
@@ -122,7 +124,7 @@ def _product(sizes: Mapping[str, int]) -> str:
 
 
 def _fitting(sizes: Mapping[str, int], num_ranks: int, *, is_divisor: bool = False) -> str:
-    """Which size of one dimension, with the others as they are, would fit."""
+    """A sentence that says which sizes would fit if one dimension is changed."""
     found = []
     for name, size in sizes.items():
         others = prod(sizes.values()) // size

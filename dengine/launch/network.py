@@ -1,4 +1,4 @@
-"""Which network interface leads to the other hosts, if the name of this host does not say so."""
+"""Find the network interface that leads to the other hosts, if the name of this host does not say so."""
 
 import os
 import socket
@@ -20,12 +20,14 @@ __all__ = [
 ]
 
 _SIOCGIFADDR = 0x8915  # of <linux/sockios.h>
-# An address for documentation, of no host: to find the route that leads out. Nothing is sent to it.
+# An address reserved for documentation, which no host has: to find the route that leads out. Nothing is sent.
 _OUTSIDE = "192.0.2.1"
 
 
 def chosen_interface(env: Mapping[str, str], launch: Launch | None) -> str | None:
-    """The interface for Gloo: `GLOO_SOCKET_IFNAME` or, with several hosts, one found here. None: Gloo chooses."""
+    """The interface for Gloo: `GLOO_SOCKET_IFNAME`, or one found here if there are several hosts. None: Gloo
+    chooses.
+    """
     named = env.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if named or launch is None or launch.local_size == launch.size:
         return named or None
@@ -33,12 +35,12 @@ def chosen_interface(env: Mapping[str, str], launch: Launch | None) -> str | Non
 
 
 def interface_to(master_addr: str) -> str | None:
-    """The name of the interface by which this host and the others reach each other; None if Gloo finds it itself.
+    """The name of the interface through which the hosts reach each other; None if Gloo finds it itself.
 
-    Gloo takes the address that the host's own name stands for. Debian gives it 127.0.1.1, some images none at all:
-    then each host tells the others to look for it on themselves. Here it is the interface that leads to the master;
-    on the master, the one that leads out, or the only one there is. Meant for `GLOO_SOCKET_IFNAME` if that is not
-    set. Linux; None elsewhere.
+    Gloo takes the address of the host's own name. On Debian that is 127.0.1.1, and in some images there is none: then
+    the other hosts would look for this one on themselves. So this gives the interface that leads to the master; on the
+    master, the one that leads out, or the only one. It is for `GLOO_SOCKET_IFNAME`, if that is not set. Linux only;
+    None on other systems.
     """
     if sys.platform != "linux" or not _is_loopback(socket.gethostname()):
         return None
@@ -56,7 +58,7 @@ def is_reached_by_name(env: Mapping[str, str]) -> bool:
 
 
 def network_of_this_host() -> str:
-    """An identifier that two processes share if they share a loopback. The host's name if the system is not Linux."""
+    """An identifier that two processes share if they share a loopback interface; not on Linux, the host's name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return boot + os.readlink("/proc/self/ns/net")  # containers of one machine may have networks of their own
@@ -65,7 +67,7 @@ def network_of_this_host() -> str:
 
 
 def address_towards(target: str) -> str:
-    """The address of this host from which packets to `target` would leave; "" if none could. Sends nothing."""
+    """The address of this host from which it would send packets to `target`; "" if it cannot. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
         probe.connect((target, 9))
         return str(probe.getsockname()[0])
@@ -88,7 +90,7 @@ def interfaces() -> dict[str, str]:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether `host` stands for loopback addresses only. Not all of 127/8 counts: some play hosts on one machine."""
+    """Whether `host` has only loopback addresses. Not all of 127/8 counts: tests use some of them as hosts."""
     try:
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except socket.gaierror:

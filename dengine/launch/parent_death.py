@@ -1,4 +1,4 @@
-"""The parent-death signal: a rank does not outlive the torchrun that started it."""
+"""The parent-death signal, so that a rank does not outlive the torchrun that started it."""
 
 import ctypes
 import os
@@ -14,8 +14,8 @@ _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 def set_parent_death_signal(env: Mapping[str, str]) -> None:
     """Have Linux send this process SIGTERM when its parent, the agent of torchrun, dies.
 
-    torchrun starts its ranks in sessions of their own. If it is killed by SIGKILL, as for lack of memory, it leaves
-    them no word, and they would train on unwatched, out of reach of whoever started the job. SIGTERM rather than
+    torchrun starts its ranks in sessions of their own. If it is killed by SIGKILL, as for lack of memory, they get no
+    signal, and would go on training after their job has ended. SIGTERM rather than
     SIGKILL, so that `Preemption` saves. Children of this process do not inherit it.
 
     Does nothing in a process that torchrun did not start, nor on other systems. Cost: one system call.

@@ -1,6 +1,6 @@
-"""Read what others left in the store. Malformed content is left out with one warning: it says nothing about a rank.
+"""Parse what other processes wrote to the store. Malformed content is ignored with one warning.
 
-Whoever reaches the store's port can write there: a program that mistook the port, a scanner. See SECURITY.md.
+Anybody who reaches the store's port can write there: a program with a wrong port number, a scanner. See SECURITY.md.
 """
 
 import json
@@ -15,7 +15,7 @@ _warned: list[str] = []
 
 
 def warn_malformed(what: object) -> None:
-    """Warn that something in the store was left out as malformed. Only the first call in a process prints."""
+    """Warn that malformed content of the store was ignored. Only the first call in a process prints."""
     if not _warned:
         _warned.append(str(what))
         say(
@@ -37,7 +37,7 @@ def parse_object(text: bytes) -> dict[str, Any] | None:
 
 
 def parse_numbers(text: bytes) -> list[int]:
-    """The whole numbers in `text`; anything else in it is left out."""
+    """The whole numbers in `text`; anything else in it is ignored."""
     words = text.decode(errors="replace").split()
     numbers = [int(word) for word in words if word.isascii() and word.removeprefix("-").isdigit() and len(word) < 20]
     if len(numbers) < len(words):
@@ -46,10 +46,10 @@ def parse_numbers(text: bytes) -> list[int]:
 
 
 def parse_ranks(text: bytes, size: int) -> set[int]:
-    """The ranks below `size` in `text`; anything else in it is left out."""
+    """The ranks below `size` in `text`; anything else in it is ignored."""
     return {number for number in parse_numbers(text) if 0 <= number < size}
 
 
 def has_fields(value: dict[str, Any], **types: type | tuple[type, ...]) -> bool:
-    """Whether `value` has entries of these names and types."""
+    """Whether `value` has entries with these names and types."""
     return all(name in value and isinstance(value[name], kind) for name, kind in types.items())

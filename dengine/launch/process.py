@@ -1,4 +1,4 @@
-"""The identity of a process, by which another process of the same host can find out whether it is alive."""
+"""The identity of a process, with which another process on the same host can find out whether it is alive."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ __all__ = ["identity", "is_alive"]
 
 
 def identity() -> dict[str, Any]:
-    """This process as `is_alive` takes it. The host is "" if the system is not Linux."""
+    """The identity of this process, for `is_alive`. The host is "" if the system is not Linux."""
     host = ""
     with suppress(OSError):
         # The namespace too: two containers of one host see each other's numbers as other processes.
@@ -21,13 +21,15 @@ def identity() -> dict[str, Any]:
 
 
 def is_alive(process: Mapping[str, Any]) -> bool:
-    """Whether `process`, which is of this host, is alive."""
+    """Whether `process`, which ran on this host, is alive."""
     start: str = process["start"]
     return start != "" and start == _start_of(process["pid"])
 
 
 def _start_of(pid: int) -> str:
-    """When a living process started, in the kernel's ticks; "" if it is dead. Tells apart two that had one number."""
+    """When a living process started, in the kernel's ticks; "" if it is dead. A later process with the same number
+    has another one.
+    """
     with suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         if state not in "ZX":

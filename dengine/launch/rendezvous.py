@@ -1,8 +1,8 @@
 """How the ranks of one start find each other, in a store that may still hold what an earlier start left there.
 
-torchrun's agent keeps its store when it starts its ranks again, and a rank that reads there where its peer listens may
-read the address of one that has ended. Nothing that a launcher sets tells one start from another: an agent that joins
-again counts its restarts from 0. So each rank brings a unique token, and rank 0 answers that token:
+torchrun's agent keeps its store when it restarts its ranks, so a rank that reads the address of a peer there may read
+that of an earlier start. No variable of a launcher identifies a start: an agent that joins again counts its restarts
+from 0. So each rank publishes a unique token, and rank 0 answers that token:
 
     every rank                                    rank 0
     publishes its token, over an older one
@@ -50,7 +50,7 @@ _stores: dict[tuple[str, int], Any] = {}
 
 @dataclass(frozen=True)
 class _Peer:
-    """What a rank reports about itself, from which rank 0 sees whether the others can reach it."""
+    """What a rank reports about itself, so that rank 0 knows whether the others can reach it."""
 
     rank: int
     host: str
@@ -64,15 +64,15 @@ def rendezvous(
 ) -> tuple[Any, str]:
     """Find the other ranks: the store of this launch, and a name in it that is new and shared by its ranks alone.
 
-    `stall_timeout_s`: as in `process_group()`, but at least 30 s, since ranks start at different times. `mesh`: what
-    this rank asks for, in words that must be the same on all ranks.
+    `stall_timeout_s`: as in `process_group()`, but at least 30 s, since ranks start at different times. `mesh`: the
+    mesh that this rank asks for, as text, which must be the same on all ranks.
 
     Collective. Cost: at most a hundredth of a second after the last rank has come; two requests a rank in that time to
     the store, by rank 0.
 
     Raises:
-        LaunchError: on every rank that is there, if not all are after `timeout_s`, if they are on several hosts and
-            Gloo would give the others an address that leads nowhere, or if they ask for other meshes.
+        LaunchError: on every rank that has come, if some have not within `timeout_s`, if Gloo would give other hosts an
+            address that they cannot reach, or if ranks ask for different meshes.
         StallError: instead, naming a missing rank, if `stall_timeout_s` was the shorter of the two limits.
     """
     deadline = _Deadline(timeout_s, max(stall_timeout_s, _LEAST_STALL_S))
@@ -92,7 +92,7 @@ def rendezvous(
 
 
 class _Deadline:
-    """Until when a rank waits for the others, and what it raises then."""
+    """How long a rank waits for the others, and the error that it raises then."""
 
     def __init__(self, timeout_s: float, stall_timeout_s: float) -> None:
         self.limit_s = min(timeout_s, stall_timeout_s)
@@ -101,14 +101,14 @@ class _Deadline:
         self.shown = f"{'stall_timeout' if self._is_stall else 'timeout'}={self.limit_s:g}"
 
     def error(self, text: str, rank: int) -> LaunchError | StallError:
-        """The error to raise. `rank`: the first one that is missing."""
+        """The error to raise. `rank` is the first one that is missing."""
         return StallError(text, rank=rank) if self._is_stall else LaunchError(text)
 
 
 def within(timeout_s: float, action: Callable[[], T]) -> T:
     """The result of `action`, run in a thread that is abandoned after `timeout_s`.
 
-    torch's store takes up to three times its own timeout to give up, and for ever if what listens there is silent.
+    torch's store takes up to three times its own timeout to give up, and never does if the other end stays silent.
 
     Raises: TimeoutError, and what `action` raises.
     """
@@ -117,8 +117,8 @@ def within(timeout_s: float, action: Callable[[], T]) -> T:
 
 
 def _store_of(launch: Launch, timeout_s: float) -> Any:
-    """The store of this launch, one for all groups: a rank that is early could take a second one, which rank 0 hosts on
-    the same port, for the first.
+    """The store of this launch. There is one for all groups: if rank 0 hosted a second one on the same port, an early
+    rank could take it for the first.
     """
     address = (launch.master_addr, launch.master_port)
     if address not in _stores:
@@ -174,7 +174,7 @@ def _coordinate(store: Any, peer: _Peer, launch: Launch, deadline: _Deadline) ->
 
 
 def _read_peer(text: bytes, rank: int, launch: Launch) -> _Peer:
-    """What `rank` reported about itself. Raises: LaunchError: it is something else."""
+    """What `rank` reported about itself. Raises: LaunchError: the content is not a report."""
     fields = parse_object(text)
     if fields is None or not has_fields(fields, rank=int, host=str, network=str, is_reached=bool, mesh=str):
         raise LaunchError(
@@ -185,7 +185,9 @@ def _read_peer(text: bytes, rank: int, launch: Launch) -> _Peer:
 
 
 def _answer_others(store: Any, name: str, others: Sequence[int], end_s: float) -> list[int]:
-    """Answer every token with `name` until all others have joined under it. Gives the ranks missing at `end_s`."""
+    """Answer every token with `name` until all others have joined under it. Gives the ranks that are missing at
+    `end_s`.
+    """
     answered: dict[int, str] = {}
 
     def have_all_joined() -> bool:
@@ -232,7 +234,9 @@ def _absence_text(missing: Sequence[int], launch: Launch, deadline: _Deadline) -
 
 
 def _unreachable_text(peers: Sequence[_Peer]) -> str:
-    """Why Gloo could not connect the hosts; "" if it can. Its own attempt may outlast the group's timeout."""
+    """The reason why Gloo could not connect the hosts; "" if it can. Its own attempt may outlast the group's
+    timeout.
+    """
     if len({peer.network for peer in peers}) == 1:
         return ""
     unreachable = {peer.network: f"{peer.host} (rank {peer.rank})" for peer in reversed(peers) if not peer.is_reached}

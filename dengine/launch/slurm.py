@@ -1,6 +1,6 @@
-"""What the texts in SLURM's variables mean: lists of hosts, tasks on each node, steps that are a shell, GPUs.
+"""Parse the values of SLURM's variables: lists of hosts, tasks on each node, steps that are a shell, GPUs.
 
-Which variables give this process its rank: `env.py`. Pure: reads a mapping only.
+`env.py` says which variables give this process its rank. Pure: reads a mapping only.
 """
 
 import re
@@ -13,7 +13,7 @@ __all__ = ["has_own_gpus", "host_names", "is_shell", "shell_of", "step_port", "t
 
 # Outside the range from which kernels hand out ports to clients (32768 and up).
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000
-_FIRST_RESERVED_STEP = 0xFFFF_FFF0  # steps that nobody started by srun: a batch script's, an interactive shell, ...
+_FIRST_RESERVED_STEP = 0xFFFF_FFF0  # numbers of steps that srun did not start: a batch script, an interactive shell
 _INTERACTIVE_STEP = 0xFFFF_FFFA
 _PART_OF_NAME = re.compile(r"\[([^\[\]]*)\]")
 
@@ -47,9 +47,9 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def is_shell(env: Mapping[str, str]) -> bool:
-    """Whether this is the one shell of an allocation, in which a plain `python` is one process.
+    """Whether this is the shell of an allocation, in which a plain `python` is one process.
 
-    It calls itself task 0, and has the number of tasks that were asked for, but nobody started the others.
+    It has the number of task 0, and the number of tasks that were asked for, but nobody started the others.
     """
     step = env.get("SLURM_STEP_ID", "")
     if step.isdigit():
@@ -58,7 +58,7 @@ def is_shell(env: Mapping[str, str]) -> bool:
 
 
 def shell_of(env: Mapping[str, str]) -> str:
-    """Whose shell this is, in words, if `is_shell`."""
+    """The name of the shell that this is, if `is_shell`."""
     step = env.get("SLURM_STEP_ID", "")
     if env.get("ENVIRONMENT") == "BATCH" and step != str(_INTERACTIVE_STEP):
         return "an sbatch script"
@@ -66,14 +66,14 @@ def shell_of(env: Mapping[str, str]) -> str:
 
 
 def step_port(job: int, step: str) -> int:
-    """A port that every task of the step derives alike, and that two steps of one job do not share."""
+    """A port that is the same for all tasks of the step, and different for two steps of one job."""
     return _FIRST_PORT + (job * 7 + (int(step) if step.isdigit() else 0)) % _NUM_PORTS
 
 
 def has_own_gpus(env: Mapping[str, str]) -> bool:
-    """Whether each task sees only its own GPUs: then they count from 0 in every task.
+    """Whether each task sees only its own GPUs, so that they count from 0 in every task.
 
-    So it is with `--gpus-per-task`, `--ntasks-per-gpu` and other bindings, but not with `--gpus-per-node` alone.
+    That is so with `--gpus-per-task`, `--ntasks-per-gpu` and other bindings, but not with `--gpus-per-node` alone.
     """
     bound = env.get("SLURMD_TRES_BIND", "")
     if bound:

@@ -16,7 +16,7 @@ _BACKLOG = 4096  # ranks may all come at once; the kernel's own limit is the low
 
 
 def open_store(launch: Launch, timeout_s: float) -> TCPStore:
-    """A new connection to the store: the agent's under torchrun; else rank 0's, for as long as a connection is open.
+    """Connect to the store: the agent's under torchrun, else rank 0's, which lives as long as a connection is open.
 
     Does not wait for the other ranks, so that the caller can name those that are missing.
 
@@ -24,7 +24,7 @@ def open_store(launch: Launch, timeout_s: float) -> TCPStore:
     """
     address = (launch.master_addr, launch.master_port)
     is_host = launch.rank == 0 and not is_agents_store(os.environ)
-    # Where this process hosts a store at this port already, torch has both share that server.
+    # If this process hosts a store at this port already, torch makes both share that server.
     options: dict[str, Any] = {
         "is_master": is_host,
         "timeout": timedelta(seconds=timeout_s),
@@ -38,14 +38,16 @@ def open_store(launch: Launch, timeout_s: float) -> TCPStore:
 
 
 def _listening(address: tuple[str, int], *, is_one_host: bool) -> socket.socket | None:
-    """A socket for the store to listen on, at the address by which the ranks know its host and at no other. On all
-    interfaces if that address is none of this host's own (a forwarded one), or if this host of several knows its own
-    name only as loopback. None: torch is to open its own; the port is taken, by this process maybe, or other hosts may
-    know the master by an address of IPv6 that this one does not know.
+    """A socket for the store to listen on, at the one address by which the ranks know its host.
 
-    Of IPv4, if the master has an IPv4 address. The store's own socket is of both kinds and shows clients of IPv4
-    as `::ffff:127.0.0.1`, which no /etc/hosts lists; the store looks up the name of each client, by the thread that
-    answers all requests, so that a name server which does not answer stops it for 5 s and more.
+    It listens on all interfaces if that address is not one of this host (a forwarded one), or if there are several
+    hosts and this one knows its own name only as loopback. None: torch is to open its own socket, since the port is
+    taken (perhaps by this process), or since other hosts may know the master by an IPv6 address that this one does not
+    know.
+
+    The socket is of IPv4 if the master has an IPv4 address. The store's own socket is of both kinds and shows clients
+    of IPv4 as `::ffff:127.0.0.1`, which no /etc/hosts lists. The store looks up the name of each client in the thread
+    that answers all requests, so that a name server that does not answer stops it for 5 s and more.
     """
     host, port = address
     try:
@@ -71,7 +73,7 @@ def _listening(address: tuple[str, int], *, is_one_host: bool) -> socket.socket 
 
 
 class _NotOurs(Exception):
-    """An address of another host, or of none."""
+    """The address is one of another host, or of none."""
 
 
 def _bound(address: str, port: int, *, is_ipv6: bool) -> socket.socket:

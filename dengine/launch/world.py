@@ -1,4 +1,4 @@
-"""Who this process is among the others. A lone process is a world of one, and runs the same code."""
+"""This process among the others. A lone process is a world of one, and runs the same code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class World:
     `device` is where this rank computes; `launcher` is "torchrun", "slurm", "external" (a process group that was
     there already) or "single".
 
-    `mesh` is that of `process_group(mesh=)`; without one, all ranks are alike, and each has data of its own.
+    `mesh` is that of `process_group(mesh=)`. Without a mesh, every rank gets data of its own.
     """
 
     rank: int = 0
@@ -55,13 +55,13 @@ class World:
 
     @cached_property
     def coordinates(self) -> dict[str, int]:
-        """Where this rank is along each dimension of the mesh; {} without a mesh."""
+        """The index of this rank along each dimension of the mesh; {} without a mesh."""
         position = None if self.mesh is None else self.mesh.get_coordinate()
         return {} if position is None else dict(zip(self._sizes, position, strict=True))
 
     @cached_property
     def data_rank(self) -> int:
-        """Which of the `data_size` parts of the data this rank is given."""
+        """The number of the part of the data, of `data_size`, that this rank gets."""
         if self.mesh is None:
             return self.rank
         rank = 0
@@ -71,21 +71,23 @@ class World:
 
     @cached_property
     def data_size(self) -> int:
-        """How many parts the data are dealt out in: the ranks that differ in `cp`, `tp` and `pp` alone share one."""
+        """The number of parts into which the data are split. Ranks that differ only in `cp`, `tp` and `pp` share
+        one.
+        """
         if self.mesh is None:
             return self.size
         return prod(size for name, size in self._sizes.items() if name in DATA_NAMES)
 
     @cached_property
     def same_data_ranks(self) -> tuple[int, ...]:
-        """The ranks that are given the same data as this one, which is among them."""
+        """The ranks that get the same data as this one, this one included."""
         if self.mesh is None:
             return (self.rank,)
         index = tuple(own if name in DATA_NAMES else slice(None) for name, own in self.coordinates.items())
         return tuple(sorted(self.mesh.mesh[index].flatten().tolist()))
 
     def place_of(self, rank: int) -> str:
-        """The coordinates of any rank in words, "dp=0, tp=1"; "" without a mesh."""
+        """The coordinates of `rank` as text, "dp=0, tp=1"; "" without a mesh."""
         if self.mesh is None:
             return ""
         position = (self.mesh.mesh == rank).nonzero()[0].tolist()
@@ -98,15 +100,17 @@ class World:
 
     @cached_property
     def counts_samples(self) -> bool:
-        """Whether what this rank has seen counts: on one of the ranks with the same tokens, so that each counts once.
+        """Whether the samples of this rank count. Of ranks with the same tokens only one counts them.
 
-        Of ranks that differ in `tp` the first, of those in `pp` the last; those of `cp` all, each with its own tokens.
+        Of ranks that differ in `tp` that is the first, in `pp` the last; along `cp` all count, each its own tokens.
         """
         return self.rank in self.all_counting_ranks
 
     @cached_property
     def counting_ranks(self) -> tuple[tuple[int, ...], ...]:
-        """The ranks for which `counts_samples` holds: for each part of the data all that share it, as those of `cp`."""
+        """The ranks for which `counts_samples` is true, in a group for each part of the data (those along `cp` share
+        one).
+        """
         if self.mesh is None:
             return tuple((rank,) for rank in range(self.size))
         index = {"tp": 0, "pp": -1}
@@ -118,7 +122,7 @@ class World:
 
     @cached_property
     def all_counting_ranks(self) -> tuple[int, ...]:
-        """The ranks for which `counts_samples` holds, in order."""
+        """The ranks for which `counts_samples` is true, in order."""
         return tuple(sorted(rank for ranks in self.counting_ranks for rank in ranks))
 
     @cached_property
@@ -130,7 +134,7 @@ class World:
 
 # The worlds that `process_group()` opened, the innermost last, each with its control plane.
 _entered: list[tuple[World, Plane]] = []
-_left: list[World] = []  # of several ranks: what a script does after them, it does alone on purpose
+_left: list[World] = []  # worlds of several ranks: what a script does after them, it does alone on purpose
 
 
 def world() -> World:
@@ -147,7 +151,7 @@ def world() -> World:
 
 
 def external_world() -> World:
-    """The world of a process group that somebody else has initialised."""
+    """The world of a process group that other code has initialised."""
     rank, size = dist.get_rank(), dist.get_world_size()
     launch = None
     with suppress(LaunchError):
@@ -168,14 +172,14 @@ def external_world() -> World:
 
 
 def default_device(index: int) -> torch.device:
-    """The GPU of this rank, or the CPU if there is none. If only one GPU is visible it is that, whatever `index`."""
+    """The GPU number `index`, or the only GPU that is visible, or the CPU if there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else index)
 
 
 def entered_plane() -> Plane | None:
-    """The control plane of the world that is open; None outside of `process_group()`."""
+    """The control plane of the innermost open `process_group()`; None outside of one."""
     return _entered[-1][1] if _entered else None
 
 
@@ -190,9 +194,9 @@ def leave() -> None:
 
 
 def refuse_forgotten_group(call: str) -> None:
-    """Raise if a launcher started several processes and this one would do `call` as if it were alone.
+    """Refuse `call` if a launcher started several processes but this one has opened no process group.
 
-    Raises: LaunchError: no process group has been opened in this process. Never communicates.
+    Never communicates. Raises: LaunchError: as said above.
     """
     if _entered or _left or (dist.is_available() and dist.is_initialized()):
         return
