@@ -9,7 +9,7 @@ from ranks import Outcome, run_ranks
 from torch import nn
 
 from dengine import ConsistencyError, Engine, Events, distributed
-from dengine.comm.consistency import tensor_digest
+from dengine.comm.copies import tensor_digest
 from dengine.handlers import ConsistencyCheck, TerminateOnNan, TimeLimit
 from dengine.metrics import Average
 

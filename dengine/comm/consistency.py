@@ -1,42 +1,34 @@
-"""Check that the ranks hold the same: names and shapes before each run, and parameters bit by bit on request."""
+"""Check that the ranks have the same models, metrics, data and handlers, before each run."""
 
 import hashlib
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from dengine.checks import is_number
 from dengine.comm.collectives import all_gather_object, max_tensor
 from dengine.control.deadlock import START_OF_RUN
 from dengine.control.plane import plane
-from dengine.dtensor import local_part, piece_of
 from dengine.errors import ConsistencyError
 from dengine.launch.world import world
-from dengine.splitmix64 import mixed
 
 __all__ = [
     "Compared",
     "Start",
     "any_rank",
     "compare_start",
-    "compare_tensors",
     "parameters_of",
     "prepared_parameters",
     "refuse_differences",
     "refuse_different_models",
     "refuse_different_parts",
     "same_on_all_ranks",
-    "tensor_digest",
     "text_digest",
 ]
 
 _BUILD_ALIKE = "Build the same on every rank."
-_CHUNK = 1 << 20  # elements that are mixed at a time: what a digest takes of memory
 
 
 class Compared(NamedTuple):
@@ -158,49 +150,6 @@ def parameters_of(model: nn.Module) -> list[str]:
     return [f"{name} {list(value.shape)} {value.dtype}" for name, value in model.named_parameters()]
 
 
-def compare_tensors(named: Mapping[str, Any], subject: str) -> None:
-    """Raise if a tensor or number differs between ranks, bit by bit.
-
-    A sharded tensor (DTensor) is compared piece by piece between the ranks that hold the same piece: the replicas of
-    HSDP, the copies of a tensor-parallel group. A tensor of which every rank has a different piece is not compared.
-
-    Collective: call on all ranks with the same names. Cost: reads every tensor once, one all-reduce of 16 bytes for
-    each tensor or piece, one wait for the device; a gather if something differs.
-
-    Raises:
-        ConsistencyError: on every rank, naming a rank that is not with the majority, and the first name that differs.
-    """
-    pieces = {name: piece_of(value) for name, value in named.items()}
-    compared = {name: piece for name, piece in pieces.items() if piece[1] < world().size}
-    starts = list(accumulate((num_pieces for _, num_pieces in compared.values()), initial=0))
-    slots = [
-        start + piece for start, (piece, _) in zip(starts, compared.values(), strict=False)
-    ]  # a slot for each piece
-    digests_P = _digests(named[name] for name in compared)
-    both = torch.full((2, starts[-1]), torch.iinfo(torch.int64).min)  # the least value
-    both[:, slots] = torch.stack([digests_P, -digests_P])
-    both = max_tensor(both, world(), what=f"the comparison of {len(compared)} tensors")
-    if bool((both[0] == -both[1]).all()):
-        return
-    gathered = all_gather_object(dict(zip(slots, digests_P.tolist(), strict=True)))
-    for name, start, end in zip(compared, starts, starts[1:], strict=False):
-        for slot in range(start, end):
-            _refuse_odd_one({rank: each[slot] for rank, each in enumerate(gathered) if slot in each}, name, subject)
-
-
-def _refuse_odd_one(digests: Mapping[int, int], name: str, subject: str) -> None:
-    """Raise if the `digests`, by rank, are not all the same."""
-    odd, common = _odd_one(list(digests.values()))
-    if odd is None:
-        return
-    ranks = list(digests)
-    others = [rank for rank, value in digests.items() if value != digests[ranks[common]]]
-    raise ConsistencyError(
-        f"{subject} differ between ranks: {name!r} of rank {', '.join(map(str, others))} is not that of rank "
-        f"{ranks[common]}. Were they changed on one rank only, or outside of the optimizer?"
-    )
-
-
 def _odd_one(values: Sequence[Any]) -> tuple[int | None, int]:
     """The index of a value that is not the most frequent one (None if all are equal), and the index of one that is."""
     if not values:
@@ -208,31 +157,3 @@ def _odd_one(values: Sequence[Any]) -> tuple[int | None, int]:
     commonest, _ = Counter(values).most_common(1)[0]  # of equals the first, so that rank 0 is right in doubt
     odd = next((rank for rank, value in enumerate(values) if value != commonest), None)
     return odd, values.index(commonest)
-
-
-def _digests(values: Iterable[Any]) -> torch.Tensor:
-    """One int64 for each value. Shapes: result (P,), on the CPU."""
-    digests = [tensor_digest(value if isinstance(value, torch.Tensor) else _number(value)) for value in values]
-    # In one copy a device: each by itself would wait for it.
-    return torch.stack([each.cpu() for each in digests]) if digests else torch.zeros(0, dtype=torch.int64)
-
-
-def _number(value: Any) -> torch.Tensor:
-    if is_number(value):
-        return torch.tensor(float(value) if math.isfinite(value) else math.inf, dtype=torch.float64)
-    return torch.tensor(list(repr(value).encode()), dtype=torch.uint8)
-
-
-def tensor_digest(tensor: torch.Tensor) -> torch.Tensor:
-    """A digest of 64 bits, which changes with any bit of the tensor. Shapes: result () int64, on the tensor's
-    device.
-    """
-    with torch.no_grad():
-        data = local_part(tensor).contiguous().reshape(-1).view(torch.uint8)
-        words = nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
-        total = torch.zeros((), dtype=torch.int64, device=words.device)
-        for start in range(0, words.numel(), _CHUNK):
-            chunk = words[start : start + _CHUNK]
-            positions = torch.arange(start, start + chunk.numel(), device=words.device)
-            total = total + mixed(chunk ^ mixed(positions)).sum()
-        return total

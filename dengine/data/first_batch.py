@@ -10,7 +10,8 @@ import torch
 
 from dengine import trees
 from dengine.comm.collectives import all_gather_object, max_tensor
-from dengine.comm.consistency import tensor_digest, text_digest
+from dengine.comm.consistency import text_digest
+from dengine.comm.copies import tensor_digest
 from dengine.dtensor import is_dtensor
 from dengine.errors import ConsistencyError
 from dengine.launch.world import World, world

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dengine.checks import number
 from dengine.distributed import rank_zero_only as only_on_rank_zero
 from dengine.engine.events import AnyEvent, Events, FilteredEvent, Subscribable, event_parts, event_text
-from dengine.engine.handler_checks import check_handler, is_collective, owner_of, phase_of, warn_of_idle
+from dengine.engine.handler_checks import check_handler, is_collective, owner_of, phase_of, precedes_saves, warn_of_idle
 from dengine.engine.handler_list import Handler, HandlerList, Subscription
 from dengine.engine.state import State
 from dengine.naming import describe
@@ -107,10 +107,16 @@ class Dispatcher:
         """The handlers that all ranks must have, in the order in which an event calls them."""
         return [
             f"{owner_of(subscription.handler)} at {event_text(subscription.options)}"
+            + (" and before saves" if precedes_saves(subscription.handler) else "")
             for handlers in self._lists.values()
             for subscription in handlers.subscriptions
             if is_collective(subscription.handler)
         ]
+
+    def before_saves(self) -> list[Handler]:
+        """The handlers that are also called before each save, each once, in the order in which an event calls them."""
+        handlers = [each.handler for handlers in self._lists.values() for each in handlers.subscriptions]
+        return list(dict.fromkeys(each for each in handlers if precedes_saves(each)))
 
     def warn_of_idle(self, state: State) -> None:
         """Warn of handlers that a whole run, from its beginning, could not call: no run like it ever will."""

@@ -164,6 +164,15 @@ class Engine:
             )
         self._dispatcher.fire(self, event)
 
+    def before_save(self) -> None:
+        """Call the handlers of any event that are to look at what is about to be saved. A `Checkpoint` calls it before
+        each save, and saves nothing if one of them raises: `ConsistencyCheck(model, before_saving=True)`.
+
+        Collective as they are: call it on all ranks.
+        """
+        for handler in self._dispatcher.before_saves():
+            handler(self)
+
     # -- metrics -------------------------------------------------------------------------------------------------
 
     def add_metric(self, metric: AnyMetric, name: str, output_transform: OutputTransform | None = None) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "is_collective",
     "owner_of",
     "phase_of",
+    "precedes_saves",
     "warn_of_failure",
     "warn_of_idle",
 ]
@@ -80,6 +81,11 @@ def collective(method: _C) -> _C:
 def is_collective(handler: object) -> bool:
     """Whether all ranks must have `handler`, as it says itself (see `collective`)."""
     return bool(getattr(_inside(handler), "is_collective", False))
+
+
+def precedes_saves(handler: object) -> bool:
+    """Whether `handler` is also called before each save, as it says itself by an attribute of this name."""
+    return bool(getattr(_inside(handler), "precedes_saves", False))
 
 
 def phase_of(handler: object) -> Phase:

@@ -21,7 +21,7 @@ from dengine.comm.outcome import from_rank_zero
 from dengine.distributed import world
 from dengine.engine import Engine, Events
 from dengine.engine.phases import Phase
-from dengine.errors import CheckpointError
+from dengine.errors import CheckpointError, ConsistencyError
 from dengine.handlers.priorities import Priority
 from dengine.handlers.score import check_score_function, score_of
 from dengine.handlers.step import StepTransform, check_step_transform, step_of
@@ -86,6 +86,7 @@ class Checkpoint:
     Raises (when called):
         TypeError: `score_function` gave no number, or `global_step_transform` no whole one.
         CheckpointError: on every rank, if it cannot be written; what was there before is untouched.
+        ConsistencyError: the engine has a `ConsistencyCheck(before_saving=True)`, which has found a difference.
 
     Example:
         >>> import tempfile, torch
@@ -190,6 +191,7 @@ class Checkpoint:
         self._take(outcome)
         if request is None:
             return
+        self._call_checks(engine, request)
         try:
             self._save(request)
         except BaseException:
@@ -215,6 +217,13 @@ class Checkpoint:
             self._resolve()
 
     # -- on every rank -------------------------------------------------------------------------------------------
+
+    def _call_checks(self, engine: Engine, request: SaveRequest) -> None:
+        try:
+            engine.before_save()
+        except ConsistencyError as error:
+            path = self._path(request, "")
+            raise ConsistencyError(f"{path} was not saved, and older ones are as they were. {error}") from None
 
     def _save(self, request: SaveRequest) -> None:
         collected = collect(self._objects)
