@@ -11,7 +11,9 @@ from dengine import ConfigError, distributed
 from dengine.config import Conf, Config
 from dengine.distributed import World
 
-__all__ = ["mesh_sizes", "read_arguments", "refuse", "settings", "start", "unfinished_run"]
+__all__ = ["PREEMPTED", "mesh_sizes", "read_arguments", "refuse", "settings", "start", "unfinished_run"]
+
+PREEMPTED = 75  # the exit code of a job that has saved and wants to be started again
 
 
 def read_arguments(path: Path, about: str | None, *, fractions: Collection[str] = ()) -> Config:
@@ -66,12 +68,19 @@ def unfinished_run(project: str, cfg: Config) -> str | None:
 
 def start(run: Callable[[World], object], mesh: Mapping[str, int] | None = None) -> None:
     """`run(world)` in the group of processes that this one is of; Ctrl-C ends all of them with one line."""
+    is_preempted = False
     with distributed.process_group(mesh=mesh) as world:
         try:
             run(world)
         except KeyboardInterrupt:
             distributed.rank_zero_only(print)("Interrupted.", flush=True)
             raise SystemExit(130) from None
+        except SystemExit as leaving:  # an exit inside of the group is a failure, for which the other ranks are ended
+            is_preempted = leaving.code == PREEMPTED
+            if not is_preempted:
+                raise
+    if is_preempted:  # all ranks have left together
+        raise SystemExit(PREEMPTED)
 
 
 def _entries(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

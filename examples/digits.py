@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from _config import refuse, settings, start, unfinished_run
+from _config import PREEMPTED, refuse, settings, start, unfinished_run
 from _data import load_images
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
@@ -124,7 +124,7 @@ def run(cfg, world, train_set, val_set):
             say(f"Going on after iteration {trainer.state.iteration} of {folder} (remove it to begin anew)")
         state = trainer.run(train_loader, max_epochs=cfg.epochs)
         if state.preempted:
-            raise SystemExit(75)  # run me again
+            raise SystemExit(PREEMPTED)  # run me again
         if state.epochs_completed < cfg.epochs:
             say(f"Stopped: no better in {cfg.patience} epochs.")
         path = distributed.broadcast_object(latest(folder, "best"))  # of this start, or of one before it

@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from _config import mesh_sizes, read_arguments, refuse, start
+from _config import PREEMPTED, mesh_sizes, read_arguments, refuse, start
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.nn.functional import cross_entropy
@@ -146,7 +146,7 @@ def run(cfg, world):
         if not (evaluator.state.metrics or trainer.state.preempted):
             validate()  # nothing was left to do
     if trainer.state.preempted:
-        raise SystemExit(75)  # run me again
+        raise SystemExit(PREEMPTED)  # run me again
     say(f"\nPerplexity of a byte of {len(held_out)} texts held out: {evaluator.state.metrics['val/perplexity']}")
     say(f"Checkpoint: {checkpoint.last_path or path}\nNumbers:    {record.dir / 'metrics.jsonl'}")
     say(f"Sample:     {continued(bare_model.eval(), b'Return the ', cfg.length, world.device)!r}")

@@ -41,7 +41,10 @@ def tasks_per_node(text: str) -> list[int]:
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if found is None:
-            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is no list of numbers of tasks such as 4(x2),3.")
+            raise LaunchError(
+                f"SLURM's tasks per node (SLURM_STEP_TASKS_PER_NODE, else SLURM_TASKS_PER_NODE): {text!r} is no "
+                "list of numbers of tasks such as 4(x2),3."
+            )
         counts += [int(found[1])] * int(found[2] or 1)
     return counts
 

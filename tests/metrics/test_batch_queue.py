@@ -135,7 +135,7 @@ def test_no_graph_is_kept() -> None:
     for scores, labels in seen:
         metric.update((scores.clone().requires_grad_() * 1, labels))
     assert metric.compute() == pytest.approx(accuracy_of(seen))
-    joined = metric.stateful_metrics()[0]._queue._joined  # type: ignore[attr-defined]
+    joined = metric.stateful_metrics()[0]._queue._batches  # type: ignore[attr-defined]
     assert not any(part.requires_grad for part in joined)
 
 

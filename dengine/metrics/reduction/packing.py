@@ -17,7 +17,7 @@ from dengine.comm.collectives import gather_bytes, max_tensor
 from dengine.launch.world import World
 from dengine.metrics.reduction.schema import Schema, State
 
-__all__ = ["HEADER", "Plan", "packed", "unpacked"]
+__all__ = ["HEADER", "Plan", "of_one_rank", "packed", "unpacked"]
 
 HEADER = 2  # flags: ranks whose schemas have changed, ranks that failed to give their states
 
@@ -186,6 +186,29 @@ def _once_a_sample(counts_R: torch.Tensor, here: World) -> torch.Tensor:
     """The sum of counts of samples, of which ranks that share their samples have the same or, without output, none."""
     row = {rank: index for index, rank in enumerate(here.all_counting_ranks)}
     return torch.stack([counts_R[[row[rank] for rank in ranks]].amax(0) for ranks in here.counting_ranks]).sum(0)
+
+
+def of_one_rank(states: list[State], schemas: tuple[Schema, ...], here: World) -> list[torch.Tensor]:
+    """What `packed` and `unpacked` would give of a single rank, without a buffer: copies of its own states.
+
+    Cost: a copy of each state; one wait for each that lies on a GPU.
+    """
+    return [_own(state, schema, here) for state, schema in zip(states, schemas, strict=True)]
+
+
+def _own(state: State, schema: Schema, here: World) -> torch.Tensor:
+    value = state.value.detach()
+    if schema.op == "cat":
+        return value.to(here.device, schema.dtype, copy=True)
+    dtype = schema.dtype
+    if schema.op == "sum":
+        dtype = _dtype_of_sum(schema)
+    elif schema.op == "mean" and schema.is_whole and state.is_seen:
+        dtype = torch.float64
+    own = value.to("cpu", dtype, copy=True)
+    if schema.op == "gather":
+        return own.unsqueeze(0)
+    return own.unsqueeze(0).sum(0) if schema.op == "samples" else own
 
 
 # -- minima and maxima -------------------------------------------------------------------------------------------

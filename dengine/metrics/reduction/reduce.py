@@ -15,7 +15,7 @@ from dengine.comm.collectives import gather_objects, sum_tensor
 from dengine.errors import MetricStateError
 from dengine.launch.world import World
 from dengine.metrics.core.computed import Form
-from dengine.metrics.reduction.packing import HEADER, Plan, packed, unpacked
+from dengine.metrics.reduction.packing import HEADER, Plan, of_one_rank, packed, unpacked
 from dengine.metrics.reduction.schema import Schema, State, fitted, merged, schema_of
 
 __all__ = ["Reduction", "State"]
@@ -72,8 +72,10 @@ class Reduction:
         if self._schemas is None or any(schema.is_open for schema in self._schemas):
             self.agree(states, here, failure)
         for _ in range(2):
-            mine = None if self._schemas is None else fitted(states, self._schemas)
             assert self._schemas is not None
+            mine = fitted(states, self._schemas)
+            if mine is not None and failure is None and here.size == 1 and here.device.type == "cpu":
+                return of_one_rank(mine, self._schemas, here)  # on a GPU one buffer is one wait for all states
             sent = packed(mine, self._schemas, self._plan, here, failure)
             host = sum_tensor(sent, here).cpu()
             if not host[:HEADER].any():
