@@ -1,4 +1,4 @@
-"""The events of one engine, and which handlers each has: attached, fired, detached."""
+"""The registered events of one engine and their handlers: attach, fire, detach."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Dispatcher:
         self.register(*events)
 
     def register(self, *events: type[Enum] | Enum | str) -> None:
-        """Take in more events.
+        """Register more events.
 
-        Raises: TypeError: something else than an event was given; nothing is registered then.
+        Raises: TypeError: one is not an event; nothing is registered then.
         """
         members: list[AnyEvent] = []
         for event in events:
@@ -52,7 +52,7 @@ class Dispatcher:
         """The handlers of `event`.
 
         Raises:
-            ValueError: not registered; it lists the registered events and names the closest.
+            ValueError: it is not registered; the message lists the registered events and names the closest.
         """
         handlers = self._lists.get(_key(event))
         if handlers is None:
@@ -60,16 +60,16 @@ class Dispatcher:
         return handlers
 
     def parts(self, event: Subscribable) -> list[tuple[HandlerList, FilteredEvent]]:
-        """The list and the options of each event in `event`.
+        """The handler list and the options of each event in `event`.
 
         Raises: TypeError: it is no event. ValueError: one is not registered.
         """
         return [(self.handlers(part.event), part) for part in event_parts(event)]
 
     def attach(self, event: Subscribable, handler: Handler, *, priority: float, rank_zero_only: bool) -> HandlerHandle:
-        """Have `handler` called at `event`.
+        """Attach `handler` to `event`.
 
-        Raises: TypeError: the handler cannot be called as `handler(engine)`, `event` is no event, or `priority` no
+        Raises: TypeError: the handler cannot be called as `handler(engine)`, `event` is no event, or `priority` is no
             number. ValueError: the event is not registered.
         """
         parts = self.parts(event)
@@ -88,7 +88,7 @@ class Dispatcher:
         if not handlers.subscriptions:
             handlers.count += 1
         elif event in _PER_ITERATION or event in _PER_EPOCH:
-            # Fired by hand, a count may come twice: neither call replaces another one.
+            # If the user fires it, a count may come twice: neither call replaces the other.
             handlers.rewind()
             handlers.fire(engine, engine.state.iteration if event in _PER_ITERATION else engine.state.epoch + 1)
             handlers.rewind()
@@ -97,14 +97,14 @@ class Dispatcher:
             handlers.fire(engine, handlers.count)
 
     def rewind(self) -> None:
-        """Set the counts of the events back, as a run starts."""
+        """Set the counts of the events to 0, as a run starts."""
         for handlers in self._lists.values():
             handlers.count = 0
             if handlers.subscriptions:
                 handlers.rewind()
 
     def collectives(self) -> list[str]:
-        """The handlers that all ranks must have, in the order in which an event calls them."""
+        """The names of the handlers that all ranks must have, in the order in which an event calls them."""
         return [
             f"{owner_of(subscription.handler)} at {event_text(subscription.options)}"
             + (" and before saves" if precedes_saves(subscription.handler) else "")
@@ -119,7 +119,7 @@ class Dispatcher:
         return list(dict.fromkeys(each for each in handlers if precedes_saves(each)))
 
     def warn_of_idle(self, state: State) -> None:
-        """Warn of handlers that a whole run, from its beginning, could not call: no run like it ever will."""
+        """Warn of handlers that a whole run, from its beginning, could not call: no run of this length will."""
         idle = []
         for handlers in self._lists.values():
             count = handlers.count
@@ -145,7 +145,9 @@ class Dispatcher:
 
 
 class HandlerHandle:
-    """A handler on its events, as `Engine.on` gives it: `remove()` detaches it; a second call does nothing."""
+    """A handler that is attached to events, as `Engine.on` gives it. `remove()` detaches it; a second call does
+    nothing.
+    """
 
     def __init__(self, attached: list[tuple[HandlerList, Subscription]]) -> None:
         self._attached = attached
@@ -163,5 +165,5 @@ class HandlerHandle:
 
 
 def _key(event: AnyEvent) -> int | str:
-    # By identity: an enum that is a str as well would equal another one's member, or a registered string.
+    # By identity: a member of an enum that is also a str would equal that of another enum, or a registered string.
     return id(event) if isinstance(event, Enum) else event

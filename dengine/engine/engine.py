@@ -1,4 +1,4 @@
-"""The engine as its users see it: handlers and metrics are added, a run is started and left, its state is saved."""
+"""The engine, the public class: add handlers and metrics, start and leave a run, save its state."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ class Engine:
         process_function: one step. What it returns is `state.output`.
         distributed: False makes the engine this rank's own (an evaluation on rank 0 only): its metrics are not
             reduced, its stops are its own, and it takes part in no collective.
-        joined: ranks whose data ends before that of others take part in the iterations that they lack, with an
-            `Absent` as `state.batch`, so that a step may hold collectives (DDP, FSDP). Metrics are not updated in them.
-            Of data that has a length. Cost: one small all-reduce an epoch.
+        joined: ranks with fewer batches than others take part in the last iterations with an `Absent` as
+            `state.batch`, so that a step may hold collectives (DDP, FSDP). Metrics are not updated in these iterations.
+            The data must have a length. Cost: one small all-reduce an epoch.
         stop_every: iterations of an epoch that belong together (an accumulation of gradients): `terminate()`,
-            `terminate_epoch()` and `preempt()` leave after a multiple of so many, or at the epoch's end.
+            `terminate_epoch()` and `preempt()` leave after a multiple of this number, or at the epoch's end.
 
     Raises:
-        TypeError: `process_function` cannot be called as `process_function(engine, batch)`; it names its signature.
+        TypeError: `process_function` cannot be called as `process_function(engine, batch)`; the message shows its
+            signature.
         TypeError, ValueError: `stop_every` is no whole number of at least 1.
 
     Example:
@@ -85,7 +86,7 @@ class Engine:
         self._loop: Loop | None = None  # of the run under way
 
     def __repr__(self) -> str:
-        """What it is; the position of its run is in the repr of its state."""
+        """The settings of the engine. The position of its run is in the repr of its state."""
         return shown(
             self,
             self._step,
@@ -115,15 +116,15 @@ class Engine:
         priority: int = 0,
         rank_zero_only: bool = False,
     ) -> HandlerHandle | Callable[[_H], _H]:
-        """Have `handler(engine)` called at `event`; without a handler, a decorator that does so.
+        """Attach a handler: `handler(engine)` is called at `event`. Without a handler, this is a decorator.
 
-        Higher `priority` first, registration order within one priority, but for a `Checkpoint`, which comes last in
-        its priority: it saves what the others have done. Attached while its event is being fired, a handler is called
-        from the next firing on.
+        Handlers with a higher `priority` come first; within one priority, they are called in the order of registration,
+        except that a `Checkpoint` comes last: it saves what the others have done. A handler that is attached while its
+        event is being fired is called from the next time on.
 
         Args:
             event: an event, one with options (`Events.X(every=100)`), or several joined by `|`.
-            rank_zero_only: call it on rank 0 alone; a collective of this package inside it raises
+            rank_zero_only: call it on rank 0 alone. A collective of this package inside it raises
                 `RankZeroCollectiveError` instead of waiting for ever.
 
         Returns:
@@ -144,10 +145,10 @@ class Engine:
         return attach
 
     def register_events(self, *events: type[Enum] | Enum | str) -> None:
-        """Let `on` and `fire_event` accept events of your own: enum classes, single members, or strings.
+        """Register events of your own for `on` and `fire_event`: enum classes, single members, or strings.
 
         Raises:
-            TypeError: something else was given; nothing is registered then.
+            TypeError: one is not an event; nothing is registered then.
         """
         self._dispatcher.register(*events)
 
@@ -155,7 +156,7 @@ class Engine:
         """Run the handlers of `event` now.
 
         Raises:
-            ValueError: the event is not registered; the message lists those that are and names the closest.
+            ValueError: the event is not registered; the message lists the registered ones and names the closest.
             TypeError: an event with options was given: options belong to `on`.
         """
         if not isinstance(event, (Enum, str)):
@@ -193,7 +194,7 @@ class Engine:
         self._metrics.add(name, metric, output_transform)
 
     def add_metrics(self, metrics: Mapping[str, AnyMetric]) -> None:
-        """`add_metric` for each of `{name: metric}`; all of them or, on an error, none."""
+        """Add each metric of `{name: metric}`; on an error, none is added."""
         self._metrics.add_all(metrics)
 
     @property
@@ -215,36 +216,37 @@ class Engine:
     ) -> State:
         """Run over `data` until `max_epochs` or `max_iterations` is reached, whichever comes first.
 
-        Starts afresh (epoch 0, iteration 0), unless `load_state_dict()` was called since the last run: then it goes
-        on from there, also in the middle of an epoch (whose `EPOCH_STARTED` has been and does not fire again).
+        The run starts at epoch 0 and iteration 0, unless `load_state_dict()` was called since the last run: then it
+        goes on from there, also in the middle of an epoch (whose `EPOCH_STARTED` does not fire again).
 
         Args:
-            data: any iterable; each epoch iterates over it anew. A one-shot iterator goes on from where it
-                is; to a resumed run it is given anew, at its beginning, and fast-forwarded.
-            max_epochs: the total, so that a resumed run does what is left of it; None: only `max_iterations` counts.
+            data: any iterable; each epoch iterates over it from its start. A one-shot iterator goes on from its
+                position; a resumed run needs a new one at its beginning, which it fast-forwards.
+            max_epochs: the total number, of which a resumed run does the rest; None: only `max_iterations` counts.
             max_iterations: the total over all epochs, within `max_epochs` (1 if it is not given). An epoch that it
                 cuts short is not completed: no `EPOCH_COMPLETED`, no metrics.
-            epoch_length: iterations of an epoch; by default what `len(data)` says, else until the data ends.
-                Longer than the data: it is iterated again; shorter: each epoch takes the first ones.
-            allow_changed_data: go on although the data have another length than the run was started with, or a loader
-                of `prepare_data_loader` another global batch or seed; without it, that is a ValueError.
+            epoch_length: iterations of an epoch; by default `len(data)`, or until the data end. If it is more than the
+                data have, they are iterated again; if less, each epoch takes the first batches.
+            allow_changed_data: go on although the length of the data, or the global batch or the seed of a prepared
+                loader, differs from that at the start of the run; without it, that is a ValueError.
 
         Returns:
             `engine.state`.
 
         Raises:
-            TypeError, ValueError: an argument is wrong (nothing has been changed then), or there is not a single
-                batch (with several ranks an empty shard is legal, as long as another rank has a batch in that epoch).
+            TypeError, ValueError: an argument is wrong (nothing was changed then), or there is no batch (with several
+                ranks one may have an empty shard, as long as another rank has a batch in that epoch).
             LaunchError: a launcher started several processes, but no process group is open.
-            ConsistencyError: what all ranks must have alike differs: metrics, models, prepared data, handlers that are
-                collective, the first batch of ranks that share their data.
+            ConsistencyError: ranks differ in what must be the same: metrics, models, prepared data, collective
+                handlers, the first batch of ranks that share their data.
             RuntimeError: this engine is running already, or a one-shot iterator ran dry.
             Any exception of a step, a handler or the data, after `EXCEPTION_RAISED`.
-            RemoteRankError, StallError: another rank failed, vanished or hangs; it says which one, and where it was.
+            RemoteRankError, StallError: another rank failed, vanished or hangs; the message says which one, and
+                its position.
 
-        Cost: over several ranks, one all-reduce of 5 numbers at the start (what must be alike), one more of 1 number
-        over data of which no rank knows the length, and one all-reduce an epoch if there are metrics. On a mesh whose
-        ranks share data, one more at the start, of the first batch, which is read for it.
+        Cost: over several ranks, one all-reduce of 5 numbers at the start (the comparison), one more of 1 number if no
+        rank knows the length of its data, and one all-reduce an epoch if there are metrics. On a mesh whose ranks
+        share data, one more at the start, for the first batch, which is read for it.
         """
         self._refuse_while_running("run()")
         max_epochs, max_iterations = checked_limits(max_epochs, max_iterations)
@@ -260,27 +262,29 @@ class Engine:
     # -- leaving a run ---------------------------------------------------------------------------------------------
 
     def terminate(self) -> None:
-        """Leave the run after the current iteration, on every rank at the same one. Without a run it does nothing.
+        """Leave the run after the current iteration, on every rank after the same one. Without a run it does nothing.
 
-        Call it on any rank, or on several. If others have started a further iteration by then, all ranks do that one
-        too: with steps that wait for each other (DDP) it is one or two, without, as many as fit into some milliseconds.
-        In a run that ends anyway before that, it changes nothing.
+        Call it on any rank, or on several. If another rank has started a further iteration by then, all ranks do that
+        one, too: that is one or two if steps wait for each other (DDP), else as many as fit into some milliseconds. If
+        the run ends before that anyway, nothing changes.
         """
         if self._loop is not None:
             self._loop.limits.run.request_stop("run", self.state.epoch)
 
     def preempt(self) -> None:
-        """As `terminate()`, for a job that is to go on elsewhere: `state.preempted` is true, on every rank, from
-        `TERMINATED` on, and `COMPLETED` does not fire. `Preemption` calls it.
+        """Leave the run as `terminate()` does, for a job that will be resumed later.
+
+        `state.preempted` is true, on every rank, from `TERMINATED` on, and `COMPLETED` does not fire. `Preemption`
+        calls this.
         """
         if self._loop is not None:
             self._loop.limits.run.request_stop("run", self.state.epoch, reason=PREEMPTED)
 
     def terminate_epoch(self) -> None:
-        """Leave the epoch after the current iteration, on every rank at the same one; it counts as completed.
+        """Leave the epoch after the current iteration, on every rank after the same one. The epoch counts as completed.
 
-        Called in `EPOCH_STARTED`, it skips the epoch's iterations; outside an epoch it does nothing. Otherwise as
-        `terminate`.
+        Called in `EPOCH_STARTED`, it skips the epoch's iterations; outside an epoch it does nothing. Otherwise it works
+        as `terminate`.
         """
         if self._loop is not None and self._loop.limits.run.started >= 0:  # not in STARTED
             self._loop.limits.run.request_stop("epoch", self.state.epoch)
@@ -300,10 +304,10 @@ class Engine:
         return state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Have the next `run()` go on from where `state_dict` was taken.
+        """Make the next `run()` go on from the position in `state_dict`.
 
         Raises:
-            ValueError: a wrong, missing or unknown entry, named; the engine is unchanged.
+            ValueError: an entry is wrong, missing or unknown (the message names it); the engine is unchanged.
             RuntimeError: the engine is running.
         """
         self._refuse_while_running("load_state_dict()")
@@ -311,10 +315,11 @@ class Engine:
         self._resuming.is_resumed = True
 
     def random_state(self) -> RandomState:
-        """What a resumed run needs of this rank: its random number generators, as they are now and as they were when
-        the epoch's iterator started, and what the metrics have gathered of the epoch.
+        """The part of the state that each rank has for itself, which a resumed run needs.
 
-        Of tensors, numbers, strings, lists and dicts. A `Checkpoint` saves it of every rank.
+        It holds the random number generators, as they are now and as they were when the epoch's iterator started, and
+        the states of the metrics in this epoch. It is made of tensors, numbers, strings, lists and dicts. A
+        `Checkpoint` saves that of every rank.
         """
         return {
             **self._resuming.state(has_started=self.state.epoch_iteration > self.state._under_way),
@@ -324,10 +329,10 @@ class Engine:
         }
 
     def load_random_state(self, random_state: RandomState, *, data_only: bool = False) -> None:
-        """Have the next `run()` go on, on this rank, with the generators and metrics that `random_state()` gave.
+        """Make the next `run()` of this rank go on with the generators and metrics that `random_state()` gave.
 
         Args:
-            data_only: it is of another rank, so that only how often the data were passed over counts.
+            data_only: it is the state of another rank, so that only the number of passes over the data is used.
 
         Raises:
             RuntimeError: the engine is running.
@@ -336,8 +341,10 @@ class Engine:
         self._resuming.load(passes_of(random_state) if data_only else random_state)
 
     def data_restored(self, objects: Iterable[object]) -> None:
-        """Have the next `run()` take its data as they are if they iterate over one of `objects`, which were restored to
-        their position by a state of their own. `Checkpoint.resume` calls it with all that it has loaded.
+        """Note that `objects` have restored their own position, so that the next `run()` does not fast-forward them.
+
+        That holds for data that are one of `objects`, or iterate over one. `Checkpoint.resume` calls it with all
+        objects that it has loaded.
 
         Raises:
             RuntimeError: the engine is running.
@@ -348,7 +355,7 @@ class Engine:
     # -- parts of a run --------------------------------------------------------------------------------------------
 
     def _new_loop(self, epochs: EpochIterator, max_epochs: int | None, max_iterations: int | None) -> Loop:
-        """The loop of a new run, after the state and the counts of events were set to those of its start."""
+        """Set the state and the counts of events to those of the start of a run, and give its loop."""
         run = plane().begin_run(is_shared=self.distributed, where=partial(levels, Loop.run_epochs.__code__))
         limits = Limits(self.state, run, max_iterations=max_iterations, stop_every=self._stop_every)
         self.state._begin_run(epochs.data, max_epochs, epochs.length, is_resumed=self._resuming.is_resumed)

@@ -1,4 +1,4 @@
-"""The metrics of an epoch that ends, is resumed or is cut short."""
+"""Compute the metrics at the end of an epoch, restore them in a resumed one, end them in one that is cut short."""
 
 import warnings
 
@@ -24,13 +24,13 @@ def compute(metrics: MetricSet, *, distributed: bool, is_whole: bool) -> dict[st
 
 
 def end_live(state: State, *, is_read: bool) -> None:
-    """The values of an epoch that was cut short are what they are now; none goes on with the next run."""
+    """Fix the live values of an epoch that was cut short at what they are now."""
     if isinstance(state.metrics, MetricValues):
         state.metrics.freeze(is_read=is_read)
 
 
 def restore(metrics: MetricSet, saved: RandomState, epoch: int) -> None:
-    """Have the metrics go on from what they had gathered of `epoch`; warn if they cannot."""
+    """Restore the states that the metrics had in `epoch`, or warn if they cannot go on from them."""
     is_whole = saved["world_size"] == world().size and metrics.load_state_dict(saved["metrics"])
     if not is_whole and world().rank == 0:
         warnings.warn(

@@ -1,7 +1,7 @@
-"""The events of a run, and the options by which a subscription says at which of their counts it is called.
+"""The events of a run, and the options that choose the counts at which a handler is called.
 
-Making a filtered event builds a new value; the event itself is an enum member and never changes. Two events are the
-same only when they are the same member: equal names in two enums, or an equal string, do not make them meet.
+A filtered event is a new value; the event itself is an enum member and never changes. Two events are the same only if
+they are the same member: equal names in two enums, or an equal string, do not count.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Subscribable: TypeAlias = "Enum | str | FilteredEvent | EventsList"
 
 
 class _Joins:
-    """`a | b`: one subscription to both."""
+    """Gives events the operator `a | b`: one subscription to both."""
 
     def __or__(self, other: Subscribable) -> EventsList:
         return EventsList((*event_parts(self), *event_parts(other)))
@@ -46,9 +46,9 @@ class _Joins:
 
 
 class _EventType(EnumMeta):
-    """An enum whose error for a member that does not exist says which ones do."""
+    """A kind of enum whose error for an unknown member lists the known ones."""
 
-    if not TYPE_CHECKING:  # a type checker is to go on reporting members that do not exist
+    if not TYPE_CHECKING:  # a type checker must still report members that do not exist
 
         def __getattr__(cls, name: str) -> Any:
             if name.startswith("_"):  # asked for while a class is made, too
@@ -61,7 +61,7 @@ class _EventType(EnumMeta):
             raise AttributeError(f"There is no {cls.__name__}.{name}.{hint} There is {', '.join(known)}.")
 
 
-# Events of other libraries -> ours.
+# An event of another library -> the event here.
 _INSTEAD = {
     "TERMINATE": "TERMINATED",
     "TERMINATE_SINGLE_EPOCH": "EPOCH_COMPLETED",
@@ -99,7 +99,7 @@ class EventEnum(_Joins, Enum, metaclass=_EventType):
         before: int | None = None,
         filter: CountFilter | None = None,
     ) -> FilteredEvent:
-        """This event at some of its counts only; see `filtered`."""
+        """This event, but only at some of its counts; see `filtered`."""
         return filtered(self, every=every, once=once, after=after, before=before, filter=filter)
 
 
@@ -139,7 +139,7 @@ class FilteredEvent(_Joins):
 
     @property
     def options(self) -> dict[str, object]:
-        """Those that were given, by name."""
+        """The options that were given, by name."""
         options = {name: getattr(self, name) for name in ("every", "once", "after", "before", "filter")}
         return {name: value for name, value in options.items() if value is not None}
 
@@ -161,17 +161,17 @@ def filtered(
     before: int | None = None,
     filter: CountFilter | None = None,
 ) -> FilteredEvent:
-    """`event` at some of its counts only. The options combine with *and*; the event itself is unchanged.
+    """`event`, but only at some of its counts. The options combine with *and*; the event itself is unchanged.
 
     Args:
         event: an enum member of any kind, or a registered string.
-        every: counts that it divides.
-        once: this count, or these counts.
+        every: the counts that are multiples of it.
+        once: a count, or several.
         after, before: counts above `after` and below `before`, both exclusive.
         filter: called as `filter(engine, count)` on the counts that pass the rest.
 
     Raises:
-        TypeError: no option at all, or one of the wrong type.
+        TypeError: there is no option, or one of the wrong type.
         ValueError: `every` or `once` below 1, `after` or `before` below 0, an empty `once`.
     """
     if not isinstance(event, (Enum, str)):
@@ -193,7 +193,7 @@ def filtered(
 
 
 def event_parts(events: object) -> tuple[FilteredEvent, ...]:
-    """Any subscribable thing as a tuple of filtered events (a bare event becomes one without options)."""
+    """The events in anything that `on` takes, as filtered events (a bare event becomes one without options)."""
     if isinstance(events, EventsList):
         return events.events
     if isinstance(events, FilteredEvent):
@@ -206,7 +206,7 @@ def event_parts(events: object) -> tuple[FilteredEvent, ...]:
 
 
 def event_text(event: FilteredEvent) -> str:
-    """As a user would write it: `Events.EPOCH_COMPLETED(every=5)`."""
+    """The event as a user would write it: `Events.EPOCH_COMPLETED(every=5)`."""
     options = ", ".join(
         f"{name}={describe(value) if callable(value) else value!r}" for name, value in event.options.items()
     )

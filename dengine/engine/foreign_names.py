@@ -1,4 +1,4 @@
-"""Names that other libraries have for the parts of an engine, and what they are called here: for error messages."""
+"""Names that other libraries use for the parts of an engine, with what to write instead, for error messages."""
 
 __all__ = ["ENGINE", "RUN"]
 

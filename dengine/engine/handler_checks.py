@@ -1,4 +1,4 @@
-"""Checks of handlers and steps, what a handler says of itself, and the warnings of handlers that fail or idle."""
+"""Check handlers and steps, read the properties that handlers declare, and warn of those that fail or never run."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _C = TypeVar("_C", bound="Callable[..., Any]")
 
 
 def check_handler(handler: object) -> None:
-    """Refuse what cannot be called as `handler(engine)`.
+    """Refuse a handler that cannot be called as `handler(engine)`.
 
     Raises:
-        TypeError: naming the handler and its signature.
+        TypeError: it cannot; the message shows the handler and its signature.
     """
     if not callable(handler):
         hint = ""
@@ -42,10 +42,10 @@ def check_handler(handler: object) -> None:
 
 
 def check_process_function(function: object) -> None:
-    """Refuse what cannot be called as `process_function(engine, batch)`.
+    """Refuse a step that cannot be called as `process_function(engine, batch)`.
 
     Raises:
-        TypeError: naming the function and its signature.
+        TypeError: it cannot; the message shows the function and its signature.
     """
     if not callable(function):
         raise TypeError(f"Engine() takes a function (engine, batch) -> output, but got {function!r}.")
@@ -71,15 +71,17 @@ def _check_call(what: str, function: Callable[..., Any], arguments: tuple[str, .
 
 
 def collective(method: _C) -> _C:
-    """Mark `method`, which is attached as a handler, as one that all ranks take part in: they compare which ones they
-    have at the start of a run. A handler that is an object says so by an attribute `is_collective`.
+    """Mark `method`, which is attached as a handler, as collective: all ranks must have it.
+
+    The ranks compare their collective handlers at the start of a run. A handler that is an object declares it by an
+    attribute `is_collective`.
     """
     method.is_collective = True  # type: ignore[attr-defined]
     return method
 
 
 def is_collective(handler: object) -> bool:
-    """Whether all ranks must have `handler`, as it says itself (see `collective`)."""
+    """Whether `handler` declares that all ranks must have it (see `collective`)."""
     return bool(getattr(_inside(handler), "is_collective", False))
 
 
@@ -89,13 +91,13 @@ def precedes_saves(handler: object) -> bool:
 
 
 def phase_of(handler: object) -> Phase:
-    """The phase of an event that `handler` belongs to, as it says itself."""
+    """The phase of an event that `handler` declares for itself."""
     phase: Phase = getattr(_inside(handler), "phase", Phase.ACT)
     return phase
 
 
 def _inside(handler: object) -> Any:
-    """The object or function that is called in the end: in a `functools.partial`, or by its `__call__`."""
+    """The object or function that is called in the end: inside a `functools.partial`, or by its `__call__`."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     is_call = getattr(handler, "__name__", "") == "__call__"
@@ -103,7 +105,7 @@ def _inside(handler: object) -> Any:
 
 
 def owner_of(handler: object) -> str:
-    """The name of the class that `handler` is a method of, or its own."""
+    """The name of the class whose method `handler` is, else the name of `handler`."""
     inside = _inside(handler)
     owner = getattr(inside, "__self__", None)
     return describe(inside) if owner is None else type(owner).__qualname__
@@ -121,7 +123,7 @@ def warn_of_failure(failure: Exception, handler: Callable[..., object], error: B
 
 
 def warn_of_idle(idle: list[str]) -> None:
-    """Warn that these handlers, shown with how often their event came, could not be called in a whole run."""
+    """Warn that the handlers in `idle`, each with the number of times its event came, were never called in a run."""
     more = f"; and {len(idle) - 3} more" if len(idle) > 3 else ""
     warnings.warn(
         f"The counts of this run did not reach some handlers: {'; '.join(idle[:3])}{more}. Counts begin anew with each "

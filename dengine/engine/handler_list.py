@@ -1,4 +1,4 @@
-"""The handlers of one event, their options compiled when they are attached, and the loop over those who are due."""
+"""The handlers of one event: their options as integers that are cheap to compare, and the loop that calls them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["NEVER", "Handler", "HandlerList", "Subscription"]
 
 Handler: TypeAlias = "Callable[[Engine], object]"
 
-# The count at which nobody is ever due.
+# A count that is never reached: no handler is due.
 NEVER = sys.maxsize
 
 
 class Subscription:
-    """One handler on one event, its options turned into integers that are compared in place."""
+    """One handler of one event, with its options as integers that the loop compares."""
 
     __slots__ = (
         "due",
@@ -42,7 +42,7 @@ class Subscription:
     def __init__(self, handler: Handler, options: FilteredEvent, priority: float, phase: Phase) -> None:
         self.handler = handler
         self.options = options
-        self.is_known_idle = False  # the counts of a run do not reach it, and that has been said
+        self.is_known_idle = False  # the counts of a run do not reach it, and the user was warned
         self.turn = (-priority, phase)
         self.step = options.every or 1
         self.once = options.once
@@ -50,7 +50,7 @@ class Subscription:
         self.last = NEVER if options.before is None else options.before - 1
         self.filter = options.filter
         self.is_plain = options == FilteredEvent(options.event)
-        # No count below it needs a look; 0 means: look at the next one, whatever it is.
+        # The next count that needs a look; 0 means: look at the next one, whatever it is.
         self.due = 0
 
     def call(self, engine: Engine, count: int) -> None:
@@ -58,7 +58,7 @@ class Subscription:
             self.handler(engine)
 
     def admits(self, count: int) -> bool:
-        """Whether the integer options allow `count`; `filter` is asked later, when the handler's turn has come."""
+        """Whether the integer options allow `count`. `filter` is called later, just before the handler."""
         if self.once is not None and count not in self.once:
             return False
         return self.first <= count <= self.last and count % self.step == 0
@@ -77,10 +77,10 @@ class Subscription:
 
 
 class HandlerList:
-    """One event's subscriptions, as one tuple in the order of calling.
+    """The subscriptions of one event, as one tuple in the order of calling.
 
-    `due` is the smallest count at which anybody wants to be called: the loop compares with it and needs nothing else
-    of the list in an iteration in which nobody is due.
+    `due` is the smallest count at which a handler is to be called. The loop only compares with it in an iteration in
+    which no handler is due.
     """
 
     __slots__ = ("count", "due", "due_with_options", "event", "plain_handlers", "subscriptions")
@@ -89,9 +89,9 @@ class HandlerList:
         self.event = event
         self.count = 0  # times fired in this run; the loop keeps the counts of iterations and epochs itself
         self.due = NEVER
-        self.due_with_options = NEVER  # the same of those that have options, to which nobody has to look before
+        self.due_with_options = NEVER  # the same for those with options, which need no look before
         self.subscriptions: tuple[Subscription, ...] = ()
-        self.plain_handlers: tuple[Handler, ...] = ()  # of those without options
+        self.plain_handlers: tuple[Handler, ...] = ()  # handlers without options
 
     def add(self, subscription: Subscription) -> None:
         # sorted() is stable: registration order within one priority.
@@ -101,7 +101,9 @@ class HandlerList:
         self._set(tuple(each for each in self.subscriptions if each is not subscription))
 
     def idle(self, count: int) -> list[Subscription]:
-        """The subscriptions, each once, that a run with `count` as its last could not call: their counts are higher."""
+        """The subscriptions whose counts are all above `count`, so that a run that ends there never calls them. Each
+        once.
+        """
         found = []
         for subscription in self.subscriptions:
             if subscription.due_after(0) > count > 0 and not subscription.is_known_idle:
@@ -110,13 +112,13 @@ class HandlerList:
         return found
 
     def rewind(self) -> None:
-        """Have everybody looked at on the next firing: counts start again, or may jump."""
+        """Look at every subscription on the next firing: counts restart, or may jump."""
         for subscription in self.subscriptions:
             subscription.due = 0
         self._look_for_due()
 
     def fire(self, engine: Engine, count: int) -> None:
-        """Call everybody who is due at `count`. Who is called is decided before the first call."""
+        """Call the handlers that are due at `count`. They are chosen before the first call."""
         outer, engine.firing = engine.firing, self.event
         try:
             if count < self.due_with_options:
@@ -129,7 +131,9 @@ class HandlerList:
             engine.firing = outer
 
     def fire_despite(self, engine: Engine, error: BaseException) -> None:
-        """Call everybody for `error`. What one of them raises must not hide it, nor keep others from being called."""
+        """Call all handlers because of `error`. If one of them raises, that hides neither `error` nor the other
+        handlers.
+        """
         engine.firing = self.event
         try:
             for subscription in self.ready(1):
@@ -138,7 +142,7 @@ class HandlerList:
             engine.firing = None
 
     def ready(self, count: int) -> list[Subscription]:
-        """Those who are due at `count`, but for their `filter`, which is asked when their turn has come."""
+        """The subscriptions that are due at `count`. Their `filter` is called later, just before each handler."""
         ready = []
         for subscription in self.subscriptions:
             if subscription.due <= count:

@@ -1,4 +1,4 @@
-"""The limits of a run: what the arguments of `run()` allow, and what the ranks have agreed upon."""
+"""The end of a run: the limits that the arguments of `run()` set, and stops that the ranks agree on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PREEMPTED = "preempted"  # as the reason why a run is left
 
 
 class Limits:
-    """The end of one run and of its epochs, whoever sets it.
+    """Decides when one run and its epochs end.
 
-    The loop leaves the epoch if `iteration >= run.stop_at`: one comparison for all who may end it. A rank's thread sets
-    it to 0 (`Run.interrupt`), so that the loop comes here and asks.
+    The loop leaves the epoch if `iteration >= run.stop_at`: one comparison for all reasons to end. A rank's thread sets
+    it to 0 (`Run.interrupt`), so that the loop asks here.
     """
 
     def __init__(self, state: State, run: Run, *, max_iterations: int | None, stop_every: int) -> None:
@@ -26,7 +26,7 @@ class Limits:
         self._state = state
 
     def may_begin(self, next_position: int) -> bool:
-        """Publish that `next_position` is started, an epoch or its end, unless all ranks leave the run before it."""
+        """Publish that `next_position` (an epoch, or its end) has started, unless all ranks leave the run before it."""
         run = self.run
         run.started = next_position
         if run.must_check and next_position > run.stop_targets(self._state.epoch)[0]:
@@ -35,7 +35,7 @@ class Limits:
         return not self.is_terminated
 
     def may_go_on(self, end: int) -> bool:
-        """Whether there is another iteration in this epoch, which ends at `end` unless it is to be left before."""
+        """Whether this epoch has another iteration. It ends at `end`, unless it is left before."""
         state, run = self._state, self.run
         stop_at = run.stop_at = min(end, self.max_iterations)
         if run.must_check:
@@ -50,12 +50,12 @@ class Limits:
         return state.iteration < stop_at
 
     def has_ended(self, end: int) -> bool:
-        """Whether the epoch that was left has come to its end, or was ended by `terminate_epoch()`."""
+        """Whether the epoch that was left is complete: it has reached its end, or `terminate_epoch()` ended it."""
         is_left = self._epoch_target() is not None  # asked in any case: it raises if another rank has failed
         return self._state.iteration >= end or is_left
 
     def is_skipped(self) -> bool:
-        """Whether the epoch was left without an iteration on any rank."""
+        """Whether the epoch ended without an iteration on any rank."""
         return self._epoch_target() == position(self._state.epoch, 0)
 
     def _epoch_target(self) -> int | None:

@@ -34,7 +34,7 @@ ProcessFunction: TypeAlias = "Callable[[Engine, Any], Any]"
 
 @dataclass(eq=False)
 class Loop:
-    """One run of an engine. What is kept here ends with it; what outlives it is in `engine.state`."""
+    """One run of an engine. Its attributes end with the run; `engine.state` outlives it."""
 
     engine: Engine
     state: State
@@ -60,7 +60,7 @@ class Loop:
         self._consumed_before = self.state.iteration  # batches that the interrupted run had taken of an iterator
 
     def run(self) -> None:
-        """Run all of it. A failure is reported to the other ranks before anything else, since they wait."""
+        """Run from start to end. A failure is reported to the other ranks first, since they wait."""
         state, started_s = self.state, time.perf_counter()
         try:
             self.run_epochs(started_s)
@@ -86,7 +86,7 @@ class Loop:
         max_epochs = NEVER if state.max_epochs is None else state.max_epochs
         while state.epochs_completed < max_epochs and self._run_epoch():
             pass
-        self.resuming.return_between_epochs(self.epochs)  # if nothing was left to do
+        self.resuming.return_between_epochs(self.epochs)  # if there was nothing left to do
         state.times["run"] = time.perf_counter() - started_s
         if self.limits.is_terminated:
             self._fire(Events.TERMINATED)
@@ -97,17 +97,18 @@ class Loop:
             self.dispatcher.warn_of_idle(state)
 
     def _is_evaluation(self) -> bool:
-        """Whether the run looks like an evaluator's: one epoch, of which nothing was cut off unless a trainer is
-        around it. One of several epochs, or of a few iterations, may be the trial of a training that takes longer.
+        """Whether the run looks like that of an evaluator: one whole epoch, or part of one inside a trainer's run.
+
+        Several epochs, or a few iterations, may be a trial of a longer training.
         """
         is_cut = self.epochs.is_length_given or self.limits.max_iterations != NEVER
         return self.state.max_epochs == 1 and not (is_cut and not engines_around(self.engine))
 
     def _run_epoch(self) -> bool:
-        """Run one epoch, or what is left of it. False if it was cut short, so that the run is over."""
+        """Run one epoch, or the rest of it. False if it was cut short, so that the run is over."""
         state, limits = self.state, self.limits
         started_s = time.perf_counter()
-        # Taken in a handler of EPOCH_STARTED, a state goes on after it, as with every other event.
+        # A state that a handler of EPOCH_STARTED takes goes on after this event, as with every other event.
         is_new = state.epoch < state.epochs_completed or state.iteration == 0
         if is_new and state.iteration >= limits.max_iterations:
             return False
@@ -134,7 +135,7 @@ class Loop:
 
     def _end_epoch(self, started_s: float, *, is_whole: bool) -> None:
         state, run, distributed = self.state, self.limits.run, self.engine.distributed
-        # The epoch's end has started by now: a rank without a batch delays nobody's stop.
+        # The epoch's end has started by now: a rank without a batch does not delay a stop.
         if not state.epoch_iteration and not run.must_check and not run.has_any_rank_batches(state.epoch):
             self.epochs.emptiness.refuse_empty_epoch(state.epoch, state.iteration)
         if not self.limits.is_skipped():
@@ -169,7 +170,7 @@ class Loop:
                     return limits.has_ended(end)
                 self._announce_fetch()
             elif epochs.is_over(state.epoch, state.iteration, is_empty=state.iteration == pass_start):
-                self._fetch_started_offset -= 1  # the last fetch was announced, but there was nothing to get
+                self._fetch_started_offset -= 1  # the last fetch was announced, but the data had ended
                 if not epochs.is_length_given:
                     state._epoch_length = state.epoch_iteration
                 return True
@@ -178,7 +179,9 @@ class Loop:
                 batches = epochs.start()
 
     def _run_pass(self, batches: Iterator[object]) -> bool:
-        """Run the iterations of a pass over the data: every line is paid in each one. True if the data ran dry."""
+        """Run the iterations of a pass over the data; every line here costs time in each of them. True if the data
+        ended.
+        """
         engine, state, step, metrics, limits = self.engine, self.state, self.step, self.metrics, self.limits
         run = limits.run
         get_batch_started, get_batch_completed, started, completed = self._iteration_lists
@@ -201,7 +204,7 @@ class Loop:
                 metrics.update(state.output)
             if iteration >= completed.due:
                 completed.fire(engine, iteration)
-            run.started = next_position + iteration  # published before anybody asks: see control/stop.py
+            run.started = next_position + iteration  # published before other ranks ask: see control/stop.py
             if iteration >= run.stop_at:
                 return False
             if iteration + 1 - fetch_started_offset >= get_batch_started.due:
@@ -209,10 +212,12 @@ class Loop:
         return True
 
     def _first_batches(self) -> Iterator[object]:
-        """The batches of the epoch from its present position, the random number generators set as they were then."""
+        """The batches of the epoch from its present position on, with the random number generators as they were
+        there.
+        """
         state, consumed, self._consumed_before = self.state, self._consumed_before, 0
         batches = self.resuming.first_batches(self.epochs, skip=state.epoch_iteration, consumed=consumed)
-        is_start = not state.epoch_iteration  # else there was a batch; there may be no more
+        is_start = not state.epoch_iteration  # else there was a batch already; there may be no more
         return self.epochs.looked_into(batches, state.epoch, state.iteration, is_start=is_start)
 
     def _announce_fetch(self) -> None:
@@ -226,7 +231,7 @@ class Loop:
     def _leave_by(self, error: BaseException) -> None:
         """Report `error` to the other ranks; then fire `EXCEPTION_RAISED`.
 
-        Raises: the failure of another rank, if `error` is only what it looks like from here.
+        Raises: the failure of another rank, if `error` is only a consequence of it.
         """
         raised = self.limits.run.failed(error)
         self.state.exception = raised
@@ -236,7 +241,7 @@ class Loop:
 
 
 def engines_around(engine: Engine) -> list[Engine]:
-    """The engines, the nearest first, in whose handlers or steps the present run of `engine` takes place."""
+    """The engines whose handlers or steps contain the present run of `engine`, the innermost first."""
     inner_first = [loop.engine for loop in loops_here(Loop.run_epochs.__code__)]
     here = [index for index, each in enumerate(inner_first) if each is engine]
     return inner_first[here[-1] + 1 :] if here else []

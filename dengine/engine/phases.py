@@ -13,18 +13,17 @@ __all__ = ["Phase", "SavePhase"]
 
 
 class Phase(IntEnum):
-    """A phase of an event. A handler names its own by an attribute `phase`; without it, it is `ACT`."""
+    """A phase of an event. A handler chooses it by an attribute `phase`; without one, it is `ACT`."""
 
     ACT = 0  # in the order in which the handlers were attached
-    SAVE = 1  # after the others of its priority: what they do then would be lost to a resumed run
+    SAVE = 1  # after the others of its priority, so that what they did is saved
 
 
 class SavePhase:
     """The `SAVE` phase of the event that an engine fires.
 
-    An event that is fired within another one (an optimizer's step within `ITERATION_COMPLETED`) has none of its own,
-    if whoever fires it says so (`is_put_off`): what saves is called then in the one of the event around it (`run`),
-    since the handlers of that event are yet to come.
+    An event that is fired within another one (an optimizer's step within `ITERATION_COMPLETED`) can leave its savers to
+    the event around it (`is_put_off`): they are called in that event's `SAVE` phase (`run`), after its other handlers.
     """
 
     def __init__(self) -> None:
@@ -32,14 +31,14 @@ class SavePhase:
         self.waiting: list[Callable[[Engine], object]] = []
 
     def call(self, action: Callable[[Engine], object], engine: Engine) -> None:
-        """Call `action(engine)`: now, or in the phase of the event around this one."""
+        """Call `action(engine)`: now, or in the `SAVE` phase of the event around this one."""
         if self.is_put_off:
             self.waiting.append(action)
         else:
             action(engine)
 
     def run(self, engine: Engine) -> None:
-        """Call what has been put off."""
+        """Call the actions that were put off."""
         waiting, self.waiting = self.waiting, []
         for action in waiting:
             action(engine)

@@ -1,4 +1,4 @@
-"""The positions of the engines of this process, read from the stack: the loop itself notes nothing for it."""
+"""The positions of the engines of this process, read from the stack, so that they cost the loop nothing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["levels", "loops_here"]
 
 
 def loops_here(code: CodeType) -> list[Loop]:
-    """The loops that run in this thread, the innermost first. `code` is what a loop runs in."""
+    """The loops that run in this thread, the innermost first. `code` is the code of a loop's frame."""
     return [frame.f_locals["self"] for frame in _frames_here() if frame.f_code is code]
 
 
 def levels(code: CodeType, frames: Iterable[FrameType]) -> list[Level]:
-    """The engines that run in `frames` (outermost first), in that order. `code` is what a loop runs in."""
+    """The engines that run in `frames` (outermost first), in that order. `code` is the code of a loop's frame."""
     found: list[Level] = []
     loop: Loop | None = None
     for frame in frames:
@@ -64,7 +64,7 @@ def _in_handler(state: State, fire: FrameType) -> Level:
 
 
 def _doing(loop: Loop) -> str:
-    """A text for what the loop is doing, by the numbers that it keeps: how far it has started, and how far it is."""
+    """A text that says what the loop is doing, from its two counts: iterations started, and iterations done."""
     state, run = loop.state, loop.limits.run
     started = -1 if run.started < 0 else run.started & END
     if started <= 0:

@@ -1,7 +1,7 @@
-"""The state that a run of this rank is resumed from: generators, passes over data, and what data keep by themselves.
+"""Save and restore what a resumed run of this rank needs: generators, passes over data, and the data's own state.
 
-All are set twice: as they were when the epoch's iterator was made, so that it starts as it did; and, after it was
-fast-forwarded to its position, as they were when the state was taken.
+All are set twice: first as they were when the epoch's iterator was made, so that it starts in the same way; then, after
+it was fast-forwarded to its position, as they were when the state was saved.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ __all__ = ["Resuming", "passes_of"]
 
 
 class Resuming:
-    """The state of one engine's data and generators: followed while a run is under way, and taken over by the next."""
+    """The state of one engine's data and generators: observed during a run, and loaded for the next one."""
 
     def __init__(self) -> None:
         self.is_resumed = False  # the next run goes on from the state that was loaded
@@ -29,21 +29,21 @@ class Resuming:
         self._is_one_shot = False
 
     def load(self, saved: RandomState) -> None:
-        """Have the next run go on from `saved`, which `state()` gave."""
+        """Make the next run go on from `saved`, which `state()` gave."""
         self._saved = saved
 
     def data_restored(self, objects: Iterable[object]) -> None:
-        """Note that `objects` are at their position: the next run is not to fast-forward what iterates over them."""
+        """Note that `objects` have restored their position: the next run does not fast-forward data that use them."""
         self._restored = list(objects)
 
     def saved(self) -> RandomState | None:
-        """The state that the run under way has yet to return to."""
+        """The loaded state that the current run has not restored yet."""
         return self._saved
 
     def check_data(self, state: State, epochs: EpochIterator, *, allow_changed_data: bool) -> None:
-        """Note the description of the data.
+        """Store the description of the data, and compare it with the saved one.
 
-        Raises: ValueError: a resumed run is to go on with other data than it was started with.
+        Raises: ValueError: the data of a resumed run differ from those that it was started with.
         """
         epoch = state.epochs_completed
         if self.is_resumed and not allow_changed_data:
@@ -72,14 +72,14 @@ class Resuming:
         self._saved = None
 
     def return_between_epochs(self, epochs: EpochIterator) -> None:
-        """Set the state that was loaded, if an epoch starts at its beginning, or none is left."""
+        """Restore the loaded state, if an epoch starts at its beginning, or none is left."""
         if self._saved is not None and self._saved["now"] is not None:
             self._return_to(self._saved["now"], epochs)
             # A one-shot iterator is yet to be fast-forwarded, from its beginning.
             self._saved = {**self._saved, "now": None} if epochs.is_one_shot and self._saved["epoch_start"] else None
 
     def first_batches(self, epochs: EpochIterator, *, skip: int, consumed: int) -> Iterator[object]:
-        """The batches of the epoch from its batch `skip` on, with the generators as they were then."""
+        """The batches of the epoch from its batch `skip` on, with the generators as they were there."""
         saved, self._saved = self._saved, None
         if saved is None:
             self._begin_epoch(epochs)
@@ -97,7 +97,7 @@ class Resuming:
             self._at_start = None
 
     def _saved_data(self, of_rank_zero: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The interrupted run's description of its data, on this rank if that is known."""
+        """The description of the interrupted run's data: that of this rank, if known, else that of rank 0."""
         if self._saved is not None and self._saved.get("data_state") is not None:
             of_rank: dict[str, Any] = self._saved["data_state"]
             return of_rank

@@ -1,4 +1,4 @@
-"""Checks at the start of a run: its arguments, and what all ranks must have alike."""
+"""Checks at the start of a run: its arguments, and what must be the same on all ranks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _WARNED = "_dengine_warned"  # on a loader
 
 
 def checked_limits(max_epochs: object, max_iterations: object) -> tuple[int | None, int | None]:
-    """Both as whole numbers, or None.
+    """Both limits, checked to be whole numbers or None.
 
-    Raises: TypeError, ValueError: one is wrong, or there is none.
+    Raises: TypeError, ValueError: one is wrong, or both are None.
     """
     if max_epochs is None and max_iterations is None:
         raise ValueError("max_epochs=None runs without an end: pass max_iterations= as well.")
@@ -42,8 +42,8 @@ def checked_data(data: Iterable[object], epoch_length: object, *, is_joined: boo
     """The epochs of a run over `data`.
 
     Raises:
-        TypeError, ValueError: it cannot be iterated over, has no batch, or `epoch_length` is wrong; on a mesh, a loader
-            with a sampler for other ranks.
+        TypeError, ValueError: `data` cannot be iterated over or have no batch, `epoch_length` is wrong, or, on a mesh,
+            a loader has a sampler for other ranks.
         LaunchError: a launcher started several processes, but no process group is open.
     """
     check_data(data)
@@ -66,10 +66,10 @@ def checked_data(data: Iterable[object], epoch_length: object, *, is_joined: boo
 
 
 def compare_start(loop: Loop) -> None:
-    """Have the ranks compare what they must have alike, before anything of the run happens. Collective.
+    """Compare what must be the same on all ranks, before the run starts. Collective.
 
     Raises:
-        MetricStateError, ConsistencyError: on every rank, naming the rank and the first thing that differs.
+        MetricStateError, ConsistencyError: on every rank; the message names a rank and the first difference.
         ValueError: no rank has a batch; on every rank.
     """
     refuse_on_rank_zero_alone("A run of an Engine")
@@ -83,7 +83,7 @@ def compare_start(loop: Loop) -> None:
 
 
 def _must_be_alike(loop: Loop) -> list[Compared]:
-    """All that the ranks compare beside metrics and models, in the order in which a difference is looked for."""
+    """Everything that the ranks compare, except metrics and models, in the order of the search for a difference."""
     nesting = (
         "run() in a handler or step of another run" if loop.limits.run.depth > 1 else "run() outside of any other run"
     )
@@ -120,7 +120,7 @@ def _must_be_alike(loop: Loop) -> list[Compared]:
 
 
 def _samples_if_whole(data: object) -> str:
-    """A text for the samples of `data`, to be compared if it looks as if no rank had a shard of them; else ""."""
+    """A text for the samples of `data`, to be compared if no rank seems to have a shard; else ""."""
     return samples_of(data) if is_whole_on_every_rank(data) and _WARNED not in vars(data) else ""
 
 

@@ -1,4 +1,4 @@
-"""The state of a run: what handlers read, and what a checkpoint of an engine holds."""
+"""The state of a run, which handlers read and a checkpoint of an engine saves."""
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -23,10 +23,10 @@ _POSITION = {
 
 
 def _of_the_loop(name: str, instead: str) -> Any:
-    """An attribute that only the loop sets, as `_name`. Setting it by its own name is an error that says what to do
-    instead, since the loop would overlook or overwrite that value.
+    """A property that only the loop sets, as `_name`.
 
-    Reading it is one call of a C function; what the loop writes costs no more than any attribute.
+    To set `name` itself is an error that says what to do instead, since the loop would ignore or overwrite the value.
+    Reading it is one call of a C function; writing `_name` costs no more than any attribute.
     """
 
     def refuse(state: "State", value: object) -> NoReturn:
@@ -36,24 +36,26 @@ def _of_the_loop(name: str, instead: str) -> Any:
 
 
 class State:
-    """The state of one engine, as `engine.state`. Attributes of your own may be set on it freely, and so may `batch`,
-    `output` and `metrics`; setting what else the engine keeps here is an AttributeError that says what to do instead.
+    """The state of one engine, as `engine.state`.
+
+    You may set attributes of your own on it, and also `batch`, `output` and `metrics`. To set another attribute of the
+    engine is an AttributeError that says what to do instead.
 
     Attributes:
         epoch: the current epoch, 0-indexed; in `COMPLETED` handlers and after the run, the last epoch that ran.
         iteration: iterations started over the whole training: 1 during the first one, 0 before it.
         epoch_iteration: the same, within the epoch.
-        epochs_completed: epochs whose end was reached: `epoch + 1` from `EPOCH_COMPLETED` on, `epoch` before it.
-        max_epochs, epoch_length: as given or found; None if unknown.
+        epochs_completed: the number of epochs whose end was reached: `epoch + 1` from `EPOCH_COMPLETED` on, `epoch`
+        before it. max_epochs, epoch_length: as given or found; None if unknown.
         output: what the process function returned in the current (or last) iteration.
         batch: of the current iteration; None outside an epoch, so that no batch outlives it.
         dataloader: the data of the run.
-        data_state: the description of the data, which a resumed run is to find unchanged.
-        metrics: values by name, as of the last epoch of this run that was completed; those of `RunningAverage` and
-            `Throughput` as of now, of this rank, until the epoch ends.
+        data_state: the description of the data, which must be the same in a resumed run.
+        metrics: values by name, of the last completed epoch of this run. Those of `RunningAverage` and `Throughput` are
+            current values of this rank until the epoch ends.
         times: seconds: "epoch" (the last finished one) and "run".
-        preempted: whether `preempt()` ended the run, on any rank: it is to go on elsewhere.
-        exception: what ended the run, from `EXCEPTION_RAISED` on until the next run; else None.
+        preempted: whether `preempt()` ended the run, on any rank: the job will be resumed later.
+        exception: the exception that ended the run, from `EXCEPTION_RAISED` until the next run; else None.
     """
 
     epoch: int = _of_the_loop("epoch", "load_state_dict() has the next run() start at another position")
@@ -101,7 +103,7 @@ class State:
         def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __repr__(self) -> str:
-        """The position of the run. Values on a device are not read: of metrics it has the names."""
+        """The position of the run, and the names of its metrics. No value is read from a device."""
         names = ("epoch", "iteration", "epoch_iteration", "max_epochs", "epoch_length")
         mine = [name for name in vars(self) if name not in _OWN]
         shown = [f"{name}={getattr(self, name)!r}" for name in names]
@@ -134,7 +136,7 @@ class State:
         """Take over a position and persisted attributes. Nothing is changed if anything is wrong.
 
         Raises:
-            ValueError: a missing, unknown or wrong entry, named.
+            ValueError: an entry is missing, unknown or wrong; the message names it.
         """
         _check(state_dict)
         for name in _POSITION:
@@ -142,18 +144,18 @@ class State:
         self._iterations_done = self._iteration
         self.data_state = deepcopy(state_dict["data"])
         for name, value in state_dict["persisted"].items():
-            setattr(self, name, deepcopy(value))  # the run goes on changing it
+            setattr(self, name, deepcopy(value))  # the run will change it
         self.persist(*state_dict["persisted"])
 
     @property
     def _under_way(self) -> int:
-        """How many iterations have started, but are not done: 1 or 0."""
+        """The number of iterations that have started but are not done: 1 or 0."""
         return self._iteration - self._iterations_done
 
     def _begin_run(
         self, data: Iterable[Any], max_epochs: int | None, epoch_length: int | None, *, is_resumed: bool
     ) -> None:
-        """Set what a run starts with, afresh or from where it was left."""
+        """Set the values with which a run starts: the initial ones, or those of a resumed run."""
         if not is_resumed:
             self._epoch = self._iteration = self._epoch_iteration = self._epochs_completed = 0
             self._iterations_done = 0
@@ -161,7 +163,7 @@ class State:
         if epoch_length is not None or not is_resumed:
             self._epoch_length = epoch_length
         self._dataloader = data
-        # New dicts: who kept those of an earlier run keeps its values.
+        # New dicts: those of an earlier run keep their values.
         self.metrics, self.times = MetricValues(), {}
         self.output = self.batch = self.exception = None
         self._preempted = False
@@ -231,7 +233,7 @@ def _not_plain_message(name: str, found: object) -> str:
 
 
 def _not_plain(value: Any) -> Any:
-    """The first thing inside `value` that is no plain number, string, list, dict or None; else None."""
+    """The first part of `value` that is not a plain number, string, list, dict or None; None if there is none."""
     if value is None or type(value) in (bool, int, float, str):
         return None
     if type(value) is list:

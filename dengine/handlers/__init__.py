@@ -37,7 +37,7 @@ __all__ = [
     "TrackingHandler",
 ]
 
-# What other libraries have at this place -> what it is here.
+# A name of another library -> what to write instead.
 _INSTEAD = {
     "ModelCheckpoint": "it is Checkpoint(to_save, save_dir, filename_prefix)",
     "DiskSaver": "give Checkpoint the folder itself: Checkpoint(to_save, save_dir)",

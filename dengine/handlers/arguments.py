@@ -1,4 +1,4 @@
-"""Checks of the arguments of handlers, with errors in the words of the user."""
+"""Check the arguments of handlers."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -16,13 +16,13 @@ MetricNames = Sequence[str] | Literal["all"] | None
 
 
 def check_engine(handler: object, engine: object) -> None:
-    """Raises: TypeError: `engine`, to which `handler` is attached, is not an Engine."""
+    """Check the argument of `attach`. Raises: TypeError: `engine` is not an Engine."""
     if not isinstance(engine, Engine):
         raise TypeError(f"{type(handler).__qualname__}.attach() takes an Engine, but got {engine!r}.")
 
 
 def check_function(name: str, function: object, *arguments: str) -> None:
-    """Raises: TypeError: `function` is not None and cannot be called with these arguments."""
+    """Check an optional function. Raises: TypeError: `function` is not None and cannot be called with `arguments`."""
     if function is None:
         return
     called = f"{name}({', '.join(arguments)})"
@@ -35,7 +35,7 @@ def check_function(name: str, function: object, *arguments: str) -> None:
 def checked_names(names: object) -> tuple[str, ...] | Literal["all"] | None:
     """`metric_names` as a tuple, or "all", or None.
 
-    Raises: TypeError: it is another string, or not a list of strings.
+    Raises: TypeError: it is another string, or no list of strings.
     """
     if names is None or (isinstance(names, str) and names == "all"):
         return names  # type: ignore[return-value]
@@ -48,7 +48,7 @@ def checked_names(names: object) -> tuple[str, ...] | Literal["all"] | None:
 
 
 def as_number(value: object) -> float | None:
-    """`value` as a number (one on a device is waited for); None if it is text, or several numbers."""
+    """`value` as a number (this waits for a value on a device); None if it is text, or several numbers."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         size = value.numel() if isinstance(value, torch.Tensor) else value.size
         value = value.item() if size == 1 else None

@@ -1,4 +1,4 @@
-"""When to save and what to keep. How a file reaches the disk, and comes back, is in dengine/checkpoint/."""
+"""The policy of checkpoints: when to save and what to keep. dengine/checkpoint/ writes and loads them."""
 
 import sys
 import warnings
@@ -30,7 +30,7 @@ from dengine.types import MetricValue
 
 __all__ = ["Checkpoint", "Saved"]
 
-_PATIENCE_S = 1.0  # so long nobody needs to know why a run that was interrupted does not end
+_PATIENCE_S = 1.0  # after this time, the user is told why an interrupted run does not end
 
 
 @dataclass(frozen=True)
@@ -53,39 +53,41 @@ class Checkpoint:
     `{name: state_dict}`, and one entry `"dengine"`. If something is sharded (FSDP2), all ranks write their parts
     into a folder of that name without the `.pt`; nothing is gathered, and any number of ranks can load it.
 
-    Attach it on every rank: `trainer.on(Events.EPOCH_COMPLETED, checkpoint)`. Rank 0 writes a file; every rank learns
-    the outcome. What has its final name is complete, and proves itself when it is loaded; `manifest.json` beside it
-    lists what there is. Older ones go only after it is safe; they are counted from the manifest, so that a restarted
-    run goes on pruning, and goes on with the best score. Several may share a folder, and a prefix too if their
-    `score_name` differs: each prunes only its own.
+    Attach it on every rank: `trainer.on(Events.EPOCH_COMPLETED, checkpoint)`. Rank 0 writes a file; every rank gets the
+    outcome. A file with its final name is complete, and is verified when it is loaded; `manifest.json` beside it lists
+    all checkpoints. Older ones are removed only after the new one is safe; they are counted from the manifest, so that
+    a restarted run goes on pruning, and with the best score. Several `Checkpoint`s may share a folder, and also a
+    prefix if their `score_name` differs: each prunes only its own files.
 
     Collective. Cost: two small broadcasts and one small gather a call, five more if something is sharded (three, if
     asynchronous); one broadcast if the score is not good enough.
 
     Args:
-        to_save: what to save, by name; a model wrapped in DDP is saved without the wrapper. With an engine among it,
-            the random number generators of every rank are saved too. An optimizer of a sharded model is kept by the
-            names of its parameters, so that model must be among it.
+        to_save: what to save, by name; a model wrapped in DDP is saved without the wrapper. If there is
+            an engine in it, the random number generators of every rank are saved, too. The optimizer of a sharded model
+            is saved by the names of its parameters, so it needs that model in here.
         save_dir: the folder; it is made at the first save.
-        n_saved: how many of its own files are kept: those saved last or, with a score, the best (higher is better);
-            None keeps all.
-        score_function: `score_function(engine) -> float`, asked on rank 0. NaN is never best.
-        score_name: how the score is called in the file's name; "score" by default.
+        n_saved: the number of its own files that are kept: those saved last or, with a score, the best (higher is
+            better); None keeps all.
+        score_function: `score_function(engine) -> float`, called on rank 0. NaN is never best.
+        score_name: the name of the score in the file's name; "score" by default.
         global_step_transform: `(engine, event) -> int`, the step in the file's name; by default the engine's iteration.
-            Attached to an evaluator, by default that of the trainer whose handler runs the evaluation.
-        asynchronous: hold the loop only for a copy of the states into host memory (on rank 0, as large as the file; on
-            each rank, as large as its part of a folder; it is used again), and write in a thread. One is written at a
-            time: a save that comes earlier waits. What fails in a thread is raised on every rank at the next save or
-            at the end of the run, which waits for the last write. If a run ends by an exception, each rank waits for
-            what it writes itself, and a failed write is a warning.
+            If it is attached to an evaluator, the default is the iteration of the trainer whose handler runs the
+            evaluation.
+        asynchronous: stop the loop only for a copy of the states to host memory, and write in a thread. The copy is as
+            large as the file (on rank 0) or as each rank's part of a folder, and its memory is used again. Only one
+            write runs at a time: the next save waits for it. A failed write is raised on every rank at the next save
+            or at the end of the run, which waits for the last write. If a run ends by an exception, each rank waits
+            for its own write, and a failed write is a warning.
 
     Attributes:
-        last_path: the file or folder of the last save that is known to be safe, on every rank; None before it.
-        saved: what is kept, in the order of saving, on every rank; with `asynchronous`, as of the last call.
+        last_path: the file or folder of the last save that is safe on the disk, on every rank; None before it.
+        saved: the checkpoints that are kept, in the order of saving, on every rank; with `asynchronous`, as of the last
+            call.
 
     Raises (when called):
-        TypeError: `score_function` gave no number, or `global_step_transform` no whole one.
-        CheckpointError: on every rank, if it cannot be written; what was there before is untouched.
+        TypeError: `score_function` gave no number, or `global_step_transform` no whole number.
+        CheckpointError: on every rank, if it cannot be written; older checkpoints are untouched.
         ConsistencyError: the engine has a `ConsistencyCheck(before_saving=True)`, which has found a difference.
 
     Example:
@@ -164,15 +166,16 @@ class Checkpoint:
 
     @staticmethod
     def resume(save_dir: str | Path, to_load: Mapping[str, object], filename_prefix: str = "checkpoint") -> Path | None:
-        """Load the newest intact checkpoint of `filename_prefix`; its path, or None if there is nothing yet.
+        """Load the newest intact checkpoint of `filename_prefix`, and give its path; None if there is no checkpoint
+        yet.
 
-        Call it on every rank, before `run()`. With an engine in `to_load`, the next `run()` goes on from there, with
-        each rank's random number generators as they were. See `dengine.checkpoint.load` for what is checked, and what
-        it costs.
+        Call it on every rank, before `run()`. If an engine is in `to_load`, the next `run()` goes on from there, with
+        each rank's random number generators as they were. `dengine.checkpoint.load` says what is checked, and what it
+        costs.
 
         Raises:
             CorruptCheckpointError: there are checkpoints, but none is intact.
-            CheckpointError: on every rank, if `save_dir` is a checkpoint rather than its folder, one does not find
+            CheckpointError: on every rank, if `save_dir` is a checkpoint rather than its folder, a rank does not find
                 the file, or an object refuses its state; every object is then as it was.
         """
         return resuming.resume(save_dir, to_load, filename_prefix)
@@ -199,13 +202,13 @@ class Checkpoint:
             raise
         finally:
             if (job := self._background.job) is not None:
-                # Last, and with the states given up: from here on the thread takes turns of the interpreter.
+                # Last, and without a reference to the states: from here on the thread competes for the interpreter.
                 job.writing.go()
         if engine.firing in (Events.COMPLETED, Events.EXCEPTION_RAISED):
             self.wait()  # there is no later call that could raise it
 
     def wait(self) -> None:
-        """Wait for the last write, and learn on every rank what became of it. The end of a run does so by itself.
+        """Wait for the last write, and raise on every rank if it failed. The end of a run does this by itself.
 
         Collective: one small broadcast; nothing at all if saving is not asynchronous.
 
@@ -230,7 +233,7 @@ class Checkpoint:
         format: Format = FolderFormat() if collected.is_sharded else FileFormat()
         path = self._path(request, format.ending)
         if self._is_asynchronous:
-            self._resolve()  # this rank's part of the one before, which rank 0 has resolved
+            self._resolve()  # this rank's part of the previous save, which rank 0 has resolved
         background = self._background if self._is_asynchronous else None
         plan = partial(self._planner.plan, path, request, self._kept, self._objects, collected.num_ranks)
         outcome = format.save(path, collected, self._objects, plan, background)
@@ -247,7 +250,7 @@ class Checkpoint:
             raise CheckpointError(outcome.failure)
 
     def _watch(self, engine: Engine) -> None:
-        """Wait at the end of the run: there is no other place where all ranks pass afterwards."""
+        """Wait at the end of the run, the last point that all ranks reach."""
         if self._is_asynchronous and engine not in self._watched:
             self._watched.add(engine)
             engine.on(Events.COMPLETED, lambda engine: self.wait(), priority=Priority.FINISHED)
@@ -255,12 +258,14 @@ class Checkpoint:
             engine.on(Events.EXCEPTION_RAISED, self._wait_alone, priority=Priority.FINISHED)
 
     def _wait_if_preempted(self, engine: Engine) -> None:
-        """Then `COMPLETED` does not come."""
+        """Wait at `TERMINATED` if the run was preempted, since `COMPLETED` does not fire then."""
         if engine.state.preempted:
             self.wait()
 
     def _wait_alone(self, engine: Engine) -> None:
-        """After an exception the other ranks may not come: no collective. What is raised here becomes a warning."""
+        """Wait without a collective after an exception, as other ranks may not come here. An error becomes a
+        warning.
+        """
         self._background.is_leaving.set()
         if (job := self._background.job) is not None and not job.writing.is_done_within(_PATIENCE_S):
             warnings.warn(f"{job.plan.path} is still being written: the run ends once it is safe.", stacklevel=2)
@@ -270,7 +275,7 @@ class Checkpoint:
     # -- on rank 0 -----------------------------------------------------------------------------------------------
 
     def _request(self, engine: Engine) -> tuple[SaveOutcome, SaveRequest | None]:
-        """What to save now; None if the score is not among the best, or the last write has failed."""
+        """The outcome of the last write, and the request for this save: None if the score is not among the best."""
         if (job := self._background.job) is not None and job.writing.is_done and (outcome := self._resolve()).failure:
             return outcome, None
         found = None
@@ -278,7 +283,7 @@ class Checkpoint:
             found = self._kept = self._planner.first_look()
             self._has_looked = True
         score = None if self._score_function is None else score_of(engine, self._score_function, "a Checkpoint")
-        # One that is still being written counts as saved: if it fails, the run ends.
+        # A checkpoint that is still being written counts as saved: if that fails, the run ends.
         if score is not None and not is_kept(score, self._expected(), self._n_saved):
             return self._known(), None
         step = step_of(engine, self._step_transform, self._objects.values())
@@ -291,7 +296,7 @@ class Checkpoint:
         return self._known(), SaveRequest(step, score)
 
     def _resolve(self) -> SaveOutcome:
-        """Wait for what is being written, and note what became of it."""
+        """Wait for the current write, and note its outcome."""
         outcome = self._background.resolve(self._known())
         self._kept, self.last_path = outcome.kept, outcome.last
         return outcome

@@ -1,4 +1,4 @@
-"""Checks that all ranks train the same model."""
+"""Check that all ranks train the same model."""
 
 import re
 from collections.abc import Iterable
@@ -24,13 +24,12 @@ _IS_NUMBER = re.compile(r"optimizer\.param_groups\.\d+\.params\.")
     attach="it takes one event, so write trainer.on(Events.ITERATION_COMPLETED(every=1000), handler)",
 )
 class ConsistencyCheck:
-    """Compares the parameters of `model`, and with `optimizer` its state too, bit by bit over all ranks.
+    """Compares the parameters of `model`, and the state of `optimizer` if given, bit by bit over all ranks.
 
-    Buffers are left out: the statistics of batch norm are each rank's own between two forward passes. A sharded
-    parameter is compared between the ranks that hold the same piece: the replicas of HSDP, the copies of a
+    Buffers are left out, since each rank has its own statistics of batch norm between two forward passes. A sharded
+    parameter is compared between the ranks that have the same piece: the replicas of HSDP, the copies of a
     tensor-parallel group. Parts of a model that differ on purpose (`prepare_model(parts="pp")`) are compared between
-    the ranks that have the same part. What each rank has another piece of, and all in a run of one process, has nothing
-    to be compared with.
+    the ranks that have the same part. Pieces that only one rank has are not compared, nor is anything in one process.
 
     Attach it on every rank: `trainer.on(Events.ITERATION_COMPLETED(every=1000), ConsistencyCheck(model))`.
     Collective. Cost: reads every parameter once on its device, one all-reduce of 16 bytes a parameter (for each piece
@@ -42,8 +41,8 @@ class ConsistencyCheck:
             saved before stays as it is. A `Checkpoint` on another engine (an evaluator) needs a check there.
 
     Raises (when called):
-        ConsistencyError: (on every rank) the parameters differ; it names a rank that differs from the majority of those
-            that have a copy, and the first parameter. Without a majority (two copies) it names all of them.
+        ConsistencyError: (on every rank) the parameters differ; the message names a rank that differs from the majority
+            of those that have a copy, and the first parameter. Without a majority (two copies) it names all of them.
 
     Example:
         >>> from dengine import Engine, Events

@@ -1,4 +1,4 @@
-"""Ends the training when a score has not improved for a while."""
+"""End the training when a score has not improved for a while."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,8 +22,8 @@ class EarlyStopping:
 
     Attach it on every rank, to the engine whose metrics the score reads: `evaluator.on(Events.EPOCH_COMPLETED, stop)`.
     Rank 0 decides, and all ranks stop. Collective, unless the engine is one rank's own. Cost: one small object
-    broadcast a call. A run of `trainer` that is not resumed begins without a best score. One that is resumed from a
-    state in which patience had run out ends before its next iteration.
+    broadcast a call. A new run of `trainer` begins without a best score. A run that is resumed after the patience had
+    run out ends before its next iteration.
 
     Args:
         patience: calls without an improvement after which the training ends.
@@ -31,7 +31,7 @@ class EarlyStopping:
         trainer: the engine to terminate.
         min_delta: an improvement must be larger than this.
         cumulative_delta: measure `min_delta` from the score of the last improvement; otherwise from the best score
-            so far, which small improvements move too.
+            so far, which small improvements raise, too.
         mode: "max": a higher score is better; "min": a lower one is, as with a loss.
         start_after: the number of calls at the beginning of the training that are ignored: they compute no score, and
             do not count.
@@ -113,7 +113,9 @@ class EarlyStopping:
             self._trainer.terminate()
 
     def state_dict(self) -> dict[str, float | int | None]:
-        """The best score (None before the first one), the number of calls since it, and of the calls ignored."""
+        """The best score (None before the first one), the number of calls since then, and the number of ignored
+        calls.
+        """
         state_dict: dict[str, float | int | None] = {
             "best": self._best,
             "num_calls_without_improvement": self._num_calls_without_improvement,
@@ -121,7 +123,7 @@ class EarlyStopping:
         return {**state_dict, "num_passed_over": self._num_passed_over} if self._start_after else state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        """Continue from a `state_dict()`. If it has no number of ignored calls, there are no more to ignore.
+        """Continue from a `state_dict()`. If it has no number of ignored calls, no more calls are ignored.
 
         Raises:
             ValueError: an entry is missing, unknown or wrong; the message names it, and nothing is changed.
@@ -150,7 +152,7 @@ class EarlyStopping:
     def _begin(self, engine: Engine) -> None:
         is_loaded, self._is_loaded = self._is_loaded, False
         if is_loaded and self._num_calls_without_improvement >= self._patience:
-            # Else a run that was saved after its last epoch, and then killed or preempted, would get one more.
+            # Else a run that was saved after its last epoch, and then killed or preempted, would get one epoch more.
             engine.terminate()
         elif not is_loaded and engine.state.iteration == 0:
             self._best, self._num_calls_without_improvement, self._num_passed_over = None, 0, 0

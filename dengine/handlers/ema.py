@@ -1,4 +1,4 @@
-"""Keeps an exponential moving average of a model's weights."""
+"""Keep an exponential moving average of a model's weights."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,26 +23,26 @@ __all__ = ["EMA"]
     momentum="it is 1 - decay",
 )
 class EMA:
-    """`ema.model`, a copy of the bare model whose weights are the average of those the model has had.
+    """Keeps `ema.model`, a copy of the model without its wrapper, with averaged weights.
 
-    Call it after each step of the optimizer, on every rank: `trainer.on(Events.ITERATION_COMPLETED, ema)`; of a
+    Call it after each step of the optimizer, on every rank: `trainer.on(Events.ITERATION_COMPLETED, ema)`, or, for a
     supervised trainer that accumulates, on `SupervisedEvents.OPTIMIZER_STEP_COMPLETED`. The first call takes the
-    model's weights as they are, each further one `average = decay * average + (1 - decay) * weights`: the shares of the
-    calls add up to 1 from the first on, there is no bias towards zero, and the weights before the first call have no
-    share. Before the first call the copy has the weights that the model had when it was made.
-    With `Events.ITERATION_COMPLETED(after=1000)` the average begins there.
+    model's weights as they are, each further call computes `average = decay * average + (1 - decay) * weights`. So the
+    weights of all calls in the average add up to 1, there is no bias towards zero, and weights before the first call
+    do not count. Before the first call the copy has the weights that the model had when it was made. With
+    `Events.ITERATION_COMPLETED(after=1000)` the average begins there.
 
     Parameters and floating-point buffers are averaged, other buffers (counts) are copied. The copy is in eval mode and
     takes no gradients; evaluate `ema.model` as any other model. Make it after `prepare_model`: a model in DDP is
-    averaged without its wrapper, one sharded by FSDP2 shard by shard, and its copy is sharded alike.
-    Buffers of a rank are its own, as in the model: `evaluating(ema.model)` takes rank 0's.
+    averaged without its wrapper; one that FSDP2 has sharded is averaged shard by shard, and its copy is sharded in the
+    same way. Each rank has its own buffers, as in the model: `evaluating(ema.model)` takes rank 0's.
 
-    Of weights in bfloat16 or float16, which are too coarse for a decay near 1, the average is kept in float32, and
-    `ema.model` has it rounded to the model's own dtype; the state has it as it is kept. To change such an average, load
-    a state: what is written into `ema.model` is overwritten by the next call.
+    For weights in bfloat16 or float16, which are too coarse for a decay near 1, the average is kept in float32:
+    `ema.model` has it rounded to the model's dtype, and the state has it in float32. To change such an average, load a
+    state: the next call overwrites what is written into `ema.model`.
 
     Args:
-        model: on its device already, wrapped or not.
+        model: a model that is on its device already, wrapped or not.
         decay: from 0 (no average) to 1, exclusive. The average spans about 1 / (1 - decay) calls.
 
     Attributes:
@@ -50,7 +50,8 @@ class EMA:
         num_updates: calls so far.
 
     Raises:
-        TypeError: `model` is no module. ValueError: `decay` is outside of its range; DeepSpeed has cut up the weights.
+        TypeError: `model` is no module. ValueError: `decay` is outside of its range, or DeepSpeed has cut up the
+            weights.
 
     Cost: memory for one more copy of the weights; a call reads and writes it once, with one operation per dtype and
     device, no wait for the device, and no collective.
@@ -88,7 +89,7 @@ class EMA:
         self._is_sharded = any_dtensor(self.model.parameters())
         own, source = _slots(self.model), _slots(self._source)
         self._pairs = [(name, *own[name], *source[name]) for name in own]
-        self._wide: dict[str, Tensor] = {}  # the averages, by name, that the model has in a coarser dtype
+        self._wide: dict[str, Tensor] = {}  # by name, the averages in float32 of weights with a coarser dtype
 
     def __repr__(self) -> str:
         return shown(self, self.model, decay=self._decay, num_updates=self.num_updates)
@@ -116,7 +117,7 @@ class EMA:
         self.num_updates += 1
 
     def _average_wide(self, name: str, target: Tensor, source: Tensor) -> None:
-        # One by one, so that a wide copy of one tensor is all that is needed for a moment.
+        # One by one, so that only one tensor has a temporary copy in float32.
         if self.num_updates == 0 or name not in self._wide:
             self._wide[name] = (source if self.num_updates == 0 else target).to(target.device, torch.float32)
         wide = self._wide[name]
@@ -129,7 +130,7 @@ class EMA:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of calls, and the state of `ema.model`, by the names that it has uncompiled.
+        """The number of calls, and the state of `ema.model` by the names of the uncompiled model.
 
         Averages of weights in 16 bits are in float32.
         """
@@ -143,7 +144,7 @@ class EMA:
         return {"num_updates": self.num_updates, "model": aligned(state, {})}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict()` gave; whole tensors are sharded for a sharded model. No collective.
+        """Load a `state_dict()`; whole tensors are sharded for a sharded model. No collective.
 
         Raises:
             ValueError: an entry is missing, unknown, or of another shape; the message names it, and nothing is changed.
@@ -167,7 +168,7 @@ class EMA:
         self.num_updates = num_updates
 
     def _coarse(self) -> Iterator[tuple[list[str], Any, str]]:
-        """Of `ema.model`, the tensors whose average is kept in float32: names in a state, and the slot's."""
+        """The tensors of `ema.model` whose average is kept in float32: their names in a state, and their slots."""
         names: dict[int, list[str]] = {}
         for named in (self.model.named_parameters, self.model.named_buffers):
             for name, value in named(remove_duplicate=False):
@@ -178,9 +179,9 @@ class EMA:
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """The dict and the key of each parameter and buffer, by its full name: another tensor may replace it there.
+    """The dict and the key of each parameter and buffer, by its full name, so that another tensor can replace it.
 
-    A shard is in a dict of its own: the model has whole parameters in their place while it is in use.
+    A shard is in a dict of its own: while the model is in use, it has whole parameters instead.
     """
     slots: dict[str, tuple[dict[str, Any], str]] = {}
     seen: set[int] = set()
@@ -194,7 +195,7 @@ def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def _is_coarse(value: Tensor) -> bool:
-    """Whether it has floats so coarse that a small share of a new value would not change an average."""
+    """Whether its floats are so coarse that a small change of an average would be lost."""
     return value.is_floating_point() and value.dtype.itemsize < 4
 
 

@@ -1,4 +1,4 @@
-"""Steps a learning-rate scheduler."""
+"""Step a learning-rate scheduler."""
 
 import copy
 import inspect
@@ -18,15 +18,15 @@ __all__ = ["LRScheduler"]
     attach="it takes one event, so write trainer.on(Events.EPOCH_COMPLETED, handler), or at ITERATION_COMPLETED",
 )
 class LRScheduler:
-    """Steps `scheduler` whenever it is called; `ReduceLROnPlateau` with the value of a metric.
+    """Steps `scheduler` whenever it is called, `ReduceLROnPlateau` with the value of a metric.
 
     Attach it on every rank, to the event of a step: `trainer.on(Events.EPOCH_COMPLETED, schedule)`. It is not a
-    collective: a metric's value is the same on all ranks, and so is the step that they make.
+    collective: a metric has the same value on all ranks, so all make the same step.
 
     Args:
-        scheduler: any of torch's, or one whose `step(epoch)` takes the number of the step, as timm's do: the first call
-            is step 1. One of timm's that counts updates (`t_in_epochs=False`) is stepped by `step_update`: attach it to
-            iterations, or to optimizer steps.
+        scheduler: any scheduler of torch, or one whose `step(epoch)` takes the number of the step, as timm's do: the
+            first call is step 1. A scheduler of timm that counts updates (`t_in_epochs=False`) is stepped by
+            `step_update`: attach it to iterations, or to optimizer steps.
         metric_name: the name in `state.metrics` of the value that `ReduceLROnPlateau` (timm's `PlateauLRScheduler`)
             takes; only for these.
         metric_engine: the engine with that metric; by default the engine it is attached to.
@@ -34,8 +34,8 @@ class LRScheduler:
     Raises:
         TypeError: `scheduler` is not a scheduler. ValueError: `ReduceLROnPlateau` without `metric_name`, or another
             scheduler with one.
-        KeyError, TypeError: (when called) there is no such metric (the message lists those there are), or not yet, or
-            it is not a number.
+        KeyError, TypeError: (when called) the metric does not exist (the message lists those that do), is not computed
+            yet, or is not a number.
 
     Example:
         >>> import torch
@@ -122,7 +122,7 @@ class LRScheduler:
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        """Have the scheduler continue from a `state_dict()`.
+        """Make the scheduler continue from a `state_dict()`.
 
         Raises:
             ValueError: it is the state of another kind of scheduler; the message names what differs, and nothing is
@@ -146,7 +146,7 @@ class LRScheduler:
 
 
 class _Counted:
-    """Counts the steps of a scheduler that takes their number, so that it has the interface of torch's."""
+    """Gives a scheduler that takes the number of the step the interface of torch's, by counting its steps."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler

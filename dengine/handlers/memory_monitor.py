@@ -1,4 +1,4 @@
-"""Adds the peak of the memory in use to the metrics of an epoch."""
+"""Add the peak memory use to the metrics of an epoch."""
 
 import sys
 
@@ -17,12 +17,12 @@ _BYTES_PER_MIB = 2**20
 
 
 class MemoryMonitor:
-    """After each epoch, adds the highest memory use so far as `state.metrics["peak_host_mib"]` and, if this process
-    works on a GPU, `state.metrics["peak_device_mib"]`.
+    """Adds the highest memory use so far to the metrics after each epoch.
 
-    The value is that of the rank that uses most. Host memory is the resident set of the process (without the workers of
-    a data loader), device memory is what PyTorch's allocator has handed out. Both are peaks since the process began: no
-    other tool's count is reset.
+    It is `state.metrics["peak_host_mib"]` and, if this process works on a GPU, `state.metrics["peak_device_mib"]`. The
+    value is that of the rank that uses most. Host memory is the resident set of the process (without the workers of a
+    data loader), device memory is what PyTorch's allocator has handed out. Both are peaks since the process began: the
+    counters of other tools are not reset.
 
     Attach it on every rank. Collective, unless the engine is one rank's own. Cost: one all-reduce of two numbers an
     epoch; nothing in an iteration, and no wait for the device.
@@ -71,7 +71,7 @@ def _host_peak_mib() -> float:
 
 
 def _device_peak_mib() -> float:
-    # Asking would start CUDA, which takes memory itself.
+    # To ask would start CUDA, which takes memory itself.
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return 0.0
     return torch.cuda.max_memory_allocated() / _BYTES_PER_MIB

@@ -1,4 +1,4 @@
-"""Writes learning rates and momenta into a tracked run, on rank 0."""
+"""Log learning rates and momenta to a tracked run, on rank 0."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ __all__ = ["ParamGroupLogger"]
 
 
 class HasParamGroups(Protocol):
-    """An optimizer, or a wrapper of one."""
+    """An object with parameter groups: an optimizer, or a wrapper of one."""
 
     @property
     def param_groups(self) -> Sequence[Mapping[str, Any]]: ...

@@ -1,4 +1,4 @@
-"""The peak speed of devices, by their names."""
+"""The peak speeds of devices, by name."""
 
 import re
 

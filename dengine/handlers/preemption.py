@@ -1,4 +1,4 @@
-"""Saves a checkpoint and ends the run when a scheduler takes the machine away."""
+"""Save a checkpoint and end the run when a scheduler takes the machine away."""
 
 import signal
 import threading
@@ -19,22 +19,22 @@ _Handler: TypeAlias = "Callable[[int, FrameType | None], Any] | int | None"
 
 
 class Preemption:
-    """On a signal to any one rank, all ranks finish the same iteration, save, and leave the run.
+    """Makes all ranks finish the same iteration, save, and leave the run after a signal to any of them.
 
-    `engine.state.preempted` is true then, and `COMPLETED` does not fire; the script exits with the code by which its
-    scheduler starts it again. The signal's handler sets a flag and does nothing else; the flag is read after each
-    iteration and epoch, and the ranks agree as for `terminate()`. While no run is under way, the signals have their
-    previous handlers.
+    Then `engine.state.preempted` is true, and `COMPLETED` does not fire; the script should exit with the code that
+    makes its scheduler restart it. The signal's handler only sets a flag; the flag is read after each iteration and
+    epoch, and the ranks agree as for `terminate()`. While no run is under way, the signals have their previous
+    handlers.
 
     Attach it on every rank, from the main thread: `Preemption(checkpoint).attach(trainer)`. Under torchrun the agent
     must pass signals on, and give the ranks time to save: `--signals-to-handle` and `--shutdown-timeout`. torchrun
-    sends them to a rank's process group, which the workers of a prepared loader are not in. If a scheduler sends
-    SIGTERM to every single process, the workers die of it, and a rank that needs another batch raises: have it send
-    SIGUSR1.
+    sends them to a rank's process group, and the workers of a prepared loader are not in it. If a scheduler sends
+    SIGTERM to every single process, the workers die, and a rank that needs another batch raises: make it send SIGUSR1.
 
     Args:
-        checkpoint: called as `checkpoint(engine)` on every rank, and waited for; a `Checkpoint`, or any handler.
-        signals: which ones; by default those by which SLURM and Kubernetes announce the end.
+        checkpoint: a `Checkpoint`, or any handler. It is called as `checkpoint(engine)` on every rank, and its write is
+            waited for.
+        signals: the signals; by default those with which SLURM and Kubernetes announce the end.
 
     Raises:
         TypeError: `checkpoint` is not callable, or `signals` is not a list of signals.
@@ -113,7 +113,7 @@ class Preemption:
     def _save(self, engine: Engine) -> None:
         if engine.state.preempted:
             self._checkpoint(engine)
-            wait = getattr(self._checkpoint, "wait", None)  # of one that writes asynchronously
+            wait = getattr(self._checkpoint, "wait", None)  # a checkpoint that writes asynchronously has it
             if callable(wait):
                 wait()
 
@@ -123,7 +123,7 @@ class Preemption:
             return
         self._is_listening = False
         for number in self._signals:
-            if signal.getsignal(number) == self._note:  # else somebody else has set a handler since, and restores ours
+            if signal.getsignal(number) == self._note:  # else other code has set a handler since, and will restore ours
                 previous = self._before(number)
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
 

@@ -1,6 +1,6 @@
 """The priorities of the handlers that come with the package, from the first to the last of an event.
 
-A handler of the user's has priority 0, and few ever need another one. Within one priority there are phases
+A user's handler has priority 0, and few ever need another one. Within one priority there are phases
 (dengine/engine/phases.py): a handler that saves comes after the others.
 """
 
@@ -11,7 +11,7 @@ __all__ = ["Priority"]
 
 
 class Priority(IntEnum):
-    """When a handler is called, the highest first."""
+    """The priorities of handlers; the highest is called first."""
 
     CLOCK_FIRST = 1_500_000  # reads the clock before any handler takes time
     SETUP = 1_000_000  # prepares the model, an optimizer or the signals for all other handlers

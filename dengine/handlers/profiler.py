@@ -1,4 +1,4 @@
-"""Records windows of iterations as traces of torch.profiler."""
+"""Record windows of iterations as traces of torch.profiler."""
 
 import os
 from pathlib import Path
@@ -20,13 +20,13 @@ __all__ = ["Profiler"]
 class Profiler:
     """Writes `{dir}/trace_{first}-{last}.json` for each window of iterations, on rank 0.
 
-    Open one in https://ui.perfetto.dev or chrome://tracing. Counted in iterations of the run: `wait` are left out,
-    `warmup` are recorded and thrown away (the first ones with a profiler are slow), `active` are recorded; this is done
-    `repeat` times. A window that the run's end or a failure cuts short is written with what it has. A file under its
-    final name is complete.
+    Open a trace in https://ui.perfetto.dev or chrome://tracing. A window leaves out `wait` iterations of the run,
+    records `warmup` iterations and throws them away (the first ones with a profiler are slow), and records `active`
+    iterations; this is done `repeat` times. A window that the run's end or a failure cuts short is written with what
+    it has. A file with its final name is complete.
 
-    Attach it on every rank; on the others it does nothing. They wait in their next collective while rank 0 writes.
-    Cost: recording slows an iteration down, most with `with_stack`; outside of the windows next to nothing.
+    Attach it on every rank; on other ranks than 0 it does nothing. They wait in their next collective while rank 0
+    writes. Cost: recording slows an iteration down, most with `with_stack`; outside of the windows next to nothing.
 
     Args:
         dir: the folder; it is made at the first window.

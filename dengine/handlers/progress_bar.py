@@ -1,4 +1,4 @@
-"""Shows how far a run is, on rank 0."""
+"""Show the progress of a run, on rank 0."""
 
 import shutil
 import sys
@@ -73,7 +73,7 @@ class ProgressBar:
             TypeError: `engine` is not an Engine; `metric_names` is a string other than "all"; `output_transform` cannot
                 be called with the output or (when shown) gives neither a number nor a mapping.
             ValueError: (when shown) a name in `metric_names` is both a metric's and an output's.
-            KeyError: (at the end of the first epoch) there is no value of such a name; it lists those there are.
+            KeyError: (at the end of the first epoch) there is no value with such a name; the message lists the names.
         """
         check_engine(self, engine)
         if isinstance(metric_names, str) and metric_names != "all":
@@ -85,7 +85,7 @@ class ProgressBar:
 
 
 class _Display:
-    """The bar of one engine; lines if stderr is a file."""
+    """The bar of one engine, or lines of text if stderr is a file."""
 
     def __init__(
         self,
@@ -100,11 +100,11 @@ class _Display:
         self._output_transform = output_transform
         self._bar: tqdm[Any] | None = None
         self._drawn_s = 0.0
-        self._pause_s = 0.0  # from one drawing, or line, to the next
+        self._pause_s = 0.0  # the time from one drawing, or line, to the next
         self._started_s = 0.0
         self._first_iteration = 0
         self._num_done = 0  # state.epoch_iteration counts one that failed
-        self._is_open = False  # whether iterations were made that no line or finished bar shows
+        self._is_open = False  # whether there are iterations that no line or finished bar shows
 
     def attach(self, engine: Engine) -> None:
         engine.on(Events.STARTED | Events.EPOCH_STARTED, self._begin, priority=Priority.EARLY)
@@ -117,7 +117,7 @@ class _Display:
     # -- handlers ------------------------------------------------------------------------------------------------
 
     def _begin(self, engine: Engine) -> None:
-        self._close()  # of a run that was left without an event
+        self._close()  # the bar of a run that ended without an event
         self._started_s = time.time()
         # Not 0 if a run was resumed within an epoch.
         self._num_done = self._first_iteration = engine.state.epoch_iteration
@@ -138,8 +138,9 @@ class _Display:
             self._print(engine)
 
     def _is_drawn(self) -> bool:
-        """Whether a bar can be drawn, and set the pause until the next drawing. This costs a system call, so it is
-        called once an epoch, and when something is shown.
+        """Whether a bar can be drawn. Sets the pause until the next drawing, too.
+
+        This costs a system call, so it is called once an epoch, and when something is shown.
         """
         is_drawn = _is_interactive()
         self._pause_s = _REDRAW_S if is_drawn else _LINE_S
@@ -224,7 +225,7 @@ class _Display:
         return f"{self._desc} [{number}]" if state.max_epochs is None else f"{self._desc} [{number}/{state.max_epochs}]"
 
     def _shown_values(self, engine: Engine) -> str:
-        """The text after the bar; only here are values read from a device."""
+        """The text after the bar. Values are read from a device only here."""
         if engine.state.exception is not None:  # the device may have failed, or wait for a rank that is gone
             return ""
         values = self._output_values(engine)

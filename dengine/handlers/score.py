@@ -1,4 +1,4 @@
-"""The score by which a handler compares models."""
+"""The score with which a handler compares models."""
 
 from collections.abc import Callable
 
@@ -10,17 +10,17 @@ __all__ = ["check_score_function", "score_of"]
 
 
 def check_score_function(value: object) -> None:
-    """Raises: TypeError: it cannot be called as `score_function(engine)`."""
+    """Check the argument. Raises: TypeError: it cannot be called as `score_function(engine)`."""
     if value is None:
         raise TypeError("score_function=None must be callable, as score_function(engine).")
     check_function("score_function", value, "engine")
 
 
 def score_of(engine: Engine, score_function: Callable[[Engine], MetricValue], purpose: str) -> float:
-    """The number that `score_function(engine)` gives; a tensor of one element is waited for.
+    """The number that `score_function(engine)` gives. Waits for a tensor on a device.
 
     Raises:
-        TypeError: it gives something else: "but {purpose} compares one number a call".
+        TypeError: it gives something else; `purpose` is part of the message.
     """
     score = score_function(engine)
     try:

@@ -14,17 +14,17 @@ StepTransform: TypeAlias = Callable[[Engine, Any], int]
 
 
 def check_step_transform(name: str, value: object) -> None:
-    """Raises: TypeError: `value` is not None and cannot be called as `{name}(engine, event)`."""
+    """Check the argument. Raises: TypeError: `value` is not None and cannot be called as `{name}(engine, event)`."""
     check_function(name, value, "engine", "event")
 
 
 def step_of(engine: Engine, transform: StepTransform | None, saved: Iterable[object] = ()) -> int:
-    """What `transform(engine, event)` gives, or the engine's iteration; for an evaluator, whose iterations begin anew
-    with each run, the iteration of its trainer.
+    """The step: `transform(engine, event)`, or else the iteration of the engine, or of an evaluator's trainer.
 
-    An evaluator makes one epoch a run, has `is_trainer` false, and is not among the objects that are `saved`. Its
-    trainer is the engine among them, or the one whose handler (or step) runs the evaluation. At the events of single
-    iterations its own iteration counts.
+    The iterations of an evaluator restart with each run, so they do not identify a step. An evaluator is an engine that
+    makes one epoch a run, has `is_trainer` false, and is not one of the objects that are `saved`. Its trainer is the
+    engine among these, or the engine whose handler (or step) runs the evaluation. At the events of single iterations
+    the evaluator's own iteration is used.
 
     Raises:
         TypeError, ValueError: `transform` does not give a whole number of at least 0.

@@ -1,4 +1,4 @@
-"""Ends a run whose output is not finite."""
+"""End a run whose output is not finite."""
 
 import numbers
 import warnings
@@ -76,12 +76,12 @@ class TerminateOnNan:
             engine.terminate()
 
     def _note(self, value: Any) -> bool:
-        """Check `value`; True if something in it is not finite. The result for tensors goes into the flags."""
+        """Check `value`; True if a part of it is not finite. The results for tensors go into the flags."""
         return any(self._note_leaf(leaf) for leaf in trees.leaves(value))
 
     def _note_leaf(self, value: Any) -> bool:
         if isinstance(value, torch.Tensor):
-            # This rank's part is enough, as one rank that ends the run ends it on all.
+            # This rank's part is enough: a rank that ends the run ends it on all.
             self._note_tensor(local_part(summed_up(value.detach())))
             return False
         if isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""Measures how fast a run goes, and how much time each part of an iteration takes."""
+"""Measure the speed of a run, and the time that each part of an iteration takes."""
 
 import sys
 from collections.abc import Callable
@@ -24,14 +24,14 @@ _COUNTED_STEP = 2  # the first one of a run may compile
 
 
 class ThroughputMonitor:
-    """Adds to `state.metrics` after each epoch, and prints as one line on rank 0:
+    """Measures a run. It adds to `state.metrics` after each epoch, and prints as one line on rank 0:
 
     - `samples_per_s`, and `tokens_per_s` if `num_tokens` is given: of all ranks together;
     - `data_ms`, `step_ms`, `handlers_ms`: the mean time that an iteration waits for the batch, spends in the step, and
       in everything else, metrics included; each the largest of all ranks;
     - `mfu`, the model FLOPs utilisation: the floating-point operations of the steps, as `torch.utils.flop_counter`
-      counts those of one step of this rank (its second one, forward and backward), over what its device could have
-      done in the epoch's time.
+      counts those of one step of this rank (its second one, forward and backward), divided by what its device could
+      have done in the epoch's time.
 
     The times are those of the loop. A GPU works asynchronously: the loop waits for it only if its queue is full or a
     value is read, so only the sum of the times, and the throughput, are those of the device. The monitor itself does
@@ -42,9 +42,9 @@ class ThroughputMonitor:
 
     Args:
         num_samples: `(engine) -> int`, the samples of an iteration; by default the first dimension of the batch's
-            target, or that which its tensors have in common; 1 if neither is known.
+            target, or the one that its tensors have in common; 1 if neither is known.
         num_tokens: `(engine) -> int or 0-d tensor`, the tokens of this rank; a tensor is not read before the epoch's
-            end. On a mesh, samples and tokens that several ranks have count once.
+            end. On a mesh, samples and tokens that several ranks share count once.
         count_flops: False leaves `mfu` out, and counts nothing.
         peak_flops_per_s: of one device, dense, in the precision of the training; by default from a table of GPUs in
             16 bits. If neither is known, as on a CPU, there is no `mfu`.
@@ -87,7 +87,9 @@ class ThroughputMonitor:
         return shown(self, num_samples=self._num_samples, num_tokens=self._num_tokens)
 
     def attach(self, engine: Engine) -> None:
-        """Measure the runs of `engine`: from after the handlers of an event to before those of the next one."""
+        """Measure the runs of `engine`. Its clock is read after all handlers of one event and before those of the
+        next.
+        """
         check_engine(self, engine)
         engine.on(Events.EPOCH_STARTED, self._begin, priority=Priority.CLOCK_LAST)
         engine.on(Events.GET_BATCH_STARTED, self._fetch, priority=Priority.CLOCK_LAST)

@@ -1,4 +1,4 @@
-"""Ends a run after a given time."""
+"""End a run after a given time."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""Measures how long a run, its epochs or its steps take."""
+"""Measure the time of a run, its epochs or its steps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Timer"]
 
 
 class Timer:
-    """Measures the seconds that have passed, and the seconds a step, by this rank's clock. It is not a collective.
+    """Measures seconds, and seconds a step, by this rank's clock. It is not a collective.
 
-    Without `attach` it runs from when it is made. A GPU works asynchronously: the loop is measured, which in the long
-    run waits for the device; with `synchronize`, the clock waits for the device at each event.
+    Without `attach` it runs from the moment it is made. A GPU works asynchronously: what is measured is the loop, which
+    waits for the device in the long run; with `synchronize`, the clock waits for the device at each event.
 
     Args:
         synchronize: wait for the device whenever the clock is started, stopped or read, so that a step's time is that
@@ -37,7 +37,7 @@ class Timer:
 
     def __init__(self, *, synchronize: bool = False) -> None:
         self._synchronize = synchronize
-        self._since_s: float | None = None  # None while it is stopped
+        self._since_s: float | None = None  # None while the clock is stopped
         self.reset()
         self._run()
 
@@ -52,7 +52,7 @@ class Timer:
         pause: Subscribable | None = None,
         resume: Subscribable | None = None,
     ) -> None:
-        """Have the events of `engine` drive the clock, which is stopped at 0 until `start`. It stops when the run ends.
+        """Let events of `engine` control the clock, which stays at 0 until `start`. It stops when the run ends.
 
         Args:
             start: sets the clock to 0 and starts it.

@@ -1,4 +1,4 @@
-"""Writes the metrics and outputs of an engine into a tracked run, on rank 0."""
+"""Log the metrics and outputs of an engine to a tracked run, on rank 0."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -43,8 +43,8 @@ class TrackingHandler:
             callable; (when called) the value of a name in `metric_names` is not a scalar.
         ValueError: neither `metric_names` nor `output_transform` is given, so that there is nothing to log; (when
             called) a name is both a metric's and an output's, so that one of the values would be lost.
-        KeyError: (when called) there is no value of a name in `metric_names`; it lists those there are. A metric of
-            this engine that has not been computed yet, in the first epoch, is left out.
+        KeyError: (when called) there is no value with a name in `metric_names`; the message lists the names. A metric
+            of this engine that has not been computed yet, in the first epoch, is left out.
 
     Example:
         >>> import tempfile
@@ -94,7 +94,7 @@ class TrackingHandler:
     def _values(self, engine: Engine) -> dict[str, object]:
         outputs = self._outputs(engine)
         if self._names is None:
-            # A whole output may hold predictions as well: without names, only what a row can hold is taken.
+            # A whole output may hold predictions, too: without names, only values that fit into a row are taken.
             found = metrics_and_outputs(engine, outputs) if self._is_all else outputs
             spread = (_spread(name, value) for name, value in found.items())
             return {name: value for part in spread for name, value in part.items() if _fits(value)}
@@ -128,7 +128,7 @@ class TrackingHandler:
 def metrics_and_outputs(
     engine: Engine, outputs: Mapping[str, object], names: Sequence[str] | None = None
 ) -> dict[str, object]:
-    """The metrics of `engine`, and `outputs` of its step.
+    """The metrics of `engine` and the `outputs` of its step, as one mapping.
 
     Raises: ValueError: one of `names` (by default any name) is in both, even if the metric has no value yet.
     """
@@ -145,7 +145,7 @@ def metrics_and_outputs(
 
 
 def sink_of(run: object) -> Sink:
-    """A function that writes values to `run`, which may be any of the common trackers.
+    """A function that writes values to `run`, a run of one of the common trackers.
 
     Raises: TypeError: it is none of them.
     """
@@ -163,7 +163,7 @@ def sink_of(run: object) -> Sink:
         return lambda values, step: log_metrics(_numbers(row(values)), step=step)
     if callable(log := getattr(run, "log", None)):
         return lambda values, step: log(row(values), step=step)
-    if (run_id := getattr(getattr(run, "info", None), "run_id", None)) is not None:  # what mlflow.start_run() gives
+    if (run_id := getattr(getattr(run, "info", None), "run_id", None)) is not None:  # a run of mlflow.start_run()
         import mlflow
 
         return lambda values, step: mlflow.log_metrics(_numbers(row(values)), step=step, run_id=run_id)
@@ -181,7 +181,7 @@ def sink_of(run: object) -> Sink:
 
 
 def _one_by_one(run: object) -> Callable[[str, float, int], object] | None:
-    """A function that writes a single number to `run`, if it takes them one by one."""
+    """A function that writes a single number to `run`, if the tracker takes numbers one by one."""
     if callable(track := getattr(run, "track", None)):  # a run of aim
         return lambda name, value, step: track(value, name=name, step=step)
     # A logger of clearml: a plot for what is before the last slash.
@@ -196,7 +196,7 @@ def _one_by_one(run: object) -> Callable[[str, float, int], object] | None:
 
 
 def _spread(name: str, value: Any) -> dict[str, Any]:
-    """The entries of a vector (a score for each class) by name; anything else as it is."""
+    """The entries of a vector (a score for each class) by name; any other value under its own name."""
     if isinstance(value, torch.Tensor) and value.ndim == 1 and len(value) != 1:
         return {f"{name}/{index}": entry for index, entry in enumerate(value.tolist())}
     return {name: value}

@@ -41,7 +41,7 @@ __all__ = [
     "compute_all",
 ]
 
-# What other libraries have at this place -> what it is here.
+# A name of another library -> what to write instead.
 _INSTEAD = {
     "MeanSquaredError": "it is MSE()",
     "MeanAbsoluteError": "it is MAE()",

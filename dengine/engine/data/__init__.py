@@ -1,1 +1,1 @@
-"""What a run iterates over: epochs of batches, begun at any position, alike on all ranks."""
+"""The data of a run: epochs of batches that can start at any position, the same on all ranks."""

@@ -1,4 +1,4 @@
-"""A description of the data of a run, by which a resumed run sees whether it goes on with the same."""
+"""A description of the data of a run, with which a resumed run checks that its data are the same."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,10 +11,10 @@ __all__ = ["changes_of", "check_unchanged", "described", "length_of"]
 
 
 def length_of(data: Iterable[object]) -> int | None:
-    """How many batches, or samples, there are; None if the data do not know, or not yet.
+    """The number of batches, or samples, of the data; None if they do not know it, or not yet.
 
     Raises:
-        OSError: what the length is read from failed.
+        OSError: the data could not read their length.
     """
     try:
         return len(data)  # type: ignore[arg-type]
@@ -25,9 +25,9 @@ def length_of(data: Iterable[object]) -> int | None:
 
 
 def described(data: Iterable[object], epoch: int) -> dict[str, Any] | None:
-    """What the order of samples depends on, of a loader of `prepare_data_loader`; of other data, how long they are.
+    """The values on which the order of samples depends, for a prepared loader; the length of other data.
 
-    Plain values; None if nothing is known.
+    They are plain values; None if nothing is known.
     """
     state = data_state(data)
     if state is not None:
@@ -48,21 +48,21 @@ def described(data: Iterable[object], epoch: int) -> dict[str, Any] | None:
 
 
 def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> None:
-    """Refuse data of another description than the run was started with.
+    """Refuse data whose description differs from that of the data that the run was started with.
 
     Raises:
-        ValueError: `current` is not of the data that `saved` is of; both values are named, and the way back.
+        ValueError: they differ; the message has both values, and what to do.
     """
     refuse_changes(changes_of(saved, current))
 
 
 def changes_of(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> list[str]:
-    """The differences between two descriptions, with both values and the way back."""
+    """The differences between two descriptions, as lines of text with both values and what to do."""
     if current is None:
         return []
     if "shuffle" in saved and "shuffle" in current:
         return changed_order(saved, current)
-    # Each rank's data may be a part that the user has cut for it.
+    # The user may have given each rank its own part of the data.
     if any(key in saved and key in current and saved[key] != current[key] for key in ("rank", "world_size")):
         return []
     found = [("batches", saved.get("num_batches"), current.get("num_batches"))]

@@ -1,4 +1,4 @@
-"""Data without a batch: whether that is an error, and its message."""
+"""Decide whether data without a batch are an error, and raise it."""
 
 from collections.abc import Iterable
 from typing import NoReturn
@@ -11,13 +11,14 @@ from dengine.naming import type_name
 
 __all__ = ["Emptiness"]
 
-# What a rank knows of its batches before a run, and the ranks together by the largest of it.
+# What a rank knows of its batches before a run. The largest of all ranks holds for all together.
 NO_BATCH, PERHAPS_BATCHES, SOME_BATCHES = 0, 1, 2
 
 
 class Emptiness:
-    """Whether `data` have a batch, as far as is known. They must, unless they are one shard of several
-    (`may_be_empty`), and even then one rank must have one.
+    """Keeps whether `data` have a batch, as far as is known.
+
+    They must have one, unless they are one shard of several (`may_be_empty`); then at least one rank must.
     """
 
     def __init__(self, data: Iterable[object], *, may_be_empty: bool) -> None:
@@ -26,14 +27,14 @@ class Emptiness:
         self._data = data
 
     def expected(self) -> int:
-        """What is known of this rank's batches before the run: `NO_BATCH`, `PERHAPS_BATCHES` or `SOME_BATCHES`."""
+        """The knowledge of this rank's batches before the run: `NO_BATCH`, `PERHAPS_BATCHES` or `SOME_BATCHES`."""
         own = length_of(self._data)
         if own is None or isinstance(getattr(self._data, "dataset", None), IterableDataset):
             return PERHAPS_BATCHES  # a stream may say how long it is, and be empty all the same
         return SOME_BATCHES if own else NO_BATCH
 
     def take(self, expected: int) -> None:
-        """Take over what the ranks together expect, the largest `expected` of theirs.
+        """Take over the largest `expected` of all ranks.
 
         Raises: ValueError, on every rank: no rank has a batch.
         """
@@ -44,7 +45,7 @@ class Emptiness:
     def refuse_no_batch(self) -> None:
         """Refuse data without a batch, if they must have one.
 
-        Raises: ValueError: they must.
+        Raises: ValueError: they must have one.
         """
         if not self.may_be_empty:
             self.refuse("no batch")
@@ -54,7 +55,7 @@ class Emptiness:
     def refuse_empty_epoch(self, epoch: int, iterations: int) -> NoReturn:
         """Refuse an `epoch` in which no rank has a batch.
 
-        Raises: ValueError; RuntimeError: the same in a world of one, in which there were batches before.
+        Raises: ValueError: on several ranks. RuntimeError: in a world of one, which had batches before.
         """
         if iterations == 0:
             self.refuse("no batch on any rank" if self.may_be_empty else "no batch")
@@ -65,7 +66,7 @@ class Emptiness:
         raise RuntimeError(f"The data gave no batch {text}: {again}.")
 
     def refuse(self, nothing: str) -> NoReturn:
-        """Say that the data gave `nothing`, and what to check. Raises: ValueError."""
+        """Raise that the data gave `nothing`, and what to check. Raises: ValueError: always."""
         raise ValueError(
             f"The data ({type_name(self._data)}) gave {nothing}: there is nothing to run over. "
             "Check the data set's size, and drop_last with a batch size above it."

@@ -1,4 +1,4 @@
-"""The data of a run: how long an epoch is, and an iterator over it that starts at any position."""
+"""The epochs of a run's data: their length, and an iterator that can start at any position."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -32,14 +32,16 @@ class EpochIterator:
     """The data of a run, iterated over epoch by epoch.
 
     Each epoch iterates over the data anew, as `for batch in data` would; a one-shot iterator (a generator, a file)
-    goes on from where it is. `length` is the number of iterations of an epoch, or None if only the data will tell.
+    goes on from where it is. `length` is the number of iterations of an epoch, or None if it is unknown until the data
+    end.
 
-    Joined, a pass over the data is as long as the longest one of any rank: what a rank lacks are `Absent`s. Ranks agree
-    upon it when an epoch is entered; data of unknown length, on any rank, is not joined.
+    In a joined run, a pass over the data is as long as the longest one of any rank: a rank with fewer batches gets
+    `Absent`s at the end. Ranks agree on the length when an epoch is entered; data of unknown length, on any rank, are
+    not joined.
 
-    `is_shared`: some ranks must be given the same data, whose first batches are compared.
+    `is_shared`: some ranks must get the same data; their first batches are compared.
 
-    Data without a batch are an error, unless they are one shard of several (`may_be_empty`) and another one has some.
+    Data without a batch are an error, unless they are one shard of several (`may_be_empty`) and another rank has some.
     """
 
     def __init__(
@@ -64,16 +66,16 @@ class EpochIterator:
         self._pass = Pass()
 
     def iterates_over(self, objects: Iterable[object]) -> bool:
-        """Whether the data are one of `objects`, or give the samples that one of them gives."""
+        """Whether the data are one of `objects`, or take their samples from one of them."""
         return holds_any(self.data, (each for each in objects if not _is_map_style(each)))
 
     def goes_on(self) -> bool:
-        """Whether the user has loaded a state into the data, from which their next pass goes on."""
+        """Whether the user has loaded a state into the data, so that their next pass goes on from there."""
         return is_restored_by_user(self.data)
 
     @property
     def counters(self) -> list[PassCounter]:
-        """The counters of data that would go on to the next epoch by themselves, if the loop did not set it."""
+        """The counters of the parts of the data that go on to the next epoch by themselves, unless the loop sets it."""
         return pass_counters(self.data)
 
     def set_epoch(self, epoch: int) -> None:
@@ -83,7 +85,7 @@ class EpochIterator:
             set_epoch_of(part, epoch)
 
     def enter(self, epoch: int) -> None:
-        """Set the epoch of the data, and find out how long it is: data may grow from epoch to epoch."""
+        """Set the epoch of the data, and find out its length, which may change from epoch to epoch."""
         self.set_epoch(epoch)
         self._may_try_again = self.is_restored or self._resetting is not None
         if self._is_joined:
@@ -96,9 +98,9 @@ class EpochIterator:
     def start(self, *, skip: int = 0, consumed: int = 0) -> Iterator[object]:
         """An iterator over the batches of the epoch that was entered, from its batch `skip` on.
 
-        `consumed` is the number of batches the whole training has taken: what an iterator, given anew to a resumed
-        run, must be fast-forwarded by. If batches are skipped, the iterator has started when this returns: what it
-        draws from the random number generators at its start is drawn.
+        `consumed` is the number of batches that the whole training has taken: a one-shot iterator that is given to a
+        resumed run is fast-forwarded by as many. If batches are skipped, the iterator has started when this returns, so
+        that it has drawn from the random number generators what it draws at its start.
         """
         if self.is_restored:
             self.is_restored = False  # the next pass starts at the beginning
@@ -114,7 +116,7 @@ class EpochIterator:
             batches = self._replayed(skip, consumed)
         elif jumps(self.data):
             batches = self._jumped(in_pass if own is None else min(in_pass, own))
-        else:  # its next pass may depend on those before
+        else:  # its next pass may depend on earlier ones
             batches = self._fast_forwarded(self._num_own(skip))
         if self._pass.is_even or own is None or size is None:
             return batches
@@ -127,7 +129,7 @@ class EpochIterator:
         return with_own_spare(batches, num_absent, self._any_batch)
 
     def finish(self, num_iterations: int) -> None:
-        """End the epoch, so many iterations after its last pass over the data started."""
+        """End the epoch, `num_iterations` after its last pass over the data started."""
         if self._resetting is not None:
             own = length_of(self.data)
             is_longest = self._pass.length in (None, own)  # else the pass was iterated to its end
@@ -136,14 +138,16 @@ class EpochIterator:
     def looked_into(
         self, batches: Iterator[object], epoch: int, iterations: int, *, is_start: bool
     ) -> Iterator[object]:
-        """`batches`; the first one of the run has been drawn if nobody knew whether any rank has one, or if some ranks
-        must have the same. `is_start`: they start at the beginning of the epoch, so that some rank has to have one.
+        """`batches`, after a look at the first one of the run, if that is needed.
 
-        Collective in that case, once a run: a small all-reduce, as soon as every rank has drawn its first batch.
+        It is if no rank knows whether there is a batch, or if some ranks must have the same one. `is_start`: `batches`
+        start at the beginning of the epoch, so that at least one rank must have one.
+
+        Collective then, once a run: a small all-reduce, as soon as every rank has drawn its first batch.
 
         Raises, on every rank:
             ValueError: no rank has a batch, or none any more.
-            ConsistencyError: ranks that share their data have other ones.
+            ConsistencyError: ranks that share their data have different batches.
         """
         is_unsure = is_start and self.emptiness.is_unsure
         if not (is_unsure or self._must_compare):
@@ -166,14 +170,14 @@ class EpochIterator:
         return compare_first_batch([batch.spare if isinstance(batch, Absent) else batch for batch in first])
 
     def is_over(self, epoch: int, iterations: int, *, is_empty: bool) -> bool:
-        """Whether the epoch ends with the data, which are at their end; else they are iterated again.
+        """Whether the epoch ends here, at the end of a pass over the data; else the data are iterated again.
 
         Args:
             epoch, iterations: the present epoch, and the iterations of the whole training.
             is_empty: this pass over the data gave nothing.
 
         Raises:
-            ValueError: there never was a batch. RuntimeError: there are none any more.
+            ValueError: there never was a batch. RuntimeError: there are no more.
         """
         if self._resetting is not None:
             self._resetting.has_stopped()
@@ -196,7 +200,9 @@ class EpochIterator:
         return is_empty or not self.is_length_given
 
     def _replayed(self, in_epoch: int, consumed: int) -> Iterator[object]:
-        """A self-resetting iterator does all of the training again: what it keeps from pass to pass is unknown."""
+        """A self-resetting iterator after all batches of the training so far, since what it keeps between passes is
+        unknown.
+        """
         warn_of_drawing(self.data, consumed)
         earlier = consumed - in_epoch
         while earlier > 0:
@@ -207,7 +213,7 @@ class EpochIterator:
         return dropping(self._new_pass, self._num_own(in_epoch))
 
     def _num_own(self, num_iterations: int) -> int:
-        """How many of this rank's batches so many iterations of an epoch take."""
+        """The number of this rank's batches that `num_iterations` of an epoch take."""
         own = length_of(self.data)
         if not own or self._pass.length is None:
             return num_iterations
@@ -225,8 +231,8 @@ class EpochIterator:
             counter.again()
         if self._resetting is not None:
             return self._resetting.begin()
-        # The loop may enter an iterator twice, and iter() of it would begin a self-resetting one anew; an iterator
-        # without __iter__, which `for` takes, would not be taken. Through chain() neither matters.
+        # The loop may enter an iterator twice, and iter() of it would restart a self-resetting one; an iterator without
+        # __iter__, which `for` takes, would be refused. Through chain() neither happens.
         return chain(self.data)
 
     def _jumped(self, skip: int) -> Iterator[object]:
@@ -234,12 +240,14 @@ class EpochIterator:
         return self._fast_forwarded(skip) if batches is None else batches
 
     def _fast_forwarded(self, num_batches: int) -> Iterator[object]:
-        """Draw and drop `num_batches`, passing over the data as often as an epoch longer than the data does."""
+        """An iterator after `num_batches`, which are drawn and dropped, in several passes if an epoch is longer than
+        the data.
+        """
         if not isinstance(self.data, Sequence):
             warn_of_drawing(self.data, num_batches)
         return dropping(self._new_pass, num_batches)
 
 
 def _is_map_style(value: object) -> bool:
-    """A data set that is asked for samples by their index: its state is no position."""
+    """Whether it is a data set that gives samples by their index, so that its state is no position."""
     return isinstance(value, Dataset) and not isinstance(value, IterableDataset)

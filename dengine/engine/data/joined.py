@@ -1,4 +1,4 @@
-"""Ranks whose data ends before that of others: the length of a pass on all of them, and placeholders of batches."""
+"""Let ranks with fewer batches take part to the end: the common length of a pass, and placeholder batches."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ __all__ = ["Absent", "Pass", "agreed_pass", "with_own_spare", "with_sent_spare"]
 
 @dataclass(frozen=True)
 class Absent:
-    """A placeholder batch: a rank of a joined engine gets it after its data has ended, while another rank's goes on.
+    """A placeholder batch, which a rank of a joined engine gets after its own data have ended.
 
-    `spare` is a batch that was counted before, or another rank's: something to take part with, to be given no weight.
-    Metrics are not updated with what the step makes of it.
+    `spare` is a batch that was used before, or another rank's: the step runs on it, but must give it no weight. Metrics
+    are not updated with the output of that step.
     """
 
     spare: Any
@@ -23,7 +23,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the data, as all ranks agree about it. `length` is None if it is not joined."""
+    """One pass over the data, as all ranks have agreed. `length` is None if it is not joined."""
 
     length: int | None = None
     is_even: bool = True
@@ -32,7 +32,7 @@ class Pass:
 
 
 def agreed_pass(own: int | None) -> Pass:
-    """The pass of all ranks, `own` being the length of this one's, if known. Collective: one small all-reduce."""
+    """The pass of all ranks. `own` is the length of this rank's pass, if known. Collective: one small all-reduce."""
     here = world()
     mine = {
         "longest": -1 if own is None else own,
@@ -47,7 +47,7 @@ def agreed_pass(own: int | None) -> Pass:
 
 
 def with_own_spare(batches: Iterator[object], num_absent: int, any_batch: Callable[[], object]) -> Iterator[object]:
-    """`batches`, then so many placeholders with the last one of them, or with `any_batch()` if there was none."""
+    """`batches`, then `num_absent` placeholders with the last batch, or with `any_batch()` if there was none."""
     last = None
     for last in batches:
         yield last
@@ -61,12 +61,12 @@ def with_own_spare(batches: Iterator[object], num_absent: int, any_batch: Callab
 def with_sent_spare(
     batches: Iterator[object], own: int, num_absent: int, source: int, any_batch: Callable[[], object]
 ) -> Iterator[object]:
-    """`batches`, then so many placeholders with a batch of rank `source`, the first that has one: some rank has none.
+    """`batches`, then `num_absent` placeholders with a batch of rank `source`, since some rank has no batch.
 
     Collective: one object broadcast.
 
     Args:
-        own: how many batches this rank has in a pass.
+        own: the number of batches of this rank in a pass.
     """
     first = list(islice(batches, 1))
     spare = broadcast_object((first or [any_batch()])[0] if own else None, source)

@@ -1,7 +1,7 @@
-"""The state that data keep by themselves from pass to pass: how often they were passed over, and generators.
+"""Save the state that data keep between passes on their own: counters and random number generators.
 
-Data that have neither a `set_epoch` nor a `state_dict` would start a resumed run in their first pass. Whole numbers
-among their attributes that have changed since the run started, and generators, are saved as an epoch starts.
+Without this, data with neither a `set_epoch` nor a `state_dict` would start a resumed run as in their first pass. As an
+epoch starts, generators are saved, and attributes that are whole numbers and have changed since the run started.
 """
 
 import gc
@@ -25,7 +25,7 @@ _SEARCH_DEPTH, _SEARCH_SIZE = 6, 10_000
 
 
 def parts_of(data: object) -> list[object]:
-    """The data, its data set and its samplers, each once: whatever may have a `set_epoch`."""
+    """The parts of the data that may have a `set_epoch`: the data, the data set and the samplers, each once."""
     batch_sampler = getattr(data, "batch_sampler", None)
     parts = (
         data,
@@ -38,9 +38,9 @@ def parts_of(data: object) -> list[object]:
 
 
 class OwnState:
-    """The plain state of `data`, followed over a run that starts now.
+    """The plain state of `data`, observed during a run that starts now.
 
-    An iterator has none: it is fast-forwarded from its beginning, with all that it keeps.
+    An iterator has none: it is fast-forwarded from its beginning instead.
     """
 
     def __init__(self, data: object) -> None:
@@ -60,7 +60,7 @@ class OwnState:
         ]
 
     def restore(self, saved: SavedOwnState, *, counts: bool) -> None:
-        """Set generators and, with `counts`, whole numbers that are there under the same name."""
+        """Set generators and, with `counts`, whole numbers that still exist under the same name."""
         for part, first, state in zip(self._parts, self._first, saved, strict=False):
             for name, (_, set_state) in _generators(part).items():
                 if name in state["generators"]:
@@ -87,12 +87,14 @@ def holds_any(data: object, objects: Iterable[object]) -> bool:
 
 
 def is_restored_by_user(data: object) -> bool:
-    """Whether a state was loaded into `data`, from which their next pass goes on, as torchdata's loader shows."""
+    """Whether the user has loaded a state into `data` (torchdata's loader), so that the next pass goes on from
+    there.
+    """
     return any(getattr(part, "next_iter_state", None) is not None for part in parts_of(data))
 
 
 def _is_leaf(value: object) -> bool:
-    # What leads everywhere, and what keeps no position.
+    # Objects that refer to everything, or that keep no position.
     return isinstance(
         value, (ModuleType, type, FunctionType, BuiltinFunctionType, str, bytes, int, float, torch.Tensor, nn.Module)
     )
@@ -103,7 +105,7 @@ def _whole_numbers(part: object) -> dict[str, int]:
 
 
 def _generators(part: object) -> dict[str, tuple[Any, Callable[[Any], None]]]:
-    """By name, the state of a generator and what sets it."""
+    """The generators of `part` by name: the state of each, and the function that sets it."""
     found: dict[str, tuple[Any, Callable[[Any], None]]] = {}
     for name, value in _attributes(part).items():
         if isinstance(value, torch.Generator):

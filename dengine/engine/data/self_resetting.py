@@ -1,4 +1,4 @@
-"""Sized iterators that start again by themselves after they were exhausted, as DALI's do."""
+"""Iterators with a length that restart by themselves after their end, as DALI's do."""
 
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -13,7 +13,7 @@ __all__ = ["SelfResetting", "may_reset_itself"]
 
 
 def may_reset_itself(data: Iterator[object]) -> bool:
-    """Whether it is an iterator with a length: one that says how much it gives before it starts again."""
+    """Whether it is an iterator with a length: the number of batches before it restarts."""
     return not torch_internals.is_loader_iterator(data) and length_of(data) is not None
 
 
@@ -28,10 +28,10 @@ _positions: WeakKeyDictionary[Any, _Position] = WeakKeyDictionary()
 
 
 class SelfResetting:
-    """Takes such an iterator to its StopIteration, at which it resets itself, if a pass is over or was cut short.
+    """Takes a self-resetting iterator to its StopIteration, where it resets itself, after each pass.
 
-    A pass over it has as many batches as it says. One that goes on beyond that (an endless one) loses none: what was
-    drawn ahead comes first in the next pass.
+    A pass has as many batches as the iterator says. An iterator that goes on after that (an endless one) loses none:
+    the batch that was drawn too much comes first in the next pass.
     """
 
     def __init__(self, data: Iterator[object]) -> None:
@@ -42,23 +42,23 @@ class SelfResetting:
             self._position = _Position()
 
     def begin(self) -> Iterator[object]:
-        """Its batches, from its present position on."""
+        """The batches of the iterator from its present position on."""
         ahead, self._position.ahead = self._position.ahead, []
         self._position.is_under_way = True
         return chain(ahead, self._data)
 
     def has_stopped(self) -> None:
-        """Note that it has raised StopIteration, and so has reset itself."""
+        """Note that the iterator has raised StopIteration, and so has reset itself."""
         self._position.is_under_way = False
 
     def finish(self, *, is_whole: bool) -> None:
-        """End the epoch; `is_whole`: a pass ends with it, and nothing but StopIteration is to come."""
+        """End the epoch. `is_whole`: a pass ends with it, so that only StopIteration is left."""
         self._position.is_under_way = False
         if is_whole:
             self._position.ahead.extend(islice(rest_of(self._data), 1))
 
     def finish_what_was_left(self) -> None:
-        """Draw and drop what an epoch that was cut short has left, so that the next one is whole."""
+        """Draw and drop the rest of an epoch that was cut short, so that the next one is whole."""
         if not self._position.is_under_way:
             return
         self._position.is_under_way = False
@@ -68,5 +68,5 @@ class SelfResetting:
             pass
 
     def push_back(self, batch: object) -> None:
-        """Have `batch`, which was drawn but not used, come first in the next pass."""
+        """Make `batch`, which was drawn but not used, the first one of the next pass."""
         self._position.ahead.append(batch)

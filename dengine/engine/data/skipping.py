@@ -1,4 +1,4 @@
-"""Iterators over data that start in the middle: by a sampler that skips, or by drawing and dropping batches."""
+"""Start an iterator in the middle of the data: with a sampler that skips, or by drawing and dropping batches."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,18 +13,18 @@ __all__ = ["dropping", "jumps", "rest_of", "skipped_by_sampler", "warn_of_drawin
 
 
 class _Skips(Protocol):
-    """A sampler that can start in the middle of an epoch without drawing what comes before."""
+    """A sampler that can start in the middle of an epoch without drawing the samples before."""
 
     def skip(self, num_samples: int) -> None: ...
 
 
 def jumps(data: Iterable[object]) -> bool:
-    """Whether a pass over the data is the same however often they were passed over before in this epoch."""
+    """Whether a pass over the data is the same, whatever number of passes this epoch had before."""
     return bool(pass_counters(data)) or isinstance(data, Sequence) or _skipping(data) is not None
 
 
 def skipped_by_sampler(data: Iterable[object], num_batches: int) -> Iterator[object] | None:
-    """The batches after the first `num_batches`, of an iterator that has started; None if the sampler cannot skip."""
+    """A started iterator over the batches after the first `num_batches`; None if the sampler cannot skip."""
     skipping = _skipping(data)
     if skipping is None:
         return None
@@ -34,7 +34,7 @@ def skipped_by_sampler(data: Iterable[object], num_batches: int) -> Iterator[obj
 
 
 def dropping(new_pass: Callable[[], Iterator[object]], num_batches: int) -> Iterator[object]:
-    """An iterator after `num_batches`, which are drawn and dropped, in as many passes over the data as that takes."""
+    """An iterator after `num_batches`, which are drawn and dropped, in as many passes over the data as needed."""
     iterator = new_pass()
     while num_batches:
         drawn = sum(1 for _ in islice(iterator, num_batches))
@@ -47,7 +47,7 @@ def dropping(new_pass: Callable[[], Iterator[object]], num_batches: int) -> Iter
 
 
 def warn_of_drawing(data: Iterable[object], num_batches: int) -> None:
-    """Warn, on rank 0, that so many batches are drawn only to be dropped."""
+    """Warn, on rank 0, that `num_batches` are drawn only to be dropped."""
     if not num_batches or world().rank != 0:
         return
     warnings.warn(
@@ -66,7 +66,7 @@ def _skipping(data: Iterable[object]) -> tuple[_Skips, int] | None:
 
 
 def rest_of(iterator: Iterator[object]) -> Iterator[object]:
-    """What `iterator` has still to give."""
+    """The items that `iterator` still has."""
     while True:  # not `yield from`: that calls iter() once more
         try:
             batch = next(iterator)
