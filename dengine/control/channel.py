@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from dengine.control.sockets import Connections
 from dengine.launch.parsing import parse_object
-from dengine.launch.world import World
 from dengine.torch_internals import PrefixStore, TCPStore
 
-__all__ = ["POLL_S", "ControlContext", "Messages", "StoreEndpoint"]
+__all__ = ["POLL_S", "Messages", "StoreEndpoint"]
 
 POLL_S = 0.002  # how often a thread looks that has answers to collect, and so cannot sleep until there is a message
 _FOR_EVER = timedelta(days=365)
@@ -35,23 +33,6 @@ class StoreEndpoint:
         return PrefixStore(self.prefix, store)
 
 
-@dataclass(frozen=True)
-class ControlContext:
-    """What links this rank to the others: the `store`, and the `connections` of the group, which close if a peer dies.
-
-    `group` is the process group of this package's own collectives, for tensors on the CPU. If DDP shared it, a rank
-    that is one collective ahead would join one of DDP's, and both would get wrong numbers. `host_process` is the
-    identity of rank 0's process.
-    """
-
-    here: World
-    endpoint: StoreEndpoint
-    store: Any
-    connections: Connections
-    group: Any
-    host_process: dict[str, Any]
-
-
 class Messages:
     """The list of messages. Any thread may call `publish`; the rest is for the thread that reads.
 
@@ -60,11 +41,12 @@ class Messages:
         reader: the reading thread's connection to the store.
     """
 
-    def __init__(self, context: ControlContext) -> None:
+    def __init__(self, endpoint: StoreEndpoint, store: Any, *, deletes_old: bool) -> None:
+        """`deletes_old`: this rank removes what all have read."""
         self.number = 0
-        self.reader = context.endpoint.connect()
-        self._store = context.store
-        self._deletes_old = context.here.rank == 0  # removes what all have read
+        self.reader = endpoint.connect()
+        self._store = store
+        self._deletes_old = deletes_old
 
     def publish(self, **message: Any) -> None:
         """Append a message for all ranks.

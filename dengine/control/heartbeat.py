@@ -5,8 +5,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from dengine.control.activity import Activity
-from dengine.control.channel import ControlContext
+from dengine.control.context import ControlContext
 from dengine.control.failure import Level
 from dengine.launch.parsing import has_fields, parse_object, parse_ranks, warn_malformed
 from dengine.launch.process import identity, is_alive
@@ -21,8 +20,8 @@ class Heartbeat:
         latest_of_host: the last heartbeat of rank 0 if it hosts the store, which could not be read afterwards.
     """
 
-    def __init__(self, context: ControlContext, activity: Activity) -> None:
-        self.activity = activity
+    def __init__(self, context: ControlContext) -> None:
+        self.activity = context.activity
         self.latest_of_host: dict[str, Any] = context.host_process
         self._context = context
         self._here = context.here

@@ -7,80 +7,64 @@ import time
 
 from torch.distributed import DistError
 
-from dengine.control.call_log import CallLog
-from dengine.control.channel import POLL_S, ControlContext, Messages
+from dengine.control.channel import POLL_S
+from dengine.control.context import ControlContext
 from dengine.control.deadlock import END_OF_GROUP
 from dengine.control.propagation import Failures
-from dengine.control.status import ALL_LEFT, GroupStatus
+from dengine.control.status import ALL_LEFT
 
-__all__ = ["LEAVE_S", "Leaving"]
+__all__ = ["LEAVE_S", "leave_together", "wait_for_readers"]
 
 LEAVE_S = 2.0  # how long the end waits for a thread, or for the others to read their messages
 
 
-class Leaving:
-    """This rank's part in leaving the block."""
+def leave_together(context: ControlContext, failures: Failures) -> None:
+    """Wait until all ranks are here.
 
-    def __init__(
-        self,
-        context: ControlContext,
-        *,
-        messages: Messages,
-        status: GroupStatus,
-        call_log: CallLog,
-        failures: Failures,
-    ) -> None:
-        self._here = context.here
-        self._store = context.store
-        self._messages = messages
-        self._status = status
-        self._call_log = call_log
-        self._failures = failures
+    Collective. Raises: RemoteRankError, StallError: a rank fails meanwhile. LaunchError: the store is gone.
+    """
+    try:
+        if context.store.add("left", 1) == context.here.size:
+            context.store.set(ALL_LEFT, "yes")  # before any rank reads the message, and closes
+            context.messages.publish(kind="left")
+    except DistError as error:
+        raise failures.without_store("they cannot leave together", error) from None
+    context.call_log.wait(END_OF_GROUP)
+    try:
+        _wait_until_all_left(context, failures)
+    finally:
+        context.call_log.leave()
 
-    def leave_together(self) -> None:
-        """Wait until all ranks are here.
 
-        Collective. Raises: RemoteRankError, StallError: a rank fails meanwhile. LaunchError: the store is gone.
-        """
-        try:
-            if self._store.add("left", 1) == self._here.size:
-                self._store.set(ALL_LEFT, "yes")  # before any rank reads the message, and closes
-                self._messages.publish(kind="left")
-        except DistError as error:
-            raise self._failures.without_store("they cannot leave together", error) from None
-        self._call_log.wait(END_OF_GROUP)
-        try:
-            self._wait_until_all_left()
-        finally:
-            self._call_log.leave()
+def wait_for_readers(context: ControlContext) -> None:
+    """Give the others time to read all messages: this process takes the store with it."""
+    end_s = time.monotonic() + LEAVE_S
+    failure = context.status.failure
+    is_one_lost = failure is not None and (failure.kind == "vanished" or failure.is_frozen)
+    while context.store.add("gone", 0) < context.here.size - is_one_lost and time.monotonic() < end_s:
+        time.sleep(POLL_S)
 
-    def _wait_until_all_left(self) -> None:
-        status = self._status
-        while not status.all_left:
-            self._failures.check()
-            if status.is_store_lost:
-                raise self._failures.without_store("they cannot leave together")
-            if status.has_ended and not status.all_left:
-                raise RuntimeError("The ranks could not leave together: another one has left by an error.")
-            status.wait_for(lambda: status.all_left or status.failure is not None or status.has_ended, 1.0)
-            if not status.all_left and not status.is_store_lost:
-                self._look_into_store()
 
-    def _look_into_store(self) -> None:
-        """The last rank to come may have been killed just before it published that all have."""
-        mine = str(self._here.rank)
-        try:
-            if self._status.has_all_left(self._store):
-                if self._store.compare_set("who_says_left", "", mine).decode() == mine:
-                    self._messages.publish(kind="left")
-                self._status.update(all_left=True)
-        except DistError as error:
-            raise self._failures.without_store("they cannot leave together", error) from None
+def _wait_until_all_left(context: ControlContext, failures: Failures) -> None:
+    status = context.status
+    while not status.all_left:
+        failures.check()
+        if status.is_store_lost:
+            raise failures.without_store("they cannot leave together")
+        if status.has_ended and not status.all_left:
+            raise RuntimeError("The ranks could not leave together: another one has left by an error.")
+        status.wait_for(lambda: status.all_left or status.failure is not None or status.has_ended, 1.0)
+        if not status.all_left and not status.is_store_lost:
+            _look_into_store(context, failures)
 
-    def wait_for_readers(self) -> None:
-        """Give the others time to read all messages: this process takes the store with it."""
-        end_s = time.monotonic() + LEAVE_S
-        failure = self._status.failure
-        is_one_lost = failure is not None and (failure.kind == "vanished" or failure.is_frozen)
-        while self._store.add("gone", 0) < self._here.size - is_one_lost and time.monotonic() < end_s:
-            time.sleep(POLL_S)
+
+def _look_into_store(context: ControlContext, failures: Failures) -> None:
+    """The last rank to come may have been killed just before it published that all have."""
+    mine = str(context.here.rank)
+    try:
+        if context.status.has_all_left(context.store):
+            if context.store.compare_set("who_says_left", "", mine).decode() == mine:
+                context.messages.publish(kind="left")
+            context.status.update(all_left=True)
+    except DistError as error:
+        raise failures.without_store("they cannot leave together", error) from None

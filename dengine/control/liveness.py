@@ -7,12 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from dengine.control.call_log import num_joined, user_line
-from dengine.control.channel import ControlContext, Messages
+from dengine.control.context import ControlContext
 from dengine.control.deadlock import cause, is_certain, waits_in
 from dengine.control.exchange import StoreExchange, after
 from dengine.control.failure import Failure, where_text
 from dengine.control.heartbeat import Heartbeat, levels_of
-from dengine.control.status import GroupStatus
 from dengine.launch.console import say
 from dengine.launch.parsing import parse_object
 
@@ -39,17 +38,15 @@ _UNREADABLE: dict[str, Any] = {
 class LivenessProbe:
     """Asks all ranks where they are. Cost: two requests to the store a rank, and one for each rank on the asker."""
 
-    def __init__(
-        self, context: ControlContext, *, messages: Messages, status: GroupStatus, heartbeat: Heartbeat
-    ) -> None:
+    def __init__(self, context: ControlContext, heartbeat: Heartbeat) -> None:
         self._context = context
         self._here = context.here
         self._store = context.store
         self._exchange = StoreExchange(context.store, context.here.rank, poll_s=_POLL_S)
-        self._messages = messages
-        self._status = status
+        self._messages = context.messages
+        self._status = context.status
         self._heartbeat = heartbeat
-        self._activity = heartbeat.activity
+        self._activity = context.activity
         self._suspected: dict[int, dict[str, Any]] = {}  # the last answers, if they looked like a deadlock
 
     def find_vanished(self) -> Failure | None:

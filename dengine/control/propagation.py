@@ -15,7 +15,7 @@ from types import FrameType
 from torch.distributed import DistError
 
 from dengine.control.call_log import num_joined
-from dengine.control.channel import ControlContext, Messages
+from dengine.control.context import ControlContext
 from dengine.control.failure import (
     Failure,
     Level,
@@ -28,10 +28,9 @@ from dengine.control.failure import (
     write_error_file,
 )
 from dengine.control.heartbeat import Heartbeat, levels_of
-from dengine.control.liveness import LivenessProbe
+from dengine.control.inquiry import DELIVERY_S, Inquiry
 from dengine.control.sockets import abort_group
 from dengine.control.stall import show_stall
-from dengine.control.status import GroupStatus
 from dengine.control.undisturbed import undisturbed
 from dengine.errors import LaunchError, RemoteRankError, StallError
 from dengine.launch.console import say
@@ -39,10 +38,6 @@ from dengine.launch.console import say
 __all__ = ["Failures"]
 
 _RESOLVE_S = 2.0  # how long the other ranks may take to leave the run by an exception of their own
-_DELIVERY_S = 0.5  # how long a report takes, at most, from one rank to the others
-_POLL_S = 0.02
-_INQUIRE_S = 4.0  # how long it takes, at most, to find out who is gone
-_REPORTS_PER_RUN = 8  # all ranks may fail at once: the first reports name the cause
 _MARK = "_dengine_reported"  # attribute of an exception that was reported: the run that it left
 _OUTSIDE = -1  # in place of the number of a run: outside of any run
 
@@ -50,32 +45,20 @@ _OUTSIDE = -1  # in place of the number of a run: outside of any run
 class Failures:
     """The failures that ranks have reported. Each is resolved: the ranks recover from it, or the group is aborted."""
 
-    def __init__(
-        self,
-        context: ControlContext,
-        *,
-        messages: Messages,
-        status: GroupStatus,
-        heartbeat: Heartbeat,
-        probe: LivenessProbe,
-    ) -> None:
+    def __init__(self, context: ControlContext, heartbeat: Heartbeat, inquiry: Inquiry) -> None:
         self._context = context
         self._here = context.here
         self._store = context.store
-        self._messages = messages
-        self._status = status
+        self._status = context.status
+        self._runs = context.runs
         self._heartbeat = heartbeat
-        self._probe = probe
-        self._call_log = heartbeat.activity.call_log
-        self._runs = heartbeat.activity.runs
+        self._inquiry = inquiry
         self._received_at_s = 0.0
         self._queued: list[Failure] = []  # received while another one was not resolved yet
         self._receive_lock = threading.Lock()
         self._left_by_error: set[int] = set()  # runs that this rank has left by an exception
         self._recovered: set[int] = set()
         self._summed_up: int | None = None  # for torchrun: the run that this rank's last failure left
-        self._is_inquiry_wanted = False
-        self._num_inquiries = 0
 
     # -- this rank's own -----------------------------------------------------------------------------------------
 
@@ -102,9 +85,7 @@ class Failures:
         is_others = reported_run is None and isinstance(error, RemoteRankError | StallError)
         if not is_known and not is_others:
             is_connection_error = is_of_backend(error)
-            cause = self._remote_cause() if is_connection_error else None
-            if is_connection_error and cause is None and not self._status.is_store_lost:
-                cause = self._late_rank("timed out" in line_of(error).lower())
+            cause = self._inquiry.cause_of(error) if is_connection_error else None
             if cause is not None:
                 raised = cause.as_error()
             elif is_connection_error and self._status.is_store_lost:
@@ -130,59 +111,15 @@ class Failures:
         with suppress(DistError):  # the store is gone
             started = next((each.started for each in self._runs.under_way if each.number == run), -1)
             is_interrupt = isinstance(error, KeyboardInterrupt)
-            self.report(Failure("raised", self._here.rank, line, where, text, run, started, is_interrupt=is_interrupt))
-
-    def _remote_cause(self) -> Failure | None:
-        """The failure of another rank that broke a connection.
-
-        None if all ranks are there, so that the failure is this rank's own, or if nobody can be asked.
-        """
-        status = self._status
-        if not status.wait_for(lambda: status.failure or status.is_store_lost, _DELIVERY_S):
-            number = self._num_inquiries
-            self._is_inquiry_wanted = True
-            self._context.connections.wake()
-            status.wait_for(lambda: status.failure or status.is_store_lost or self._num_inquiries > number, _INQUIRE_S)
-            if status.failure is None:  # the report is on its way, through the store
-                status.wait_for(lambda: status.failure or status.is_store_lost, _DELIVERY_S)
-        failure = status.failure
-        is_mine = failure is not None and failure.rank == self._here.rank and failure.kind == "raised"
-        return None if is_mine else failure
-
-    def _late_rank(self, is_timeout: bool) -> Failure | None:
-        """The failure of the rank that the others awaited until the group's own timeout. The first to time out asks."""
-        status = self._status
-        with suppress(DistError):  # the store is gone
-            if is_timeout and self._store.add("late", 1) == 1:
-                if (failure := self._probe.find_late()) is not None:
-                    self.report(failure)
-                self._store.set("late_is_known", "yes" if failure is not None else "no")
-            if not self._store.check(["late"]):
-                return None
-            end_s = time.monotonic() + _INQUIRE_S
-            # Not by wait(), which would keep the thread that answers probes off the store.
-            while not (is_known := self._store.check(["late_is_known"])) and time.monotonic() < end_s:
-                time.sleep(_POLL_S)
-            if is_known and self._store.get("late_is_known") == b"yes":
-                status.wait_for(lambda: status.failure or status.is_store_lost, _INQUIRE_S)
-        failure = status.failure
-        return None if failure is None or failure.rank == self._here.rank else failure
-
-    def begin_inquiry(self) -> bool:
-        """Whether this rank wants to know who is gone. For the watchdog, which finds out and calls `end_inquiry`."""
-        is_wanted, self._is_inquiry_wanted = self._is_inquiry_wanted, False
-        return is_wanted
-
-    def end_inquiry(self) -> None:
-        """Wake up those who wait for an inquiry: nobody is gone, or whoever is has been reported."""
-        self._num_inquiries += 1
-        self._status.update()
+            self._context.report(
+                Failure("raised", self._here.rank, line, where, text, run, started, is_interrupt=is_interrupt)
+            )
 
     def _count_out(self, run: int) -> None:
         """Count this rank among those that left `run` by an exception, and note if they left at different calls."""
         if self._status.is_aborted or self._status.has_ended or self._status.is_store_lost:
             return
-        joined = f"{num_joined(self._here.size)} {self._call_log.num_calls}"
+        joined = f"{num_joined(self._here.size)} {self._context.call_log.num_calls}"
         with suppress(DistError):  # the store is gone
             if self._store.compare_set(f"out/{run}/joined", "", joined).decode() != joined:
                 self._store.set(f"out/{run}/is_skewed", "yes")
@@ -190,11 +127,6 @@ class Failures:
         self._context.connections.wake()
 
     # -- everybody's ---------------------------------------------------------------------------------------------
-
-    def report(self, failure: Failure) -> None:
-        """Report a failure to all ranks."""
-        if self._store.add(f"failures/{failure.run}", 1) <= _REPORTS_PER_RUN:
-            self._messages.publish(kind="failed", failure=failure.to_dict())
 
     def receive(self, failure: Failure, *, is_store_lost: bool = False) -> None:
         """Take in a failure that another rank reported.
@@ -222,7 +154,7 @@ class Failures:
         Waits while all ranks may yet turn out to have left a run alike (see `resolve`).
         """
         if self._left_by_error:
-            self._status.wait_for(self._is_resolved, _RESOLVE_S + _DELIVERY_S)
+            self._status.wait_for(self._is_resolved, _RESOLVE_S + DELIVERY_S)
         failure = self._status.failure
         if failure is None or failure.run in self._recovered:
             return
@@ -268,7 +200,7 @@ class Failures:
 
     def _recover(self, failure: Failure) -> None:
         assert failure.run is not None
-        self._call_log.restart(failure.run)
+        self._context.call_log.restart(failure.run)
         if self._summed_up == failure.run:
             remove_error_file()
         with self._receive_lock:

@@ -22,11 +22,10 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from dengine.control.channel import ControlContext, Messages
+from dengine.control.context import ControlContext
 from dengine.control.ddp_errors import explain
 from dengine.control.propagation import Failures
-from dengine.control.run import END, Key, Run, Runs, Scope, position
-from dengine.control.status import GroupStatus
+from dengine.control.run import END, Key, Run, Scope, position
 from dengine.launch.parsing import has_fields, parse_numbers
 
 __all__ = ["SharedRun", "SharedRuns"]
@@ -151,14 +150,12 @@ class SharedRun(Run):
 class SharedRuns:
     """The runs that all ranks share, by number, and what the ranks say to each other about them."""
 
-    def __init__(
-        self, context: ControlContext, *, messages: Messages, status: GroupStatus, failures: Failures, runs: Runs
-    ) -> None:
+    def __init__(self, context: ControlContext, failures: Failures) -> None:
         self.context = context
-        self.messages = messages
-        self.status = status
+        self.messages = context.messages
+        self.status = context.status
         self.failures = failures
-        self.runs = runs
+        self.runs = context.runs
         self._by_number: dict[int, SharedRun] = {}
         self._num_started = 0
         self._stop_requests: dict[int, dict[str, Any]] = {}  # rank 0: those that not all ranks have answered

@@ -10,12 +10,12 @@ import time
 from torch.distributed import DistError
 
 from dengine.control.blocked import BlockedDetector
-from dengine.control.channel import ControlContext
+from dengine.control.context import ControlContext
 from dengine.control.heartbeat import Heartbeat
+from dengine.control.inquiry import Inquiry
 from dengine.control.liveness import LivenessProbe
 from dengine.control.propagation import Failures
 from dengine.control.stall import stacks, wait_for_stacks
-from dengine.control.status import GroupStatus
 from dengine.launch.console import say
 from dengine.launch.parsing import warn_malformed
 
@@ -47,20 +47,20 @@ class Watchdog:
     def __init__(
         self,
         context: ControlContext,
-        *,
-        status: GroupStatus,
         heartbeat: Heartbeat,
         probe: LivenessProbe,
         failures: Failures,
+        inquiry: Inquiry,
         stall_timeout_s: float,
     ) -> None:
         self._context = context
         self._here = context.here
-        self._status = status
+        self._status = context.status
         self._heartbeat = heartbeat
-        self._activity = heartbeat.activity
+        self._activity = context.activity
         self._probe = probe
         self._failures = failures
+        self._inquiry = inquiry
         self._stall_timeout_s = stall_timeout_s
         self._period_s = min(max(_PERIOD_S, self._here.size / _MAX_REPORTS_PER_S), max(stall_timeout_s / 4, 0.05))
         self._probe_at_s = 0.0  # when to ask next whether all stand still
@@ -114,10 +114,10 @@ class Watchdog:
         was_published = self._heartbeat.publish_when_due(self._period_s)
         if not self._knows_host_ranks and (is_starting or was_published):
             self._knows_host_ranks = self._heartbeat.watch_host_processes()
-        if self._failures.begin_inquiry() or has_hung_up:
+        if self._inquiry.begin() or has_hung_up:
             if (failure := self._probe.find_vanished()) is not None:
-                self._failures.report(failure)
-            self._failures.end_inquiry()
+                self._context.report(failure)
+            self._inquiry.end()
         self._look_for_a_deadlock()
         self._look_for_a_stall()
         self._failures.resolve()
@@ -172,7 +172,7 @@ class Watchdog:
             return
         failure, is_likely = self._probe.find_deadlock()
         if failure is not None:
-            self._failures.report(failure)
+            self._context.report(failure)
         self._deadlock_check_s = idle_s + _RECHECK_S if is_likely else 2 * idle_s
 
     def _look_for_a_stall(self) -> None:
@@ -190,7 +190,7 @@ class Watchdog:
             if failure is None:
                 self._probe_at_s = time.monotonic() + self._stall_timeout_s - idle_s
             else:
-                self._failures.report(failure)
+                self._context.report(failure)
 
     def _kill_if_stuck(self) -> None:
         """End this process if it cannot leave by itself after a failure."""

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import DistError
 
-from dengine.control.channel import ControlContext, StoreEndpoint
-from dengine.control.plane import Control, NullPlane, Plane
+from dengine.control.channel import StoreEndpoint
+from dengine.control.context import ControlContext
+from dengine.control.control import Control
+from dengine.control.plane import NullPlane, Plane
 from dengine.control.sockets import Connections, existing_connections, new_connections
 from dengine.launch.env import Launch, find_launch, is_agents_store
 from dengine.launch.process import identity
@@ -69,5 +71,4 @@ def _plane(
     with new_connections(launch.master_port) as gloo_connections:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     all_connections = Connections([*connections, *gloo_connections])
-    context = ControlContext(here, endpoint, endpoint.connect(), all_connections, group, host_process)
-    return Control(context, stall_timeout_s)
+    return Control(ControlContext(here, endpoint, all_connections, group, host_process), stall_timeout_s)

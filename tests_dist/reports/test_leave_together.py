@@ -19,7 +19,7 @@ from torch import nn
 
 from dengine import Engine, Events, distributed
 from dengine.control import plane as planes
-from dengine.control.plane import Control
+from dengine.control.control import Control
 from dengine.errors import ConsistencyError, RemoteRankError, StallError
 from dengine.launch import rendezvous as meeting
 

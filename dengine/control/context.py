@@ -1,0 +1,52 @@
+"""What the parts of this rank's control plane share: the ways to the other ranks, and what it knows of the group."""
+
+from typing import Any
+
+from dengine.control.activity import Activity
+from dengine.control.call_log import CallLog
+from dengine.control.channel import Messages, StoreEndpoint
+from dengine.control.failure import Failure
+from dengine.control.run import Runs
+from dengine.control.sockets import Connections
+from dengine.control.status import GroupStatus
+from dengine.launch.world import World
+
+__all__ = ["ControlContext"]
+
+_REPORTS_PER_RUN = 8  # all ranks may fail at once: the first reports name the cause
+
+
+class ControlContext:
+    """Made once, when the group is open. Each part takes from it what it needs.
+
+    Attributes:
+        connections: of the group, which close if a peer dies.
+        group: the process group of this package's own collectives, for tensors on the CPU. If DDP shared it, a rank
+            that is one collective ahead would join one of DDP's, and both would get wrong numbers.
+        host_process: the identity of rank 0's process.
+    """
+
+    def __init__(
+        self,
+        here: World,
+        endpoint: StoreEndpoint,
+        connections: Connections,
+        group: Any,
+        host_process: dict[str, Any],
+    ) -> None:
+        self.here = here
+        self.endpoint = endpoint
+        self.connections = connections
+        self.group = group
+        self.host_process = host_process
+        self.store = endpoint.connect()
+        self.messages = Messages(endpoint, self.store, deletes_old=here.rank == 0)
+        self.runs = Runs()
+        self.status = GroupStatus(self.runs.wake)
+        self.call_log = CallLog(here, self.store)
+        self.activity = Activity(self.runs, self.call_log)
+
+    def report(self, failure: Failure) -> None:
+        """Report a failure to all ranks."""
+        if self.store.add(f"failures/{failure.run}", 1) <= _REPORTS_PER_RUN:
+            self.messages.publish(kind="failed", failure=failure.to_dict())
