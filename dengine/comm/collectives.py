@@ -12,13 +12,12 @@ import torch.distributed as dist
 
 from dengine import trees
 from dengine.comm.nested import ReduceOp, flatten, grouped, signature, split
-from dengine.comm.rank_zero import refuse_on_rank_zero_alone
 from dengine.comm.transport import GroupTransport, NoTransport, Sources, Transport
 from dengine.control.failure import repr_of
 from dengine.control.plane import plane
 from dengine.dtensor import any_dtensor, is_dtensor, may_be_dtensors, whole
 from dengine.errors import RemoteRankError
-from dengine.launch.world import World, refuse_forgotten_group, world
+from dengine.launch.world import World, refuse_forgotten_group, refuse_on_rank_zero_alone, world, world_for
 
 __all__ = [
     "ReduceOp",
@@ -34,6 +33,7 @@ __all__ = [
     "max_tensor",
     "progress",
     "rank_zero_first",
+    "share_object",
     "sum_tensor",
     "whole_tensor",
     "whole_tensors",
@@ -86,8 +86,7 @@ def collective(what: str, *, site: str = "") -> Iterator[Transport]:
 
     Refuses to enter if only rank 0 runs this code, or if a rank has failed.
     """
-    refuse_on_rank_zero_alone(what)
-    with _among(world(), what, site) as transport:
+    with _among(world_for(what), what, site) as transport:
         yield transport
 
 
@@ -168,14 +167,12 @@ def whole_tensors(value: T, what: str) -> T:
 
 def all_gather_object(value: T) -> list[T]:
     """Every rank's `value`, in the order of ranks. Collective. The value must pickle. Cost: two small gathers."""
-    with collective("all_gather_object") as transport:
-        return transport.all_gather_object(value)
+    return gather_objects(value, world_for("all_gather_object"))
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
     """Rank `source`'s `value`, on every rank. Collective. The value must pickle. Cost: two small broadcasts."""
-    with collective(f"broadcast_object from rank {source}") as transport:
-        return transport.broadcast_object(value, source)
+    return share_object(value, world_for(f"broadcast_object from rank {source}"), source)
 
 
 def barrier(name: str = "barrier") -> None:
@@ -217,7 +214,7 @@ def broadcast_each(tensors: Iterable[torch.Tensor], *, within: Sources | None = 
             transport.broadcast_one(tensor, within)
 
 
-# -- for the packed reduction of metrics -------------------------------------------------------------------------
+# -- for those who have the world already ------------------------------------------------------------------------
 
 
 def sum_tensor(tensor: torch.Tensor, here: World, *, what: str = "the sum of the metrics") -> torch.Tensor:
@@ -238,6 +235,12 @@ def gather_objects(value: T, here: World) -> list[T]:
     """The `value` of every rank of `here`. Collective. Cost: two small gathers."""
     with _among(here, "all_gather_object") as transport:
         return transport.all_gather_object(value)
+
+
+def share_object(value: T, here: World, source: int = 0) -> T:
+    """Rank `source`'s `value`, on every rank of `here`. Collective. Cost: two small broadcasts."""
+    with _among(here, f"broadcast_object from rank {source}") as transport:
+        return transport.broadcast_object(value, source)
 
 
 def gather_bytes(mine: torch.Tensor, sizes: list[int], here: World) -> list[torch.Tensor]:

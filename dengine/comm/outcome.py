@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
-from dengine.comm.collectives import all_gather_object, broadcast_object
-from dengine.comm.rank_zero import refuse_on_rank_zero_alone
+from dengine.comm.collectives import gather_objects, share_object
 from dengine.control.failure import repr_of
 from dengine.errors import RemoteRankError
-from dengine.launch.world import world
+from dengine.launch.world import World, world_for
 
 __all__ = ["Failure", "from_rank_zero", "on_all_ranks"]
 
@@ -28,8 +27,8 @@ def from_rank_zero(action: Callable[[], T], purpose: str, failure: Callable[[Exc
         RemoteRankError: on the other ranks, if `action` failed on rank 0: "Rank 0 could not {purpose}". Rank 0 raises
             the error itself.
     """
-    refuse_on_rank_zero_alone(f"To {purpose} on rank 0 for all ranks")
-    return _shared(action, purpose, failure, [0])[0]
+    here = world_for(f"To {purpose} on rank 0 for all ranks")
+    return _shared(action, purpose, failure, here, [0])[0]
 
 
 def on_all_ranks(
@@ -41,24 +40,29 @@ def on_all_ranks(
 
     Collective: call on all ranks. The results must pickle. Cost: one gather of objects.
     """
-    return _shared(action, purpose, failure, range(world().size))
+    here = world_for(f"To {purpose} on all ranks")
+    return _shared(action, purpose, failure, here, range(here.size))
 
 
 def _shared(
-    action: Callable[[], T], purpose: str, failure: Callable[[Exception], Failure] | None, ranks: Sequence[int]
+    action: Callable[[], T],
+    purpose: str,
+    failure: Callable[[Exception], Failure] | None,
+    here: World,
+    ranks: Sequence[int],
 ) -> list[T]:
-    """The results of `action` on each of `ranks`: all ranks, or rank 0 alone."""
+    """The results of `action` on each of `ranks`: all ranks of `here`, or rank 0 alone."""
     result: T | None = None
     error: Exception | None = None
     failed: tuple[type[Exception] | None, str] | None = None
-    if world().rank in ranks:
+    if here.rank in ranks:
         try:
             result = action()
         except Exception as caught:
             error = caught
             failed = (None, repr_of(error)) if failure is None else failure(error)
     try:
-        outcomes = [broadcast_object((result, failed))] if len(ranks) < 2 else all_gather_object((result, failed))
+        outcomes = [share_object((result, failed), here)] if len(ranks) < 2 else gather_objects((result, failed), here)
         for rank, (_, failed) in zip(ranks, outcomes, strict=True):
             if failed is None:
                 continue

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from dengine.checks import whole_number
 from dengine.comm.consistency import Compared
-from dengine.comm.rank_zero import refuse_on_rank_zero_alone
 from dengine.data.alike import is_whole_on_every_rank, samples_of, shard_entries
 from dengine.data.self_sharding import refuse_other_part
 from dengine.distributed import world
 from dengine.engine.data.epochs import EpochIterator, check_data
-from dengine.launch.world import refuse_forgotten_group
+from dengine.launch.world import refuse_forgotten_group, refuse_on_rank_zero_alone
 from dengine.naming import type_name
 
 if TYPE_CHECKING:
@@ -73,9 +72,9 @@ def compare_start(loop: Loop) -> None:
         ValueError: no rank has a batch; on every rank.
     """
     refuse_on_rank_zero_alone("A run of an Engine")
-    if world().size == 1:  # nobody to compare with
-        return
     data, emptiness = loop.epochs.data, loop.epochs.emptiness
+    if not emptiness.may_be_empty:  # no other rank has data: there is nobody to compare with
+        return
     start = loop.metrics.agree(_must_be_alike(loop), batches=emptiness.expected(), data=_samples_if_whole(data))
     emptiness.take(start.most_batches)
     if start.is_same_data:

@@ -18,13 +18,13 @@ from dengine.checkpoint.planning import Planner
 from dengine.checkpoint.states.snapshot import check_objects, collect
 from dengine.checks import path_of, whole_number
 from dengine.comm.outcome import from_rank_zero
-from dengine.distributed import world
 from dengine.engine import Engine, Events
 from dengine.engine.phases import Phase
 from dengine.errors import CheckpointError, ConsistencyError
 from dengine.handlers.priorities import Priority
 from dengine.handlers.score import check_score_function, score_of
 from dengine.handlers.step import StepTransform, check_step_transform, step_of
+from dengine.launch.world import needs_all_ranks
 from dengine.naming import other_keywords, other_names, shown
 from dengine.types import MetricValue
 
@@ -181,8 +181,8 @@ class Checkpoint:
         return resuming.resume(save_dir, to_load, filename_prefix)
 
     def __call__(self, engine: Engine) -> None:
-        if not engine.distributed and world().size > 1:
-            raise ValueError(
+        if not engine.distributed:
+            needs_all_ranks(
                 "This engine is one rank's own (distributed=False), but saving takes all ranks: attach the Checkpoint "
                 "to an engine that runs on all of them."
             )

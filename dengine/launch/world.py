@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from dengine.errors import LaunchError
+from dengine.errors import LaunchError, RankZeroCollectiveError
 from dengine.launch.env import Launch, find_launch, shared_start
 from dengine.launch.mesh import DATA_NAMES
 
@@ -28,8 +29,12 @@ __all__ = [
     "entered_plane",
     "external_world",
     "leave",
+    "needs_all_ranks",
+    "rank_zero_scope",
     "refuse_forgotten_group",
+    "refuse_on_rank_zero_alone",
     "world",
+    "world_for",
 ]
 
 
@@ -134,7 +139,7 @@ class World:
 
 # The worlds that `process_group()` opened, the innermost last, each with its control plane.
 _entered: list[tuple[World, Plane]] = []
-_left: list[World] = []  # worlds of several ranks: what a script does after them, it does alone on purpose
+_left: list[World] = []  # worlds that had a group: what a script does after them, it does alone on purpose
 
 
 def world() -> World:
@@ -148,6 +153,44 @@ def world() -> World:
     if dist.is_available() and dist.is_initialized():
         return external_world()
     return World(device=default_device(0))
+
+
+class _RankZeroScope(threading.local):
+    """The names of the rank-0-only functions that this thread is in."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+rank_zero_scope = _RankZeroScope()
+
+
+def world_for(collective: str) -> World:
+    """The world whose ranks all come to `collective`. Never communicates.
+
+    Raises: RankZeroCollectiveError: inside a function that only rank 0 runs.
+    """
+    refuse_on_rank_zero_alone(collective)
+    return world()
+
+
+def refuse_on_rank_zero_alone(collective: str) -> None:
+    """Raise `RankZeroCollectiveError` inside a function that only rank 0 runs."""
+    if rank_zero_scope.names:
+        raise RankZeroCollectiveError(
+            f"{collective} is a collective, but {rank_zero_scope.names[-1]} runs on rank 0 only, so the other ranks "
+            "would never join it. Call it from a handler that runs on every rank; an evaluation that is rank 0's own "
+            "takes Engine(..., distributed=False)."
+        )
+
+
+def needs_all_ranks(refusal: str) -> None:
+    """Refuse what this rank is to do by itself, and cannot if there are others.
+
+    Raises: ValueError: there are.
+    """
+    if world().size > 1:
+        raise ValueError(refusal)
 
 
 def external_world() -> World:
@@ -189,7 +232,7 @@ def enter(opened: World, plane: Plane) -> None:
 
 def leave() -> None:
     opened, _ = _entered.pop()
-    if opened.size > 1 and not _left:
+    if opened.backend != "none" and not _left:
         _left.append(opened)
 
 

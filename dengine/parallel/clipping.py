@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dengine.comm.rank_zero import refuse_on_rank_zero_alone
 from dengine.control.plane import plane
 from dengine.dtensor import is_dtensor, local_part, mesh_of, sharding_groups, summed_up
+from dengine.launch.world import refuse_on_rank_zero_alone
 from dengine.parallel.gradients import scale_gradients
 from dengine.types import accumulator_dtype
 

@@ -135,7 +135,7 @@ def _check_kind(accelerator: "Accelerator", here: World) -> None:
             "accelerate is configured for the first version of FSDP, whose models cannot be evaluated and saved as "
             "they are: say fsdp_version: 2 in its configuration, or FSDP_VERSION=2 in the environment."
         )
-    if kind != "FSDP" and here.size > 1 and _is_set("ACCELERATE_USE_FSDP"):
+    if kind not in ("FSDP", "NO") and _is_set("ACCELERATE_USE_FSDP"):  # NO: one process, which shards nothing
         raise ValueError(
             f"accelerate is configured for FSDP, which it uses on GPUs only; this Accelerator is of the kind {kind}. "
             'Leave FSDP out of its configuration: distributed.prepare_model(model, strategy="fsdp") shards on any '

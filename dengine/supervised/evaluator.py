@@ -11,6 +11,7 @@ from dengine.distributed import evaluating, unwrap_model, world
 from dengine.dtensor import any_dtensor
 from dengine.engine import Absent, Engine, Events
 from dengine.handlers.priorities import Priority
+from dengine.launch.world import needs_all_ranks
 from dengine.metrics.collection.metric_set import AnyMetric
 from dengine.parallel.gradients import find_fsdp
 from dengine.supervised.accelerator import accelerator_for, distributed_kind
@@ -106,8 +107,8 @@ class _EvaluationStep:
     ) -> None:
         kind = distributed_kind(accelerator)
         self.is_collective = find_fsdp(model) is not None or kind in ("FSDP", "DEEPSPEED")
-        if not distributed and world().size > 1 and (self.is_collective or any_dtensor(model.parameters())):
-            raise ValueError(
+        if not distributed and (self.is_collective or any_dtensor(model.parameters())):
+            needs_all_ranks(
                 "distributed=False, but this model is spread over the ranks, which only together can call it: leave "
                 "distributed= out, and run the evaluator on every rank."
             )

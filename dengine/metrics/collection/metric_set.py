@@ -16,10 +16,9 @@ from dengine.comm.consistency import (
     refuse_differences,
     refuse_different_models,
 )
-from dengine.comm.rank_zero import refuse_on_rank_zero_alone
 from dengine.dtensor import may_be_dtensors
 from dengine.errors import NotComputableError
-from dengine.launch.world import World, world
+from dengine.launch.world import World, world, world_for
 from dengine.metrics.collection.live import Live, MetricValues
 from dengine.metrics.collection.owner import MetricOwner
 from dengine.metrics.collection.saved_state import load_state_dict, state_dict
@@ -163,10 +162,9 @@ class MetricSet:
         Raises:
             NotComputableError: nothing was seen; it names the metric. Alike on every rank.
         """
-        if distributed and self._metrics:
-            refuse_on_rank_zero_alone(f"The reduction of the metrics {', '.join(self._metrics)}")
-        here = world() if distributed else World(device=world().device)
-        reduced = self._reduced(here)
+        what = f"The reduction of the metrics {', '.join(self._metrics)}"
+        here = world_for(what) if distributed and self._metrics else world()
+        reduced = self._reduced(here if distributed else World(device=here.device))
         values: dict[str, MetricValue] = {}
         for name, metric in self._metrics.items():
             values.update(flat(name, _value(name, metric, reduced)))
