@@ -54,6 +54,10 @@ class Planner:
     remembers what it has seen there, so that it knows another writer by what is new."""
 
     def __init__(self, folder: Path, prefix: str, score_name: str | None, n_saved: int) -> None:
+        """
+        Raises: TypeError, ValueError: `prefix` or `score_name` cannot be part of a file's name.
+        """
+        _check_names(prefix, score_name)
         self._folder, self._prefix, self._score_name, self._n_saved = folder, prefix, score_name, n_saved
         self._process = f"{socket.gethostname()} {os.getpid()}"
         self._writer = f"{self._process} {next(_count)}"  # a checkpoint says it
@@ -148,3 +152,14 @@ class Planner:
 def _shown(writer: str) -> str:
     host, _, rest = writer.partition(" ")
     return f"process {rest.partition(' ')[0]} on {host}"
+
+
+def _check_names(filename_prefix: str, score_name: str | None) -> None:
+    parts = {"filename_prefix": filename_prefix, "score_name": "" if score_name is None else score_name}
+    for argument, part in parts.items():
+        if not isinstance(part, str):
+            raise TypeError(f"{argument}={part!r} becomes part of a file's name, so it must be a string.")
+        if "/" in part or "\0" in part:
+            raise ValueError(f"{part!r} becomes part of a file's name, so it cannot hold a slash.")
+    if not filename_prefix or filename_prefix.startswith("."):
+        raise ValueError(f"filename_prefix={filename_prefix!r} must be a name that is not hidden.")

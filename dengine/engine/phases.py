@@ -30,13 +30,6 @@ class SavePhase:
         self.is_put_off = False
         self.waiting: list[Callable[[Engine], object]] = []
 
-    def call(self, action: Callable[[Engine], object], engine: Engine) -> None:
-        """Call `action(engine)`: now, or in the `SAVE` phase of the event around this one."""
-        if self.is_put_off:
-            self.waiting.append(action)
-        else:
-            action(engine)
-
     def run(self, engine: Engine) -> None:
         """Call the actions that were put off."""
         waiting, self.waiting = self.waiting, []

@@ -11,7 +11,7 @@ from pathlib import Path
 from dengine.checkpoint import resuming
 from dengine.checkpoint.catalogue.entry import Entry
 from dengine.checkpoint.catalogue.retention import is_kept
-from dengine.checkpoint.formats.base import Background, Format, Job, SaveOutcome, SaveRequest
+from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SaveRequest
 from dengine.checkpoint.formats.file import FileFormat
 from dengine.checkpoint.formats.folder import FolderFormat
 from dengine.checkpoint.planning import Planner
@@ -132,7 +132,6 @@ class Checkpoint:
         elif score_name is not None:
             raise ValueError(f"score_name={score_name!r} names a score, but there is no score_function=.")
         check_step_transform("global_step_transform", global_step_transform)
-        _check_names(filename_prefix, score_name)
         self._objects = check_objects(to_save)
         self._save_dir = path_of("save_dir", save_dir)
         self._prefix = filename_prefix
@@ -147,7 +146,6 @@ class Checkpoint:
         self._has_looked = False  # into the folder, so that it holds what is kept
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._background = Background()  # beside rank 0, busy with folders only
-        self._has_said_that_it_waits = False
 
     def __repr__(self) -> str:
         return shown(
@@ -186,7 +184,10 @@ class Checkpoint:
                 "This engine is one rank's own (distributed=False), but saving takes all ranks: attach the Checkpoint "
                 "to an engine that runs on all of them."
             )
-        engine.save_phase.call(self._save_if_due, engine)
+        if engine.save_phase.is_put_off:
+            engine.save_phase.waiting.append(self._save_if_due)
+        else:
+            self._save_if_due(engine)
 
     def _save_if_due(self, engine: Engine) -> None:
         self._watch(engine)
@@ -284,11 +285,11 @@ class Checkpoint:
             self._has_looked = True
         score = None if self._score_function is None else score_of(engine, self._score_function, "a Checkpoint")
         # A checkpoint that is still being written counts as saved: if that fails, the run ends.
-        if score is not None and not is_kept(score, self._expected(), self._n_saved):
+        if score is not None and not is_kept(score, self._background.expected(self._kept), self._n_saved):
             return self._known(), None
         step = step_of(engine, self._step_transform, self._objects.values())
-        if (job := self._background.job) is not None:
-            self._say_that_it_waits(job)
+        if self._background.job is not None:
+            self._background.warn_of_waiting()
             if (outcome := self._resolve()).failure is not None:
                 return outcome, None
         if found is not None:
@@ -303,28 +304,3 @@ class Checkpoint:
 
     def _known(self) -> SaveOutcome:
         return SaveOutcome(self._kept, self.last_path)
-
-    def _expected(self) -> list[Entry]:
-        job = self._background.job
-        return self._kept if job is None else [*job.plan.kept, job.plan.entry]
-
-    def _say_that_it_waits(self, job: Job) -> None:
-        if job.writing.is_done or self._has_said_that_it_waits:
-            return
-        self._has_said_that_it_waits = True
-        warnings.warn(
-            f"{job.plan.path} is still being written, so this save and the training wait for it: the disk is "
-            "slower than the saves come. Save less often. This is said once.",
-            stacklevel=2,
-        )
-
-
-def _check_names(filename_prefix: str, score_name: str | None) -> None:
-    parts = {"filename_prefix": filename_prefix, "score_name": "" if score_name is None else score_name}
-    for argument, part in parts.items():
-        if not isinstance(part, str):
-            raise TypeError(f"{argument}={part!r} becomes part of a file's name, so it must be a string.")
-        if "/" in part or "\0" in part:
-            raise ValueError(f"{part!r} becomes part of a file's name, so it cannot hold a slash.")
-    if not filename_prefix or filename_prefix.startswith("."):
-        raise ValueError(f"filename_prefix={filename_prefix!r} must be a name that is not hidden.")

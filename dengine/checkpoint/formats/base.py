@@ -94,11 +94,27 @@ class Background:
         self.copies = HostCopy()
         self.is_leaving = threading.Event()
         self.job: Job | None = None
+        self._has_warned = False
 
     def start(self, plan: SavePlan, prepare: Callable[[], Callable[[], SaveOutcome | None]]) -> None:
         """Copy at once, by `prepare`; what that gives writes and commits in a thread, from `job.writing.go()` on."""
         self.is_leaving.clear()
         self.job = Job(Writing(prepare), plan)
+
+    def expected(self, kept: list[Entry]) -> list[Entry]:
+        """The entries of the checkpoints that stay: `kept`, or what will stay after the save under way."""
+        return kept if self.job is None else [*self.job.plan.kept, self.job.plan.entry]
+
+    def warn_of_waiting(self) -> None:
+        """Warn, once, if a save is still under way, for which the next one waits."""
+        if self.job is None or self.job.writing.is_done or self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{self.job.plan.path} is still being written, so this save and the training wait for it: the disk is "
+            "slower than the saves come. Save less often. This is said once.",
+            stacklevel=2,
+        )
 
     def resolve(self, before: SaveOutcome) -> SaveOutcome:
         """Wait for the thread, and say what became of the save; `before` if there is none, or rank 0 knows."""
