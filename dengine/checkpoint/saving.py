@@ -18,10 +18,11 @@ def save(path: str | Path, objects: Mapping[str, object]) -> None:
 
     A path that ends with .pt becomes one file, which rank 0 writes; sharded tensors (FSDP2) are gathered whole for it.
     A path without an ending becomes a folder: all ranks write their parts at the same time, and nothing is gathered.
+    Only a folder takes a model of which ranks have different parts (`parts=` of `prepare_model`).
     Either is there whole or not at all; one of that name is replaced. Nothing else is removed: keeping the newest or
     the best is what `dengine.handlers.Checkpoint` does.
 
-    Collective: call on all ranks. Cost: two small collectives (seven for a folder), for a file the gathers of sharded
+    Collective: call on all ranks. Cost: two small collectives (nine for a folder), for a file the gathers of sharded
     tensors; one pass over the bytes that writes and digests them, and the wait for the disk.
 
     Raises:
@@ -45,6 +46,7 @@ def save(path: str | Path, objects: Mapping[str, object]) -> None:
             f"{path} must end with .pt, or have no ending (a folder, for sharded models), and not be hidden: that is "
             "how checkpoints are found again."
         )
-    format: Format = FolderFormat() if path.suffix == "" else FileFormat()
-    collected = collect(checked)
+    into_folder = path.suffix == ""
+    format: Format = FolderFormat() if into_folder else FileFormat()
+    collected = collect(checked, into_folder=into_folder)
     format.save(path, collected, checked, lambda: plan_alone(path, checked, collected.num_ranks))

@@ -50,8 +50,9 @@ class Saved:
 class Checkpoint:
     """Saves objects with a `state_dict` to `{save_dir}/{filename_prefix}_{step}.pt`, or with a score to
     `{filename_prefix}_{step}_{score_name}={score:.4f}.pt`. `torch.load(path, weights_only=True)` gives
-    `{name: state_dict}`, and one entry `"dengine"`. If something is sharded (FSDP2), all ranks write their parts
-    into a folder of that name without the `.pt`; nothing is gathered, and any number of ranks can load it.
+    `{name: state_dict}`, and one entry `"dengine"`. If something is sharded (FSDP2), or ranks have different parts
+    of a model (`parts=` of `prepare_model`), all ranks write what they have into a folder of that name without the
+    `.pt`; nothing is gathered, and any number of ranks can load it.
 
     Attach it on every rank: `trainer.on(Events.EPOCH_COMPLETED, checkpoint)`. Rank 0 writes a file; every rank gets the
     outcome. A file with its final name is complete, and is verified when it is loaded; `manifest.json` beside it lists
@@ -60,7 +61,7 @@ class Checkpoint:
     prefix if their `score_name` differs: each prunes only its own files.
 
     Collective. Cost: two small broadcasts and one small gather a call, five more if something is sharded (three, if
-    asynchronous); one broadcast if the score is not good enough.
+    asynchronous; two more at the first save); one broadcast if the score is not good enough.
 
     Args:
         to_save: what to save, by name; a model wrapped in DDP is saved without the wrapper. If there is
@@ -145,6 +146,7 @@ class Checkpoint:
         self._planner = Planner(self._save_dir, self._prefix, self._score_name, self._n_saved)
         self._has_looked = False  # into the folder, so that it holds what is kept
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._folder_format = FolderFormat()  # remembers who writes what
         self._background = Background()  # beside rank 0, busy with folders only
 
     def __repr__(self) -> str:
@@ -231,7 +233,7 @@ class Checkpoint:
 
     def _save(self, request: SaveRequest) -> None:
         collected = collect(self._objects)
-        format: Format = FolderFormat() if collected.is_sharded else FileFormat()
+        format: Format = self._folder_format if collected.needs_folder else FileFormat()
         path = self._path(request, format.ending)
         if self._is_asynchronous:
             self._resolve()  # this rank's part of the previous save, which rank 0 has resolved

@@ -17,6 +17,7 @@ from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, Sav
 from dengine.checkpoint.states.plain import check_loadable
 from dengine.checkpoint.states.snapshot import Collected, States, gather_full
 from dengine.dtensor import with_memory
+from dengine.errors import CheckpointError
 from dengine.types import Stateful
 
 __all__ = ["FileFormat"]
@@ -41,6 +42,11 @@ class FileFormat(Format):
         plan: Callable[[], SavePlan],
         background: Background | None = None,
     ) -> SaveOutcome | None:
+        if collected.has_parts:
+            raise CheckpointError(
+                f"{path} was not saved: ranks have different parts of a model (parts= of prepare_model), of which a "
+                "file would keep those of rank 0. Save into a folder, which all ranks write: a path without an ending."
+            )
         states = gather_full(collected.states) if collected.is_sharded else collected.states
 
         def on_rank_zero() -> SaveOutcome | None:

@@ -24,9 +24,17 @@ from dengine.checkpoint.formats.sharded.names import (
     named_optimizer_state,
     numbered_optimizer_state,
 )
-from dengine.checkpoint.formats.sharded.plan import ShardPlan, plan_shards, read_shards, shared_by_all, write_shards
+from dengine.checkpoint.formats.sharded.plan import (
+    Known,
+    ShardPlan,
+    plan_shards,
+    read_shards,
+    shared_by_all,
+    write_shards,
+)
 from dengine.checkpoint.formats.sharded.read import LikeTensors
 from dengine.checkpoint.formats.sharded.verify import read_outline
+from dengine.checkpoint.states.parts import parts_in_states
 from dengine.checkpoint.states.snapshot import RESERVED, Collected, States, unwrapped
 from dengine.control.mailbox import Mailbox
 from dengine.distributed import unwrap_model
@@ -41,11 +49,15 @@ class FolderFormat(Format):
     """Raw bytes of tensors, and what they are. The states of optimizers are kept by the names of their parameters, so
     that they fit any other sharding. A folder of the same name is replaced.
 
-    Cost: six small collectives. With a background: two small gathers, two broadcasts, and one copy of the bytes that
-    this rank writes; the ranks' threads report to rank 0's through the store what became of it, and it commits.
+    Cost: six small collectives, two more at the first save. With a background: two small gathers, two broadcasts (and
+    two gathers more at the first save), and one copy of the bytes that this rank writes; the ranks' threads report to
+    rank 0's through the store what became of it, and it commits.
     """
 
     ending = ""
+
+    def __init__(self) -> None:
+        self._known = Known()
 
     def save(
         self,
@@ -57,11 +69,31 @@ class FolderFormat(Format):
     ) -> SaveOutcome | None:
         made = agree(plan, path)
         if background is not None:
-            background.start(made, lambda: _copied(made, collected.states, objects, background))
+            background.start(made, lambda: self._copied(made, collected, objects, background))
             return None
         with _refused(path):
-            by_name = _by_name(path, collected.states, objects)
-            return write_shards(path, by_name, about=about(made.entry), commit=partial(_publish, made))
+            by_name = _by_name(path, collected, objects)
+            commit = partial(_publish, made)
+            return write_shards(
+                path, by_name, about=about(made.entry), commit=commit, parts=collected.parts, known=self._known
+            )
+
+    def _copied(
+        self, plan: SavePlan, collected: Collected, objects: Mapping[str, Stateful], background: Background
+    ) -> Callable[[], SaveOutcome | None]:
+        """What the thread of this rank is to call, after its part is copied. On rank 0 it gives the outcome, or raises
+        what failed, on whichever rank; on the others None. Collective: two small gathers, one broadcast."""
+        with _refused(plan.path):
+            by_name = _by_name(plan.path, collected, objects)
+            shards = plan_shards(plan.path, by_name, may_exist=True, parts=collected.parts, known=self._known)
+        mailbox = Mailbox(shards.temporary.name, background.is_leaving)
+        try:
+            copied = background.copies.take({name: local_part(tensor) for name, tensor in shards.mine.items()})
+        except BaseException as error:
+            mailbox.post(_failed(error))
+            atomic_files.end(shards.temporary)
+            raise
+        return partial(_write, replace(shards, mine=copied), mailbox, plan)
 
 
 @contextmanager
@@ -70,23 +102,6 @@ def _refused(path: Path) -> Iterator[None]:
         yield
     except (CheckpointError, FileNotFoundError, TypeError, ValueError) as error:
         raise CheckpointError(failure_text(path, error)) from error
-
-
-def _copied(
-    plan: SavePlan, states: States, objects: Mapping[str, Stateful], background: Background
-) -> Callable[[], SaveOutcome | None]:
-    """What the thread of this rank is to call, after its part is copied. On rank 0 it gives the outcome, or raises what
-    failed, on whichever rank; on the others None. Collective: two small gathers, one broadcast."""
-    with _refused(plan.path):
-        shards = plan_shards(plan.path, _by_name(plan.path, states, objects), may_exist=True)
-    mailbox = Mailbox(shards.temporary.name, background.is_leaving)
-    try:
-        copied = background.copies.take({name: local_part(tensor) for name, tensor in shards.mine.items()})
-    except BaseException as error:
-        mailbox.post(_failed(error))
-        atomic_files.end(shards.temporary)
-        raise
-    return partial(_write, replace(shards, mine=copied), mailbox, plan)
 
 
 def _write(shards: ShardPlan, mailbox: Mailbox, plan: SavePlan) -> SaveOutcome | None:
@@ -98,7 +113,7 @@ def _write(shards: ShardPlan, mailbox: Mailbox, plan: SavePlan) -> SaveOutcome |
         for rank, each in enumerate(notes):
             if "failure" in each:
                 raise CheckpointError(f"Rank {rank} could not write its part: {each['failure']}")
-        written = [each["written"] and Written.from_dict(each["written"]) for each in notes]
+        written = [Written.from_dict(each["written"]) for each in notes]
         return shards.finish(written, about(plan.entry), partial(_publish, plan))
     except BaseException:
         if mailbox.is_mine:
@@ -114,7 +129,7 @@ def _fared(shards: ShardPlan) -> str:
         written = shards.write()
     except Exception as error:
         return _failed(error)
-    return json.dumps({"written": written and asdict(written)})
+    return json.dumps({"written": asdict(written)})
 
 
 def _failed(error: BaseException) -> str:
@@ -126,10 +141,10 @@ def _publish(plan: SavePlan, temporary: Path) -> SaveOutcome:
     return publish(temporary, plan, replace(plan.entry, sha256=outline.sha256, num_bytes=outline.num_bytes))
 
 
-def _by_name(path: Path, states: States, objects: Mapping[str, Stateful]) -> States:
+def _by_name(path: Path, collected: Collected, objects: Mapping[str, Stateful]) -> States:
     """Collective: one small gather, so that all raise if one does."""
     by_name: States = {}
-    shared_by_all(lambda: by_name.update(_named(states, objects)), f"save {path}")
+    shared_by_all(lambda: by_name.update(_named(collected, objects)), f"save {path}")
     return by_name
 
 
@@ -143,9 +158,10 @@ def read_folder(path: Path, into: Mapping[str, Stateful]) -> States:
         CheckpointError: on every rank, if it lacks a name, or has no model for an optimizer.
     """
     like: dict[str, Any] = {}
+    parts: dict[tuple[str, ...], str] = {}
     try:
-        shared_by_all(lambda: like.update(_layouts(into)), f"read {path}")
-        return read_shards(path, like)
+        shared_by_all(lambda: like.update(_layouts(into, parts)), f"read {path}")
+        return read_shards(path, like, parts=parts)
     except CorruptCheckpointError:
         raise
     except (CheckpointError, FileNotFoundError, TypeError, ValueError) as error:
@@ -167,17 +183,19 @@ def numbered(states: States, into: Mapping[str, Stateful], names: Iterable[str] 
     return loadable
 
 
-def _named(states: States, objects: Mapping[str, Stateful]) -> States:
-    by_name = dict(states)
+def _named(collected: Collected, objects: Mapping[str, Stateful]) -> States:
+    by_name, with_parts = dict(collected.states), {path[0] for path in collected.parts}
     for name, value in objects.items():
         if isinstance(value, torch.optim.Optimizer):
-            by_name[name] = named_optimizer_state(value, model_of(name, value, objects), states[name])
+            model = model_of(name, value, objects)
+            by_name[name] = named_optimizer_state(value, model, by_name[name], has_parts=name in with_parts)
     return by_name
 
 
-def _layouts(into: Mapping[str, Stateful]) -> dict[str, Any]:
-    """How each state is to come: sharded if its object is, else whole."""
+def _layouts(into: Mapping[str, Stateful], parts: dict[tuple[str, ...], str]) -> dict[str, Any]:
+    """How each state is to come: sharded if its object is, else whole; `parts` gets those that this rank has."""
     layouts: dict[str, Any] = {RESERVED: None}
+    states: dict[str, Any] = {}
     engines = with_per_rank_state(into)
     for name, value in unwrapped(into).items():
         if isinstance(value, torch.optim.Optimizer):
@@ -186,5 +204,7 @@ def _layouts(into: Mapping[str, Stateful]) -> dict[str, Any]:
         elif name in engines:  # numbers alone
             layouts[name] = None
         else:
-            layouts[name] = LikeTensors.of(value.state_dict())
+            states[name] = value.state_dict()
+            layouts[name] = LikeTensors.of(states[name])
+    parts.update(parts_in_states(into, states))
     return layouts

@@ -5,7 +5,7 @@ So it is with the stages of a pipeline, and with experts, that somebody has laid
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,10 +33,11 @@ class Print(NamedTuple):
 _NUM_SAMPLES = 16  # elements of a parameter: what was drawn or trained separately differs in nearly all of them
 
 
-def prints_of(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Print]]:
+def prints_of(models: Mapping[str, nn.Module], apart: Collection[tuple[str, ...]] = ()) -> dict[str, dict[str, Print]]:
     """For each of `models`, a print of each parameter of which nothing says that all ranks have the same: by its name
-    and, of a part of a tensor, its place. None of what DDP holds, or what is sharded over all ranks; no buffers, which
-    differ between ranks (those of a batch norm) and of which rank 0's count.
+    and, of a part of a tensor, its place. None of what DDP holds, what is sharded over all ranks, or is `apart` (the
+    paths of what ranks have parts of on purpose, all of which are kept); no buffers, which differ between ranks (those
+    of a batch norm) and of which rank 0's count.
 
     No collective. Cost: nothing on a lone rank and for a model in DDP or of FSDP2; otherwise a copy of 16 elements of
     each parameter to the host.
@@ -44,17 +45,20 @@ def prints_of(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Print]]:
     num_ranks = world().size
     if num_ranks == 1:
         return {}
-    found = {name: _prints_of(model, num_ranks) for name, model in models.items()}
+    found = {
+        name: _prints_of(model, num_ranks, {path[1] for path in apart if path[0] == name})
+        for name, model in models.items()
+    }
     return {name: prints for name, prints in found.items() if prints}
 
 
-def _prints_of(model: nn.Module, num_ranks: int) -> dict[str, Print]:
+def _prints_of(model: nn.Module, num_ranks: int, apart: Collection[str]) -> dict[str, Print]:
     alike = set(_kept_equal(model, num_ranks))
     is_apart = _is_apart(model, num_ranks)
     samples: dict[str, tuple[str, torch.Tensor]] = {}
     for name, parameter in unwrap_model(model).named_parameters():
         mesh = mesh_of(parameter)
-        if id(parameter) in alike or (mesh is not None and mesh.size() == num_ranks):
+        if id(parameter) in alike or (mesh is not None and mesh.size() == num_ranks) or without_compiled(name) in apart:
             continue
         local = local_part(parameter)
         if local.layout != torch.strided or not local.numel() or is_made_of_others(local):
@@ -64,9 +68,10 @@ def _prints_of(model: nn.Module, num_ranks: int) -> dict[str, Print]:
     return _printed(samples, is_apart)
 
 
-def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]]) -> None:
+def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]], *, is_united: bool = False) -> None:
     """Refuse to save a model of which a part would be lost. If the ranks have one model by name and shape, and nothing
-    says that they are to differ, a warning is enough: they may have been seeded differently, or not prepared.
+    says that they are to differ, a warning is enough: they may have been seeded differently, or not prepared. With
+    `is_united`, names that only some ranks have are saved (into a folder).
 
     Raises:
         CheckpointError: a model has other parameters on one rank than on another; it is named, and both ranks are.
@@ -75,7 +80,7 @@ def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]]) -> None:
         of_ranks = [prints.get(name, {}) for prints in everyone]
         slip = None
         for key in dict.fromkeys(key for prints in of_ranks for key in prints):
-            lost, is_slip = _lost(key, of_ranks)
+            lost, is_slip = _lost(key, of_ranks, is_united)
             if lost is not None and not is_slip:
                 raise CheckpointError(f"Nothing was saved or changed, since {f'{name}/{key}'!r} {lost}: {_WAY_OUT}")
             slip = slip or (lost and f"{f'{name}/{key}'!r} {lost}: {_WAY_OUT}")
@@ -83,12 +88,12 @@ def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]]) -> None:
             warnings.warn(f"Rank 0's parameters are saved, though {slip}", stacklevel=2)
 
 
-def _lost(key: str, of_ranks: Sequence[dict[str, Print]]) -> tuple[str | None, bool]:
+def _lost(key: str, of_ranks: Sequence[dict[str, Print]], is_united: bool) -> tuple[str | None, bool]:
     """What of the parameter `key` would be lost, or None; and whether that is a mistake rather than meant."""
     holders = [rank for rank, prints in enumerate(of_ranks) if key in prints]
     first = of_ranks[holders[0]][key]
     # A part of a tensor that is sharded over some of the ranks is not on the others.
-    if " from (" not in key and len(holders) < len(of_ranks):
+    if " from (" not in key and not is_united and len(holders) < len(of_ranks):
         lacking = next(rank for rank in range(len(of_ranks)) if rank not in holders)
         return f"is on rank {holders[0]}, but not on rank {lacking}", False
     for rank in holders:
@@ -99,8 +104,8 @@ def _lost(key: str, of_ranks: Sequence[dict[str, Print]]) -> tuple[str | None, b
 
 _WAY_OUT = (
     "a checkpoint keeps one tensor for a name, so the other is lost. Where the ranks train one model, have "
-    "prepare_model() or DDP keep it the same; where each has a part of its own (stages of a pipeline, experts), save "
-    "that part by torch.save() on its rank."
+    "prepare_model() or DDP keep it the same; where each has a part of its own (stages of a pipeline, experts), say "
+    'so by prepare_model(..., parts="pp"), and all parts are kept.'
 )
 
 

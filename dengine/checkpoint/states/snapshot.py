@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dengine.checkpoint.states.external_state import refuse_to_save
+from dengine.checkpoint.states.parts import parts_in_states
 from dengine.checkpoint.states.plain import no_state, plain_states
 from dengine.checkpoint.states.replicas import Print, prints_of, refuse_lost
 from dengine.distributed import all_gather_object, unwrap_model
@@ -87,11 +88,23 @@ def _way_out(name: str, value: object) -> str:
 
 @dataclass(frozen=True)
 class Collected:
-    """States by name, with dengine's own entry; and whether some tensor in them is, or would be, sharded (FSDP2)."""
+    """States by name, with dengine's own entry.
+
+    Attributes:
+        is_sharded: whether some tensor in them is, or would be, sharded (FSDP2).
+        parts: the names of which other ranks have tensors of their own, see `parts_in_states`.
+        has_parts: whether there are any, on any rank.
+    """
 
     states: States
     is_sharded: bool
     num_ranks: int
+    parts: Mapping[tuple[str, ...], str]
+    has_parts: bool
+
+    @property
+    def needs_folder(self) -> bool:
+        return self.is_sharded or self.has_parts
 
 
 class _Given(NamedTuple):
@@ -101,17 +114,18 @@ class _Given(NamedTuple):
     random: dict[str, Any]
     has_shards: bool
     prints: dict[str, dict[str, Print]]
+    parts: dict[tuple[str, ...], str]
 
 
-_NOTHING = _Given({}, {}, False, {})
+_NOTHING = _Given({}, {}, False, {}, {})
 
 
-def collect(objects: Mapping[str, Stateful]) -> Collected:
+def collect(objects: Mapping[str, Stateful], *, into_folder: bool = False) -> Collected:
     """The states by name, as `torch.load(weights_only=True)` reads them, and the random generators of every rank.
 
     A model comes without its DDP or `torch.compile` wrapper, with no name that says where inside it was compiled.
-    Tensors are the live ones, not copies, and sharded ones (FSDP2) have this rank's part. Collective: one gather of
-    small objects.
+    Tensors are the live ones, not copies, and sharded ones (FSDP2) have this rank's part. `into_folder`: they go into
+    one, whatever they are. Collective: one gather of small objects.
 
     Raises:
         CheckpointError: on every rank, if an object has no state to give on one of them, or one that could not be
@@ -124,19 +138,20 @@ def collect(objects: Mapping[str, Stateful]) -> Collected:
         failure, cause = str(error), error.__cause__ or error
     except Exception as error:  # whatever it is, the other ranks must not be left waiting
         failure, cause = f"the states could not be taken: {type(error).__qualname__}: {error}", error
-    report = failure, mine.random, mine.has_shards, mine.prints
+    report = failure, mine.random, mine.has_shards, bool(mine.parts), mine.prints
     everyone = all_gather_object((sorted(objects), report))
     gathered = [theirs for _, theirs in everyone]
     _agree_on_names([names for names, _ in everyone])
     for rank, (reason, *_) in enumerate(gathered):
         if reason is not None:
             raise CheckpointError(f"Nothing was saved or changed, since on rank {rank} {reason}") from cause
-    _agree_on_names([sorted(theirs) for _, theirs, _, _ in gathered], "random number generators of ")
-    refuse_lost([prints for *_, prints in gathered])
-    random = {name: [theirs[name] for _, theirs, _, _ in gathered] for name in mine.random}
+    _agree_on_names([sorted(theirs) for _, theirs, *_ in gathered], "random number generators of ")
+    is_sharded = any(theirs for _, _, theirs, *_ in gathered)
+    has_parts = any(theirs for _, _, _, theirs, _ in gathered)
+    refuse_lost([prints for *_, prints in gathered], is_united=into_folder or is_sharded or has_parts)
+    random = {name: [theirs[name] for _, theirs, *_ in gathered] for name in mine.random}
     reserved = {"format": FORMAT_VERSION, "world_size": len(gathered), RANDOM: random}
-    is_sharded = any(theirs for _, _, theirs, _ in gathered)
-    return Collected({**mine.states, RESERVED: reserved}, is_sharded, len(gathered))
+    return Collected({**mine.states, RESERVED: reserved}, is_sharded, len(gathered), mine.parts, has_parts)
 
 
 def _given(objects: Mapping[str, Stateful]) -> _Given:
@@ -154,8 +169,10 @@ def _given(objects: Mapping[str, Stateful]) -> _Given:
         except Exception as error:
             raise no_state(name, error) from error
     states, tensors = plain_states(states)
+    parts = parts_in_states(objects, states)
     models = {name: value for name, value in objects.items() if isinstance(value, nn.Module)}
-    return _Given(states, plain_states(random)[0], _has_shards(tensors, objects), prints_of(models))
+    prints = prints_of(models, {path for path, part in parts.items() if part})
+    return _Given(states, plain_states(random)[0], _has_shards(tensors, objects), prints, parts)
 
 
 def _has_shards(tensors: Sequence[torch.Tensor], objects: Mapping[str, Stateful]) -> bool:

@@ -81,6 +81,9 @@ def _within(node: dict[str, Any]) -> Iterator[Node]:
             yield value
         if len(set(keys)) != len(keys):
             raise ValueError("a dict has a key twice")
+    elif kind == "names":
+        if not isinstance(node["value"], list) or not all(isinstance(name, str) for name in node["value"]):
+            raise ValueError("the names of parameters are no strings")
     elif kind == "tuple":
         yield from node["items"]
 

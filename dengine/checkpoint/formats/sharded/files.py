@@ -34,6 +34,7 @@ __all__ = [
     "TensorBox",
     "Written",
     "as_corrupt",
+    "check_dense",
     "checked_chunk",
     "local_box",
     "read_metadata",
@@ -82,12 +83,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Written:
-    """A file that a rank has written, and the parts of tensors in it, by the tensors' names."""
+    """The file that a rank has written, and the parts of tensors in it, by the tensors' names; no file if there are
+    none. `states` is what there is on this rank, as a tree, if others lack some of it."""
 
     file: str
     num_bytes: int
     sha256: str
     chunks: dict[str, Chunk]
+    states: Node = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Written":
@@ -106,11 +109,10 @@ class Metadata:
     about: dict[str, object]
 
 
-def local_box(name: str, tensor: torch.Tensor) -> TensorBox:
-    """The part of `tensor` that this rank holds; all of it, if it is not sharded.
-
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    """
     Raises:
-        TypeError: it is sparse, quantized, without data, not summed up yet, or cut into several pieces a rank.
+        TypeError: it is sparse, quantized, without data, made of other tensors, or has partial sums only.
     """
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise TypeError(
@@ -122,13 +124,22 @@ def local_box(name: str, tensor: torch.Tensor) -> TensorBox:
             f"{name!r} is a {type(local_part(tensor)).__qualname__}, which is made of other tensors, but a folder "
             "holds plain ones: save it into a file (a path that ends with .pt)."
         )
+    if is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements):
+        raise TypeError(f"{name!r} has partial sums only ({tensor.placements}): redistribute it first.")
+
+
+def local_box(name: str, tensor: torch.Tensor) -> TensorBox:
+    """The part of `tensor` that this rank holds; all of it, if it is not sharded.
+
+    Raises:
+        TypeError: as `check_dense`, or it is cut into several pieces a rank.
+    """
+    check_dense(name, tensor)
     shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
     if not is_dtensor(tensor):
         return TensorBox(shape, dtype, (0,) * len(shape), shape)
     if tensor.device_mesh.get_coordinate() is None:
         return TensorBox(shape, dtype, (0,) * len(shape), None)
-    if any(placement.is_partial() for placement in tensor.placements):
-        raise TypeError(f"{name!r} has partial sums only ({tensor.placements}): redistribute it first.")
     pieces = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # as torch.distributed.checkpoint sees it
     local = tuple(local_part(tensor).shape)
     if len(pieces) != 1 or tuple(pieces[0].sizes) != local:
@@ -139,14 +150,14 @@ def local_box(name: str, tensor: torch.Tensor) -> TensorBox:
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], boxes: Mapping[str, TensorBox]) -> Written | None:
-    """Write this rank's part of `tensors` one after another, down to the disk; None if there is nothing to write.
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], boxes: Mapping[str, TensorBox]) -> Written:
+    """Write this rank's part of `tensors` one after another, down to the disk.
 
     Raises:
         OSError: the file cannot be written.
     """
     if not tensors:
-        return None
+        return Written(path.name, 0, "", {})
     chunks: dict[str, Chunk] = {}
     start = 0
     num_bytes = sum(local_part(tensor).nbytes for tensor in tensors.values())
@@ -166,14 +177,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], boxes: Mappin
 
 
 def write_metadata(
-    folder: Path, states: Node, written: Sequence[Written | None], about: Mapping[str, object] | None = None
+    folder: Path, states: Node, written: Sequence[Written], about: Mapping[str, object] | None = None
 ) -> None:
     """Write `metadata.json`, what is said `about` the whole in it, and have the folder with all files on the disk.
 
     Raises:
         OSError: it cannot be written, or a rank's file is not seen from here.
     """
-    files = [one for one in written if one is not None]
+    files = [one for one in written if one.chunks]
     for one in files:
         if not (folder / one.file).is_file() or (folder / one.file).stat().st_size != one.num_bytes:
             raise OSError(f"{folder / one.file} is not seen by rank 0: the folder must be one that all ranks share.")

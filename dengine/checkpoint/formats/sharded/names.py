@@ -3,13 +3,14 @@
 An optimizer numbers its parameters; the numbers follow from the order they were given in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from dengine.checkpoint.formats.sharded.tree import Names
 from dengine.compiled_names import without_compiled
 from dengine.distributed import unwrap_model
 
@@ -29,10 +30,14 @@ class LikeParameters:
 
 
 def named_optimizer_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any] | None = None
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    state: Mapping[str, Any] | None = None,
+    *,
+    has_parts: bool = False,
 ) -> dict[str, Any]:
     """`optimizer.state_dict()`, or `state`, which it gave, with the names of `model`'s parameters in place of
-    numbers. No collective.
+    numbers. With `has_parts`, other ranks have other parameters. No collective.
 
     The tensors are the optimizer's own, sharded if the parameters are.
 
@@ -41,10 +46,11 @@ def named_optimizer_state(
     """
     state = optimizer.state_dict() if state is None else state
     names = _names(optimizer, model)
+    kind = Names if has_parts else list
     return {
         "state": {names[number]: value for number, value in state["state"].items()},
         "param_groups": [
-            {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
+            {**group, "params": kind(names[number] for number in group["params"])} for group in state["param_groups"]
         ],
     }
 
@@ -54,7 +60,8 @@ def numbered_optimizer_state(
 ) -> dict[str, Any]:
     """What `named_optimizer_state` gave, as `optimizer.load_state_dict` takes it; the tensors are the same ones.
 
-    Parameters are matched by name: their order within a group may differ.
+    Parameters are matched by name: their order within a group may differ. Of what ranks had parts of, each group takes
+    the options that all of its parameters had.
 
     Raises:
         ValueError: the groups do not hold the parameters they held.
@@ -63,6 +70,9 @@ def numbered_optimizer_state(
     numbers = {name: number for number, name in names.items()}
     groups = optimizer.state_dict()["param_groups"]
     saved_groups = state["param_groups"]
+    if any(isinstance(saved["params"], Names) for saved in saved_groups):
+        own_names = [[names[number] for number in group["params"]] for group in groups]
+        saved_groups = _regrouped(saved_groups, own_names)
     if len(groups) != len(saved_groups):
         raise ValueError(f"The optimizer has {len(groups)} parameter groups, but {len(saved_groups)} were saved.")
     loaded = []
@@ -74,6 +84,31 @@ def numbered_optimizer_state(
         loaded.append({**saved, "params": list(group["params"])})
     by_number = {numbers[without_compiled(name)]: value for name, value in state["state"].items()}
     return {"state": by_number, "param_groups": loaded}
+
+
+def _regrouped(saved: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """The saved options for each of `groups`.
+
+    Raises:
+        ValueError: parameters of one group had different ones.
+    """
+    place_of = {without_compiled(name): place for place, group in enumerate(saved) for name in group["params"]}
+    known = {name for group in groups for name in group}
+    if strange := next((name for name in place_of if name not in known), None):
+        raise ValueError(f"{strange!r} is in the saved optimizer only.")
+    made = []
+    for place, group in enumerate(groups):
+        options: list[dict[str, Any]] = []
+        for each in dict.fromkeys(place_of[name] for name in group if name in place_of):
+            options.append({key: value for key, value in saved[each].items() if key != "params"})
+            if options[-1] != options[0]:
+                key = next(key for key, value in options[-1].items() if options[0].get(key) != value)
+                raise ValueError(
+                    f"Parameter group {place} was saved as several with different options: {key!r} is "
+                    f"{options[0].get(key)!r} and {options[-1][key]!r}. Make as many groups as there were."
+                )
+        made.append({**(options[0] if options else {}), "params": [name for name in group if name in place_of]})
+    return made
 
 
 def model_of(name: str, optimizer: torch.optim.Optimizer, objects: Mapping[str, object]) -> nn.Module:

@@ -5,14 +5,16 @@ No collective: each rank looks up for itself what overlaps with what it holds.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 
-from dengine.checkpoint.formats.sharded.files import Chunk, checked_chunk, local_box, read_metadata
+from dengine.checkpoint.formats.sharded.files import Chunk, Metadata, checked_chunk, local_box, read_metadata
 from dengine.checkpoint.formats.sharded.names import LikeParameters
-from dengine.checkpoint.formats.sharded.tree import Path, decoded, path_text, tensors_in
+from dengine.checkpoint.formats.sharded.parts import Parts, Selection
+from dengine.checkpoint.formats.sharded.tree import Node, Path, decoded, path_text, tensors_in
 from dengine.checkpoint.formats.sharded.verify import check_length
 from dengine.compiled_names import without_compiled
 from dengine.dtensor import is_dtensor, local_part
@@ -46,7 +48,7 @@ class _Copy:
     target: Slices
 
 
-def read_states(folder: FilePath, like: Mapping[str, object] | None) -> dict[str, Any]:
+def read_states(folder: FilePath, like: Mapping[str, object] | None, parts: Parts) -> dict[str, Any]:
     """As `read_shards`, for this rank alone.
 
     Raises:
@@ -57,27 +59,32 @@ def read_states(folder: FilePath, like: Mapping[str, object] | None) -> dict[str
     for name in like or ():
         if name not in [saved for saved, _ in items]:
             raise ValueError(f"{folder} holds no {name!r}, but {', '.join(repr(saved) for saved, _ in items)}.")
+    selection = Selection(parts, partial(_is_same, metadata))
     wanted = [[name, node] for name, node in items if like is None or name in like]
+
+    def saved_name(path: Path) -> str:
+        return path_text(selection.saved_path(path))
+
     destinations: dict[Path, torch.Tensor] = {}
     lengths_checked: set[str] = set()
 
     def make(path: Path, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
         template = _template(like, path, shape)
         if template is None:  # all of it is read: before memory is taken for it, it must be there
-            for file in {chunk.file for chunk in metadata.chunks.get(path_text(path), ())} - lengths_checked:
+            for file in {chunk.file for chunk in metadata.chunks.get(saved_name(path), ())} - lengths_checked:
                 check_length(folder / file, metadata.files[file][0])
                 lengths_checked.add(file)
         destinations[path] = _empty(template, dtype, shape)
         return destinations[path]
 
-    states: dict[str, Any] = decoded({"type": "dict", "items": wanted}, make)
+    states: dict[str, Any] = decoded(selection.of({"type": "dict", "items": wanted}), make)
     for path, _ in tensors_in(like):
         if path not in destinations:
             raise ValueError(f"{path_text(path)!r} is asked for, but is not among the tensors in {folder}.")
     copies = [
         copy
         for path, destination in destinations.items()
-        for copy in _copies(path_text(path), destination, metadata.chunks)
+        for copy in _copies(saved_name(path), destination, metadata.chunks)
     ]
     for name in sorted({copy.chunk.file for copy in copies}):
         check_length(folder / name, metadata.files[name][0])
@@ -85,6 +92,22 @@ def read_states(folder: FilePath, like: Mapping[str, object] | None) -> dict[str
         part = checked_chunk(folder, copy.chunk, copy.destination.dtype)
         _as_bits(copy.destination)[copy.target].copy_(_as_bits(part)[copy.source])
     return states
+
+
+def _is_same(metadata: Metadata, one: Path, one_node: Node, other: Path, other_node: Node) -> bool:
+    """Whether what lies at two paths is the same, down to the bytes of the tensors."""
+
+    def pieces(path: Path, node: Node) -> list[object]:
+        found: list[object] = [repr(node)]
+
+        def make(inner: Path, dtype: torch.dtype, shape: torch.Size) -> None:
+            chunks = metadata.chunks.get(path_text((*path, *inner)), ())
+            found.append(sorted((chunk.offsets, chunk.sizes, chunk.sha256) for chunk in chunks))
+
+        decoded(node, make)
+        return found
+
+    return pieces(one, one_node) == pieces(other, other_node)
 
 
 def _template(like: Any, path: Path, shape: torch.Size) -> torch.Tensor | None:

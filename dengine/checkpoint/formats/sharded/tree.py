@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 
 __all__ = [
+    "Apart",
+    "Names",
     "Node",
     "Path",
     "TensorMaker",
@@ -28,6 +30,15 @@ Node: TypeAlias = Any  # what json.loads gives
 Path: TypeAlias = tuple[Any, ...]  # of keys and places in lists, from the root
 # (path of a tensor, its dtype, its whole shape) -> what stands for it in the tree
 TensorMaker: TypeAlias = Callable[[Path, torch.dtype, torch.Size], Any]
+
+
+class Names(list[str]):
+    """Names of an optimizer's parameters, of which other ranks may have others."""
+
+
+class Apart(dict[Any, Any]):
+    """A dict of which some names are in parts that are kept apart, as `pp=0/weight` and `pp=1/weight`."""
+
 
 _MOST_LEVELS = 400  # of containers in each other: within the recursion limit of every Python
 _WHOLE_NUMBERS = (bool, int, str, type(None))
@@ -48,7 +59,7 @@ def encoded(value: Any, tensors: dict[str, torch.Tensor], path: Path = ()) -> No
         return value
     if isinstance(value, Mapping):
         items = [[encoded(key, {}), encoded(part, tensors, (*path, key))] for key, part in value.items()]
-        return {"type": "dict", "items": items}
+        return {"type": "dict", "items": items, **({"apart": True} if type(value) is Apart else {})}
     if type(value) in (list, tuple):
         parts = [encoded(part, tensors, (*path, index)) for index, part in enumerate(value)]
         return parts if type(value) is list else {"type": "tuple", "items": parts}
@@ -142,6 +153,8 @@ def _encoded_leaf(value: Any, path: Path) -> Node:
         return {"type": "complex", "value": [encoded(value.real, {}), encoded(value.imag, {})]}
     if type(value) is bytes:
         return {"type": "bytes", "value": base64.b64encode(value).decode()}
+    if type(value) is Names:
+        return {"type": "names", "value": list(value)}
     if type(value) is torch.Size:
         return {"type": "size", "value": list(value)}
     if isinstance(value, torch.dtype):
@@ -164,6 +177,7 @@ _LEAVES: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "complex": lambda parts: complex(*(decoded(part, _no_tensor) for part in parts)),
     "bytes": lambda text: base64.b64decode(text, validate=True),
+    "names": lambda names: Names(map(str, names)),
     "size": torch.Size,
     "dtype": dtype_named,
     "device": torch.device,

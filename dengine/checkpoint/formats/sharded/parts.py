@@ -1,0 +1,184 @@
+"""Names of what ranks have different parts of: how they are kept apart in a folder, and found again. Pure.
+
+A name that several parts have for tensors of their own is kept once for each: `pp=0/weight`, `pp=1/weight`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from dengine.checkpoint.formats.sharded.tree import Apart, Names, Node, Path
+
+__all__ = ["Parts", "Selection", "apart", "merged"]
+
+# The path of a name -> the part that this rank has of it, "pp=1"; "" if all ranks have the same. If one name of a dict
+# is in a part, all of its names are there.
+Parts: TypeAlias = Mapping[tuple[str, ...], str]
+
+_PART = re.compile(r"(\w+=\d+(?:,\w+=\d+)*)/(.+)", re.DOTALL)
+
+
+def _split(key: str) -> tuple[str, str]:
+    """The part and the name in a key; "" if it says none."""
+    found = _PART.fullmatch(key)
+    return ("", key) if found is None else (found[1], found[2])
+
+
+def _whole(key: str) -> tuple[str, str]:
+    return "", key
+
+
+# -- saving ------------------------------------------------------------------------------------------------------
+
+
+def apart(states: Any, parts: Parts, colliding: Iterable[tuple[str, ...]]) -> Any:
+    """`states` with the names at the `colliding` paths under those of this rank's parts; the containers are new."""
+    new = {path: f"{part}/{path[-1]}" for path in colliding if (part := parts.get(path))}
+    return _renamed(states, new, ()) if new else states
+
+
+def _renamed(value: Any, new: Mapping[tuple[str, ...], str], path: tuple[Any, ...]) -> Any:
+    if isinstance(value, Names):
+        # The names of an optimizer's parameters, whose states stand beside their group.
+        start = (*path[:-3], "state")
+        return Names(new.get((*start, name), name) for name in value)
+    if isinstance(value, Mapping):
+        inner = {new.get((*path, key), key): _renamed(part, new, (*path, key)) for key, part in value.items()}
+        return inner if inner.keys() == value.keys() else Apart(inner)
+    if type(value) is list:
+        return [_renamed(part, new, (*path, index)) for index, part in enumerate(value)]
+    return value
+
+
+def merged(trees: Iterable[Node]) -> Node:
+    """One tree of all `trees`: each has what the ones before it lack. Groups of an optimizer's parameters that have the
+    same options become one."""
+    first, *others = trees
+    for other in others:
+        first = _merged(first, other)
+    return first
+
+
+def _merged(one: Node, other: Node) -> Node:
+    if isinstance(one, dict) and isinstance(other, dict) and one["type"] == other["type"] == "dict":
+        theirs = {repr(key): value for key, value in other["items"]}
+        items = [[key, _merged(value, theirs.pop(repr(key), value))] for key, value in one["items"]]
+        both = {**one, **other}  # one of them may say that names in it are kept apart
+        return {**both, "items": items + [[key, value] for key, value in other["items"] if repr(key) in theirs]}
+    if isinstance(one, list) and isinstance(other, list) and any(_names_in(each) is not None for each in one):
+        return _merged_groups(one, other)
+    return one
+
+
+def _merged_groups(groups: list[Node], others: list[Node]) -> list[Node]:
+    kept = [*groups]
+    free = {_options(group): place for place, group in reversed([*enumerate(groups)])}
+    for other in others:
+        place = free.pop(_options(other), None)
+        if place is None:
+            kept.append(other)
+            continue
+        names = _names_in(kept[place]) or []
+        more = [name for name in _names_in(other) or [] if name not in set(names)]
+        node = {"type": "names", "value": names + more}
+        items = [[key, node if key == "params" else value] for key, value in kept[place]["items"]]
+        kept[place] = {**kept[place], "items": items}
+    return kept
+
+
+def _names_in(group: Node) -> list[str] | None:
+    """The parameters of a group in the state of an optimizer; None if it is no such group."""
+    if not isinstance(group, dict) or group["type"] != "dict":
+        return None
+    node = next((value for key, value in group["items"] if key == "params"), None)
+    return node["value"] if isinstance(node, dict) and node["type"] == "names" else None
+
+
+def _options(group: Node) -> str:
+    return repr(sorted((repr(key), value) for key, value in group["items"] if key != "params"))
+
+
+# -- loading -----------------------------------------------------------------------------------------------------
+
+
+class Selection:
+    """What a rank takes of saved states that several ranks had parts of: what it has itself, by its own names.
+
+    Args:
+        parts: of this rank. {} for one that takes all; then names that several parts have stay apart, unless all of
+            them have the same.
+        is_same: whether what was saved at two paths is the same, byte for byte.
+    """
+
+    def __init__(self, parts: Parts, is_same: Callable[[Path, Node, Path, Node], bool]) -> None:
+        self._parts, self._is_same = parts, is_same
+        self._levels = {path[:-1] for path in parts}
+        self._saved: dict[Path, Path] = {}  # the path here -> the one in the folder, if it is another
+
+    def saved_path(self, path: Path) -> Path:
+        """Where in the folder is what has `path` in what was selected."""
+        for end in range(len(path), 0, -1):
+            if (start := self._saved.get(path[:end])) is not None:
+                return (*start, *path[end:])
+        return path
+
+    def of(self, node: Node, path: Path = ()) -> Node:
+        """`node` without what is other ranks' alone."""
+        if isinstance(node, list) and path[-1:] == ("params",) and (*path[:-3], "state") in self._levels:
+            node = {"type": "names", "value": node}  # all of them, as one process has saved them
+        if isinstance(node, list):
+            return [self.of(each, (*path, index)) for index, each in enumerate(node)]
+        if not isinstance(node, dict):
+            return node
+        if node["type"] == "names":
+            return {**node, "value": self._names(node["value"], (*path[:-3], "state"))}
+        if node["type"] != "dict":
+            return node
+        items = node["items"]
+        if node.get("apart") or path in self._levels:
+            items = self._chosen(items, path, _split if node.get("apart") else _whole)
+        return {
+            **node,
+            "items": [[key, self.of(value, (*path, key)) if isinstance(key, str) else value] for key, value in items],
+        }
+
+    def _chosen(self, items: list[Any], path: Path, split: Callable[[str], tuple[str, str]]) -> list[Any]:
+        found: dict[str, list[tuple[str, str, Node]]] = {}
+        for key, value in items:
+            if isinstance(key, str):
+                part, name = split(key)
+                found.setdefault(name, []).append((part, key, value))
+        chosen = [item for item in items if not isinstance(item[0], str)]
+        for name, saved in found.items():
+            here = (*path, name)
+            if path in self._levels and here not in self._parts:
+                continue
+            own = self._parts.get(here, "")
+            taken = next((each for each in saved if each[0] == own), None) or next(
+                (each for each in saved if not each[0]), None
+            )
+            if taken is None and self._are_same(path, saved):
+                taken = saved[0]
+            if taken is not None:
+                if taken[0]:
+                    self._saved[here] = (*self.saved_path(path), taken[1])
+                chosen.append([name, taken[2]])
+            elif path not in self._levels:
+                chosen.extend([key, value] for _, key, value in saved)
+        return chosen
+
+    def _are_same(self, path: Path, saved: list[tuple[str, str, Node]]) -> bool:
+        start = self.saved_path(path)
+        paths = [((*start, key), value) for _, key, value in saved]
+        return all(self._is_same(*paths[0], *other) for other in paths[1:])
+
+    def _names(self, names: Iterable[Any], level: Path) -> list[str]:
+        kept: dict[str, None] = {}
+        for each in names:
+            part, name = _split(each)
+            if level in self._levels:
+                if part in ("", self._parts.get((*level, name))) and (*level, name) in self._parts:
+                    kept[name] = None
+            else:
+                kept[name if (*level, name) in self._saved else each] = None
+        return list(kept)
