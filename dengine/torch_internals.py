@@ -5,7 +5,7 @@
 """
 
 from datetime import timedelta
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -44,6 +44,7 @@ __all__ = [
     "process_groups",
     "replicate",
     "set_timeout",
+    "unscale",
     "wait_in",
 ]
 
@@ -209,6 +210,27 @@ def flat_mesh(mesh: Any, names: list[str]) -> str:
 def clear_load_hooks(module: nn.Module) -> None:
     """Drop the hooks that run after a state was loaded: FSDP2's would reset the model instead of its copy."""
     module._load_state_dict_post_hooks.clear()
+
+
+# -- GradScaler --------------------------------------------------------------------------------------------------
+
+
+def unscale(scaler: Any, optimizer: Any, gradients: list[Tensor]) -> list[Tensor]:
+    """As `scaler.unscale_(optimizer)`, whose gradients are, or have as parts, the plain tensors `gradients`.
+
+    torch itself takes no DTensors beside plain tensors, and of DTensors it looks for the ranks of the first one's mesh.
+
+    Returns: for each device a flag, of one number above 0 if a gradient there is not finite. What `scaler.step` goes
+        by is what they hold then.
+    """
+    holders = [gradient.detach() for gradient in gradients]
+    for holder, gradient in zip(holders, gradients, strict=True):
+        holder.grad = gradient
+    stand_in: Any = SimpleNamespace(param_groups=[{"params": holders}])
+    scaler.unscale_(stand_in)
+    state = scaler._per_optimizer_states.pop(id(stand_in))
+    scaler._per_optimizer_states[id(optimizer)] = state
+    return list(state["found_inf_per_device"].values())
 
 
 # -- DataLoader --------------------------------------------------------------------------------------------------

@@ -279,6 +279,25 @@ def test_dimensions_of_a_mesh_can_be_taken_as_one() -> None:
     assert torch_internals.flat_mesh(mesh, ["cp"]) == "cp"
 
 
+def test_a_scaler_goes_by_the_flags_that_it_is_given_for_gradients_in_parts() -> None:
+    """Else ranks of a mesh do not leave out the same steps in fp16."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for is_too_large, expected in ((False, 0.5), (True, 0.5), (False, 0.0)):
+        optimizer.zero_grad()
+        scaler.scale(weight.sum() / 2).backward()
+        assert weight.grad is not None
+        (flag,) = torch_internals.unscale(scaler, optimizer, [weight.grad])
+        assert weight.grad.tolist() == [0.5, 0.5]
+        assert flag.item() == 0
+        flag.fill_(float(is_too_large))
+        scaler.step(optimizer)
+        scaler.update()
+        assert weight.tolist() == [expected, expected]
+    assert scaler.get_scale() == 2.0
+
+
 # -- DataLoader --------------------------------------------------------------------------------------------------
 
 

@@ -4,12 +4,15 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from dengine.dtensor import any_dtensor, local_part
 from dengine.parallel.clipping import clip_grad_norm_
 from dengine.parallel.gradients import Count, GradientMean, check_loss
 from dengine.supervised.accelerator import distributed_kind
 from dengine.supervised.deepspeed import DeepSpeedStep
+from dengine.torch_internals import unscale
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,6 +73,7 @@ class _WeightedStep:
         self._is_accelerates_fsdp = distributed_kind(accelerator) == "FSDP"
         self._mean = GradientMean(model, num_batches)
         self.scaler = accelerator.scaler
+        self._is_spread = any_dtensor(self._parameters())
         self.is_alone = self._mean.is_alone
         # Alone, one batch a step is its own mean: nothing to weigh, nothing to divide.
         self.takes_counts = not self.is_alone or num_batches > 1
@@ -97,6 +101,8 @@ class _WeightedStep:
     def step(self) -> None:
         if self._is_weighted:
             self._mean.finish(self._parameters())
+        if self.scaler is not None and not self._is_accelerates_fsdp:
+            self._unscale(self.scaler)
         if self._max_grad_norm is not None:
             self._clip(self._max_grad_norm)
         if self.scaler is None:
@@ -112,9 +118,22 @@ class _WeightedStep:
         if self._is_accelerates_fsdp:
             self._accelerator.clip_grad_norm_(self._model.parameters(), max_norm)
             return
-        if self.scaler is not None:
-            self.scaler.unscale_(self._optimizer)
         clip_grad_norm_(self._parameters(), max_norm)
+
+    def _unscale(self, scaler: Any) -> None:
+        """Divide the gradients by the scale of the loss. If one is infinite, all ranks leave the step out."""
+        if not self._is_spread:
+            if self._max_grad_norm is not None:  # else the optimizer may do it in its own pass
+                scaler.unscale_(self._optimizer)
+            return
+        gradients = [local_part(each.grad) for each in self._parameters() if each.grad is not None]
+        found = unscale(scaler, self._optimizer, gradients)
+        # Any rank may have the part of a gradient that did not fit.
+        largest = torch.stack([each.to(self._accelerator.device) for each in found]).amax()
+        if not self.is_alone:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        for each in found:
+            each.copy_(largest)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
