@@ -1,4 +1,4 @@
-"""Metrics: exact over any number of ranks, all of an engine's in one collective."""
+"""Metrics that are exact over any number of ranks. All metrics of an engine share one collective."""
 
 from typing import NoReturn
 

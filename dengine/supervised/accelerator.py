@@ -1,4 +1,4 @@
-"""An `Accelerator` whose idea of the ranks is that of `distributed.world()`."""
+"""Make an `Accelerator` that agrees with `distributed.world()` about the ranks."""
 
 import os
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 def accelerator_for(given: "Accelerator | None", mixed_precision: str | None) -> "Accelerator":
     """`given`, or a new one for this rank, checked against the world.
 
-    Never communicates: inside a process group accelerate takes the group that there is.
+    Never communicates: inside a process group accelerate uses that group.
 
     Raises:
         ImportError: accelerate is not installed. TypeError: `given` is no Accelerator.
-        ValueError: an unknown precision, or another one than `given`, or an earlier Accelerator of this process, has;
-            DeepSpeed or FSDP is configured, and accelerate does not use it here.
-        LaunchError: accelerate counts other ranks than there are.
+        ValueError: an unknown precision, or not that of `given` or of an earlier Accelerator of this process;
+            DeepSpeed or FSDP is configured, but accelerate does not use it here.
+        LaunchError: accelerate finds other ranks than there are.
     """
     try:
         from accelerate import Accelerator
@@ -58,7 +58,9 @@ def accelerator_for(given: "Accelerator | None", mixed_precision: str | None) ->
 
 
 def distributed_kind(accelerator: "Accelerator") -> str:
-    """accelerate's name for how models are spread: "NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED", ..."""
+    """accelerate's name for the way in which models are spread: "NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED",
+    ...
+    """
     return str(accelerator.distributed_type.name)
 
 
@@ -83,7 +85,7 @@ def _made(kind: "type[Accelerator]", here: World, mixed_precision: str | None) -
 
 @contextmanager
 def _launch_variables(here: World) -> Iterator[None]:
-    """Inside it, torchrun's variables say this launch: accelerate reads none of SLURM, and writes these for itself."""
+    """Set torchrun's variables for this launch inside the block: accelerate reads them, but none of SLURM's."""
     before = {name: os.environ.get(name) for name in _VARIABLES}
     if here.size > 1:
         launch = {
@@ -93,7 +95,7 @@ def _launch_variables(here: World) -> Iterator[None]:
             "LOCAL_WORLD_SIZE": here.local_size,
         }
         os.environ.update({name: str(value) for name, value in launch.items()})
-        # Read by a check only: the group is there.
+        # Only a check reads it: the group exists.
         os.environ.setdefault("MASTER_ADDR", "localhost")
     try:
         yield
@@ -122,7 +124,7 @@ def _check_ranks(accelerator: "Accelerator", here: World) -> None:
 
 
 def _check_kind(accelerator: "Accelerator", here: World) -> None:
-    """accelerate leaves out in silence what it was configured for, and cannot do."""
+    """Refuse a configuration that accelerate would silently ignore here."""
     kind = distributed_kind(accelerator)
     if kind != "DEEPSPEED" and _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(

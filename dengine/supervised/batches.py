@@ -1,4 +1,4 @@
-"""What a batch is and counts: the user's functions, checked, and the defaults if there are none."""
+"""The parts and the weight of a batch: check the user's functions, or use the defaults."""
 
 from collections.abc import Callable, Mapping, Sized
 from typing import Any, TypeAlias
@@ -44,7 +44,7 @@ _WHO = "A supervised trainer"
 def pair_on_device(batch: object, device: torch.device) -> tuple[object, object]:
     """`(inputs, targets)` of a batch that is a pair, on `device`.
 
-    Raises: TypeError: it is no pair; it says what to pass.
+    Raises: TypeError: it is no pair; the message says what to pass.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         what = f"{type(batch).__qualname__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__qualname__
@@ -56,7 +56,7 @@ def pair_on_device(batch: object, device: torch.device) -> tuple[object, object]
 
 
 def on_device(value: object, device: torch.device) -> Any:
-    """Tensors in nested containers on `device`; from pinned memory without a wait."""
+    """`value` with the tensors in nested containers moved to `device`, from pinned memory without a wait."""
     if isinstance(value, Tensor):
         return _leaf_on_device(value, device)
     return trees.map_leaves(lambda leaf: _leaf_on_device(leaf, device), value, is_leaf=_moves_itself)
@@ -70,7 +70,7 @@ def _leaf_on_device(leaf: object, device: torch.device) -> object:
 
 
 def _moves_itself(container: object) -> bool:
-    """A tuple or a dataclass may know better: a PackedSequence leaves its sizes on the host."""
+    """Whether a tuple or a dataclass has its own `to()`: a PackedSequence leaves its sizes on the host."""
     return callable(getattr(container, "to", None)) and not isinstance(container, Mapping)
 
 
@@ -84,9 +84,10 @@ def _detached_leaf(leaf: object) -> object:
 
 
 def num_samples(inputs: object, targets: object) -> int:
-    """The first dimension of the targets, or of what they are made of, else of the inputs.
+    """The number of samples: the first dimension of the targets, or of their parts, else of the inputs.
 
-    Raises: TypeError: neither has one, or lists of tensors differ in it: one tensor a sample; it says what to pass.
+    Raises: TypeError: there is none, or the tensors of a list differ in it (one tensor a sample); the message says what
+        to pass.
     """
     if isinstance(targets, (tuple, list)):
         _refuse_one_a_sample(inputs, targets)
@@ -98,16 +99,17 @@ def num_samples(inputs: object, targets: object) -> int:
 
 
 def default_weight(loss_fn: LossFunction) -> WeightFunction:
-    """What a batch counts, by default: what `loss_fn` divides by, if it tells, else its samples."""
+    """The default weight of a batch: the divisor of `loss_fn`, if that is known, else the number of samples."""
     source = class_loss(loss_fn)
     return num_samples if source is None or option(source, "reduction") != "mean" else ClassWeight(source)
 
 
 class ClassWeight:
-    """What a batch of a loss over classes counts: the labels that the loss does not ignore, or their class weights.
+    """The weight of a batch for a loss over classes: the number of labels that count, or the sum of their class
+    weights.
 
-    Of one label a sample, without class weights and with torch's own `ignore_index` of -100, these are the samples:
-    what is known of many batches at once need not be agreed upon at each one.
+    With one label a sample, no class weights and torch's default `ignore_index` of -100, this is the number of samples,
+    so that ranks can agree on it for many batches at once.
     """
 
     def __init__(self, source: object) -> None:
@@ -125,12 +127,12 @@ class ClassWeight:
 
 
 def counts_samples(weight: WeightFunction, targets: object) -> bool:
-    """Whether a batch with such targets counts its samples, as far as is known without a look at their values."""
+    """Whether a batch with these targets counts its samples, as far as is known without reading values."""
     return weight is num_samples or (isinstance(weight, ClassWeight) and weight.counts_samples(targets))
 
 
 def _refuse_one_a_sample(inputs: object, targets: list[Any] | tuple[Any, ...]) -> None:
-    """Several inputs of a batch have its size in common, tensors of one sample each have not."""
+    """Refuse a list with one tensor a sample: several inputs of a batch have their first dimension in common."""
     if not targets or not isinstance(targets[0], Tensor):
         return
     parts = [*targets, *(inputs if isinstance(inputs, (tuple, list)) else [inputs])]
@@ -141,9 +143,10 @@ def _refuse_one_a_sample(inputs: object, targets: list[Any] | tuple[Any, ...]) -
 
 
 def checked_pair(prepare_batch: PrepareBatch) -> PrepareBatch:
-    """`prepare_batch`, whose result is a pair. A tensor of two, or a dict, would be taken apart as one.
+    """`prepare_batch` with a check that its result is a pair. A tensor of two rows, or a dict, would be unpacked as
+    one.
 
-    Raises: (by what is given) TypeError: it gave something else.
+    Raises: (when called) TypeError: the result is something else.
     """
 
     def prepare(batch: object, device: torch.device) -> tuple[object, object]:
@@ -156,9 +159,9 @@ def checked_pair(prepare_batch: PrepareBatch) -> PrepareBatch:
 
 
 def checked_weight(weight: WeightFunction) -> WeightFunction:
-    """`weight`, whose result is one number. Nothing is read from a device.
+    """`weight` with a check that its result is one number. Nothing is read from a device.
 
-    Raises: (by what is given) TypeError: it gave something else.
+    Raises: (when called) TypeError: the result is something else.
     """
 
     def weigh(inputs: object, targets: object) -> Count:
@@ -183,7 +186,7 @@ def _what(value: object) -> str:
 
 
 def check_callables(**functions: object) -> None:
-    """Refuse what is neither None nor callable, and a class of modules in place of one. Raises: TypeError."""
+    """Refuse arguments that are neither None nor callable, or are a class of modules. Raises: TypeError."""
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise TypeError(f"{name}={function!r} must be a function.")
@@ -194,9 +197,9 @@ def check_callables(**functions: object) -> None:
 
 
 def check_calls(functions: Mapping[str, tuple[Callable[..., object] | None, str]]) -> None:
-    """`check_callables` of functions by name, each with the arguments that it is called with.
+    """Check functions by name, each with its arguments.
 
-    Raises: TypeError: as there, and if one cannot be called with these arguments.
+    Raises: TypeError: as in `check_callables`, or one cannot be called with these arguments.
     """
     check_callables(**{name: function for name, (function, _) in functions.items()})
     for name, (function, arguments) in functions.items():

@@ -1,4 +1,4 @@
-"""DeepSpeed through accelerate: its configuration, what checkpoints leave out, and a step of its engine."""
+"""Train with DeepSpeed through accelerate: its configuration, refused checkpoints, and a step of its engine."""
 
 import warnings
 from collections.abc import Iterator
@@ -33,16 +33,16 @@ _TO_BE_FILLED_IN = (None, "auto")
 
 
 def configured_num_batches(accelerator: "Accelerator") -> int:
-    """The number of batches of an accumulation, by DeepSpeed's configuration or accelerate's."""
+    """The number of batches of an accumulation, from DeepSpeed's configuration or accelerate's."""
     configured = _config(accelerator).get("gradient_accumulation_steps")
     return int(accelerator.gradient_accumulation_steps if configured in _TO_BE_FILLED_IN else configured)
 
 
 @contextmanager
 def configured(accelerator: "Accelerator", num_batches: int, max_grad_norm: float | None) -> Iterator[None]:
-    """Inside it, what DeepSpeed's configuration leaves open is filled in: accelerate wraps a model there.
+    """Fill the gaps in DeepSpeed's configuration inside the block, in which accelerate wraps a model.
 
-    Raises: ValueError: gradients are to be clipped to another norm.
+    Raises: ValueError: the configuration clips gradients to another norm.
     """
     config = _config(accelerator)
     clipping = config.get("gradient_clipping")
@@ -51,15 +51,15 @@ def configured(accelerator: "Accelerator", num_batches: int, max_grad_norm: floa
     before, num_before = deepcopy(config), accelerator.gradient_accumulation_steps
     try:
         if clipping in _TO_BE_FILLED_IN:
-            # accelerate would clip to 1 though nobody asked for it.
+            # accelerate would clip to 1 by default.
             config["gradient_clipping"] = max_grad_norm or 0.0
         config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps = num_batches
         if config.get("train_micro_batch_size_per_gpu") in _TO_BE_FILLED_IN:
-            # For what DeepSpeed logs only; batches of any size are taken.
+            # Only DeepSpeed's log uses it; batches may have any size.
             config |= {"train_micro_batch_size_per_gpu": 1, "train_batch_size": "auto"}
         yield
     finally:
-        # Else the next trainer would take it, and what accelerate fills in, for what its user has configured.
+        # Else the next trainer would take these values for those of the user.
         config.clear()
         config.update(before)
         accelerator.gradient_accumulation_steps = num_before
@@ -75,7 +75,7 @@ def check_clipping(max_grad_norm: float | None, configured: float) -> None:
 
 
 def check_precision(accelerator: "Accelerator") -> None:
-    """Refuse fp16 without a scaled loss, whose gradients DeepSpeed would divide by the scale. Raises: ValueError."""
+    """Refuse fp16 without loss scaling: DeepSpeed would divide the gradients by the scale. Raises: ValueError."""
     stage = (_config(accelerator).get("zero_optimization") or {}).get("stage", 0)
     if accelerator.mixed_precision == "fp16" and stage == 0:
         raise ValueError(
@@ -86,7 +86,7 @@ def check_precision(accelerator: "Accelerator") -> None:
 
 
 def is_placeholder(optimizer: object) -> bool:
-    """Whether it is accelerate's stand-in for the optimizer that DeepSpeed's configuration names."""
+    """Whether it is accelerate's placeholder for the optimizer in DeepSpeed's configuration."""
     return type(optimizer).__name__ == "DummyOptim" and type(optimizer).__module__.startswith("accelerate.")
 
 
@@ -95,8 +95,9 @@ def is_engine(model: nn.Module) -> bool:
 
 
 def cast_around(call: ModelFunction | None) -> ModelFunction:
-    """`call` with inputs in the precision of the model, if that has 16 bits, and predictions in 32, which a loss would
-    else round: DeepSpeed casts the model and nothing else.
+    """`call` with inputs cast to the precision of the model, if that has 16 bits, and predictions cast to 32 bits.
+
+    DeepSpeed casts only the model, and the loss would be rounded.
     """
 
     from accelerate.utils import recursively_apply
@@ -117,7 +118,7 @@ def _is_float(value: object) -> bool:
 
 
 def keep_states_out(engine: Any, optimizer: object, accelerator: "Accelerator") -> None:
-    """See that checkpoints refuse what DeepSpeed has parts or copies of: `optimizer` and the model in `engine`."""
+    """Make checkpoints refuse objects of which DeepSpeed has parts or copies: `optimizer` and the model in `engine`."""
     stage = engine.zero_optimization_stage()
     if stage == 0 and accelerator.mixed_precision == "no":
         return
@@ -132,13 +133,13 @@ def _config(accelerator: "Accelerator") -> dict[str, Any]:
 
 
 class DeepSpeedStep:
-    """An `OptimizerStep` whose gradients DeepSpeed sends, accumulates and clips.
+    """An `OptimizerStep` in which DeepSpeed sends, accumulates and clips the gradients.
 
-    Batches are weighted over the ranks, those of one accumulation alike: DeepSpeed adds them up as they come, before it
-    is known what they count together.
+    Batches are weighted over the ranks, but the batches of one accumulation have the same weight: DeepSpeed adds them
+    up before their total is known.
 
-    Cost: what DeepSpeed sends, in stages 2 and 3 in each backward pass; one all-reduce of one number a batch, if its
-    count is not known.
+    Cost: DeepSpeed's own collectives, in stages 2 and 3 in each backward pass; one all-reduce of one number a batch, if
+    its count is not known.
     """
 
     scaler = None
@@ -155,9 +156,9 @@ class DeepSpeedStep:
         self.takes_counts = not self.is_alone
 
     def start(self, num_batches: int | None) -> None:
-        """Gradients are zero already: DeepSpeed sees to that as it steps.
+        """Start a step. Gradients are zero already, as DeepSpeed zeroes them after each step.
 
-        Raises: ValueError: nobody knows the number of batches.
+        Raises: ValueError: the number of batches is unknown.
         """
         if num_batches is None:
             raise ValueError(
@@ -186,7 +187,7 @@ class DeepSpeedStep:
         self._num_done = 0
 
     def cut_short(self, num_batches: int) -> None:
-        """Refuse a step of fewer batches, which were weighted as parts of more. Raises: RuntimeError."""
+        """Refuse a step with fewer batches than they were weighted for. Raises: RuntimeError."""
         raise RuntimeError(
             f"The data ended after {num_batches} of the {self._num_in_step} batches that an accumulation was to have "
             "by the length it gave, and DeepSpeed has weighted them by that: correct the data's __len__, or "
@@ -196,7 +197,7 @@ class DeepSpeedStep:
     def forget(self) -> None:
         """Begin a run.
 
-        Raises: RuntimeError: DeepSpeed still holds gradients of one that failed.
+        Raises: RuntimeError: DeepSpeed still holds gradients of a run that failed.
         """
         if self._num_done:
             raise RuntimeError(

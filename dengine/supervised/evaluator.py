@@ -1,4 +1,4 @@
-"""An evaluator from a model and metrics."""
+"""Make an evaluator from a model and metrics."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -46,23 +46,23 @@ def create_supervised_evaluator(
 ) -> Engine:
     """An engine that computes `metrics` of `model` over a loader: `evaluator.run(val_loader).metrics`.
 
-    Exact over shards: give it `prepare_data_loader(val_loader, exact=True)`, and every sample counts once on any number
+    It is exact over shards: with `prepare_data_loader(val_loader, exact=True)` every sample counts once on any number
     of ranks. A run is in eval mode, without gradients, with rank 0's buffers on every rank (`evaluating`), and leaves
-    the model as it was. With DDP the bare module is called, so that no forward talks to other ranks. If forward must
-    (FSDP, DeepSpeed), a rank whose shard ends first takes part with a batch that no metric counts.
+    the model as it was. For DDP the module inside is called, so that forward does not communicate. If forward is
+    collective (FSDP, DeepSpeed), a rank whose shard ends first takes part with a batch that no metric counts.
 
     The step's output is `{"pred": ..., "label": ...}`, which metrics read as a (prediction, target) pair.
 
     Args:
-        model: as it is trained, wrapped or bare.
+        model: the model that is trained, wrapped or not.
         metrics: by name; more may be added by `add_metric`.
-        accelerator, mixed_precision, prepare_batch, model_fn: as of `create_supervised_trainer`.
+        accelerator, mixed_precision, prepare_batch, model_fn: as in `create_supervised_trainer`.
         output_transform: `(inputs, targets, pred) -> output`, instead of the output above.
         distributed: False makes it this rank's own (an evaluation on rank 0 only): over the rank's data, with its own
-            buffers, and without a collective. Not of a model whose forward is one (FSDP, DeepSpeed).
+            buffers, and without a collective. Not for a model whose forward is collective (FSDP, DeepSpeed).
 
     Raises:
-        TypeError, ValueError, ImportError, LaunchError: as of `create_supervised_trainer`. ValueError also for
+        TypeError, ValueError, ImportError, LaunchError: as in `create_supervised_trainer`. ValueError also for
             `distributed=False` with a model that only all ranks together can call.
 
     Cost: collective: one broadcast of the buffers a run, one all-reduce of all metrics; none if not `distributed`.
@@ -87,13 +87,13 @@ def create_supervised_evaluator(
     evaluator = Engine(step, distributed=distributed, joined=step.is_collective)
     evaluator.add_metrics(metrics or {})
     evaluator.on(Events.STARTED, step.enter, priority=Priority.SETUP)
-    # Whichever comes first; a preempted run fires no COMPLETED.
+    # The first of these events; a preempted run fires no COMPLETED.
     evaluator.on(Events.TERMINATED | Events.COMPLETED | Events.EXCEPTION_RAISED, step.leave, priority=Priority.SETUP)
     return evaluator
 
 
 class _EvaluationStep:
-    """`step(engine, batch)` in eval mode, which a run enters and leaves."""
+    """The step `(engine, batch)` of an evaluation, in eval mode, which a run enters and leaves."""
 
     def __init__(
         self,

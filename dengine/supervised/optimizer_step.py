@@ -1,4 +1,4 @@
-"""A step of the optimizer, from the gradients of its batches: by weighted means, or by DeepSpeed's engine."""
+"""One step of the optimizer from the gradients of several batches, by weighted means or by DeepSpeed."""
 
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +25,7 @@ class OptimizerStep(Protocol):
 
     Attributes:
         takes_counts: whether the count of a batch matters; else it need not be computed.
-        is_alone: no gradient is sent to another rank.
+        is_alone: whether no gradient is sent to another rank.
         scaler: the loss scaler of fp16, or None.
     """
 
@@ -33,7 +33,7 @@ class OptimizerStep(Protocol):
     is_alone: bool
     scaler: Any
 
-    def start(self, num_batches: int | None) -> None: ...  # of this step; None: nobody knows
+    def start(self, num_batches: int | None) -> None: ...  # of this step; None: unknown
     def no_sync(self) -> AbstractContextManager[None]: ...
     def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None: ...
     def backward(self, loss: Tensor) -> None: ...
@@ -55,7 +55,7 @@ def make_optimizer_step(
 
 
 class _WeightedStep:
-    """The gradient of the mean over the global batch, clipped, and the optimizer's step, by the loss scaler's rules."""
+    """Steps with the gradient of the mean over the global batch, clipped, and by the rules of the loss scaler."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class _WeightedStep:
         num_batches: int,
         max_grad_norm: float | None,
     ) -> None:
-        # accelerate's wrapper asks its own count of batches whether it may step.
+        # accelerate's wrapper steps only if its own count of batches allows it.
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)
         self._model = model
         self._accelerator = accelerator
@@ -75,7 +75,7 @@ class _WeightedStep:
         self.scaler = accelerator.scaler
         self._is_spread = any_dtensor(self._parameters())
         self.is_alone = self._mean.is_alone
-        # Alone, one batch a step is its own mean: nothing to weigh, nothing to divide.
+        # On one rank, one batch a step is its own mean: there is nothing to weigh or divide.
         self.takes_counts = not self.is_alone or num_batches > 1
         self._is_one_batch = num_batches == 1
         self._is_weighted = self.takes_counts
@@ -86,7 +86,7 @@ class _WeightedStep:
         self._optimizer.zero_grad()
 
     def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None:
-        # One batch of each rank, all of the same count: DDP's own mean is the one that is wanted.
+        # One batch of each rank, all with the same count: DDP's own mean is right.
         self._is_weighted = self.takes_counts and not (is_alike and self._is_one_batch)
         if self._is_weighted:
             self._mean.begin(count, self._accelerator.device, is_last=is_last, is_alike=is_alike)
@@ -112,7 +112,7 @@ class _WeightedStep:
             self.scaler.update()
 
     def cut_short(self, num_batches: int) -> None:
-        """They are divided by what has come."""
+        """Accept a step with fewer batches: gradients are divided by the total that has come."""
 
     def _clip(self, max_norm: float) -> None:
         if self._is_accelerates_fsdp:

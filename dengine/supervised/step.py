@@ -35,10 +35,10 @@ __all__ = ["Functions", "SupervisedEvents", "in_eval_mode", "train_step"]
 
 
 class SupervisedEvents(EventEnum):
-    """Events of a supervised trainer's own.
+    """The events of a supervised trainer.
 
-    `OPTIMIZER_STEP_COMPLETED` fires when the iteration that ended in a step is completed, before `ITERATION_COMPLETED`.
-    A `Checkpoint` on it saves after the handlers of `ITERATION_COMPLETED`, so that it holds what they have done.
+    `OPTIMIZER_STEP_COMPLETED` fires when an iteration that ends in a step is complete, before `ITERATION_COMPLETED`. A
+    `Checkpoint` on it saves after the handlers of `ITERATION_COMPLETED`, so that it holds what they have done.
     """
 
     OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
@@ -46,7 +46,7 @@ class SupervisedEvents(EventEnum):
 
 @dataclass(frozen=True)
 class Functions:
-    """The functions that the user gave, or their defaults: of batches, models and losses."""
+    """The functions for batches, models and losses, from the user or by default."""
 
     loss: LossFunction
     prepare_batch: PrepareBatch
@@ -56,7 +56,7 @@ class Functions:
 
 
 class TrainStep(ABC):
-    """`step(engine, batch)`, and the handlers that begin and end what spans several iterations."""
+    """The step `(engine, batch)` of a training, and handlers that start and end an accumulation."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class TrainStep(ABC):
     ) -> None:
         self._model = model
         bare: Any = unwrap_model(model)
-        self._bare: nn.Module = bare.module if is_engine(bare) else bare  # wrappers have a mode of their own
+        self._bare: nn.Module = bare.module if is_engine(bare) else bare  # a wrapper has its own training mode
         self._step = optimizer_step
         self._autocast: Any = accelerator.autocast if accelerator.native_amp else None
         self._device = accelerator.device
@@ -77,22 +77,22 @@ class TrainStep(ABC):
         self._num_pending = 0  # batches whose gradients no step has used yet
         self._spare: Any = None  # the last one of these
         self._has_stepped = False
-        # If nobody but the data decides how many samples a batch has, it can be known of many batches at once.
+        # If only the data decide the number of samples of a batch, it can be known for many batches at once.
         weight = functions.weight
         is_set_by_data = (
             weight is num_samples or (isinstance(weight, ClassWeight) and weight.is_plain)
         ) and functions.prepare_batch is pair_on_device
         self._looks_ahead = is_set_by_data and optimizer_step.takes_counts and not optimizer_step.is_alone
-        self._num_uniform = self._uniform_count = 0  # of the epoch's first batches, which count alike on all ranks
+        self._num_uniform = self._uniform_count = 0  # the epoch's first batches that have the same count on all ranks
 
     def attach(self, engine: Engine) -> None:
         engine.is_trainer = True
         engine.register_events(SupervisedEvents)
         engine.on(Events.STARTED, self._begin, priority=Priority.SETUP)
         engine.on(Events.EPOCH_STARTED, self._train_mode, priority=Priority.SETUP)
-        # Not within the step: an iteration under way is one that a resumed run does again.
+        # Not within the step: a resumed run would repeat the iteration that is under way.
         engine.on(Events.ITERATION_COMPLETED, self._fire_step_completed, priority=Priority.SETUP)
-        # Before anybody looks at the model there: an accumulation that was cut short is stepped with what it has.
+        # Before other handlers look at the model: an accumulation that was cut short steps with what it has.
         ends = Events.EPOCH_COMPLETED | Events.TERMINATED | Events.COMPLETED
         engine.on(ends, self._finish_accumulation, priority=Priority.SETUP)
         engine.on(Events.ITERATION_COMPLETED | ends, self._save, priority=Priority.CLEANUP)
@@ -108,7 +108,7 @@ class TrainStep(ABC):
     def _pass(
         self, inputs: Any, targets: Any, count: Count, *, is_absent: bool, is_last: bool, is_alike: bool = False
     ) -> tuple[Any, Tensor]:
-        """Forward and backward; a batch that is only there to take part with leaves no trace in the model."""
+        """Run forward and backward. A placeholder batch leaves no trace in the model."""
         self._step.begin(count, is_last=is_last, is_alike=is_alike)
         if is_absent:
             with in_eval_mode(self._model):
@@ -146,9 +146,9 @@ class TrainStep(ABC):
 
     def _begin(self, engine: Engine) -> None:
         state = engine.state
-        self._num_pending, self._spare = 0, None  # of a run that failed
+        self._num_pending, self._spare = 0, None  # left by a run that failed
         engine.save_phase.waiting = []
-        self._num_uniform = 0  # an epoch that is gone on with may do so in other batches
+        self._num_uniform = 0  # the rest of a resumed epoch may have other batches
         self._step.forget()
         self._train_mode(engine)
         if state.iteration and self._step.scaler is not None:
@@ -164,14 +164,14 @@ class TrainStep(ABC):
             )
 
     def _train_mode(self, engine: Engine) -> None:
-        # Looked at first: parts that the user keeps in eval mode stay so.
+        # Checked first: parts that the user keeps in eval mode stay in it.
         if not self._bare.training:
             self._model.train()
 
     def _fire_step_completed(self, engine: Engine) -> None:
         if self._has_stepped:
             self._has_stepped = False
-            engine.save_phase.is_put_off = True  # until the other handlers of the iteration are done
+            engine.save_phase.is_put_off = True  # savers wait until the other handlers of the iteration are done
             try:
                 engine.fire_event(SupervisedEvents.OPTIMIZER_STEP_COMPLETED)
             finally:
@@ -182,12 +182,12 @@ class TrainStep(ABC):
             engine.save_phase.run(engine)
 
     def _finish_accumulation(self, engine: Engine) -> None:
-        """Step with what an accumulation has if nobody knew that its last batch was the last one."""
+        """Step with the batches so far, if it was not known that the last one was the last."""
         if not self._num_pending:
             return
         self._step.cut_short(self._num_pending)
         if not self._step.is_alone:
-            # What was added up inside no_sync() is sent by a backward pass of no weight.
+            # A backward pass with weight 0 sends what was added up inside no_sync().
             inputs, targets = self._functions.prepare_batch(self._spare, self._device)
             self._pass(inputs, targets, 0, is_absent=True, is_last=True)
         self._finish_step(engine)
@@ -195,7 +195,7 @@ class TrainStep(ABC):
 
 
 class _LocalStep(TrainStep):
-    """Each batch is a step, in a world of one: what one writes by hand, and as fast."""
+    """The step of a world of one without accumulation: a plain loop's step, and as fast."""
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         optimizer_step = self._step
@@ -210,7 +210,7 @@ class _LocalStep(TrainStep):
 
 
 class _WeighedStep(TrainStep):
-    """A step is of several batches, weighted by what they count: of several ranks, or of an accumulation."""
+    """The step from several weighted batches, of several ranks or of an accumulation."""
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         number = engine.state.epoch_iteration
@@ -244,7 +244,7 @@ class _WeighedStep(TrainStep):
         return self._output(inputs, targets, pred, loss)
 
     def _num_in_step(self, engine: Engine) -> int | None:
-        """How many batches the step has that begins with this one; None if nobody knows."""
+        """The number of batches of the step that begins with this one; None if unknown."""
         if self._num_batches == 1:
             return 1
         number, length = engine.state.epoch_iteration, engine.state.epoch_length
@@ -275,7 +275,7 @@ def train_step(
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside it, `model` updates no statistics and draws no random number; then each module is in its mode again."""
+    """Put `model` into eval mode inside the block, and each module back into its own mode at the end."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""A trainer from a model, an optimizer and a loss."""
+"""Make a trainer from a model, an optimizer and a loss."""
 
 from typing import TYPE_CHECKING
 
@@ -48,45 +48,47 @@ def create_supervised_trainer(
     """An engine that trains `model`: `create_supervised_trainer(model, optimizer, loss_fn).run(loader, max_epochs=9)`.
 
     The gradient of each step is that of the mean over the global batch: over all ranks and all batches of an
-    accumulation, each weighted by what it counts, whatever their sizes. A rank whose shard ends before that of others
-    (`prepare_data_loader(..., exact=True)`) takes part in the steps that it lacks with a weight of 0. An accumulation
-    that the end of the epoch or the run cuts short is stepped with what it has.
+    accumulation, each weighted by its count, whatever their sizes. A rank whose shard ends before that of others
+    (`prepare_data_loader(..., exact=True)`) takes part in the last steps with a weight of 0. An accumulation that is
+    cut short by the end of the epoch or the run steps with the batches it has.
 
     The step's output is `{"loss": tensor, "pred": ..., "label": ...}`, of this rank's batch and without a graph.
     `SupervisedEvents.OPTIMIZER_STEP_COMPLETED` fires after each step of the optimizer.
 
     Args:
-        model: wrapped by `prepare_model` already, by `accelerator.prepare`, or bare: then it is moved to its device
-            and, over several ranks, wrapped, by accelerate if `accelerate config` says FSDP or DeepSpeed.
+        model: a model that `prepare_model` or `accelerator.prepare` has wrapped, or one without a wrapper: that is
+            moved to its device and, over several ranks, wrapped, by accelerate if `accelerate config` says FSDP or
+            DeepSpeed.
         optimizer: over the parameters of `model`; accelerate's `DummyOptim` if DeepSpeed's configuration has one.
-        loss_fn: `loss_fn(pred, targets)`, the mean over what `weight` counts.
-        accelerator: one of your own; by default one is made that agrees with `distributed.world()`.
+        loss_fn: `loss_fn(pred, targets)`, a mean over the samples (or tokens) that `weight` counts.
+        accelerator: your own accelerator; by default one is made that agrees with `distributed.world()`.
         mixed_precision: "no", "fp16" (loss scaling, whose state is part of the engine's), "bf16", "fp8"; by default
-            what `accelerate launch` or the accelerator says. Forward and loss run under autocast.
-        gradient_accumulation_steps: batches that make one step; those of an epoch's beginning first. Only the last of
-            them sends gradients. `terminate()` and preemption leave after a whole accumulation.
+        that of `accelerate launch` or the accelerator. Forward and loss run under autocast.
+        gradient_accumulation_steps: the number of batches for one step, counted from the start of an epoch. Only the
+            last of them sends gradients. `terminate()` and preemption leave after a whole accumulation.
         max_grad_norm: the norm to which gradients are clipped, over all parameters of the optimizer.
         output_transform: `(inputs, targets, pred, loss) -> output`, instead of the output above.
         prepare_batch: `(batch, device) -> (inputs, targets)`; by default the batch is that pair.
         model_fn: `(model, inputs) -> pred`; by default `model(inputs)`.
-        weight: `(inputs, targets) -> number or 0-d tensor`, what a batch counts: for a loss per token of your own,
-            `lambda inputs, targets: (targets != -100).sum()`. By default, of `cross_entropy` and `nll_loss` (as a
-            function, a module, or `functools.partial` of one), what they divide by: the labels that are not their
-            `ignore_index`, or the sum of their class weights; of one label a sample without class weights, and with
-            an `ignore_index` of -100 as torch has it, all samples, as of any other loss. It is only called if it
-            matters: with several ranks, or an accumulation.
+        weight: `(inputs, targets) -> number or 0-d tensor`, the count of a batch: for your own loss per token,
+            `lambda inputs, targets: (targets != -100).sum()`. The default for `cross_entropy` and `nll_loss` (as a
+            function, a module, or `functools.partial` of one) is the number by which they divide: the number of labels
+            that are not their `ignore_index`, or the sum of their class weights. For one label a sample without class
+            weights, and with torch's default `ignore_index` of -100, and for any other loss, it is the number of
+            samples. It is only called if it matters: with several ranks, or an accumulation.
 
-    With DeepSpeed the batches of one accumulation count alike, as it adds them up as they come: `weight` takes one
+    With DeepSpeed the batches of one accumulation have the same weight, as it adds them up at once: `weight` needs one
     batch a step then, and data without a length need `epoch_length`.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or contradicts `accelerator`; the optimizer has no parameter of the
-            model, or needs a closure (LBFGS); a function cannot be called as is said above. ImportError: no accelerate.
-        LaunchError: accelerate counts other ranks than there are.
+            model, or needs a closure (LBFGS); a function cannot be called as said above.
+        ImportError: accelerate is not installed.
+        LaunchError: accelerate finds other ranks than there are.
 
     Cost: collective over several ranks, if the model gets wrapped, or is in DDP that `prepare_model` did not make
-        (whose buckets are built now, for a bit-identical resume). Over the loop by hand: with one rank nothing on the
-        device; with several what is said at `GradientMean`, and two small all-reduces an epoch.
+        (whose buckets are built now, for a bit-identical resume). Compared to a plain loop: nothing on the device with
+        one rank; with several the cost of `GradientMean`, and two small all-reduces an epoch.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_supervised_trainer() takes a torch.nn.Module, but got {type(model).__qualname__}.")
@@ -133,7 +135,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, is_d
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("LBFGS evaluates the loss by a closure of its own: write the step by hand, for an Engine.")
     if is_engine(model) or not isinstance(optimizer, torch.optim.Optimizer):
-        return  # DeepSpeed's own
+        return  # an optimizer of DeepSpeed
     stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
     if not any(id(each) in stepped for each in model.parameters()):
         raise ValueError(
@@ -144,7 +146,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, is_d
 
 
 def _num_batches(given: int, accelerator: "Accelerator", *, is_deepspeed: bool) -> int:
-    """The batches of an accumulation, `given` here or to the accelerator."""
+    """The number of batches of an accumulation, `given` here or to the accelerator."""
     theirs = configured_num_batches(accelerator) if is_deepspeed else int(accelerator.gradient_accumulation_steps)
     if given > 1 and theirs not in (1, given):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How many batches of an epoch have equally many samples on all ranks, found out at the first one."""
+"""Find out, at the first batch of an epoch, how many batches have the same number of samples on all ranks."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ __all__ = ["num_uniform"]
 
 
 def num_uniform(data: object, first_count: int) -> int:
-    """How many batches, from the first one of a pass over `data` on, have `first_count` samples on every rank.
+    """The number of batches, from the start of a pass over `data`, that have `first_count` samples on every rank.
 
-    0 if ranks differ, or if one of them does not know.
+    0 if ranks differ, or if one of them does not know it.
 
     Collective. Cost: one small all-reduce, and for a list one look at each batch.
     """
@@ -27,7 +27,7 @@ def num_uniform(data: object, first_count: int) -> int:
 
 
 def _leading(data: Any) -> tuple[int, int]:
-    """The number of samples of the first batch, and how many batches from it on have as many."""
+    """The number of samples of the first batch, and the number of batches from there on that have as many."""
     if type(data) in (list, tuple):
         return _leading_of_list(data)
     if type(data) not in (DataLoader, PreparedLoader) or not _gives_each_sample(data.dataset):
@@ -43,7 +43,7 @@ def _leading(data: Any) -> tuple[int, int]:
 
 
 def _gives_each_sample(dataset: Any) -> bool:
-    """Whether there is a sample in a batch for each index; one that is asked for many at once may leave some out."""
+    """Whether a batch has a sample for each index: a data set with a batched fetch may leave some out."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return not isinstance(dataset, IterableDataset) and not hasattr(dataset, "__getitems__")
@@ -54,7 +54,7 @@ def _leading_of_list(batches: Any) -> tuple[int, int]:
     for number, batch in enumerate(batches):
         try:
             count = num_samples(*batch)
-        except TypeError:  # no pair, or one without samples: an error at that batch's turn
+        except TypeError:  # no pair, or one without samples: an error once that batch comes
             return first, number
         if number == 0:
             first = count

@@ -1,4 +1,4 @@
-"""Model and optimizer as they are trained: on their device and, over several ranks, wrapped."""
+"""Prepare model and optimizer for training: move them to the device and, over several ranks, wrap them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +31,15 @@ def wrap(
     num_batches: int,
     max_grad_norm: float | None,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`model` and `optimizer`, wrapped if they are not: by `prepare_model`, or by accelerate if its configuration says
-    FSDP or DeepSpeed.
+    """Wrap `model` and `optimizer`, unless they are: in DDP, or by accelerate if its configuration says FSDP or
+    DeepSpeed.
 
-    Every rank gets rank 0's parameters and buffers. DeepSpeed accumulates `num_batches` and clips to `max_grad_norm` by
-    itself.
+    Every rank gets rank 0's parameters and buffers. DeepSpeed itself accumulates `num_batches` and clips to
+    `max_grad_norm`.
 
     Collective: call on all ranks.
 
-    Raises: ValueError: a way of spreading models that is not supported; DeepSpeed clips to another norm, or would
+    Raises: ValueError: the configured way to spread models is not supported; DeepSpeed clips to another norm, or would
         train in fp16 without scaling the loss.
     """
     kind = distributed_kind(accelerator)
@@ -51,7 +51,7 @@ def wrap(
             return _wrap_with_deepspeed(model, optimizer, accelerator, num_batches, max_grad_norm, is_ready=is_ready)
         if is_ready:
             return model, optimizer
-        if not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:  # which sends them itself
+        if not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:  # else it sends them itself
             broadcast_tensors([*model.parameters(), *model.buffers()])
         return accelerator.prepare(model, optimizer)  # type: ignore[no-any-return]
     if kind not in _PLAIN:
@@ -74,7 +74,7 @@ def _wrap_with_deepspeed(
     if is_ready:
         check_clipping(max_grad_norm, engine.gradient_clipping())
     else:
-        broadcast_tensors(list(model.buffers()))  # parameters it sends itself
+        broadcast_tensors(list(model.buffers()))  # it sends parameters itself
         with configured(accelerator, num_batches, max_grad_norm):
             engine, stepped = accelerator.prepare(model, optimizer)
     keep_states_out(engine, optimizer, accelerator)
@@ -92,7 +92,7 @@ def _refuse_other_wrapper(model: nn.Module, kind: str) -> None:
 def wrap_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:
     """`model` on its device; over several ranks in DDP, unless it is wrapped already.
 
-    Collective over several ranks, also if it is in DDP already: that has its buckets built now.
+    Collective over several ranks, also if it is in DDP already: its buckets are built now.
     """
     if is_wrapped(model):
         spreads_model(model)
@@ -104,7 +104,7 @@ def wrap_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:
 
 
 def refuse_stage(model: nn.Module, what: str) -> None:
-    """Raises: ValueError: `model` is a stage of a pipeline, which cannot be called with a batch."""
+    """Refuse a stage of a pipeline, which cannot be called with a batch. Raises: ValueError."""
     bare = unwrap_model(model)
     if any(part is bare and has_dimension(mesh, "pp") for part, mesh in plane().prepared.living_parts()):
         raise ValueError(
@@ -114,7 +114,7 @@ def refuse_stage(model: nn.Module, what: str) -> None:
 
 
 def _refuse_replaced_parameters(model: nn.Module) -> None:
-    """Raises: ValueError: the optimizer would be left with parameters that the model has no more."""
+    """Refuse to replace parameters that the optimizer has. Raises: ValueError."""
     if (mesh := world().mesh) is None:
         return
     sizes = zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)

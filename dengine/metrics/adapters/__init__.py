@@ -1,1 +1,1 @@
-"""Metrics of other libraries, in the same reduction."""
+"""Adapters, so that metrics of other libraries take part in the same reduction."""

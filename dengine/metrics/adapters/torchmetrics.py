@@ -1,7 +1,7 @@
-"""torchmetrics' metrics in the packed reduction, by their own state declarations.
+"""Adapt metrics of torchmetrics to the packed reduction, by the states that they declare.
 
-Whole numbers are summed; floating-point states travel one slot per rank and are put together by the metric's own
-reduction function, in the order and the precision in which torchmetrics would have done it: equal to the last bit.
+Whole numbers are summed. Floating-point states have a slot for each rank, and are combined by the metric's own
+reduction function, in the order and the precision of torchmetrics, so that results are equal to the last bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ __all__ = ["TorchmetricsAdapter"]
 
 
 class TorchmetricsAdapter:
-    """A metric of torchmetrics, or a collection of them, its compute groups included."""
+    """Adapts a metric of torchmetrics, or a collection of them with its compute groups."""
 
     def __init__(
         self, metric: torchmetrics.Metric | torchmetrics.MetricCollection, label: str, *, is_alone: bool
@@ -43,7 +43,7 @@ class TorchmetricsAdapter:
     def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form] = ()) -> Any:
         """A copy that holds the reduced states and takes part in no collective of torchmetrics' own.
 
-        Collective only for lists that are kept apart (no reduction function): one object gather each.
+        Collective only for lists without a reduction function: one object gather each.
         """
         memo: dict[int, Any] = {
             id(state.value): state.synchronized(value) for state, value in zip(self._states, values, strict=True)
@@ -51,7 +51,7 @@ class TorchmetricsAdapter:
         for state in self._loose_lists:
             mine = state.value if world().counts_samples else []
             memo[id(state.value)] = [part for parts in all_gather_object(mine) for part in parts]
-        # deepcopy looks its memo up first: the reduced states stand where the local ones would have been copied to.
+        # deepcopy looks into its memo first, so the copy gets the reduced states instead of copies of the local ones.
         copied = deepcopy(self._metric, memo)
         for metric in copied.modules():
             if isinstance(metric, torchmetrics.Metric):
@@ -94,10 +94,10 @@ class _Declared:
 
 
 def _states(metric: torchmetrics.Metric | torchmetrics.MetricCollection) -> Iterator[_Declared]:
-    """The states of a metric and of those inside it.
+    """The states of a metric and of the metrics inside it.
 
-    Those of a compute group come for each of its members, though they are one: groups are found at the first update,
-    so that a rank that saw nothing has none, and all ranks must send alike.
+    Each member of a compute group gives the states, though they are shared: groups are found at the first update, so a
+    rank that saw nothing knows of none, and all ranks must send the same.
     """
     if isinstance(metric, torchmetrics.MetricCollection):
         metric.items(copy_state=False)  # lets the members of a compute group refer to their leader's states

@@ -1,4 +1,4 @@
-"""The share of right answers: the likeliest class, or one of the k likeliest."""
+"""Accuracy, and top-k accuracy: the share of right answers."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class Accuracy(DerivedMetric):
     """The share of right answers, over the samples of all ranks.
 
     Shapes: `(N, C, ...)` scores, of which the highest wins, or `(N, ...)` predicted labels, with `(N, ...)` labels.
-        Beside scores, targets of their shape that add up to 1 are probabilities, of which the likeliest class counts.
+        With scores, targets of the same shape that add up to 1 are probabilities, and the likeliest class is the label.
         Every position of `...` is a sample. A pair of Python numbers is one sample, right if they are equal.
         task="binary": `(N, ...)` or `(N, 1, ...)` scores, or labels, with `(N, ...)` targets of 0 and 1.
         task="multilabel": `(N, C, ...)` scores, or labels, with targets of the same shape; a sample is right if all
@@ -30,21 +30,21 @@ class Accuracy(DerivedMetric):
     Source: `sklearn.metrics.accuracy_score`; with `average`, `recall_score`.
 
     Args:
-        task: None reads it from the shapes: scores with one dimension more than the targets are multiclass, labels of
-            one shape are compared, and `(N,)` probabilities with whole-number targets are binary. What else is
-            possible is asked for in an error.
+        task: None finds it from the shapes: scores with one dimension more than the targets are multiclass, labels of
+            one shape are compared, and `(N,)` probabilities with whole-number targets are binary. In other cases an
+            error asks for it.
         num_classes: None takes it from the scores. Labels outside the classes are an error; if neither scores nor
             `num_classes` give them, labels are only compared.
-        threshold: of binary and multilabel scores, above which the answer is 1; 0.0 is right for logits.
-        average: "micro" counts every sample alike. The others average the accuracy within each class, which is its
-            recall: "macro" plainly over the classes that occur in targets or predictions, "weighted" by their
-            frequency; None gives `(C,)`, 0.0 for a class that does not occur.
-        ignore_index: a target that is left out; of a multilabel sample the other labels must be right. It may be a
+        threshold: a binary or multilabel score above it means 1; 0.0 is right for logits.
+        average: "micro" gives every sample the same weight. The others average the accuracy within each class, which is
+            its recall: "macro" is the plain mean over the classes that occur in targets or predictions, "weighted" is
+            weighted by their frequency; None gives `(C,)`, 0.0 for a class that does not occur.
+        ignore_index: a target that is left out; the other labels of a multilabel sample must be right. It may be a
             class.
 
     Raises:
-        ValueError: `update` got shapes that do not go together, or `compute` finds a label outside the classes, on
-            whichever rank, targets that are no probabilities, or scores that are nan. NotComputableError: no sample was
+        ValueError: `update` got shapes that do not fit, or `compute` finds, on any rank, a label outside the classes,
+            targets that are no probabilities, or scores that are nan. NotComputableError: no sample was
             seen.
 
     Example:
@@ -88,7 +88,7 @@ class Accuracy(DerivedMetric):
 
 
 class _Share(LabelMetric):
-    """Base of accuracies: right answers among all."""
+    """Base class of accuracies: the number of right answers divided by the number of all."""
 
     correct: torch.Tensor | int
     total: torch.Tensor | int
@@ -99,7 +99,7 @@ class _Share(LabelMetric):
         super().__init__(output_transform)
         self.add_state("correct", 0)
         self.add_state("total", 0)
-        # A rank that saw nothing must judge the others' labels too. 0: there are no classes to judge by.
+        # A rank that saw nothing must check the labels of the others, too. 0: the number of classes is unknown.
         self.add_state("num_labels", 0, reduce="gather")
 
     def num_counted(self) -> int:
@@ -119,7 +119,7 @@ class _Share(LabelMetric):
         return int(self.correct) / total
 
     def count(self, right: torch.Tensor, kept: torch.Tensor | None = None) -> None:
-        """Add answers; with `kept` those alone that it is true for."""
+        """Add answers; with `kept`, only those for which it is true."""
         self.correct = self.correct + torch.count_nonzero(right if kept is None else right & kept)
         self.total = self.total + (right.numel() if kept is None else kept.sum())
 
@@ -154,11 +154,11 @@ class _PlainAccuracy(_Share):
             self.num_unclear = self.num_unclear + answers.is_unclear.sum()
         predicted, target, kept = answers.predicted, answers.target, answers.kept
         if answers.scores is not None and predicted.dtype == torch.bool:
-            target = target.bool()  # of 0 and 1, as is watched; to compare two dtypes takes several times as long
+            target = target.bool()  # of 0 and 1, which is checked; to compare two dtypes takes several times as long
         right = predicted == target
         if settings.task == "multilabel":
             right = right.all(1) if kept is None else (right | ~kept).all(1)
-            kept = None if kept is None else kept.any(1)  # a sample without a label that counts is none
+            kept = None if kept is None else kept.any(1)  # a sample without a label that counts is left out
         self.count(right, kept)
 
     def compute(self) -> float:
@@ -178,7 +178,7 @@ class TopKAccuracy(_Share):
     Shapes: `(N, C, ...)` scores with `(N, ...)` labels, or with class probabilities as `Accuracy` takes them. With
         `k >= C` every answer is right. Labels of `ignore_index` are left out.
     Cost: no wait for the device; five numbers.
-    Source: `sklearn.metrics.top_k_accuracy_score`. Which of equal scores counts as higher is up to `torch.topk`.
+    Source: `sklearn.metrics.top_k_accuracy_score`. `torch.topk` decides which of equal scores is higher.
 
     Raises:
         ValueError: `k` below 1, shapes that do not go together, or, in `compute`, a label outside the classes, targets

@@ -13,11 +13,11 @@ from dengine.types import accumulator_dtype, summable
 
 __all__ = ["Average", "WeightedMean", "accumulable", "sum_and_count", "value_of"]
 
-Amount: TypeAlias = torch.Tensor | float  # a number that may still be on its way through the device
+Amount: TypeAlias = torch.Tensor | float  # a number, or a tensor that the device may still compute
 
 
 class WeightedMean(Metric):
-    """Base of means: a sum of values and how many there are, both kept in 64 bits whatever dtype a step gives."""
+    """Base class of means: the sum and the number of values, both in 64 bits, whatever dtype a step gives."""
 
     value_sum: Amount
     count: Amount
@@ -45,13 +45,13 @@ class Average(WeightedMean):
     """The mean of the values that the steps give, over all ranks.
 
     Shapes: a number or a 0-d tensor, one value; a tensor `(N, ...)`, as many values as it has elements; a pair
-        `(value, count)` of these, the value being the mean of `count` samples (a count of 0 is skipped). Of a
-        mapping its `"loss"` is taken.
+        `(value, count)` of these, in which the value is the mean of `count` samples (a count of 0 is skipped). A
+        mapping gives its `"loss"`.
     Cost: no wait for the device; two numbers.
 
     Raises:
-        TypeError: `update` got something else; it lists a mapping's keys. ValueError: a value and a count of different
-        shapes. NotComputableError: no value was seen.
+        TypeError: `update` got something else (the message lists the keys of a mapping). ValueError: a value and a
+        count have different shapes. NotComputableError: no value was seen.
 
     Example:
         >>> metric = Average()
@@ -67,7 +67,8 @@ class Average(WeightedMean):
         return loss_value(output)
 
     def update(self, output: Any) -> None:
-        # The commonest case, a loss, costs little: on the CPU a tenth of a tensor's sum, of the same 64 bits.
+        # The most frequent case, a loss, is cheap: on the CPU a tenth of the time of a tensor's sum, with the same
+        # bits.
         is_loss = type(output) is torch.Tensor and not output.ndim and output.is_floating_point()
         if is_loss and output.is_cpu:
             self.add(output.item(), 1)
@@ -83,10 +84,10 @@ class Average(WeightedMean):
 
 
 def value_of(output: object, metric: str) -> Any:
-    """A number, or a tensor that may be of any shape.
+    """The value in `output`: a number, or a tensor of any shape.
 
     Raises:
-        TypeError: neither, or complex; it lists a mapping's keys and says what to do.
+        TypeError: it is neither, or is complex; the message lists the keys of a mapping and says what to do.
     """
     if is_python_number(output):
         return output
@@ -99,7 +100,7 @@ def value_of(output: object, metric: str) -> Any:
 
 
 def sum_and_count(output: object, metric: str) -> tuple[Amount, Amount]:
-    """The sum of the values, and how many they are."""
+    """The sum and the number of the values in `output`."""
     if not isinstance(output, (tuple, list)) or len(output) != 2:
         value = value_of(output, metric)
         if isinstance(value, torch.Tensor):

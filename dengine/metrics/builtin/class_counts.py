@@ -1,4 +1,4 @@
-"""What precision, recall, F1 and the confusion matrix are computed from, and how classes are averaged."""
+"""The counts from which precision, recall, F1 and the confusion matrix are computed, and averages over classes."""
 
 from typing import Literal, TypeAlias
 
@@ -16,10 +16,10 @@ _AVERAGES = ("micro", "macro", "weighted", "samples", None)
 
 
 class ClassCounts(LabelMetric):
-    """How often each class was predicted, was right to be, and was both; or the whole matrix of them.
+    """For each class: how often it was predicted correctly, was predicted, and was the target; or the whole matrix.
 
-    State: (3, C) int64 counts, or (C, C) with `has_matrix`; a multilabel task needs no more than the former, and with
-        an `ignore_index` a fourth row, how many targets of each label count.
+    State: (3, C) int64 counts, or (C, C) with `has_matrix`. A multilabel task needs only the former, and with an
+        `ignore_index` a fourth row: the number of targets of each label that count.
     Cost: O(N) an update and nothing of O(C^2): an in-place scatter. A binary task counts as two classes.
     """
 
@@ -66,15 +66,15 @@ class ClassCounts(LabelMetric):
         self.total = self.total + num_kept
 
     def compute(self) -> torch.Tensor:
-        """(3, C) int64: true positives, predicted and actual members of each class."""
+        """The counts, (3, C) int64: true positives, predicted and actual members of each class."""
         self.check(self._name)
         return torch.stack([self.true_positives, self.predicted, self.actual])
 
     def check(self, metric: str) -> None:
-        """See that there are counts, and right ones, before they are read.
+        """Check the counts before they are read.
 
         Raises:
-            NotComputableError: no sample was seen. ValueError: a label outside the classes.
+            NotComputableError: no sample was seen. ValueError: a label is outside the classes.
         """
         self.flush()
         if not int(self.total):
@@ -95,14 +95,14 @@ class ClassCounts(LabelMetric):
 
     @property
     def occurs(self) -> torch.Tensor:
-        """(C,) bool: the classes that a mean is taken over. Every label of a multilabel task is one."""
+        """The classes over which a mean is taken, (C,) bool. In a multilabel task all of them."""
         if self.settings.task == "multilabel":
             return torch.ones_like(self.actual, dtype=torch.bool)
         return self.predicted + self.actual > 0
 
     @property
     def matrix(self) -> torch.Tensor:
-        """(C, C) int64, rows the targets; of a multilabel task (C, 2, 2)."""
+        """The confusion matrix, (C, C) int64, with the targets as rows; (C, 2, 2) for a multilabel task."""
         if self.settings.task != "multilabel":
             return self.counts
         both, predicted, actual, *kept = self.counts
@@ -127,7 +127,7 @@ class ClassCounts(LabelMetric):
 
     def _count_classes(self, answers: Answers) -> None:
         num_classes = answers.num_classes
-        # Clamped, as a scatter outside its tensor would be the end of a CUDA context. `watch` has seen the label.
+        # Clamped, as a scatter outside its tensor would end the CUDA context. `watch` has seen the label.
         target = answers.target.reshape(-1).long().clamp(0, num_classes - 1)
         predicted = answers.predicted.reshape(-1).long()
         if len(answers.given) > 1:
@@ -154,7 +154,7 @@ class ClassCounts(LabelMetric):
 
 
 def check_average(average: object, task: str | None) -> None:
-    """Raises ValueError unless `average` is one of the five, and goes with the task."""
+    """Check `average`. Raises: ValueError: it is none of the five, or does not fit the task."""
     if average not in _AVERAGES:
         raise ValueError(f"average={average!r} must be one of {', '.join(map(repr, _AVERAGES))}.")
     if average == "samples" and task != "multilabel":
@@ -167,7 +167,7 @@ def check_average(average: object, task: str | None) -> None:
 def class_average(
     part: torch.Tensor, whole: torch.Tensor, counts: ClassCounts, average: Average
 ) -> float | torch.Tensor:
-    """`part / whole` of each class, averaged as scikit-learn does. 0 / 0 is 0.
+    """The average over classes of `part / whole`, as scikit-learn computes it. 0 / 0 is 0.
 
     Returns: a float; with average=None (C,) float64, one for each class, 0 for those that do not occur.
     """

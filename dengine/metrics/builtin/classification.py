@@ -1,4 +1,4 @@
-"""Precision, recall, F1 and the confusion matrix: derived from one count, made once for all that an engine has."""
+"""Precision, recall, F1 and the confusion matrix, all computed from counts that are made once for an engine."""
 
 from abc import abstractmethod
 from typing import Literal, TypeAlias
@@ -19,7 +19,7 @@ AverageOrAuto: TypeAlias = Average | Literal["auto"]
 
 
 class _ClassRatio(DerivedMetric):
-    """Base of what is a ratio of counts in each class, and then an average over the classes."""
+    """Base class of metrics that are a ratio of counts in each class, averaged over the classes."""
 
     @foreign_keywords
     def __init__(
@@ -41,15 +41,15 @@ class _ClassRatio(DerivedMetric):
         self._is_positive_only = average == "auto" and task == "binary"
         self._average: Average = "macro" if average == "auto" else average
 
-    place: int  # among the means of `SampleRatios`
+    index: int  # of the value among the means of `SampleRatios`
 
     @abstractmethod
     def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
-        """(C,) numerators and denominators."""
+        """The numerators and denominators, (C,) each."""
 
     def value_of(self, stateful: Metric) -> MetricValue:
         if isinstance(stateful, SampleRatios):
-            return float(stateful.means(type(self).__name__)[self.place])
+            return float(stateful.means(type(self).__name__)[self.index])
         assert isinstance(stateful, ClassCounts)
         stateful.check(type(self).__name__)
         part, whole = self.part_and_whole(stateful)
@@ -59,10 +59,10 @@ class _ClassRatio(DerivedMetric):
 
 
 class Precision(_ClassRatio):
-    """Of what was predicted to be in a class, the share that is.
+    """The share of the samples predicted to be in a class that are in it.
 
-    Shapes: `(N, C, ...)` scores, or `(N, ...)` predicted labels with `num_classes=`, with `(N, ...)` labels. Beside
-        scores, targets of their shape that add up to 1 are probabilities, of which the likeliest class counts.
+    Shapes: `(N, C, ...)` scores, or `(N, ...)` predicted labels with `num_classes=`, with `(N, ...)` labels. With
+        scores, targets of the same shape that add up to 1 are probabilities, and the likeliest class is the label.
         task="binary": `(N, ...)` or `(N, 1, ...)` scores, or labels, with `(N, ...)` targets of 0 and 1.
         task="multilabel": `(N, C, ...)` scores, or labels, with targets of the same shape.
     Cost: no wait for the device; (3, C) counts. Attached to one engine, `Precision`, `Recall`, `F1Score`,
@@ -74,16 +74,16 @@ class Precision(_ClassRatio):
         task: None is "multiclass".
         num_classes: None takes it from the first scores.
         average: "micro" counts all classes together; "macro" is the plain mean over the classes that occur in targets
-            or predictions (of a multilabel task: over all), "weighted" that weighted by the targets' frequency;
-            "samples", of a multilabel task, is the mean over samples of what the labels of each one give; None gives
+            or predictions (in a multilabel task: over all), "weighted" is weighted by the frequency in the targets;
+            "samples" is, in a multilabel task, the mean over samples of the value for each one's labels; None gives
             `(C,)`, 0.0 for a class that does not occur. "auto", the default, is the positive class alone if
             task="binary", else "macro".
-        threshold: of binary and multilabel scores, above which the answer is 1; 0.0 is right for logits.
+        threshold: a binary or multilabel score above it means 1; 0.0 is right for logits.
         ignore_index: a target that is left out, also among the labels of a multilabel sample. It may be a class.
 
     Raises:
-        ValueError: `update` got shapes that do not go together, or `compute` finds a label outside the classes, on
-            whichever rank, targets that are no probabilities, or scores that are nan. NotComputableError: no sample was
+        ValueError: `update` got shapes that do not fit, or `compute` finds, on any rank, a label outside the classes,
+            targets that are no probabilities, or scores that are nan. NotComputableError: no sample was
             seen.
 
     Example:
@@ -93,14 +93,15 @@ class Precision(_ClassRatio):
         [0.5, 1.0, 1.0]
     """
 
-    place = 0
+    index = 0
 
     def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
         return counts.true_positives, counts.predicted
 
 
 class Recall(_ClassRatio):
-    """Of what is in a class, the share that was predicted to be. Arguments, shapes, cost and errors: see `Precision`.
+    """The share of the samples in a class that were predicted to be in it. See `Precision` for the arguments and
+    errors.
 
     Source: `sklearn.metrics.recall_score`, with zero_division=0.
 
@@ -111,17 +112,17 @@ class Recall(_ClassRatio):
         0.5
     """
 
-    place = 1
+    index = 1
 
     def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
         return counts.true_positives, counts.actual
 
 
 class F1Score(_ClassRatio):
-    """The harmonic mean of precision and recall, within each class. Arguments and the rest: see `Precision`.
+    """The harmonic mean of precision and recall, within each class. See `Precision` for the arguments and errors.
 
-    Its average over classes is not the harmonic mean of averaged precision and recall; that one is
-    `2 * p * r / (p + r)`, of two metrics.
+    Its average over classes is not the harmonic mean of averaged precision and recall; for that, write
+    `2 * p * r / (p + r)` with two metrics.
     Source: `sklearn.metrics.f1_score`, with zero_division=0.
 
     Example:
@@ -131,14 +132,14 @@ class F1Score(_ClassRatio):
         0.8
     """
 
-    place = 2
+    index = 2
 
     def part_and_whole(self, counts: ClassCounts) -> tuple[torch.Tensor, torch.Tensor]:
         return 2 * counts.true_positives, counts.predicted + counts.actual
 
 
 class ConfusionMatrix(DerivedMetric):
-    """How often each class (rows: targets) was taken for each (columns: predictions).
+    """How often samples of each class (rows: targets) were predicted as each class (columns).
 
     Shapes: those of `Precision`. Gives (C, C) int64, or (C, 2, 2) if task="multilabel", one
         `[[true negatives, false positives], [false negatives, true positives]]` for each label.
@@ -146,7 +147,7 @@ class ConfusionMatrix(DerivedMetric):
     Source: `sklearn.metrics.confusion_matrix` with labels=range(C), and `multilabel_confusion_matrix`.
 
     Raises:
-        As `Precision`.
+        The same errors as `Precision`.
 
     Example:
         >>> metric = ConfusionMatrix(num_classes=2)
@@ -173,4 +174,4 @@ class ConfusionMatrix(DerivedMetric):
     def value_of(self, stateful: Metric) -> MetricValue:
         assert isinstance(stateful, ClassCounts)
         stateful.check("ConfusionMatrix")
-        return stateful.matrix.clone()  # by hand, it would be the state itself
+        return stateful.matrix.clone()  # a copy: outside of an engine it would be the state itself

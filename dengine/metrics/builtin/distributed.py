@@ -1,4 +1,4 @@
-"""A metric computed on each rank, whose values are then reduced; as in `DistributedMetric(Accuracy(), "mean")`."""
+"""Metrics that are computed on each rank, and whose values are then reduced over the ranks."""
 
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -19,18 +19,19 @@ _VALUE_OPS = get_args(ValueOp)
 
 
 class DistributedMetric(Metric):
-    """`base_metric` computed on each rank, and its values reduced over the ranks by the engine.
+    """Computes `base_metric` on each rank; the engine reduces its values over the ranks.
 
-    A rank that saw nothing is not counted. Where all ranks saw nothing, the value is not computable.
+    A rank that saw nothing does not count. If no rank saw anything, the value is not computable.
 
-    Cost: that of `base_metric`; its value and weight ride in the engine's all-reduce ("max" and "min": in one more).
+    Cost: that of `base_metric`; its value and weight are part of the engine's all-reduce ("max" and "min": of
+        another one).
 
     Args:
-        base_metric: any metric; it is updated with what its own `output_transform` gives.
-        reduce_op: "mean" is weighted by what each rank saw, so that a mean over samples (accuracy, loss) is exact on
-            uneven shards: by the counts of a `base_metric` that keeps some (`Average` of (value, count)), else by
-            samples (the first dimension of the target). "sum", "max" and "min" are plain.
-        device: where predictions and targets are moved to before each update; None leaves them where they are.
+        base_metric: any metric; it is updated with the result of its own `output_transform`.
+        reduce_op: "mean" is weighted by each rank's number of samples, so that a mean over samples (accuracy, loss) is
+            exact on uneven shards. The numbers are the counts of a `base_metric` that keeps counts (`Average` of
+            (value, count)), else samples (the first dimension of the target). "sum", "max" and "min" are plain.
+        device: the device to which predictions and targets are moved before each update; None: they are not moved.
 
     Raises:
         ValueError: an unknown `reduce_op`. TypeError: `base_metric` has no `reset`, `update` and `compute`.
@@ -53,7 +54,7 @@ class DistributedMetric(Metric):
         self.has_own_transform = getattr(base_metric, "has_own_transform", False)
         self._spreads = takes_pair(base_metric)
         if not self._spreads:
-            # None too: a base without one gets the whole output, as it does on its own.
+            # Also None: a base metric without one gets the whole output, as it does on its own.
             self.transform = base_metric.transform if isinstance(base_metric, Metric) else None
         self.reduce_op: ValueOp = reduce_op
         self._base: Any = base_metric
@@ -62,9 +63,10 @@ class DistributedMetric(Metric):
 
     @property
     def weight(self) -> float:
-        """What this rank's value counts: what it is a mean of, or 1; 0 if there was no sample. Waits for the device.
+        """The weight of this rank's value: the number of samples of its mean, or 1; 0 without a sample.
 
-        Of a mean of counts (`Average`), by these: they may differ from the samples, as tokens do.
+        Waits for the device. For a mean with counts of its own (`Average`), it is these: they may differ from the
+        number of samples, as numbers of tokens do.
         """
         if self.reduce_op != "mean":
             return float(min(self._num_samples, 1))

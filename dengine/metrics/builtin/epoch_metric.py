@@ -1,4 +1,4 @@
-"""A function of all predictions and targets of an epoch, of all ranks."""
+"""A metric that is a function of all predictions and targets of an epoch, from all ranks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +14,15 @@ __all__ = ["EpochMetric"]
 
 
 class EpochMetric(Metric):
-    """`function(predictions, targets)` of all that the ranks have seen in the epoch; once, on every rank.
+    """Computes `function(predictions, targets)` once an epoch, on every rank, with the data of all ranks.
 
-    For what no sums can give, such as scikit-learn's ranking scores:
+    It is for values that no sums can give, such as scikit-learn's ranking scores:
     `EpochMetric(lambda predictions, targets: roc_auc_score(targets, predictions))`.
 
     Shapes: predictions and targets with the same first dimension N, any dimensions after it, which must not change
-        from batch to batch; a number is one row. The function gets them joined, rank by rank, as tensors on the CPU
-        (floats of 16 bits as float32, which numpy has). It gives a number, a tensor, or a mapping of them, whose
-        entries are `name/key` in `engine.state.metrics`.
+        from batch to batch; a number is one row. The function gets them concatenated, rank by rank, as tensors on the
+        CPU (floats of 16 bits as float32, which numpy has). It gives a number, a tensor, or a mapping of them, whose
+        entries become `name/key` in `engine.state.metrics`.
     Cost: no wait for the device before the epoch's end, but all predictions and targets of the epoch are kept, and then
         gathered on every rank in one exchange.
 

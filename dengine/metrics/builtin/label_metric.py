@@ -1,4 +1,4 @@
-"""The base of metrics that count samples, and their check of labels and scores, which never waits for the device."""
+"""The base class of metrics that count samples. It checks labels and scores without a wait for the device."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ __all__ = ["LabelMetric"]
 
 
 class LabelMetric(Metric):
-    """Base of metrics that count samples one by one, small batches together (`BatchQueue`).
+    """Base class of metrics that count samples, small batches together (`BatchQueue`).
 
-    They keep the lowest and the highest label on the device, to be judged in `compute`. The two ride in the all-reduce
-    of the counts, so that a label outside the classes, or a score that is not a number, is an error on every rank.
+    They keep the lowest and the highest label on the device, which `compute` checks. Both are part of the all-reduce of
+    the counts, so that a label outside the classes, or a score that is nan, is an error on every rank.
     """
 
     adds_to_no_graph = True
@@ -27,7 +27,7 @@ class LabelMetric(Metric):
 
     def __init__(self, output_transform: OutputTransform | None) -> None:
         super().__init__(output_transform)
-        # 0 is in every range, so a rank that saw nothing has no say.
+        # 0 is in every range, so a rank that saw nothing changes nothing.
         self.add_state("lowest", 0, reduce="gather")
         self.add_state("highest", 0, reduce="gather")
         self._queue = BatchQueue()
@@ -70,21 +70,21 @@ class LabelMetric(Metric):
         return other
 
     def watch_all(self, answers: Answers) -> None:
-        """Remember what must be judged of `answers`. No wait for the device."""
+        """Note what `compute` must check of `answers`. No wait for the device."""
         for labels in answers.given:
             self.watch(labels)
         if answers.scores is not None:
             self.watch_scores(answers.scores)
 
     def watch_scores(self, scores: torch.Tensor) -> None:
-        """Remember whether there is a nan among the scores that decide. No wait for the device."""
+        """Note whether a deciding score is nan. No wait for the device."""
         if not scores.is_floating_point() or not scores.numel():
             return
         highest = scores.amax()  # nan if there is one
         self._highest_score = highest if self._highest_score is None else torch.maximum(self._highest_score, highest)
 
     def watch(self, labels: torch.Tensor) -> None:
-        """Remember how low and high `labels` reach. No wait for the device."""
+        """Note the lowest and the highest of `labels`. No wait for the device."""
         if labels.dtype == torch.bool or not labels.numel():
             return
         low, high = labels.aminmax()
@@ -98,10 +98,10 @@ class LabelMetric(Metric):
             self.highest = high.long().clamp(min=0)
 
     def check_labels(self, num_labels: int, metric: str) -> None:
-        """Judge the labels watched, all batches being counted. Waits for the device, unless the states are reduced.
+        """Check the labels of all batches. Waits for the device, unless the states are reduced.
 
         Raises:
-            ValueError: a label outside 0 ... num_labels - 1; it says how far they reach. Or a score that is nan.
+            ValueError: a label is outside 0 ... num_labels - 1 (the message has the extremes), or a score is nan.
         """
         lowest, highest = int(torch.as_tensor(self.lowest).min()), int(torch.as_tensor(self.highest).max())
         if lowest in _WHAT_IS_WRONG:

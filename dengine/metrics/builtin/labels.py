@@ -1,4 +1,4 @@
-"""From scores and labels to classes.
+"""Find the predicted and the actual class in scores and labels.
 
 Shapes: N samples, C classes or labels, ... any further dimensions, whose positions count as samples.
 """
@@ -23,35 +23,35 @@ __all__ = [
     "foreign_keywords",
 ]
 
-# What other libraries call the arguments of metrics of classes.
+# Arguments that metrics of other libraries have.
 foreign_keywords = other_keywords(
     is_multilabel='write task="multilabel"',
-    device="states are kept where the data are",
+    device="states are kept on the device of the data",
     labels="pass num_classes=, and average=None for a value of each class",
 )
 
 Task: TypeAlias = Literal["binary", "multiclass", "multilabel"]
 _TASKS = ("binary", "multiclass", "multilabel")
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-# In the place of a label, what is none: the lowest of them says in `compute` what was wrong.
+# Marks instead of labels. The lowest of them tells `compute` what was wrong.
 NOT_WHOLE = torch.iinfo(torch.int64).min  # a target of 0.3
 NO_PROBABILITIES = NOT_WHOLE + 1  # class probabilities that do not add up to 1
 NAN_SCORE = NOT_WHOLE + 2  # a score that decides, and is not a number
 
 
 class Answers(NamedTuple):
-    """One batch, read: what was predicted and what is right, as labels of one shape."""
+    """The predictions and targets of one batch, as labels of one shape."""
 
     predicted: torch.Tensor
     target: torch.Tensor
-    num_classes: int  # 0: nobody knows
-    given: tuple[torch.Tensor, ...]  # labels that came from outside, so that they may lie outside the classes
-    scores: torch.Tensor | None = None  # what decided what was predicted
-    is_unclear: torch.Tensor | None = None  # where there is a score, and a label was understood
+    num_classes: int  # 0: unknown
+    given: tuple[torch.Tensor, ...]  # labels that the user gave, which may be outside the classes
+    scores: torch.Tensor | None = None  # the scores that decided the prediction
+    is_unclear: torch.Tensor | None = None  # true for a score that was taken for a label
     kept: torch.Tensor | None = None  # which targets count; None: all
 
     def without(self, ignore_index: int) -> "Answers":
-        """The same, but that targets of `ignore_index` count for nothing, and may be anything."""
+        """The same answers, in which targets of `ignore_index` do not count."""
         kept = is_kept(self.target, ignore_index)
         given = tuple(labels.masked_fill(~kept, 0) for labels in self.given)
         scores = None if self.scores is None else self.scores.masked_fill(~kept, 0)
@@ -62,10 +62,10 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassSettings:
-    """How a metric reads scores and labels. Metrics of equal settings can be computed from one count.
+    """The way in which a metric reads scores and labels. Metrics with equal settings can share one count.
 
     Raises:
-        ValueError: an unknown task, a num_classes or a threshold that does not go with it. TypeError: no number.
+        ValueError: an unknown task, or a num_classes or threshold that does not fit it. TypeError: not a number.
     """
 
     task: Task | None
@@ -89,15 +89,15 @@ class ClassSettings:
 
     @property
     def num_labels(self) -> int | None:
-        """How many labels a target may have: of a multilabel task each is 0 or 1."""
+        """The number of values that a target may have: in a multilabel task 2, as each is 0 or 1."""
         return self.num_classes if self.task in (None, "multiclass") else 2
 
     def read(self, output: object, metric: str) -> Answers:
         """The classes in a `(prediction, target)` pair. No wait for the device.
 
         Raises:
-            TypeError: no pair, or targets of a dtype that labels do not have. ValueError: shapes that do not go
-            together, or a number of classes other than `num_classes`.
+            TypeError: it is no pair, or the targets have a dtype that labels cannot have. ValueError: the shapes do not
+                fit, or the number of classes is not `num_classes`.
         """
         prediction, target = as_pair(output, metric)
         answers = self._answers(prediction, target, metric)
@@ -157,7 +157,7 @@ class ClassSettings:
             )
 
     def _same_shape(self, prediction: torch.Tensor, target: torch.Tensor, metric: str) -> Answers:
-        """Where the user names no task: labels that are equal or not or, for one score a sample, two classes."""
+        """Answers without a task given: labels to be compared or, with one score a sample, two classes."""
         if target.is_floating_point():
             is_label = _is_whole(target) & _is_whole(prediction)
             return Answers(prediction, target, 0, (), is_unclear=~is_label & (prediction != target))
@@ -185,13 +185,13 @@ def are_probabilities(scores: torch.Tensor, target: torch.Tensor) -> bool:
 def check_scores(
     scores: torch.Tensor, target: torch.Tensor, metric: str, ignore_index: int | None = None
 ) -> tuple[torch.Tensor, int]:
-    """The labels in `target`, and the number of classes that `(N, C, ...)` scores are for.
+    """The labels in `target`, and the number of classes in `(N, C, ...)` scores.
 
-    Targets that are class probabilities, of the shape of the scores, have the label of their likeliest class.
+    Targets with the shape of the scores are class probabilities: the label is their likeliest class.
 
     Raises:
-        ValueError: shapes that do not go together, or an `ignore_index` without a label that it could be.
-        TypeError: targets of a dtype that labels do not have.
+        ValueError: the shapes do not fit, or there is an `ignore_index`, but the targets are probabilities.
+        TypeError: the targets have a dtype that labels cannot have.
     """
     if are_probabilities(scores, target):
         if ignore_index is not None:
@@ -211,11 +211,11 @@ def check_scores(
 
 
 def _likeliest(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The label of the highest of `(N, C, ...)` probabilities; of numbers that are none, what is an error later."""
+    """The label of the highest of `(N, C, ...)` probabilities; a mark that is an error later if they are none."""
     wide = target.float() if target.dtype.itemsize < 4 else target
-    # Loosely, for floats of 16 bits. The difference is nan if a target is.
+    # With a tolerance for floats of 16 bits. The difference is nan if a target is.
     is_distribution = ((wide.sum(1) - 1).abs() <= 0.02) & (wide.amin(1) >= 0)
-    # An answer that is its target to the last bit is right, whatever it is.
+    # A prediction that equals its target to the last bit is right, whatever it is.
     return torch.where(is_distribution | (scores == target).all(1), wide.argmax(1), NO_PROBABILITIES)
 
 
@@ -230,7 +230,7 @@ def _index(labels: torch.Tensor, metric: str) -> torch.Tensor:
 
 
 def _zero_or_one(labels: torch.Tensor) -> torch.Tensor:
-    """Labels of two classes; floats are taken, as `binary_cross_entropy` needs them so."""
+    """Labels of two classes as integers. Floats are allowed, as `binary_cross_entropy` needs them."""
     if not labels.is_floating_point():
         return labels if labels.dtype in _INDEX_DTYPES else labels.long()
     return torch.where(labels == labels.round(), labels, NOT_WHOLE).long()

@@ -1,4 +1,4 @@
-"""The mean of a loss function over samples, each batch weighted by what its own mean was divided by."""
+"""The mean of a loss function over samples. Each batch is weighted by the number by which its mean was divided."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,23 +26,23 @@ __all__ = ["Loss"]
 class Loss(WeightedMean):
     """The mean of `loss_fn(prediction, target)` over the samples of all ranks.
 
-    Shapes: whatever `loss_fn` takes. It gives the mean over the batch, or with reduction="none" one loss for each
+    Shapes: those that `loss_fn` takes. It gives the mean over the batch, or, with reduction="none", one loss for each
         sample or element.
     Cost: that of `loss_fn`, without gradients; no wait for the device; two numbers.
 
-    What a batch counts is what its mean was divided by:
+    The weight of a batch is the number by which its mean was divided:
 
-    - of `cross_entropy` and `nll_loss` (as a function, a module, or `functools.partial` of one) the labels that are not
-      their `ignore_index` or, with class weights and reduction="mean", the sum of these labels' weights;
-    - with `ignore_index=`, the elements of the target that are not it;
-    - of any other function the first dimension of the target, or of the tensors, arrays and lists that the target is
-      made of; 1 for a number.
+    - for `cross_entropy` and `nll_loss` (as a function, a module, or `functools.partial` of one), the number of labels
+      that are not their `ignore_index` or, with class weights and reduction="mean", the sum of these labels' weights;
+    - with `ignore_index=`, the number of elements of the target that differ from it;
+    - for any other function, the first dimension of the target, or of the tensors, arrays and lists in it; 1 for a
+      number.
 
     Args:
-        batch_size: of a target, what the mean of its batch counts for, a number or a 0-d tensor:
+        batch_size: a function of the target that gives the weight of the batch, a number or a 0-d tensor:
             `batch_size=lambda target: weight[target].sum()` for a function with class weights of its own.
-        ignore_index: a target that counts for nothing. `loss_fn` must leave it out of its mean by itself; losses that
-            it gives one by one are left out here.
+        ignore_index: a target that does not count. `loss_fn` must leave it out of its mean itself; if it gives one loss
+            for each element, these are left out here.
 
     Raises:
         TypeError: `loss_fn` cannot be called, `update` got no (prediction, target) pair, the number of samples cannot
@@ -83,7 +83,7 @@ class Loss(WeightedMean):
             if not isinstance(count, torch.Tensor) and not count:
                 return  # the mean over an empty batch is nan
             if is_short_float(prediction):
-                prediction = prediction.float()  # as autocast computes losses
+                prediction = prediction.float()  # autocast computes losses in float32
             loss = self._loss_fn(prediction, target)
             if not is_python_number(loss):
                 loss = as_real(loss, "Loss")
@@ -95,7 +95,7 @@ class Loss(WeightedMean):
         return self.mean()
 
     def _check(self, source: object) -> None:
-        """Raises: ValueError: `loss_fn` says that it gives something else than a mean over what is counted here."""
+        """Check `loss_fn`. Raises: ValueError: it does not give a mean over the elements that are counted here."""
         if self._batch_size is not None:
             if self._ignore_index is not None:
                 raise ValueError("Loss() takes batch_size= or ignore_index=, not both: each says what a batch counts.")
@@ -116,7 +116,7 @@ class Loss(WeightedMean):
             )
 
     def _kept_and_count(self, prediction: Any, target: Any) -> tuple[torch.Tensor | None, Amount]:
-        """Which elements of the target count, None if all do, and what the mean of the batch counts for."""
+        """The elements of the target that count (None: all), and the weight of the batch."""
         if self._batch_size is not None:
             return None, summable(self._batch_size(target))
         weight = None
@@ -178,7 +178,7 @@ def _first_dimension(prediction: Any, target: Any) -> int:
 
 
 def _mean_of_each(losses: torch.Tensor, kept: torch.Tensor | None, count: Amount) -> torch.Tensor:
-    """The mean of losses given one by one, without those that do not count."""
+    """The mean of single losses, without those that do not count."""
     if kept is None or losses.numel() == 1:
         return accumulable(losses).mean()
     if losses.shape != kept.shape:

@@ -1,4 +1,4 @@
-"""How surprised a language model is by each token."""
+"""The perplexity of a language model."""
 
 from collections.abc import Mapping
 from math import exp
@@ -16,20 +16,20 @@ __all__ = ["Perplexity"]
 
 
 class Perplexity(WeightedMean):
-    """`exp` of the mean loss per token, over the tokens of all ranks.
+    """The exponential of the mean loss per token, over the tokens of all ranks.
 
     Shapes: `(logits, labels)`: labels `(N, ...)` of a whole-number dtype, logits `(N, C, ...)` as `cross_entropy` takes
-        them or, if only that fits, `(N, ..., C)` as Hugging Face's models give them (whose labels are to be shifted
-        by one before). Or what `Average` takes: `(mean loss, number of tokens)`, or a mean loss alone, which counts as
-        one. Of a mapping its `"loss"` is taken, else its logits and labels. Losses are in nats.
+        them or, if only that fits, `(N, ..., C)` as Hugging Face's models give them (shift their labels by one before).
+        Or the input of `Average`: `(mean loss, number of tokens)`, or a mean loss alone, which counts as one. A mapping
+        gives its `"loss"`, else its logits and labels. Losses are in nats.
     Cost: of logits that of `cross_entropy`; no wait for the device; three numbers.
 
     Args:
         ignore_index: labels that are left out. As in `cross_entropy` it is -100 by default.
 
     Raises:
-        TypeError: `update` got something else; it lists a mapping's keys. ValueError: shapes that do not go together
-        or, in `compute`, a label outside the classes, on whichever rank. NotComputableError: no token was seen.
+        TypeError: `update` got something else (the message lists the keys of a mapping). ValueError: the shapes do not
+        fit or, in `compute`, a label is outside the classes, on any rank. NotComputableError: no token was seen.
 
     Example:
         >>> metric = Perplexity()
@@ -87,7 +87,7 @@ class Perplexity(WeightedMean):
             is_outside_NX, is_inside_NX = kept_NX & ~is_inside_NX, kept_NX & is_inside_NX
         else:
             is_outside_NX = ~is_inside_NX
-        # On a GPU a label outside would be the end of the process.
+        # On a GPU a label outside the classes would end the process.
         safe_NX = torch.where(is_inside_NX, labels_NX, -100)
         scores_NCX = logits_NCX.float() if is_short_float(logits_NCX) else logits_NCX
         losses_NX = cross_entropy(scores_NCX, safe_NX, reduction="none", ignore_index=-100)
@@ -96,7 +96,9 @@ class Perplexity(WeightedMean):
 
 
 def _is_logits_and_labels(output: object) -> bool:
-    """Whether it is no `(value, count)` pair: labels are whole numbers, with one dimension less than the logits."""
+    """Whether it is a pair of logits and labels, not `(value, count)`: labels are whole numbers, with one dimension
+    less.
+    """
     if not isinstance(output, (tuple, list)) or len(output) != 2:
         return False
     logits, labels = output
@@ -108,7 +110,7 @@ def _is_logits_and_labels(output: object) -> bool:
 
 
 def _classes_second(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The logits as `cross_entropy` takes them.
+    """The logits with the classes in the second dimension, as `cross_entropy` takes them.
 
     Raises:
         ValueError: neither the second nor the last dimension can be that of the classes.

@@ -1,4 +1,4 @@
-"""Errors of predicted numbers. Sums are kept in float64, variances as means and second moments: no large difference."""
+"""Errors of predicted numbers, kept as sums in float64, and variances as means and second moments."""
 
 from abc import abstractmethod
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = ["MAE", "MSE", "RMSE", "R2Score"]
 
 
 class _MeanError(Metric):
-    """Base of means over all elements."""
+    """Base class of means over all elements."""
 
     error_sum: torch.Tensor | float
     total: int
@@ -26,7 +26,7 @@ class _MeanError(Metric):
 
     @abstractmethod
     def error(self, difference: torch.Tensor) -> torch.Tensor:
-        """What each element adds."""
+        """The error of each element, given its difference."""
 
     def update(self, output: object) -> None:
         prediction, target = _floats(output, type(self).__name__)
@@ -79,8 +79,8 @@ class MAE(_MeanError):
 class RMSE(Metric):
     """The root of the mean squared error, over the samples of all ranks.
 
-    Shapes: Python numbers, `(N,)`, or `(N, D, ...)`: D quantities, whose errors are averaged plainly. For one root over
-        all elements, flatten them in an `output_transform`, or take `MSE() ** 0.5`.
+    Shapes: Python numbers, `(N,)`, or `(N, D, ...)`: D quantities; the result is the plain mean of their errors. For
+        one root over all elements, flatten them in an `output_transform`, or take `MSE() ** 0.5`.
     Cost: no wait for the device; D + 1 numbers. Source: `sklearn.metrics.root_mean_squared_error`.
 
     Raises:
@@ -114,9 +114,9 @@ class RMSE(Metric):
 class R2Score(Metric):
     """The share of the targets' variance that is predicted, over the samples of all ranks.
 
-    Shapes: Python numbers, `(N,)`, or `(N, D, ...)`: D quantities, whose scores are averaged plainly.
-    Returns: 1.0 at best. As scikit-learn's: for targets that are all alike, 1.0 if each is met, else 0.0; for one
-        sample alone, nan.
+    Shapes: Python numbers, `(N,)`, or `(N, D, ...)`: D quantities; the result is the plain mean of their scores.
+    Returns: 1.0 at best. As in scikit-learn: if all targets are equal, 1.0 if all predictions are right, else 0.0; for
+        a single sample, nan.
     Cost: no wait for the device; 3 D + 1 numbers a rank. Count, mean and second moment are merged over batches and
         ranks (Chan, Golub, LeVeque 1979), so that an offset of the targets costs no digits.
     Source: `sklearn.metrics.r2_score`.
@@ -162,7 +162,7 @@ class R2Score(Metric):
         if _seen(num_samples) < 2:
             return float("nan")
         mean_D, deviations_D, errors_D = moments_3D
-        # What rounding alone leaves of targets that are all alike.
+        # The variance that rounding alone gives if all targets are equal.
         noise_D = num_samples * (8 * torch.finfo(mean_D.dtype).eps * mean_D.abs()).square()
         is_constant_D = deviations_D <= noise_D
         score_D = 1 - errors_D / torch.where(is_constant_D, 1.0, deviations_D)
@@ -202,7 +202,7 @@ def _floats(output: object, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _columns(output: object, metric: str, before: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prediction and target as (N, D); the positions of further dimensions are samples."""
+    """Prediction and target as (N, D). The positions of further dimensions are samples."""
     prediction, target = _floats(output, metric)
     num_columns = 1 if target.ndim == 1 else target.shape[1]
     if before.numel() not in (0, num_columns):

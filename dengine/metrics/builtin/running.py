@@ -1,4 +1,4 @@
-"""The mean of the values of the last iterations."""
+"""A running average over the last iterations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,26 +20,26 @@ __all__ = ["RunningAverage"]
 
 
 class RunningAverage(Metric):
-    """The exponential mean of this rank's values: `alpha * average + (1 - alpha) * value`, from the first value on.
+    """The exponential average of this rank's values: `alpha * average + (1 - alpha) * value`, from the first value on.
 
-    It is live: a handler of any event sees this rank's present average in `engine.state.metrics`. Over several ranks it
-    is the plain mean of their averages, taken when the epoch ends; ranks that saw nothing are not counted. `reset()`
-    starts it afresh, so with the engine it covers one epoch.
+    It is live: handlers see this rank's current average in `engine.state.metrics` at any event. At the end of the epoch
+    it is the plain mean of the averages of all ranks that saw anything. `reset()` restarts it, so in an engine it
+    covers one epoch.
 
-    Shapes: a number or a 0-d tensor; of a tensor `(N, ...)` the mean. Of a mapping its `"loss"` is taken. With
-        `metric`, what that one takes; if its value is a tensor, so is the average.
+    Shapes: a number or a 0-d tensor; a tensor `(N, ...)` gives its mean, and a mapping its `"loss"`. With `metric`, the
+        input of that metric; if its value is a tensor, so is the average.
     Cost: no wait for the device; two numbers a rank. With `metric` its reset, update and compute in every iteration,
         which wait for the device as its `compute()` does.
 
     Args:
         alpha: the weight of the past, 0 <= alpha < 1; 0.98 looks back on about 50 values.
-        metric: of each batch, its value alone is averaged: `RunningAverage(metric=Accuracy())`. It belongs to this one,
-            which resets it for every batch, and is added to no engine.
+        metric: the average is that of its values for single batches: `RunningAverage(metric=Accuracy())`. It is reset
+            for every batch, so add it to no engine.
 
     Raises:
         ValueError: `alpha` out of range, or `metric` has an `output_transform` and another one is given. TypeError:
-        `metric` is none, or `update` got something else; it lists a mapping's keys. NotComputableError: no value was
-        seen.
+        `metric` is not a metric, or `update` got something else (the message lists the keys of a mapping).
+        NotComputableError: no value was seen.
 
     Example:
         >>> metric = RunningAverage(alpha=0.75)
@@ -108,7 +108,7 @@ class RunningAverage(Metric):
         return mean if mean.ndim else float(mean)
 
     def _value_of_batch(self, output: Any) -> Any:
-        """What `metric` computes of this batch alone; None if the batch is empty."""
+        """The value of `metric` for this batch alone; None if the batch is empty."""
         self._metric.reset()
         if self._spreads and isinstance(output, (tuple, list)):
             self._metric.update(*output)

@@ -12,9 +12,9 @@ __all__ = ["SampleRatios"]
 
 
 class SampleRatios(LabelMetric):
-    """The sums over samples of the precision, the recall and the F1 score of each one's labels. 0 / 0 is 0.
+    """Sums over samples of the precision, the recall and the F1 score of each sample's labels. 0 / 0 is 0.
 
-    State: (3,) float64 and the number of samples; a sample whose labels are all ignored is none.
+    State: (3,) float64 and the number of samples; a sample whose labels are all ignored does not count.
     """
 
     ratio_sums: torch.Tensor
@@ -51,10 +51,10 @@ class SampleRatios(LabelMetric):
         return int(self.total)
 
     def compute(self) -> torch.Tensor:
-        """(3,): mean precision, recall and F1 score.
+        """The mean precision, recall and F1 score, (3,).
 
         Raises:
-            NotComputableError: no sample was seen. ValueError: a target that is neither 0 nor 1.
+            NotComputableError: no sample was seen. ValueError: a target is neither 0 nor 1.
         """
         return self.means(self._name)
 

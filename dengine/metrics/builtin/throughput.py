@@ -1,4 +1,4 @@
-"""How fast the samples went by, on all ranks together."""
+"""The number of samples per second of all ranks together."""
 
 from numbers import Integral
 from time import perf_counter
@@ -15,20 +15,22 @@ __all__ = ["Throughput"]
 
 
 class Throughput(Metric):
-    """Samples per second of all ranks together: all their samples, over the longest time that a rank took.
+    """Samples per second of all ranks together: the number of all samples, divided by the longest time of a rank.
 
-    The time runs from `reset()` (the epoch's beginning) until the value is computed, when the rank's GPU is waited for,
-    so that work still queued there counts. It is live: a handler of any event sees this rank's speed so far in
-    `engine.state.metrics`, for which nothing is waited for.
+    The time runs from `reset()` (the start of the epoch) until the value is computed, which waits for the rank's GPU,
+    so that queued work counts. The metric is live: handlers see this rank's speed so far in `engine.state.metrics` at
+    any event; that does not wait.
 
     Shapes: the samples of one step are the first dimension of the target of a (prediction, target) pair, 1 if it is
         a number; the first dimension of a tensor; or a whole number, also as a 0-d tensor, which is the count itself:
-        `Throughput(output_transform=lambda output: output["num_tokens"])`. On a mesh each sample counts once, whatever
-        ranks have it or, along `cp`, a piece of it; whole numbers are summed along `cp`, each rank having own tokens.
+        `Throughput(output_transform=lambda output: output["num_tokens"])`. On a mesh each sample counts once, however
+        many ranks have it or, along `cp`, a piece of it; whole numbers are summed along `cp`, where each rank has its
+        own tokens.
     Cost: no wait for the device before the epoch's end; two numbers a rank.
 
     Raises:
-        TypeError: `update` got something else; it lists a mapping's keys. NotComputableError: no sample was seen.
+        TypeError: `update` got something else (the message lists the keys of a mapping). NotComputableError: no sample
+            was seen.
 
     Example:
         >>> metric = Throughput()
@@ -62,11 +64,11 @@ class Throughput(Metric):
     def flush(self) -> None:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
-        # On top of what a checkpoint has brought: an epoch that is resumed in its middle took both times.
+        # Added to the time from a checkpoint: an epoch that was interrupted took both.
         self.elapsed_s = self.elapsed_s + self._clock.lap_s()
 
     def live_value(self) -> float:
-        """As it is now. The device is not waited for: work that is queued there counts as done."""
+        """The present value. It does not wait for the device: queued work counts as done."""
         elapsed_s = float(self.elapsed_s) + self._clock.read_s()
         return int(self.num_samples) / max(elapsed_s, 1e-9)
 
@@ -74,29 +76,31 @@ class Throughput(Metric):
         num_samples = int(self.num_given) or int(self.num_samples)
         if not num_samples:
             raise NotComputableError("no sample was seen on any rank")
-        if not isinstance(self.elapsed_s, torch.Tensor):  # by hand
+        if not isinstance(self.elapsed_s, torch.Tensor):  # not reduced by an engine
             self.flush()
         return num_samples / float(torch.as_tensor(self.elapsed_s).max().clamp(min=1e-9))
 
 
 class _Clock:
-    """An object of its own: what it reads means nothing in another process, to which a checkpoint takes numbers."""
+    """The clock. It is an object so that a checkpoint does not save its times, which mean nothing in another
+    process.
+    """
 
     def __init__(self) -> None:
         self._started_s = perf_counter()
 
     def read_s(self) -> float:
-        """The time since `lap_s` was called last."""
+        """The seconds since the last call of `lap_s`."""
         return perf_counter() - self._started_s
 
     def lap_s(self) -> float:
-        """The time since this was called last."""
+        """The seconds since the last call of this function."""
         started_s, self._started_s = self._started_s, perf_counter()
         return self._started_s - started_s
 
 
 def _number_given(output: object) -> torch.Tensor | int | None:
-    """`output` if it is a whole number, which is the count itself, else None."""
+    """`output` if it is a whole number, which then is the count; else None."""
     if isinstance(output, torch.Tensor):
         is_one = not (output.ndim or output.is_floating_point() or output.is_complex())
         return summable(output) if is_one else None

@@ -1,1 +1,1 @@
-"""The metrics of one engine: updated, reduced and saved together."""
+"""The metrics of one engine, which are updated, reduced and saved together."""

@@ -1,4 +1,4 @@
-"""The values of an engine's metrics, of which some are read from their metrics while an epoch is under way."""
+"""The values of an engine's metrics, some of which can be read while an epoch is under way."""
 
 from collections import OrderedDict
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
@@ -16,14 +16,14 @@ _NOT_THERE: Any = object()
 
 
 class Live:
-    """A metric that is asked for its present value."""
+    """A metric whose present value can be read."""
 
     def __init__(self, name: str, metric: Metric) -> None:
         self._name = name
         self._metric = metric
 
     def names(self) -> list[str]:
-        """Under which names there are values. No device is waited for, but for a function that may give a mapping."""
+        """The names of the values. This waits for a device only if a function may give a mapping."""
         if isinstance(self._metric, MetricFunction):
             return list(self.read())
         return [self._name] if self._metric.has_live_value() else []
@@ -33,12 +33,12 @@ class Live:
 
 
 class MetricValues(dict[str, MetricValue]):
-    """Values by name: a dict, of which a few values are live until the epoch ends.
+    """Values by name: a dict in which some values are live until the epoch ends.
 
-    A live value is computed when somebody reads it, and is there once the epoch has one. Copies (also by `dict()`, `|`
-    and pickle) are plain dicts of the values at that time. A value that is set is live no more until the next epoch.
+    A live value is computed when it is read, and exists once the epoch has one. Copies (also by `dict()`, `|` and
+    pickle) are plain dicts of the values at that time. A value that the user sets is not live until the next epoch.
 
-    Raises: KeyError: there is no such value; it lists those that there are.
+    Raises: KeyError: there is no such value; the message lists the names.
     """
 
     def __init__(self, values: Mapping[str, MetricValue] | None = None) -> None:
@@ -46,15 +46,15 @@ class MetricValues(dict[str, MetricValue]):
         self._live: dict[str, Live] = {}
 
     def follow(self, live: Mapping[str, Live]) -> None:
-        """Show these values live from now on, in the place of what they were."""
+        """Make these values live from now on, instead of their old values."""
         for name in live:
             for key in [key for key in dict.__iter__(self) if key.startswith(f"{name}/")]:
                 dict.__delitem__(self, key)
-            dict.__setitem__(self, name, _NOT_THERE)  # its place in the order
+            dict.__setitem__(self, name, _NOT_THERE)  # keeps its position in the order
         self._live = dict(live)
 
     def freeze(self, *, is_read: bool) -> None:
-        """Show nothing live any more: what was is read for the last time, or dropped."""
+        """End all live values: they are read for the last time, or dropped."""
         for name, live in list(self._live.items()):
             values = _read(live) if is_read else {}
             self._end(name)
@@ -132,7 +132,7 @@ class MetricValues(dict[str, MetricValue]):
         return other | self.copy()
 
     def __reduce__(self) -> Any:
-        # A kind of dict that torch.load(weights_only=True) knows, should somebody save it.
+        # A kind of dict that torch.load(weights_only=True) knows, in case it is saved.
         return OrderedDict, (), None, None, iter(self.copy().items())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -189,7 +189,7 @@ class MetricValues(dict[str, MetricValue]):
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _live_of(self, key: object) -> Live | None:
-        """What gives the value: of a mapping, `name` gives `name/key`."""
+        """The live metric that gives the value of `key`; `name` gives `name/key` if its value is a mapping."""
         if not isinstance(key, str) or key in self._live:
             return self._live.get(key) if isinstance(key, str) else None
         return next((live for name, live in self._live.items() if key.startswith(f"{name}/")), None)
@@ -204,5 +204,5 @@ class MetricValues(dict[str, MetricValue]):
 def _read(live: Live) -> dict[str, MetricValue]:
     try:
         return live.read()
-    except Exception:  # a function that cannot go by what there is; the run has ended all the same
+    except Exception:  # a function that fails on the present values; the run has ended all the same
         return {}

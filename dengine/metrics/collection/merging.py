@@ -1,6 +1,6 @@
-"""Metrics that put their states together by their own `merge_state(others)`, as torcheval's do.
+"""Adapt metrics that combine states by their own `merge_state(others)`, as torcheval's do.
 
-The states travel as bytes among the "cat" states, so that they cost no collective of their own.
+The states are sent as bytes among the "cat" states, so that they need no collective of their own.
 """
 
 import io
@@ -19,7 +19,7 @@ __all__ = ["MergingAdapter"]
 
 
 class MergingAdapter:
-    """A metric with `merge_state`. A rank that saw nothing sends nothing, and is not merged."""
+    """Adapts a metric with `merge_state`. A rank that saw nothing sends nothing, and is not merged."""
 
     def __init__(self, metric: object, label: str, *, is_alone: bool, is_seen: bool) -> None:
         self._metric = metric
@@ -37,7 +37,7 @@ class MergingAdapter:
         ]
 
     def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Any:
-        """A copy that holds what all ranks have seen; their states are merged in the order of ranks."""
+        """A copy with the states of all ranks, merged in the order of ranks."""
         if self._is_alone:
             return self._metric if self._is_seen else Computed(None)
         lengths, states = values
@@ -52,7 +52,7 @@ class MergingAdapter:
         return first
 
     def _copy(self, state: dict[str, Any]) -> Any:
-        # Modules are what a metric was built with (a network that gives features): shared, as they may be large.
+        # Modules that a metric was built with (a network that gives features) are shared, as they may be large.
         attributes = getattr(self._metric, "__dict__", {}).values()
         shared = {
             id(value): value for value in attributes if isinstance(value, torch.nn.Module) and not is_metric(value)

@@ -1,4 +1,4 @@
-"""The metrics of one engine: updated together, reduced together, each state once however often it is used."""
+"""The metrics of one engine: update and reduce them together, each state once however often it is used."""
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -44,30 +44,30 @@ __all__ = ["AnyMetric", "MetricSet", "compute_all"]
 
 
 class MetricSet:
-    """The named metrics of an engine, and the stateful metrics that these are computed from.
+    """The named metrics of an engine, and the stateful metrics from which they are computed.
 
     Args:
-        counts_once: this set alone updates the metrics, so that those that would count the same may form a compute
-            group (`Metric.can_lead`), and no other such set may have them. False if they are updated by hand, one by
-            one, as a group would count twice.
+        counts_once: only this set updates the metrics, so that those that count the same may form a compute group
+            (`Metric.can_lead`), and no other such set may have them. False if the user updates them one by one: a group
+            would count twice then.
     """
 
     def __init__(self, *, counts_once: bool = True) -> None:
         self._counts_once = counts_once
         self._metrics: dict[str, Any] = {}
-        self._stateful: dict[int, tuple[str, Any]] = {}  # by id: how the user knows it, and the metric
+        self._stateful: dict[int, tuple[str, Any]] = {}  # by id: the name that the user knows, and the metric
         self._owner = MetricOwner(self._stateful)
-        self._seen: dict[int, Seen] = {}  # by id: of stateful metrics that do not count their updates by themselves
+        self._seen: dict[int, Seen] = {}  # by id: for stateful metrics that do not count their updates themselves
         self._transforms: dict[int, OutputTransform | None] = {}
         self._given_transforms: dict[int, OutputTransform | None] = {}  # None: the metric's default
         self._reduction = Reduction()
-        self._no_grad = torch.no_grad()  # to make one takes as long as to enter it, and that as long as some updates
+        self._no_grad = torch.no_grad()  # kept, as to make one takes as long as some updates
         self._adds_to_no_graph = True
         # Read once an epoch, as an update may take less than a microsecond: whether a step's output may hold DTensors,
         # and whether it may be None, on a rank without the last stage (`pp`) or whose tokens are pooled (`cp`).
         self._may_be_spread = True
         self._may_be_none = False
-        # What an iteration runs, one call for each stateful metric: compiled when a metric is added.
+        # The calls of an iteration, one for each stateful metric, prepared when a metric is added.
         self.updates: tuple[Callable[[Any], None], ...] = ()
 
     def add(self, name: str, metric: AnyMetric, output_transform: OutputTransform | None = None) -> None:
@@ -91,12 +91,12 @@ class MetricSet:
         for _, stateful in self._stateful.values():
             updated_through(stateful).reset()
             if isinstance(stateful, Metric):
-                stateful.num_updates = 0  # a `reset` that was set on the object does not know of it
+                stateful.num_updates = 0  # a `reset` that was set on the object does not do this
         for seen in self._seen.values():
             seen.clear()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """What each stateful metric has gathered so far. Cost: a copy to the host."""
+        """The state of each stateful metric so far. Cost: a copy to the host."""
         return [
             {
                 "label": label,
@@ -107,7 +107,7 @@ class MetricSet:
         ]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> bool:
-        """Go on from what `state_dict` gave; False, and nothing is done, if it is of other metrics."""
+        """Load what `state_dict` gave. False, and nothing is changed, if it is of other metrics."""
         if [state["label"] for state in states] != [label for label, _ in self._stateful.values()]:
             return False
         for state, (key, (_, stateful)) in zip(states, self._stateful.items(), strict=True):
@@ -131,15 +131,15 @@ class MetricSet:
                 update(output)
 
     def agree(self, compared: Sequence[Compared] = (), *, batches: int = 0, data: str = "") -> Start:
-        """Have the ranks compare their metrics, the parameters of their models, and what is `compared`, before a run.
+        """Compare the metrics of the ranks, the parameters of their models, and `compared`, before a run.
 
-        `batches` and `data` are as of `compare_start`.
+        `batches` and `data` are those of `compare_start`.
 
-        Collective. Cost: an all-reduce of 5 numbers; object gathers if something differs, as it may: the number of
-        classes that each has inferred.
+        Collective. Cost: an all-reduce of 5 numbers; object gathers if something differs, which may be legal: the
+        number of classes that each rank has inferred.
 
         Raises:
-            MetricStateError, ConsistencyError: on every rank, naming the rank and the first thing that differs.
+            MetricStateError, ConsistencyError: on every rank; the message names a rank and the first difference.
         """
         parameters = prepared_parameters()
         states: list[State] = [] if self._reduction.is_agreed else self._collect(world())[1]
@@ -155,12 +155,12 @@ class MetricSet:
         return found
 
     def compute(self, *, distributed: bool) -> dict[str, MetricValue]:
-        """All values, over the samples of all ranks or, not `distributed`, over this rank's.
+        """The values of all metrics, over the samples of all ranks or, if not `distributed`, of this rank.
 
         Collective if distributed, except in a run of one process. Cost: see `Reduction.reduce`.
 
         Raises:
-            NotComputableError: nothing was seen; it names the metric. Alike on every rank.
+            NotComputableError: no sample was seen; the message names the metric. The same on every rank.
         """
         what = f"The reduction of the metrics {', '.join(self._metrics)}"
         here = world_for(what) if distributed and self._metrics else world()
@@ -171,7 +171,7 @@ class MetricSet:
         return values
 
     def shown_live(self, values: dict[str, MetricValue]) -> dict[str, MetricValue]:
-        """`values`, of which those of live metrics are from now on read from the metrics: this rank's."""
+        """`values`, in which those of live metrics are this rank's present values from now on."""
         live = {name: Live(name, metric) for name, metric in self._metrics.items() if shows_live(metric)}
         if not live:
             return values
@@ -220,7 +220,7 @@ class MetricSet:
         self.updates = tuple(self._update(key, stateful) for key, (_, stateful) in self._stateful.items())
 
     def _own_stateful(self, metric: Any, stateful: Any) -> Any:
-        """`stateful`, or a copy if another engine has it: through an earlier one, in which two metrics shared it."""
+        """`stateful`, or a copy if another engine has it, from a metric that shared it."""
         if not self._counts_once or not self._owner.is_updated_by_another(stateful):
             return stateful
         own = deepcopy(stateful)
@@ -256,7 +256,7 @@ class MetricSet:
         del self._stateful[id(stateful)], self._transforms[id(stateful)], self._given_transforms[id(stateful)]
 
     def _collect(self, here: World) -> tuple[list[tuple[int, Any, int]], list[State]]:
-        """The states of all metrics, and which of them are whose: (id of the metric, its adapter, number of states)."""
+        """The owners of states, as (id of the metric, its adapter, number of states), and the states of all metrics."""
         owners, states = [], []
         for key, (label, metric) in self._stateful.items():
             adapter = adapter_of(metric, label, here, seen=self._seen.get(key))
@@ -268,11 +268,11 @@ class MetricSet:
         return owners, states
 
     def _reduced(self, here: World) -> dict[int, Any]:
-        """A metric with the reduced states for each stateful one, by that one's id."""
+        """For each stateful metric, by its id, a copy with the reduced states."""
         try:
             owners, states = self._collect(here)
         except Exception as error:
-            # Others wait in the all-reduce: they learn there that this rank has failed.
+            # The others wait in the all-reduce: it tells them that this rank has failed.
             self._reduction.fail(repr(error), here)
             raise
         values = self._reduction.reduce(states, here)
@@ -290,7 +290,8 @@ def compute_all(metrics: Mapping[str, AnyMetric]) -> dict[str, MetricValue]:
     Collective: call on all ranks with the same names. Cost: one object gather, then as `Engine.add_metric`.
 
     Raises:
-        NotComputableError: nothing was seen; it names the metric. MetricStateError: the ranks' metrics differ.
+        NotComputableError: no sample was seen; the message names the metric. MetricStateError: the ranks' metrics
+            differ.
     """
     together = MetricSet(counts_once=False)
     together.add_all(metrics)
@@ -298,7 +299,7 @@ def compute_all(metrics: Mapping[str, AnyMetric]) -> dict[str, MetricValue]:
 
 
 def _may_lead(leader: Any, stateful: Metric) -> bool:
-    """Whether `stateful` can go: the other counts as much, and neither has counted yet."""
+    """Whether `leader` can replace `stateful`: it counts as much, and neither has counted yet."""
     if not isinstance(leader, Metric) or any(updated_through(each) is not each for each in (leader, stateful)):
         return False
     return leader.can_lead(stateful) and not (leader.num_updates or stateful.num_updates)

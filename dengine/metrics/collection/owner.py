@@ -1,4 +1,4 @@
-"""Whose a metric is: one engine updates it, in one way, as it would count twice what two of them see."""
+"""Make sure that only one engine updates a metric, in only one way: else it would count samples twice."""
 
 import gc
 from collections.abc import Container, Mapping
@@ -13,18 +13,18 @@ __all__ = ["MetricOwner"]
 
 @dataclass(frozen=True)
 class _Claim:
-    """What an owner knows of a metric that it updates, which may be inside of another one."""
+    """An owner's entry for a metric that it updates, which may be inside another one."""
 
     name: str
     metric: AnyMetric
-    updater: AnyMetric  # through which it is updated
+    updater: AnyMetric  # the metric whose update() updates it
 
 
 class MetricOwner:
-    """The metrics of one engine, and those inside of them. Owners that are alive know of each other.
+    """The metrics of one engine, and those inside them. Owners that are alive know of each other.
 
     Args:
-        stateful: the ids of the stateful metrics that are updated; it may grow later.
+        stateful: the ids of the stateful metrics that are updated; the set may grow later.
     """
 
     def __init__(self, stateful: Container[int]) -> None:
@@ -32,11 +32,11 @@ class MetricOwner:
         self._claims: dict[int, _Claim] = {}  # by id of the metric
 
     def take(self, metrics: Mapping[str, AnyMetric], *, is_only_one: bool) -> None:
-        """Own `metrics` from now on; not `is_only_one`: others may have them, too.
+        """Own `metrics` from now on. If not `is_only_one`, other owners may have them, too.
 
         Raises:
-            ValueError: one of them is updated already, by this owner in another way, or by another one that is alive.
-            Then nothing has changed.
+            ValueError: one of them is updated already, by this owner in another way, or by another owner that is alive.
+                Nothing is changed then.
         """
         claims = dict(self._claims)
         for name, metric in metrics.items():
@@ -51,13 +51,13 @@ class MetricOwner:
         return self._claims[id(metric)].name
 
     def is_updated_by_another(self, stateful: object) -> bool:
-        """Whether another owner updates it, though it is none of the metrics that this one was given."""
+        """Whether another owner updates it, although it is not one of the metrics that this one was given."""
         return id(stateful) not in self._claims and any(id(stateful) in other._stateful for other in self._others())
 
     def _refuse_metrics_of_others(self, claims: Mapping[int, _Claim]) -> None:
         new = claims.keys() - self._claims.keys()
         if any(new & other._claims.keys() for other in self._others()):
-            gc.collect()  # an engine that nobody has may wait for it in a cycle with its handlers
+            gc.collect()  # an engine that is no longer used may be in a reference cycle with its handlers
         for other in self._others():
             for key in new & other._claims.keys():
                 claim = claims[key]
@@ -77,7 +77,7 @@ _alive_lock = Lock()
 
 
 def _add_claims(name: str, metric: AnyMetric, claims: dict[int, _Claim]) -> None:
-    """Add `metric`, and the metrics inside of it, to `claims`.
+    """Add `metric`, and the metrics inside it, to `claims`.
 
     Raises:
         ValueError: one of them is updated already, in another way, so that it would count every batch twice.

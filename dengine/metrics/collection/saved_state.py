@@ -1,11 +1,11 @@
-"""What a metric has gathered so far, as plain data: an epoch that is resumed in its middle counts all of it.
+"""Save the state of a metric as plain data, so that an epoch that is resumed in its middle counts everything.
 
 Each attribute becomes one entry, a dict whose first key says what it was:
 
     {"value": 3}                    numbers, strings, None, tensors, and lists and dicts of nothing else
-    {"metric": {name: entry}}       an object that gathers something by itself: another metric, a meter, a dataclass
+    {"metric": {name: entry}}       an object with a state of its own: another metric, a meter, a dataclass
     {"parts": {name: entry}}        a torch.nn.Module that contains metrics: a ModuleList, a ModuleDict
-    {"list": [entry]}               also "tuple", "set", "deque"; None in the place of what is not kept
+    {"list": [entry]}               also "tuple", "set", "deque"; None for an item that is not kept
     {"dict": [[key, entry]]}        also a Counter, a defaultdict and other subclasses, and any kind of key
     {"array": tensor}               a numpy array; "scalar" for one of numpy's numbers
     {"enum": value}                 a member of an enum, by its value; "class" says which enum
@@ -36,16 +36,18 @@ _SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozen
 
 
 def state_dict(metric: object) -> dict[str, Entry]:
-    """The entries of what the attributes of `metric` hold, tensors copied to the CPU, and of metrics inside it, however
-    they are nested. Anything else is what the metric was built with, and stays.
+    """The entries of the attributes of `metric`, and of metrics inside it, however nested. Tensors are copied to the
+    CPU.
+
+    Attributes of other kinds are what the metric was built with, and have no entry.
     """
     return _state_dict(metric, set())
 
 
 def load_state_dict(metric: object, state: dict[str, Entry]) -> None:
-    """Set the attributes of `metric` to what `state_dict` gave, tensors on the devices where they are now."""
+    """Set the attributes of `metric` to what `state_dict` gave. Tensors stay on their present devices."""
     if isinstance(metric, Metric):
-        metric.flush()  # what waits there belongs to what is replaced
+        metric.flush()  # queued batches belong to the state that is replaced
     now = _attributes(metric)
     for given_name, entry in state.items():
         name = _RENAMED.get(given_name, given_name)
@@ -72,7 +74,7 @@ def _entries(parts: dict[str, Any], seen: set[int]) -> dict[str, Entry]:
 
 
 def _entry(value: Any, seen: set[int]) -> Entry | None:
-    """What is to be kept of `value`; None if that is nothing. `seen` holds what is on its way, for cycles."""
+    """The entry of `value`; None if nothing of it is kept. `seen` has the objects around it, against cycles."""
     if _is_plain(value, seen):
         device = _device_of(value)
         return {"value": _copied(value)} if device is None else {"value": _copied(value), "device": device}
@@ -94,7 +96,7 @@ def _entry(value: Any, seen: set[int]) -> Entry | None:
 
 
 def _container_entry(value: Any, seen: set[int]) -> Entry | None:
-    """Of a container of more than plain values; None if nothing in it is to be kept."""
+    """The entry of a container of more than plain values; None if nothing in it is kept."""
     if isinstance(value, dict):
         pairs = [[_entry(key, seen), _entry(each, seen)] for key, each in value.items()]
         pairs = [pair for pair in pairs if None not in pair]
@@ -133,7 +135,7 @@ def _gathers(value: Any) -> bool:
 
 
 def _is_plain(value: Any, seen: set[int]) -> bool:
-    """Exactly these types: a subclass, such as an enum of strings, could be brought back by a pickle only."""
+    """Whether it is of exactly these types: a subclass, such as an enum of strings, would need a pickle."""
     kind = type(value)
     if kind in _PLAIN or isinstance(value, torch.Tensor):
         return True
@@ -146,7 +148,7 @@ def _is_plain(value: Any, seen: set[int]) -> bool:
 
 
 def _device_of(value: Any) -> str | None:
-    """The kind of device of the tensors in a list or dict: after a reset they may be empty."""
+    """The kind of device of the tensors in a list or dict, which may be empty after a reset."""
     return next((device for part in trees.leaves(value) if (device := _device_of_leaf(part))), None)
 
 
@@ -162,7 +164,7 @@ def _copied(value: Any) -> Any:
 
 
 def _restored(entry: Entry, now: Any) -> Any:
-    """The value of an entry. Lists and dicts are filled anew, as another attribute may refer to the same one."""
+    """The value of an entry. Lists and dicts are filled in place, as another attribute may refer to them."""
     (kind, kept), *_ = entry.items()
     if kind in _SEQUENCES:
         return _restored_sequence(_SEQUENCES[kind], kept, now)
@@ -178,7 +180,7 @@ def _restored_value(kept: Any, now: Any, entry: Entry) -> Any:
 
 
 def _restored_metric(kept: dict[str, Entry], now: Any, _: Entry) -> Any:
-    if now is not None:  # a container that had fewer of them when it was built
+    if now is not None:  # a container that had fewer items when it was built
         load_state_dict(now, kept)
     return now
 
@@ -196,7 +198,7 @@ def _restored_dict(kept: list[list[Entry]], now: Any, _: Entry) -> Any:
     before = dict(now) if isinstance(now, dict) else {}
     values = [_restored(entry, before.get(key)) for key, (_, entry) in zip(keys, kept, strict=True)]
     fresh = dict(zip(keys, values, strict=True))
-    # What could not be kept stays: the dict was built with it.
+    # Items without an entry stay: the dict was built with them.
     stays = {key: value for key, value in before.items() if key not in fresh and _entry(value, set()) is None}
     return _refilled(now, {**stays, **fresh}) if isinstance(now, dict) else fresh
 
@@ -224,7 +226,7 @@ def _restored_scalar(kept: torch.Tensor, now: Any, _: Entry) -> Any:
 
 
 def _restored_enum(kept: Any, now: Any, entry: Entry) -> Any:
-    """A member of the enum of the same name, of a module that is there: nothing is imported for it."""
+    """The member of the enum with the same name, if its module is imported already: nothing is imported here."""
     module, _, path = entry["class"].partition(":")
     kind: Any = sys.modules.get(module)
     for name in path.split("."):
@@ -262,7 +264,7 @@ def _placed(value: Any, device: torch.device | None) -> Any:
 
 
 def _own_device(kind: str | None) -> torch.device | None:
-    """This rank's device of that kind; None if it has none."""
+    """This rank's device of the given kind; None if it has none."""
     own = world().device
     return own if kind == own.type else None
 
@@ -271,7 +273,7 @@ def _own_device(kind: str | None) -> torch.device | None:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """Also those in slots, and the children of a `torch.nn.Module` (torchmetrics), which keeps them apart."""
+    """All attributes: also those in slots, and the children of a `torch.nn.Module` (torchmetrics)."""
     slots = [name for base in type(value).__mro__ for name in _slots(base) if hasattr(value, name)]
     found = {**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})}
     children = found.pop("_modules", None) if isinstance(value, torch.nn.Module) else None
@@ -285,7 +287,7 @@ def _slots(kind: type) -> list[str]:
 
 
 def _set(metric: object, name: str, value: Any) -> None:
-    # Past __setattr__, by which torchmetrics guards its own.
+    # Not by __setattr__, with which torchmetrics protects its attributes.
     if hasattr(metric, "__dict__") and not any(name in _slots(base) for base in type(metric).__mro__):
         vars(metric)[name] = value
     else:

@@ -1,4 +1,4 @@
-"""The kinds of metric that hold states, alike to the reduction: declared, computed per rank, torchmetrics', merging."""
+"""Adapters that give all kinds of metrics one interface for the reduction."""
 
 import warnings
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ __all__ = ["Adapter", "adapter_of", "knows_what_it_saw"]
 
 
 class Adapter(Protocol):
-    """A metric's states on their way out, and the metric that comes back from the reduced ones."""
+    """Gives the states of a metric, and makes a metric from the reduced states."""
 
     def states(self) -> list[State]: ...
 
@@ -29,11 +29,11 @@ class Adapter(Protocol):
 
 
 def adapter_of(metric: AnyMetric, label: str, here: World, *, seen: Seen | None) -> Adapter:
-    """The adapter of `metric`, which is known to the user by `label`.
+    """The adapter of `metric`, which messages call `label`.
 
     Args:
-        here: the ranks that it is reduced over.
-        seen: what a metric was given that does not count it by itself; None if nobody counted.
+        here: the ranks over which it is reduced.
+        seen: the count of updates, for a metric that does not count them itself; None if nobody counted.
     """
     is_alone = here.size == 1
     if isinstance(metric, DistributedMetric):
@@ -53,13 +53,13 @@ def adapter_of(metric: AnyMetric, label: str, here: World, *, seen: Seen | None)
 
 
 def knows_what_it_saw(metric: AnyMetric) -> bool:
-    """Whether the states that travel say what it saw; of the others, whoever updates them has to count."""
+    """Whether the states of `metric` say how much it saw. For other metrics, the updates must be counted outside."""
     has_states = isinstance(metric, Metric) and bool(metric.states)
     return has_states or isinstance(metric, DistributedMetric) or is_torchmetrics(metric)
 
 
 def _seen_by(metric: AnyMetric, seen: Seen | None) -> Seen:
-    """What an undeclared metric was given, by its set or by hand. If nobody counted, one update of no known samples."""
+    """The count of a metric without declared states. If nobody counted, one update of unknown size."""
     num_updates = metric.num_updates if isinstance(metric, Metric) else 0
     if seen is None:
         return Seen(num_updates if isinstance(metric, Metric) else 1, 0)
@@ -67,7 +67,7 @@ def _seen_by(metric: AnyMetric, seen: Seen | None) -> Seen:
 
 
 class DeclaredAdapter:
-    """A metric with declared states. `shares_samples`: ranks may have the same samples."""
+    """Adapts a metric with declared states. `shares_samples`: ranks may have the same samples."""
 
     def __init__(self, metric: Metric, label: str, *, shares_samples: bool) -> None:
         self._metric = metric
@@ -90,9 +90,9 @@ class DeclaredAdapter:
 
 
 class ValueAdapter:
-    """A metric that is computed per rank, its values then reduced: a mean weighted by what each rank saw, or an op.
+    """Adapts a metric that is computed per rank: its values are reduced, as a mean weighted by samples, or by an op.
 
-    One that was not updated is not asked for its value: it may divide by what it counts.
+    `compute` is not called on a metric that was not updated: it may divide by its count.
     """
 
     def __init__(self, metric: AnyMetric, label: str, op: str, seen: Seen, *, is_alone: bool) -> None:
@@ -134,7 +134,7 @@ class ValueAdapter:
         return (value, weight) if weight else (None, 0.0)
 
     def _value(self) -> Any:
-        """None if there is none: not updated, or with empty batches only."""
+        """The value; None if the metric was not updated, or only with empty batches."""
         if not self._seen.num_updates:
             return None
         try:

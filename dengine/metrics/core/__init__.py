@@ -1,1 +1,1 @@
-"""What a metric is, and what it takes."""
+"""The base classes of metrics, and their inputs."""

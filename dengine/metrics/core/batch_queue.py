@@ -1,4 +1,4 @@
-"""Small batches, kept until they are worth counting: on a few numbers, an operation's beginning is what takes time."""
+"""Collect small batches and count them together: for a few numbers, most of the time is the start of an operation."""
 
 from typing import Any, TypeAlias
 
@@ -13,14 +13,14 @@ _Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 class BatchQueue:
-    """Copies of up to 32 `(prediction, target)` pairs of one kind, taken out as one pair.
+    """Keeps copies of up to 32 `(prediction, target)` pairs of one kind, and gives them as one pair.
 
-    Copies, as the tensors that a step gives may be written again by the next one. They stay on their device: two small
-    copies for each batch, and up to 4 MiB.
+    It copies, as the next step may overwrite the tensors of this one. The copies stay on the device: two small copies
+    for each batch, and up to 4 MiB.
     """
 
     def __init__(self) -> None:
-        self._kind: tuple[Any, ...] | None = None  # of the pairs taken: shapes, dtypes, devices
+        self._kind: tuple[Any, ...] | None = None  # of the pairs it takes: shapes, dtypes, devices
         self._batches: _Pair | None = None
         self._rows: list[_Pair] = []
         self._num_waiting = 0
@@ -30,14 +30,14 @@ class BatchQueue:
         return self._num_waiting == _NUM_BATCHES
 
     def expect(self, output: Any) -> None:
-        """Take pairs of the kind of `output` from now on, which is known to be right; none if they are large."""
+        """Take pairs of the kind of `output`, which was checked, from now on; none if they are large."""
         self.clear()
         self._batches, self._rows = None, []
         kind = _kind(output)
         self._kind = kind if kind is not None and _is_small(*output) else None
 
     def add(self, output: Any) -> bool:
-        """Copy the pair; False if it is of another kind than is expected. No wait for the device."""
+        """Copy the pair; False if it is of another kind. No wait for the device."""
         if self._kind is None or _kind(output) != self._kind:
             return False
         prediction, target = output
@@ -50,7 +50,7 @@ class BatchQueue:
         return True
 
     def take(self) -> _Pair | None:
-        """All pairs as one, of the samples of each in turn; None if there are none. Valid until the next `add`."""
+        """All pairs concatenated to one; None if there are none. Valid until the next `add`."""
         if not self._num_waiting:
             return None
         assert self._batches is not None
@@ -81,7 +81,7 @@ def _kind(output: Any) -> tuple[Any, ...] | None:
 
 
 def _is_small(prediction: torch.Tensor, target: torch.Tensor) -> bool:
-    """Quick to copy, with a first dimension by which batches can be joined."""
+    """Whether the pair is quick to copy, and has a first dimension along which batches can be concatenated."""
     if not (prediction.ndim and target.ndim and 0 < prediction.shape[0] == target.shape[0]):
         return False
     if prediction.device != target.device or not prediction.layout == target.layout == torch.strided:

@@ -1,4 +1,4 @@
-"""How many samples a batch or a step's output has: the one guess at it, and the error if it cannot be told."""
+"""Find the number of samples in a batch or in a step's output, or raise an error that asks for it."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ __all__ = ["cannot_count", "num_samples", "samples_in", "samples_or_one"]
 
 
 def num_samples(target: object, prediction: object = None) -> int | None:
-    """The samples of a batch: the first dimension of its target, or of what that is made of; None: it cannot be told.
+    """The number of samples of a batch: the first dimension of its target, or of the parts of that; None if unknown.
 
-    A list or tuple of tensors may be several targets of all samples or one target for each: what the prediction has
-    decides. A number is one sample; if there is no target at all, the prediction decides.
+    A list or tuple of tensors may hold several targets for all samples, or one target for each: the prediction decides.
+    A number is one sample. Without a target, the prediction is used.
     """
     if isinstance(target, torch.Tensor) and target.ndim:  # nearly always
         return target.shape[0]
@@ -32,9 +32,9 @@ def num_samples(target: object, prediction: object = None) -> int | None:
 
 
 def samples_in(output: object) -> int | None:
-    """The samples of a step's output or of a batch: of a pair, or a mapping with both, those of its target.
+    """The number of samples of a step's output or of a batch: that of the target in a pair, or in a mapping with both.
 
-    Of more parts the last one counts, if that is a tensor or an array.
+    If there are more parts, the last one is used, if it is a tensor or an array.
     """
     output = prediction_and_target(output)
     if isinstance(output, (tuple, list)):
@@ -47,18 +47,18 @@ def samples_in(output: object) -> int | None:
 
 
 def samples_or_one(output: object) -> int:
-    """`samples_in`, and 1 if that cannot be told."""
+    """`samples_in`, or 1 if that is unknown."""
     samples = samples_in(output)
     return 1 if samples is None else samples
 
 
 def cannot_count(who: str, got: str, way_out: str) -> TypeError:
-    """The error if the samples cannot be told from `got`; `way_out` is the argument that says them."""
+    """The error if `got` does not show the number of samples; `way_out` is the argument that gives it."""
     return TypeError(f"{who} cannot tell the number of samples from {got}: pass {way_out}.")
 
 
 def _sizes(value: object) -> tuple[set[int], set[int]]:
-    """What may be a number of samples: the first dimensions inside `value`, and lengths of lists of tensors."""
+    """Candidates for the number of samples: the first dimensions inside `value`, and lengths of lists of tensors."""
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple):
         return {int(size) for size in shape[:1]}, set()

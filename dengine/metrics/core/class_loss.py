@@ -1,4 +1,4 @@
-"""What the mean of a loss over classes is divided by, as the loss function itself says it."""
+"""Find the number by which a loss function over classes divides its mean."""
 
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ def source_of(loss_fn: object) -> Any:
 
 
 def option(source: object, name: str) -> Any:
-    """An option of a loss function, as it is now: the weights of a module move with it to another device."""
+    """The present value of an option of a loss function: the weights of a module may move to another device."""
     default = {"weight": None, "ignore_index": -100, "reduction": "mean"}[name]
     if isinstance(source, partial):
         if name in source.keywords:
@@ -42,20 +42,20 @@ def option(source: object, name: str) -> Any:
 
 
 def count_of(source: object, labels: torch.Tensor) -> torch.Tensor:
-    """What a class loss divides the mean over `labels` by: those that count, or their weights."""
+    """The divisor of a class loss over `labels`: the number of those that count, or the sum of their weights."""
     kept = is_kept(labels, option(source, "ignore_index"))
     weight = option(source, "weight")
     return kept.sum() if weight is None else weight_of(labels, kept, weight)
 
 
 def num_probabilities(target: torch.Tensor) -> int:
-    """What a class loss divides the mean over targets by that are class probabilities."""
+    """The divisor of a class loss whose targets are class probabilities."""
     return target.numel() // target.shape[1] if target.ndim > 1 and target.shape[1] else 1
 
 
 def weight_of(labels: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The sum of the class weights of those labels that are kept."""
-    # A label outside the classes is for the loss function to refuse.
+    """The sum of the class weights of the labels that are kept."""
+    # The loss function refuses a label outside the classes.
     index = torch.where(kept, labels, 0).long().clamp(0, weight.numel() - 1)
     weights = weight.detach().to(labels.device, accumulator_dtype(labels.device), non_blocking=True)[index]
     return torch.where(kept, weights, 0.0).sum()

@@ -1,4 +1,4 @@
-"""What a metric without declared states may compute, and how it travels: a number, a tensor, or a mapping of them."""
+"""Check the value that a metric computes (a number, a tensor, or a mapping of them), and pack it for the reduction."""
 
 from collections.abc import Mapping
 from math import prod
@@ -12,12 +12,12 @@ from dengine.types import MetricValue
 
 __all__ = ["Computed", "Form", "checked", "flat", "from_flat", "laid_out"]
 
-# Of each value in a mapping: name ("" for one that is in none), shape, whether it is complex. () for a number.
+# For each value in a mapping: name ("" without a mapping), shape, whether it is complex. () for a number.
 Form: TypeAlias = tuple[tuple[str, tuple[int, ...], bool], ...]
 
 
 class Computed:
-    """A value that is there already, in the place of a metric that would compute it."""
+    """Stands for a metric whose value is known already."""
 
     def __init__(self, value: object, reason: str = "it was not updated on any rank") -> None:
         self._value = value
@@ -30,10 +30,10 @@ class Computed:
 
 
 def checked(value: object, label: str) -> Any:
-    """`value`, arrays and lists of numbers as tensors.
+    """`value`, with arrays and lists of numbers as tensors.
 
     Raises:
-        TypeError: neither a number, a tensor, nor a mapping of them.
+        TypeError: it is not a number, a tensor, or a mapping of them.
     """
     if isinstance(value, torch.Tensor):
         return value.detach()
@@ -65,7 +65,7 @@ def flat(name: str, value: Any) -> dict[str, MetricValue]:
 
 
 def laid_out(value: object) -> tuple[torch.Tensor, Form]:
-    """All numbers of a checked value in float64, and what they are."""
+    """All numbers of a checked value in float64, and their form."""
     parts = _parts("", value)
     form = tuple((name, tuple(part.shape), part.is_complex()) for name, part in parts)
     if form == (("", (), False),):

@@ -1,4 +1,4 @@
-"""A metric that holds no state of its own, but is computed from one that others may read too."""
+"""Metrics without a state of their own, which are computed from another metric that several may share."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ __all__ = ["DerivedMetric"]
 
 
 class DerivedMetric(Metric):
-    """Base of metrics that are computed from a stateful one. In an engine, those of like ones form a compute group: one
-    stateful metric is updated for all of them.
+    """Base class of metrics that are computed from a stateful metric.
 
-    If a subclass has an `update`, `reset` or `default_transform` of its own, it is in no group, and its stateful metric
-    is updated through it.
+    In an engine, those with equal stateful metrics form a compute group: one stateful metric is updated for all of
+    them. A subclass with an `update`, `reset` or `default_transform` of its own is in no group: its stateful metric is
+    updated through it.
     """
 
     def __init__(self, stateful: Metric, output_transform: OutputTransform | None) -> None:
@@ -52,4 +52,4 @@ class DerivedMetric(Metric):
     def evaluate(self, reduced: Mapping[int, Any]) -> MetricValue:
         whole = copy(self)
         whole._stateful = reduced[id(self._stateful)]
-        return whole.compute()  # which a subclass may have written anew
+        return whole.compute()  # which a subclass may have overridden

@@ -1,4 +1,4 @@
-"""A function of metrics' values, as a metric: what arithmetic between metrics gives, and any other function."""
+"""Metrics that are a function of the values of other metrics, as arithmetic between metrics gives them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,17 +12,17 @@ __all__ = ["MetricFunction"]
 
 
 class MetricFunction(Metric):
-    """`function` of the values of metrics, over the samples of all ranks; `2 * p * r / (p + r)` is one, too.
+    """A function of the values of metrics, over the samples of all ranks. `2 * p * r / (p + r)` is one, too.
 
-    The metrics may be any that `add_metric` takes. Each is updated once, however many functions read it, and may be
-    attached under a name of its own as well. If the function gives a mapping, its entries are `name/key` in
+    It takes any metrics that `add_metric` takes. Each is updated once, however many functions read it, and may also be
+    added under a name of its own. If the function gives a mapping, its entries become `name/key` in
     `engine.state.metrics`.
 
     Cost: that of the metrics; the function is called once an epoch, on every rank.
 
     Args:
         function: takes the metrics' values in their order: floats, and tensors on the CPU.
-        metrics: at least one metric; numbers among them are given to the function as they are.
+        metrics: at least one metric; numbers among them are passed to the function as they are.
 
     Raises:
         TypeError: `function` cannot be called, or there is no metric.

@@ -1,4 +1,4 @@
-"""Predictions and targets as metrics take them: numbers or tensors, checked by shape, never by value."""
+"""Convert predictions and targets to tensors, and check their shapes. Values are never checked here."""
 
 from collections.abc import Mapping
 
@@ -27,7 +27,7 @@ def as_pair(output: object, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
     A mapping is read by its keys, as a step's output is.
 
     Raises:
-        TypeError: not a pair of real numbers or tensors; it says how to make one.
+        TypeError: it is not a pair of real numbers or tensors; the message says how to make one.
     """
     if isinstance(output, Mapping):
         output = prediction_and_target(output)
@@ -38,7 +38,7 @@ def as_pair(output: object, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
         )
     prediction, target = _row(as_real(output[0], metric)), _row(as_real(output[1], metric))
     if prediction.device != target.device:
-        # Towards the accelerator: the other way would wait for it.
+        # To the accelerator: a copy from it would wait for it.
         if prediction.device.type == "cpu":
             prediction = prediction.to(target.device, non_blocking=True)
         else:
@@ -47,10 +47,10 @@ def as_pair(output: object, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def as_real(part: object, metric: str) -> torch.Tensor:
-    """`as_tensor`, of real numbers.
+    """`part` as `as_tensor` gives it, checked to be real.
 
     Raises:
-        TypeError: as `as_tensor`, or complex numbers.
+        TypeError: as `as_tensor`, or the numbers are complex.
     """
     tensor = as_tensor(part, metric)
     if tensor.is_complex():
@@ -62,11 +62,11 @@ def as_real(part: object, metric: str) -> torch.Tensor:
 
 
 def as_tensor(part: object, metric: str) -> torch.Tensor:
-    """A detached tensor of any dimension. Python's floats keep their 64 bits. A DTensor is made whole: a collective.
+    """`part` as a detached tensor. Python's floats keep their 64 bits. A DTensor becomes a whole tensor: a collective.
 
     Raises:
-        TypeError: neither number, array nor tensor, or a tensor of a lazy module that has no shape yet; or a list of
-        tensors, which could be read on the host only.
+        TypeError: it is not a number, an array or a tensor; or it is a tensor of a lazy module without a shape yet, or
+            a list of tensors, which could only be read on the host.
     """
     if isinstance(part, torch.Tensor):
         if is_lazy(part):
@@ -92,17 +92,17 @@ def as_tensor(part: object, metric: str) -> torch.Tensor:
 
 
 def is_python_number(value: object) -> bool:
-    """Whether `value` is one of Python's own numbers, so that no tensor is needed."""
+    """Whether `value` is a Python number, so that no tensor is needed."""
     return isinstance(value, (int, float))
 
 
 def checked_ignore_index(ignore_index: object) -> int | None:
-    """Raises TypeError unless `ignore_index` is a whole number or None."""
+    """Check `ignore_index`. Raises: TypeError: it is neither a whole number nor None."""
     return None if ignore_index is None else whole_number("ignore_index", ignore_index, least=-(2**63))
 
 
 def is_kept(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """Which labels are not `ignore_index`. No wait for the device."""
+    """A mask of the labels that are not `ignore_index`. No wait for the device."""
     is_counted = not (labels.is_floating_point() or labels.dtype == torch.bool)
     if is_counted and not torch.iinfo(labels.dtype).min <= ignore_index <= torch.iinfo(labels.dtype).max:
         return torch.ones_like(labels, dtype=torch.bool)  # a byte is never -100, but torch would compare with 156
@@ -110,7 +110,7 @@ def is_kept(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
 
 
 def what_it_got(output: object) -> str:
-    """For an error: the type of a step's output and, of a mapping, the keys that there are."""
+    """The type of a step's output, with the keys of a mapping, for an error message."""
     keys = f" with the keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
     return f"a {type(output).__qualname__}{keys}"
 

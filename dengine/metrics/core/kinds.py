@@ -1,4 +1,4 @@
-"""What counts as a metric, whoever wrote it, and which metrics are inside of others."""
+"""Recognise metrics of any library, and find the metrics inside others."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -35,8 +35,10 @@ AnyMetric: TypeAlias = Metric | MetricLike
 
 
 def is_metric(value: object) -> bool:
-    """Whether it has the three methods of a metric. Not by `isinstance` of the Protocol, which does not see those of a
-    delegate from Python 3.12 on."""
+    """Whether it has the three methods of a metric.
+
+    Not by `isinstance` with the Protocol: from Python 3.12 on that does not see methods of a delegate.
+    """
     methods = ("reset", "update", "compute")
     return not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in methods)
 
@@ -59,12 +61,12 @@ def shows_live(metric: object) -> bool:
 
 
 def stateful_of(metric: AnyMetric) -> tuple[AnyMetric, ...]:
-    """The metrics that hold the states which `metric` is computed from."""
+    """The metrics with the states from which `metric` is computed."""
     return metric.stateful_metrics() if isinstance(metric, Metric) else (metric,)
 
 
 def updated_through(stateful: AnyMetric) -> AnyMetric:
-    """What is called in place of `stateful` to reset and update it: itself, or a user's own metric around it."""
+    """The metric whose `reset` and `update` are called for `stateful`: itself, or a user's metric around it."""
     return (stateful.updated_by or stateful) if isinstance(stateful, Metric) else stateful
 
 
@@ -74,7 +76,7 @@ def evaluated(metric: AnyMetric, reduced: Mapping[int, MetricLike]) -> object:
 
 
 def updaters(metric: AnyMetric, updater: AnyMetric | None = None) -> Iterator[tuple[AnyMetric, AnyMetric]]:
-    """`metric` and each metric inside of it, with the one through which it is updated: itself, or one around it."""
+    """`metric` and each metric inside it, each with the metric whose `update` updates it: itself, or one around it."""
     own = metric if updater is None else updater
     yield metric, own
     if is_torchmetrics(metric):

@@ -1,4 +1,4 @@
-"""What a metric is: a few states with declared reductions, and a value computed from them. It knows no rank."""
+"""The base class of metrics: states with declared reductions, and a value computed from them. It knows no rank."""
 
 import operator
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ _STATE_OPS = get_args(StateOp)
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One declared state: its value after `reset()`, and how the ranks' values become one."""
+    """One declared state: its value after `reset()`, and the reduction over ranks."""
 
     default: Any
     reduce: StateOp
@@ -40,11 +40,11 @@ class Metric(ABC):
     """Base class of metrics: `reset`, `update(output)` and `compute`.
 
     A metric declares its states, and is then exact over any number of ranks, in one all-reduce together with all other
-    metrics of its engine. One that declares nothing works too: it is computed per rank, and averaged by the number of
-    its updates.
+    metrics of its engine. A metric without declared states works, too: it is computed per rank, and averaged by the
+    number of its updates.
 
     Args:
-        output_transform: turns the step's output into what `update` takes. By default a `(prediction, target)` pair
+        output_transform: turns the step's output into the input of `update`. By default a `(prediction, target)` pair
             stays, a mapping is read by its keys (`pred | y_pred | preds | logits` and
             `label | labels | y | target | targets`), and anything else reaches `update` as it is. A subclass that
             never calls this constructor gets the step's whole output.
@@ -67,10 +67,10 @@ class Metric(ABC):
     # Class attributes, so that a subclass that never calls __init__ has them.
     transform: OutputTransform | None = None
     num_updates: int = 0  # since the last reset
-    updates_inner_apart: bool = False  # whether the metrics within it are updated each by itself
-    shows_live: bool = False  # whether its value is shown while the epoch is under way
-    adds_to_no_graph: bool = False  # whether `update` sees to that; else an engine calls it without gradients
-    # What a user's own subclass of a derived metric writes is called too: the metric that this one is updated through.
+    updates_inner_apart: bool = False  # whether each metric inside it is updated separately
+    shows_live: bool = False  # whether its value can be read while the epoch is under way
+    adds_to_no_graph: bool = False  # whether `update` makes sure of that; else an engine calls it without gradients
+    # The metric whose `update` updates this one: a user's subclass of a derived metric may have its own methods.
     updated_by: "Metric | None" = None
     _states: Mapping[str, StateSpec] = {}
 
@@ -84,29 +84,29 @@ class Metric(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Whether a rank saw anything decides how it counts in a reduction, and an `update` that a user wrote, here or
-        # in a mix-in, cannot be asked to keep the number.
+        # A reduction needs to know whether a rank saw anything, and an `update` that a user wrote, here or in a mix-in,
+        # need not count that.
         wrapped = wrap_methods(cls, Metric)
         if {"update", "default_transform"} & {*wrapped, *cls.__dict__} and "adds_to_no_graph" not in cls.__dict__:
-            cls.adds_to_no_graph = False  # what a base class says of its own
+            cls.adds_to_no_graph = False  # a base class says it only for its own `update`
 
     def default_transform(self, output: Any) -> Any:
-        """What a step's output becomes if no `output_transform` is given."""
+        """The `output_transform` that is used if none is given."""
         return prediction_and_target(output)
 
     def add_state(self, name: str, default: Any, reduce: StateOp = "sum") -> None:
-        """Declare the attribute `name`: `default` after `reset()`, and `reduce`d over the ranks.
+        """Declare a state: the attribute `name`, which is `default` after `reset()`, and is reduced over the ranks.
 
         Args:
-            default: a number or a tensor; `[]` for "cat". A tensor without elements is one whose shape the first
+            default: a number or a tensor; `[]` for "cat". An empty tensor stands for a shape that the first
                 update gives.
-            reduce: "sum", "min", "max"; "mean", plain over the ranks that saw anything; "cat", a list of tensors
-                joined along their first dimension; "gather", the ranks' tensors stacked, (ranks, ...); "samples", a
-                sum in which ranks that share their samples, on a mesh with `cp`, count once. Ranks that have the same
-                data and tokens (`tp`, `pp`) are one rank to all of these.
+            reduce: "sum", "min", "max"; "mean": the plain mean over the ranks that saw anything; "cat": a list of
+                tensors, concatenated along the first dimension; "gather": the ranks' tensors, stacked, (ranks, ...);
+                "samples": a sum in which ranks that share their samples, on a mesh with `cp`, count once. Ranks with
+                the same data and tokens (`tp`, `pp`) always count as one.
 
         Raises:
-            ValueError: an unknown `reduce`, or a default that does not go with it. TypeError: no number nor tensor.
+            ValueError: an unknown `reduce`, or a default that does not fit it. TypeError: not a number or a tensor.
         """
         if reduce not in _STATE_OPS:
             raise ValueError(f"reduce={reduce!r} of state {name!r} must be one of {', '.join(_STATE_OPS)}.")
@@ -123,36 +123,35 @@ class Metric(ABC):
         return self._states
 
     def reset(self) -> None:
-        """Back to the defaults."""
+        """Set the states to their defaults."""
         for name, spec in self._states.items():
             setattr(self, name, _fresh(spec.default))
         self.num_updates = 0
 
     @abstractmethod
     def update(self, output: Any) -> None:
-        """Take in one step's output, after `output_transform`. Must not wait for the device."""
+        """Add one step's output, after `output_transform`. Must not wait for the device."""
 
     @abstractmethod
     def compute(self) -> MetricValue:
-        """The value of what this rank has seen since the last `reset()`.
+        """The value for the samples of this rank since the last `reset()`.
 
         Raises:
-            NotComputableError: nothing was seen.
+            NotComputableError: no sample was seen.
         """
 
     def with_states(self, values: Mapping[str, Any]) -> "Metric":
-        """A copy that holds `values` as its states; this one goes on accumulating untouched."""
+        """A copy with `values` as its states. The metric itself is not changed."""
         reduced = copy(self)
         for name, value in values.items():
             setattr(reduced, name, value)
         return reduced
 
     def flush(self) -> None:  # noqa: B027 - most have nothing to do
-        """Called before the states are read, for a reduction or a checkpoint: to put in what is known only now, as a
-        clock's time."""
+        """Bring the states up to date before a reduction or a checkpoint reads them, as with the time of a clock."""
 
     def live_value(self) -> MetricValue:
-        """The present value of what this rank has seen, if `shows_live`: asked for while the epoch is under way."""
+        """The present value of this rank, if `shows_live`. It is read while the epoch is under way."""
         return self.compute()
 
     def has_live_value(self) -> bool:
@@ -160,7 +159,7 @@ class Metric(ABC):
         return self.num_updates > 0
 
     def num_counted(self) -> Any:
-        """How many things the value is a mean of, as a number or a tensor; None if it is no such mean."""
+        """The number of values in the mean, as a number or a tensor; None if the value is not such a mean."""
         return None
 
     def __repr__(self) -> str:
@@ -169,11 +168,11 @@ class Metric(ABC):
     # -- composition ---------------------------------------------------------------------------------------------
 
     def metrics_within(self) -> tuple[Any, ...]:
-        """The metrics that this one is made of: whoever updates it, updates them."""
+        """The metrics inside this one, which its update updates, too."""
         return ()
 
     def stateful_metrics(self) -> tuple["Metric", ...]:
-        """The metrics that hold the states this one is computed from: itself, unless it is made of others."""
+        """The metrics with the states from which this one is computed: itself, unless it is made of others."""
         return (self,)
 
     def evaluate(self, reduced: Mapping[int, Any]) -> MetricValue:
@@ -186,7 +185,7 @@ class Metric(ABC):
         return False
 
     def read_from(self, stateful: "Metric", leader: "Metric") -> None:  # noqa: B027 - most read no metric but themselves
-        """Compute from `leader`, of the same compute group, what was computed from `stateful`."""
+        """Read `leader`, of the same compute group, instead of `stateful` from now on."""
 
     def __add__(self, other: Any) -> "Metric":
         return _function(operator.add, self, other)
@@ -238,7 +237,7 @@ def _function(function: Callable[..., Any], *operands: Any) -> Metric:
 
 
 def _divided(first: Any, second: Any) -> Any:
-    """`first / second` as tensors divide: 0 / 0 is nan, and ends no run."""
+    """`first / second` with the rules of tensors: 0 / 0 is nan, not an error."""
     try:
         return first / second
     except ZeroDivisionError:

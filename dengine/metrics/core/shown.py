@@ -1,4 +1,4 @@
-"""The `repr` of metrics: the arguments that they were made with, unless these are the defaults."""
+"""The `repr` of metrics: the arguments that differ from their defaults."""
 
 from collections.abc import Iterator
 from inspect import Parameter, signature
@@ -14,7 +14,7 @@ _HOLDERS = ("_stateful", "settings", "_settings")
 
 
 def shown_settings(metric: object) -> str:
-    """`average='macro', num_classes=10`, of what the metric remembers under the names of its arguments."""
+    """The arguments of a metric as text, `average='macro', num_classes=10`, from attributes with the same names."""
     shown = []
     for parameter in signature(type(metric).__init__).parameters.values():
         value = _remembered(metric, parameter.name)

@@ -1,4 +1,4 @@
-"""From a step's output to what a metric's `update` takes, if the user gives no transform."""
+"""The default transforms of a step's output to the input of a metric's `update`."""
 
 import sys
 from collections.abc import Mapping
@@ -32,6 +32,6 @@ def loss_value(output: object) -> object:
 
 
 def is_torchmetrics(metric: object) -> TypeGuard[Any]:
-    """Whether `metric` is one of torchmetrics', without importing a package that nobody has imported."""
+    """Whether `metric` is from torchmetrics. Does not import that package if it is not imported yet."""
     package = sys.modules.get("torchmetrics")
     return package is not None and isinstance(metric, (package.Metric, package.MetricCollection))

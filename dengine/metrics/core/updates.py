@@ -1,4 +1,4 @@
-"""How a metric is updated with a step's output, whatever its `update` takes, and how often it was."""
+"""Update a metric with a step's output, whatever arguments its `update` takes, and count the updates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ __all__ = ["Seen", "check_update", "default_transform", "takes_pair", "update_of
 
 @dataclass
 class Seen:
-    """What a metric that does not count by itself was given since its last reset."""
+    """The count of updates and samples since the last reset, for a metric that does not count itself."""
 
     num_updates: int = 0
     num_samples: int = 0
@@ -52,14 +52,14 @@ def update_of(metric: AnyMetric, transform: OutputTransform | None) -> Callable[
 
 
 def default_transform(metric: AnyMetric) -> OutputTransform | None:
-    """What a step's output goes through if the user gives nothing."""
+    """The transform of a step's output that is used if the user gives none."""
     if isinstance(metric, Metric):
         return metric.transform
     return prediction_and_target if takes_pair(metric) else None
 
 
 def takes_pair(metric: AnyMetric) -> bool:
-    """Whether `update` takes prediction and target as two arguments: torchmetrics', torcheval's, and others alike."""
+    """Whether `update` takes prediction and target as two arguments, as in torchmetrics and torcheval."""
     if isinstance(metric, Metric):
         return False
     if is_torchmetrics(metric) or is_mergeable(metric):
@@ -69,7 +69,7 @@ def takes_pair(metric: AnyMetric) -> bool:
 
 
 def check_update(name: str, metric: AnyMetric) -> None:
-    """Raises: TypeError: `metric.update` can be called neither with an output nor with prediction and target."""
+    """Check `metric.update`. Raises: TypeError: it takes neither one output nor prediction and target."""
     takes = _signature(metric)
     if takes is None or _fits(takes, 1) or (_fits(takes, 2) and not isinstance(metric, Metric)):
         return
@@ -81,7 +81,7 @@ def check_update(name: str, metric: AnyMetric) -> None:
 
 @counting
 def _update_of_object(self: Metric, output: object) -> None:
-    """An `update` that was set on the object, which the class knows nothing of."""
+    """Call an `update` that was set on the object instead of the class."""
     self.update(output)
 
 

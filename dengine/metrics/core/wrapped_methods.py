@@ -1,6 +1,6 @@
-"""What is put around the `update`, `reset` and `compute` of every metric class, whoever wrote them.
+"""Wrap the `update`, `reset` and `compute` of every metric class, whoever wrote it.
 
-So that the number of updates is right, and an error names the metric, without a word from the class.
+So the number of updates is right, and an error names the metric, without any code in the class.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class _Counted(Protocol):
 
 
 def wrap_methods(cls: type, base: type) -> set[str]:
-    """Wrap those of the methods that `cls` does not have from `base`, and are not wrapped yet; their names."""
+    """Wrap the methods that `cls` does not inherit from `base` and that are not wrapped yet, and give their names."""
     names = {name for name in _WRAPPERS if _is_to_be_wrapped(getattr(cls, name), getattr(base, name))}
     for name in names:
         wrapped = _WRAPPERS[name](getattr(cls, name))
@@ -42,7 +42,7 @@ def counts_updates(metric: _Counted) -> bool:
 
 
 def counting(update: Callable[..., None]) -> Callable[..., None]:
-    """`update`, counted once however many base classes count the same call; anew, if it was a reset as well."""
+    """`update` with a count: one for each call, however many base classes count it; from 0 again if it resets."""
 
     @wraps(update)
     def counted_one(self: _Counted, output: object) -> None:
@@ -58,7 +58,7 @@ def counting(update: Callable[..., None]) -> Callable[..., None]:
         after = self.num_updates
         self.num_updates = (before if before < after else after) + 1
 
-    # An update of a small batch takes so little time that packing its argument shows.
+    # An update of a small batch is so quick that packing its argument would cost noticeable time.
     return counted_one if _takes_one_output(update) else counted
 
 

@@ -1,10 +1,10 @@
-"""The states of all metrics in one buffer, and back.
+"""Pack the states of all metrics into one buffer, and unpack it.
 
-Floats lie in it as they are; whole numbers as two halves of 32 bits, whose sums float64 holds exactly, so that int64
-counts stay exact; what must keep the ranks apart ("gather", lengths of "cat") in a row for each rank, zero in everybody
-else's. Minima and maxima are sent as integers that are ordered as the numbers are.
+Floats are in it as they are. Whole numbers are in it as two halves of 32 bits, whose sums are exact in float64. States
+that keep the ranks apart ("gather", lengths of "cat") have a row for each rank, and a rank sends zeros in the other
+rows. Minima and maxima are sent as integers with the same order as the numbers.
 
-On a mesh of ranks only those that count samples (`World.counts_samples`) have a row and send something; the others send
+On a mesh only the ranks that count samples (`World.counts_samples`) have a row and send something; the others send
 zeros, and get the same sums.
 """
 
@@ -19,12 +19,12 @@ from dengine.metrics.reduction.schema import Schema, State
 
 __all__ = ["HEADER", "Plan", "of_one_rank", "packed", "unpacked"]
 
-HEADER = 2  # flags: ranks whose schemas have changed, ranks that failed to give their states
+HEADER = 2  # two flags: ranks whose schemas have changed, ranks that could not give their states
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The place of each state in the buffer: their indices, kind by kind, so that each kind is packed in one go.
+    """The layout of the buffer: the indices of the states of each kind, so that each kind is packed in one step.
 
     The buffer: header | floats | whole numbers, high halves | low halves | a row for each rank of the same three.
     """
@@ -34,7 +34,7 @@ class Plan:
     means: tuple[int, ...]  # after the floats: value and flag
     per_rank_floats: tuple[int, ...]  # floats that keep the ranks apart
     per_rank_counts: tuple[int, ...]
-    joined: tuple[int, ...]  # "cat": their lengths, after `per_rank_counts`
+    cats: tuple[int, ...]  # "cat": their lengths, after `per_rank_counts`
     extremes: tuple[int, ...]
     numels: tuple[int, ...]  # of every state, one after the other
 
@@ -51,7 +51,7 @@ class Plan:
             means=those("mean"),
             per_rank_floats=those("gather", "samples", is_whole=False),
             per_rank_counts=those("gather", "samples", is_whole=True),
-            joined=those("cat"),
+            cats=those("cat"),
             extremes=those("min", "max"),
             numels=tuple(schema.numel for schema in schemas),
         )
@@ -60,7 +60,7 @@ class Plan:
 def packed(
     states: list[State] | None, schemas: tuple[Schema, ...], plan: Plan, here: World, failure: str | None
 ) -> torch.Tensor:
-    """The float64 buffer of this rank: zeros if it does not count, or has nothing to give, which the header says."""
+    """The float64 buffer of this rank. It is zero if the rank does not count, or could not give its states."""
     device = here.device
     if states is None or failure is not None or not here.counts_samples:
         buffer = torch.zeros(HEADER + sum(_sections(schemas, plan, here)), dtype=torch.float64)
@@ -68,7 +68,7 @@ def packed(
         return buffer.to(device)
     floats = [states[index].value for index in plan.sums] + _weighted_means(states, plan)
     counts = _flat([states[index].value for index in plan.counts], device, torch.int64)
-    lengths = torch.tensor([states[index].value.shape[0] for index in plan.joined], dtype=torch.int64)
+    lengths = torch.tensor([states[index].value.shape[0] for index in plan.cats], dtype=torch.int64)
     own_floats = _flat([states[index].value for index in plan.per_rank_floats], device, torch.float64)
     own_counts = _flat([*(states[index].value for index in plan.per_rank_counts), lengths], device, torch.int64)
     own = torch.cat([own_floats, *_halves(own_counts)])
@@ -86,7 +86,7 @@ def _flat(values: list[torch.Tensor], device: torch.device, dtype: torch.dtype) 
 
 
 def _weighted_means(states: list[State], plan: Plan) -> list[torch.Tensor]:
-    """A rank that saw nothing adds nothing to the value, nor to the number of ranks."""
+    """The value and a flag for each "mean" state: both are 0 on a rank that saw nothing."""
     parts: list[torch.Tensor] = []
     for index in plan.means:
         flag = torch.tensor([float(states[index].is_seen)], dtype=torch.float64)
@@ -95,7 +95,7 @@ def _weighted_means(states: list[State], plan: Plan) -> list[torch.Tensor]:
 
 
 def _in_its_row(own: torch.Tensor, here: World) -> torch.Tensor:
-    """Zeros in the other ranks' rows: summed, each rank has its own."""
+    """`own` in this rank's row and zeros in the others, so that the sum has every rank's row."""
     ranks = here.all_counting_ranks
     rows = own.new_zeros(len(ranks), own.numel())
     rows[ranks.index(here.rank)] = own
@@ -103,20 +103,20 @@ def _in_its_row(own: torch.Tensor, here: World) -> torch.Tensor:
 
 
 def _sections(schemas: tuple[Schema, ...], plan: Plan, here: World) -> tuple[int, int, int, int]:
-    """Lengths of what follows the header: floats, halves of whole numbers (two sections), the rows of the ranks."""
+    """The lengths of the sections after the header: floats, two for halves of whole numbers, the rows of the ranks."""
     floats = sum(plan.numels[index] for index in plan.sums) + sum(plan.numels[index] + 1 for index in plan.means)
     counts = sum(plan.numels[index] for index in plan.counts)
     row = sum(plan.numels[index] for index in plan.per_rank_floats)
-    row += 2 * (sum(plan.numels[index] for index in plan.per_rank_counts) + len(plan.joined))
+    row += 2 * (sum(plan.numels[index] for index in plan.per_rank_counts) + len(plan.cats))
     return floats, counts, counts, len(here.all_counting_ranks) * row
 
 
 def _halves(value: torch.Tensor) -> list[torch.Tensor]:
-    """A whole number as high and low 32 bits. Sums of either over 2^20 ranks stay below 2^53: float64 is exact."""
+    """Whole numbers as high and low 32 bits. Sums of these over 2^20 ranks stay below 2^53, so float64 is exact."""
     return [(value >> 32).double(), (value & 0xFFFFFFFF).double()]
 
 
-def _joined_halves(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+def _whole_from_halves(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     return (high.long() << 32) + low.long()
 
 
@@ -134,9 +134,9 @@ def unpacked(
     *sums, means = _split(floats, [*num_floats, floats.numel() - sum(num_floats)])
     values |= {index: _shaped(part, schemas[index]) for index, part in zip(plan.sums, sums, strict=True)}
     values |= _unpacked_means(means, states, schemas, plan)
-    counts = _split(_joined_halves(high, low), [plan.numels[index] for index in plan.counts])
+    counts = _split(_whole_from_halves(high, low), [plan.numels[index] for index in plan.counts])
     values |= {index: _shaped(part, schemas[index]) for index, part in zip(plan.counts, counts, strict=True)}
-    if plan.per_rank_floats or plan.per_rank_counts or plan.joined:
+    if plan.per_rank_floats or plan.per_rank_counts or plan.cats:
         values |= _unpacked_rows(rows.reshape(len(here.all_counting_ranks), -1), states, schemas, plan, here)
     return [values[index] for index in range(len(schemas))]
 
@@ -147,7 +147,7 @@ def _shaped(part: torch.Tensor, schema: Schema) -> torch.Tensor:
 
 
 def _dtype_of_sum(schema: Schema) -> torch.dtype:
-    """As it went in, but for what the sum of all ranks may not fit into: a sum of booleans or bytes is a count."""
+    """The dtype of the state, or int64 if the sum of all ranks may not fit: a sum of booleans or bytes is a count."""
     if schema.is_whole:
         return torch.int64
     return torch.float32 if schema.dtype.itemsize < 4 else schema.dtype
@@ -169,29 +169,29 @@ def _unpacked_means(
 def _unpacked_rows(
     rows: torch.Tensor, states: list[State], schemas: tuple[Schema, ...], plan: Plan, here: World
 ) -> dict[int, torch.Tensor]:
-    """What keeps the ranks apart: (ranks, ...) for "gather", and the "cat" states, whose lengths are among it."""
+    """The states that keep the ranks apart: (ranks, ...) for "gather", and the "cat" states."""
     num_floats = [plan.numels[index] for index in plan.per_rank_floats]
-    num_wholes = [plan.numels[index] for index in plan.per_rank_counts] + [1] * len(plan.joined)
+    num_wholes = [plan.numels[index] for index in plan.per_rank_counts] + [1] * len(plan.cats)
     floats, high, low = _split(rows, [sum(num_floats), sum(num_wholes), sum(num_wholes)], 1)
-    pieces = [*_split(floats, num_floats, 1), *_split(_joined_halves(high, low), num_wholes, 1)]
+    pieces = [*_split(floats, num_floats, 1), *_split(_whole_from_halves(high, low), num_wholes, 1)]
     values = {}
     for index, piece in zip((*plan.per_rank_floats, *plan.per_rank_counts), pieces, strict=False):
         ranks = piece.to(schemas[index].dtype).reshape(len(rows), *schemas[index].shape)
         values[index] = _once_a_sample(ranks, here) if schemas[index].op == "samples" else ranks
-    lengths = pieces[len(pieces) - len(plan.joined) :]
+    lengths = pieces[len(pieces) - len(plan.cats) :]
     return values | _concatenated(states, schemas, plan, lengths, here)
 
 
 def _once_a_sample(counts_R: torch.Tensor, here: World) -> torch.Tensor:
-    """The sum of counts of samples, of which ranks that share their samples have the same or, without output, none."""
+    """The sum of counts of samples, in which ranks that share their samples count once."""
     row = {rank: index for index, rank in enumerate(here.all_counting_ranks)}
     return torch.stack([counts_R[[row[rank] for rank in ranks]].amax(0) for ranks in here.counting_ranks]).sum(0)
 
 
 def of_one_rank(states: list[State], schemas: tuple[Schema, ...], here: World) -> list[torch.Tensor]:
-    """What `packed` and `unpacked` would give of a single rank, without a buffer: copies of its own states.
+    """The result of `packed` and `unpacked` for a single rank, without a buffer: copies of its own states.
 
-    Cost: a copy of each state; one wait for each that lies on a GPU.
+    Cost: a copy of each state; one wait for each state on a GPU.
     """
     return [_own(state, schema, here) for state, schema in zip(states, schemas, strict=True)]
 
@@ -225,7 +225,7 @@ def _extremes(states: list[State], schemas: tuple[Schema, ...], plan: Plan, here
 
 
 def _ordered(state: State, schema: Schema, here: World) -> torch.Tensor:
-    """int64 numbers that are ordered as the values are; NaN is above everything, whichever end is asked for."""
+    """The values as int64 numbers with the same order; NaN wins, for a minimum and for a maximum."""
     value = state.value.detach().to(here.device).reshape(-1)
     if not here.counts_samples:
         return torch.full_like(value, torch.iinfo(torch.int64).min, dtype=torch.int64)
@@ -257,7 +257,7 @@ def _concatenated(
     states: list[State], schemas: tuple[Schema, ...], plan: Plan, lengths_R: Sequence[torch.Tensor], here: World
 ) -> dict[int, torch.Tensor]:
     """All "cat" states by index, in the order of ranks, in one padded gather of their bytes."""
-    wanted = plan.joined
+    wanted = plan.cats
     if not wanted:
         return {}
     lengths = {index: piece.reshape(-1).tolist() for index, piece in zip(wanted, lengths_R, strict=True)}

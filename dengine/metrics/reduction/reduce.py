@@ -1,9 +1,9 @@
 """All states of all metrics of an engine, reduced over the ranks in one all-reduce.
 
-They are packed into one buffer (packing.py). States to be joined ("cat") follow in one padded gather, their lengths
-being known by then; minima and maxima in one more all-reduce. Their schemas are agreed upon before (schema.py): once
-per engine, and again if a rank finds that its states have changed (a number of classes inferred from the first batch),
-which it says by a flag in the header of the buffer itself.
+They are packed into one buffer (packing.py). "cat" states follow in one padded gather, once their lengths are known,
+and minima and maxima in one more all-reduce. The ranks agree on the schemas before (schema.py): once per engine, and
+again if the states of a rank have changed (a number of classes inferred from the first batch), which it reports by a
+flag in the header of the buffer.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,20 @@ __all__ = ["Reduction", "State"]
 
 
 class Reduction:
-    """Reduces the states of one set of metrics, remembering what the ranks have agreed upon."""
+    """Reduces the states of one set of metrics, and keeps the schemas that the ranks have agreed on."""
 
     def __init__(self) -> None:
         self._schemas: tuple[Schema, ...] | None = None
         self._plan = Plan.of(())
 
     def agree(self, states: Sequence[State], here: World, failure: str | None = None) -> None:
-        """Have the ranks of `here` compare their states: the same metrics, in the same order, of the same shapes.
+        """Compare the states of the ranks of `here`: they need the same metrics, order and shapes.
 
         Collective. Cost: one object gather.
 
         Raises:
-            MetricStateError: on every rank, naming the rank and the metric that differ, or a rank that failed.
+            MetricStateError: on every rank; the message names the rank and the metric that differ, or a rank that
+                failed.
         """
         mine = tuple(schema_of(state) for state in states)
         self._schemas = None
@@ -43,7 +44,7 @@ class Reduction:
         self._take(merged([schemas for schemas, _ in of_ranks]))
 
     def take(self, states: Sequence[State]) -> None:
-        """Take over the schemas of `states`, which all ranks are known to share, unless there are some already."""
+        """Keep the schemas of `states`, which are the same on all ranks, unless there are schemas already."""
         if self._schemas is None:
             self._take(tuple(map(schema_of, states)))
 
@@ -55,13 +56,13 @@ class Reduction:
         return self._schemas is not None
 
     def forms(self) -> list[Form]:
-        """What the ranks have agreed upon of each state, besides its shape: see `State.form`."""
+        """The form of each state on which the ranks have agreed: see `State.form`."""
         return [schema.form for schema in self._schemas or ()]
 
     def reduce(self, states: Sequence[State], here: World, failure: str | None = None) -> list[torch.Tensor]:
         """The states reduced over `here`, in the order of `states`, on the CPU; "cat" states stay on the device.
 
-        `failure` says to the others that this rank could not give its states. The states themselves are left alone.
+        `failure` tells the others that this rank could not give its states. The states are not changed.
 
         Collective. Cost: one all-reduce; one more for minima and maxima, one gather for "cat"
         states; one copy to the host.
@@ -84,7 +85,7 @@ class Reduction:
         raise MetricStateError("The metrics' states changed while they were being reduced.")  # pragma: no cover
 
     def fail(self, failure: str, here: World) -> None:
-        """Let the others know, who wait in the reduction, that this rank cannot give its states. Collective."""
+        """Tell the other ranks, which wait in the reduction, that this rank cannot give its states. Collective."""
         with suppress(MetricStateError):
             self.reduce((), here, failure)
 

@@ -1,4 +1,4 @@
-"""What the ranks agree upon before they add up their metrics' states: which there are, and of which shape."""
+"""The schemas of states on which the ranks agree before they add up their metrics."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,16 @@ __all__ = ["Schema", "State", "fitted", "merged", "schema_of"]
 
 @dataclass(frozen=True)
 class State:
-    """One state on its way. If this rank saw nothing, `value` is its default, and other ranks give dtype and shape."""
+    """One state to be reduced. If this rank saw nothing, `value` is its default, and other ranks give dtype and
+    shape.
+    """
 
-    metric: str  # as the user knows it: name and class
+    metric: str  # the name and class that messages show
     name: str
     op: StateOp
     value: torch.Tensor
     is_seen: bool = True
-    form: Form = ()  # what else of it must be the same on all ranks: what several values were laid into one
+    form: Form = ()  # must be the same on all ranks, too: the names and shapes of several values in one state
 
     def __post_init__(self) -> None:
         if self.op != "cat" and self.value.is_complex():
@@ -34,7 +36,7 @@ class State:
 
 @dataclass(frozen=True)
 class Schema:
-    """What is agreed about one state. `shape` leaves out the first dimension of a "cat" state."""
+    """The agreed properties of one state. `shape` leaves out the first dimension of a "cat" state."""
 
     metric: str
     name: str
@@ -54,7 +56,7 @@ class Schema:
 
     @property
     def is_open(self) -> bool:
-        """Nobody knows the shape yet."""
+        """Whether the shape is not known yet."""
         return not self.is_seen and (self.op == "cat" or self.numel == 0)
 
 
@@ -67,7 +69,7 @@ def schema_of(state: State) -> Schema:
 
 
 def merged(ranks: list[tuple[Schema, ...]]) -> tuple[Schema, ...]:
-    """What all ranks can reduce by: from those that have seen data, as only they know shapes."""
+    """The schemas for all ranks, from those that have seen data, as only they know shapes."""
     kinds = [[(schema.metric, schema.name, schema.op) for schema in schemas] for schemas in ranks]
     for rank, kind in enumerate(kinds):
         if kind != kinds[0]:
@@ -97,7 +99,7 @@ def _merged_schema(schemas: tuple[Schema, ...]) -> Schema:
 
 
 def _described(schema: Schema) -> str:
-    """`'a' of shape (), 'b' of shape (2,)`."""
+    """The values of a schema as text: `'a' of shape (), 'b' of shape (2,)`."""
     return ", ".join(f"{name or 'a value'!r} of shape {shape}" for name, shape, *_ in schema.form) or "a number"
 
 
@@ -119,7 +121,7 @@ def _difference(rank: int, kind: list[tuple[str, str, StateOp]], first: list[tup
 
 
 def fitted(states: Sequence[State], schemas: tuple[Schema, ...]) -> list[State] | None:
-    """The states in the agreed shapes, defaults widened to them; None if this rank's own have changed."""
+    """The states in the agreed shapes, with defaults expanded to them; None if this rank's schemas have changed."""
     if len(states) != len(schemas):
         return None
     found = []
@@ -141,6 +143,6 @@ def fitted(states: Sequence[State], schemas: tuple[Schema, ...]) -> list[State] 
 
 
 def _widened(default: torch.Tensor, agreed: Schema) -> torch.Tensor:
-    """A default in a shape that another rank's data have given."""
+    """The default, expanded to a shape that another rank's data have given."""
     one = default.reshape(-1)[:1] if default.numel() else default.new_zeros(1)
     return one.expand(max(agreed.numel, 1))[: agreed.numel].reshape(agreed.shape)
