@@ -24,6 +24,7 @@ __all__ = [
     "temporary_path",
     "write_beside",
     "write_file",
+    "write_folder",
 ]
 
 T = TypeVar("T")
@@ -50,6 +51,31 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
     temporary, _ = _beside(path, flushed)
     commit(temporary, path)
+
+
+def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Make the folder `path`, or replace an empty one, by what `fill` puts into the folder it is given, once all of
+    that is on the disk.
+
+    Raises: OSError, or what `fill` raises; `path` is as it was then.
+    """
+    make_folder(path.parent)
+    temporary = temporary_path(path)
+    begin(temporary)
+    try:
+        temporary.mkdir()
+        fill(temporary)
+        for each in temporary.rglob("*"):
+            sync(each)
+        sync(temporary)
+        if path.is_dir():
+            path.rmdir()  # an error if somebody has filled it meanwhile
+        commit(temporary, path)
+    except BaseException:
+        discard(temporary)
+        raise
+    finally:
+        end(temporary)
 
 
 def write_beside(path: Path, write: Callable[[int], T]) -> tuple[Path, T]:

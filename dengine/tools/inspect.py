@@ -5,23 +5,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import indent
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from dengine.checkpoint import Entry, verify
 from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.catalogue.manifest import entry_of
-from dengine.checkpoint.disk.archive import check_archive
-from dengine.checkpoint.disk.regular import open_regular
 from dengine.checkpoint.formats.sharded.files import METADATA, Chunk, read_metadata
 from dengine.checkpoint.formats.sharded.tree import decoded, path_text
 from dengine.checkpoint.formats.sharded.verify import check_file, holds_shards, is_shard_folder
-from dengine.checkpoint.states.plain import check_loaded
+from dengine.checkpoint.reading import mapped_states
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED
 from dengine.errors import CheckpointError, CorruptCheckpointError
-from dengine.naming import printable
 from dengine.tools.arguments import a_path
+from dengine.tools.text import say, size_text
 
 __all__ = ["configure", "run"]
 
@@ -53,16 +51,8 @@ def _inspected(path: Path) -> int:
 
 
 def _refused(reason: str) -> int:
-    _say(f"{reason} `python -m dengine inspect` takes a checkpoint or a folder with checkpoints.", sys.stderr)
+    say(f"{reason} `python -m dengine inspect` takes a checkpoint or a folder with checkpoints.", sys.stderr)
     return 2
-
-
-def _say(text: str, file: TextIO | None = None) -> None:
-    """Print text that came from files, without control characters and without what the terminal cannot show."""
-    file = sys.stdout if file is None else file
-    shown = "\n".join(map(printable, text.split("\n")))
-    encoding = getattr(file, "encoding", None) or "utf-8"
-    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 # -- a folder ----------------------------------------------------------------------------------------------------
@@ -84,7 +74,7 @@ def _folder(folder: Path) -> int:
         problems.append(f"{entry.name} is listed in the manifest, but not there.")
     if not rows:
         return _refused(f"{folder} holds no checkpoint.")
-    _say(_table(["file", "step", "score", "size", "ranks", "dengine", "torch", "verified"], rows))
+    say(_table(["file", "step", "score", "size", "ranks", "dengine", "torch", "verified"], rows))
     if found.problem is not None:
         problems.append(f"{manifest.FILE_NAME} {found.problem}; the next save rebuilds it.")
     _print_below(problems)
@@ -94,14 +84,14 @@ def _folder(folder: Path) -> int:
 def _print_below(problems: list[str]) -> None:
     """Print problems below a table: they are sentences, too long for a column."""
     for number, each in enumerate(problems):
-        _say(f"{'' if number else chr(10)}{each}")
+        say(f"{'' if number else chr(10)}{each}")
 
 
 def _described(entry: Entry) -> list[str]:
     score = "" if entry.score is None else f"{entry.score_name}={entry.score:g}"
     step, ranks = ("" if number is None else str(number) for number in (entry.step, entry.world_size or None))
     versions = [entry.versions.get(name, "?") for name in ("dengine", "torch")]
-    return [entry.name, step, score, _size(entry.num_bytes) if entry.num_bytes else "?", ranks or "?", *versions]
+    return [entry.name, step, score, size_text(entry.num_bytes) if entry.num_bytes else "?", ranks or "?", *versions]
 
 
 def _damage(path: Path) -> str | None:
@@ -119,18 +109,18 @@ def _file(path: Path) -> int:
     try:
         entry = verify(path)
     except CorruptCheckpointError as error:
-        _say(f"CORRUPT: {error}")
+        say(f"CORRUPT: {error}")
         return 1
     except CheckpointError as error:
         return _refused(str(error))
     try:
-        states = _states(path)
+        states = mapped_states(path)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__qualname__])[0]
-        _say(f"CORRUPT: {path} is as it was saved, but cannot be loaded without executing a pickle: {reason}")
+        say(f"CORRUPT: {path} is as it was saved, but cannot be loaded without executing a pickle: {reason}")
         return 1
-    _say(f"{path}: intact, SHA-256 {entry.sha256}")
-    _say(_headline(entry))
+    say(f"{path}: intact, SHA-256 {entry.sha256}")
+    say(_headline(entry))
     for name, state in states.items():
         leaves = [] if name == RESERVED else list(_leaves(state, ""))
         rows = [[key, *_shown(value)] for key, value in leaves]
@@ -138,20 +128,11 @@ def _file(path: Path) -> int:
     return 0
 
 
-def _states(path: Path) -> dict[str, Any]:
-    with open_regular(path) as file:
-        check_archive(file)
-    # Mapped, so that only what is shown is read again.
-    states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    check_loaded(states)
-    return states
-
-
 def _headline(entry: Entry) -> str:
     score = "" if entry.score is None else f", {entry.score_name}={entry.score:g}"
     step = "no step" if entry.step is None else f"step {entry.step}"
     versions = ", ".join(f"{name} {number}" for name, number in sorted(entry.versions.items()))
-    return f"{step}{score}; {_size(entry.num_bytes)}; saved by {_ranks(entry.world_size)}; {versions}"
+    return f"{step}{score}; {size_text(entry.num_bytes)}; saved by {_ranks(entry.world_size)}; {versions}"
 
 
 def _print_state(name: str, state: Any, leaves: list[tuple[str, Any]], head: list[str], rows: list[list[str]]) -> None:
@@ -160,12 +141,12 @@ def _print_state(name: str, state: Any, leaves: list[tuple[str, Any]], head: lis
         found = entry.get(RANDOM)
         of_ranks: dict[str, Any] = found if isinstance(found, dict) else {}
         drawn = ", ".join(f"of {owner} on {_ranks(len(each))}" for owner, each in of_ranks.items()) or "none"
-        _say(f"\n{name}: format {entry.get('format', '?')}; random number generators: {drawn}")
+        say(f"\n{name}: format {entry.get('format', '?')}; random number generators: {drawn}")
         return
     total = sum(value.nbytes for _, value in leaves if isinstance(value, torch.Tensor))
     values = "1 value" if len(leaves) == 1 else f"{len(leaves)} values"
-    _say(f"\n{name} ({values}, {_size(total)} in tensors)")
-    _say(indent(_table(head, rows), "  "))
+    say(f"\n{name} ({values}, {size_text(total)} in tensors)")
+    say(indent(_table(head, rows), "  "))
 
 
 def _ranks(number: int) -> str:
@@ -179,7 +160,7 @@ def _shards(path: Path) -> int:
     try:
         metadata, entry = read_metadata(path), entry_of(path)
     except CorruptCheckpointError as error:
-        _say(f"CORRUPT: {error}")
+        say(f"CORRUPT: {error}")
         return 1
     except (OSError, ValueError) as error:
         return _refused(str(error))
@@ -187,10 +168,10 @@ def _shards(path: Path) -> int:
     verdicts = {name: "CORRUPT" if damage else "intact" for name, damage in damages.items()}
     damaged = [name for name, damage in damages.items() if damage]
     state = f"CORRUPT ({', '.join(damaged)})" if damaged else "intact"
-    _say(f"{path}: {state}, SHA-256 of {METADATA} {entry.sha256}")
-    _say(f"{_headline(entry)}\n")
-    sizes = [[name, _size(num_bytes), verdicts[name]] for name, (num_bytes, _) in metadata.files.items()]
-    _say(_table(["file", "size", "verified"], sizes))
+    say(f"{path}: {state}, SHA-256 of {METADATA} {entry.sha256}")
+    say(f"{_headline(entry)}\n")
+    sizes = [[name, size_text(num_bytes), verdicts[name]] for name, (num_bytes, _) in metadata.files.items()]
+    say(_table(["file", "size", "verified"], sizes))
     _print_below([damage for damage in damages.values() if damage])
 
     def placeholder(path_of_leaf: tuple[Any, ...], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
@@ -242,7 +223,7 @@ def _shown(value: Any) -> list[str]:
         return [
             "x".join(map(str, value.shape)) or "scalar",
             str(value.dtype).removeprefix("torch."),
-            _size(value.nbytes),
+            size_text(value.nbytes),
         ]
     text = repr(value)
     return [text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "...", type(value).__name__, ""]
@@ -256,12 +237,3 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["-" * width for width in widths], *rows]
     padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(line.rstrip() for line in padded)
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

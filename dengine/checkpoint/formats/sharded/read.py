@@ -19,7 +19,7 @@ from dengine.checkpoint.formats.sharded.verify import check_length
 from dengine.compiled_names import without_compiled
 from dengine.dtensor import is_dtensor, local_part
 
-__all__ = ["LikeTensors", "read_states"]
+__all__ = ["LikeTensors", "read_states", "read_whole_tensor"]
 
 Slices = tuple[slice, ...]
 
@@ -89,8 +89,7 @@ def read_states(folder: FilePath, like: Mapping[str, object] | None, parts: Part
     for name in sorted({copy.chunk.file for copy in copies}):
         check_length(folder / name, metadata.files[name][0])
     for copy in sorted(copies, key=lambda copy: (copy.chunk.file, copy.chunk.start)):
-        part = checked_chunk(folder, copy.chunk, copy.destination.dtype)
-        _as_bits(copy.destination)[copy.target].copy_(_as_bits(part)[copy.source])
+        _read(folder, copy)
     return states
 
 
@@ -108,6 +107,23 @@ def _is_same(metadata: Metadata, one: Path, one_node: Node, other: Path, other_n
         return found
 
     return pieces(one, one_node) == pieces(other, other_node)
+
+
+def read_whole_tensor(folder: FilePath, chunks: Sequence[Chunk], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    """The tensor that the parts `chunks` make up, on the CPU.
+
+    Raises:
+        CorruptCheckpointError: a part is missing, or was changed.
+    """
+    whole = torch.empty(shape, dtype=dtype)
+    for copy in _copies("", whole, {"": chunks}):
+        _read(folder, copy)
+    return whole
+
+
+def _read(folder: FilePath, copy: _Copy) -> None:
+    part = checked_chunk(folder, copy.chunk, copy.destination.dtype)
+    _as_bits(copy.destination)[copy.target].copy_(_as_bits(part)[copy.source])
 
 
 def _template(like: Any, path: Path, shape: torch.Size) -> torch.Tensor | None:
