@@ -15,7 +15,7 @@ from torch import nn
 from dengine import Engine, Events, distributed
 from dengine.checkpoint import latest, load, save, verify
 from dengine.checkpoint.catalogue.manifest import scan
-from dengine.checkpoint.disk import room as storage
+from dengine.checkpoint.disk import space as storage
 from dengine.checkpoint.formats.sharded.plan import read_shards
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.handlers import Checkpoint

@@ -1,6 +1,6 @@
-"""Checkpoints that can be trusted: whole files and folders or none, proven before they are used.
+"""Checkpoints that can be trusted: files and folders that are complete or not there, and verified before use.
 
-The parts, for a script of one's own; `dengine.handlers.Checkpoint` is the policy over them.
+These are the parts, for a script of your own; `dengine.handlers.Checkpoint` is the policy over them.
 """
 
 from dengine.checkpoint.catalogue.entry import Entry

@@ -1,4 +1,4 @@
-"""One checkpoint's way back: whether it is intact, and its states for the objects of every rank."""
+"""Load one checkpoint: verify it, and give its states to the objects of every rank."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -29,13 +29,13 @@ __all__ = ["UnreadableError", "agree_on_names", "load", "verify"]
 
 
 def verify(path: str | Path) -> Entry:
-    """What the file or folder `path` is: step, score, versions, ..., once every byte of it has been checked.
+    """Check every byte of the file or folder `path`, and give its description: step, score, versions, ...
 
-    This rank's own. Cost: it is read once (SHA-256, about 1 GB/s); nothing in it is executed.
+    On this rank only. Cost: it is read once (SHA-256, about 1 GB/s); nothing in it is executed.
 
     Raises:
-        CorruptCheckpointError: it is truncated or was changed. CheckpointError: it is not there, cannot be read, or is
-            a folder of checkpoints.
+        CorruptCheckpointError: it is truncated or was changed. CheckpointError: it does not exist, cannot be read, or
+            is a folder of checkpoints.
     """
     path = path_of("path", path)
     try:
@@ -57,31 +57,30 @@ def load(path: str | Path, into: Mapping[str, object], *, partial: bool) -> Left
 
 
 def load(path: str | Path, into: Mapping[str, object], *, partial: bool = False) -> LeftOut | None:
-    """Give the states in `path` to the objects of `into`, by name, on every rank: to all of them or to none.
+    """Load the states in `path` into the objects of `into`, by name, on every rank: into all of them or none.
 
-    No byte is used that was not checked. Of a file, one rank of each node reads the whole and compares it with its
-    digest, every rank loads from the file it has opened before that, and all of them must see the same one. Of a folder
-    (sharded models), each rank reads and checks the parts that it needs; the objects may be sharded over another number
-    of ranks, or not at all; an optimizer finds its state by the names in the model that it belongs to, which is in
-    `into` too. What is read is never executed. Into a model in DDP it goes without the wrapper, wherever in it
-    `torch.compile` was put; names that are in `path` and not in `into` are passed over. An object that carries random
-    number generators (an engine) gets those of this rank.
+    Only verified bytes are used. One rank of each node reads a whole file and compares it with its digest; every rank
+    loads from the file that it opened before that, and all must see the same file. From a folder (sharded models), each
+    rank reads and verifies the parts that it needs; the objects may be sharded over another number of ranks, or not at
+    all; an optimizer finds its state by the names in its model, which must be in `into`, too. Nothing that is read is
+    executed. DDP and `torch.compile` wrappers do not matter; names in `path` that are not in `into` are skipped. An
+    object that carries random number generators (an engine) gets those of this rank.
 
-    With `partial`, what fits by name and shape is taken, and the rest is left as it is: for a model that has another
-    head now, say. An optimizer is taken or left as a whole, and so is a name that the checkpoint lacks.
+    With `partial`, states that fit by name and shape are loaded, and the rest stays as it is: for a model that has
+    another head now, for example. An optimizer is loaded completely or not at all.
 
-    Collective: call on all ranks. Cost: a file is read once by each rank and once more on each node, where it comes
-    from the page cache; one SHA-256 of it; two small gathers; host memory for the states, and for what they replace. Of
-    a folder, each rank reads its part; four small gathers; memory for that part twice.
+    Collective: call on all ranks. Cost: a file is read once by each rank and once more on each node, then from the
+    page cache; one SHA-256 of it; two small gathers; host memory for the states, and for those that they replace. For a
+    folder, each rank reads its part; four small gathers; memory for that part twice.
 
-    Returns: with `partial`, what was left out on either side; else None.
+    Returns: with `partial`, the names that were left out on either side; else None.
 
     Raises:
-        TypeError, ValueError: `into` is no dict of objects with a `state_dict`, or `path` no path.
-        CorruptCheckpointError: on every rank, if it is damaged for one, or is not what the manifest lists.
-        CheckpointError: on every rank, if one does not find it or sees another one, it is a folder of checkpoints,
-            one asks for other names than rank 0, or an object refuses its state (missing and extra names are listed);
-            every object is then as it was.
+        TypeError, ValueError: `into` is no dict of objects with a `state_dict`, or `path` is no path.
+        CorruptCheckpointError: on every rank, if it is damaged on one, or is not the file that the manifest lists.
+        CheckpointError: on every rank, if one does not find it or sees another file, if it is a folder of checkpoints,
+            if a rank asks for other names than rank 0, or if an object refuses its state (missing and extra names are
+            listed); every object is then as it was.
 
     Example:
         >>> import tempfile, torch
@@ -128,7 +127,7 @@ def load(path: str | Path, into: Mapping[str, object], *, partial: bool = False)
 
 
 def _there(saved: Sequence[str], targets: dict[str, Stateful], fitting: Fitting | None) -> dict[str, Stateful]:
-    """Those of `targets` that are among the `saved` names; the others are noted, on either side."""
+    """The `targets` that are among the `saved` names; the other names are noted, on either side."""
     if fitting is not None:
         fitting.left_out.missing_keys.extend(name for name in targets if name not in saved)
         fitting.left_out.unexpected_keys.extend(name for name in saved if name not in targets and name != RESERVED)
@@ -136,7 +135,7 @@ def _there(saved: Sequence[str], targets: dict[str, Stateful], fitting: Fitting 
 
 
 def _numbered(states: States, into: dict[str, Stateful], fitting: Fitting | None) -> States:
-    """As `numbered`; with `fitting`, an optimizer with other parameters is left out."""
+    """The states as `numbered` gives them; with `fitting`, an optimizer with other parameters is left out."""
     if fitting is None:
         return numbered(states, into)
     loadable = {RESERVED: states[RESERVED]} if RESERVED in states else {}
@@ -149,17 +148,18 @@ def _numbered(states: States, into: dict[str, Stateful], fitting: Fitting | None
 
 
 class UnreadableError(CheckpointError):
-    """A file is there, but this process may not read it, or the disk cannot."""
+    """A file exists, but cannot be read: this process may not, or the disk fails."""
 
 
 class _UnusableError(Exception):
-    """A whole file holds something that cannot be states."""
+    """A complete file has content that cannot be states."""
 
 
 def _read_file(file: BinaryIO) -> States:
-    """
+    """The states in an opened file.
+
     Raises:
-        _UnusableError: it is not made as `torch.save` makes it, or holds something else than states.
+        _UnusableError: it is no file of `torch.save`, or holds something other than states.
     """
     try:
         check_archive(file)
@@ -184,19 +184,19 @@ def _check_reserved(entry: Any) -> None:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one rank sees under a path."""
+    """The file or folder that one rank sees under a path."""
 
     sha256: str = ""
-    objects: tuple[str, ...] = ()  # of a folder
+    objects: tuple[str, ...] = ()  # in a folder
     missing: str | None = None
     corrupt: CheckpointError | None = None
-    other: str | None = None  # than was saved
+    other: str | None = None  # the reason if it is another file than was saved
 
 
 def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO | None, _Seen]:
-    """The file, kept open so that what is loaded is what was checked, even if it is replaced meanwhile.
+    """The file, kept open so that the verified file is loaded, even if it is replaced meanwhile.
 
-    None for a folder: its parts are checked when they are read, against digests that are the same for all ranks.
+    None for a folder: its parts are verified when they are read, with digests that are the same for all ranks.
     """
     try:
         if path.is_dir():
@@ -216,7 +216,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO | None, _Seen]:
 
 
 def _other(entry: Entry, path: Path) -> str | None:
-    """Why it is another file than was saved under its name, or None."""
+    """The reason if it is another file than was saved under its name; else None."""
     try:
         manifest.refuse_other(entry, path)
     except CorruptCheckpointError as error:
@@ -235,7 +235,7 @@ def agree_on_names(names: Sequence[list[str]]) -> None:
 
 
 def _agree_on_file(path: Path, seen: Sequence[_Seen]) -> None:
-    """The same verdict on every rank, from what each of them sees."""
+    """Raise the same error on every rank if one of them sees no file, a damaged one, or another one."""
     for rank, each in enumerate(seen):
         if each.missing is not None:
             raise CheckpointError(
@@ -255,7 +255,7 @@ def _agree_on_file(path: Path, seen: Sequence[_Seen]) -> None:
 
 
 def _explained(error: CorruptCheckpointError, path: Path) -> CheckpointError:
-    """The error, with what the manifest beside the file remembers of it; or that no checkpoint is meant by `path`."""
+    """The error, with the size in the manifest; or an error that says that `path` is a folder of checkpoints."""
     with suppress(OSError):
         if path.is_dir() and not holds_shards(path) and manifest.scan(path).has_any:
             return CheckpointError(

@@ -1,6 +1,6 @@
-"""What rank 0 does before a byte is written: what the new checkpoint is called, and which others go for it.
+"""Plan a save on rank 0: the name of the new checkpoint, and the old ones to remove.
 
-Two writers of one folder (a job started twice, say) are found out here, too.
+Two writers of one folder (a job started twice, for example) are found here, too.
 """
 
 import itertools
@@ -50,31 +50,35 @@ def _versions() -> dict[str, str]:
 
 
 class Planner:
-    """Plans the saves of one writer of `folder`, which prunes only what has its `prefix` and its `score_name`. It
-    remembers what it has seen there, so that it knows another writer by what is new."""
+    """Plans the saves of one writer into `folder`, which prunes only files with its `prefix` and `score_name`.
+
+    It remembers the files that it has seen there, so that it notices those of another writer.
+    """
 
     def __init__(self, folder: Path, prefix: str, score_name: str | None, n_saved: int) -> None:
-        """
-        Raises: TypeError, ValueError: `prefix` or `score_name` cannot be part of a file's name.
-        """
+        """Raises: TypeError, ValueError: `prefix` or `score_name` cannot be part of a file's name."""
         _check_names(prefix, score_name)
         self._folder, self._prefix, self._score_name, self._n_saved = folder, prefix, score_name, n_saved
         self._process = f"{socket.gethostname()} {os.getpid()}"
-        self._writer = f"{self._process} {next(_count)}"  # a checkpoint says it
+        self._writer = f"{self._process} {next(_count)}"  # it is in the entry of each checkpoint
         self._made_s = time.time()
         self._seen: dict[str, str] = {}  # name -> digest
         self._has_warned = False
 
     def first_look(self) -> list[Entry]:
-        """What an earlier run has left; not what another process of this host has saved since this writer was made.
-        (Clocks of other hosts may differ: what these save is known from the next save on.)"""
+        """The checkpoints that an earlier run has left, without those that another process has saved since this one
+        started.
+
+        Only processes on this host are noticed at once, as clocks of hosts may differ; others are from the next save
+        on.
+        """
         found = self._own(manifest.scan(self._folder).entries)
         earlier = [entry for entry in found if not self._is_new(entry)]
         self._seen = {entry.name: entry.sha256 for entry in earlier}
         return earlier
 
     def warn_of_later(self, found: Sequence[Entry], step: int) -> None:
-        """Warn if an earlier run has left checkpoints of later steps than this run is at."""
+        """Warn if an earlier run has left checkpoints with later steps than this run's present one."""
         later = [each.name for each in found if each.step is not None and each.step > step]
         if later and self._score_name is None:
             warnings.warn(
@@ -87,10 +91,10 @@ class Planner:
     def plan(
         self, path: Path, request: SaveRequest, kept: Sequence[Entry], objects: Iterable[str], num_ranks: int
     ) -> SavePlan:
-        """The plan of a save to `path`, where `kept` is there of what was saved before.
+        """The plan of a save to `path`; `kept` are the earlier checkpoints that are still there.
 
         Raises:
-            CheckpointError: another process has saved `path` while this one was there.
+            CheckpointError: another process has saved `path` since this one started.
         """
         seen = manifest.scan(self._folder)
         self._look_for_others(path, self._own(seen.entries))
@@ -111,11 +115,11 @@ class Planner:
         return SavePlan(path, entry, stay, dropped, seen)
 
     def _own(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Those with its prefix, and with its score's name or, like it, without a score."""
+        """The entries with this writer's prefix and score name (or, like this writer, without a score)."""
         return [each for each in entries if each.prefix == self._prefix and each.score_name == self._score_name]
 
     def _look_for_others(self, path: Path, entries: Sequence[Entry]) -> None:
-        """Warn, once, if somebody else has saved some of the `entries`; refuse to replace such a one."""
+        """Warn, once, if another writer has saved some of the `entries`, and refuse to replace such a file."""
         strange = [entry for entry in entries if self._is_strange(entry)]
         if not strange:
             return
@@ -133,7 +137,7 @@ class Planner:
             )
 
     def _is_strange(self, entry: Entry) -> bool:
-        """Whether another writer has saved it. checkpoint.save() names none, nor did the first versions."""
+        """Whether another writer has saved it. checkpoint.save() and the first versions left no writer's name."""
         return entry.writer not in ("", self._writer) and self._seen.get(entry.name) != entry.sha256
 
     def _is_of_this_process(self, entry: Entry) -> bool:

@@ -1,4 +1,4 @@
-"""Which checkpoint of a folder to go on from: the newest intact one."""
+"""Find and load the checkpoint to resume from: the newest intact one in a folder."""
 
 import os
 import warnings
@@ -23,7 +23,7 @@ __all__ = ["latest", "resume"]
 def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
     """The intact checkpoint of `prefix` in `save_dir` that was saved last; None if there is none.
 
-    This rank's own. Cost: as `verify`, for each file until one is intact.
+    On this rank only. Cost: as `verify`, for each file until one is intact.
 
     Raises:
         CheckpointError: `save_dir` is a checkpoint itself, or another file.
@@ -46,12 +46,12 @@ def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
 
 
 def _newest_first(found: manifest.Scan, prefix: str) -> list[Entry]:
-    """Checkpoints of `prefix` by the time they were saved, the damaged and lost ones at the place that was theirs."""
+    """Checkpoints of `prefix` by the time at which they were saved, damaged and lost ones included."""
 
     def when(entry: Entry) -> float:
         if entry.sequence >= 0:
             return entry.sequence
-        # Only its name is known: right after those that lead up to it.
+        # Only its name is known: it comes right after those with smaller steps.
         earlier = [each.sequence for each in found.entries if (each.step or 0) <= (entry.step or 0)]
         return max(earlier, default=-1) + 0.5
 
@@ -60,22 +60,22 @@ def _newest_first(found: manifest.Scan, prefix: str) -> list[Entry]:
 
 
 def resume(save_dir: str | Path, to_load: Mapping[str, object], prefix: str = "checkpoint") -> Path | None:
-    """Load the newest intact checkpoint of `prefix` in `save_dir`; its path, or None if there is nothing yet.
+    """Load the newest intact checkpoint of `prefix` in `save_dir`, and give its path; None if there is none yet.
 
-    One that is damaged or lost is passed over for the one before it, with a warning on rank 0. So is, silently, one
-    that does not hold all the names of `to_load` (the best model beside the last full state). If there are only those
-    of other prefixes, a warning on rank 0 names them. Nothing is changed in the folder, but for a sharded one
-    that a kill has left aside while it was replaced: it gets its name again.
+    A damaged or lost checkpoint is skipped for the one before it, with a warning on rank 0. One that lacks a name of
+    `to_load` (a best model beside the last full state) is skipped silently. If there are only checkpoints of other
+    prefixes, a warning on rank 0 names them. Nothing in the folder is changed, except that a sharded checkpoint that
+    was being replaced when its run was killed gets back its name.
 
-    Collective, as `load`, once more for each file that is passed over.
+    Collective, as `load`, once more for each file that is skipped.
 
     Raises:
-        CorruptCheckpointError: there are checkpoints, but none is intact: to begin anew would be a surprise.
-        CheckpointError: on every rank, if `save_dir` is a checkpoint itself, or none holds all the names; or see
+        CorruptCheckpointError: there are checkpoints, but none is intact. It would be a surprise to start from scratch.
+        CheckpointError: on every rank, if `save_dir` is a checkpoint itself, or no checkpoint has all names; or as in
             `load`.
     """
     folder, mine = path_of("save_dir", save_dir), sorted(check_objects(to_load))
-    # By rank 0's names, so that all ranks try the same ones; load() compares them with those of the others.
+    # With rank 0's names, so that all ranks try the same checkpoints; load() compares the names of the ranks.
     found, names = from_rank_zero(lambda: (_found(folder, prefix), mine), f"look for checkpoints in {folder}")
     if isinstance(found, str):
         raise CheckpointError(found)
@@ -86,7 +86,7 @@ def resume(save_dir: str | Path, to_load: Mapping[str, object], prefix: str = "c
             f"{', '.join(map(repr, others))}, which filename_prefix= would name.",
             stacklevel=3,
         )
-    # What a file without a readable end holds is not known: it is tried, and named in a warning.
+    # The names in a file without a readable end are unknown: it is tried, and a warning names it.
     fitting = [entry for entry in candidates if not entry.objects or set(names) <= set(entry.objects)]
     if candidates and not fitting:
         agree_on_names(all_gather_object(mine))
@@ -112,7 +112,7 @@ def resume(save_dir: str | Path, to_load: Mapping[str, object], prefix: str = "c
 
 
 def _found(folder: Path, prefix: str) -> tuple[list[Entry], list[str]] | str:
-    """Those of `prefix`, newest first, and which other prefixes there are; or why that is no folder to look into."""
+    """The checkpoints of `prefix`, newest first, and the other prefixes; or the reason why `folder` is none."""
     try:
         if (reason := _no_folder_of_checkpoints(folder, "resume")) is not None:
             return reason
@@ -124,7 +124,7 @@ def _found(folder: Path, prefix: str) -> tuple[list[Entry], list[str]] | str:
 
 
 def _load_or_miss(path: Path, into: Mapping[str, object]) -> None:
-    """`load`; a file that is gone for every rank counts as damaged, one that only some see does not."""
+    """Call `load`; a file that no rank finds counts as damaged, one that only some ranks find does not."""
     gone = all_gather_object(not os.path.lexists(path))
     if all(gone):
         raise CorruptCheckpointError(f"{path} is gone, though the manifest lists it.")
@@ -132,13 +132,13 @@ def _load_or_miss(path: Path, into: Mapping[str, object]) -> None:
 
 
 def _no_folder_of_checkpoints(path: Path, name: str) -> str | None:
-    """Why `path` is no folder that `name` can look into; None if it is one, or is not there yet."""
+    """The reason why `path` is no folder for `name`; None if it is one, or does not exist yet."""
     if path.is_dir():
         is_checkpoint = holds_shards(path)
     elif path.suffix != ".pt" and path.exists():
         return f"{path} is a file, not a folder of checkpoints: {name} takes the folder that they are saved in."
     else:
-        is_checkpoint = path.suffix == ".pt"  # also one that is not there: beginning anew would be a surprise
+        is_checkpoint = path.suffix == ".pt"  # also if it does not exist: it would be a surprise to start from scratch
     if not is_checkpoint:
         return None
     return (

@@ -1,4 +1,4 @@
-"""One save to a given path, which removes nothing else."""
+"""Save to a given path, and remove nothing else."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,15 +19,15 @@ def save(path: str | Path, objects: Mapping[str, object]) -> None:
     A path that ends with .pt becomes one file, which rank 0 writes; sharded tensors (FSDP2) are gathered whole for it.
     A path without an ending becomes a folder: all ranks write their parts at the same time, and nothing is gathered.
     Only a folder takes a model of which ranks have different parts (`parts=` of `prepare_model`).
-    Either is there whole or not at all; one of that name is replaced. Nothing else is removed: keeping the newest or
-    the best is what `dengine.handlers.Checkpoint` does.
+    Both are complete or not there; one with the same name is replaced. Nothing else is removed:
+    `dengine.handlers.Checkpoint` keeps the newest or the best.
 
     Collective: call on all ranks. Cost: two small collectives (nine for a folder), for a file the gathers of sharded
-    tensors; one pass over the bytes that writes and digests them, and the wait for the disk.
+    tensors; one pass over the bytes that writes and hashes them, and the wait for the disk.
 
     Raises:
-        TypeError, ValueError: something without `state_dict`, nothing at all, or a path with another ending.
-        CheckpointError: on every rank, if it cannot be written; what was there before is untouched.
+        TypeError, ValueError: an object without `state_dict`, no object at all, or a path with another ending.
+        CheckpointError: on every rank, if it cannot be written; an older file is untouched.
 
     Example:
         >>> import tempfile, torch

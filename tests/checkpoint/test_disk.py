@@ -14,7 +14,7 @@ import torch
 
 from dengine import Engine, Events
 from dengine.checkpoint import latest, load, save, verify
-from dengine.checkpoint.disk import room as disk
+from dengine.checkpoint.disk import space as disk
 from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.errors import CheckpointError
 from dengine.handlers import Checkpoint
@@ -84,7 +84,7 @@ def test_the_name_of_a_large_file_goes_at_once_although_somebody_reads_it(tmp_pa
         disk.remove(path)
         assert not path.exists()
         assert len(reader.read()) == 2 * MB
-    disk.wait_for_room()
+    disk.wait_for_space()
     assert not [thread for thread in threading.enumerate() if thread.name == "dengine-checkpoint-free"]
     assert list(tmp_path.iterdir()) == []
     disk.remove(path)  # gone already

@@ -14,7 +14,7 @@ from torch import nn
 from dengine.__main__ import main
 from dengine.checkpoint import latest, load, save, verify
 from dengine.checkpoint.catalogue.manifest import scan
-from dengine.checkpoint.disk import room as storage
+from dengine.checkpoint.disk import space as storage
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.handlers import Checkpoint
 

@@ -1,1 +1,1 @@
-"""Which checkpoints a folder holds, and which are kept."""
+"""The catalogue of a folder: the checkpoints in it, and those to keep."""

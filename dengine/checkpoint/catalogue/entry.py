@@ -1,4 +1,4 @@
-"""What one checkpoint is: the entry that its file has at its end, and the manifest for each."""
+"""The description of one checkpoint, which is at the end of its file, and in the manifest."""
 
 import math
 import os
@@ -24,16 +24,16 @@ class Entry:
 
     Attributes:
         name: of the file or folder, in the folder of checkpoints.
-        prefix, score_name: whose it is: a `Checkpoint` prunes only those with both of its own.
-        step: None if it was saved under a name that tells none.
+        prefix, score_name: the owner: a `Checkpoint` prunes only entries with its own prefix and score name.
+        step: None if the name under which it was saved has none.
         score: None if the newest are kept rather than the best.
-        sequence: counts the saves into the folder: the order in time, also after a restart from an earlier step.
+        sequence: the number of the save in this folder: the order in time, also after a restart from an earlier step.
         objects: the names that were saved.
-        versions: of dengine and torch, that wrote it.
-        sha256: of the file without its last 64 bytes, which say the same; of a folder's `metadata.json`, which has the
-            digests of all its other files.
+        versions: the versions of dengine and torch that wrote it.
+        sha256: of the file without its last 64 bytes, which are this digest; for a folder, of its `metadata.json`,
+            which has the digests of all other files.
         num_bytes: of the file, or of all files in the folder.
-        writer: the host, the process, and which of its `Checkpoint`s it was; "" if it was `checkpoint.save`.
+        writer: the host, the process, and the number of the `Checkpoint` in it; "" for `checkpoint.save`.
     """
 
     name: str
@@ -51,22 +51,21 @@ class Entry:
 
 
 def listing(entries: Iterable[Entry]) -> dict[str, dict[str, object]]:
-    """What a manifest says of `entries`, by name."""
+    """The part of a manifest that lists `entries`, by name."""
     return {entry.name: {**about(entry), "sha256": entry.sha256, "bytes": entry.num_bytes} for entry in entries}
 
 
 def entries_of(files: Mapping[str, Any]) -> dict[str, Entry]:
-    """The entries that a manifest has as `files`.
+    """The entries in `files` of a manifest.
 
     Raises:
-        KeyError, TypeError, ValueError, OverflowError, AttributeError: they are not as they were written, or of a later
-            format.
+        KeyError, TypeError, ValueError, OverflowError, AttributeError: they were changed, or are of a later format.
     """
     return {name: _parsed({**each, "name": name, "num_bytes": each["bytes"]}) for name, each in files.items()}
 
 
 def about(entry: Entry) -> dict[str, object]:
-    """What a file says of itself: the entry without what only the finished file has."""
+    """The description at the end of a file: the entry without the values that only the finished file has."""
     values = dict(vars(entry))
     for key in ("name", "sha256", "num_bytes"):
         del values[key]
@@ -76,7 +75,8 @@ def about(entry: Entry) -> dict[str, object]:
 
 
 def from_footer(footer: Footer, path: Path) -> Entry:
-    """
+    """The entry in a file's footer.
+
     Raises:
         CorruptCheckpointError: the description lacks something, or is of a later format.
     """
@@ -89,7 +89,7 @@ def from_footer(footer: Footer, path: Path) -> Entry:
 
 
 def from_name(path: Path) -> Entry | None:
-    """What the name of a file or folder alone tells; None if it is not a checkpoint's."""
+    """The entry that the name of a file or folder alone gives; None if it is not a checkpoint's name."""
     match = _STEP_IN_NAME.fullmatch(path.name.removesuffix(".pt"))
     if match is None:
         return None
@@ -131,7 +131,7 @@ def _number(values: Mapping[str, Any], key: str) -> int:
 
 
 def _score(value: Any) -> float:
-    """Of JSON, which knows no infinity: there it is text."""
+    """A score from JSON, in which infinity is text."""
     if type(value) not in (int, float, str):
         raise ValueError(f"score {str(value)[:80]}")
     return float(value)
@@ -145,11 +145,11 @@ def _text(values: Mapping[str, Any], key: str) -> str:
 
 def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
-        raise ValueError(f"{str(values)[:80]} in the place of a list of names")
+        raise ValueError(f"{str(values)[:80]} instead of a list of names")
     return tuple(values)
 
 
 def _versions(values: Any) -> dict[str, str]:
     if not isinstance(values, dict) or not all(isinstance(each, str) for each in values.values()):
-        raise ValueError(f"{str(values)[:80]} in the place of versions")
+        raise ValueError(f"{str(values)[:80]} instead of versions")
     return {str(key): value for key, value in values.items()}

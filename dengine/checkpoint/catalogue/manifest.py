@@ -1,8 +1,8 @@
-"""What complete checkpoints a folder holds: `manifest.json`, and how it is rebuilt from the files themselves.
+"""The list of complete checkpoints in a folder, `manifest.json`, which can be rebuilt from the files themselves.
 
-The files are the truth: each says at its end what it is (disk/footer.py). The manifest is their index, for people and
-for tools, and tells what was there if a file is lost. A run killed between the rename of a file and that of the
-manifest leaves a whole file that is not listed: it is found all the same.
+The files are the truth: each has its description at its end (disk/footer.py). The manifest is an index for people and
+tools, and remembers files that were lost. A run killed between the rename of a file and that of the manifest leaves a
+complete file that is not listed: it is found all the same.
 """
 
 import hashlib
@@ -28,11 +28,14 @@ _MOST_BYTES = 64 << 20  # of a manifest: some 100 000 checkpoints
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds. `entries`: those with a readable end, oldest first, their bytes not proven yet.
-    `damaged`: files with a checkpoint's name and an unreadable end; `lost`: listed, but not there.
-    `unknown`: names of `*.pt` files and folders of shards with an unreadable end, of which nothing tells the prefix.
-    `listed`: name -> entry, of the manifest. `problem`: what is wrong with the manifest, or None. `text`: the manifest
-    itself, or None."""
+    """The content of a folder of checkpoints.
+
+    `entries`: checkpoints with a readable end, oldest first, whose bytes are not verified yet.
+    `damaged`: files with a checkpoint's name and an unreadable end; `lost`: listed files that are not there.
+    `unknown`: names of `*.pt` files and folders of shards with an unreadable end and an unknown prefix.
+    `listed`: the entries of the manifest by name. `problem`: the problem of the manifest, or None. `text`: the manifest
+    itself, or None.
+    """
 
     entries: tuple[Entry, ...]
     damaged: tuple[Entry, ...]
@@ -52,11 +55,11 @@ class Scan:
 
 
 def entry_of(path: Path, *, proven: bool = False) -> Entry:
-    """The entry of a file, from its end, or of a folder; with `proven`, all bytes are read and checked too.
+    """The entry of a file, from its end, or of a folder; with `proven`, all bytes are read and verified, too.
 
     Raises:
-        CorruptCheckpointError: it is not what it says. OSError: it cannot be read.
-        ValueError: a folder of another format, or of a machine with another byte order; with `proven` only.
+        CorruptCheckpointError: it is damaged. OSError: it cannot be read.
+        ValueError: with `proven` only: a folder of another format, or from a machine with another byte order.
     """
     return from_footer(_footer_of(path, proven=proven), path)
 
@@ -71,10 +74,10 @@ def _footer_of(path: Path, *, proven: bool = False) -> Footer:
 
 
 def scan(folder: Path) -> Scan:
-    """What `folder` holds. Cost: the manifest, the end of each `*.pt` file, each folder's `metadata.json`.
+    """Scan `folder`. Cost: the manifest, the end of each `*.pt` file, each folder's `metadata.json`.
 
     Raises:
-        OSError: the folder cannot be read; one that is not there holds nothing.
+        OSError: the folder cannot be read. One that does not exist is empty.
     """
     manifest = _read(folder)
     listed, problem = manifest.entries, manifest.problem
@@ -122,7 +125,7 @@ def _is_candidate(path: Path) -> bool:
 
 
 def listed_beside(path: Path) -> Entry | None:
-    """What the manifest in the folder of `path` has of it; None if it does not list it, or cannot be read."""
+    """The entry of `path` in the manifest beside it; None if it is not listed, or the manifest cannot be read."""
     return _read(path.parent).entries.get(path.name)
 
 
@@ -134,27 +137,28 @@ def _seems_to_hold_shards(path: Path) -> bool:
 
 
 def refuse_other(entry: Entry, path: Path) -> None:
-    """Refuse a whole file that is not the one which the manifest beside it lists under its name.
+    """Refuse a complete file that is not the one which the manifest beside it lists under its name.
 
     Raises:
-        CorruptCheckpointError: it is another one.
+        CorruptCheckpointError: it is another file.
     """
     _refuse_other_than(listed_beside(path), entry, path)
 
 
 def _refuse_other_than(listed: Entry | None, entry: Entry, path: Path) -> None:
-    """Refuse a whole file that is not the one which was saved under its name: an older one, say, that was copied over
-    it. One that was saved again under its name, by a run that was killed before it could list that, is newer.
+    """Refuse a complete file that is not the one saved under its name, such as an older file that was copied over it.
+
+    A newer file is accepted: it was saved by a run that was killed before it could list it.
 
     Raises:
-        CorruptCheckpointError: it is another one than the manifest has `listed`.
+        CorruptCheckpointError: it is not the file that the manifest has `listed`.
     """
     if listed is None or entry.sha256 == listed.sha256:
         return
     is_same_name = (entry.prefix, entry.step, entry.score_name) == (listed.prefix, listed.step, listed.score_name)
     if not is_same_name or entry.sequence <= listed.sequence:
         if path.is_dir():
-            read_metadata(path)  # damage is reported as such
+            read_metadata(path)  # reports damage first
         raise CorruptCheckpointError(
             f"{path} is another file than was saved under this name: it is whole, of step {entry.step} and the "
             f"{entry.sequence}. save into its folder, but the manifest lists step {listed.step}, the "
@@ -163,12 +167,12 @@ def _refuse_other_than(listed: Entry | None, entry: Entry, path: Path) -> None:
 
 
 def next_manifest(folder: Path, new: Entry, dropped: Collection[str], seen: Scan | None = None) -> bytes:
-    """The manifest that lists what was listed and is there, whole files that were not, and `new`, without what is
-    `dropped`, oldest first. What was `seen` in the folder before counts, unless something else has written a manifest
-    since.
+    """The next manifest: listed files that exist, complete files that were not listed, and `new`, without `dropped`.
 
-    Files that were not listed are read whole, so that the manifest names only what is proven; that happens after a
-    kill, or if the manifest was lost, of which a warning tells.
+    They are ordered from the oldest. The scan `seen` is used, unless somebody has written a manifest since then.
+
+    Files that were not listed are read completely, so that the manifest lists only verified ones; that happens after a
+    kill, or if the manifest was lost, with a warning.
     """
     is_same = seen is not None and seen.problem is None and _text(folder) == seen.text
     found = seen if seen is not None and is_same else scan(folder)
@@ -190,7 +194,7 @@ def _rendered(entries: Iterable[Entry]) -> bytes:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """A manifest as it was read: its text, the values of each file in it, and their entries; what is wrong with it."""
+    """A manifest that was read: its text, the values and the entry of each file in it, and its problem."""
 
     text: bytes | None = None
     values: dict[str, Any] = field(default_factory=dict)
@@ -199,7 +203,7 @@ class _Manifest:
 
 
 def _text(folder: Path) -> bytes | None:
-    """The manifest of `folder`, unchecked; None if there is none, or it cannot be read."""
+    """The bytes of the manifest of `folder`, unchecked; None if there is none, or it cannot be read."""
     try:
         return read_regular(folder / FILE_NAME, b"{", _MOST_BYTES)
     except (OSError, ValueError):

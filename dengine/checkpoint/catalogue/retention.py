@@ -1,4 +1,4 @@
-"""Which saved checkpoints to keep. Pure: touches no file (disk/room.py does) and knows no rank."""
+"""Decide which saved checkpoints to keep. Pure: touches no file (disk/space.py does) and knows no rank."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ __all__ = ["is_kept", "to_drop"]
 
 
 def is_kept(score: float, saved: Sequence[Entry], n_saved: int) -> bool:
-    """Whether a checkpoint of `score` would be among the `n_saved` that are kept. NaN is never a best score.
+    """Whether a checkpoint with `score` would be among the `n_saved` that are kept. NaN is never a best score.
 
-    Of two with one score the older stays: it took less training.
+    Of two with the same score the older stays: it took less training.
     """
     if math.isnan(score):
         return False
@@ -19,10 +19,11 @@ def is_kept(score: float, saved: Sequence[Entry], n_saved: int) -> bool:
 
 
 def to_drop(saved: Sequence[Entry], new: Entry, n_saved: int) -> list[Entry]:
-    """What is too much beside `new`: all but the `n_saved` newest or, if there are scores, best.
+    """The checkpoints to remove when `new` is saved: all but the `n_saved` newest or, if there are scores, best.
 
-    Newest is what was saved last. What is ahead of `new` (a run that went on from an earlier step, or began anew in the
-    same folder) counts as older than all that leads up to it; `new` itself is never dropped for being newest.
+    The newest one was saved last. Checkpoints with a later step than `new` (of a run that was resumed from an earlier
+    step, or restarted in the same folder) count as older than those before it. `new` itself is dropped only for its
+    score.
     """
 
     def worth(one: Entry) -> tuple[float, int]:

@@ -1,1 +1,1 @@
-"""Files that prove what they hold, written and removed in threads of their own."""
+"""Files with a digest of their content, which threads write and remove."""

@@ -1,7 +1,7 @@
-"""What is inside an archive of `torch.save`, looked at before it is read: its parts, and what its pickle would call.
+"""Check an archive of `torch.save` before it is loaded: its parts, and the calls in its pickle.
 
-`torch.load(weights_only=True)` calls nothing but what it knows, yet some of that takes memory by the number it is given
-(`bytearray(10**10)`, `Tensor(10**6, 10**6)`), or doubles what it is given (`encode(..., "hex")`, again and again).
+`torch.load(weights_only=True)` calls only functions that it knows. But some of these take memory by a number
+(`bytearray(10**10)`, `Tensor(10**6, 10**6)`), or double their argument (`encode(..., "hex")`, again and again).
 `torch.save` never writes such a call.
 """
 
@@ -21,7 +21,7 @@ _HEADER_BYTES = 30  # of a part of an archive, before its name
 _SUSPICIOUS = re.compile(rb"c[\w.]*\n(?:bytearray|encode|\w*Tensor|UntypedStorage|TypedStorage)\n")
 _PUTS, _GETS = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# Take one or more values from above the last one that stays; the others end at a mark.
+# Operations that take values from the top of the stack; the others end at a mark.
 _MERGE = {"APPEND": 1, "SETITEM": 2, "BUILD": 1}
 _MERGE_TO_MARK = ("APPENDS", "SETITEMS")
 _CONSTANTS = (
@@ -31,13 +31,14 @@ _CONSTANTS = (
 
 
 def check_archive(file: BinaryIO) -> None:
-    """See that the parts of a zip archive are as long as they seem: not packed, and none of them twice; and that what
-    its pickle calls takes no memory for what is not in the file.
+    """Check that a zip archive cannot take more memory than the file has bytes.
 
-    Cost: its table of contents is read, and the pickle.
+    Its parts must not be compressed or overlap, and its pickle must not call anything that allocates more.
+
+    Cost: a read of the table of contents, and of the pickle.
 
     Raises:
-        ValueError: they are longer than the file, or it has such a call. zipfile.BadZipFile: it is no archive.
+        ValueError: the parts are longer than the file, or there is such a call. zipfile.BadZipFile: it is no archive.
     """
     parts = zipfile.ZipFile(file).infolist()
     if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in parts):
@@ -52,7 +53,7 @@ def check_archive(file: BinaryIO) -> None:
 
 
 def _content(file: BinaryIO, part: zipfile.ZipInfo) -> bytes:
-    """The bytes of a part that is not packed. Without its CRC-32, which a checkpoint does not have."""
+    """The bytes of a part that is not compressed. Its CRC-32 is not checked, as a checkpoint has none."""
     file.seek(part.header_offset)
     name_bytes, extra_bytes = struct.unpack("<26x2H", file.read(_HEADER_BYTES).ljust(_HEADER_BYTES, b"\0"))
     file.seek(name_bytes + extra_bytes, os.SEEK_CUR)
@@ -60,12 +61,12 @@ def _content(file: BinaryIO, part: zipfile.ZipInfo) -> bytes:
 
 
 def check_calls(pickle: bytes) -> None:
-    """Refuse calls that take memory for nothing that is in the file.
+    """Refuse a pickle with calls that take more memory than their data in the file.
 
-    Nothing is called here. Cost: one look for names; the operations are only followed if one of them is there.
+    Nothing is called here. Cost: one search for names; the operations are only followed if one is found.
 
     Raises:
-        ValueError: there is such a call, or something that is no pickle of `torch.save`.
+        ValueError: there is such a call, or it is not a pickle of `torch.save`.
     """
     if _SUSPICIOUS.search(pickle) is None:
         return
@@ -85,7 +86,9 @@ class _Bytes:
 
 
 class _Calls:
-    """The operations of a pickle, on a stack of what is known: strings, tuples, names and bytes; all else is None."""
+    """Follows the operations of a pickle, with a stack of known values: strings, tuples, names, bytes; others are
+    None.
+    """
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
@@ -139,10 +142,10 @@ class _Calls:
 
 
 def _called(function: Any, arguments: Any) -> "_Bytes | None":
-    """What is known of the result of a call.
+    """The known part of the result of a call.
 
     Raises:
-        ValueError: it is none that `torch.save` writes.
+        ValueError: `torch.save` never writes such a call.
     """
     name = function.rpartition(".")[2] if isinstance(function, _Global) else ""
     match name, arguments:

@@ -1,13 +1,13 @@
-"""A file that proves itself: what it is, and the SHA-256 of all its bytes, stand at its end.
+"""A footer that makes a file verifiable: its description, and the SHA-256 of all its bytes.
 
-`torch.save` writes a zip archive, which may end with a comment that readers pass over. There stand, as text, a JSON
+`torch.save` writes a zip archive, which may end with a comment that readers ignore. The comment has, as text, a JSON
 object (step, score, versions, ...), its length, and the digest of everything before the digest:
 
     zip archive | JSON | "dengine1" | length of the JSON, 8 hex digits | SHA-256, 64 hex digits
 
-So one pass writes and digests, no second file is needed to know a whole file from a broken one, and
-`torch.load(path, weights_only=True)` reads it. In a shell, `head -c -64 FILE | sha256sum` gives what `tail -c 64
-FILE` says.
+So one pass writes and hashes, no second file is needed to tell a complete file from a damaged one, and
+`torch.load(path, weights_only=True)` reads it. In a shell, `head -c -64 FILE | sha256sum` and `tail -c 64 FILE` give
+the same digest.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _READ_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Footer:
-    """What a file says about itself: `about` (its JSON), its digest as text, its length in bytes."""
+    """The footer of a file: `about` (its JSON), its digest as text, its length in bytes."""
 
     about: dict[str, object]
     sha256: str
@@ -94,7 +94,7 @@ def check_footer(file: BinaryIO, path: Path) -> Footer:
     """Read all of the file, and compare it with its digest. Cost: one read, one SHA-256 (about 1 GB/s).
 
     Raises:
-        CorruptCheckpointError: a byte is missing or not what it was. OSError: it cannot be read.
+        CorruptCheckpointError: a byte is missing or was changed. OSError: it cannot be read.
     """
     footer = read_footer(file, path)
     found = hashlib.sha256()

@@ -1,7 +1,7 @@
-"""A file whose SHA-256 is computed while it is written, and that reaches the disk while more of it is written.
+"""Write a file, and compute its SHA-256 at the same time.
 
-Three things at a time: a thread computes the digest, the disk takes what was written so far, and the caller writes on.
-One after the other, they cost about twice as much.
+Three things happen at once: a thread computes the digest, the disk stores what was written so far, and the caller goes
+on writing. One after the other, they would take about twice as long.
 """
 
 import hashlib
@@ -12,26 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from dengine.checkpoint.disk import room
+from dengine.checkpoint.disk import space
 from dengine.checkpoint.disk.background import at_work
 
 __all__ = ["HashingWriter"]
 
-# Smaller parts are gathered to that much: each part by itself would cost the threads a turn of the interpreter.
+# Smaller parts are collected to this size: each part by itself would cost the threads a turn of the interpreter.
 _PART_BYTES = 1 << 20
-# So little is hashed without a thread: to start one costs as much.
+# Less than this is hashed without a thread: to start one costs as much.
 _THREAD_BYTES = 1 << 17
 _REPORT_BYTES = 1 << 17  # less is written too fast to be worth a report of progress
-# The disk is given that much at a time: early, for it to begin; not less, since each time costs a call.
+# The disk gets this much at a time: soon, so that it can start; not less, since each time costs a call.
 _FLUSH_BYTES = 4 << 20
 
 
 class HashingWriter:
-    """Appends to `descriptor`, with the SHA-256 of all of it. Use it as a context: its thread ends with that.
-    `torch.save` writes into it, too.
+    """Appends to `descriptor`, and computes the SHA-256 of all of it. `torch.save` can write into it.
+
+    Use it in a `with` block: its thread ends with that.
 
     Args:
-        expected_bytes: at least so many will come; room for them is taken at once.
+        expected_bytes: at least this many bytes will come; disk space for them is reserved at once.
 
     Raises:
         OSError: here and in each method, if the disk is full or fails.
@@ -39,7 +40,7 @@ class HashingWriter:
 
     def __init__(self, descriptor: int, expected_bytes: int = 0) -> None:
         self.num_bytes = 0  # so far
-        self.error: OSError | None = None  # torch.save raises one of its own instead
+        self.error: OSError | None = None  # kept, as torch.save raises another one instead
         self._descriptor = descriptor
         self._num_unflushed = 0
         self._digest = _Digest()
@@ -48,7 +49,7 @@ class HashingWriter:
         self._memory, self._other = (np.empty(_PART_BYTES, np.uint8).data for _ in range(2))
         self._num_gathered = 0
         self._is_other_hashed = _DONE
-        room.reserve(descriptor, expected_bytes)
+        space.reserve(descriptor, expected_bytes)
 
     def __enter__(self) -> "HashingWriter":
         return self
@@ -57,7 +58,7 @@ class HashingWriter:
         self._digest.end()
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """The number of bytes. Nothing reads `data` any more when it returns, with an error too."""
+        """Write `data`, and give the number of bytes. Nothing reads `data` after this returns or raises."""
         view = memoryview(data).cast("B")
         try:
             if self._num_gathered + len(view) > _PART_BYTES:
@@ -74,13 +75,13 @@ class HashingWriter:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing: the last bytes can still be taken back. `torch.save` asks for the method."""
+        """Do nothing, so that the last bytes can still be taken back. `torch.save` calls this."""
 
     def take_back(self, num_bytes: int) -> bytes:
-        """The last bytes, which are not written then.
+        """Remove the last bytes, which were not written yet, and give them.
 
         Raises:
-            ValueError: they are written already: so many came not in one part, or in a large one.
+            ValueError: they are written already: they came in several parts, or in a large one.
         """
         start = self._num_gathered - num_bytes
         if start < 0:
@@ -89,12 +90,12 @@ class HashingWriter:
         return taken
 
     def digest(self) -> str:
-        """Of all that was written so far."""
+        """The digest of all bytes so far."""
         self._write_gathered()
         return self._digest.hexdigest()
 
     def end_with_digest(self, data: bytes) -> str:
-        """Write `data`, and after it the digest of all before the digest, as text, which is also given."""
+        """Write `data` and then the digest of everything, as text, and give that digest."""
         self.write(data)
         digest = self.digest()
         self.write(digest.encode())
@@ -102,7 +103,7 @@ class HashingWriter:
         return digest
 
     def _write_gathered(self) -> None:
-        """Write what was gathered; whether it is on the disk is another question."""
+        """Write the collected bytes, but do not wait until they are on the disk."""
         if not self._num_gathered:
             return
         gathered, self._num_gathered = self._memory[: self._num_gathered], 0
@@ -125,14 +126,14 @@ class HashingWriter:
             self.num_bytes += count
             self._num_unflushed += count
             if count >= _REPORT_BYTES:
-                at_work()  # a disk may take longer than the ranks wait for one that stands still
+                at_work()  # a slow disk may take longer than the ranks wait for a rank that makes no progress
             if self._num_unflushed >= _FLUSH_BYTES:
-                room.start_flush(self._descriptor)
+                space.start_flush(self._descriptor)
                 self._num_unflushed = 0
 
 
 class _Digest:
-    """A SHA-256 that a thread computes, once there is enough of it."""
+    """A SHA-256 that a thread computes, if there is enough data."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -141,7 +142,7 @@ class _Digest:
         self._last = _DONE
 
     def add(self, view: memoryview) -> threading.Event:
-        """Digest `view` after all others; the event says when it is done."""
+        """Hash `view` after all others, and give an event that is set when that is done."""
         if self._thread is None:
             if len(view) < _THREAD_BYTES:
                 self._sha256.update(view)

@@ -1,4 +1,4 @@
-"""Files that can be read to an end: no pipe, device or folder, and no larger than what they are to hold."""
+"""Open and read regular files only: no pipe, device or folder, and nothing larger than expected."""
 
 import os
 import stat
@@ -9,10 +9,10 @@ __all__ = ["open_regular", "read_regular"]
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """`path`, to be read. A pipe is not waited for.
+    """Open `path` for reading. Does not wait for a pipe.
 
     Raises:
-        OSError: it is not there, cannot be read, or is no regular file.
+        OSError: it does not exist, cannot be read, or is no regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
@@ -25,10 +25,10 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, start: bytes, most_bytes: int) -> bytes:
-    """All of `path`, which is to begin with `start` (blanks before it do not count) and have at most `most_bytes`.
+    """The content of `path`, which must begin with `start` (after blanks) and have at most `most_bytes`.
 
     Raises:
-        OSError: as `open_regular`. ValueError: it begins otherwise, or is longer.
+        OSError: as `open_regular`. ValueError: it begins with something else, or is longer.
     """
     with open_regular(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size

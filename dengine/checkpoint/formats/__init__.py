@@ -1,1 +1,1 @@
-"""How a checkpoint is laid out: one file, or a folder that all ranks write."""
+"""The formats of a checkpoint: one file, or a folder that all ranks write."""

@@ -1,6 +1,7 @@
-"""A save on its way: `SaveRequest -> plan -> states -> Format.save: write, commit, agree, prune`.
+"""The common part of the formats. A save is `SaveRequest -> plan -> states -> Format.save: write, commit, agree,
+prune`.
 
-Here is what the formats have in common. Whether a save is asynchronous says only where write and commit run.
+An asynchronous save is the same, only that write and commit run in a thread.
 """
 
 import os
@@ -16,7 +17,7 @@ from dengine import atomic_files
 from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.catalogue.entry import Entry
 from dengine.checkpoint.catalogue.manifest import Scan
-from dengine.checkpoint.disk import room
+from dengine.checkpoint.disk import space
 from dengine.checkpoint.disk.background import Writing
 from dengine.checkpoint.states.snapshot import Collected, HostCopy
 from dengine.comm.outcome import from_rank_zero
@@ -43,7 +44,7 @@ _listing = threading.Lock()
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What is to be saved now. `score` is None if the newest are kept rather than the best."""
+    """A request to save now. `score` is None if the newest checkpoints are kept rather than the best."""
 
     step: int
     score: float | None
@@ -51,8 +52,10 @@ class SaveRequest:
 
 @dataclass(frozen=True)
 class SavePlan:
-    """Where it is saved, what stays beside it, and what goes after it is safe. Rank 0 makes it from a scan of the
-    folder, which it keeps to itself."""
+    """The plan of a save: its path, the checkpoints to keep, and those to remove once it is safe.
+
+    Rank 0 makes it from a scan of the folder, which the other ranks do not get.
+    """
 
     path: Path
     entry: Entry
@@ -66,7 +69,7 @@ class SavePlan:
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """What all ranks know: what is safe and kept, the last one, and what failed."""
+    """The outcome of a save, for all ranks: the checkpoints that are kept, the last one, and the failure, if any."""
 
     kept: list[Entry]
     last: Path | None
@@ -75,19 +78,19 @@ class SaveOutcome:
 
 @dataclass(frozen=True)
 class Job:
-    """A save that is written beside the loop."""
+    """A save that a thread writes."""
 
     writing: Writing[SaveOutcome | None]
     plan: SavePlan
 
 
 class Background:
-    """Where write and commit run if the loop is not to wait: a thread, one save at a time, with copies of the states.
+    """The thread of asynchronous saves. It writes and commits copies of the states, one save at a time.
 
     Attributes:
-        copies: of what is written, in host memory that the next save uses again.
+        copies: the copies in host memory, which the next save uses again.
         is_leaving: set if the run ends by an exception, so that nobody waits long for ranks that may be gone.
-        job: what is written, until somebody asks what became of it.
+        job: the current save, until its outcome was read.
     """
 
     def __init__(self) -> None:
@@ -97,16 +100,18 @@ class Background:
         self._has_warned = False
 
     def start(self, plan: SavePlan, prepare: Callable[[], Callable[[], SaveOutcome | None]]) -> None:
-        """Copy at once, by `prepare`; what that gives writes and commits in a thread, from `job.writing.go()` on."""
+        """Call `prepare`, which copies the states; the function that it gives runs in a thread after
+        `job.writing.go()`.
+        """
         self.is_leaving.clear()
         self.job = Job(Writing(prepare), plan)
 
     def expected(self, kept: list[Entry]) -> list[Entry]:
-        """The entries of the checkpoints that stay: `kept`, or what will stay after the save under way."""
+        """The entries of the checkpoints that stay: `kept`, or those after the save under way."""
         return kept if self.job is None else [*self.job.plan.kept, self.job.plan.entry]
 
     def warn_of_waiting(self) -> None:
-        """Warn, once, if a save is still under way, for which the next one waits."""
+        """Warn, once, if the next save must wait for one that is still under way."""
         if self.job is None or self.job.writing.is_done or self._has_warned:
             return
         self._has_warned = True
@@ -117,7 +122,9 @@ class Background:
         )
 
     def resolve(self, before: SaveOutcome) -> SaveOutcome:
-        """Wait for the thread, and say what became of the save; `before` if there is none, or rank 0 knows."""
+        """Wait for the thread, and give the outcome of its save; `before` if there is none, or on other ranks than
+        0.
+        """
         job = self.job
         if job is None:
             return before
@@ -126,15 +133,15 @@ class Background:
         except Exception as error:
             return replace(before, failure=failure_text(job.plan.path, error))
         finally:
-            if job.writing.is_done:  # else the waiting was interrupted, and it goes on
+            if job.writing.is_done:  # else the waiting was interrupted, and the thread goes on
                 self.job = None
 
 
 class Format(ABC):
-    """How states become one checkpoint.
+    """A format of checkpoints: writes states to one checkpoint.
 
     Attributes:
-        ending: of the checkpoint's name.
+        ending: the ending of the checkpoint's name.
     """
 
     ending: ClassVar[str]
@@ -148,18 +155,19 @@ class Format(ABC):
         plan: Callable[[], SavePlan],
         background: Background | None = None,
     ) -> SaveOutcome | None:
-        """Write the states that were `collected` from `objects`, commit, and only then prune, as rank 0's `plan()` has
-        it. With `background`, copy them, and leave the rest to it: None then.
+        """Write the states that were `collected` from `objects`, commit, and only then prune, by rank 0's `plan()`.
+
+        With `background`, only copy them, and let its thread do the rest; the result is None then.
 
         Collective: call on all ranks.
 
         Raises:
-            CheckpointError: on every rank, if it cannot be written; what was there before is untouched.
+            CheckpointError: on every rank, if it cannot be written; older checkpoints are untouched.
         """
 
 
 def publish(temporary: Path, plan: SavePlan, entry: Entry) -> SaveOutcome:
-    """Give what is complete its name, list it, and only then remove what the plan drops. This rank's own.
+    """Give the complete file or folder its name, list it, and only then remove what the plan drops. On this rank only.
 
     Raises:
         Exception: it cannot be committed; nothing is changed then.
@@ -183,10 +191,11 @@ def failure_text(path: Path, error: BaseException) -> str:
 
 
 def _commit(temporary: Path, plan: SavePlan, entry: Entry) -> None:
-    """Give the file or folder its name, then list it in the manifest, without those that are to go.
+    """Give the file or folder its name, then list it in the manifest, without those that will be removed.
 
-    The manifest is written before either gets its name, so that a full disk fails before anything has changed. A
-    failure is undone; an interrupt undoes nothing, and leaves what a kill would: a whole file, listed or found.
+    The manifest is written to the disk before either is renamed, so that a full disk fails before anything has
+    changed. A failure is undone. An interrupt is not: like a kill, it leaves a complete file, which is listed, or
+    found later.
     """
     path, folder = plan.path, plan.path.parent
     with _listing:
@@ -219,17 +228,17 @@ def _give_up(temporary: Path) -> None:
 
 
 def _take_back(path: Path) -> None:
-    """Remove the file or folder, and the manifest if it lists that already: it is rebuilt from what there is."""
+    """Remove the file or folder, and the manifest if it lists that already: it will be rebuilt from the files."""
     if manifest.listed_beside(path) is not None:
         atomic_files.discard(path.parent / manifest.FILE_NAME)
-    room.remove(path)
+    space.remove(path)
 
 
 def _prune(folder: Path, dropped: Sequence[Entry]) -> None:
-    """Remove what the new file has made superfluous. What cannot be is warned of, and tried again after a restart."""
+    """Remove the files that are no longer needed. Warn of those that cannot be removed; a restart tries again."""
     for one in dropped:
         try:
-            room.remove(folder / one.name)
+            space.remove(folder / one.name)
         except OSError as error:
             warnings.warn(f"The superfluous checkpoint {folder / one.name} stays: {error}", stacklevel=2)
 

@@ -1,4 +1,4 @@
-"""A checkpoint that is one file, which rank 0 writes."""
+"""The format of one file, which rank 0 writes."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +22,12 @@ from dengine.types import Stateful
 
 __all__ = ["FileFormat"]
 
-# One file is written at a time by a process: its switch for torch's own checksums is one for all threads.
+# A process writes one file at a time: torch's switch for checksums is shared by all threads.
 _writing = threading.Lock()
 
 
 class FileFormat(Format):
-    """`{name: state_dict}` as `torch.load(path, weights_only=True)` reads it; sharded tensors are gathered whole.
+    """A file with `{name: state_dict}`, for `torch.load(path, weights_only=True)`; sharded tensors are gathered.
 
     Cost: one small broadcast, and the gathers of sharded tensors.
     """
@@ -64,10 +64,10 @@ def _save(states: States, plan: SavePlan) -> SaveOutcome:
 
 
 def _write(states: States, plan: SavePlan) -> tuple[Path, SavePlan, Entry]:
-    """Write a temporary file beside its path, down to the disk: that, the plan, and the entry with its digest.
+    """Write a temporary file beside its path, and flush it. Gives it, the plan, and the entry with its digest.
 
-    What could not be loaded again is refused before a byte is written. Leftovers of killed runs are removed first: they
-    may be what fills the disk.
+    States that could not be loaded again are refused before a byte is written. Leftovers of killed runs are removed
+    first: the disk may be full of them.
 
     Raises:
         Exception: an object cannot be pickled, or the disk is full; no temporary file is left.
@@ -94,7 +94,7 @@ def _write(states: States, plan: SavePlan) -> tuple[Path, SavePlan, Entry]:
 
 
 def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """Of all tensors: at least so long is the file."""
+    """The bytes of all tensors, the least size of the file."""
     storages = {}
     for tensor in with_memory(tensors):
         storage = tensor.untyped_storage()
@@ -104,9 +104,9 @@ def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """Without the CRC-32 of each tensor in the archive: nobody checks it, and it costs half of the time of a save.
+    """Leave out the CRC-32 of each tensor in the archive: nobody checks it, and it costs half of the time of a save.
 
-    A `torch.save` of another thread meanwhile leaves them out too, which `torch.load` does not mind.
+    A `torch.save` of another thread meanwhile leaves it out, too, which `torch.load` accepts.
     """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

@@ -1,1 +1,1 @@
-"""From objects to plain states, and back."""
+"""Get plain states from objects, and load them again."""

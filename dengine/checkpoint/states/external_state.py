@@ -1,4 +1,4 @@
-"""Objects whose state another library keeps, so that their own `state_dict()` does not have all of it."""
+"""Mark and refuse objects whose state is kept by another library, so that their `state_dict()` is incomplete."""
 
 from collections.abc import Mapping
 from weakref import WeakKeyDictionary
@@ -10,22 +10,24 @@ from dengine.errors import CheckpointError
 
 __all__ = ["mark_external", "refuse_to_load", "refuse_to_save"]
 
-# Of DeepSpeed's own, whoever made them.
+# Modules of DeepSpeed's classes.
 _NAMES = {"DeepSpeedEngine", "DeepSpeedOptimizer", "DeepSpeedOptimizerWrapper"}
 
-# Whether its state_dict() is whole, though nobody would read what is loaded into it.
+# An attribute: whether its state_dict() is complete. Loading into it would have no effect.
 _external: WeakKeyDictionary[nn.Module | Optimizer, bool] = WeakKeyDictionary()
 
 
 def mark_external(value: nn.Module | Optimizer, *, is_whole: bool) -> None:
-    """See that `value`, whose state DeepSpeed keeps, is not loaded and, unless `is_whole`, not saved; of a model, that
-    no part of it is."""
+    """Mark `value`, whose state DeepSpeed keeps, so that it is not loaded and, unless `is_whole`, not saved.
+
+    In a model, that holds for all parts of it.
+    """
     for each in value.modules() if isinstance(value, nn.Module) else [value]:
         _external[each] = is_whole
 
 
 def refuse_to_save(objects: Mapping[str, object]) -> None:
-    """Raises: CheckpointError: the `state_dict()` of one of `objects` has only a part of the state on each rank."""
+    """Refuse to save an object whose `state_dict()` has only this rank's part of the state. Raises: CheckpointError."""
     for name, value in objects.items():
         _refuse_wrapper(name, value)
         if _is_whole(value) is False:
@@ -37,7 +39,7 @@ def refuse_to_save(objects: Mapping[str, object]) -> None:
 
 
 def refuse_to_load(objects: Mapping[str, object]) -> None:
-    """Raises: CheckpointError: one of `objects` is trained from a copy, which would not change."""
+    """Refuse to load into an object that is trained from a copy, which would not change. Raises: CheckpointError."""
     for name, value in objects.items():
         _refuse_wrapper(name, value)
         if _is_whole(value) is not None:
@@ -56,6 +58,6 @@ def _refuse_wrapper(name: str, value: object) -> None:
 
 
 def _is_whole(value: object) -> bool | None:
-    """Whether the state that `value` gives is whole; None if DeepSpeed does not keep it."""
-    # Anything else may have no hash.
+    """Whether the state that `value` gives is complete; None if DeepSpeed does not keep it."""
+    # Other objects may have no hash.
     return _external.get(value) if isinstance(value, (nn.Module, Optimizer)) else None

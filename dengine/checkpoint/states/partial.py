@@ -1,4 +1,4 @@
-"""What of a checkpoint fits an object that has changed since: what has the same name and shape."""
+"""Load the part of a checkpoint that fits an object that has changed since then: equal names and shapes."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,12 +13,14 @@ __all__ = ["Fitting", "LeftOut"]
 
 
 class LeftOut(NamedTuple):
-    """What `load(..., partial=True)` has left out, by names such as `model/head.weight`; of an object as a whole, its
-    name. What differs in its shape alone is in both.
+    """The names that `load(..., partial=True)` has left out, such as `model/head.weight`, or the name of a whole
+    object.
+
+    A name whose shapes differ is in both lists.
 
     Attributes:
-        missing_keys: of the objects; they are as they were.
-        unexpected_keys: of the checkpoint; nobody has taken them.
+        missing_keys: names in the objects; these are as they were.
+        unexpected_keys: names in the checkpoint, which were not used.
     """
 
     missing_keys: list[str]
@@ -26,14 +28,16 @@ class LeftOut(NamedTuple):
 
 
 class Fitting:
-    """Picks from saved states what fits, and notes what does not."""
+    """Picks the parts of saved states that fit, and notes the others."""
 
     def __init__(self) -> None:
         self.left_out = LeftOut([], [])
 
     def of(self, name: str, target: Stateful, saved: Any, own: Any) -> Any:
-        """`own` with what fits of `saved`; None if the object is left out as a whole. An optimizer is taken or left
-        as a whole: what it has of one parameter goes with the others."""
+        """`own` with the parts of `saved` that fit; None if the whole object is left out.
+
+        The state of an optimizer is used completely or not at all, as its parts belong together.
+        """
         if isinstance(target, torch.optim.Optimizer):
             if _fits(target, saved):
                 return saved
@@ -76,8 +80,10 @@ class Fitting:
 
 
 def _fits(optimizer: torch.optim.Optimizer, saved: Any) -> bool:
-    """Whether the saved groups have as many parameters, and what was kept of each is of its shape or, as Adafactor's
-    rows and columns, can be spread to it."""
+    """Whether the saved groups have the same numbers of parameters, and the saved tensors the shapes of these.
+
+    A tensor that can be broadcast to the shape, as Adafactor's rows and columns, fits, too.
+    """
     groups = [group["params"] for group in optimizer.param_groups]
     numbers = [group["params"] for group in saved["param_groups"]]
     if list(map(len, groups)) != list(map(len, numbers)):

@@ -1,7 +1,7 @@
-"""What a state may hold, so that `torch.load(weights_only=True)` brings it back; and what a loaded one may.
+"""Check states, so that `torch.load(weights_only=True)` can load what is saved, and check loaded ones.
 
-Both are checked before a byte is written or anything is given to an object: by one quick look, which suffices for the
-states of nearly all models, optimizers and engines, or else by a walk (walk.py).
+Both happen before a byte is written or an object is changed. A quick check is enough for the states of nearly all
+models, optimizers and engines; for others there is a walk (walk.py).
 """
 
 import io
@@ -22,29 +22,30 @@ from dengine.errors import CheckpointError
 
 __all__ = ["check_loadable", "check_loaded", "no_state", "plain_states"]
 
-# What a subclass of one of these (an Enum with str, say) equals, and is stored as.
+# A subclass of one of these (such as an Enum with str) is saved as the plain value that it equals.
 _BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (str, str.__str__),
     (int, int.__int__),
     (float, float.__float__),
     (bytes, lambda value: bytes(bytearray(value))),
 )
-_WRAPPER = HIDDEN.removesuffix(".")  # as the whole name of a module has it, too
+_WRAPPER = HIDDEN.removesuffix(".")  # it may also be the whole name of a module
 _DEEPEST_PLAIN = 12  # the states of models, optimizers and engines are less deep
-# A tensor that declares more than it holds (an expanded one) may be that large.
+# The limit for tensors that declare more elements than they have in memory (expanded ones).
 _MOST_EXPANDED = 1 << 31
 
 
 def plain_states(states: Mapping[str, object]) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Each of `states`, by name, as plain data that equals it, and all tensors in them. A member of a `str` enum or a
-    scalar of NumPy's becomes a string or a number, a `frozenset` a set, another mapping a dict; and names lose what
-    `torch.compile` has put into them. A state in which there is nothing to change is given as it is.
+    """Each of `states`, by name, as equal plain data, and all tensors in them.
 
-    Cost: one visit of each value; a second one if it is not of the commonest kinds alone.
+    A member of a `str` enum or a NumPy scalar becomes a string or a number, a `frozenset` a set, and another mapping a
+    dict. Names lose the part that `torch.compile` adds. A state without any such value is given as it is.
+
+    Cost: one visit of each value; a second one if there are unusual kinds of values.
 
     Raises:
-        TypeError: a state that contains itself, or a tensor without data; it names the path within the state.
-        CheckpointError: a container of the state's own failed as it was read.
+        TypeError: a state contains itself, or a tensor without data; the message has the path within the state.
+        CheckpointError: a container in the state failed when it was read.
     """
     tensors: list[torch.Tensor] = []
 
@@ -65,18 +66,17 @@ def plain_states(states: Mapping[str, object]) -> tuple[dict[str, Any], list[tor
 
 
 def no_state(name: str, error: Exception) -> CheckpointError:
-    """The error for an object whose own code failed as its state was taken."""
+    """The error for an object whose `state_dict()` failed."""
     return CheckpointError(f"{name!r} gave no state: {type(error).__qualname__}: {error}")
 
 
 def check_loadable(states: Mapping[str, object]) -> list[torch.Tensor]:
-    """Refuse what `torch.load(weights_only=True)` would refuse: a checkpoint that nobody can load is none. Gives the
-    tensors in `states`.
+    """Refuse states that `torch.load(weights_only=True)` could not load. Gives the tensors in `states`.
 
-    Cost: one visit of each value; a trial of each that is of a class that is not known, of tensors one for each class.
+    Cost: one visit of each value; for a value of an unknown class a trial, for tensors one for each class.
 
     Raises:
-        TypeError: names the path within the state.
+        TypeError: there is such a value; the message has its path within the state.
     """
     tensors: list[torch.Tensor] = []
     tried: set[Any] = set()
@@ -96,15 +96,15 @@ def check_loadable(states: Mapping[str, object]) -> list[torch.Tensor]:
 
 
 def check_loaded(states: object) -> None:
-    """Refuse what was read if it cannot be used: it must be a dict of states, finite, of tensors that have their data.
+    """Refuse loaded content that is not a finite dict of states, or has tensors without data.
 
-    Cost: one visit of each value; a second one if it is not of the commonest kinds alone.
+    Cost: one visit of each value; a second one if there are unusual kinds of values.
 
     Raises:
-        ValueError: names the path of what is wrong.
+        ValueError: something is wrong; the message has its path.
     """
     if not isinstance(states, dict) or not all(isinstance(name, str) for name in states):
-        raise ValueError(f"it holds a {type(states).__qualname__} in the place of a dict of states by name")
+        raise ValueError(f"it holds a {type(states).__qualname__} instead of a dict of states by name")
     tensors: list[torch.Tensor] = []
     if _is_plain(states, tensors) and not any(map(_lack, tensors)):
         return
@@ -122,8 +122,9 @@ def _walked(name: str, state: Any, walk: Walk) -> Any:
 
 
 def _is_plain(state: Any, tensors: list[torch.Tensor]) -> bool:
-    """Whether `state` is made of dicts, lists, and what is known for certain alone; then its tensors are put into
-    `tensors`."""
+    """Whether `state` is made only of dicts, lists and values of known types. If so, appends its tensors to
+    `tensors`.
+    """
     found: list[torch.Tensor] = []
     if not _has_plain_parts(state, found, [MOST_VALUES], _DEEPEST_PLAIN):
         return False
@@ -132,10 +133,10 @@ def _is_plain(state: Any, tensors: list[torch.Tensor]) -> bool:
 
 
 def _has_plain_parts(value: Any, tensors: list[torch.Tensor], budget: list[int], depth: int) -> bool:
-    """Whether `value` is made of dicts and lists, at most `depth` within each other, of no more values than the
-    `budget` has left, for which there is nothing to do; its tensors are put into `tensors`.
+    """Whether `value` is made of dicts and lists, nested at most `depth` deep, with plain values within the `budget`.
 
-    This is what a save costs for each tensor of a model and its optimizer, so it calls nothing for a tensor.
+    Appends its tensors to `tensors`. A save runs this for each tensor of a model and its optimizer, so it makes no call
+    for a tensor.
     """
     kind = type(value)
     if kind is dict or kind is OrderedDict:
@@ -143,7 +144,7 @@ def _has_plain_parts(value: Any, tensors: list[torch.Tensor], budget: list[int],
             if type(key) is not int and (type(key) is not str or _WRAPPER in key):
                 return False
         parts: Iterable[Any] = value.values()
-        if kind is OrderedDict and vars(value):  # of a module's state, the versions
+        if kind is OrderedDict and vars(value):  # a module's state has its versions there
             parts = (*parts, vars(value))
     elif kind is list or kind is tuple:
         parts = value
@@ -183,7 +184,7 @@ def _as_base(value: Any) -> Any:
 
 
 def _kinds(value: Any) -> Any:
-    """The classes that a tensor is made of: such as have been tried need not be again."""
+    """The classes of a tensor and of the tensors inside it, which need only one trial."""
     try:
         names, context = value.__tensor_flatten__()
     except (AttributeError, TypeError, ValueError):
@@ -233,7 +234,7 @@ def _check_complete(value: torch.Tensor) -> torch.Tensor:
 
 
 def _lack(value: torch.Tensor) -> str | None:
-    """What a tensor declares and does not hold; None if it has all of its data."""
+    """The reason why a tensor lacks data that it declares; None if it has all of them."""
     if value.device.type == "meta":
         return f"declares {value.numel()} elements, of which there are none."
     if value.layout == torch.strided and value.numel() > _MOST_EXPANDED and not is_made_of_others(value):

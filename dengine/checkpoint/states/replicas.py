@@ -1,6 +1,6 @@
-"""Finds what a checkpoint would lose: of parameters that differ between ranks under one name, it keeps one.
+"""Find parameters that a checkpoint would lose, as ranks have different ones with the same name and it keeps one.
 
-So it is with the stages of a pipeline, and with experts, that somebody has laid out.
+That happens with stages of a pipeline, or experts, that the user has spread over ranks.
 """
 
 import hashlib
@@ -22,15 +22,17 @@ __all__ = ["Print", "prints_of", "refuse_lost"]
 
 
 class Print(NamedTuple):
-    """What ranks compare of a parameter: its shape and type, a digest of some of its elements, and whether the model is
-    laid out over parts of the ranks, so that a difference is no mistake."""
+    """The values of a parameter that ranks compare: its shape and type, and a digest of some of its elements.
+
+    `is_apart`: the model is spread over parts of the ranks, so that a difference is no mistake.
+    """
 
     kind: str
     digest: bytes
     is_apart: bool
 
 
-_NUM_SAMPLES = 16  # elements of a parameter: what was drawn or trained separately differs in nearly all of them
+_NUM_SAMPLES = 16  # elements of a parameter: if two were drawn or trained separately, nearly all of them differ
 
 
 def prints_of(models: Mapping[str, nn.Module], apart: Collection[tuple[str, ...]] = ()) -> dict[str, dict[str, Print]]:
@@ -69,12 +71,14 @@ def _prints_of(model: nn.Module, num_ranks: int, apart: Collection[str]) -> dict
 
 
 def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]], *, is_united: bool = False) -> None:
-    """Refuse to save a model of which a part would be lost. If the ranks have one model by name and shape, and nothing
-    says that they are to differ, a warning is enough: they may have been seeded differently, or not prepared. With
+    """Refuse to save a model of which a part would be lost.
+
+    If the ranks have the same names and shapes, and nothing says that their parameters should differ, a warning is
+    enough: they may have been seeded differently, or not prepared. With
     `is_united`, names that only some ranks have are saved (into a folder).
 
     Raises:
-        CheckpointError: a model has other parameters on one rank than on another; it is named, and both ranks are.
+        CheckpointError: a model has different parameters on two ranks; the message names it, and both ranks.
     """
     for name in sorted({name for prints in everyone for name in prints}):
         of_ranks = [prints.get(name, {}) for prints in everyone]
@@ -89,7 +93,7 @@ def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]], *, is_united: b
 
 
 def _lost(key: str, of_ranks: Sequence[dict[str, Print]], is_united: bool) -> tuple[str | None, bool]:
-    """What of the parameter `key` would be lost, or None; and whether that is a mistake rather than meant."""
+    """The part of the parameter `key` that would be lost, or None; and whether that looks like a mistake."""
     holders = [rank for rank, prints in enumerate(of_ranks) if key in prints]
     first = of_ranks[holders[0]][key]
     # A part of a tensor that is sharded over some of the ranks is not on the others.
@@ -103,14 +107,14 @@ def _lost(key: str, of_ranks: Sequence[dict[str, Print]], is_united: bool) -> tu
 
 
 _WAY_OUT = (
-    "a checkpoint keeps one tensor for a name, so the other is lost. Where the ranks train one model, have "
-    "prepare_model() or DDP keep it the same; where each has a part of its own (stages of a pipeline, experts), say "
+    "a checkpoint keeps one tensor for a name, so the other is lost. If the ranks train one model, have "
+    "prepare_model() or DDP keep it the same; if each has a part of its own (stages of a pipeline, experts), say "
     'so by prepare_model(..., parts="pp"), and all parts are kept.'
 )
 
 
 def _is_apart(model: nn.Module, num_ranks: int) -> bool:
-    """Whether somebody has laid the model out over some of the ranks, or over more than one dimension of them."""
+    """Whether the model is spread over some of the ranks, or over more than one dimension of them."""
     meshes = [mesh for mesh in map(mesh_of, model.parameters()) if mesh is not None]
     groups = [each.process_group for each in model.modules() if isinstance(each, DistributedDataParallel)]
     is_on_part = any(mesh.ndim > 1 or mesh.size() != num_ranks for mesh in meshes)
@@ -124,7 +128,7 @@ def _kept_equal(model: nn.Module, num_ranks: int) -> Iterator[int]:
 
 
 def _sample(local: torch.Tensor) -> torch.Tensor:
-    """Shapes: result (n,) uint8, the bytes of some elements."""
+    """The bytes of some elements. Shapes: result (n,) uint8."""
     flat = local.detach().reshape(-1)
     step = max(1, flat.numel() // _NUM_SAMPLES)
     return flat[::step][:_NUM_SAMPLES].contiguous().view(torch.uint8)
@@ -136,7 +140,7 @@ def _printed(samples: dict[str, tuple[str, torch.Tensor]], is_apart: bool) -> di
         by_device.setdefault(sample.device, []).append(name)
     prints: dict[str, Print] = {}
     for names in by_device.values():
-        # In one copy a device: each by itself would wait for it.
+        # One copy for each device: each tensor by itself would wait for it.
         content = torch.cat([samples[name][1] for name in names]).cpu().numpy().tobytes()
         start = 0
         for name in names:

@@ -1,4 +1,4 @@
-"""Gives states back to objects: to all of them or, if one refuses, to none."""
+"""Load states into objects: into all of them or, if one refuses, into none."""
 
 import warnings
 from collections.abc import Mapping
@@ -20,26 +20,27 @@ __all__ = ["Restoring", "give_random_states"]
 class Restoring:
     """Loads states into objects, and can undo it.
 
-    `load` copies the present states of all objects into host memory before it changes one, so that `undo` can return
-    them: that memory is the price of all or nothing. It is little for an optimizer that has not stepped yet.
+    `load` copies the present states of all objects to host memory before it changes one, so that `undo` can restore
+    them. For an optimizer that has not stepped yet, that needs little memory.
 
-    What cannot be undone: what an object's own `load_state_dict` does besides its state, and an object that refuses the
-    state it gave itself (a warning names it).
+    Two things cannot be undone: effects of an object's `load_state_dict` outside its state, and an object that refuses
+    the state that it gave itself (a warning names it).
     """
 
     def __init__(self, into: Mapping[str, Stateful], fitting: Fitting | None = None) -> None:
-        self._fitting = fitting  # if not all of each state is to be loaded
-        # Last what checks before it changes anything, and remembers that it was loaded: the engine.
+        self._fitting = fitting  # picks the parts to load; None: all
+        # The engine is last: it checks a state before it changes anything, and remembers that it was loaded.
         self._engines = with_per_rank_state(into)
         self._into = unwrapped({name: value for name, value in into.items() if name not in self._engines})
         self._into |= self._engines
         self._before: dict[str, Any] = {}
 
     def load(self, states: States) -> None:
-        """
+        """Load `states` into all objects.
+
         Raises:
-            KeyError: a name that the checkpoint lacks; nothing is changed then.
-            Exception: what the `load_state_dict` of an object raises; call `undo` then.
+            KeyError: the checkpoint lacks a name; nothing is changed then.
+            Exception: the `load_state_dict` of an object raised it; call `undo` then.
         """
         missing = sorted(self._into.keys() - states.keys())
         if missing:
@@ -59,7 +60,7 @@ class Restoring:
             target.load_state_dict(_fitted(target, state))
 
     def undo(self) -> None:
-        """Return the states that `load` replaced, the last one first."""
+        """Restore the states that `load` replaced, the last one first."""
         for name, state in reversed(self._before.items()):
             target = self._into[name]
             try:
@@ -70,9 +71,10 @@ class Restoring:
 
 
 def _state_of(name: str, target: Stateful) -> Any:
-    """
+    """The present state of an object.
+
     Raises:
-        ValueError: a lazy module has parameters without a shape, so that it could not be given back what it had.
+        ValueError: a lazy module has parameters without a shape, so that its state could not be restored.
     """
     if isinstance(target, nn.Module):
         for key, value in (*target.named_parameters(), *target.named_buffers()):
@@ -85,8 +87,10 @@ def _state_of(name: str, target: Stateful) -> Any:
 
 
 def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
-    """This rank's random number generators, to each object that carries them, for its next run; and what was loaded:
-    data among it are at their position."""
+    """Give each object with random number generators those of this rank, and the loaded objects, for its next run.
+
+    Loaded data are at their position already.
+    """
     here = world()
     saved = states.get(RESERVED, {}).get(RANDOM, {})
     for name, value in with_per_rank_state(into).items():
@@ -108,7 +112,7 @@ def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
 
 
 def _fitted(target: Stateful, state: Any) -> Any:
-    """`state` with its tensors cut up as the target's are (FSDP2); as it is if nothing is sharded."""
+    """`state` with its tensors sharded as the target's are (FSDP2); `state` itself if nothing is sharded."""
     if isinstance(target, nn.Module):
         own = target.state_dict()
         if not any_dtensor(own.values()):
@@ -129,6 +133,8 @@ def _fitted(target: Stateful, state: Any) -> Any:
 
 
 def _cut(value: Any, like: Any) -> Any:
-    """This rank's part of `value`, if `like` is sharded and of its shape. No collective: each rank has the whole."""
+    """This rank's part of `value`, if `like` is sharded and has the same shape. No collective: each rank has all of
+    it.
+    """
     fits = isinstance(value, torch.Tensor) and isinstance(like, torch.Tensor) and value.shape == like.shape
     return cut_like(value, like) if fits else value

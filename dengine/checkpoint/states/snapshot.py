@@ -1,4 +1,4 @@
-"""What goes into a checkpoint: the states of the objects a user lists, and one entry of dengine's own."""
+"""Collect the content of a checkpoint: the states of the user's objects, and one entry of dengine."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -40,12 +40,12 @@ States: TypeAlias = dict[str, Any]
 
 
 def check_objects(objects: Mapping[str, object]) -> dict[str, Stateful]:
-    """`objects` as they can be saved and loaded.
+    """`objects`, checked to be a mapping of objects that can be saved and loaded.
 
     Raises:
-        TypeError: no mapping, a name that is no string, or something without `state_dict` and `load_state_dict`; of a
-            plain value it says how the engine keeps it.
-        ValueError: nothing in it, or the reserved name.
+        TypeError: it is no mapping, a name is no string, or an object has no `state_dict` and `load_state_dict`; for a
+            plain value the message says how the engine can save it.
+        ValueError: it is empty, or uses the reserved name.
     """
     if not isinstance(objects, Mapping):
         raise TypeError(f"A checkpoint takes a dict such as {{'model': model}}, but got {objects!r}.")
@@ -69,7 +69,7 @@ def check_objects(objects: Mapping[str, object]) -> dict[str, Stateful]:
 
 
 def _way_out(name: str, value: object) -> str:
-    """The end of the message: how a value without a state is saved instead, as far as that is known."""
+    """The end of the message: how to save a value without a state instead, if that is known."""
     if value is None:
         return ": leave it out"
     if isinstance(value, torch.Tensor):
@@ -77,7 +77,7 @@ def _way_out(name: str, value: object) -> str:
     if not isinstance(value, (bool, int, float, complex, str, bytes, list, tuple, dict, set, np.generic, np.ndarray)):
         return ""
     if name in ("epoch", "epochs", "iteration", "iterations", "step", "global_step"):
-        name = f"my_{name}"  # the engine has its own
+        name = f"my_{name}"  # the engine has an attribute of that name
     attribute = name if name.isidentifier() else "value"
     return (
         ". An engine's state has a checkpoint of the epoch and iteration, and of plain values of your own: save "
@@ -91,7 +91,7 @@ class Collected:
     """States by name, with dengine's own entry.
 
     Attributes:
-        is_sharded: whether some tensor in them is, or would be, sharded (FSDP2).
+        is_sharded: whether a tensor in them is, or would be, sharded (FSDP2).
         parts: the names of which other ranks have tensors of their own, see `parts_in_states`.
         has_parts: whether there are any, on any rank.
     """
@@ -108,7 +108,7 @@ class Collected:
 
 
 class _Given(NamedTuple):
-    """What the objects of this rank have given."""
+    """The states that the objects of this rank have given."""
 
     states: States
     random: dict[str, Any]
@@ -123,20 +123,20 @@ _NOTHING = _Given({}, {}, False, {}, {})
 def collect(objects: Mapping[str, Stateful], *, into_folder: bool = False) -> Collected:
     """The states by name, as `torch.load(weights_only=True)` reads them, and the random generators of every rank.
 
-    A model comes without its DDP or `torch.compile` wrapper, with no name that says where inside it was compiled.
-    Tensors are the live ones, not copies, and sharded ones (FSDP2) have this rank's part. `into_folder`: they go into
-    one, whatever they are. Collective: one gather of small objects.
+    Models are taken out of DDP and `torch.compile`, and no name shows what was compiled. Tensors are the live ones, not
+    copies, and sharded ones (FSDP2) have this rank's part. `into_folder`: the states go into a folder, sharded or not.
+    Collective: one gather of small objects.
 
     Raises:
-        CheckpointError: on every rank, if an object has no state to give on one of them, or one that could not be
-            loaded again; if they save other names, or other parameters under one name.
+        CheckpointError: on every rank, if an object on one of them gives no state, or one that could not be loaded
+            again; if they save different names, or different parameters with the same name.
     """
     mine, failure, cause = _NOTHING, None, None
     try:
         mine = _given(objects)
     except (CheckpointError, TypeError) as error:
         failure, cause = str(error), error.__cause__ or error
-    except Exception as error:  # whatever it is, the other ranks must not be left waiting
+    except Exception as error:  # whatever it is, the other ranks must not wait for ever
         failure, cause = f"the states could not be taken: {type(error).__qualname__}: {error}", error
     report = failure, mine.random, mine.has_shards, bool(mine.parts), mine.prints
     everyone = all_gather_object((sorted(objects), report))
@@ -155,7 +155,7 @@ def collect(objects: Mapping[str, Stateful], *, into_folder: bool = False) -> Co
 
 
 def _given(objects: Mapping[str, Stateful]) -> _Given:
-    """Raises: CheckpointError, TypeError: something cannot be saved."""
+    """The states of `objects` on this rank. Raises: CheckpointError, TypeError: something cannot be saved."""
     inner = unwrapped(objects)
     refuse_to_save(inner)
     engines = with_per_rank_state(objects)
@@ -183,7 +183,8 @@ def _has_shards(tensors: Sequence[torch.Tensor], objects: Mapping[str, Stateful]
 
 
 def _agree_on_names(names: Sequence[list[str]], what: str = "") -> None:
-    """
+    """Check that all ranks save the same names.
+
     Raises:
         CheckpointError: a rank saves other names than rank 0.
     """
@@ -197,30 +198,32 @@ def _agree_on_names(names: Sequence[list[str]], what: str = "") -> None:
 
 
 def gather_full(states: States) -> States:
-    """`states` with each sharded tensor whole on every rank. Collective: one gather of each sharded tensor."""
+    """`states` with the whole tensor for each sharded one, on every rank. Collective: a gather for each sharded
+    tensor.
+    """
     return mapped(states, _whole)  # type: ignore[no-any-return]
 
 
 class HostCopy:
-    """Copies of states in host memory, which share nothing with what goes on being trained.
+    """Copies states to host memory, so that training can go on.
 
-    The memory is used again by the next copy, so one copy at a time is valid. It is pinned if tensors come from a CUDA
-    device. Tensors that are one and the same (tied weights) stay so.
+    The next copy uses the memory again, so only one copy is valid at a time. It is pinned if tensors are on a CUDA
+    device. Tied weights stay tied.
     """
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
-        self._layouts: list[tuple[Any, ...]] = []  # of what each was made for
+        self._layouts: list[tuple[Any, ...]] = []  # the kind of tensor for which each was made
 
     def take(self, states: States) -> States:
-        """Cost: one copy of the bytes, and one wait for each CUDA device that holds some of them."""
+        """A copy of `states`. Cost: one copy of the bytes, and one wait for each CUDA device that has some of them."""
         slots: dict[tuple[Any, ...], int] = {}
         sources: list[torch.Tensor] = []
 
         def copy_of(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return copy.deepcopy(value)
-            # A sharded tensor has no address of its own: its part has.
+            # A sharded tensor has no address itself, but its part has.
             part = value if type(value) in PLAIN else local_part(value)
             is_made = type(part) not in PLAIN and is_made_of_others(part)
             if value.layout != torch.strided or is_made:  # then it has no address
@@ -238,7 +241,7 @@ class HostCopy:
         return taken  # type: ignore[no-any-return]
 
     def _fill(self, sources: list[torch.Tensor]) -> None:
-        """One call for all: if tensors are small, a call for each would cost more than the bytes."""
+        """Copy all tensors in one call: for small tensors, a call for each would cost more than the bytes."""
         devices = {source.device for source in sources if source.device.type == "cuda"}
         targets = [buffer if type(buffer) in PLAIN else local_part(buffer) for buffer in self._buffers]
         with torch.no_grad():
@@ -256,19 +259,19 @@ class HostCopy:
 
 
 def unwrapped(objects: Mapping[str, Stateful]) -> dict[str, Stateful]:
-    """`objects`, with models without their wrappers."""
+    """`objects`, with models taken out of their wrappers."""
     return {name: unwrap_model(each) if isinstance(each, nn.Module) else each for name, each in objects.items()}
 
 
 def _whole(value: Any) -> Any:
-    """All of a sharded tensor: saved as it is, each file would hold one rank's part."""
+    """The whole of a sharded tensor: saved as it is, a file would have only one rank's part."""
     return whole(value) if isinstance(value, torch.Tensor) else value
 
 
 def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """`value` with `leaf` applied to what is inside its dicts, lists and tuples, all of which are new ones."""
+    """`value` with `leaf` applied to the values in its dicts, lists and tuples, all of which are new objects."""
     if isinstance(value, dict):
-        new = copy.copy(value)  # keeps the type, and what a module's state says of versions (`_metadata`)
+        new = copy.copy(value)  # keeps the type, and the versions in a module's state (`_metadata`)
         for key, part in value.items():
             new[key] = mapped(part, leaf)
         return new

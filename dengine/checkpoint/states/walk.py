@@ -1,5 +1,7 @@
-"""One walk over a state, which changes or refuses what is in it. It follows each container once, however often it is
-referred to, and so ends for a state that contains itself."""
+"""Walk over a state, and change or refuse the values in it.
+
+Each container is visited once, however often it is referred to, so the walk also ends for a state that contains itself.
+"""
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -11,7 +13,7 @@ from dengine.compiled_names import HIDDEN
 
 __all__ = ["CERTAIN", "MOST_VALUES", "Refused", "Walk"]
 
-# What comes back from a checkpoint for certain, and is given as it is.
+# Types that a checkpoint can certainly load, which are given as they are.
 CERTAIN = frozenset(
     {bool, int, float, complex, str, bytes, bytearray, type(None), torch.Size, torch.dtype, torch.device, torch.layout}
 )
@@ -20,7 +22,7 @@ _DEEPEST = 200  # containers within containers: pickle and deepcopy end a little
 
 
 class Refused(Exception):
-    """`path` is made on the way up, so that nobody pays for it while nothing is wrong."""
+    """A value is refused. `path` is made while the error is raised, so that it costs nothing without an error."""
 
     def __init__(self, reason: str, hint: str = "", *, is_pickle: bool = False) -> None:
         super().__init__(reason)
@@ -38,14 +40,16 @@ class Refused(Exception):
 
 
 class Walk:
-    """Gives a value with `leaf` applied to what is no container, and `rename` to the names in dicts. What does not
-    change is given as it is."""
+    """Gives a value with `leaf` applied to everything that is no container, and `rename` to the names in dicts.
+
+    A part that does not change is given as it is.
+    """
 
     def __init__(
         self, tensor: Callable[[torch.Tensor], Any], leaf: Callable[[Any], Any], rename: Callable[[str], str]
     ) -> None:
         self._tensor, self._leaf, self._rename = tensor, leaf, rename
-        # id -> the container (kept, so that its id stays its own), what became of it, and how many values it has
+        # id -> the container (kept, so that its id stays its own), its result, and its number of values
         self._done: dict[int, tuple[Any, Any, int]] = {}
         self._above: set[int] = set()
         self._num_values = 0
@@ -121,7 +125,7 @@ class Walk:
         more = more or {}
         if is_same and all(new_more[name] is more[name] for name in new_more):
             return value
-        if len(parts) != len(value):  # two names that differ in nothing else keep it
+        if len(parts) != len(value):  # two names that differ only in it keep it
             parts = {key: self.of(part) for key, part in value.items()}
         changed = type(value)()
         changed.update(parts)
@@ -140,6 +144,6 @@ class Walk:
         if name != "_metadata" or not isinstance(part, dict):
             return self.of(part)
         renamed = type(part)()
-        for key, versions in part.items():  # what is within comes after its wrapper, and counts
+        for key, versions in part.items():  # what is inside comes after its wrapper, and wins
             renamed[self._rename(f"{key}.").removesuffix(".") if isinstance(key, str) else key] = self.of(versions)
         return part if list(renamed) == list(part) else renamed

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from dengine import atomic_files
-from dengine.checkpoint.disk.room import wait_for_room
+from dengine.checkpoint.disk.space import wait_for_space
 from dengine.checkpoint.formats.sharded.files import (
     MadeUpError,
     TensorBox,
@@ -172,7 +172,7 @@ def plan_shards(
         tree, mine, boxes = _kept_apart(states, parts, owners, tensors, mine, boxes)
     atomic_files.begin(temporary)
     try:
-        _on_rank_zero(lambda: _make_room(folder, temporary, may_exist=may_exist), f"make {temporary}")
+        _on_rank_zero(lambda: _prepare_folder(folder, temporary, may_exist=may_exist), f"make {temporary}")
     except BaseException:
         _discard(temporary)
         atomic_files.end(temporary)
@@ -213,12 +213,12 @@ def _kept_apart(
     return tree, {new[name]: each for name, each in mine.items()}, {new[name]: box for name, box in boxes.items()}
 
 
-def _make_room(folder: Path, temporary: Path, *, may_exist: bool) -> None:
+def _prepare_folder(folder: Path, temporary: Path, *, may_exist: bool) -> None:
     """Make the temporary folder. What killed runs have left goes first: it may be what fills the disk."""
     if folder.exists() and not (may_exist and is_shard_folder(folder, alone=True)):
         raise _taken(folder)
     atomic_files.make_folder(folder.parent)
-    wait_for_room()
+    wait_for_space()
     atomic_files.remove_leftovers(folder.parent)
     atomic_files.recover(folder.parent)
     temporary.mkdir()

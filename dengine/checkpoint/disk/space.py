@@ -1,4 +1,4 @@
-"""Room on a disk for large files: taken at once, given back in a thread; and what a disk can begin with early."""
+"""Disk space for large files: reserve it before a write, free it in a thread, and start flushing early."""
 
 import ctypes
 import errno
@@ -11,41 +11,42 @@ from typing import Any
 
 from dengine.atomic_files import begin, discard, end, temporary_path
 
-__all__ = ["remove", "reserve", "start_flush", "wait_for_room"]
+__all__ = ["remove", "reserve", "start_flush", "wait_for_space"]
 
 _ASIDE_BYTES = 1 << 20  # less than this is freed faster than a thread starts
-_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a reader never sees room that is not written yet
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a reader never sees reserved space as part of the file
 _BEGIN_WRITING = 2  # SYNC_FILE_RANGE_WRITE
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _freeing: list[threading.Thread] = []
 _lock = threading.Lock()
 
 
 def reserve(descriptor: int, num_bytes: int) -> None:
-    """Take the blocks for `num_bytes` at once, if the file system can, so that a full disk fails before any write.
-    If room is scarce, wait for what is being freed in a thread.
+    """Reserve disk space for `num_bytes`, if the file system can, so that a full disk fails before any write.
+
+    If space is short, wait first for the threads that free some.
 
     Not `os.posix_fallocate`, which writes into each block if the file system cannot reserve.
 
     Raises:
-        OSError: there is no room, or not within the quota.
+        OSError: there is not enough space, or the quota does not allow it.
     """
     if num_bytes == 0:
         return
     left = os.fstatvfs(descriptor)
     if left.f_bavail * left.f_frsize < 2 * num_bytes:  # twice: a file is larger than its tensors
-        wait_for_room()
+        wait_for_space()
     code = _reserved(descriptor, num_bytes)
-    if code != 0:  # a quota, which only this call knows of; or the file system does not know
-        wait_for_room()
+    if code != 0:  # a quota, which only this call shows; or the file system cannot reserve
+        wait_for_space()
         code = _reserved(descriptor, num_bytes)
-    if code in _NO_ROOM:
+    if code in _NO_SPACE:
         raise OSError(code, os.strerror(code))
 
 
 def start_flush(descriptor: int) -> None:
-    """Have the disk begin with what the file has so far, if the system can. Nothing is promised: fsync does that.
+    """Start writing the file so far to the disk, if the system can. Only fsync makes sure that it is there.
 
     Raises:
         OSError: the disk is full or fails. If that happens later, fsync raises it.
@@ -53,16 +54,16 @@ def start_flush(descriptor: int) -> None:
     call = _of_c_library("sync_file_range")
     if call is not None and call(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_BEGIN_WRITING)) != 0:
         code = ctypes.get_errno()
-        if code in (*_NO_ROOM, errno.EIO):
+        if code in (*_NO_SPACE, errno.EIO):
             raise OSError(code, os.strerror(code))
 
 
 def remove(path: Path) -> None:
-    """Drop a file or folder that a newer one has made superfluous; one that is gone already is no error.
+    """Remove a file or folder that is no longer needed. If it is gone already, that is no error.
 
-    A folder loses its name first, so that it is never seen half removed. So does what is large, and a thread frees the
-    rest. Not by way of an open descriptor: a process forked meanwhile (a loader's worker) would hold the blocks for as
-    long as it lives.
+    A folder is renamed first, so that it is never seen half removed. A large file is, too, and a thread frees its
+    blocks. (It does not unlink the file and close an open descriptor: a process forked meanwhile, such as a loader's
+    worker, would keep the blocks for as long as it lives.)
     """
     is_folder = path.is_dir()
     with suppress(FileNotFoundError):
@@ -82,7 +83,7 @@ def _free(doomed: Path) -> None:
 
 
 def _free_aside(doomed: Path) -> None:
-    """`_free` in a thread: it takes long for large files."""
+    """Call `_free` in a thread: it takes long for large files."""
     freeing = threading.Thread(target=_free, args=(doomed,), name="dengine-checkpoint-free", daemon=False)
     with _lock:
         _freeing[:] = [each for each in _freeing if each.is_alive()]
@@ -90,15 +91,15 @@ def _free_aside(doomed: Path) -> None:
         freeing.start()
 
 
-def wait_for_room() -> None:
-    """Until all that is aside is free: a disk with room for one more file has none before."""
+def wait_for_space() -> None:
+    """Wait until all removed files are freed: a disk may have too little space before."""
     with _lock:
         while _freeing:
             _freeing.pop().join()
 
 
 def _reserved(descriptor: int, num_bytes: int) -> int:
-    """The error's number; 0 if there is none."""
+    """Reserve the space, and give the number of the error; 0 if there is none."""
     call = _of_c_library("fallocate")
     if call is None:
         return errno.ENOSYS
@@ -108,7 +109,7 @@ def _reserved(descriptor: int, num_bytes: int) -> int:
 
 @functools.cache
 def _of_c_library(name: str) -> Any:
-    """A function, or None. A call leaves the interpreter to the other threads."""
+    """A function of the C library, or None. A call of it lets other threads run."""
     try:
         return getattr(ctypes.CDLL(None, use_errno=True), name)
     except (OSError, AttributeError, TypeError):
