@@ -71,6 +71,7 @@ def over_ranks(monkeypatch: pytest.MonkeyPatch) -> OverRanks:
         exchange = _Exchange(len(shards))
         doubles = {
             "world": exchange.world,
+            "world_for": lambda collective: exchange.world(),
             "gather_objects": lambda value, here: exchange.all("object gather", value),
             "sum_tensor": lambda sent, here: torch.stack(exchange.all("sum", sent)).sum(0),
             "max_tensor": lambda sent, here: torch.stack(exchange.all("max", sent)).amax(0),

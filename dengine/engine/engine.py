@@ -191,7 +191,7 @@ class Engine:
             ValueError: the name is taken, the metric has an `output_transform` already, or it would count twice:
                 another engine that is alive has it, or a metric of this one has it inside.
         """
-        self._metrics.add(name, metric, output_transform)
+        self._metrics.add_all({name: metric}, output_transform)
 
     def add_metrics(self, metrics: Mapping[str, AnyMetric]) -> None:
         """Add each metric of `{name: metric}`; on an error, none is added."""

@@ -25,16 +25,16 @@ __all__ = ["TorchmetricsAdapter"]
 class TorchmetricsAdapter:
     """Adapts a metric of torchmetrics, or a collection of them with its compute groups."""
 
-    def __init__(
-        self, metric: torchmetrics.Metric | torchmetrics.MetricCollection, label: str, *, is_alone: bool
-    ) -> None:
+    def __init__(self, metric: torchmetrics.Metric | torchmetrics.MetricCollection, label: str) -> None:
         self._metric = metric
         self._label = label
-        states = [] if is_alone else list(_states(metric))
-        self._states = [state for state in states if not state.is_loose_list]
-        self._loose_lists = [state for state in states if state.is_loose_list]
+        self._states: list[_Declared] = []
+        self._loose_lists: list[_Declared] = []
 
     def states(self) -> list[State]:
+        states = list(_states(self._metric))
+        self._states = [state for state in states if not state.is_loose_list]
+        self._loose_lists = [state for state in states if state.is_loose_list]
         return [
             State(self._label, state.name, state.op, state.tensor(), state.owner._update_count > 0)
             for state in self._states
@@ -52,6 +52,12 @@ class TorchmetricsAdapter:
             mine = state.value if world().counts_samples else []
             memo[id(state.value)] = [part for parts in all_gather_object(mine) for part in parts]
         # deepcopy looks into its memo first, so the copy gets the reduced states instead of copies of the local ones.
+        return self._copy(memo)
+
+    def own(self) -> Any:
+        return self._copy({})
+
+    def _copy(self, memo: dict[int, Any]) -> Any:
         copied = deepcopy(self._metric, memo)
         for metric in copied.modules():
             if isinstance(metric, torchmetrics.Metric):

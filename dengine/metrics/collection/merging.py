@@ -21,15 +21,12 @@ __all__ = ["MergingAdapter"]
 class MergingAdapter:
     """Adapts a metric with `merge_state`. A rank that saw nothing sends nothing, and is not merged."""
 
-    def __init__(self, metric: object, label: str, *, is_alone: bool, is_seen: bool) -> None:
+    def __init__(self, metric: object, label: str, *, is_seen: bool) -> None:
         self._metric = metric
         self._label = label
-        self._is_alone = is_alone
         self._is_seen = is_seen
 
     def states(self) -> list[State]:
-        if self._is_alone:
-            return []
         state = _packed(state_dict(self._metric)) if self._is_seen else torch.empty(0, dtype=torch.uint8)
         return [
             State(self._label, "length", "gather", torch.tensor(state.numel()), self._is_seen),
@@ -38,8 +35,6 @@ class MergingAdapter:
 
     def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Any:
         """A copy with the states of all ranks, merged in the order of ranks."""
-        if self._is_alone:
-            return self._metric if self._is_seen else Computed(None)
         lengths, states = values
         parts = states.cpu().split(lengths.tolist())  # type: ignore[no-untyped-call]
         copies = [self._copy(_unpacked(part)) for part in parts if part.numel()]
@@ -50,6 +45,9 @@ class MergingAdapter:
             merged = first.merge_state(others)
             return first if merged is None else merged
         return first
+
+    def own(self) -> Any:
+        return self._metric if self._is_seen else Computed(None)
 
     def _copy(self, state: dict[str, Any]) -> Any:
         # Modules that a metric was built with (a network that gives features) are shared, as they may be large.

@@ -17,24 +17,15 @@ from dengine.comm.consistency import (
     refuse_different_models,
 )
 from dengine.dtensor import may_be_dtensors
-from dengine.errors import NotComputableError
 from dengine.launch.world import World, world, world_for
 from dengine.metrics.collection.live import Live, MetricValues
 from dengine.metrics.collection.owner import MetricOwner
 from dengine.metrics.collection.saved_state import load_state_dict, state_dict
 from dengine.metrics.collection.stateful import adapter_of, knows_what_it_saw
 from dengine.metrics.core.computed import flat
-from dengine.metrics.core.kinds import (
-    AnyMetric,
-    evaluated,
-    is_metric,
-    is_tracker,
-    shows_live,
-    stateful_of,
-    updated_through,
-)
+from dengine.metrics.core.kinds import AnyMetric, shows_live, stateful_of, updated_through, value_of
 from dengine.metrics.core.metric import Metric, OutputTransform
-from dengine.metrics.core.updates import Seen, check_update, default_transform, update_of
+from dengine.metrics.core.updates import Seen, check_metric, default_transform, update_of
 from dengine.metrics.core.wrapped_methods import counts_updates
 from dengine.metrics.reduction.reduce import Reduction, State
 from dengine.metrics.reduction.schema import schema_of
@@ -70,15 +61,21 @@ class MetricSet:
         # The calls of an iteration, one for each stateful metric, prepared when a metric is added.
         self.updates: tuple[Callable[[Any], None], ...] = ()
 
-    def add(self, name: str, metric: AnyMetric, output_transform: OutputTransform | None = None) -> None:
-        self.add_all({name: metric}, output_transform)
-
     def add_all(self, metrics: Mapping[str, AnyMetric], output_transform: OutputTransform | None = None) -> None:
         for name, metric in metrics.items():
             self._check(name, metric, output_transform)
         self._owner.take(metrics, is_only_one=self._counts_once)
         for name, metric in metrics.items():
             self._add(name, metric, output_transform)
+        self._adds_to_no_graph = all(
+            getattr(stateful, "adds_to_no_graph", False)
+            and updated_through(stateful) is stateful
+            and isinstance(stateful, Metric)
+            and counts_updates(stateful)
+            and self._given_transforms[key] is None
+            for key, (_, stateful) in self._stateful.items()
+        )
+        self.updates = tuple(self._update(key, stateful) for key, (_, stateful) in self._stateful.items())
 
     @property
     def names(self) -> list[str]:
@@ -167,7 +164,7 @@ class MetricSet:
         reduced = self._reduced(here if distributed else World(device=here.device))
         values: dict[str, MetricValue] = {}
         for name, metric in self._metrics.items():
-            values.update(flat(name, _value(name, metric, reduced)))
+            values.update(flat(name, value_of(name, metric, reduced)))
         return values
 
     def shown_live(self, values: dict[str, MetricValue]) -> dict[str, MetricValue]:
@@ -180,17 +177,7 @@ class MetricSet:
         return shown
 
     def _check(self, name: str, metric: AnyMetric, output_transform: OutputTransform | None) -> None:
-        if not isinstance(name, str):
-            raise TypeError(f"A metric's name must be a string, but got {name!r}.")
-        if not is_metric(metric):
-            raise TypeError(f"Metric {name!r} must be an object with reset, update and compute, but is {metric!r}.")
-        if is_tracker(metric):
-            raise TypeError(
-                f"Metric {name!r} is a MetricTracker, which keeps a copy for each epoch. An engine computes a metric "
-                "for each epoch by itself: add the metric that the tracker was made with, and keep the values in a "
-                "handler of EPOCH_COMPLETED."
-            )
-        check_update(name, metric)
+        check_metric(name, metric)
         if name in self._metrics:
             raise ValueError(f"There is a metric named {name!r} already; the names are {', '.join(self._metrics)}.")
         if output_transform is not None and getattr(metric, "has_own_transform", False):
@@ -209,15 +196,6 @@ class MetricSet:
             if id(stateful) not in self._stateful:
                 self._add_stateful(name, metric, self._own_stateful(metric, stateful), output_transform)
         self._metrics[name] = metric
-        self._adds_to_no_graph = all(
-            getattr(stateful, "adds_to_no_graph", False)
-            and updated_through(stateful) is stateful
-            and isinstance(stateful, Metric)
-            and counts_updates(stateful)
-            and self._given_transforms[key] is None
-            for key, (_, stateful) in self._stateful.items()
-        )
-        self.updates = tuple(self._update(key, stateful) for key, (_, stateful) in self._stateful.items())
 
     def _own_stateful(self, metric: Any, stateful: Any) -> Any:
         """`stateful`, or a copy if another engine has it, from a metric that shared it."""
@@ -303,15 +281,3 @@ def _may_lead(leader: Any, stateful: Metric) -> bool:
     if not isinstance(leader, Metric) or any(updated_through(each) is not each for each in (leader, stateful)):
         return False
     return leader.can_lead(stateful) and not (leader.num_updates or stateful.num_updates)
-
-
-def _value(name: str, metric: AnyMetric, reduced: Mapping[int, Any]) -> Any:
-    try:
-        return evaluated(metric, reduced)
-    except NotComputableError as error:
-        message = f"Metric {name!r} cannot be computed: {error.reason}."
-        raise NotComputableError(message, reason=error.reason) from None
-    except ValueError as error:
-        if type(error) is not ValueError:
-            raise
-        raise ValueError(f"Metric {name!r} cannot be computed: {error}") from error

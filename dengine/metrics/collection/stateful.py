@@ -28,6 +28,26 @@ class Adapter(Protocol):
     def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Any: ...
 
 
+class UndeclaredAdapter(Adapter, Protocol):
+    """Of a metric whose states are made only for the other ranks."""
+
+    def own(self) -> Any:
+        """The metric with what this rank alone has seen."""
+
+
+class LoneAdapter:
+    """The adapter of an undeclared metric in a world of one, where no state has to travel."""
+
+    def __init__(self, adapter: UndeclaredAdapter) -> None:
+        self._adapter = adapter
+
+    def states(self) -> list[State]:
+        return []
+
+    def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Any:
+        return self._adapter.own()
+
+
 def adapter_of(metric: AnyMetric, label: str, here: World, *, seen: Seen | None) -> Adapter:
     """The adapter of `metric`, which messages call `label`.
 
@@ -35,21 +55,23 @@ def adapter_of(metric: AnyMetric, label: str, here: World, *, seen: Seen | None)
         here: the ranks over which it is reduced.
         seen: the count of updates, for a metric that does not count them itself; None if nobody counted.
     """
-    is_alone = here.size == 1
+    if isinstance(metric, Metric) and metric.states and not isinstance(metric, DistributedMetric):
+        return DeclaredAdapter(metric, label, shares_samples=here.mesh is not None)
+    adapter = _undeclared(metric, label, seen)
+    return LoneAdapter(adapter) if here.size == 1 else adapter
+
+
+def _undeclared(metric: AnyMetric, label: str, seen: Seen | None) -> UndeclaredAdapter:
     if isinstance(metric, DistributedMetric):
         seen = Seen(metric.num_updates, int(metric.has_samples))
-        return ValueAdapter(metric, label, metric.reduce_op, seen, is_alone=is_alone)
-    if isinstance(metric, Metric) and metric.states:
-        return DeclaredAdapter(metric, label, shares_samples=here.mesh is not None)
+        return ValueAdapter(metric, label, metric.reduce_op, seen)
     if is_torchmetrics(metric):
         from dengine.metrics.adapters.torchmetrics import TorchmetricsAdapter
 
-        return TorchmetricsAdapter(metric, label, is_alone=is_alone)
+        return TorchmetricsAdapter(metric, label)
     if is_mergeable(metric):
-        return MergingAdapter(metric, label, is_alone=is_alone, is_seen=seen is None or seen.num_updates > 0)
-    if not is_alone:
-        _warn_once(metric, label)
-    return ValueAdapter(metric, label, "mean", _seen_by(metric, seen), is_alone=is_alone)
+        return MergingAdapter(metric, label, is_seen=seen is None or seen.num_updates > 0)
+    return ValueAdapter(metric, label, "mean", _seen_by(metric, seen))
 
 
 def knows_what_it_saw(metric: AnyMetric) -> bool:
@@ -95,17 +117,16 @@ class ValueAdapter:
     `compute` is not called on a metric that was not updated: it may divide by its count.
     """
 
-    def __init__(self, metric: AnyMetric, label: str, op: str, seen: Seen, *, is_alone: bool) -> None:
+    def __init__(self, metric: AnyMetric, label: str, op: str, seen: Seen) -> None:
         self._metric = metric
         self._label = label
         self._op = op
         self._seen = seen
-        self._is_alone = is_alone
         self._failure: str | None = None
 
     def states(self) -> list[State]:
-        if self._is_alone:
-            return []
+        if not isinstance(self._metric, DistributedMetric):
+            _warn_once(self._metric, self._label)
         value, weight = self._value_and_weight()
         is_seen = value is not None
         neutral = {"mean": 0.0, "sum": 0.0, "max": -torch.inf, "min": torch.inf}[self._op]
@@ -117,12 +138,13 @@ class ValueAdapter:
         ]
 
     def reduced(self, values: Sequence[torch.Tensor], forms: Sequence[Form]) -> Computed:
-        if self._is_alone:
-            return self._computed(self._value())
         value, weight = values
         if weight == 0:
             return self._computed(None)
         return Computed(from_flat(value / weight if self._op == "mean" else value, forms[0]))
+
+    def own(self) -> Computed:
+        return self._computed(self._value())
 
     def _value_and_weight(self) -> tuple[Any, float]:
         value = self._value()

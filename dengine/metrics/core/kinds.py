@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
+from dengine.errors import NotComputableError
 from dengine.metrics.core.metric import Metric
 from dengine.metrics.core.transform import is_torchmetrics
 
@@ -18,6 +19,7 @@ __all__ = [
     "stateful_of",
     "updated_through",
     "updaters",
+    "value_of",
 ]
 
 
@@ -73,6 +75,22 @@ def updated_through(stateful: AnyMetric) -> AnyMetric:
 def evaluated(metric: AnyMetric, reduced: Mapping[int, MetricLike]) -> object:
     """The value of `metric`, given the reduced copies of the stateful metrics that it reads, by their `id`."""
     return metric.evaluate(reduced) if isinstance(metric, Metric) else reduced[id(metric)].compute()
+
+
+def value_of(name: str, metric: AnyMetric, reduced: Mapping[int, MetricLike]) -> object:
+    """`evaluated`, with the name of the metric in the error.
+
+    Raises: NotComputableError: nothing was seen. ValueError: what the metric has seen makes no sense.
+    """
+    try:
+        return evaluated(metric, reduced)
+    except NotComputableError as error:
+        message = f"Metric {name!r} cannot be computed: {error.reason}."
+        raise NotComputableError(message, reason=error.reason) from None
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise ValueError(f"Metric {name!r} cannot be computed: {error}") from error
 
 
 def updaters(metric: AnyMetric, updater: AnyMetric | None = None) -> Iterator[tuple[AnyMetric, AnyMetric]]:

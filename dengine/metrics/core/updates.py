@@ -7,12 +7,12 @@ from inspect import Signature, signature
 from typing import Any
 
 from dengine.metrics.core.batch_size import samples_or_one
-from dengine.metrics.core.kinds import AnyMetric, is_mergeable
+from dengine.metrics.core.kinds import AnyMetric, is_mergeable, is_metric, is_tracker
 from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.metrics.core.transform import is_torchmetrics, prediction_and_target
 from dengine.metrics.core.wrapped_methods import counting, counts_updates
 
-__all__ = ["Seen", "check_update", "default_transform", "takes_pair", "update_of"]
+__all__ = ["Seen", "check_metric", "default_transform", "takes_pair", "update_of"]
 
 
 @dataclass
@@ -68,8 +68,18 @@ def takes_pair(metric: AnyMetric) -> bool:
     return takes is not None and not _fits(takes, 1) and _fits(takes, 2)
 
 
-def check_update(name: str, metric: AnyMetric) -> None:
-    """Check `metric.update`. Raises: TypeError: it takes neither one output nor prediction and target."""
+def check_metric(name: str, metric: AnyMetric) -> None:
+    """Check a metric that is to be added. Raises: TypeError: no string as a name, or no metric of one epoch."""
+    if not isinstance(name, str):
+        raise TypeError(f"A metric's name must be a string, but got {name!r}.")
+    if not is_metric(metric):
+        raise TypeError(f"Metric {name!r} must be an object with reset, update and compute, but is {metric!r}.")
+    if is_tracker(metric):
+        raise TypeError(
+            f"Metric {name!r} is a MetricTracker, which keeps a copy for each epoch. An engine computes a metric "
+            "for each epoch by itself: add the metric that the tracker was made with, and keep the values in a "
+            "handler of EPOCH_COMPLETED."
+        )
     takes = _signature(metric)
     if takes is None or _fits(takes, 1) or (_fits(takes, 2) and not isinstance(metric, Metric)):
         return
