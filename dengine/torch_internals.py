@@ -190,11 +190,14 @@ def hooks_of_others(module: nn.Module) -> dict[str, Any]:
     return kept
 
 
-def replicate(module: nn.Module, mesh: Any) -> None:
-    """Average the gradients of `module` over `mesh`, as DDP does, but by FSDP2, which takes DTensors."""
+def replicate(module: nn.Module, mesh: Any, ignored: set[nn.Parameter]) -> None:
+    """Average the gradients of `module` over `mesh`, as DDP does, but by FSDP2, which takes DTensors.
+
+    But for those of the parameters `ignored`.
+    """
     from torch.distributed._composable.replicate_with_fsdp import replicate
 
-    replicate(module, mesh=mesh)
+    replicate(module, mesh=mesh, ignored_params=ignored)
 
 
 def flat_mesh(mesh: Any, names: list[str]) -> str:

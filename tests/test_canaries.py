@@ -258,7 +258,7 @@ def test_a_replicated_module_is_one_of_fsdp_and_keeps_its_class_where_torch_says
     module = nn.Linear(2, 2)
     module.register_forward_hook(print)
     mesh = init_device_mesh("cpu", (1,))
-    torch_internals.replicate(module, mesh)
+    torch_internals.replicate(module, mesh, set())
     assert isinstance(module, FSDPModule)
     assert torch_internals.is_replicated(module)
     assert torch_internals.mesh_of_fsdp(module) is mesh

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dengine.comm.collectives import all_gather_object, max_tensor
+from dengine.comm.parts import named_parameters_beside_parts
 from dengine.control.deadlock import START_OF_RUN
 from dengine.control.plane import plane
 from dengine.errors import ConsistencyError
@@ -95,7 +96,7 @@ def refuse_differences(compared: Sequence[Compared]) -> None:
         _refuse(entries, each.subject, each.advice)
 
 
-def refuse_different_parts(compared: Compared, place: int) -> None:
+def refuse_different_parts(compared: Compared, place: tuple[int, ...]) -> None:
     """Raise if the entries differ between ranks with the same `place`, which have the same part of a model.
 
     Collective. Cost: one object gather. Raises: ConsistencyError: as `refuse_differences`.
@@ -147,7 +148,8 @@ def prepared_parameters() -> dict[int, list[str]]:
 
 
 def parameters_of(model: nn.Module) -> list[str]:
-    return [f"{name} {list(value.shape)} {value.dtype}" for name, value in model.named_parameters()]
+    """Name, shape and type of each parameter, but for those in parts inside `model`, which ranks have apart."""
+    return [f"{name} {list(value.shape)} {value.dtype}" for name, value in named_parameters_beside_parts(model)]
 
 
 def _odd_one(values: Sequence[Any]) -> tuple[int | None, int]:

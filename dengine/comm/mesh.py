@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import nn
 
+from dengine.comm.parts import named_parameters_beside_parts
 from dengine.control.plane import plane
 from dengine.control.prepared import Prepared
-from dengine.dtensor import describe_mesh, is_fsdp, is_mesh, mesh_of
+from dengine.dtensor import describe_mesh, has_dimension, is_fsdp, is_mesh, mesh_of
 from dengine.launch.world import World, world
 
 if TYPE_CHECKING:
@@ -26,12 +27,18 @@ _SHARED = ("tp", "cp", "pp", "sp", "mp", "etp", "tensor", "context", "pipe", "pi
 
 
 def refuse_laid_out(model: nn.Module, strategy: str) -> None:
-    """Refuse a model that is sharded already.
+    """Refuse a model that is sharded already, but for the parts inside it that were prepared before.
 
     Raises: ValueError: a parameter is a DTensor, which neither DDP nor a broadcast from rank 0 takes.
     """
-    for name, parameter in model.named_parameters():
-        if (mesh := mesh_of(parameter)) is not None:
+    for name, parameter in named_parameters_beside_parts(model):
+        mesh = mesh_of(parameter)
+        if has_dimension(mesh, "ep") and has_dimension(world().mesh, "ep"):
+            raise ValueError(
+                f"{name!r} is cut up over the dimension ep of the mesh, so that it is of experts: prepare the module "
+                'that has them first, prepare_model(experts, parts="ep"), and then the whole model.'
+            )
+        if mesh is not None:
             raise ValueError(
                 f"prepare_model(strategy={strategy!r}) takes a model whose parameters are plain tensors, but {name!r} "
                 f"is a DTensor on {describe_mesh(mesh)}: the model is sharded or tensor-parallel already. Over the "

@@ -20,6 +20,8 @@ __all__ = [
     "Dimensions",
     "mark_part",
     "named_modules_beside_parts",
+    "named_parameters_beside_parts",
+    "parts_inside",
     "parts_of_names",
     "parts_of_optimizer",
     "parts_of_parameters",
@@ -78,12 +80,21 @@ def parts_of_parameters() -> dict[int, Dimensions]:
     return {key: dimensions for key, dimensions in found.items() if dimensions}
 
 
+def parts_inside(model: nn.Module) -> list[nn.Module]:
+    """The modules inside `model` that were prepared as parts before it: the experts of its layers."""
+    return [module for module in model.modules() if module is not model and hasattr(module, _MARK)]
+
+
 def named_modules_beside_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of `model` that are in no part inside it, by name; `model` itself may be one."""
-    parts = {path for path, module in model.named_modules() if path and hasattr(module, _MARK)}
-    for path, module in model.named_modules():
-        if not any(_is_within(path, part) for part in parts):
-            yield path, module
+    inside = {each for part in parts_inside(model) for each in part.modules()}
+    return ((path, module) for path, module in model.named_modules() if module not in inside)
+
+
+def named_parameters_beside_parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """As `model.named_parameters()`, but for those of parts inside it."""
+    inside = {id(each) for part in parts_inside(model) for each in part.parameters()}
+    return ((name, each) for name, each in model.named_parameters() if id(each) not in inside)
 
 
 def _is_within(name: str, path: str) -> bool:

@@ -1,15 +1,15 @@
 """The norm of gradients of any mix of layouts, each element counted once, and their scaling to a largest one."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dengine.control.plane import plane
+from dengine.comm.parts import parts_of_parameters
 from dengine.dtensor import is_dtensor, local_part, mesh_of, sharding_groups, summed_up
-from dengine.launch.world import refuse_on_rank_zero_alone
+from dengine.launch.world import refuse_on_rank_zero_alone, world
 from dengine.parallel.gradients import scale_gradients
 from dengine.types import accumulator_dtype
 
@@ -42,20 +42,25 @@ def clip_grad_norm_(
         RankZeroCollectiveError: there are DTensors, and only rank 0 runs here.
 
     Collective if there are DTensors: call it on all ranks of their meshes, with parameters in the same order. Cost: one
-    all-reduce of a few numbers for each group of ranks that shards them, or has other stages of a pipeline
-    (`prepare_model(parts="pp")`); none for plain tensors. A gradient that is a partial sum is summed up first, which
+    all-reduce of a few numbers for each group of ranks that shards them, or has other stages of a pipeline or experts
+    (`prepare_model(parts=)`); none for plain tensors. A gradient that is a partial sum is summed up first, which
     costs an all-reduce of it.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type={norm_type!r} must be a positive number, or inf for the largest absolute value.")
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    parts = _groups_of_parts()
     # What has no gradient counts for nothing, but it may have one on another rank, which then expects the sum.
-    spread = [each for each in listed if each.grad is not None or (each.requires_grad and is_dtensor(each))]
+    spread = [
+        each
+        for each in listed
+        if each.grad is not None or (each.requires_grad and (is_dtensor(each) or id(each) in parts))
+    ]
     is_whole = not any(is_dtensor(each) or is_dtensor(each.grad) for each in spread)
-    if is_whole and not plane().prepared.living_parts():
+    if is_whole and not parts:
         return torch.nn.utils.clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, foreach)
     refuse_on_rank_zero_alone("clip_grad_norm_()")
-    total = _total_norm(spread, float(norm_type))
+    total = _total_norm(spread, parts, float(norm_type))
     if error_if_nonfinite and not math.isfinite(total):
         raise RuntimeError(
             f"The norm of order {norm_type} of the gradients is {float(total)}, so they cannot be clipped. "
@@ -70,11 +75,10 @@ def clip_grad_norm_(
     return total.float()
 
 
-def _total_norm(parameters: list[Tensor], order: float) -> Tensor:
+def _total_norm(parameters: list[Tensor], along: Mapping[int, tuple[dist.ProcessGroup, ...]], order: float) -> Tensor:
     """Shapes: result (), on the device of the first part."""
     op = dist.ReduceOp.MAX if order == math.inf else dist.ReduceOp.SUM
     parts: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
-    along = _groups_of_parts()
     for parameter in parameters:
         groups = sharding_groups(parameter if parameter.grad is None else parameter.grad)
         found = parts.setdefault((*groups, *along.get(id(parameter), ())), [])
@@ -97,9 +101,13 @@ def _total_norm(parameters: list[Tensor], order: float) -> Tensor:
 
 
 def _groups_of_parts() -> dict[int, tuple[dist.ProcessGroup, ...]]:
-    """Of parameters by id, the groups in which each rank has another part of their model (the stages of a pipeline)."""
-    living = plane().prepared.living_parts()
-    return {id(each): tuple(mesh.get_all_groups()) for model, mesh in living for each in model.parameters()}
+    """Of parameters by id, the groups in which each rank has another part of their model (stages, experts)."""
+    parts = parts_of_parameters()
+    if (mesh := world().mesh) is None or not parts:
+        return {}
+    # The last dimension first: the stages of a pipeline need not all have experts, but all have a norm.
+    groups = {names: tuple(mesh.get_group(name) for name in reversed(names)) for names in set(parts.values())}
+    return {key: groups[names] for key, names in parts.items()}
 
 
 def _sum_of_powers(locals_: list[Tensor], order: float, device: torch.device) -> Tensor:

@@ -44,11 +44,13 @@ def _sharded_copy(model: nn.Module) -> nn.Module:
     copied: nn.Module = copy.deepcopy(model, memo)
     for module in copied.modules():
         torch_internals.clear_load_hooks(module)
+    # What is whole here, FSDP2 was told to leave alone: experts without copies on other ranks.
+    ignored = {memo[id(each)] for each in model.parameters() if not is_dtensor(each)}
     for module, mesh in zip(sharded, meshes, strict=True):
         if torch_internals.is_replicated(module):
-            torch_internals.replicate(memo[id(module)], mesh)
+            torch_internals.replicate(memo[id(module)], mesh, ignored)
         else:
-            fully_shard(memo[id(module)], mesh=mesh, reshard_after_forward=True)
+            fully_shard(memo[id(module)], mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
     own = _shards(model)
     device = next(iter(own.values())).device
     cast("Any", copied)._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value)

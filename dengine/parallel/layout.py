@@ -1,15 +1,18 @@
 """Over which ranks a model is replicated, sharded and tensor-parallel, by the mesh of `process_group()`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
 from torch import nn
 
 from dengine.comm.mesh import check_mesh, refuse_laid_out, sources_of, spreads_part
+from dengine.comm.parts import named_modules_beside_parts, named_parameters_beside_parts, parts_inside
 from dengine.dtensor import describe_mesh, has_dimension, is_fsdp, mesh_of
+from dengine.launch.mesh import DATA_NAMES, SEQUENCE_NAMES
 from dengine.launch.world import World
 from dengine.torch_internals import flat_mesh
 
@@ -19,11 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Layout", "Parts", "TensorParallel", "apply_plan", "check_plan", "layout_of"]
 
-Parts: TypeAlias = Literal["pp"]
+Parts: TypeAlias = Literal["pp", "ep"]
 # Not in quotes as a whole: others write `TensorParallel | None`.
 TensorParallel: TypeAlias = Union["ParallelStyle", Mapping[str, "ParallelStyle"]]
 
-_REPLICAS = ("dp", "dp_replicate", "ep")
+_FOLDED = ("cp", "ep")  # whose ranks need not have whole weights either, once there is something to shard over
+_AVERAGED = (*DATA_NAMES, *SEQUENCE_NAMES)
 
 
 @dataclass(frozen=True)
@@ -31,30 +35,36 @@ class Layout:
     """How a model is spread over the ranks of a mesh.
 
     Attributes:
-        strategy: what is done over the dimensions of data: "ddp", "fsdp" or, if there is none, "none".
+        strategy: what is done over the dimensions of data: "ddp", "fsdp", "replicate", which is DDP by FSDP2's ways
+            (for DTensors and experts), or, if there is none, "none".
         data: these dimensions: one that replicates or shards, or a replicating and a sharding one.
         tp: the dimension of tensor parallelism.
         within: from whom a rank takes its weights, as `broadcast_tensors` has it; None is rank 0 of all.
         within_tp: the same, where they are cut up over `tp` already.
         beside_ddp: the same, along the dimensions in which DDP sends nothing: of a model that is not cut up.
-        place: which part of the model this rank has; ranks with the same number have the same.
+        place: which part of the model this rank has; ranks with the same place have the same.
+        num_averaged: how many ranks have tokens of their own: gradients are means over them.
+        is_of_experts: whether ranks along `ep` have other parts. The gradient of an expert has the tokens of all of
+            them in it already, and is summed up over the ranks that have the same expert.
     """
 
-    strategy: Literal["ddp", "fsdp", "none"]
+    strategy: Literal["ddp", "fsdp", "replicate", "none"]
     data: "DeviceMesh | None" = None
     tp: "DeviceMesh | None" = None
     within: Sequence[tuple[int, Any]] | None = None
     within_tp: Sequence[tuple[int, Any]] = ()
     beside_ddp: Sequence[tuple[int, Any]] = ()
-    place: int = 0
+    place: tuple[int, ...] = ()
+    num_averaged: int = 1
+    is_of_experts: bool = False
 
     def refuse_options_of_ddp(self, compression: str | None, kwargs: Mapping[str, object]) -> None:
-        """Raises: ValueError: some are given, but the model is tensor-parallel, and DDP takes no DTensors."""
+        """Raises: ValueError: some are given, but DDP does not take the model, which has DTensors or experts."""
         given = [*kwargs, *(["gradient_compression"] if compression is not None else [])]
         if self.strategy != "fsdp" and given:
             raise ValueError(
-                f"{', '.join(given)} of DistributedDataParallel cannot be had for a tensor-parallel model, whose "
-                "gradients are averaged by FSDP2's ways, since DDP takes no DTensors: leave it out."
+                f"{', '.join(given)} of DistributedDataParallel cannot be had for a tensor-parallel model or one with "
+                "experts, whose gradients are averaged by FSDP2's ways, since DDP takes no DTensors: leave it out."
             )
 
 
@@ -83,11 +93,13 @@ def layout_of(
             f"tensor_parallel= needs a dimension 'tp' of more than one rank, but {describe_mesh(here.mesh)} has none: "
             'process_group(mesh={..., "tp": 2}).'
         )
-    is_laid_out = _is_tensor_parallel(model, layout.tp)
+    is_laid_out = _is_laid_out(model, [layout.tp, *_meshes_of_experts(here.mesh, parts)])
     if is_laid_out and is_planned:
         raise ValueError("tensor_parallel= is for a model that is not laid out yet, but this one has DTensors already.")
     if strategy != "none" and not is_laid_out:
         refuse_laid_out(model, strategy)
+    if layout.strategy == "ddp" and (is_planned or is_laid_out or parts == "ep" or parts_inside(model)):
+        return replace(layout, strategy="replicate")
     return layout
 
 
@@ -127,36 +139,50 @@ def _layout_on(mesh: "DeviceMesh", strategy: str, parts: Parts | None, here: Wor
             "over which it is cut up: 'auto' or 'fsdp' does that; for DDP call the dimension dp or dp_replicate."
         )
     is_sharded = strategy == "fsdp" or (strategy == "auto" and "dp_shard" in sizes)
-    cut = _sharding(sizes) if is_sharded else []
-    replicas = [name for name in sizes if name in (*_REPLICAS, "cp") and name not in cut]
-    if is_sharded and not cut:
+    own = {name: size for name, size in sizes.items() if name != parts}
+    cut = _sharding(own) if is_sharded else []
+    replicas = [name for name in own if name in _AVERAGED and name not in cut]
+    if is_sharded and not cut and parts != "ep":
         raise ValueError(f"strategy='fsdp' has nothing to shard over in {describe_mesh(mesh)}: add a dp_shard to it.")
     if cut and replicas and list(sizes).index(cut[0]) < list(sizes).index(replicas[-1]):
         raise ValueError(f"{replicas[-1]!r} replicates what {cut[0]!r} shards, so it must come before it in mesh=.")
     names = [flat_mesh(mesh, each) for each in (replicas, cut) if each]
     spread = None if strategy == "none" or not names else mesh[tuple(names) if len(names) > 1 else names[0]]
-    sources = {name: sources_of(mesh[name])[0] for name in sizes if name != parts}
+    # Experts are those of a layer, which one stage of a pipeline has.
+    apart = [name for name in sizes if name == parts or (name == "pp" and parts == "ep")]
+    sources = {name: sources_of(mesh[name])[0] for name in sizes if name not in apart}
     return Layout(
-        "none" if spread is None else "fsdp" if is_sharded else "ddp",
+        "none" if spread is None else "fsdp" if cut else "ddp",
         data=spread,
         tp=mesh["tp"] if "tp" in sizes else None,
         within=None if parts is None else list(sources.values()),
         within_tp=[source for name, source in sources.items() if name != "tp"],
         beside_ddp=[source for name, source in sources.items() if strategy != "none" and name not in (*replicas, *cut)],
-        place=0 if parts is None else here.coordinates[parts],
+        place=tuple(here.coordinates[name] for name in apart),
+        num_averaged=prod(size for name, size in sizes.items() if name in _AVERAGED),
+        is_of_experts=parts == "ep",
     )
 
 
 def _sharding(sizes: Mapping[str, int]) -> list[str]:
-    """The dimensions over which FSDP shards, `cp` among them, as its ranks need not have the weights whole either."""
-    first = next((name for name in ("dp_shard", "dp", "dp_replicate", "ep") if name in sizes), None)
-    return [name for name in sizes if name in (first, "cp")]
+    """The dimensions over which FSDP shards."""
+    first = next((name for name in ("dp_shard", "dp", "dp_replicate") if name in sizes), None)
+    return [name for name in sizes if name == first or name in _FOLDED]
 
 
-def _is_tensor_parallel(model: nn.Module, tp: "DeviceMesh | None") -> bool:
-    """Whether `model` is laid out over the dimension `tp` of the mesh already, and over no other."""
-    meshes = [mesh for mesh in map(mesh_of, model.parameters()) if mesh is not None]
-    return bool(meshes) and not any(map(is_fsdp, model.modules())) and all(mesh == tp for mesh in meshes)
+def _meshes_of_experts(mesh: "DeviceMesh", parts: Parts | None) -> "list[DeviceMesh]":
+    """The parts of `mesh` over which experts may be cut up already: by a plan of one's own."""
+    if parts != "ep":
+        return []
+    both = tuple(name for name in mesh.mesh_dim_names or () if name in ("ep", "tp"))
+    return [mesh["ep"], mesh[both]]
+
+
+def _is_laid_out(model: nn.Module, over: "Sequence[DeviceMesh | None]") -> bool:
+    """Whether `model` is laid out already, but for the parts inside it, and over the meshes `over` alone."""
+    meshes = [mesh for _, each in named_parameters_beside_parts(model) if (mesh := mesh_of(each)) is not None]
+    is_sharded = any(is_fsdp(module) for _, module in named_modules_beside_parts(model))
+    return bool(meshes) and not is_sharded and all(mesh in over for mesh in meshes)
 
 
 # -- the plan of tensor parallelism ------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dengine import torch_internals
@@ -17,7 +17,7 @@ from dengine.comm.consistency import (
     same_on_all_ranks,
 )
 from dengine.comm.mesh import sources_of, spreads_model
-from dengine.comm.parts import mark_part
+from dengine.comm.parts import Dimensions, mark_part, parts_of_names
 from dengine.control.plane import plane
 from dengine.dtensor import any_dtensor, has_dimension, is_dtensor, local_part, mesh_of
 from dengine.launch.world import World, refuse_forgotten_group, world
@@ -78,8 +78,10 @@ def prepare_model(
         tensor_parallel: a plan of `torch.distributed.tensor.parallel`, a style for each module by its name
             (`{"layers.*.w1": ColwiseParallel()}`), applied first, over the dimension `tp` of the mesh. A model that is
             laid out over `tp` already is taken as it is. In a run of one process a plan is only checked.
-        parts: "pp" declares that ranks along that dimension of the mesh have different parts of a model on purpose:
-            nothing is compared or sent between them.
+        parts: "pp" or "ep" declares that ranks along that dimension of the mesh have different parts of a model on
+            purpose, stages or experts: nothing is compared or sent between them. A module of experts, whose `forward`
+            takes the tokens of all ranks of `ep`, is prepared before the model that it is in, in place; that call
+            leaves it alone, but initialises what of it is on the meta device.
         init_fn: initialises the own parameters and buffers of a module that it is given, in place of the module's
             `reset_parameters()`, for models on the meta device. They get the same weights on every mesh: from torch's
             seed on rank 0 and the names of the modules.
@@ -108,12 +110,13 @@ def prepare_model(
     # In a run of one process as well, so that what is wrong is found before there are several.
     check_options("fsdp" if strategy == "auto" and has_dimension(here.mesh, "dp_shard") else strategy, *is_given)
     refuse_unsendable(gradient_compression, here)
-    is_on_meta = check_meta(model, init_fn)
+    is_on_meta = parts != "ep" and check_meta(model, init_fn)  # else with the model that the experts are in
     layout = layout_of(model, strategy, parts, kwargs, here, is_planned=tensor_parallel is not None)
     if layout.strategy == "ddp":
         check_options("ddp", *is_given)
     plan = [] if tensor_parallel is None else check_plan(tensor_parallel, model, layout.tp.size() if layout.tp else 1)
-    if layout.tp is not None and (tensor_parallel is not None or any_dtensor(model.parameters())):
+    is_tensor_parallel = layout.tp is not None and (tensor_parallel is not None or any_dtensor(model.parameters()))
+    if layout.strategy == "replicate" or layout.is_of_experts or is_tensor_parallel:
         layout.refuse_options_of_ddp(gradient_compression, kwargs)
     options = fsdp_options(kwargs, mixed_precision, here) if layout.strategy == "fsdp" else {}
     if here.size > 1:
@@ -122,7 +125,7 @@ def prepare_model(
         checkpoint_blocks(model, blocks)
     if compile:
         compile_model(model, compile if isinstance(compile, Mapping) else {})
-    spread(model, layout, tensor_parallel, blocks, options, init_fn, is_on_meta=is_on_meta)
+    spread(model, layout, strategy, tensor_parallel, blocks, options, init_fn, is_on_meta=is_on_meta)
     if layout.strategy != "ddp" or any_dtensor(model.parameters()):
         return model
     if strategy == "auto" and not any(parameter.requires_grad for parameter in model.parameters()):
@@ -203,12 +206,19 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 def _broadcast_buffers(model: nn.Module, here: World) -> None:
     """Overwrite each buffer, of a DTensor its local part, with that of the first rank that has the same."""
-    parts = next((mesh.mesh_dim_names or () for part, mesh in plane().prepared.living_parts() if part is model), ())
-    plain = [buffer for buffer in model.buffers() if not is_dtensor(buffer)]
-    broadcast_tensors(plain, within=_sources_beside(parts, here) if parts and here.mesh is not None else None)
-    for buffer in model.buffers():
+    named = dict(model.named_buffers())
+    parts = parts_of_names(model, ["", *named])  # "" is the model itself
+    plain: dict[Dimensions, list[Tensor]] = {parts.get("", ()): []}
+    if has_dimension(here.mesh, "ep"):  # a stage of a pipeline may have no experts, but all stages make the same calls
+        plain.setdefault(tuple(name for name in here.coordinates if name in (*parts.get("", ()), "ep")), [])
+    for name, buffer in named.items():
+        if not is_dtensor(buffer):
+            plain.setdefault(parts.get(name, ()), []).append(buffer)
+    for own, buffers in plain.items():
+        broadcast_tensors(buffers, within=_sources_beside(own, here) if own else None)
+    for name, buffer in named.items():
         if (mesh := mesh_of(buffer)) is not None:
-            own = (*parts, *(mesh.mesh_dim_names or ()))
+            own = (*parts.get(name, ()), *(mesh.mesh_dim_names or ()))
             broadcast_each([local_part(buffer)], within=_sources_beside(own, here))
 
 

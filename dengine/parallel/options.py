@@ -43,8 +43,10 @@ def check_options(
     """Raises: ValueError: an option is none of those there are, or not of this strategy."""
     if strategy not in _STRATEGIES:
         raise ValueError(f"strategy={strategy!r} must be one of {', '.join(_STRATEGIES)}.")
-    if parts not in (None, "pp"):
-        raise ValueError(f"parts={parts!r} must be 'pp', the dimension of a pipeline's stages, or None.")
+    if parts not in (None, "pp", "ep"):
+        raise ValueError(
+            f"parts={parts!r} must be 'pp', the dimension of a pipeline's stages, 'ep', that of experts, or None."
+        )
     for name, value in (("mixed_precision", mixed_precision), ("gradient_compression", gradient_compression)):
         if value not in (None, "bf16", "fp16"):
             raise ValueError(f"{name}={value!r} must be 'bf16', 'fp16' or None.")

@@ -1,15 +1,17 @@
 """What makes a model one over ranks, in place: a plan of tensor parallelism, FSDP2, and the weights to begin with."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from dengine import torch_internals
 from dengine.comm.collectives import broadcast_each
-from dengine.dtensor import any_dtensor, is_dtensor, local_part
+from dengine.comm.parts import named_modules_beside_parts, named_parameters_beside_parts, parts_inside
+from dengine.dtensor import any_dtensor, as_fsdp, is_dtensor, local_part
 from dengine.launch.world import world
 from dengine.parallel.layout import Layout, TensorParallel, apply_plan
+from dengine.parallel.options import Strategy
 from dengine.parallel.weights import Initialize, Kept, given_back, set_aside
 
 __all__ = ["spread"]
@@ -18,6 +20,7 @@ __all__ = ["spread"]
 def spread(
     model: nn.Module,
     layout: Layout,
+    strategy: Strategy,
     plan: TensorParallel | None,
     blocks: tuple[type[nn.Module], ...],
     options: dict[str, Any],
@@ -27,25 +30,34 @@ def spread(
 ) -> None:
     """Bring `model` onto this rank's device and, but for DDP, into its `layout`; `options` go to `fully_shard`.
 
+    Args:
+        is_on_meta: some of the model is, and gets its values now. Else what is stays so: experts get theirs with the
+            model that they are in, whose names for them are known only there.
+
     Collective, if the layout is over several ranks. Cost: see `prepare_model`.
     """
     device = world().device
     is_planned = plan is not None and layout.tp is not None
-    is_tensor_parallel = is_planned or (layout.tp is not None and any_dtensor(model.parameters()))
-    is_cut = layout.strategy == "fsdp" or is_tensor_parallel
+    own = [parameter for _, parameter in named_parameters_beside_parts(model)]
+    is_tensor_parallel = is_planned or (layout.tp is not None and any_dtensor(own))
+    has_experts = layout.is_of_experts and strategy != "none"
+    is_cut = layout.strategy in ("fsdp", "replicate") or is_tensor_parallel or has_experts
     if not is_cut and not is_on_meta:
         _take_whole(model, layout, device)
         return
+    late = [part for part in parts_inside(model) if is_on_meta and any(each.is_meta for each in part.parameters())]
     with torch.no_grad():
         kept = set_aside(model, only_meta=not is_cut)
+        if not is_on_meta:
+            kept = {place: value for place, value in kept.items() if not value.is_meta}
         if is_cut:
             _send_what_stays(model, layout)
         if plan is not None and layout.tp is not None:
             apply_plan(plan, model, layout.tp)
         if layout.strategy == "fsdp":
             _shard(model, layout, blocks, _for_new(options, kept))
-        elif is_tensor_parallel and layout.strategy == "ddp":
-            torch_internals.replicate(model, layout.data)
+        elif layout.strategy == "replicate":
+            torch_internals.replicate(model, layout.data, _parameters_of_parts(model))
         seed = torch.tensor(torch.initial_seed() & (2**63 - 1))
         if is_on_meta:
             broadcast_each([seed])
@@ -56,20 +68,50 @@ def spread(
             for _ in values:
                 pass  # all ranks have made the same
             _take_whole(model, layout, device)
+    if strategy != "none":
+        for part in [model] if has_experts else late:
+            _sum_over_copies(part, layout.num_averaged)
 
 
 def _take_whole(model: nn.Module, layout: Layout, device: torch.device) -> None:
     """Bring a model that is not cut up onto `device`, with one rank's values along what DDP does not send over."""
-    model.to(device)
+    if any(each.is_meta for each in (*model.parameters(), *model.buffers())):
+        cast("Any", model)._apply(lambda value: value if value.is_meta else value.to(device))
+    else:
+        model.to(device)
     if layout.beside_ddp:
         values = (value for value in (*model.parameters(), *model.buffers()) if not is_dtensor(value))
         broadcast_each(values, within=layout.beside_ddp)
 
 
+def _sum_over_copies(experts: nn.Module, num_averaged: int) -> None:
+    """Have the gradients of `experts` be the sum over the ranks that have them, divided by `num_averaged`.
+
+    Those of an expert that got no token on a rank are zeros there, so that all ranks send as many.
+    """
+    is_sharded = False
+    for module in experts.modules():
+        if (sharded := as_fsdp(module)) is not None:
+            is_sharded = True
+            sharded.set_gradient_divide_factor(num_averaged)
+            # Gloo cannot divide while it sums up; replicate() divides before, and would do so twice.
+            sharded.set_force_sum_reduction_for_comms(not torch_internals.is_replicated(module))
+            sharded.set_reduce_scatter_unused_params(True)
+    for parameter in experts.parameters() if not is_sharded else ():
+        if parameter.requires_grad and not parameter.is_meta:
+            parameter.register_hook(lambda gradient: gradient / num_averaged)  # type: ignore[no-untyped-call]
+
+
+def _parameters_of_parts(model: nn.Module) -> set[nn.Parameter]:
+    return {parameter for part in parts_inside(model) for parameter in part.parameters()}
+
+
 def _send_what_stays(model: nn.Module, layout: Layout) -> None:
     """Tensors of other classes than torch's own, and those that are cut up over `tp` already, are not set aside."""
-    staying = [value for value in model.parameters() if not value.is_meta]
-    cut = [local_part(value) for value in (*staying, *model.buffers()) if is_dtensor(value) and not value.is_meta]
+    modules = [module for _, module in named_modules_beside_parts(model)]
+    staying = [value for _, value in named_parameters_beside_parts(model) if not value.is_meta]
+    buffers = [value for module in modules for value in module.buffers(recurse=False)]
+    cut = [local_part(value) for value in (*staying, *buffers) if is_dtensor(value) and not value.is_meta]
     broadcast_each(cut, within=layout.within_tp)
     broadcast_each([local_part(value) for value in staying if not is_dtensor(value)], within=layout.within)
 
@@ -79,7 +121,7 @@ def _for_new(options: dict[str, Any], kept: Kept) -> dict[str, Any]:
     pairs = [(module._parameters[name], before) for (module, name), before in kept.items()]
     stand_ins, originals = {id(before): new for new, before in pairs}, {id(new): before for new, before in pairs}
     told = dict(options)
-    if (ignored := options.get("ignored_params")) is not None:
+    if ignored := options.get("ignored_params"):
         told["ignored_params"] = {stand_ins.get(id(each), each) for each in ignored}
     if (place := options.get("shard_placement_fn")) is not None:
         told["shard_placement_fn"] = lambda new: place(originals.get(id(new), new))
@@ -92,6 +134,8 @@ def _shard(model: nn.Module, layout: Layout, blocks: tuple[type[nn.Module], ...]
 
     here = world()
     over = {**options, "mesh": layout.data or init_device_mesh(here.device.type, (here.size,))}
+    if parts := _parameters_of_parts(model):
+        over["ignored_params"] = parts.union(options.get("ignored_params") or ())
     for module in model.modules():
         if isinstance(module, blocks) and module is not model:
             fully_shard(module, **over)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from dengine.comm.parts import named_modules_beside_parts
 from dengine.compiled_names import without_compiled
 from dengine.dtensor import PLAIN, cut_like, is_dtensor, laid_out_like, local_part
 
@@ -45,14 +46,18 @@ def check_meta(model: nn.Module, init_fn: Initialize | None) -> bool:
 def set_aside(model: nn.Module, *, only_meta: bool = False) -> Kept:
     """The plain parameters of `model` by their place, with an empty one on the meta device in place of each.
 
+    Of parts inside it, which have their values and their layout already, those on the meta device alone.
+
     Args:
-        only_meta: those that are on the meta device alone.
+        only_meta: those that are on the meta device alone, of all.
     """
     kept: Kept = {}
     empty: dict[int, nn.Parameter] = {}
+    own = {module for _, module in named_modules_beside_parts(model)}
     for module in model.modules():
         for name, value in list(module._parameters.items()):
-            if value is None or not (value.is_meta or (type(value) in PLAIN and not only_meta)):
+            is_plain = type(value) in PLAIN and module in own and not only_meta
+            if value is None or not (value.is_meta or is_plain):
                 continue
             kept[module, name] = value
             if not value.is_meta:
@@ -66,7 +71,7 @@ def set_aside(model: nn.Module, *, only_meta: bool = False) -> Kept:
 def given_back(
     model: nn.Module, kept: Kept, device: torch.device, seed: int, init_fn: Initialize | None, *, on_host: bool = False
 ) -> Iterator[Tensor]:
-    """Give `model` its values back, as it is laid out now; afterwards nothing of it is on the meta device.
+    """Give `model` its values back, as it is laid out now; afterwards nothing of `kept` is on the meta device.
 
     Yields each tensor that ranks must have from one of them, whole and on `device`: what it holds when the iterator
     goes on is what this rank takes its part of.
@@ -75,6 +80,7 @@ def given_back(
         on_host: parts that are cut stay on the host (FSDP's CPU offload).
     """
     done: dict[int, tuple[Tensor, nn.Parameter]] = {}
+    own = {module for _, module in named_modules_beside_parts(model)}
     for path, module in model.named_modules():
         made = _initialised(module, path, kept, device, seed, init_fn)
         for name in list(module._parameters):
@@ -88,10 +94,10 @@ def given_back(
                 done[id(target)] = target, _part(whole, source, target, on_host=on_host)
             _put(module, name, done[id(target)][1])
         for name, value in list(module._buffers.items()):
-            if value is not None:
+            if value is not None and (name in made or not value.is_meta):
                 whole = made[name] if value.is_meta else value.to(device)
                 module._buffers[name] = whole
-                if not (value.is_meta or is_dtensor(whole)):
+                if module in own and not (value.is_meta or is_dtensor(whole)):
                     yield whole
 
 
