@@ -13,7 +13,12 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from dengine import create_supervised_trainer, distributed
+from dengine import Engine, Events, create_supervised_evaluator, create_supervised_trainer, distributed
+from dengine.dtensor import local_part
+from dengine.errors import ConsistencyError
+from dengine.handlers import EMA, ConsistencyCheck, TerminateOnNan
+from dengine.metrics import Loss
+from dengine.supervised import SupervisedEvents
 
 IGNORED = -100
 LENGTH = 4  # tokens of a sample
@@ -26,6 +31,11 @@ def samples() -> TensorDataset:
     labels[::3, 0] = IGNORED
     labels[1::4, 2:3] = IGNORED
     return TensorDataset(inputs, labels)
+
+
+def data(batch_size: int) -> Any:
+    loader = DataLoader(samples(), batch_size=batch_size, shuffle=True)
+    return distributed.prepare_data_loader(loader, exact=True, seed=3)
 
 
 def loss_of(pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -62,21 +72,25 @@ def prepared(net: Net, **options: Any) -> nn.Module:
     return distributed.prepare_model(net, **options)
 
 
-def train(model: nn.Module, batch_size: int, accumulation: int) -> nn.Module:
+def train(model: nn.Module, batch_size: int, accumulation: int) -> dict[str, torch.Tensor]:
+    """The weights afterwards, and their averages as `average.NAME`."""
     torch.manual_seed(7)
-    loader = distributed.prepare_data_loader(
-        DataLoader(samples(), batch_size=batch_size, shuffle=True), exact=True, seed=3
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     trainer = create_supervised_trainer(
         model,
-        torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9),
+        optimizer,
         loss_of,
         gradient_accumulation_steps=accumulation,
         max_grad_norm=0.2,
         weight=lambda inputs, labels: (labels != IGNORED).sum(),
     )
-    trainer.run(loader, max_epochs=2)
-    return model
+    average = EMA(model, decay=0.5)
+    trainer.on(SupervisedEvents.OPTIMIZER_STEP_COMPLETED, average)
+    trainer.on(Events.EPOCH_COMPLETED, ConsistencyCheck(model, optimizer))
+    trainer.on(Events.ITERATION_COMPLETED, TerminateOnNan())
+    trainer.run(data(batch_size), max_epochs=2)
+    averaged = {f"average.{name}": value for name, value in whole_parameters(average.model).items()}
+    return whole_parameters(model) | averaged
 
 
 def trained(rank: int, size: int, mesh: dict[str, int]) -> list[Any]:
@@ -85,7 +99,7 @@ def trained(rank: int, size: int, mesh: dict[str, int]) -> list[Any]:
         for accumulation in (1, 2):
             net = with_weights(Net())
             model = prepared(net, **({"tensor_parallel": plan()} if "tp" in mesh else {}))
-            weights = whole_parameters(train(model, 8 // here.data_size, accumulation))
+            weights = train(model, 8 // here.data_size, accumulation)
             found.append((weights, min(each for layer in moes(net) for each in layer.least)))
         return found
 
@@ -104,9 +118,9 @@ def trained(rank: int, size: int, mesh: dict[str, int]) -> list[Any]:
     ids=str,
 )
 def test_the_gradient_is_that_of_the_mean_over_the_global_batch(mesh: dict[str, int]) -> None:
-    expected = [whole_parameters(train(with_weights(Net()), 8, accumulation)) for accumulation in (1, 2)]
+    expected = [train(with_weights(Net()), 8, accumulation) for accumulation in (1, 2)]
     begun = whole_parameters(with_weights(Net()))
-    assert not any(value.equal(begun[name]) for each in expected for name, value in each.items())
+    assert not any(each[name].equal(value) for each in expected for name, value in begun.items())
     seen: set[str] = set()
     least = []
     for of_rank in run_ranks(trained, prod(mesh.values()), mesh, deadline_s=240):
@@ -116,4 +130,106 @@ def test_the_gradient_is_that_of_the_mean_over_the_global_batch(mesh: dict[str, 
             for name, value in weights.items():
                 assert_close(value, whole[name], rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
     assert min(least) == 0  # an expert had no token of some rank
-    assert seen == begun.keys()
+    assert seen == expected[0].keys()
+
+
+def prepared_and_changed(rank: int, size: int, mesh: dict[str, int]) -> dict[str, Any]:
+    with distributed.process_group(mesh=mesh) as here:
+        torch.manual_seed(10 + rank)
+        net = Net()
+        for layer in moes(net):
+            layer.experts.register_buffer("origin", torch.tensor(float(rank)))
+        model = prepared(net)
+        own = {name: float(value.sum()) for name, value in whole_parameters(model).items()}
+        buffers = [layer.experts.get_buffer("origin") for layer in moes(net)]
+        taken = [float(each) for each in buffers]
+        for each in buffers:
+            each.fill_(rank + 10)
+        with distributed.evaluating(model):
+            evaluated = [float(each) for each in buffers]
+
+        check, refusal = ConsistencyCheck(model), ""
+        check(Engine(lambda engine, batch: None))
+        if rank == size - 1:
+            with torch.no_grad():
+                local_part(next(iter(moes(net)[1].experts.parameters()))).add_(1)
+        try:
+            check(Engine(lambda engine, batch: None))
+        except ConsistencyError as error:
+            refusal = str(error)
+
+        torch.manual_seed(5)
+        with torch.device("meta"):
+            net = Net()
+        model = prepared(net)
+        made = whole_parameters(model)
+        trained = train(model, 8 // here.data_size, 1)
+        metrics = create_supervised_evaluator(model, {"loss": Loss(loss_of)}).run(data(2)).metrics
+        return {
+            "own": own,
+            "taken": taken,
+            "evaluated": evaluated,
+            "refusal": refusal,
+            "made": made,
+            "loss": metrics["loss"],
+            "trained": trained,
+        }
+
+
+@pytest.mark.parametrize("mesh", [{"dp": 2, "ep": 2}, {"dp_shard": 2, "ep": 2}, {"ep": 4}], ids=str)
+def test_experts_are_those_of_their_first_copy_and_begin_and_stay_as_in_one_process(mesh: dict[str, int]) -> None:
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        net = Net()
+    model = prepared(net)
+    made = whole_parameters(model)
+    trained = train(model, 8, 1)
+    loss = create_supervised_evaluator(model, {"loss": Loss(loss_of)}).run(data(2)).metrics["loss"]
+    assert not made["layers.0.experts.0.up.weight"].equal(made["layers.1.experts.0.up.weight"])
+    assert not made["layers.0.experts.0.up.weight"].equal(made["layers.0.experts.3.up.weight"])
+    found = run_ranks(prepared_and_changed, 4, mesh, deadline_s=240)
+    for rank, each in enumerate(found):
+        first = rank % mesh["ep"]
+        assert each["own"] == found[first]["own"]
+        assert each["taken"] == [first] * 2
+        assert each["evaluated"] == [first + 10] * 2
+        assert ("rank 3 (" in each["refusal"] and "'layers.1.experts." in each["refusal"]) == ("dp" in mesh)
+        assert each["loss"] == pytest.approx(loss, rel=1e-6)
+        for name, value in each["made"].items():
+            assert value.equal(made[name])
+        for name, value in each["trained"].items():
+            assert_close(value, trained[name], rtol=1e-6, atol=1e-6)
+    assert len({each["own"]["layers.0.router.weight"] for each in found}) == 1
+
+
+def refused(rank: int, size: int) -> list[str]:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    with distributed.process_group(mesh={"ep": size}) as here:
+        assert here.mesh is not None
+        errors = []
+        experts: Any = nn.Linear(2, 2)
+        model = nn.Sequential(experts)
+        prepare: Any = distributed.prepare_model
+        cut = nn.Linear(2, 2)
+        cut.weight = nn.Parameter(distribute_tensor(cut.weight.detach(), here.mesh["ep"], [Shard(0)]))
+        for call in (
+            lambda: distributed.prepare_model(experts, parts="ep", init_fn=print),
+            lambda: distributed.prepare_model(experts, parts="ep", find_unused_parameters=True),
+            lambda: distributed.prepare_model(nn.Sequential(cut)),
+            lambda: prepare(prepare(model).module[0], parts="ep"),
+        ):
+            try:
+                call()
+                errors.append("")
+            except ValueError as error:
+                errors.append(str(error))
+        return errors
+
+
+def test_what_experts_cannot_have_is_said() -> None:
+    for errors in run_ranks(refused, 2):
+        assert "pass it to prepare_model(model)" in errors[0]
+        assert "find_unused_parameters of DistributedDataParallel cannot be had" in errors[1]
+        assert "'0.weight' is cut up over the dimension ep" in errors[2]
+        assert "before prepare_model(model)" in errors[3]

@@ -28,7 +28,7 @@ class ConsistencyCheck:
 
     Buffers are left out, since each rank has its own statistics of batch norm between two forward passes. A sharded
     parameter is compared between the ranks that have the same piece: the replicas of HSDP, the copies of a
-    tensor-parallel group. Parts of a model that differ on purpose (`prepare_model(parts="pp")`) are compared between
+    tensor-parallel group. Parts of a model that differ on purpose (`prepare_model(parts=)`) are compared between
     the ranks that have the same part. Pieces that only one rank has are not compared, nor is anything in one process.
 
     Attach it on every rank: `trainer.on(Events.ITERATION_COMPLETED(every=1000), ConsistencyCheck(model))`.

@@ -57,7 +57,7 @@ def clip_grad_norm_(
         if each.grad is not None or (each.requires_grad and (is_dtensor(each) or id(each) in parts))
     ]
     is_whole = not any(is_dtensor(each) or is_dtensor(each.grad) for each in spread)
-    if is_whole and not parts:
+    if is_whole and parts.keys().isdisjoint(map(id, listed)):
         return torch.nn.utils.clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, foreach)
     refuse_on_rank_zero_alone("clip_grad_norm_()")
     total = _total_norm(spread, parts, float(norm_type))

@@ -18,12 +18,14 @@ __all__ = ["copy_of", "reshard"]
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A copy of `model`, laid out over the ranks as it is. No collective, but for what FSDP2 does to set itself up."""
+    # Groups of ranks, which experts keep to exchange tokens by, cannot be copied: the copy has the same ones.
+    memo: dict[int, Any] = {id(group): group for group in torch_internals.process_groups()}
     if not any(map(is_fsdp, model.modules())):
-        return copy.deepcopy(model)
-    return _sharded_copy(model)
+        return copy.deepcopy(model, memo)
+    return _sharded_copy(model, memo)
 
 
-def _sharded_copy(model: nn.Module) -> nn.Module:
+def _sharded_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy of a model that `fully_shard` has sharded, sharded in the same way: FSDP2 cannot be copied as it is.
 
     A bare copy without storage is sharded anew, and then filled with the shards.
@@ -34,7 +36,7 @@ def _sharded_copy(model: nn.Module) -> nn.Module:
     sharded = [module for module in reversed(list(model.modules())) if is_fsdp(module)]
     meshes = [torch_internals.mesh_of_fsdp(module) for module in sharded]
     names = {name for mesh in meshes if mesh is not None for name in mesh.mesh_dim_names or ()}
-    memo: dict[int, Any] = {
+    memo |= {
         id(each): nn.Parameter(_before_fsdp(each, names), requires_grad=each.requires_grad)
         for each in model.parameters()
         if is_dtensor(each)

@@ -91,8 +91,9 @@ def prepare_model(
     Raises:
         TypeError: `model` is no module. ValueError: an unknown strategy; options that the strategy does not take; a
             model wrapped already, or laid out over another mesh (parameters that are DTensors), which only
-            strategy="none" takes; compression that the backend cannot send; a plan that does not fit the model or the
-            mesh; a module on the meta device that cannot initialise itself. Nothing is changed then.
+            strategy="none" takes; experts in a model that was prepared before them; compression that the backend cannot
+            send; a plan that does not fit the model or the mesh; a module on the meta device that cannot initialise
+            itself. Nothing is changed then.
         ConsistencyError: names, shapes or types of the parameters differ between ranks.
 
     Cost: one small all-reduce; one broadcast of each parameter and buffer; with "ddp", one all-reduce of zeros as large
@@ -110,7 +111,9 @@ def prepare_model(
     # In a run of one process as well, so that what is wrong is found before there are several.
     check_options("fsdp" if strategy == "auto" and has_dimension(here.mesh, "dp_shard") else strategy, *is_given)
     refuse_unsendable(gradient_compression, here)
-    is_on_meta = parts != "ep" and check_meta(model, init_fn)  # else with the model that the experts are in
+    if parts == "ep":
+        _refuse_late_experts(model)
+    is_on_meta = check_meta(model, init_fn, is_of_experts=parts == "ep")
     layout = layout_of(model, strategy, parts, kwargs, here, is_planned=tensor_parallel is not None)
     if layout.strategy == "ddp":
         check_options("ddp", *is_given)
@@ -131,6 +134,16 @@ def prepare_model(
     if strategy == "auto" and not any(parameter.requires_grad for parameter in model.parameters()):
         return model
     return _in_ddp(model, layout, gradient_compression, kwargs, here)
+
+
+def _refuse_late_experts(experts: nn.Module) -> None:
+    """Raises: ValueError: the model that `experts` are in was prepared before them, as if ranks had the same ones."""
+    for model in plane().prepared.living_models().values():
+        if any(module is experts for module in model.modules()):
+            raise ValueError(
+                f"This {type(experts).__qualname__} is in a {type(model).__qualname__} that was prepared already: call "
+                "prepare_model(experts, parts='ep') before prepare_model(model)."
+            )
 
 
 def _compare(model: nn.Module, plan: list[str], layout: Layout, parts: Parts | None, here: World) -> None:

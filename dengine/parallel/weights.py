@@ -22,11 +22,18 @@ Initialize: TypeAlias = Callable[[nn.Module], object]
 Kept: TypeAlias = dict[tuple[nn.Module, str], Tensor]
 
 
-def check_meta(model: nn.Module, init_fn: Initialize | None) -> bool:
-    """Whether some of `model` is on the meta device, and so has to be initialised.
+def check_meta(model: nn.Module, init_fn: Initialize | None, *, is_of_experts: bool) -> bool:
+    """Whether some of `model` is on the meta device, and has to be initialised now.
 
     Raises: ValueError: a module with such tensors of its own cannot initialise them, and there is no `init_fn`.
     """
+    if is_of_experts:
+        if init_fn is not None:
+            raise ValueError(
+                "init_fn= initialises experts together with the model that they are in, by their names there: pass it "
+                "to prepare_model(model), which comes after prepare_model(experts, parts='ep')."
+            )
+        return False
     has_meta = False
     for name, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

@@ -7,6 +7,7 @@ from torch import nn
 
 from dengine.comm.collectives import broadcast_tensors
 from dengine.comm.mesh import spreads_model
+from dengine.comm.parts import parts_inside
 from dengine.control.plane import plane
 from dengine.distributed import prepare_model, unwrap_model, world
 from dengine.dtensor import any_dtensor, describe_mesh, has_dimension
@@ -119,7 +120,7 @@ def _refuse_replaced_parameters(model: nn.Module) -> None:
         return
     sizes = zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)
     names = [name for name, size in sizes if size > 1 and name in (*DATA_NAMES, *SEQUENCE_NAMES)]
-    if "dp_shard" in names or (names and any_dtensor(model.parameters())):
+    if "dp_shard" in names or (names and (any_dtensor(model.parameters()) or parts_inside(model))):
         raise ValueError(
             f"On {describe_mesh(mesh)} prepare_model() puts other parameters in the place of those of this "
             f"{type(model).__qualname__}, which the optimizer has: call it yourself, and build the optimizer from the "
