@@ -1,4 +1,4 @@
-"""`Conf`: every way to make a configuration, and what can be done with one."""
+"""`Conf`: the functions that make configurations, and that work with them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ __all__ = ["Conf"]
 
 
 class Conf:
-    """Configurations from files, dictionaries and command lines. See `Config` for what they give.
+    """Makes configurations (`Config`) from files, dictionaries and command lines.
 
     Needs OmegaConf: `pip install "dengine[config]"`.
 
@@ -34,7 +34,7 @@ class Conf:
         """The configuration in a file, read by its suffix: .yaml (.yml), .toml, .json or .sdn.
 
         Raises:
-            ConfigError: the suffix is another one, or the file is not one mapping of that format; the message has the
+            ConfigError: the suffix is unknown, or the content is not one mapping in that format; the message has the
                 line and the key.
             OSError: the file cannot be read.
         """
@@ -70,11 +70,11 @@ class Conf:
         A `#` that would begin a comment in YAML is an error: quote it.
 
         Args:
-            known: what the arguments will be merged into; a key that it lacks is a typo.
+            known: the configuration into which the arguments will be merged; a key that it lacks is a typo.
 
         Raises:
             TypeError: `arguments` is not a list of strings. ConfigError: an argument is not `key=value`, or has a key
-                that `known` lacks; it is named.
+                that `known` lacks; the message names it.
         """
         if isinstance(arguments, str) or not all(isinstance(argument, str) for argument in arguments):
             raise TypeError(f"from_cli_dotlist() takes a list such as ['train.lr=1e-3'], but got {arguments!r}.")
@@ -91,13 +91,14 @@ class Conf:
 
     @staticmethod
     def merge(*confs: Config | Mapping[Any, Any]) -> Config:
-        """A new configuration: mappings are merged key by key, later ones over earlier ones; lists are replaced whole.
+        """A new configuration: mappings are merged key by key, later ones over earlier ones; lists are replaced as a
+        whole.
 
         The arguments are not changed. The result can be changed, even if they are frozen.
 
         Raises:
             TypeError: there is nothing to merge, or an argument is not a mapping.
-            ConfigError: a mapping meets something else under the same key (null excepted); it names both.
+            ConfigError: a key has a mapping in one and another value (except null) in another; the message has both.
         """
         if not confs:
             raise TypeError("merge() takes at least one configuration.")
@@ -108,7 +109,7 @@ class Conf:
 
     @staticmethod
     def to_dict(cfg: Config) -> dict[Any, Any]:
-        """`cfg` as plain dicts and lists, each `${...}` replaced: what `Track.run(config=...)` and `json` take.
+        """`cfg` as plain dicts and lists, with each `${...}` replaced, as `Track.run(config=...)` and `json` take it.
 
         Raises:
             TypeError: `cfg` is not a configuration.
@@ -154,7 +155,7 @@ def _document(conf: Any) -> Document:
     if conf._key == "":
         data = _data_of(conf._node, resolve=False)
         return Document(data, conf._document.sources, dict(conf._document.locations))
-    # A part of a tree: its ${...} may point to other parts, which do not come along.
+    # A part of a tree: its ${...} may refer to other parts, which are not copied.
     return Document(_resolved(conf), conf._document.sources)
 
 
@@ -188,7 +189,7 @@ def _from_argument(argument: str) -> Document:
 
 
 def _lay_over(base: dict[Any, Any], over: dict[Any, Any]) -> None:
-    """In place, so that a thousand arguments are not a thousand copies of all that came before."""
+    """Merge `over` into `base` in place, so that a thousand arguments do not make a thousand copies."""
     for key, value in over.items():
         below_base = base.get(key)
         if isinstance(below_base, dict) and isinstance(value, dict):
@@ -219,7 +220,7 @@ def _merged(base: Document, over: Document) -> Document:
 
 
 def _refuse_clash(base: Document, over: Document) -> None:
-    """A mapping replaced by a value would lose all its keys without a word; a value by a mapping is a typo as well."""
+    """Refuse to merge a mapping and a value: the mapping would silently lose its keys, or there is a typo."""
     open_pairs = [("", base.data, over.data)]
     while open_pairs:
         full, old, new = open_pairs.pop()

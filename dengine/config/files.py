@@ -1,4 +1,4 @@
-"""Configuration files as plain data, each format by its own reader."""
+"""Read configuration files as plain data, with a reader for each format."""
 
 import json
 import re
@@ -26,8 +26,8 @@ def read_file(path: Path, suffix: str) -> Document:
     """The mapping in the file, read by the reader for `suffix`.
 
     Raises:
-        ConfigError: the file is not one mapping of that format; the message has the line and the key. Or it is too
-            large, or not a regular file.
+        ConfigError: the content is not one mapping in that format (the message has the line and the key), or the file
+            is too large, or not a regular file.
         OSError: the file cannot be read.
     """
     source = str(path)
@@ -86,7 +86,7 @@ def _toml(text: str, source: str) -> tuple[Any, Document]:
         except ImportError as error:
             raise ImportError('TOML needs tomli on Python 3.10: pip install "dengine[config]".') from error
     for number, line in enumerate(text.split("\n"), start=1):
-        # The reader's time grows with the square of the length of such a key.
+        # The reader's time grows with the square of the number of parts of a key.
         if line.count(".") >= _MAX_DOTS and _DOTTED.search(line):
             raise ConfigError(
                 f"{SourceLocation(source, number)}: a key of more than {_MAX_DOTS} parts is nested too deep."
@@ -96,7 +96,7 @@ def _toml(text: str, source: str) -> tuple[Any, Document]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: this is no TOML: {error}.") from error
     except ValueError as error:
-        what = str(error).partition(";")[0]  # what follows it says how to raise the limit in Python
+        what = str(error).partition(";")[0]  # the rest says how to raise the limit in Python
         raise ConfigError(f"{source}: a number is too long or too large: {what}.") from error
 
 
@@ -124,10 +124,10 @@ def _json(text: str, source: str) -> tuple[Any, Document]:
 
 
 def _json_locations(text: str, source: str) -> dict[str, SourceLocation]:
-    """The line of each key of a text that is known to be JSON.
+    """The line of each key in `text`, which is valid JSON.
 
     Raises:
-        ConfigError: a key is there twice. JSON allows that, and its reader would keep the last one.
+        ConfigError: a key occurs twice. JSON allows that, and its reader would keep the last one.
     """
     locations: dict[str, SourceLocation] = {}
     line, last = 1, ""

@@ -1,4 +1,4 @@
-"""How large a configuration may become when its `${...}` are replaced. Pure: reads no file, replaces nothing."""
+"""Limit the size of a configuration after its `${...}` are replaced. Pure: reads no file, replaces nothing."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from dengine.errors import ConfigError
 
 __all__ = ["refuse_growth"]
 
-_VALUE = 100  # what a value weighs besides its characters: OmegaConf needs microseconds for each
+_VALUE = 100  # the cost of a value besides its characters: OmegaConf needs microseconds for each
 _ALLOWANCE = 1_000_000
 _FACTOR = 10
 _MAX_NESTED = 64
@@ -21,9 +21,9 @@ _Path = tuple[Any, ...]
 def refuse_growth(document: Document) -> None:
     """Refuse values that refer to each other and would grow without bound: `b: ${a}${a}`, `c: ${b}${b}`, ...
 
-    Ten times what is written, and a million characters more, is allowed.
+    Allowed are ten times the written size, and a million characters more.
 
-    Raises: ConfigError: it would be more; the message has the key and the file.
+    Raises: ConfigError: it would be larger; the message has the key and the file.
     Cost: one pass over the values; a second one only if there is a `${`.
     """
     written, has_reference = _written(document.data)
@@ -38,7 +38,7 @@ def refuse_growth(document: Document) -> None:
 
 
 def _written(data: Any) -> tuple[int, bool]:
-    """What the values weigh as they are written, and whether a `${` is among them."""
+    """The size of the values as written, and whether there is a `${` in them."""
     total, has_reference, open_values = 0, False, [data]
     while open_values:
         value = open_values.pop()
@@ -54,12 +54,12 @@ def _written(data: Any) -> tuple[int, bool]:
 
 
 class _Growth:
-    """What each value weighs after its `${...}` are replaced. OmegaConf refuses one that refers to itself."""
+    """The size of each value after its `${...}` are replaced. OmegaConf refuses a value that refers to itself."""
 
     def __init__(self, document: Document, limit: int) -> None:
         self._document = document
         self._limit = limit
-        self._known: dict[_Path, int] = {}  # 0 for those that are being weighed
+        self._known: dict[_Path, int] = {}  # 0 for values that are being measured
 
     def of(self, path: _Path) -> int:
         if path in self._known:
@@ -87,7 +87,7 @@ class _Growth:
         )
 
     def _of_reference(self, inner: str, path: _Path, depth: int = 0) -> int:
-        """What the inside of a `${...}` in the value at `path` becomes."""
+        """The size of the replacement of a `${...}` in the value at `path`, given its inside."""
         if depth > _MAX_NESTED:
             return 0
         nested = sum(self._of_reference(each, path, depth + 1) for each in _references(inner))
@@ -103,12 +103,12 @@ class _Growth:
             key, start = exact, -1
         if start < 0:
             return self.of(self._target(key, path))
-        # Which of them is meant is known only when it is read: no more than the largest.
+        # Which of them is used is known only when it is read: at most the largest.
         around = self._target(key[: max(key.rfind(".", 0, start), key.rfind("[", 0, start), 0)], path)
         return max((self.of((*around, each)) for each in _keys(self._at(around))), default=0)
 
     def _replaced(self, key: str, path: _Path) -> str | None:
-        """`key` with the texts that its own `${...}` stand for; None if those are not plainly written somewhere."""
+        """`key` with its own `${...}` replaced; None if one of these is not a plain value."""
         for inner in list(_references(key)):
             if "${" in inner or ":" in inner:
                 return None
@@ -119,9 +119,7 @@ class _Growth:
         return key
 
     def _target(self, key: str, path: _Path, depth: int = 0) -> _Path:
-        """The path that the key of a reference in the value at `path` means; one at which there is nothing, if it leads
-        nowhere.
-        """
+        """The path to which the key of a reference in the value at `path` leads. There may be nothing at it."""
         key = key.strip()
         num_dots = len(key) - len(key.lstrip("."))
         target: _Path = path[:-num_dots] if num_dots else ()
@@ -130,7 +128,7 @@ class _Growth:
             if isinstance(value, str) and depth <= _MAX_NESTED:
                 inner = next(_references(value), "")
                 if value.strip() != f"${{{inner}}}" or "${" in inner or ":" in inner:
-                    return target  # what it becomes is not known; what is in it is no larger
+                    return target  # its replacement is unknown; a part of it is not larger
                 target = self._target(inner, target, depth + 1)
                 value = self._at(target)
             target = (*target, _key_of(value, part))
@@ -157,7 +155,7 @@ def _key_of(value: Any, part: str) -> Any:
 
 
 def _references(text: str) -> Iterator[str]:
-    """The insides of the outermost `${...}` of a text; one that is not closed is no reference."""
+    """The insides of the outermost `${...}` of a text. One that is not closed does not count."""
     start = text.find("${")
     while start >= 0:
         end, depth = start + 2, 1

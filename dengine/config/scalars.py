@@ -1,4 +1,4 @@
-"""The value of text without quotes, by one rule for YAML, SDN and the command line: a number only if all of it is."""
+"""Find the value of text without quotes, by one rule for YAML, SDN and the command line."""
 
 import math
 import re
@@ -11,13 +11,13 @@ _FLOAT = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*(?:_[0-9]+)*)(?:\.[0-9]*)?|\.[0-9]
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _BOOLS = {word: word.lower() == "true" for word in ("true", "True", "TRUE", "false", "False", "FALSE")}
 _NULLS = ("null", "Null", "NULL")
-_MAX_DIGITS = 3900  # Python does not read, and not write out, an int of more than 4 300
+_MAX_DIGITS = 3900  # Python neither reads nor writes an int with more than 4 300
 
 
 def bare_value(text: str, *, nulls: tuple[str, ...] = ()) -> bool | int | float | str | None:
     """`text` as null, a boolean, a number, or itself. `nulls`: further words for null.
 
-    `1e-3` is a float, `yes` and `007` are text, `1_000` is an int.
+    Text is a number only if all of it is: `1e-3` is a float, `yes` and `007` are text, `1_000` is an int.
 
     Raises: ValueError: a number is too long or too large; the message says what to do.
     """
@@ -35,14 +35,14 @@ def bare_value(text: str, *, nulls: tuple[str, ...] = ()) -> bool | int | float 
 
 
 def whole(text: str, base: int = 10) -> int:
-    """Raises: ValueError: it has thousands of digits."""
+    """`text` as an int. Raises: ValueError: it has thousands of digits."""
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"a whole number of {len(text)} characters is too long: quote it, if it is text")
     return int(text, base)
 
 
 def finite(text: str) -> float:
-    """Raises: ValueError: it is larger than any float."""
+    """`text` as a float. Raises: ValueError: it is larger than any float."""
     value = float(text)
     if math.isinf(value):
         short = text if len(text) <= 30 else f"{text[:27]}..."

@@ -59,16 +59,16 @@ def read_sdn(text: str, source: str = "SDN text") -> Document:
 
 
 class _Blocks:
-    """Reads by lines: how far they are indented says which of them belong together."""
+    """Reads line by line. The indentation decides which lines belong together."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self._found: tuple[int, int] | None = None  # (offset, indentation) of the line that is to be read next
+        self._found: tuple[int, int] | None = None  # (offset, indentation) of the next line to read
 
     def next_indent(self) -> int:
-        """Go to the first character of the next line that holds something; how far it is indented, -1 at the end.
+        """Go to the first character of the next line that is not empty, and give its indentation; -1 at the end.
 
-        Asked again before anything is read, it gives the same.
+        A second call before anything is read gives the same.
         """
         if self._found is None or self._found[0] != self.reader.offset:
             indent = self._skip_empty_lines()
@@ -76,7 +76,9 @@ class _Blocks:
         return self._found[1]
 
     def block(self, full: str, outer: int, depth: int) -> object:
-        """The lines below a key that are indented further than it: a mapping, a list, or null if there are none."""
+        """The value of the lines below a key that are indented further: a mapping, a list, or null if there are
+        none.
+        """
         indent = self._indent_of_rows(outer)
         if indent is None:
             return None
@@ -139,7 +141,7 @@ class _Blocks:
         column = indent + reader.offset - start
         if depth >= MAX_DEPTH:
             raise reader.error(f"blocks are nested more than {MAX_DEPTH} deep.")
-        self._found = reader.offset, column  # as if its first key stood in a line of its own
+        self._found = reader.offset, column  # as if its first key were in a line of its own
         return self.mapping(full, column, depth + 1)
 
     # -- tables --------------------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ class _Blocks:
         return text[offset : offset + 1] == "-" and text[offset + 1 : offset + 2] in ("", " ", "\t", "\n")
 
     def _is_entry(self) -> bool:
-        """Whether a mapping's line begins here: a key, then a colon and a blank, `=` or a table's `|`."""
+        """Whether a line of a mapping begins here: a key, then a colon and a blank, `=`, or the `|` of a table."""
         reader, start = self.reader, self.reader.offset
         key = reader.key()
         reader.skip_blanks()

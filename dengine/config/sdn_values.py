@@ -1,4 +1,4 @@
-"""A reader of the keys and the values of SDN that are written in one line or in brackets."""
+"""Read keys of SDN, and values in one line or in brackets."""
 
 import re
 from bisect import bisect_left
@@ -17,7 +17,7 @@ _UNQUOTED_ONLY_INSIDE = "]}),'|"
 
 
 class Reader:
-    """A position in a text, and what can be read from there. Every method moves `offset` to the end of what it read."""
+    """Reads from a position in a text. Every method moves `offset` to the end of the part that it read."""
 
     def __init__(self, text: str, document: Document) -> None:
         self.text = text
@@ -52,13 +52,13 @@ class Reader:
             self.offset += 1
 
     def skip_comment(self) -> None:
-        """Blanks, and a comment up to the end of the line. `#` begins one at the start of a line or after a blank."""
+        """Skip blanks, and a comment to the end of the line. `#` begins one at the start of a line or after a blank."""
         self.skip_blanks()
         if self.peek() == "#" and (self.offset == 0 or self.text[self.offset - 1] in " \t\n"):
             self.offset = self._line_end()
 
     def end_line(self) -> None:
-        """Go on to the next line; nothing but a comment may be left in this one."""
+        """Go to the next line; this one may have only a comment left."""
         self.skip_comment()
         if self.peek() not in ("", "\n"):
             raise self.error(f"nothing may follow the value here, but there is {self._rest()!r}.")
@@ -91,7 +91,7 @@ class Reader:
     # -- values --------------------------------------------------------------------------------------------------
 
     def value(self, full: str) -> object:
-        """The one value that the rest of this line holds; in brackets, it may go on over further lines."""
+        """The single value in the rest of this line; in brackets, it may span several lines."""
         self.skip_blanks()
         return self._bracketed(full, 1) if self.peek() in ("{", "[") else self._scalar("")
 
@@ -110,7 +110,7 @@ class Reader:
             self._expect(",", "between the values of a row")
 
     def tuples(self, full: str) -> list[list[object]]:
-        """`[(1, 2), (3, 4)]`: the rows of a table in brackets."""
+        """The rows of a table in brackets: `[(1, 2), (3, 4)]`."""
         rows: list[list[object]] = []
         self.skip_blanks()
         self._expect("[", "before the rows of a table")
@@ -163,7 +163,7 @@ class Reader:
             raise self.error(f"{error}.", start) from error
 
     def _skip_bare(self, delimiters: str) -> None:
-        """Up to a delimiter, a comment or the end of the line; braces inside, as in `${a:b}`, are kept together."""
+        """Skip to a delimiter, a comment or the end of the line. Text in braces, as in `${a:b}`, has no delimiters."""
         end, depth = self._line_end(), 0
         while self.offset < end:
             character = self.text[self.offset]
@@ -204,7 +204,7 @@ class Reader:
         return self._bracketed(full, depth + 1) if self.peek() in ("{", "[") else self._scalar(",]})")
 
     def _items(self, closing: str, read: Callable[[], None]) -> None:
-        """Have `read` called for each item up to `closing`; a comma may follow the last one."""
+        """Call `read` for each item up to `closing`; a comma may follow the last one."""
         start = self.offset - 1
         while True:
             self._skip_space()
@@ -218,7 +218,7 @@ class Reader:
                 self._expect(",", f"or {closing} after a value in brackets")
 
     def _skip_space(self) -> None:
-        """Blanks, comments and ends of lines."""
+        """Skip blanks, comments and ends of lines."""
         self.skip_comment()
         while self.peek() == "\n":
             self.offset += 1

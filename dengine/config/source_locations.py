@@ -1,4 +1,4 @@
-"""Where the keys of a configuration come from, and how a key and its location are written in a message."""
+"""The locations of the keys of a configuration, and their texts in messages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ from dengine.errors import ConfigError
 __all__ = ["MAX_DEPTH", "Document", "Repeats", "SourceLocation", "below", "plain"]
 
 MAX_DEPTH = 64
-_MAX_BITS = 13_000  # some 3 900 digits: Python does not write out an int of more than 4 300
+_MAX_BITS = 13_000  # about 3 900 digits: Python does not write an int with more than 4 300
 _ALLOWED_REPEATS = 10_000
 
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """A file (or whatever else was read) and, if it is known, the line in it, from 1."""
+    """A file (or another source) and, if known, the line in it, from 1."""
 
     source: str
     line: int | None = None
@@ -29,14 +29,14 @@ class SourceLocation:
 
 @dataclass
 class Document:
-    """Plain data as it was read. `locations` has the location of each full key, such as `train.layers[0].size`."""
+    """Plain data that was read. `locations` has the location of each full key, such as `train.layers[0].size`."""
 
     data: dict[Any, Any]
     sources: tuple[str, ...]
     locations: dict[str, SourceLocation] = field(default_factory=dict)
 
     def location(self, key: str) -> SourceLocation:
-        """Where `key` is written: its own line, else that of the nearest mapping around it."""
+        """The location of `key`: its own line, else that of the nearest mapping around it."""
         while key:
             if key in self.locations:
                 return self.locations[key]
@@ -44,7 +44,7 @@ class Document:
         return SourceLocation(", ".join(self.sources))
 
     def forget(self, key: str) -> None:
-        """Drop the location of `key`: the program gave it a value, so it is no longer what the file says."""
+        """Drop the location of `key`, since the program has changed its value."""
         for known in list(self.locations):
             if known == key or known.startswith((f"{key}.", f"{key}[")):
                 del self.locations[known]
@@ -58,14 +58,14 @@ def below(key: str, part: object) -> str:
 
 
 class Repeats:
-    """Counts the values that are there more than once because something refers to them: an alias, a shared object.
+    """Counts the values that occur several times through references: an alias, a shared object.
 
-    A few lines of aliases to aliases would make billions of values; ten times what is written is allowed.
+    A few lines of aliases to aliases could make billions of values; ten times the written number is allowed.
     """
 
     def __init__(self, source: SourceLocation) -> None:
         self._source = source
-        self._seen: dict[int, object] = {}  # objects by id, which is theirs only while they are kept
+        self._seen: dict[int, object] = {}  # objects by id, kept so that the id stays theirs
         self._num_once = 0
         self._num_again = 0
 
@@ -87,11 +87,11 @@ class Repeats:
 
 
 def plain(value: Any, key: str, document: Document) -> Any:
-    """A copy of `value` made of what a configuration can hold: tuples become lists.
+    """A copy of `value` of types that a configuration can hold: tuples become lists.
 
     Raises:
-        ConfigError: a value or a key of another type, named by its full key; lists and mappings that are nested more
-            than 64 deep, or are there again and again; a whole number of thousands of digits.
+        ConfigError: a value or a key has another type (the message has its full key); lists and mappings are nested
+            more than 64 deep, or occur too often; a whole number has thousands of digits.
     """
     return _plain(value, key, document, Repeats(document.location("")), 0)
 

@@ -1,4 +1,4 @@
-"""The configuration a program works with: a tree with attribute and item access, held by OmegaConf."""
+"""The configuration with which a program works: a tree with attribute and item access, on top of OmegaConf."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class ConfigList(tuple[Any, ...]):
-    """A list of a configuration. It cannot be changed in place; it equals a list with the same values."""
+    """A list in a configuration. It cannot be changed in place, and equals a list with the same values."""
 
     __slots__ = ()
     __hash__ = tuple.__hash__
@@ -30,9 +30,9 @@ class ConfigList(tuple[Any, ...]):
 
 
 class Config(Mapping[Any, Any]):
-    """A mapping of a configuration: `cfg.train.lr` and `cfg["train"]["lr"]` are the same.
+    """A mapping in a configuration: `cfg.train.lr` and `cfg["train"]["lr"]` are the same.
 
-    Made by the functions of `Conf`. `${train.lr}` inside a value is replaced when it is read. A key that is the name of
+    The functions of `Conf` make it. `${train.lr}` inside a value is replaced when it is read. A key that is the name of
     a method (`keys`, `values`, `items`, `get`), or that begins with an underscore, is read as an item only.
 
     Raises (when read):
@@ -151,7 +151,7 @@ def new_config(document: Document) -> Config:
 
 
 def translated(action: Callable[[], T], document: Document, key: str) -> T:
-    """The result of `action`; an error of OmegaConf's becomes one that says which key of which file it is about."""
+    """The result of `action`. An error of OmegaConf becomes one that names the key and the file."""
     from omegaconf.errors import OmegaConfBaseException
 
     try:

@@ -1,4 +1,4 @@
-"""YAML as configurations need it: plain values by one rule, a line for each key, and no key twice."""
+"""Read YAML for configurations: plain values by our own rule, a line for each key, and no key twice."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,11 @@ _TAGGED: dict[str, Callable[[str], Any]] = {_STR: str, "!": str, _INT: whole, _F
 
 
 def read_yaml(text: str, source: str) -> tuple[object, Document]:
-    """What `text` holds, and a document with the line of each key. Anchors, aliases and `<<` work.
+    """The value in `text`, and a document with the line of each key. Anchors, aliases and `<<` work.
 
     Raises:
-        ConfigError: the text is not YAML, holds a key twice, or a tag that is not of plain data; or aliases make
-            thousands of values out of a few.
+        ConfigError: the text is not YAML, has a key twice, or a tag that is not for plain data; or aliases turn a few
+            values into thousands.
     """
     document = Document({}, (source,))
     root = _compose(text, source)
@@ -28,10 +28,10 @@ def read_yaml(text: str, source: str) -> tuple[object, Document]:
 
 
 def parse_value(text: str, source: str) -> object:
-    """One value, as it could follow a key in a file; no text at all is null.
+    """One value, as it could follow a key in a file; empty text is null.
 
     Raises:
-        ConfigError: as `read_yaml`, or there is a comment, which nobody means here.
+        ConfigError: as `read_yaml`, or there is a comment, which cannot be intended here.
     """
     try:
         return _parsed(text, source)
@@ -52,7 +52,7 @@ def _compose(text: str, source: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         def resolve(self, kind: type[Any], value: Any, implicit: Any) -> str:
-            # What a plain word means is not PyYAML's to say: to it 1e-3 is text, and `no` is false.
+            # The meaning of a plain word does not come from PyYAML, for which 1e-3 is text, and `no` is false.
             if kind is yaml.ScalarNode:
                 return _PLAIN if implicit[0] else _STR
             return str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
@@ -75,7 +75,7 @@ def _compose(text: str, source: str) -> Any:
 
 
 class _Builder:
-    """Makes plain data of the parser's nodes."""
+    """Makes plain data from the parser's nodes."""
 
     def __init__(self, document: Document) -> None:
         self._document = document
@@ -107,7 +107,7 @@ class _Builder:
             if key_node.id != "scalar":
                 raise ConfigError(f"{location}: a key must be text or a whole number, not a list or a mapping.")
             key = self._scalar(key_node, full)
-            if not (isinstance(key, str) or is_whole_number(key)):  # a dict takes 1 and true for one key
+            if not (isinstance(key, str) or is_whole_number(key)):  # to a dict, 1 and true are the same key
                 where = f" in {full!r}" if full else ""
                 raise ConfigError(
                     f"{location}: the key {key_node.value!r}{where} must be text or a whole number: quote it."

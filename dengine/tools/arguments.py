@@ -1,4 +1,4 @@
-"""Types of arguments that several commands have."""
+"""Types of arguments that several commands share."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python -m dengine inspect PATH`: what is in a checkpoint, or in a folder of some, with every byte checked."""
+"""`python -m dengine inspect PATH`: show the content of a checkpoint, or of a folder of them, and verify every byte."""
 
 import argparse
 import sys
@@ -23,7 +23,7 @@ from dengine.tools.text import say, size_text
 
 __all__ = ["configure", "run"]
 
-_WIDEST = 60  # of a value in a table
+_WIDEST = 60  # characters of a value in a table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Gives 0 if all is intact, 1 if something is corrupt, 2 if there is nothing to inspect."""
+    """Run the command. Gives 0 if all is intact, 1 if something is corrupt, 2 if there is nothing to inspect."""
     try:
         return _inspected(options.path)
     except OSError as error:
@@ -82,7 +82,7 @@ def _folder(folder: Path) -> int:
 
 
 def _print_below(problems: list[str]) -> None:
-    """Print problems below a table: they are sentences, too long for a column."""
+    """Print the problems below a table: as sentences, they are too long for a column."""
     for number, each in enumerate(problems):
         say(f"{'' if number else chr(10)}{each}")
 
@@ -136,7 +136,7 @@ def _headline(entry: Entry) -> str:
 
 
 def _print_state(name: str, state: Any, leaves: list[tuple[str, Any]], head: list[str], rows: list[list[str]]) -> None:
-    if name == RESERVED:  # the states of generators are long, and nobody can read them
+    if name == RESERVED:  # the states of generators are long, and mean nothing to a reader
         entry: dict[str, Any] = state if isinstance(state, dict) else {}
         found = entry.get(RANDOM)
         of_ranks: dict[str, Any] = found if isinstance(found, dict) else {}
@@ -175,7 +175,7 @@ def _shards(path: Path) -> int:
     _print_below([damage for damage in damages.values() if damage])
 
     def placeholder(path_of_leaf: tuple[Any, ...], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-        tensor = torch.empty(shape, dtype=dtype, device="meta")  # has a shape, and takes no memory
+        tensor = torch.empty(shape, dtype=dtype, device="meta")  # has a shape, but needs no memory
         holders[id(tensor)] = metadata.chunks.get(path_text(path_of_leaf), [])
         alive.append(tensor)
         return tensor
@@ -207,7 +207,7 @@ def _written_by(chunks: list[Chunk], verdicts: dict[str, str]) -> list[str]:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Each value inside `value` that is not a dict or a list, with the path to it."""
+    """The values inside `value` that are not dicts or lists, each with its path."""
     if isinstance(value, dict) and value:
         for key, part in value.items():
             yield from _leaves(part, f"{path}.{key}" if path else str(key))

@@ -1,4 +1,4 @@
-"""`python -m dengine plot RUN_DIR -o curves.png`: draws the learning curves of runs."""
+"""`python -m dengine plot RUN_DIR -o curves.png`: draw the learning curves of runs."""
 
 import argparse
 import re
@@ -33,7 +33,7 @@ _MANY_POINTS = 150
 
 @dataclass(frozen=True)
 class Drawn:
-    """A run that is to be drawn."""
+    """A run to draw."""
 
     label: str
     curves: list[Curve]
@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Gives 0 if the picture is there, 2 if there is nothing to draw, or no matplotlib."""
+    """Run the command. Gives 0 if the picture was drawn, 2 if there is nothing to draw, or no matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         _draw_panel(axes, name, runs)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    if len(runs) == 1:  # of several, the names are in the legends
+    if len(runs) == 1:  # for several runs, the names are in the legends
         figure.suptitle(runs[0].label, fontsize=11, parse_math=False)
     try:
         figure.savefig(output, dpi=150)
@@ -153,7 +153,7 @@ def _draw_panel(axes: "Axes", panel: str, runs: Sequence[Drawn]) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
     if axes.get_legend_handles_labels()[0]:
         for text in axes.legend(frameon=False, fontsize=8).get_texts():
-            text.set_parse_math(False)  # a dollar in a name is no formula
+            text.set_parse_math(False)  # a dollar in a name does not start a formula
 
 
 def _draw_curve(axes: "Axes", curve: Curve, color: str, label: str, is_overlay: bool) -> None:
@@ -192,7 +192,7 @@ def _set_scale(axes: "Axes", panel: str, curves: Sequence[Curve]) -> None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter("{x:,.4g}" if values.max() < 1000 else "{x:,.0f}")
     elif panel == "learning rate":
-        axes.set_ylim(bottom=min(0.0, values.min()))  # else a constant rate would be drawn by its last digits
+        axes.set_ylim(bottom=min(0.0, values.min()))  # else a constant rate would show only noise
     elif _is_share(panel, values):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 

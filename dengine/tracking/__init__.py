@@ -1,4 +1,4 @@
-"""Records runs as plain files (configuration, metrics, artifacts), and in other trackers as well."""
+"""Record runs as plain files (configuration, metrics, artifacts), and also in other trackers."""
 
 from dengine.errors import TrackingError
 from dengine.tracking.artifacts import Artifact

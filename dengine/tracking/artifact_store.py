@@ -22,10 +22,10 @@ _VERSION = re.compile(r"v\d+")
 
 
 class ArtifactStore:
-    """The artifacts of a project. The files of a version lie in the folder of the run that stored it first.
+    """Stores the artifacts of a project. The files of a version are in the folder of the run that stored it first.
 
-    An index for each name, `<project>/artifacts/<name>.json`, has its versions and its aliases. What was stored before
-    is not stored again: its version gets the new aliases.
+    An index for each name, `<project>/artifacts/<name>.json`, has its versions and its aliases. Contents that are
+    stored already are not stored again: their version gets the new aliases.
     """
 
     def __init__(self, project_dir: Path) -> None:
@@ -33,10 +33,10 @@ class ArtifactStore:
         self._index_dir = project_dir / "artifacts"
 
     def put(self, artifact: Artifact, aliases: Sequence[str], run_dir: Path) -> None:
-        """Store it, and move `aliases` and "latest" to it. Afterwards it is the stored version.
+        """Store `artifact`, which becomes the stored version, and move `aliases` and "latest" to it.
 
-        Raises: TypeError, ValueError: an alias is wrong, or the artifact has no file. FileNotFoundError: a file is not
-            there. TrackingError: the index is damaged, or leads out of the project. Nothing is changed then.
+        Raises: TypeError, ValueError: an alias is wrong, or the artifact has no file. FileNotFoundError: a file does
+            not exist. TrackingError: the index is damaged, or leads out of the project. Nothing is changed then.
         """
         checked_name(artifact.name)
         _check_aliases(aliases)
@@ -61,13 +61,13 @@ class ArtifactStore:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
             with suppress(OSError):
-                home.rmdir()  # it is empty if these contents had been stored before
+                home.rmdir()  # it is empty if these contents were stored before
 
     def get(self, reference: str) -> Artifact:
-        """The artifact that "name:alias", "name:v0" or "name" (the latest) means.
+        """The artifact "name:alias", "name:v0" or "name" (the latest).
 
-        Raises: KeyError: there is no such artifact; it lists those there are. TrackingError: the index is damaged, or
-            leads out of the project.
+        Raises: KeyError: there is no such artifact; the message lists the known ones. TrackingError: the index is
+            damaged, or leads out of the project.
         Cost: reads one small file.
         """
         name, _, alias = str(reference).partition(":")
@@ -87,7 +87,7 @@ class ArtifactStore:
     def _version(
         self, index: dict[str, Any], artifact: Artifact, files: dict[str, Any], staged: Path, home: Path
     ) -> str:
-        """The version with these contents; a new one if there is none."""
+        """The version with these contents, which is new if there is none."""
         digest = _digest_of(files)
         for version, entry in index["versions"].items():
             folder = self._project_dir / entry["path"]
@@ -95,8 +95,8 @@ class ArtifactStore:
             if entry["digest"] == digest and all((folder / name).is_file() for name in files):
                 return str(version)
         version = f"v{len(index['versions'])}"
-        shutil.rmtree(home / version, ignore_errors=True)  # of a writer that was killed before it wrote the index
-        os.chmod(staged, 0o777 & ~_umask())  # a temporary folder is its owner's alone
+        shutil.rmtree(home / version, ignore_errors=True)  # left by a writer that was killed before it wrote the index
+        os.chmod(staged, 0o777 & ~_umask())  # only its owner may read a temporary folder
         os.rename(staged, home / version)
         path = str((home / version).relative_to(self._project_dir))
         index["versions"][version] = {
@@ -110,11 +110,13 @@ class ArtifactStore:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[dict[str, Any]]:
-        """The index of `name`, which is written if the body succeeds. Runs that log at the same time take turns."""
+        """A context with the index of `name`, which is written if the body succeeds. Runs that log at the same time
+        wait.
+        """
         refuse_outside(self._index_dir, self._project_dir)
         self._index_dir.mkdir(exist_ok=True)
         path = self._index_dir / f"{name}.json"
-        # Not through a link, which would have another file locked.
+        # Not through a link, which would lock another file.
         with open(os.open(self._index_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as lock:
             with suppress(OSError):  # a network file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -126,7 +128,7 @@ class ArtifactStore:
 def _read_index(path: Path) -> dict[str, Any] | None:
     """The index in the file; None if there is no file.
 
-    It may have come with a folder of somebody else's, so the paths in it must lie inside the project.
+    It may come with a folder from somebody else, so the paths in it must be inside the project.
 
     Raises: TrackingError: it is damaged, or has a path that leads out of the project; the message names the file.
     """
@@ -146,7 +148,7 @@ def _read_index(path: Path) -> dict[str, Any] | None:
 
 
 def _problem_of(version: str, entry: Any) -> str | None:
-    """What is wrong with the entry of a version, if anything is."""
+    """The problem of the entry of a version; None if there is none."""
     if not _VERSION.fullmatch(version):
         return "is no version, as 'v0' is"
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("digest", "type", "path")):

@@ -1,4 +1,4 @@
-"""`Artifact`: files that are kept under a name, in versions."""
+"""`Artifact`: files with a name, which are stored in versions."""
 
 import hashlib
 import os
@@ -23,10 +23,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Artifact:
-    """Files under a name: a model, a data set. Put files in, then give it to `run.log_artifact`.
+    """Files with a name, such as a model or a data set. Add files, then pass it to `run.log_artifact`.
 
     Args:
-        name: of letters, digits, "_", "-" and ".".
+        name: letters, digits, "_", "-" and ".".
         type: any word for its kind: "model", "dataset".
 
     Attributes:
@@ -83,15 +83,15 @@ class Artifact:
             )
         if inner in self._sources:
             raise ValueError(f"{self.name!r} has a file {inner!r} already: pass name= to add this one under another.")
-        self._sources[inner] = Path(os.path.abspath(path))  # whatever its current folder is later
+        self._sources[inner] = Path(os.path.abspath(path))  # also if the current folder changes later
         return self
 
     def add_dir(self, path: str | Path, name: str = "", *, follow_links: bool = False) -> "Artifact":
-        """`add_file` for each file below the folder `path`, under `name/` and its path in there.
+        """Add each file below the folder `path`, under `name/` and its path in there.
 
         Args:
-            follow_links: take the contents of links that lead out of `path`, and of links to folders. They are refused
-                otherwise, since by a link a folder of somebody else's could have any file of this machine stored.
+            follow_links: take the contents of links that lead out of `path`, and of links to folders. Without it they
+                are refused, since a link in a folder from somebody else could point to any file of this machine.
 
         Returns: the artifact itself; on an error it is as it was.
         Raises: as `add_file`; NotADirectoryError; ValueError: there is a link (see `follow_links`), or a folder
@@ -110,7 +110,7 @@ class Artifact:
         return self
 
     def download(self, dir: str | Path | None = None) -> Path:
-        """The folder with its files, each compared with its digest first; with `dir`, a copy of it there.
+        """The folder with the files, each compared with its digest; with `dir`, a copy of the folder there.
 
         Cost: one read of the files. Without `dir` it is the stored folder itself: do not write to it.
 
@@ -146,7 +146,7 @@ class Artifact:
             )
 
     def _become(self, version: str, entry: dict[str, Any], project_dir: Path) -> None:
-        """Be the stored version that `entry` of the index describes."""
+        """Turn this artifact into the stored version that `entry` of the index describes."""
         self.version, self.digest, self.type = version, entry["digest"], entry["type"]
         self._folder, self._project_dir = project_dir / entry["path"], project_dir
         self.digests = {name: file["sha256"] for name, file in entry["files"].items()}
@@ -154,12 +154,12 @@ class Artifact:
 
 
 def is_name(name: object) -> TypeGuard[str]:
-    """Whether artifacts and aliases may have this name."""
+    """Whether it is a valid name of artifacts and aliases."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def checked_name(name: object) -> str:
-    """`name`, checked. Raises: ValueError: an artifact cannot have it."""
+    """`name`, checked. Raises: ValueError: it is no valid name of an artifact."""
     if not is_name(name):
         raise ValueError(
             f"An artifact's name has letters, digits, '_', '-' and '.', at most 200 of them, unlike {name!r}."
@@ -172,7 +172,7 @@ def _files_below(folder: Path, follow_links: bool) -> Iterator[Path]:
         for each in (Path(parent, name) for name in (*folders, *files)):
             if each.is_symlink():
                 _check_link(each, folder, follow_links)
-            if each.is_file() or not each.exists():  # a link to nothing is found missing when the artifact is logged
+            if each.is_file() or not each.exists():  # a link to nothing is reported when the artifact is logged
                 yield each
 
 
@@ -187,7 +187,7 @@ def _check_link(link: Path, folder: Path, follow_links: bool) -> None:
 
 
 def copied(source: Path, target: Path | None) -> str:
-    """Copy a file, or only read it; its SHA-256."""
+    """Copy a file, or only read it if `target` is None, and give its SHA-256."""
     digest = hashlib.sha256()
     with open(source, "rb") as file, open(target or os.devnull, "wb") as copy:
         while chunk := file.read(_CHUNK_BYTES):

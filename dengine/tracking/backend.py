@@ -1,4 +1,4 @@
-"""Other trackers that a run reports to besides its own files: one module each, imported when the run is opened."""
+"""Other trackers to which a run reports, besides its own files: one module each, imported when the run is opened."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ BACKENDS = ("trackio", "tensorboard", "wandb", "mlflow")
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a backend is given about the run. `config` is made of nested dicts and lists of scalars."""
+    """The information about the run that a backend gets. `config` is made of nested dicts and lists of scalars."""
 
     id: str
     name: str
@@ -32,7 +32,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class StoredFiles:
-    """A stored version of an artifact: its files are in the run's folder, and do not change any more."""
+    """A stored version of an artifact. Its files are in the run's folder, and no longer change."""
 
     name: str
     type: str
@@ -44,7 +44,9 @@ class StoredFiles:
 
 
 class Backend(ABC):
-    """Another tracker. It is opened from a `RunInfo`, and called on the rank that records, by one thread at a time."""
+    """Base class of other trackers. Made from a `RunInfo`, and called on the rank that records, by one thread at a
+    time.
+    """
 
     @abstractmethod
     def log(self, values: Mapping[str, Scalar], step: int, time_s: float) -> None: ...
@@ -57,9 +59,10 @@ class Backend(ABC):
 
 
 def open_backend(name: str, info: RunInfo) -> Backend:
-    """The backend of that name, opened.
+    """Open the backend with that name.
 
-    Raises: ValueError: there is no such backend. ModuleNotFoundError: its package is missing; it names the extra.
+    Raises: ValueError: there is no such backend. ModuleNotFoundError: its package is missing; the message names the
+        extra.
     """
     if name == "trackio":
         from dengine.tracking.trackio import TrackioBackend
@@ -85,7 +88,7 @@ def open_backend(name: str, info: RunInfo) -> Backend:
 
 
 def package(module: str, extra: str) -> ModuleType:
-    """The module of an optional package. Raises: ModuleNotFoundError: it names the extra to install."""
+    """The module of an optional package. Raises: ModuleNotFoundError: the message names the extra to install."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

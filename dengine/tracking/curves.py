@@ -1,4 +1,4 @@
-"""Makes curves from the rows of a run, and finds the best point of one. Pure: draws nothing."""
+"""Make curves from the rows of a run, and find the best point of a curve. Pure: draws nothing."""
 
 import math
 import re
@@ -20,9 +20,9 @@ _OVER = ("step", "time", "epoch", "global_step")
 
 @dataclass(frozen=True)
 class Curve:
-    """`name` of `split` ("training", "validation", "test", or "" if the name does not say), over "epoch" or "step".
+    """A curve: the metric `name` of `split` ("training", "validation", "test", "" if unknown) over "epoch" or "step".
 
-    Shapes: x (N,) ascending; y (N,), not finite where the value in the row is not.
+    Shapes: x (N,) ascending; y (N,), not finite if the value in the row is not.
     """
 
     name: str
@@ -43,8 +43,8 @@ class Best:
 def curves_of(rows: Sequence[Mapping[str, object]]) -> list[Curve]:
     """The curves in order of their first appearance.
 
-    If a run was resumed, a step may be there twice: the later row counts. If some rows have an epoch as their step and
-    others an iteration, both are drawn over iterations: those of an epoch at the iteration that was logged last before.
+    If a run was resumed, a step may occur twice: the later row counts. If some rows have an epoch as their step and
+    others an iteration, both are drawn over iterations: rows of an epoch at the last iteration that was logged before.
     """
     counts_epochs = any("epoch" in row for row in rows) and all(
         abs(_number(row["step"]) - _number(row["epoch"])) <= 1 for row in rows if "epoch" in row and "step" in row
@@ -66,7 +66,7 @@ def curves_of(rows: Sequence[Mapping[str, object]]) -> list[Curve]:
 
 
 def best_of(curves: Sequence[Curve]) -> Best | None:
-    """The best point of a validation accuracy or the like if there is one, else of a validation loss."""
+    """The best point of a validation accuracy or a similar score, else of a validation loss; None without one."""
     unseen = [curve for curve in curves if curve.split in ("validation", "test")]
     for pattern, pick in ((_HIGHER, np.nanargmax), (_LOWER, np.nanargmin)):
         for curve in unseen:
@@ -112,7 +112,7 @@ def _iteration_at(rows: Sequence[Mapping[str, object]]) -> Callable[[float, floa
     times, steps = map(np.array, zip(*sorted(known), strict=True))
 
     def reached(time_s: float, otherwise: float) -> float:
-        # The last one logged, not one between two: an epoch is logged when it ends.
+        # The last one that was logged: an epoch is logged when it ends.
         index = int(np.searchsorted(times, time_s, side="right")) - 1
         return otherwise if math.isnan(time_s) else float(steps[max(index, 0)])
 
@@ -122,7 +122,7 @@ def _iteration_at(rows: Sequence[Mapping[str, object]]) -> Callable[[float, floa
 def _number(value: Any) -> float:
     try:
         return float(value)
-    except OverflowError:  # a whole number beyond the floats
+    except OverflowError:  # a whole number above any float
         return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
         return math.nan

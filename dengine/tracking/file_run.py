@@ -1,4 +1,4 @@
-"""A run that is recorded as plain files: rows while it goes on, and at the end how it ended."""
+"""Record a run as plain files: rows while it goes on, and its status at the end."""
 
 import atexit
 import os
@@ -51,9 +51,9 @@ class FileRun(Run):
         self._rows = rows
         self._backends: dict[str, Backend] = {}
         self._is_finished = False
-        self._lock = threading.RLock()  # handlers may log from threads of their own; a signal's from within log()
+        self._lock = threading.RLock()  # handlers may log from their own threads, and signal handlers within log()
         self._store = ArtifactStore(directory.parent)
-        self._has_handler = False  # of SIGTERM
+        self._has_handler = False  # whether it handles SIGTERM
         self._pid = os.getpid()
         self._read_summary()
         write_json(self.dir / "config.json", self.config)
@@ -131,7 +131,7 @@ class FileRun(Run):
         write_json(path, {**noted, how: [*noted.get(how, []), entry]})
 
     def _report(self, name: str, call: Callable[[Backend], None]) -> None:
-        """Call a backend. If it fails, that is a warning: it must end neither the training nor the record."""
+        """Call a backend. A failure is only a warning: it must not end the training or the record."""
         try:
             call(self._backends[name])
         except Exception as error:
@@ -158,18 +158,18 @@ class FileRun(Run):
             return
         try:
             self._end("failed", error)
-        except Exception as failure:  # must not hide what ended the run
+        except Exception as failure:  # must not hide the error that ended the run
             warnings.warn(
                 f"The record of the failed run {self.dir} is incomplete: {failure}", RuntimeWarning, stacklevel=2
             )
 
     def _end(self, status: str, error: BaseException | None) -> None:
         with self._lock:
-            if self._is_finished or os.getpid() != self._pid:  # the record is not a forked child's
+            if self._is_finished or os.getpid() != self._pid:  # a forked child does not own the record
                 return
             self._is_finished = True
         atexit.unregister(self._leave_at_exit)
-        with ExitStack() as last:  # from the bottom up, each one even if others fail: a run that ended must say so
+        with ExitStack() as last:  # from the bottom up, each even if others fail: the end of a run must be recorded
             last.callback(self._restore_sigterm)
             last.callback(self._write_status, status, error)
             last.callback(self._rows.close)
@@ -182,12 +182,12 @@ class FileRun(Run):
             raise ValueError(f"The run {self.id} has ended, and its record lacks something: {' '.join(problems)}")
 
     def _leave_at_exit(self) -> None:
-        """Finish the run of a script that ends without `finish()`: by an exception, or well."""
+        """Finish the run of a script that ends without `finish()`, normally or by an exception."""
         error = getattr(sys, "last_value", None)
         self._end("finished" if error is None else "failed", error)
 
     def _catch_sigterm(self) -> None:
-        """Have SIGTERM raise SystemExit, so that the run is marked, if the signal would just end the process."""
+        """Make SIGTERM raise SystemExit, so that the run is marked, unless the signal is handled already."""
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _exit_by_signal)
@@ -211,7 +211,7 @@ class FileRun(Run):
         write_json(self.dir / "status.json", entry)
 
     def _read_summary(self) -> None:
-        """Continue from the rows of a resumed run. A killed run has rows, but no summary of them."""
+        """Read the summary from the rows of a resumed run: a killed run has rows, but no summary."""
         rows, _ = read_rows(self.dir / ROWS)
         if not rows:
             return
@@ -229,7 +229,7 @@ class FileRun(Run):
 
 
 def _recordable(*settings: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Each of `settings` as far as it can be recorded, and last the list of what is wrong with the rest."""
+    """The recordable part of each of `settings`, and, as the last item, the list of problems with the rest."""
     recordable: list[dict[str, Any]] = []
     problems: list[str] = []
     for values in settings:
@@ -237,7 +237,7 @@ def _recordable(*settings: Mapping[str, Any]) -> tuple[Any, ...]:
         for key, value in values.items():
             try:
                 recordable[-1][str(key)] = plain(value, (key,))
-            except Exception as error:  # a `repr` of the user's may raise anything
+            except Exception as error:  # a user's `repr` may raise anything
                 problems.append(str(error) if isinstance(error, ValueError) else f"{key!r}: {error!r}")
     return *recordable, problems
 

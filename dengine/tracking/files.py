@@ -1,4 +1,4 @@
-"""The small JSON files of a run, and checks of names and paths that may come from somebody else."""
+"""Read and write the small JSON files of a run, and check names and paths that may come from somebody else."""
 
 import json
 import os
@@ -14,7 +14,7 @@ __all__ = ["TrackingError", "inner_path", "path_part", "read_json", "refuse_outs
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace the file in one step: a reader finds the old one or the new one. Raises: OSError: it is as it was."""
+    """Replace the file in one step: readers see the old one or the new one. Raises: OSError: the old one stays."""
     text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
 
     def write(temporary: Path) -> None:
@@ -27,7 +27,7 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the file; {} if there is no file.
 
-    Raises: TrackingError: the file holds something else, or is not a regular file (a pipe would be waited for).
+    Raises: TrackingError: the file has other content, or is not a regular file (to read a pipe would wait).
     """
     try:
         refuse_special(path)
@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def path_part(what: str, name: object) -> str:
-    """`name`, checked to be fit for the name of a folder.
+    """`name`, checked to be a valid name of a folder.
 
     Raises: TypeError: it is not a string. ValueError: it is empty, begins with a dot, or has a slash or a control
         character in it.
@@ -55,7 +55,7 @@ def path_part(what: str, name: object) -> str:
 
 
 def inner_path(name: object) -> str | None:
-    """`name` as a path with forward slashes that stays inside the folder it is joined to; None if it does not.
+    """`name` as a path with forward slashes, if it stays inside the folder to which it is joined; else None.
 
     It stays inside on Windows, too. `a//b` and `./a/b` are `a/b`, so that one file has one name.
     """
@@ -68,7 +68,7 @@ def inner_path(name: object) -> str | None:
 
 
 def refuse_outside(path: Path, folder: Path) -> None:
-    """Raises: TrackingError: a link between `folder` and `path` leads out of `folder`, which may be a link itself."""
+    """Refuse a path out of `folder`, which may be a link itself. Raises: TrackingError: a link in it leads out."""
     real, inside = os.path.realpath(path), os.path.realpath(folder)
     if os.path.commonpath([real, inside]) != inside:
         raise TrackingError(
@@ -78,7 +78,7 @@ def refuse_outside(path: Path, folder: Path) -> None:
 
 
 def refuse_special(path: Path) -> None:
-    """Raises: TrackingError: it is a folder, a pipe or a device. OSError: there is nothing."""
+    """Refuse all but regular files. Raises: TrackingError: a folder, a pipe or a device. OSError: it does not exist."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise TrackingError(f"{path} is no regular file, and is not read.")
 

@@ -1,4 +1,4 @@
-"""MLflow: the tracking server that it is configured for, else a SQLite file in the folder of the runs."""
+"""Report to MLflow: to the configured tracking server, else to a SQLite file in the folder of the runs."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from dengine.tracking.values import Scalar, to_json
 
 __all__ = ["MlflowBackend"]
 
-_BATCH = 1000  # metrics: the most that MLflow takes in one call
+_BATCH = 1000  # the most metrics that MLflow takes in one call
 _NUM_PARAMS = 100
 _MAX_WAIT_S = 1.0
 _PARAM_LENGTH = 6000
@@ -19,10 +19,10 @@ _ID_TAG = "dengine.run_id"
 
 
 class MlflowBackend(Backend):
-    """A run in the experiment of the project's name.
+    """A run in the MLflow experiment with the project's name.
 
     One call to MLflow takes milliseconds, so values are collected for about a second and sent together. MLflow gives
-    runs ids of its own; ours is a tag, by which a resumed run is found again.
+    runs ids of its own; our id is a tag, so that a resumed run is found again.
     """
 
     def __init__(self, info: RunInfo) -> None:
@@ -39,7 +39,7 @@ class MlflowBackend(Backend):
             uri, artifacts = f"sqlite:///{root / 'mlflow.db'}", (root / "mlflow-artifacts").as_uri()
         else:
             artifacts = None
-        # Not the module's functions: those have one run a process, which may be the script's own.
+        # Not the module's functions: these have one run per process, which may be the script's own.
         self._client: Any = mlflow.MlflowClient(tracking_uri=uri)
         self._run_id = self._open(mlflow, info, artifacts)
 
@@ -79,7 +79,7 @@ class MlflowBackend(Backend):
         )
         if found:
             self._client.update_run(run.info.run_id, status="RUNNING")
-        # A parameter cannot be changed once it is there.
+        # A parameter cannot be changed after it was set.
         params = [
             mlflow.entities.Param(_key(name), value[:_PARAM_LENGTH])
             for name, value in _params("", info.config)
@@ -107,6 +107,6 @@ def _params(prefix: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _key(name: str) -> str:
-    """MLflow's names have letters, digits, and "_-. :/"; and no part of "." or ".."."""
+    """`name` as MLflow allows it: letters, digits, and "_-. :/", and no part "." or ".."."""
     kept = "".join(letter if letter.isalnum() or letter in "_-. :/" else "_" for letter in name)
     return "/".join(part.replace(".", "_") if set(part) <= {"."} else part for part in kept.split("/") if part) or "_"

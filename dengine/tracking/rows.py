@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, one JSON object a line: writing and reading it."""
+"""Write and read `metrics.jsonl`, which has one JSON object a line."""
 
 import fcntl
 import json
@@ -18,7 +18,7 @@ ROWS = "metrics.jsonl"
 
 
 class RowFile:
-    """Appends rows to a file. Each is handed to the operating system at once: a killed process loses none of them.
+    """Appends rows to a file. Each row goes to the operating system at once, so that a killed process loses none.
 
     One write a row costs about as much as its JSON, and needs neither a thread nor a timer. If a write fails (a full
     disk), there is a warning, and the rows are kept and tried again with the next one; `close` raises if some are left.
@@ -38,7 +38,7 @@ class RowFile:
             raise TrackingError(f"{path} is being written by this process: finish() that run before resuming it.")
         self._lock = self._descriptor = -1
         try:
-            # The lock has a file of its own: this kind of lock is gone once its process has closed the file anywhere.
+            # The lock has its own file: such a lock is lost as soon as its process closes the file anywhere.
             self._lock = os.open(path.with_name(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             self._take_lock()
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -65,7 +65,7 @@ class RowFile:
         self._waiting = b""
 
     def close(self) -> None:
-        """Write what is left and close the file. Raises: TrackingError: rows are left that could not be written."""
+        """Write the rows that are left, and close the file. Raises: TrackingError: some rows could not be written."""
         try:
             if self._waiting:
                 self._write(self._waiting)
@@ -83,7 +83,7 @@ class RowFile:
             while written < len(line):
                 written += os.write(self._descriptor, line[written:])
         except OSError:
-            if written:  # the disk is full: take the half line back
+            if written:  # the disk is full: remove the half line
                 os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
             raise
 
@@ -94,7 +94,7 @@ class RowFile:
         self._open_here.pop(self._real, None)
 
     def _take_lock(self) -> None:
-        """Take the lock of the file until the process ends, in whatever way. Workers do not inherit it."""
+        """Lock the file until the process ends, in whatever way. Workers do not inherit the lock."""
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -106,9 +106,9 @@ class RowFile:
 
 
 def mend(descriptor: int) -> None:
-    """Complete or drop the file's last line, of which a killed writer may have left half.
+    """Repair the last line of the file, which a killed writer may have left incomplete.
 
-    A line that only lacks its newline gets one.
+    A line that only lacks its newline gets one; any other incomplete line is removed.
     """
     size = os.fstat(descriptor).st_size
     text = os.pread(descriptor, size, 0)
@@ -124,8 +124,8 @@ def mend(descriptor: int) -> None:
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The rows of a file, in order, and the numbers (from 1) of lines that are not rows.
 
-    A last line without its newline is being written, or was when its writer was killed: it is left out, and not counted
-    as damaged, unless it is whole. "NaN" and its like are strings, as in the file; `float()` reads them.
+    A last line without a newline is being written, or was when its writer was killed: unless it is complete, it is left
+    out, and does not count as damaged. "NaN" and its like are strings, as in the file; `float()` reads them.
 
     Raises: OSError: the file cannot be read.
     """

@@ -17,10 +17,10 @@ class Run(ABC):
     """A run of `Track.run`, and a context manager: leaving it finishes the run, by an exception as a failed one.
 
     Attributes:
-        id: names it in its project, and resumes it. "unrecorded" if nothing is recorded.
+        id: its name in the project, with which it can be resumed. "unrecorded" if nothing is recorded.
         name, project: as given; the name is the id by default.
         dir: the folder of its files, absolute. If nothing is recorded, there is no such folder.
-        config: as given, of dicts, lists and scalars; what is changed in it is written when the run finishes.
+        config: as given, as dicts, lists and scalars; changes of it are written when the run finishes.
         summary: the last value of each name; the script may add others. Written when the run finishes.
     """
 
@@ -40,7 +40,7 @@ class Run(ABC):
 
         Args:
             values: by name. Tensors and arrays of one element are read, which waits for their device.
-            step: any whole number, smaller ones than before too; by default one more than the last, from 0.
+            step: any whole number, also a smaller one than before; by default one more than the last, from 0.
 
         Raises:
             TypeError, ValueError: `values` is not a dict or contains itself, a value is named "step" or "time" (each
@@ -52,7 +52,7 @@ class Run(ABC):
     def log_artifact(self, artifact: Artifact, aliases: Sequence[str] = ()) -> Artifact:
         """Store the artifact's files as its next version, `v0`, `v1`, ..., under "latest" and `aliases`.
 
-        Versions count over the project. Contents that are stored already get the aliases, and no new version.
+        Versions are numbered in the project. Contents that are stored already get the aliases, but no new version.
         Cost: one copy and one SHA-256 of the files, for which the caller waits.
 
         Returns: `artifact`, whose `version` is set now; if nothing is recorded, as it was.
@@ -65,7 +65,7 @@ class Run(ABC):
 
         It works on every rank that sees the folder, also on those that record nothing.
 
-        Raises: KeyError: there is no such artifact; it lists those there are. TrackingError: the record of it is
+        Raises: KeyError: there is no such artifact; the message lists the known ones. TrackingError: its record is
             damaged, or leads out of the project.
         """
 
@@ -73,8 +73,8 @@ class Run(ABC):
     def finish(self) -> None:
         """End the record as a finished run; a second call does nothing.
 
-        Raises: TrackingError: rows could not be written. ValueError: something in `summary` or `config` contains
-            itself; the rest of them is recorded, and that the run has ended.
+        Raises: TrackingError: rows could not be written. ValueError: a value in `summary` or `config` contains
+            itself; the rest is recorded, and so is the end of the run.
         """
 
     @abstractmethod

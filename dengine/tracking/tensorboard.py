@@ -1,4 +1,4 @@
-"""TensorBoard's event files, in the run's folder: `tensorboard --logdir runs`."""
+"""Write event files for TensorBoard into the run's folder: `tensorboard --logdir runs`."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class TensorBoardBackend(Backend):
         package("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        # By default what was written in the last two minutes is lost with a killed process.
+        # By default a killed process loses the values of the last two minutes.
         self._writer = SummaryWriter(str(info.dir / "tensorboard"), flush_secs=1)
         self._step = 0
         if not info.is_resumed:
@@ -43,5 +43,5 @@ class TensorBoardBackend(Backend):
     def _text(self, name: str, text: str, step: int) -> None:
         indented = "\n".join(
             f"    {line}" for line in text.splitlines()
-        )  # four spaces: shown as it is, not as markdown
+        )  # four spaces: shown literally, not as markdown
         self._writer.add_text(name, indented, step)

@@ -1,4 +1,4 @@
-"""`Track`, which opens runs: the one module of this sub-package that asks for the rank."""
+"""`Track`, which opens runs. Only this module of the subpackage asks for the rank."""
 
 import os
 import secrets
@@ -54,24 +54,23 @@ class Track:
     ) -> Run:
         """Open a run; use it in a `with`, so that it ends with the block, marked as failed if the block raises.
 
-        Call it on every rank: rank 0 records, and on the others the same calls do nothing. It is no collective.
-        Under a launcher it may be called before `process_group()` too.
+        Call it on every rank: rank 0 records, and on other ranks the same calls do nothing. It is not a collective.
+        Under a launcher it may also be called before `process_group()`.
 
         Args:
-            project: what the run belongs to; a folder in `dir`. Artifacts are shared within a project.
-            config: a mapping, a dataclass or an `argparse.Namespace`; what JSON cannot hold is kept as its `repr`.
-            tags: words to find the run by.
+            project: the name of the project, a folder in `dir`. Artifacts are shared within a project.
+            config: a mapping, a dataclass or an `argparse.Namespace`; values without JSON are kept as their `repr`.
+            tags: words with which the run can be found.
             dir: the folder of the projects; "runs" in the current folder by default. The run's own folder is
                 `dir/project/id`.
-            resume: the id of a run to continue: rows are added to it, and `config` is merged into its own. Half a line
-                that a killed process left is dropped.
-            backend: "trackio", "tensorboard", "wandb", "mlflow", or several of them, to report to as well.
+            resume: the id of a run to continue: rows are added to it, and `config` is merged into its own. An
+            incomplete line that a killed process left is removed. backend: "trackio", "tensorboard", "wandb",
+            "mlflow", or several of them, to report to as well.
 
         Raises:
-            TypeError, ValueError: an argument is wrong, or there is no run of that id; the message lists those there
-                are.
-            TrackingError: the folder cannot be written, or that run is being recorded already.
-            ModuleNotFoundError: the package of a backend is missing; it names the extra to install.
+            TypeError, ValueError: an argument is wrong, or there is no run with that id; the message lists the known
+            ones. TrackingError: the folder cannot be written, or that run is being recorded already.
+            ModuleNotFoundError: the package of a backend is missing; the message names the extra to install.
         """
         root = Path(os.path.abspath(path_of("dir", "runs" if dir is None else dir)))
         path_part("project", project)
@@ -89,8 +88,10 @@ class Track:
 
     @staticmethod
     def set_mode(mode: Mode) -> None:
-        """Set the mode of runs that are opened from now on: "online" lets backends reach the servers they are
-        configured for; "offline" keeps them on this machine; "disabled" records nothing.
+        """Set the mode of runs that are opened from now on.
+
+        "online" lets backends reach their configured servers; "offline" keeps them on this machine; "disabled" records
+        nothing.
 
         Raises: ValueError: there is no such mode.
         """
@@ -100,7 +101,7 @@ class Track:
 
 
 def _rank() -> int:
-    """This process's rank; before the process group is opened, what the launcher says it will be."""
+    """The rank of this process; before the process group is opened, the rank in the launcher's variables."""
     here = world()
     launch = find_launch(os.environ) if here.launcher == "single" else None
     return here.rank if launch is None else launch.rank
@@ -115,7 +116,7 @@ def _checked_backends(backend: str | Sequence[str]) -> list[str]:
 
 
 def _identity(project: str, name: str | None, tags: Sequence[str]) -> dict[str, Any]:
-    # Sorts by time; the letters are no draw from a random number generator that training uses.
+    # Sorts by time; the letters do not come from a random number generator that training uses.
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     return {
         "id": run_id,
@@ -141,7 +142,7 @@ def _resumed(project_dir: Path, run_id: str, name: str | None, tags: Sequence[st
     if not isinstance(old_name, str) or not isinstance(old_tags, list):
         raise TrackingError(f"{path} is damaged: it needs a name, which is text, and a list of tags.")
     all_tags = dict.fromkeys(map(str, [*old_tags, *tags]))
-    # The folder says which run it is: a file of somebody else's must not lead to another folder.
+    # The folder decides which run it is: a file from somebody else must not lead to another folder.
     return {
         **identity,
         "id": run_id,

@@ -1,4 +1,4 @@
-"""Trackio: a dashboard on localhost, from SQLite files in the user's cache (`TRACKIO_DIR`): `trackio show`."""
+"""Report to Trackio, a dashboard on localhost with SQLite files in the user's cache (`TRACKIO_DIR`): `trackio show`."""
 
 import contextlib
 import io
@@ -12,16 +12,16 @@ __all__ = ["TrackioBackend"]
 
 
 class TrackioBackend(Backend):
-    """A run with our id, by which trackio finds it again if it is resumed.
+    """A run of trackio with our id, so that trackio finds it again if it is resumed.
 
-    A thread of trackio's sends its rows twice a second. What it would print to stdout is not shown.
+    A thread of trackio sends its rows twice a second. Its output on stdout is not shown.
     """
 
     def __init__(self, info: RunInfo) -> None:
         trackio = package("trackio", "trackio")
         self._module = trackio
         with _quiet():
-            # Not trackio.init(), which ends the run that the script may have of its own.
+            # Not trackio.init(), which would end a run that the script has opened itself.
             self._run: Any = trackio.Run(
                 url=None,
                 project=info.project,
@@ -37,7 +37,7 @@ class TrackioBackend(Backend):
     def log_artifact(self, stored: StoredFiles) -> None:
         artifact = self._module.Artifact(stored.name, type=stored.type, metadata={"sha256": stored.digest})
         for name in stored.files:
-            # Not a second copy: what is stored does not change.
+            # No second copy: stored files do not change.
             artifact.add_reference((stored.folder / name).as_uri(), name=name)
         with _quiet():
             self._run.log_artifact(artifact, aliases=list(stored.aliases))

@@ -1,4 +1,4 @@
-"""Converts values to what can be recorded. Pure: touches no file."""
+"""Convert values to recordable ones. Pure: touches no file."""
 
 import json
 import math
@@ -22,8 +22,8 @@ Plain: TypeAlias = "Scalar | list[Plain] | dict[str, Plain]"
 
 _ENCODE = json.JSONEncoder(allow_nan=False).encode
 _AS_IT_IS = (float, int, bool, str)
-_MOST_BITS = 8192  # of a whole number: 2467 digits
-_MAX_DEPTH = 100  # what contains itself is deeper than any
+_MOST_BITS = 8192  # in a whole number: 2467 digits
+_MAX_DEPTH = 100  # a value that contains itself is deeper
 
 
 def scalar(name: str, value: object) -> Scalar:
@@ -53,13 +53,13 @@ def scalar(name: str, value: object) -> Scalar:
 
 
 class RowMaker:
-    """Makes rows of what people log. A value that a row cannot hold is left out, with one warning for each name."""
+    """Makes rows from logged values. A value that a row cannot hold is left out, with one warning for each name."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()  # names
 
     def row(self, values: Mapping[str, object]) -> dict[str, Scalar]:
-        """Scalars by name: `{"val": {"acc": tensor(0.5)}}` gives `{"val/acc": 0.5}`; None stays None.
+        """A row of scalars by name: `{"val": {"acc": tensor(0.5)}}` gives `{"val/acc": 0.5}`; None stays None.
 
         Raises:
             TypeError: `values` is not a mapping.
@@ -90,9 +90,9 @@ def encode(row: Mapping[str, Scalar]) -> bytes:
 
 
 def plain(value: object, keys: Sequence[object] = ()) -> Plain:
-    """`value` as dicts, lists and scalars; anything else becomes its `repr`. `keys` leads to it from the outermost.
+    """`value` as dicts, lists and scalars; anything else becomes its `repr`. `keys` is the path to it.
 
-    Raises: ValueError: something in it contains itself; the message names the key.
+    Raises: ValueError: a value in it contains itself; the message names the key.
     """
     _refuse_depth(keys)
     if isinstance(value, int) and _is_too_long(value):
@@ -115,7 +115,9 @@ def plain(value: object, keys: Sequence[object] = ()) -> Plain:
 
 
 def to_json(value: object) -> object:
-    """`value`, of dicts, lists and scalars, with numbers that are not finite as strings: JSON has none of them."""
+    """`value`, of dicts, lists and scalars, with numbers that are not finite as strings, as JSON has no such
+    numbers.
+    """
     if isinstance(value, Mapping):
         return {key: to_json(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -146,9 +148,9 @@ def _flatten(
 
 
 def _own_copy(name: str, value: Any) -> Any:
-    """What this rank has of a DTensor that all ranks of its mesh have whole. Only rank 0 makes rows.
+    """This rank's copy of a DTensor that all ranks of its mesh have whole. Only rank 0 makes rows.
 
-    Raises: RankZeroCollectiveError: no rank has it whole.
+    Raises: RankZeroCollectiveError: no rank has the whole tensor.
     """
     if not is_dtensor(value):
         return value
@@ -161,7 +163,7 @@ def _own_copy(name: str, value: Any) -> Any:
 
 
 def _item(name: str, value: torch.Tensor | np.ndarray | np.generic) -> object:
-    """The one element. An error of the device is raised as it is: it is not about this value."""
+    """The single element. An error of the device is raised unchanged: it is not about this value."""
     try:
         return value.item()
     except (RuntimeError, NotImplementedError) as error:
@@ -171,7 +173,7 @@ def _item(name: str, value: torch.Tensor | np.ndarray | np.generic) -> object:
 
 
 def _is_too_long(value: object) -> bool:
-    """Whether it is a whole number too long for Python to write it, or another reader to read it."""
+    """Whether it is a whole number with too many digits for Python, or for other readers."""
     return isinstance(value, int) and value.bit_length() > _MOST_BITS
 
 
@@ -185,6 +187,6 @@ def _refuse_depth(keys: Sequence[object]) -> None:
 def _short(value: object) -> str:
     try:
         text = repr(value)
-    except Exception:  # the user's own
+    except Exception:  # the user's `repr` may raise anything
         text = object.__repr__(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

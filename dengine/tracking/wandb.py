@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""Report to Weights & Biases."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +12,11 @@ _STEP = "global_step"
 
 
 class WandbBackend(Backend):
-    """A run of the same id and name.
+    """A run of wandb with the same id and name.
 
-    wandb drops what is logged at a step below its last one, as happens if epochs and iterations are both logged, or a
-    run resumes from a checkpoint. So wandb's own step counts calls, and ours is a value that it draws curves over.
+    wandb drops values that are logged at a smaller step than the last one, which happens if epochs and iterations are
+    both logged, or if a run resumes from a checkpoint. So wandb's own step counts calls, and our step is a value over
+    which it draws curves.
     """
 
     def __init__(self, info: RunInfo) -> None:
@@ -31,7 +32,7 @@ class WandbBackend(Backend):
             # Without a server there is nothing to resume, and wandb warns of it.
             resume=None if info.is_offline else "allow",
             mode="offline" if info.is_offline else None,
-            reinit="create_new",  # leave alone the run that the script may have of its own
+            reinit="create_new",  # do not touch a run that the script has opened itself
             settings=wandb.Settings(silent=True),
         )
         self._run.define_metric(_STEP, hidden=True)
@@ -43,7 +44,7 @@ class WandbBackend(Backend):
     def log_artifact(self, stored: StoredFiles) -> None:
         artifact = self._module.Artifact(stored.name, type=stored.type, metadata={"sha256": stored.digest})
         for name in stored.files:
-            # What is stored does not change, so that wandb needs no copy of it.
+            # Stored files do not change, so wandb needs no copy.
             artifact.add_file(str(stored.folder / name), name=name, policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=list(stored.aliases))
 

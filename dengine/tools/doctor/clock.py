@@ -1,4 +1,4 @@
-"""Compares the clocks of the ranks through the store."""
+"""Compare the clocks of the ranks through the store."""
 
 import time
 
@@ -7,13 +7,13 @@ from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["answer_clock", "ask_clock", "judge_clock"]
 
-_NUM_ROUNDS = 4  # the first includes the wait for this rank's turn; the quickest of the others counts
+_NUM_ROUNDS = 4  # the first includes the wait for this rank's turn; the fastest of the others is used
 _WARN_S, _FAIL_S = 1.0, 300.0
 _ROUND_S = 10.0
 
 
 def answer_clock(exchange: Exchange, ranks: list[int]) -> None:
-    """Answer the questions of `ranks` for the time, on the coordinator. Raises: TimeoutError; StoreLostError."""
+    """Answer the requests of `ranks` for the time, on the coordinator. Raises: TimeoutError; StoreLostError."""
     for rank in ranks:
         for turn in range(_NUM_ROUNDS):
             exchange.wait(f"clock/ask/{rank}/{turn}", _ROUND_S)
@@ -21,7 +21,7 @@ def answer_clock(exchange: Exchange, ranks: list[int]) -> None:
 
 
 def ask_clock(exchange: Exchange, turn_s: float) -> dict[str, float]:
-    """Seconds that this rank's clock is ahead of the coordinator's, and how far off that may be.
+    """The seconds by which this rank's clock is ahead of the coordinator's, and the uncertainty of that.
 
     Raises: TimeoutError: this rank had no turn within `turn_s`; StoreLostError.
     """
@@ -37,7 +37,7 @@ def ask_clock(exchange: Exchange, turn_s: float) -> dict[str, float]:
 
 
 def judge_clock(facts: dict[int, dict[str, float]], coordinator: int, hosts: dict[int, str]) -> Finding:
-    """`facts`: of the ranks other than the coordinator, with whose clock all others are compared."""
+    """Whether the clocks agree. `facts` are those of all ranks but the coordinator, with which they are compared."""
     if not facts:
         return Finding("clock", Verdict.SKIP, "one rank has no other to compare with")
     worst = max(facts, key=lambda rank: abs(facts[rank]["ahead_s"]))

@@ -1,4 +1,4 @@
-"""Checks that each rank has a device of its own, of the same kind everywhere, and not more threads than cores."""
+"""Check that each rank has its own device, of the same kind everywhere, and not more threads than cores."""
 
 import os
 from collections import defaultdict
@@ -15,7 +15,7 @@ __all__ = ["device_facts", "judge_devices", "judge_threads", "thread_facts"]
 
 
 def device_facts(launch: Launch | None) -> DeviceFacts:
-    """The device that this rank would use in a training. `identity` is the same only for the same piece of hardware."""
+    """The device that this rank would use in a training. `identity` identifies the piece of hardware."""
     index = 0 if launch is None else launch.device_index
     device = default_device(index)
     facts: DeviceFacts = {"device": str(device), "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}

@@ -1,6 +1,6 @@
-"""What the ranks of a doctor say to each other, through the launcher's store. Nothing here waits for ever.
+"""Messages between the ranks of a doctor, through the launcher's store. Nothing here waits for ever.
 
-It is no process group, so that it works where a group could not be made, and tells who never came.
+It is no process group, so that it works even if a group could not be made, and shows which ranks never came.
 """
 
 import json
@@ -17,11 +17,11 @@ from dengine.torch_internals import HashStore, PrefixStore
 
 __all__ = ["Exchange", "StoreLostError", "open_exchange"]
 
-_OPERATION_S = 30.0  # of the store: it answers at once, or is gone
+_OPERATION_S = 30.0  # for one request: the store answers at once, or is gone
 
 
 class StoreLostError(Exception):
-    """The store is gone: rank 0, or torchrun's agent, ended before it had said what it found."""
+    """The store is gone: rank 0, or torchrun's agent, ended before it had published its results."""
 
 
 class Exchange:
@@ -33,25 +33,25 @@ class Exchange:
         self._exchange = StoreExchange(store, rank)
 
     def post(self, topic: str, result: Any) -> None:
-        """Leave this rank's result."""
+        """Publish this rank's result."""
         with _noticing_loss():
             self._exchange.post(topic, json.dumps(result))
 
     def read(self, topic: str, rank: int, timeout_s: float) -> Any:
-        """The result of `rank`, waited for. Raises: TimeoutError: it did not come."""
+        """Wait for the result of `rank`. Raises: TimeoutError: it did not come."""
         found = self.collect(topic, [rank], timeout_s)
         if not found:
             raise TimeoutError(f"rank {rank} has left no {topic} within {timeout_s:g} s")
         return found[rank]
 
     def collect(self, topic: str, ranks: Iterable[int], timeout_s: float) -> dict[int, Any]:
-        """The results of those of `ranks` that left one within the time."""
+        """The results of the `ranks` that published one within the time."""
         with _noticing_loss():
             found = self._exchange.collect(topic, ranks, after(timeout_s))
         return {rank: json.loads(text) for rank, text in found.items()}
 
     def decide(self, topic: str, result: Any) -> Any:
-        """One result for all ranks: this one, unless somebody has left another before."""
+        """One result for all ranks: this one, unless another rank has published one before."""
         with _noticing_loss():
             return json.loads(self._store.compare_set(topic, "", json.dumps(result)))
 
@@ -60,7 +60,7 @@ class Exchange:
             return bool(self._store.check([key]))
 
     def count(self, topic: str) -> int:
-        """How often this was called with `topic`, by whomever."""
+        """The number of calls of this with `topic`, on all ranks."""
         with _noticing_loss():
             return int(self._store.add(topic, 1))
 
@@ -72,7 +72,7 @@ class Exchange:
             self._store.set(key, text)
 
     def wait(self, key: str, timeout_s: float) -> str:
-        """The text at `key`, as soon as it is there. Raises: TimeoutError."""
+        """Wait for the text at `key`. Raises: TimeoutError."""
         with _noticing_loss():
             try:
                 self._store.wait([key], timedelta(seconds=timeout_s))
@@ -92,14 +92,14 @@ def _noticing_loss() -> Iterator[None]:
 
 
 def open_exchange(launch: Launch | None, timeout_s: float) -> Exchange:
-    """The exchange of the ranks that were launched together; one process has one of its own.
+    """The exchange of the ranks that were launched together, or of one process.
 
-    Raises: RuntimeError, OSError: the store cannot be hosted, or not be reached within `timeout_s`.
+    Raises: RuntimeError, OSError: the store cannot be hosted, or cannot be reached within `timeout_s`.
     """
     if launch is None:
         return Exchange(HashStore(), 0, 1)
     store = open_store(launch, timeout_s)  # the process group that is tried later is hosted by the same server
     store.set_timeout(timedelta(seconds=_OPERATION_S))
-    # An agent's store outlives its workers, and keeps what those before a restart have said.
+    # An agent's store outlives its workers, and keeps the messages from before a restart.
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return Exchange(PrefixStore(f"dengine/doctor/{attempt}", store), launch.rank, launch.size)

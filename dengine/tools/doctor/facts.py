@@ -1,4 +1,4 @@
-"""What ranks measure and publish through the store, as JSON: one dict for each check."""
+"""The measurements that ranks publish through the store as JSON: one dict for each check."""
 
 from typing import Any, TypeAlias, TypedDict
 
@@ -27,7 +27,7 @@ class LaunchFacts(TypedDict):
 
 
 class MasterFacts(TypedDict, total=False):
-    """Empty if one process has no master."""
+    """The facts about the master; empty for one process without a master."""
 
     name: str
     address: str
@@ -79,7 +79,7 @@ class SignalFacts(TypedDict):
 
 
 class RankFacts(TypedDict):
-    """What a rank measures by itself."""
+    """The facts that a rank measures by itself."""
 
     host: str
     launch: LaunchFacts
@@ -103,13 +103,13 @@ class FolderFacts(TypedDict, total=False):
     free: int
     has_inodes: bool
     flush_s: list[float]
-    is_whole: bool  # a renamed file was what had been written
+    is_whole: bool  # a renamed file had the content that was written
     error: str
     errno: int | None
 
 
 class GroupFacts(TypedDict, total=False):
-    """What was tried in a process group; what is missing was not reached."""
+    """The results of the steps in a process group; a missing one was not reached."""
 
     join: dict[str, Any]  # "seconds", "backend"
     reduced: dict[str, list[dict[str, Any]]]  # backend -> for each size "bytes", "seconds", "is_right"

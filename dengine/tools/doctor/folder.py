@@ -1,4 +1,4 @@
-"""Checks the checkpoint folder: every rank can write there, it is one folder for all, and renamed files are whole."""
+"""Check the checkpoint folder: all ranks can write there, they share it, and renamed files are complete."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ __all__ = ["judge_folder", "judge_shared", "leave_folder", "probe_folder", "sees
 _NUM_FLUSHES = 5
 _PROBE_BYTES = 1 << 20
 _FEW_BYTES, _SLOW_FLUSH_S = 5 << 30, 0.25
-_APPEARS_S = 5.0  # on NFS, what another host wrote may appear late
+_APPEARS_S = 5.0  # on NFS, files of another host may appear late
 _ADVICE = {
     errno.EROFS: "it is mounted read-only: pass a folder that ranks may write to by --folder, or remount it "
     "(docker run -v without :ro).",
@@ -30,7 +30,7 @@ _ADVICE[errno.EPERM] = _ADVICE[errno.EACCES]
 def probe_folder(folder: Path, session_id: str, rank: int) -> FolderFacts:
     """Write, flush, rename and read a file of this rank's own in a new sub-folder of `folder`, named after the session.
 
-    If `folder` does not exist yet, the nearest one above it that does is tried; nothing but the sub-folder is made.
+    If `folder` does not exist yet, the nearest existing folder above it is tried; only the sub-folder is made.
     """
     around = (folder.absolute(), *folder.absolute().parents)
     base = next(each for each in around if each.is_dir())
@@ -52,7 +52,7 @@ def probe_folder(folder: Path, session_id: str, rank: int) -> FolderFacts:
 
 
 def sees_file_of(probe: FolderFacts, session_id: str, coordinator: int) -> bool:
-    """Whether this rank finds the coordinator's file in the folder, as it was written."""
+    """Whether this rank finds the coordinator's file in the folder, with its content."""
     path, expected = Path(probe["part"], f"rank_{coordinator}"), f"{session_id} {coordinator}".encode()
     end = time.monotonic() + _APPEARS_S
     while True:
@@ -65,7 +65,7 @@ def sees_file_of(probe: FolderFacts, session_id: str, coordinator: int) -> bool:
 
 
 def leave_folder(probe: FolderFacts, rank: int) -> None:
-    """Remove what this rank wrote, and the sub-folder once it is empty."""
+    """Remove the files of this rank, and the sub-folder once it is empty."""
     part = Path(probe["part"])
     for path in (part / f"{rank}.tmp", part / f"rank_{rank}"):
         with suppress(OSError):
@@ -109,7 +109,7 @@ def judge_folder(facts: dict[int, FolderFacts], hosts: dict[int, str]) -> Findin
     data = {"free_bytes": free, "flush_s": flush}
     if free < _FEW_BYTES or not facts[least]["has_inodes"]:
         what = figure if facts[least]["has_inodes"] else f"{named}: no more files can be made"
-        advice = "a new checkpoint is written before the oldest goes: have room for n_saved + 1 of them."
+        advice = "a new checkpoint is written before the oldest one is removed: keep space for n_saved + 1 of them."
         return Finding("folder", Verdict.WARN, what, advice, (least,), data)
     if flush[slowest] > _SLOW_FLUSH_S:
         advice = "saving waits for the disk: save less often, or with Checkpoint(asynchronous=True)."
@@ -120,7 +120,7 @@ def judge_folder(facts: dict[int, FolderFacts], hosts: dict[int, str]) -> Findin
 def judge_shared(
     seen: dict[int, bool], probes: dict[int, FolderFacts], coordinator: int, hosts: dict[int, str]
 ) -> Finding:
-    """`seen`: for each rank other than the coordinator, whether it sees the coordinator's file."""
+    """Whether all ranks share the folder. `seen`: for each other rank, whether it sees the coordinator's file."""
     if "error" in probes[coordinator] or not seen:
         why = f"rank {coordinator} cannot write there" if seen else "one rank has no other to share with"
         return Finding("shared", Verdict.SKIP, why)
@@ -146,7 +146,7 @@ def judge_shared(
 
 
 def _flushes(path: Path) -> list[float]:
-    """Seconds of each fsync; the first writes 1 MB, so that a full disk shows."""
+    """The seconds of each fsync. The first one writes 1 MB, to notice a full disk."""
     took = []
     for turn in range(_NUM_FLUSHES):
         with path.open("wb") as file:
@@ -159,7 +159,7 @@ def _flushes(path: Path) -> list[float]:
 
 
 def _renames(temporary: Path, path: Path, content: bytes) -> bool:
-    """Whether a file that is renamed over another is the new one, whole, and its old name is gone."""
+    """Whether a file that is renamed over another one replaces it completely, and its old name is gone."""
     path.write_bytes(b"what was there before, and is longer" * 100)
     temporary.write_bytes(content)
     os.replace(temporary, path)

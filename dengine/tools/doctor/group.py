@@ -1,4 +1,4 @@
-"""Makes a process group as a training does, reduces over it in each backend, and saves and loads a checkpoint."""
+"""Make a process group as a training does, reduce over it in each backend, and save and load a checkpoint."""
 
 import re
 import statistics
@@ -18,26 +18,26 @@ from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["LIMIT_S", "exercise", "is_hanging", "judge_group"]
 
-LIMIT_S = 30.0  # for all of it
+LIMIT_S = 30.0  # for all steps together
 _JOIN_S = 15.0
 _THREAD = "dengine-doctor-group"
 _NO_ANSWER = "no answer"
-_SIZES = {4: 20, 64 << 10: 10, 1 << 20: 5, 16 << 20: 3}  # bytes -> how often
+_SIZES = {4: 20, 64 << 10: 10, 1 << 20: 5, 16 << 20: 3}  # bytes -> number of repetitions
 _PING_BYTES = 256 << 10
 _NUM_PINGS = 3
 _MANY_RANKS = 64
 _SLOW_RATIO, _SLOW_S = 4.0, 0.005
-_PERIOD = 251  # of the values that are added up: their sums are whole in float32
+_PERIOD = 251  # period of the values that are added up: their sums are exact in float32
 
 
 def exercise(backend: str, part: Path, *, mesh: dict[str, int] | None = None) -> GroupFacts:
     """Try everything that needs a process group; errors and hangs are in the result, and are not raised.
 
     `backend` and `mesh` are as for `process_group()`; a checkpoint is saved in the folder `part`.
-    Collective: call on all ranks. Cost: `LIMIT_S` at most. What hangs then stays in its thread.
+    Collective: call on all ranks. Cost: `LIMIT_S` at most. A step that hangs then stays in its thread.
     """
     results: GroupFacts = {}
-    # Gloo's own wait for a peer that cannot reach this host does not end with the group's timeout.
+    # Gloo's wait for a peer that cannot reach this host does not end at the group's timeout.
     thread = threading.Thread(target=_exercise, args=(backend, part, mesh, results), name=_THREAD, daemon=True)
     thread.start()
     thread.join(LIMIT_S)
@@ -76,13 +76,13 @@ def _exercise(backend: str, part: Path, mesh: dict[str, int] | None, results: Gr
 
 
 def _headline(error: Exception) -> str:
-    """Its first line, without the line of torch's sources that it comes from."""
+    """The first line of the message, without the line of torch's sources that raised it."""
     lines = str(error).splitlines() or [""]
     return re.sub(r"\[/[^\]\s]*:\d+\] ", "", lines[0])
 
 
 def _step(results: GroupFacts) -> str:
-    """The step that was under way: the first without a result."""
+    """The step that was under way: the first one without a result."""
     if "join" in results and results["join"]["backend"] == "none":
         return "checkpoint"
     return next((name for name in ("join", "reduced", "pings", "checkpoint") if name not in results), "leave")
@@ -115,7 +115,7 @@ def _timed(action: Callable[[], Any], device: torch.device) -> float:
 
 
 def _pings(rank: int, size: int) -> dict[int, float]:
-    """On rank 0, seconds for 256 kB to each rank and back, one by one: in a ring a slow rank slows its neighbours."""
+    """On rank 0, the seconds for 256 kB to each rank and back, one by one, so that a slow rank slows no others."""
     value = torch.zeros(_PING_BYTES // 4)
     times: dict[int, float] = {}
     for other in range(1, min(size, _MANY_RANKS)):
@@ -173,7 +173,7 @@ def _judge_join(facts: dict[int, GroupFacts], hosts: dict[int, str]) -> Finding:
 
 
 def _judge_reduction(backend: str, facts: dict[int, GroupFacts], hosts: dict[int, str]) -> Finding | None:
-    """All-reduces over `backend`: right sums first, then how fast; None if nobody tried it."""
+    """The finding about all-reduces over `backend`: right sums first, then speed; None if no rank tried it."""
     results = {rank: each["reduced"][backend] for rank, each in facts.items() if backend in each.get("reduced", {})}
     failed = _failed(facts, {"reduced", "pings"})
     if failed and not results:
@@ -211,7 +211,7 @@ def _judge_checkpoint(facts: dict[int, GroupFacts], hosts: dict[int, str]) -> Fi
     wrong = [rank for rank, each in results.items() if not each["is_equal"]]
     if wrong:
         figure = f"what {ranks_text(wrong, hosts)} loaded is not what was saved"
-        advice = "the file system gives back other bytes than it took: pass another folder by --folder."
+        advice = "the file system does not give back the bytes that were written: pass another folder by --folder."
         return Finding("checkpoint", Verdict.FAIL, figure, advice, tuple(wrong))
     slowest = {name: max(each[name] for each in results.values()) for name in ("save_s", "verify_s", "load_s")}
     parts = ", ".join(f"{name.removesuffix('_s')} {1000 * seconds:.0f} ms" for name, seconds in slowest.items())
@@ -219,21 +219,19 @@ def _judge_checkpoint(facts: dict[int, GroupFacts], hosts: dict[int, str]) -> Fi
 
 
 def _failed(facts: dict[int, GroupFacts], steps: set[str]) -> dict[int, str]:
-    """The ranks that failed in one of `steps` by themselves, with their errors; if there are none, those that failed
-    because of another rank.
-    """
+    """The ranks that failed in one of `steps`, with their errors: if any failed by itself, only those that did."""
     failed = {rank: each["failed"] for rank, each in facts.items() if each.get("failed", {}).get("step") in steps}
     own = {rank: each["error"] for rank, each in failed.items() if not each["error"].startswith("RemoteRankError")}
     return own or {rank: each["error"] for rank, each in failed.items()}
 
 
 def _most_telling(failed: dict[int, str]) -> int:
-    """The rank whose error says most: one that only waited says little."""
+    """The rank with the most useful error: that of a rank that only waited says little."""
     return min(failed, key=lambda rank: (failed[rank].startswith(_NO_ANSWER), rank))
 
 
 def _pinged(facts: dict[int, GroupFacts]) -> dict[int, float]:
-    # JSON has made the ranks text.
+    # JSON has turned the ranks into text.
     return {int(rank): seconds for rank, seconds in facts.get(0, {}).get("pings", {}).items()}
 
 

@@ -1,4 +1,4 @@
-"""Checks that other hosts can reach the network interfaces that Gloo and NCCL would take."""
+"""Check that other hosts can reach the network interfaces that Gloo and NCCL would use."""
 
 import os
 import socket
@@ -14,8 +14,9 @@ __all__ = ["interface_facts", "judge_interfaces"]
 
 
 def interface_facts(launch: Launch | None) -> InterfaceFacts:
-    """This host's interfaces. `gloo`: the address that Gloo would offer the others; `route`: the one from which this
-    host reaches the master.
+    """The interfaces of this host.
+
+    `gloo`: the address that Gloo would offer the others; `route`: the address from which this host reaches the master.
     """
     found = interfaces()
     named = os.environ.get("GLOO_SOCKET_IFNAME", "")
@@ -63,15 +64,15 @@ def _unknown_name(rank: int, each: InterfaceFacts, hosts: dict[int, str]) -> Fin
 
 
 def _local_address(rank: int, each: InterfaceFacts, hosts: dict[int, str]) -> Finding | None:
-    """What is wrong, with several hosts, if the address is one that only this host can reach."""
+    """The finding if there are several hosts and only this host can reach the address; else None."""
     if each["gloo"] and not each["gloo"].startswith("127."):
         return None
     route = next((name for name, address in each["interfaces"].items() if address == each["route"]), "")
-    is_local = (each["route"] or "127.").startswith("127.")  # hosts that share a network, or a master that is wrong too
+    is_local = (each["route"] or "127.").startswith("127.")  # hosts that share a network, or a wrong master, too
     advice = "" if is_local else f"export GLOO_SOCKET_IFNAME={route or 'eth0'} (it reaches the master), or "
     return Finding(
         "interfaces",
-        Verdict.WARN,  # whether it does harm depends on who connects to whom: the check of the group shows it
+        Verdict.WARN,  # whether it does harm depends on which rank connects to which: the check of the group shows it
         f"{each['own_name']} resolves to {each['gloo'] or 'nothing'} on {ranks_text([rank], hosts)}: Gloo would offer "
         "the other hosts an address that they cannot reach",
         f"{advice}give the host's own name its real address in /etc/hosts.",
@@ -80,7 +81,7 @@ def _local_address(rank: int, each: InterfaceFacts, hosts: dict[int, str]) -> Fi
 
 
 def _chosen(reported: dict[int, InterfaceFacts]) -> str:
-    """`eth0 (10.0.0.1, 10.0.0.2)`: each interface that is taken by a rank, with its addresses."""
+    """The interfaces that the ranks use, with their addresses: `eth0 (10.0.0.1, 10.0.0.2)`."""
     addresses: dict[str, dict[str, None]] = {}
     for each in reported.values():
         name = next((name for name, address in each["interfaces"].items() if address == each["gloo"]), None)
@@ -90,7 +91,7 @@ def _chosen(reported: dict[int, InterfaceFacts]) -> str:
 
 
 def _own_address() -> str | None:
-    """The address that Gloo takes: that of the host's own name, if it can listen there, and else the loopback's."""
+    """The address that Gloo takes: that of the host's own name, if it can listen there, else the loopback address."""
     with suppress(OSError):
         address = socket.gethostbyname(socket.gethostname())
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

@@ -1,4 +1,4 @@
-"""Checks which launcher was chosen, which ranks came, and that no variables contradict each other."""
+"""Check which launcher was chosen, which ranks came, and that variables do not contradict each other."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def launch_facts(choice: Choice, env: Mapping[str, str]) -> LaunchFacts:
-    """What this rank's environment variables say. Pure."""
+    """The facts in this rank's environment variables. Pure."""
     nodes = env.get("SLURM_STEP_NODELIST", "") if choice.launch is not None else ""
     hosts: list[str] = []
     with suppress(LaunchError):
@@ -45,7 +45,7 @@ def judge_launcher(facts: Facts, hosts: dict[int, str]) -> Finding:
 
 
 def judge_came(facts: Facts, exchange: Exchange, wait_s: float, hosts: dict[int, str]) -> Finding:
-    """Whether every rank is here, once."""
+    """Whether every rank has come, and only once."""
     size = exchange.size
     twice = [exchange.wait(key, 1.0) for rank in range(size) if exchange.is_there(key := f"twice/{rank}")]
     if twice:
@@ -74,7 +74,7 @@ def judge_came(facts: Facts, exchange: Exchange, wait_s: float, hosts: dict[int,
 
 
 def judge_variables(facts: Facts, hosts: dict[int, str]) -> Finding:
-    """Whether the ranks tune Gloo and NCCL alike."""
+    """Whether the ranks have the same settings for Gloo and NCCL."""
     reported = {rank: each["launch"]["tuning"] for rank, each in facts.items()}
     names = sorted({name for each in reported.values() for name in each})
     for name in names:
@@ -102,13 +102,13 @@ def half_set(error: LaunchError) -> Finding:
 
 
 def claimed_rank(env: Mapping[str, str]) -> int:
-    """The rank that the variables give a process, even if they are incomplete; 0 if none of them does."""
+    """The rank in a process's variables, even if they are incomplete; 0 if there is none."""
     found = (env.get(name, "") for name in _RANK_NAMES)
     return next((int(text) for text in found if text.isdigit()), 0)
 
 
 def _conflict(choice: Choice, env: Mapping[str, str]) -> tuple[str, str] | None:
-    """Message and advice if variables of two launchers contradict each other."""
+    """The message and the advice if variables of two launchers contradict each other; else None."""
     tasks, world = env.get("SLURM_STEP_NUM_TASKS", ""), env.get("WORLD_SIZE", "")
     if tasks.isdigit() and world.isdigit() and int(world) < int(tasks):
         return (

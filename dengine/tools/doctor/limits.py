@@ -1,4 +1,4 @@
-"""Checks what the system allows each rank: open files, memory, /dev/shm, and signals that reach it."""
+"""Check the limits of each rank: open files, memory, /dev/shm, and signals that reach it."""
 
 import os
 import resource
@@ -18,7 +18,7 @@ _LITTLE_MEMORY = _LITTLE_SHM = 1 << 30
 _NO_SHM = 16 << 20
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # those that handlers.Preemption handles
 _SIGNAL_S = 1.0
-# A container's limit, and what it has used of it.
+# A container's limit, and its use.
 _CGROUPS = {
     "/sys/fs/cgroup/memory.max": "/sys/fs/cgroup/memory.current",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes": "/sys/fs/cgroup/memory/memory.usage_in_bytes",
@@ -42,11 +42,13 @@ def limit_facts() -> LimitFacts:
 
 
 def signal_facts() -> SignalFacts:
-    """Whether the signals by which a scheduler announces the end reach Python: this process sends them to itself."""
+    """Whether Python receives the signals with which a scheduler announces the end: this process sends them to
+    itself.
+    """
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     unseen, slowest = [], 0.0
     for number in _SIGNALS:
-        # A blocked one would come later, and end this process.
+        # A blocked signal would come later, and end this process.
         took = None if number in blocked else _delivered(number)
         if took is None:
             unseen.append(number.name)
@@ -72,7 +74,7 @@ def judge_files(facts: Facts, hosts: dict[int, str]) -> Finding:
 
 
 def judge_memory(facts: Facts, hosts: dict[int, str]) -> Finding:
-    """Whether there is enough memory on the host that has the least for each of its ranks."""
+    """Whether the host with the least memory for each of its ranks has enough."""
     per_rank = {}
     for rank, each in facts.items():
         num_ranks = sum(hosts[other] == hosts[rank] for other in facts)
@@ -138,7 +140,7 @@ def judge_signals(facts: Facts, hosts: dict[int, str]) -> Finding:
 
 
 def _delivered(number: signal.Signals) -> float | None:
-    """Seconds until the handler ran; None if it never did."""
+    """The seconds until the handler ran; None if it never did."""
     seen: list[float] = []
     with _handled(number, seen):
         began = time.monotonic()
@@ -158,7 +160,7 @@ def _handled(number: signal.Signals, seen: list[float]) -> Iterator[None]:
 
 
 def _deadly_to_agent() -> list[str]:
-    """Signals that torchrun, which is this process's parent, neither handles nor ignores."""
+    """The signals that torchrun, the parent of this process, neither handles nor ignores."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
     masks = {}
@@ -172,7 +174,7 @@ def _deadly_to_agent() -> list[str]:
 
 
 def _memory_free() -> int:
-    """Bytes that are free on this host, or in this container if that is less."""
+    """The free bytes on this host, or in this container if these are fewer."""
     free = 1 << 62
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

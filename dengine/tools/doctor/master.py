@@ -1,4 +1,4 @@
-"""Checks with plain sockets that the master can be reached, before torch waits for it."""
+"""Check with plain sockets that the master can be reached, before torch waits for it."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ _LONGEST_LOOKUP_S = 7.0  # a name server that does not answer is asked again aft
 
 
 class MasterError(Exception):
-    """This rank cannot reach the others through the master. `advice`: what to do about it."""
+    """This rank cannot reach the others through the master. `advice` says what to do."""
 
     def __init__(self, message: str, advice: str) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class MasterError(Exception):
 
 
 def reach_master(launch: Launch | None, timeout_s: float) -> MasterFacts:
-    """The master's address, and the seconds until it answered this rank.
+    """The address of the master, and the seconds until it answered this rank.
 
     Raises: MasterError: the address cannot be resolved, hosted (on rank 0), or reached within `timeout_s`.
     """
@@ -66,7 +66,7 @@ def judge_master(facts: Facts, hosts: dict[int, str]) -> Finding:
             "master",
             Verdict.WARN,
             f"{addresses[0]} is a loopback address, and there are {len(set(hosts.values()))} hosts",
-            "it works only where they share a network: set MASTER_ADDR to a name of the first host that all resolve.",
+            "it works only if they share a network: set MASTER_ADDR to a name of the first host that all resolve.",
         )
     lookups = {rank: each["lookup_s"] for rank, each in named.items()}
     asks_longest = max(lookups, key=lambda rank: lookups[rank])
@@ -76,7 +76,7 @@ def judge_master(facts: Facts, hosts: dict[int, str]) -> Finding:
             Verdict.WARN,
             f"{figure}; to ask a name server what {named[asks_longest]['address']} is called takes "
             f"{lookups[asks_longest]:.1f} s ({ranks_text([asks_longest], hosts)})",
-            "torch's store asks that for every connection, and where one fails, and all wait meanwhile: see that the "
+            "torch's store does that for every connection, and all ranks wait meanwhile: see that the "
             "servers in /etc/resolv.conf answer, or export RES_OPTIONS='timeout:1 attempts:1' on all ranks.",
             data={"connect_s": times, "lookup_s": lookups},
         )
@@ -92,12 +92,12 @@ def _resolved(launch: Launch) -> str:
             "set MASTER_ADDR (torchrun: --rdzv-endpoint or --master-addr) to a name or address of the first host that "
             "every host knows: try `getent hosts NAME` on each.",
         ) from error
-    # As torch does, IPv4 where there is one.
+    # As torch does: IPv4 if there is such an address.
     return str(min(found, key=lambda each: each[0] != socket.AF_INET)[4][0])
 
 
 def _lookup_s(address: str) -> float:
-    """How long this host takes to find a name for an address, or to learn that it has none: at most about 7 s."""
+    """The seconds that this host takes to find the name of an address, or that it has none: at most about 7."""
     as_torch_does = address if ":" in address else f"::ffff:{address}"
     began = time.monotonic()
 
@@ -112,7 +112,9 @@ def _lookup_s(address: str) -> float:
 
 
 def _check_port(launch: Launch, address: str) -> None:
-    """Rank 0 hosts the store: the address must be its own, and the port free."""
+    """Check, on rank 0, which hosts the store, that the address is its own and the port is free. Raises:
+    MasterError.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
@@ -125,7 +127,7 @@ def _check_port(launch: Launch, address: str) -> None:
                 "or start rank 0 on the host it names.",
             ) from error
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an ended run left in TIME_WAIT is no harm
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # sockets of an ended run in TIME_WAIT do no harm
         try:
             probe.bind((address, launch.master_port))
         except OSError as error:
@@ -172,7 +174,7 @@ def _named(launch: Launch, address: str) -> str:
 
 
 def _holder(port: int) -> str:
-    """` (held by python3, pid 4711)`, as far as this user may see it."""
+    """The process that uses the port, as ` (held by python3, pid 4711)`; "" if this user may not see it."""
     inodes = set()
     for table in ("tcp", "tcp6"):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Checks a mesh (`--mesh dp_shard=2,tp=2`): whether it fits the ranks, and whether `tp` stays within hosts."""
+"""Check that a mesh (`--mesh dp_shard=2,tp=2`) fits the ranks, and that `tp` stays within hosts."""
 
 from collections.abc import Mapping
 
@@ -11,9 +11,9 @@ _MOST_SHOWN = 8
 
 
 def mesh_from(text: str) -> dict[str, int]:
-    """The sizes by name that `text` gives, "dp_shard=2,tp=2".
+    """The sizes by name in `text`, such as "dp_shard=2,tp=2".
 
-    Raises: ValueError: it has another form, or a name or size that is none.
+    Raises: ValueError: it has another form, or an invalid name or size.
     """
     sizes: dict[str, int] = {}
     for each in text.split(","):
@@ -25,7 +25,7 @@ def mesh_from(text: str) -> dict[str, int]:
 
 
 def judge_mesh(asked: Mapping[str, int], num_ranks: int, hosts: Mapping[int, str]) -> Finding:
-    """Whether the ranks can be laid out so, and which of them share their data. Pure."""
+    """Whether the mesh fits the ranks, and which ranks share their data. Pure."""
     try:
         sizes = filled_sizes(asked, num_ranks)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Prints the findings of checks, as lines for people or as JSON."""
+"""Print the findings of checks, as lines of text or as JSON."""
 
 import json
 import os
@@ -21,7 +21,7 @@ _MOST_NAMED = 8
 class Verdict(str, Enum):
     """The result of a check.
 
-    `fail`: training would fail. `warn`: it may, or is slower than it need be. `skip`: there was nothing to check.
+    `fail`: training would fail. `warn`: it may fail, or is slower than necessary. `skip`: there was nothing to check.
     """
 
     OK = "ok"
@@ -32,9 +32,9 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: the check, its verdict, the figure, and what to do about it if it is not ok.
+    """One line of the report: the check, its verdict, the figure, and the advice if it is not ok.
 
-    `ranks` are those that differ or fail; `data` is for programs only.
+    `ranks` are the ranks that differ or fail; `data` is for programs only.
     """
 
     check: str
@@ -113,7 +113,7 @@ class Report:
         return line
 
     def _wrapped(self, text: str, margin: int, subsequent_indent: str = "") -> list[str]:
-        # Options and paths are to be copied, so they are never cut.
+        # Options and paths are never cut, so that they can be copied.
         return textwrap.wrap(
             text,
             self._width - margin,
@@ -126,7 +126,7 @@ class Report:
         return f"\033[{_COLORS[verdict.value]}m{text}\033[0m" if self._has_color else text
 
     def _print(self, text: str) -> None:
-        # Under torchrun and srun this is a pipe: without the flush, a line would be seen at the end only.
+        # Under torchrun and srun this is a pipe: without the flush, lines would only show at the end.
         print(text, file=self._out, flush=True)
 
     def _data(self, seconds: float) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Report:
 
 
 def ranks_text(ranks: Iterable[int], hosts: Mapping[int, str] | None = None) -> str:
-    """`rank 3 (node2)`, `ranks 0, 3 and 5`; many are counted. The hosts are named if there are several."""
+    """The ranks as text, `rank 3 (node2)`, `ranks 0, 3 and 5`, with hosts if there are several; many are counted."""
     has_several = hosts is not None and len(set(hosts.values())) > 1
     named = [
         f"{rank} ({hosts[rank]})" if hosts is not None and has_several and rank in hosts else str(rank)

@@ -1,4 +1,4 @@
-"""A session of the doctor: which rank measures what, in which order, and which one judges."""
+"""A session of the doctor: the order of the checks, and the roles of the ranks."""
 
 import argparse
 import os
@@ -22,9 +22,9 @@ from dengine.tools.doctor.report import Finding, Header, Report, Verdict, ranks_
 
 __all__ = ["configure", "run"]
 
-_STEP_S = 20.0  # for a step that all ranks take together
+_STEP_S = 20.0  # for a step that all ranks do together
 _SLACK_S = 3.0
-_JUDGES = (  # of the facts that each rank measures by itself
+_JUDGES = (  # for the facts that each rank measures by itself
     launcher.judge_variables,
     software.judge_versions,
     software.judge_code,
@@ -48,7 +48,7 @@ class _Session:
 
 
 class _RanksLostError(Exception):
-    """Ranks came, and then stopped answering."""
+    """Some ranks came, and then stopped answering."""
 
     def __init__(self, ranks: set[int], doing: str) -> None:
         super().__init__(f"{ranks_text(ranks)} stopped answering at: {doing}")
@@ -72,7 +72,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Gives 0 if a training would work, 1 if it would fail (the report says why), 2 for wrong arguments."""
+    """Run the checks. Gives 0 if a training would work, 1 if it would fail (see the report), 2 for wrong arguments."""
     report = Report(sys.stdout, as_json=options.json)
     try:
         if not options.wait > 0:
@@ -135,7 +135,7 @@ def _examine_together(session: _Session, report: Report) -> int:
         return _complain(exchange.rank, "another process is this rank too: each needs a RANK of its own")
     exchange.post("facts", session.facts)
     came = exchange.collect("facts", range(exchange.size), wait_s)
-    # The first rank that gets here decides which ranks are here, so that all go on with the same ones.
+    # The first rank that gets here decides which ranks take part, so that all have the same list.
     plan = exchange.decide("plan", {"here": sorted(came), "session_id": uuid.uuid4().hex[:8]})
     if exchange.rank not in plan["here"]:
         return _complain(
@@ -151,7 +151,7 @@ def _examine_together(session: _Session, report: Report) -> int:
 
 
 def _take_part(session: _Session, plan: dict[str, Any], probe: FolderFacts) -> int:
-    """Answer, on a rank that is not the coordinator, in the order in which `_examine` asks; gives the exit code."""
+    """Take part on a rank that is not the coordinator, in the order of `_examine`. Gives the exit code."""
     exchange, coordinator = session.exchange, plan["here"][0]
     exchange.post("clock", clock.ask_clock(exchange, turn_s=_STEP_S))
     exchange.post("folder", probe)
@@ -167,7 +167,7 @@ def _take_part(session: _Session, plan: dict[str, Any], probe: FolderFacts) -> i
 
 
 def _coordinate(session: _Session, report: Report, plan: dict[str, Any], probe: FolderFacts) -> int:
-    """Ask the others, judge and print, on the coordinator; gives the exit code."""
+    """Collect, judge and print, on the coordinator. Gives the exit code."""
     exchange = session.exchange
     others = set(plan["here"]) - {exchange.rank}
     try:
@@ -230,7 +230,7 @@ def _all(exchange: Exchange, topic: str, ranks: list[int], timeout_s: float | No
 
 
 def _backend(report: Report) -> str:
-    """The backend to try: without NCCL if not each rank has a device of its own, since it would only hang or fail."""
+    """The backend to try. It is not NCCL if ranks share a device, as that would only hang or fail."""
     is_bad = any(finding.check == "devices" and finding.verdict is Verdict.FAIL for finding in report.findings)
     return "gloo" if is_bad else "auto"
 
@@ -239,7 +239,7 @@ def _backend(report: Report) -> str:
 
 
 def _alone(options: argparse.Namespace, report: Report, facts: RankFacts, finding: Finding, rank: int) -> int:
-    """Report what a process that finds no others can measure: rank 0 everything, the others one line each."""
+    """Report the checks of a process that finds no others: on rank 0 all of them, on others one line."""
     if rank != 0:
         return _complain(rank, f"{finding.figure}\n  -> {finding.advice}")
     alone, hosts = {0: facts}, {0: str(facts["host"])}

@@ -1,4 +1,4 @@
-"""Checks that every rank has the same versions and the same code."""
+"""Check that every rank has the same versions and the same code."""
 
 import hashlib
 import platform
@@ -15,7 +15,7 @@ from dengine.version import __version__
 
 __all__ = ["code_facts", "judge_code", "judge_versions", "version_facts"]
 
-_MUST_BE_EQUAL = ("dengine", "torch", "cuda", "nccl")  # ranks with others cannot talk, or count differently
+_MUST_BE_EQUAL = ("dengine", "torch", "cuda", "nccl")  # else ranks cannot communicate, or compute differently
 _SKIPPED = {"__pycache__", "node_modules", "site-packages"}
 _MOST_FILES = 5000
 
@@ -32,9 +32,9 @@ def version_facts() -> dict[str, str]:
 
 
 def code_facts(paths: Iterable[Path]) -> dict[str, str]:
-    """A digest of each source file: of this package, and of `paths` (files; folders with all that is in them).
+    """A digest of each source file of this package, and of `paths` (files, and folders with their content).
 
-    The names are the same on every host, wherever the code is.
+    The names do not depend on the folder of the code on a host.
     """
     package = Path(__file__).parents[2]
     found = {f"dengine/{name}": digest for name, digest in _digests(package).items()}
@@ -106,7 +106,7 @@ def _digest_of_all(files: dict[str, str]) -> str:
 
 
 def _odd(values: dict[int, str]) -> tuple[list[int], str]:
-    """The ranks that differ from the most frequent value, and that value; in a tie, that of the lowest rank."""
+    """The ranks that differ from the most frequent value (in a tie, that of the lowest rank), and that value."""
     counts = Counter(values[rank] for rank in sorted(values))
     common = counts.most_common(1)[0][0]
     return [rank for rank in sorted(values) if values[rank] != common], common
