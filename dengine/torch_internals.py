@@ -4,6 +4,8 @@
 `bash launch/test.sh -m canary` runs these alone.
 """
 
+import os
+import socket
 from datetime import timedelta
 from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +40,7 @@ __all__ = [
     "inside_compile",
     "is_loader_iterator",
     "is_replicated",
+    "is_socket_of_gloo",
     "is_waiting_file",
     "mesh_of_fsdp",
     "num_collectives",
@@ -55,6 +58,7 @@ LIBUV_TAKES_LISTENER = torch.__version__ >= "2.8"  # else a TCPStore on a given 
 FSDP_ATTRIBUTES = ("__composable_api", "_is_fsdp", "_fsdp_")  # how those begin that `fully_shard` leaves on a module
 
 _FSDP_MODULES = ("torch.distributed.fsdp.", "torch.distributed._composable.")
+_TIMEVAL_BYTES = 16
 _BACKWARD = "backward()"
 _WAITS = {
     "/torch/nn/parallel/distributed.py": "forward of DistributedDataParallel",
@@ -90,6 +94,27 @@ def set_timeout(group: dist.ProcessGroup | None, timeout: timedelta) -> None:
 def abort_process_groups() -> None:
     """Abort the collectives that run on the device, in all groups, without waiting for them."""
     dist.distributed_c10d._abort_process_group()
+
+
+def is_socket_of_gloo(number: int, *, is_listening: bool) -> bool:
+    """Whether a descriptor of this process is a connection of Gloo's, or a socket at which Gloo awaits connections.
+
+    By its options: Gloo's are inherited by programs that the process starts, and allow their address to be used again,
+    which hardly anybody asks for on a connection. Those have the group's timeout in the kernel besides; the others
+    listen at one address of the host.
+
+    Raises: OSError: it is closed, or no socket.
+    """
+    if not os.get_inheritable(number):
+        return False
+    with socket.socket(fileno=os.dup(number)) as one:
+        if one.family not in (socket.AF_INET, socket.AF_INET6) or one.type != socket.SOCK_STREAM:
+            return False
+        if not one.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR):
+            return False
+        if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return is_listening and one.getsockname()[0] not in ("0.0.0.0", "::")
+        return not is_listening and any(one.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL_BYTES))
 
 
 # -- where a thread waits ----------------------------------------------------------------------------------------

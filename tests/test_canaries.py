@@ -5,6 +5,7 @@ A new torch is judged by `bash launch/test.sh -m canary`.
 
 import gc
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -101,14 +102,29 @@ def test_a_store_listens_on_a_socket_that_is_there() -> None:
 
 
 CONNECTIONS = """
-import sys
+import os, sys
 import torch, torch.distributed as dist
+from dengine import torch_internals
 from dengine.control.sockets import new_connections
 rank, file = int(sys.argv[1]), sys.argv[2]
+
+def num_of_gloo(is_listening):
+    num = 0
+    for number in map(int, os.listdir("/proc/self/fd")):
+        try:
+            num += torch_internals.is_socket_of_gloo(number, is_listening=is_listening)
+        except OSError:
+            pass
+    return num
+
+before = num_of_gloo(False), num_of_gloo(True)
 with new_connections(0) as made:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    dist.all_reduce(torch.ones(1))
-print(len(made))
+    dist.barrier()
+after = num_of_gloo(False), num_of_gloo(True)
+for each in made:
+    each.close()
+print(*before, *after, len(made))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -118,14 +134,30 @@ dist.destroy_process_group()
 def test_gloo_connects_ranks_by_sockets_of_the_process_that_proc_lists(tmp_path: Path) -> None:
     """Else a failing rank cannot shut its connections, and the others wait for it until Gloo's timeout instead of
     leaving within five seconds."""
+    for printed in connections_of_two_ranks(tmp_path, is_lazy=False):
+        assert int(printed[-1]) >= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("is_lazy", [False, True])
+def test_the_sockets_of_gloo_are_known_by_their_options(tmp_path: Path, is_lazy: bool) -> None:
+    """Else a rank cannot be freed that waits in a group of the script's own, or in a connection that came later."""
+    for printed in connections_of_two_ranks(tmp_path, is_lazy=is_lazy):
+        assert printed == ["0", "0", "1", "1", "1"]
+
+
+def connections_of_two_ranks(tmp_path: Path, *, is_lazy: bool) -> list[list[str]]:
+    """What CONNECTIONS prints on each."""
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", CONNECTIONS, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", CONNECTIONS, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TORCH_GLOO_LAZY_INIT": str(int(is_lazy))},
         )
         for rank in range(2)
     ]
-    printed = [each.communicate(timeout=300)[0].split() for each in ranks]
-    assert all(int(words[-1]) >= 1 for words in printed)
+    return [each.communicate(timeout=300)[0].split() for each in ranks]
 
 
 # -- where a thread waits ----------------------------------------------------------------------------------------

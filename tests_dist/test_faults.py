@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from faults import AT_ITERATION, FAULTS, PLACES, happen, train
 from ranks import Completed, Outcome, free_port, run_ranks, torchrun
 
@@ -31,6 +32,7 @@ STALL_TIMEOUT_S = 6.0
 GONE_S = 5.0 if os.environ.get("DENGINE_TEST_IDLE") else 30.0
 
 HANGS = ("stop", "sleep", "leave")
+LAZY = {"TORCH_GLOO_LAZY_INIT": "1"}
 WHERE = {
     "step": rf"epoch 1, iteration {AT_ITERATION}, in the step train.<locals>.train_step",
     "handler": rf"epoch 1, iteration {AT_ITERATION}, in handler .* of ITERATION_COMPLETED",
@@ -48,13 +50,21 @@ def job(rank: int, size: int, fault: str, place: str, culprit: int, folder: str)
 
 
 def happened(
-    tmp_path: Path, job: Callable[..., Any], size: int, *arguments: object, limit_s: float, hosts: bool = False
+    tmp_path: Path,
+    job: Callable[..., Any],
+    size: int,
+    *arguments: object,
+    limit_s: float,
+    hosts: bool = False,
+    lazy: bool = False,
 ) -> list[Outcome[str]]:
     """The outcomes of all ranks of `job`, all gone within `limit_s` of the fault. `hosts`: rank 0 hosts the store, not
-    a launcher.
+    a launcher. `lazy`: Gloo connects two ranks when a collective first needs it.
     """
     marker = tmp_path / "happened"
     environment = {"FAULT_FILE": str(marker)}
+    if lazy:
+        environment |= LAZY
     if hosts:
         environment |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
     started_s = time.time()
@@ -67,10 +77,12 @@ def happened(
     return outcomes
 
 
-def trained(tmp_path: Path, fault: str, place: str, culprit: int, size: int, *, hosts: bool) -> list[Outcome[str]]:
+def trained(
+    tmp_path: Path, fault: str, place: str, culprit: int, size: int, *, hosts: bool, lazy: bool = False
+) -> list[Outcome[str]]:
     limit_s = GONE_S + (STALL_TIMEOUT_S if fault in HANGS else 0)
     arguments = (fault, place, culprit, str(tmp_path / "saved"))
-    return happened(tmp_path, job, size, *arguments, limit_s=limit_s, hosts=hosts)
+    return happened(tmp_path, job, size, *arguments, limit_s=limit_s, hosts=hosts, lazy=lazy)
 
 
 def check_names(outcomes: list[Outcome[str]], fault: str, place: str, culprit: int) -> None:
@@ -131,6 +143,85 @@ def test_the_rank_that_goes_wrong_is_named_by_all_others(
 def test_rank_zero_takes_the_store_with_it_and_is_named_all_the_same(tmp_path: Path, fault: str, run: int) -> None:
     outcomes = trained(tmp_path, fault, "step", 0, 3, hosts=True)
     check_names(outcomes, fault, "step", 0)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("fault", "size", "hosts"), [("raise", 4, True), ("kill", 8, False), ("stop", 3, True), ("sleep", 4, False)]
+)
+def test_the_culprit_is_named_if_ranks_connect_only_when_they_need_it(
+    tmp_path: Path, fault: str, size: int, hosts: bool, run: int
+) -> None:
+    outcomes = trained(tmp_path, fault, "step", 1, size, hosts=hosts, lazy=True)
+    check_names(outcomes, fault, "step", 1)
+
+
+def exchange_all(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    mine = torch.ones(size)
+    dist.all_to_all_single(torch.empty_like(mine), mine, group=group)
+
+
+def pass_on(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Each rank waits for the one before it, as the stages of a pipeline do."""
+    number = torch.zeros(1)
+    if rank:
+        dist.recv(number, rank - 1, group=group)
+    if rank < size - 1:
+        dist.send(number, rank + 1, group=group)
+
+
+def reduce_all(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    dist.all_reduce(torch.ones(3), group=group)
+
+
+FIRST = {each.__name__: each for each in (exchange_all, pass_on, reduce_all)}
+
+
+def fails_first(rank: int, size: int, fault: str, culprit: int, names: list[str]) -> list[str]:
+    """One rank goes wrong before the first collective of its kind in a group that the script has made."""
+    told = []
+    for name in names:
+        try:
+            fail_first(rank, size, fault, culprit, name)
+        except Exception as error:
+            told.append(f"{name}: {type(error).__name__} {getattr(error, 'rank', None)}")
+            if fault != "raise":
+                raise
+    return told
+
+
+def fail_first(rank: int, size: int, fault: str, culprit: int, name: str) -> None:
+    mesh = {"dp": 2, "tp": 2}
+    with distributed.process_group(timeout=120, stall_timeout=STALL_TIMEOUT_S, mesh=mesh) as here:
+        assert here.mesh is not None
+        own, of_mesh = dist.new_group(), here.mesh["tp"].get_group()
+
+        def step(engine: Engine, batch: int) -> None:
+            dist.all_reduce(torch.ones(1), group=of_mesh)
+            if rank == culprit:
+                time.sleep(0.3)
+                happen(fault)
+            FIRST[name](rank, size, own)
+            dist.barrier()
+
+        Engine(step).run(range(3))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_rank_that_waits_in_a_group_of_the_script_s_own_is_freed(tmp_path: Path, lazy: bool) -> None:
+    outcomes = happened(tmp_path, fails_first, 4, "raise", 1, list(FIRST), limit_s=120.0, lazy=lazy)
+    for outcome in outcomes:
+        who = "ValueError None" if outcome.rank == 1 else "RemoteRankError 1"
+        assert outcome.value == [f"{name}: {who}" for name in FIRST], outcome
+
+
+@pytest.mark.parametrize(("fault", "name"), [("kill", "exchange_all"), ("stop", "pass_on"), ("sleep", "reduce_all")])
+def test_a_rank_that_waits_for_a_first_connection_is_freed(tmp_path: Path, fault: str, name: str) -> None:
+    limit_s = GONE_S + (STALL_TIMEOUT_S if fault in HANGS else 0)
+    outcomes = happened(tmp_path, fails_first, 4, fault, 1, [name], limit_s=limit_s, lazy=True)
+    for outcome in outcomes[:1] + outcomes[2:]:
+        assert outcome.error_type == ("RemoteRankError" if fault == "kill" else "StallError"), outcome
+        assert outcome.error_message.startswith("Rank 1 "), outcome
 
 
 def killed_midway(rank: int, size: int, culprit: int, delay_s: float) -> None:

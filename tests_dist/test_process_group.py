@@ -1,7 +1,9 @@
 """Joining, talking and leaving, on real ranks; expected values are computed here, in the parent."""
 
+import importlib
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 from ranks import free_port, own_store, run_python, run_ranks, torchrun
 
-from dengine import Engine, Events, distributed
+from dengine import Engine, Events, distributed, torch_internals
 from dengine.errors import RankZeroCollectiveError, RemoteRankError
 
 
@@ -318,3 +320,34 @@ def remote_error(rank: int, size: int) -> int:
 
 def test_the_error_of_another_rank_says_which() -> None:
     assert run_ranks(remote_error, 2) == [-1, 0]
+
+
+def connected(rank: int, size: int) -> list[tuple[str | None, int]]:
+    """What tells Gloo when to connect, and how many connections a rank has, if so many ranks are above the limit."""
+    opening = importlib.import_module("dengine.distributed.process_group")
+    opening._MOST_MESHED = size - 1  # type: ignore[attr-defined]
+    found: list[tuple[str | None, int]] = []
+    for chosen in ("0", None):
+        os.environ.pop("TORCH_GLOO_LAZY_INIT", None)
+        if chosen is not None:
+            os.environ["TORCH_GLOO_LAZY_INIT"] = chosen
+        with distributed.process_group(timeout=120):
+            assert distributed.all_reduce(1) == size
+            dist.all_reduce(torch.ones(100))
+            found.append((os.environ.get("TORCH_GLOO_LAZY_INIT"), num_connections()))
+            distributed.barrier()
+    return found
+
+
+def num_connections() -> int:
+    num = 0
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            num += torch_internals.is_socket_of_gloo(number, is_listening=False)
+    return num
+
+
+def test_many_ranks_connect_when_they_need_to_unless_the_user_says_otherwise() -> None:
+    all_others, neighbours = 7, 5  # at a distance of 1, 2 and 4 to either side
+    for found in run_ranks(connected, 8, init=False):
+        assert found == [("0", 2 * all_others), ("1", 2 * neighbours)]  # two groups: torch's and this package's own

@@ -7,25 +7,43 @@ Only for reading, though: if a write fails, Gloo keeps what it was about to send
 again, closes the connection at the next read, and leaves whoever waits for that send waiting (pair.cc, where
 `signalException` passes over what is queued in `tx_`). So nothing is done by which a rank that comes late to a
 collective could meet a connection that can no longer be written to.
+
+With TORCH_GLOO_LAZY_INIT a group has few connections at first, and more as collectives need them; those of a group
+that the script makes come later anyway. So it is looked again which sockets are Gloo's once there is a failure, until
+nobody waits any more. A rank that waits for a peer to connect has no connection yet: it is given one, by its own
+process, which hangs up at once.
 """
 
 import os
 import select
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from dengine import torch_internals
 from dengine.launch.abandonable import unless_given_up
 
-__all__ = ["Connections", "abort_group", "existing_connections", "new_connections", "unless_hung_up"]
+__all__ = [
+    "Connections",
+    "abort_group",
+    "connect_neighbours",
+    "existing_connections",
+    "new_connections",
+    "unless_hung_up",
+]
 
 T = TypeVar("T")
 _Address: TypeAlias = tuple[str, int]
 _Ends: TypeAlias = tuple[_Address, _Address]  # here, there
 
 _FOLDER = "/proc/self/fd"
+_NUM_STANDINS = 1024  # of peers that have not connected: each takes a descriptor until the group is destroyed
+_STANDIN_S = 1.0
 
 # The sockets of groups that were left by a failure: if closed, they would refuse what a late rank has yet to send.
 _left_open: list[socket.socket] = []
@@ -66,6 +84,18 @@ def existing_connections(exchange: Callable[[list[_Ends]], list[list[_Ends]]], s
     return [each for ends, each in mine.items() if ends in theirs]
 
 
+def connect_neighbours(group: ProcessGroup | None = None) -> None:
+    """Have Gloo connect each rank to those at a distance of 1, 2, 4, ..., if it has not connected all.
+
+    They are those to which its barrier talks, and its other collectives but all-to-all, gather and scatter: if one of
+    them is gone, there is a connection that closes.
+
+    Collective. Cost: one barrier.
+    """
+    if dist.get_backend(group) == "gloo":
+        dist.barrier(group)
+
+
 def unless_hung_up(action: Callable[[], T], peers: Sequence[socket.socket]) -> T:
     """The result of `action`, run in a thread, which is abandoned if a peer hangs up first.
 
@@ -86,6 +116,9 @@ class Connections:
         while _left_open:  # all ranks are here, so none is left in a group before this one
             _left_open.pop().close()
         self._sockets = sockets
+        # Connections of before, if not of this group: another one's of Gloo, which the script may go on using.
+        self._foreign = set(_socket_numbers().values()) - {_name_of(each) for each in sockets}
+        self._stood_in: set[str] = set()  # listening sockets
         self._processes: list[int] = []
         self._waker, self._woken = socket.socketpair()
         self._woken.setblocking(False)
@@ -118,14 +151,27 @@ class Connections:
             self._waker.send(b"!")
 
     def abort(self) -> None:
-        """Free whoever waits in a collective of the group on this rank, now and later, by an error there."""
+        """Free whoever waits in a collective on this rank, by an error there; later too, in the connections of now.
+
+        Again and again, as a collective may be about to connect.
+        """
         self._shut(socket.SHUT_RD)
+
+    def stand_in(self, num_ranks: int) -> None:
+        """Connect to this rank in place of peers that have not, and hang up: whoever waits for them here is freed."""
+        for listener in _sockets_of_gloo(is_listening=True, but=self._stood_in):
+            with listener:
+                self._stood_in.add(_name_of(listener))
+                for rank in range(min(num_ranks, _NUM_STANDINS)):
+                    with suppress(OSError):
+                        _hang_up_as(rank, listener.getsockname())
 
     def hang_up(self) -> None:
         """Have the peers notice that this rank, which is in no collective, takes no further part."""
         self._shut(socket.SHUT_WR)
 
     def _shut(self, way: int) -> None:
+        self._add_later()
         for each in self._sockets:
             with suppress(OSError):
                 each.shutdown(way)
@@ -137,13 +183,19 @@ class Connections:
         for each in (self._waker, self._woken):
             each.close()
         if is_failing:
-            _left_open.extend(self._sockets)
+            self._add_later()
+            _left_open.extend([*self._sockets, *_sockets_of_gloo(is_listening=True)])
         else:
             for each in self._sockets:
                 each.close()
         for number in self._processes:
             os.close(number)
         self._sockets, self._processes = [], []
+
+    def _add_later(self) -> None:
+        """Add the connections that Gloo has made since, in these groups or others."""
+        known = self._foreign | {_name_of(each) for each in self._sockets}
+        self._sockets += _sockets_of_gloo(is_listening=False, but=known)
 
 
 def abort_group() -> None:
@@ -166,6 +218,29 @@ def _socket_numbers() -> dict[int, str]:
                 if name.startswith("socket:"):
                     numbers[int(number)] = name
     return numbers
+
+
+def _name_of(open_socket: socket.socket) -> str:
+    with suppress(OSError):
+        return os.readlink(f"{_FOLDER}/{open_socket.fileno()}")
+    return ""
+
+
+def _sockets_of_gloo(*, is_listening: bool, but: Collection[str] = ()) -> list[socket.socket]:
+    """Duplicates of the connections of Gloo, or of the sockets at which it listens; `but` those of some names."""
+    found: list[socket.socket] = []
+    for number, name in _socket_numbers().items():
+        if name not in but:
+            with suppress(OSError):
+                if torch_internals.is_socket_of_gloo(number, is_listening=is_listening):
+                    found.append(socket.socket(fileno=os.dup(number)))
+    return found
+
+
+def _hang_up_as(rank: int, address: tuple[Any, ...]) -> None:
+    """Connect to a listening socket of Gloo as `rank` does, which sends its number, and hang up."""
+    with socket.create_connection(address[:2], timeout=_STANDIN_S) as peer:
+        peer.sendall(struct.pack("=q", rank))
 
 
 def _connection(number: int, store_port: int) -> list[socket.socket]:

@@ -201,6 +201,10 @@ class Watchdog:
         if self._aborted_at_s is None or self._blocked is None:
             self._aborted_at_s = time.monotonic()
             self._blocked = BlockedDetector(self._activity.runs)
+        blocked_s = self._blocked.blocked_s()
+        if blocked_s > 0:  # in what was connected since the group was aborted, or is not connected yet
+            self._context.connections.abort()
+            self._context.connections.stand_in(self._here.size)
         # Handlers of EXCEPTION_RAISED may save what they can.
         is_leaving, is_in_run = self._status.is_leaving, bool(self._activity.runs.under_way)
         is_stuck = failure.kind == "stalled" and not is_leaving
@@ -209,7 +213,7 @@ class Watchdog:
         is_stuck = is_stuck and (is_in_run or failure.rank == self._here.rank)
         since_s = self._aborted_at_s if is_stuck else max(self._aborted_at_s, self._activity.progressed_at_s)
         patience_s = _EXIT_S if is_stuck else max(self._stall_timeout_s, _EXIT_S)
-        is_left_blocked = self._blocked.blocked_s() > _FREED_S and not is_leaving
+        is_left_blocked = blocked_s > _FREED_S and not is_leaving
         if is_left_blocked or time.monotonic() > since_s + patience_s:
             wait_for_stacks(self._status, self._here.rank, self._context.store)
             say(f"dengine: rank {self._here.rank} cannot leave by itself, so its process is ended.\n{stacks()}")

@@ -14,7 +14,7 @@ from dengine.control.channel import StoreEndpoint
 from dengine.control.context import ControlContext
 from dengine.control.control import Control
 from dengine.control.plane import NullPlane, Plane
-from dengine.control.sockets import Connections, existing_connections, new_connections
+from dengine.control.sockets import Connections, connect_neighbours, existing_connections, new_connections
 from dengine.launch.env import Launch, find_launch, is_agents_store
 from dengine.launch.process import identity
 from dengine.launch.world import World
@@ -64,11 +64,12 @@ def _plane(
         return NullPlane()
     # A name of its own for each group: an agent's store outlives it, and keeps what an earlier one has said.
     holder: list[Any] = [uuid.uuid4().hex, identity()]
-    dist.broadcast_object_list(holder, src=0)
+    with new_connections(launch.master_port) as gloo_connections:
+        dist.broadcast_object_list(holder, src=0)
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        connect_neighbours(group)
     name, host_process = holder
     is_hosted = not is_agents_store(os.environ)
     endpoint = StoreEndpoint(launch.master_addr, launch.master_port, f"dengine/{name}", is_hosted)
-    with new_connections(launch.master_port) as gloo_connections:
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     all_connections = Connections([*connections, *gloo_connections])
     return Control(ControlContext(here, endpoint, all_connections, group, host_process), stall_timeout_s)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dengine.control.sockets import unless_hung_up
+from dengine.control.sockets import connect_neighbours, unless_hung_up
 from dengine.errors import LaunchError
 from dengine.launch.mesh import NAMES, checked_sizes, filled_sizes, shown_sizes
 from dengine.torch_internals import HashStore, set_timeout
@@ -84,7 +84,10 @@ def make_mesh(
     def make() -> DeviceMesh:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has its own current device
-        return init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+        made = init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+        for group in made.get_all_groups():
+            connect_neighbours(group)
+        return made
 
     try:
         made = unless_hung_up(make, peers)

@@ -18,7 +18,7 @@ from dengine.comm.collectives import all_gather_object
 from dengine.control.ddp_errors import explain
 from dengine.control.failure import is_of_backend, line_of
 from dengine.control.plane import NullPlane, Plane, plane
-from dengine.control.sockets import abort_group, new_connections
+from dengine.control.sockets import abort_group, connect_neighbours, new_connections
 from dengine.distributed.control_plane import gathered, open_plane, open_plane_beside
 from dengine.distributed.mesh import Mesh, as_text, checked_mesh, close_mesh, fitted_mesh, make_group_of_one, make_mesh
 from dengine.errors import LaunchError
@@ -31,6 +31,8 @@ from dengine.launch.world import World, default_device, enter, external_world, l
 from dengine.torch_internals import PrefixStore
 
 __all__ = ["process_group"]
+
+_MOST_MESHED = 64  # ranks: of more, each has connections to a few, and not to all
 
 
 @contextmanager
@@ -50,9 +52,11 @@ def process_group(
     A rank that torchrun started gets SIGTERM if that torchrun is killed, so that it does not go on training alone.
 
     Inside the block ranks leave together: if one raises, vanishes or hangs, all others raise an error that says what
-    happened and where. A rank
-    that waits in a group made inside the block (`new_group()`) cannot be freed: within a run its process is
-    ended, with the same message; outside of one it gets an error when the failed rank's process ends.
+    happened and where, also out of a collective of Gloo that they wait in, of this group or of one made inside the
+    block (`new_group()`).
+
+    On more than 64 ranks each has Gloo connections only to those that its collectives need (TORCH_GLOO_LAZY_INIT=1,
+    unless that variable is set already).
 
     Args:
         backend: "auto" is NCCL for CUDA tensors with Gloo beside it for CPU tensors, and Gloo alone without CUDA;
@@ -145,6 +149,8 @@ def _join(
     backend = _backend_for(device, backend)
     if (interface := chosen_interface(os.environ, launch)) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # Gloo reads it for each group that is made
+    if launch.size > _MOST_MESHED:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # this one too
     store, name = rendezvous(launch, timeout_s, stall_timeout_s, mesh=as_text(asked))
     asked = fitted_mesh(asked, launch.size)
     with new_connections(launch.master_port) as connections, _explaining(launch):
@@ -157,6 +163,7 @@ def _join(
             # Binding the device lets NCCL connect at once, and tells a barrier where to run.
             device_id=device if "nccl" in backend else None,
         )
+        connect_neighbours()
     try:
         with new_connections(launch.master_port) as of_mesh:
             mesh = make_mesh(asked, device, timeout_s, connections)
