@@ -59,6 +59,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], N
             monkeypatch.delenv(name, raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)
+        # A group that an earlier test in this process has left would let what comes after it run alone.
+        monkeypatch.setattr("dengine.launch.world._left", [])
 
     return launch
 
