@@ -165,15 +165,18 @@ def _advice(first: int, other: int, answers: _Answers) -> str:
         only_here = (
             f" Or rank {other} does not call {one['collective']}: call it on every rank." if is_same_step else ""
         )
-        return (
-            f"Rank {first} has taken part in fewer of torch's collectives than rank {other} ({_joined(one)}, not "
-            f"{_joined(two)}). Either it skipped backward() in a step, or its loss did not touch the model: call "
-            "backward() in every step on every rank, with a loss times 0 rather than without one. Or it had fewer "
-            "batches: prepare the data by distributed.prepare_data_loader(), with the same batch_size on every rank, "
-            f"and give run() the same limits. Or rank {other} calls a collective of torch.distributed that rank "
-            f"{first} does not call.{only_here}"
-        )
+        return _advice_on_fewer_calls(first, other, _joined(one), _joined(two)) + only_here
     return (
         f"Rank {first} calls a collective that rank {other} does not call: call it on every rank, not under "
         "`if world.rank == 0:`, and in the same order."
+    )
+
+
+def _advice_on_fewer_calls(first: int, other: int, fewer: int, more: int) -> str:
+    return (
+        f"Rank {first} has taken part in fewer of torch's collectives than rank {other} ({fewer}, not {more}). Either "
+        "it skipped backward() in a step, or its loss did not touch the model: call backward() in every step on every "
+        "rank, with a loss times 0 rather than without one. Or it had fewer batches: prepare the data by "
+        "distributed.prepare_data_loader(), with the same batch_size on every rank, and give run() the same limits. "
+        f"Or rank {other} calls a collective of torch.distributed that rank {first} does not call."
     )

@@ -297,11 +297,7 @@ class Engine:
         An iteration that is still under way (in its step, or in `ITERATION_STARTED`) counts as not started, so that a
         resumed run does it again.
         """
-        state_dict = self.state.state_dict()
-        under_way = self.state._under_way
-        state_dict["iteration"] -= under_way
-        state_dict["epoch_iteration"] -= under_way
-        return state_dict
+        return self.state.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Make the next `run()` go on from the position in `state_dict`.

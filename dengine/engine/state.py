@@ -125,9 +125,15 @@ class State:
         self._persisted.extend(name for name in dict.fromkeys(names) if name not in self._persisted)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and the persisted attributes: numbers, strings, lists and dicts only."""
+        """The position and the persisted attributes: numbers, strings, lists and dicts only.
+
+        An iteration that is still under way counts as not started.
+        """
+        under_way = self._under_way
         return {
             **{name: getattr(self, name) for name in _POSITION},
+            "iteration": self.iteration - under_way,
+            "epoch_iteration": self.epoch_iteration - under_way,
             "persisted": {name: self._plain_attribute(name) for name in self._persisted},
             "data": deepcopy(self.data_state),
         }

@@ -68,13 +68,11 @@ class Checkpoint:
             an engine in it, the random number generators of every rank are saved, too. The optimizer of a sharded model
             is saved by the names of its parameters, so it needs that model in here.
         save_dir: the folder; it is made at the first save.
-        n_saved: the number of its own files that are kept: those saved last or, with a score, the best (higher is
-            better); None keeps all.
+        n_saved: how many of its own files are kept: the last or, with a score, the best (higher is better); None: all.
         score_function: `score_function(engine) -> float`, called on rank 0. NaN is never best.
         score_name: the name of the score in the file's name; "score" by default.
-        global_step_transform: `(engine, event) -> int`, the step in the file's name; by default the engine's iteration.
-            If it is attached to an evaluator, the default is the iteration of the trainer whose handler runs the
-            evaluation.
+        global_step_transform: `(engine, event) -> int`, the step in the file's name; by default the engine's iteration,
+            or that of the trainer whose handler runs the engine, an evaluator.
         asynchronous: stop the loop only for a copy of the states to host memory, and write in a thread. The copy is as
             large as the file (on rank 0) or as each rank's part of a folder, and its memory is used again. Only one
             write runs at a time: the next save waits for it. A failed write is raised on every rank at the next save
@@ -83,8 +81,7 @@ class Checkpoint:
 
     Attributes:
         last_path: the file or folder of the last save that is safe on the disk, on every rank; None before it.
-        saved: the checkpoints that are kept, in the order of saving, on every rank; with `asynchronous`, as of the last
-            call.
+        saved: the kept checkpoints, in the order of saving, on every rank; with `asynchronous`, as of the last call.
 
     Raises (when called):
         TypeError: `score_function` gave no number, or `global_step_transform` no whole number.
@@ -166,12 +163,10 @@ class Checkpoint:
 
     @staticmethod
     def resume(save_dir: str | Path, to_load: Mapping[str, object], filename_prefix: str = "checkpoint") -> Path | None:
-        """Load the newest intact checkpoint of `filename_prefix`, and give its path; None if there is no checkpoint
-        yet.
+        """Load the newest intact checkpoint of `filename_prefix`, and give its path; None if there is none yet.
 
         Call it on every rank, before `run()`. If an engine is in `to_load`, the next `run()` goes on from there, with
-        each rank's random number generators as they were. `dengine.checkpoint.load` says what is checked, and what it
-        costs.
+        each rank's random number generators as they were. Checks and costs are those of `dengine.checkpoint.load`.
 
         Raises:
             CorruptCheckpointError: there are checkpoints, but none is intact.
@@ -228,8 +223,8 @@ class Checkpoint:
         try:
             engine.before_save()
         except ConsistencyError as error:
-            path = self._path(request, "")
-            raise ConsistencyError(f"{path} was not saved, and older ones are as they were. {error}") from None
+            refusal = f"{self._path(request, '')} was not saved, and older ones are as they were."
+            raise ConsistencyError(f"{refusal} {error}") from None
 
     def _save(self, request: SaveRequest) -> None:
         collected = collect(self._objects)
@@ -239,8 +234,7 @@ class Checkpoint:
             self._resolve()  # this rank's part of the previous save, which rank 0 has resolved
         background = self._background if self._is_asynchronous else None
         plan = partial(self._planner.plan, path, request, self._kept, self._objects, collected.num_ranks)
-        outcome = format.save(path, collected, self._objects, plan, background)
-        if outcome is not None:
+        if (outcome := format.save(path, collected, self._objects, plan, background)) is not None:
             self._take(outcome)
 
     def _path(self, request: SaveRequest, ending: str) -> Path:
@@ -248,8 +242,7 @@ class Checkpoint:
         return self._save_dir / f"{self._prefix}_{request.step}{score}{ending}"
 
     def _take(self, outcome: SaveOutcome) -> None:
-        self._kept, self.last_path = outcome.kept, outcome.last
-        if outcome.failure is not None:
+        if self._noted(outcome).failure is not None:
             raise CheckpointError(outcome.failure)
 
     def _watch(self, engine: Engine) -> None:
@@ -266,14 +259,11 @@ class Checkpoint:
             self.wait()
 
     def _wait_alone(self, engine: Engine) -> None:
-        """Wait without a collective after an exception, as other ranks may not come here. An error becomes a
-        warning.
-        """
+        """Wait without a collective: other ranks may not come here after an exception. An error becomes a warning."""
         self._background.is_leaving.set()
         if (job := self._background.job) is not None and not job.writing.is_done_within(_PATIENCE_S):
             warnings.warn(f"{job.plan.path} is still being written: the run ends once it is safe.", stacklevel=2)
-        if (failure := self._resolve().failure) is not None:
-            raise CheckpointError(failure)
+        self._take(self._resolve())
 
     # -- on rank 0 -----------------------------------------------------------------------------------------------
 
@@ -300,7 +290,9 @@ class Checkpoint:
 
     def _resolve(self) -> SaveOutcome:
         """Wait for the current write, and note its outcome."""
-        outcome = self._background.resolve(self._known())
+        return self._noted(self._background.resolve(self._known()))
+
+    def _noted(self, outcome: SaveOutcome) -> SaveOutcome:
         self._kept, self.last_path = outcome.kept, outcome.last
         return outcome
 
