@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,7 +21,7 @@ from dengine.__main__ import main
 from dengine.checkpoint import load, reading, save
 from dengine.checkpoint.formats.sharded.read import read_whole_tensor
 from dengine.handlers import Checkpoint
-from dengine.tools.interchange import safe_tensors
+from dengine.tools.interchange import base
 
 
 class Tied(nn.Module):
@@ -102,12 +103,13 @@ def test_safetensors_reads_the_export_with_shared_memory_once(
 ) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     if num_files > 1:
-        monkeypatch.setattr(safe_tensors, "SHARD_BYTES", 80)
+        monkeypatch.setattr(base, "FILE_BYTES", 80)
     model = tied()
     source, target = saved(tmp_path, ".pt", model), tmp_path / "out"
     assert export(source, target, "safetensors") == 0
     files = sorted(target.glob("*.safetensors"))
     assert len(files) == num_files
+    assert files[0].stat().st_mode == source.stat().st_mode
     found = {name: tensor for file in files for name, tensor in safetensors.load_file(file).items()}
     assert_same(found, model, but=("head.weight",))
     if num_files == 1:
@@ -135,7 +137,7 @@ def test_transformers_reads_the_safetensors_of_one_of_its_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, shard_bytes: int
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(safe_tensors, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(base, "FILE_BYTES", shard_bytes)
     config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=99, n_positions=8)
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config)
@@ -156,16 +158,16 @@ def test_of_a_folder_one_tensor_is_in_memory_at_a_time(
 ) -> None:
     if format == "safetensors":
         pytest.importorskip("safetensors.torch")
-    monkeypatch.setattr(safe_tensors, "SHARD_BYTES", 1)
-    alive: list[weakref.ref[torch.Tensor]] = []
+    monkeypatch.setattr(base, "FILE_BYTES", 1)
+    alive: list[weakref.ref[np.ndarray[Any, Any]]] = []
     most = 0
 
     def counted(*arguments: Any) -> torch.Tensor:
         nonlocal most
-        tensor = read_whole_tensor(*arguments)
-        alive.append(weakref.ref(tensor))
+        memory = read_whole_tensor(*arguments).numpy().copy()  # which all tensors that share it keep alive
+        alive.append(weakref.ref(memory))
         most = max(most, sum(each() is not None for each in alive))
-        return tensor
+        return torch.from_numpy(memory)
 
     monkeypatch.setattr(reading, "read_whole_tensor", counted)
     model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(10)])

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 
@@ -65,6 +67,20 @@ def diverge(model: nn.Module, name: str) -> None:
         local_part(values[name]).view(-1)[0] += 1
 
 
+def counted(patch: pytest.MonkeyPatch) -> list[str]:
+    """The collectives of torch that are called from now on."""
+    calls: list[str] = []
+    for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list"):
+        call = getattr(dist, name)
+
+        def counting(*arguments: Any, call: Any = call, name: str = name, **options: Any) -> Any:
+            calls.append(name)
+            return call(*arguments, **options)
+
+        patch.setattr(dist, name, counting)
+    return calls
+
+
 def on_mesh(rank: int, mesh: dict[str, int], changed: dict[int, str], what: str = "parameter") -> list[str]:
     """What the check says of a model on `mesh` before, and after some ranks have changed the parameter named."""
     from torch.distributed.tensor.parallel import ColwiseParallel
@@ -81,7 +97,9 @@ def on_mesh(rank: int, mesh: dict[str, int], changed: dict[int, str], what: str 
         optimizer = stepped(model)
         check = ConsistencyCheck(model, optimizer)
         engine = Engine(nothing)
-        seen = [message(lambda: check(engine))]
+        with pytest.MonkeyPatch.context() as patch:
+            calls = counted(patch)
+            seen = [message(lambda: check(engine)) + f"{len(calls) - 1 or ''}"]
         if rank in changed and what == "parameter":
             diverge(model, changed[rank])
         elif rank in changed:
@@ -115,7 +133,7 @@ def on_all(rank: int, size: int) -> dict[str, list[str]]:
 def test_copies_are_compared_on_every_mesh_and_parts_among_their_replicas_only() -> None:
     kind, tie = "ConsistencyError: The parameters differ between ranks: ", "There is no majority among the copies"
     for seen in run_ranks(on_all, 4, init=False, deadline_s=150):
-        assert [before for before, _ in seen.values()] == [""] * len(CASES), seen
+        assert [before for before, _ in seen.values()] == [""] * len(CASES), seen  # one collective, and no difference
         told = {name: after for name, (_, after) in seen.items()}
         assert told["hsdp"].startswith(
             f"{kind}'2.weight' of rank 3 (dp_replicate=1, dp_shard=1) is not that of rank 1 (dp_replicate=0, "
@@ -184,9 +202,16 @@ def saved(rank: int, folder: Path, trigger: str) -> tuple[str, dict[str, bytes],
 FAILING = ("every", "end", "signal", "asynchronous", "sharded")
 
 
+def attached_otherwise(rank: int) -> str:
+    engine = Engine(nothing)
+    engine.on(Events.STARTED, ConsistencyCheck(net(), before_saving=rank == 1))
+    return message(lambda: engine.run([1]))
+
+
 def saves(rank: int, size: int, base: Path) -> dict[str, Any]:
     with distributed.process_group(timeout=300):
-        return {trigger: saved(rank, base / trigger, trigger) for trigger in (*FAILING, "off", "removed")}
+        otherwise = {"on one rank": (attached_otherwise(rank), {}, {})}
+        return otherwise | {trigger: saved(rank, base / trigger, trigger) for trigger in (*FAILING, "off", "removed")}
 
 
 def test_a_difference_fails_the_save_on_all_ranks_before_a_byte_is_written(tmp_path: Path) -> None:
@@ -198,6 +223,7 @@ def test_a_difference_fails_the_save_on_all_ranks_before_a_byte_is_written(tmp_p
             assert "'0.weight' of rank 1 is not that of rank 0. There is no majority" in told
             assert len(before) >= 2
             assert after == before, trigger
+        assert "ConsistencyCheck at Events.STARTED and before saves, but rank 0 has" in seen["on one rank"][0]
         for trigger in ("off", "removed"):
             told, before, after = seen[trigger]
             assert told == ""

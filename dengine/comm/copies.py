@@ -131,8 +131,12 @@ def _listed(ranks: Sequence[int], here: World) -> str:
 def _digests(values: Iterable[Any]) -> torch.Tensor:
     """One int64 for each value. Shapes: result (P,), on the CPU."""
     digests = [tensor_digest(value if isinstance(value, torch.Tensor) else _number(value)) for value in values]
-    # In one copy a device: each by itself would wait for it.
-    return torch.stack([each.cpu() for each in digests]) if digests else torch.zeros(0, dtype=torch.int64)
+    on_host = torch.zeros(len(digests), dtype=torch.int64)
+    for device in dict.fromkeys(each.device for each in digests):
+        places = [place for place, each in enumerate(digests) if each.device == device]
+        # In one copy a device: each by itself would wait for it.
+        on_host[places] = torch.stack([digests[place] for place in places]).cpu()
+    return on_host
 
 
 def _number(value: Any) -> torch.Tensor:

@@ -1,18 +1,21 @@
 """What a format of other tools is: it writes one state into a new file or folder, and reads one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 
 from dengine.errors import CheckpointError
 
-__all__ = ["OtherFormat", "Reader", "refuse_not_tensors"]
+__all__ = ["OtherFormat", "Reader", "in_files", "refuse_not_tensors"]
 
-Reader = Callable[[torch.Tensor], torch.Tensor]  # from what stands for a tensor in a state to its data
+T = TypeVar("T")
 
+Reader: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # from what stands for a tensor in a state to its data
+
+FILE_BYTES = 4 << 30  # of tensors in a file, and so what is in memory at a time
 _MOST_NAMED = 3
 
 
@@ -29,8 +32,8 @@ class OtherFormat(ABC):
 
     @abstractmethod
     def write(self, state: Mapping[Any, Any], read: Reader, target: Path) -> None:
-        """Write `state` to `target`: a path where nothing is or, of a folder, one that is empty. One tensor at a time
-        is in memory, if the format allows it.
+        """Write `state` to `target`: a path where nothing is or, of a folder, one that is empty. No more than
+        FILE_BYTES of tensors, or one, are in memory at a time, if the format allows it.
 
         Raises: CheckpointError: it cannot hold such a state, or a package is missing.
         """
@@ -60,3 +63,17 @@ def refuse_not_tensors(state: Mapping[Any, Any], format_name: str) -> None:
             f"{format_name} holds tensors by their names and nothing else, but {', '.join(others[:_MOST_NAMED])}{more} "
             "is no tensor: take --format dcp or torch, or the --name of a model."
         )
+
+
+def in_files(items: Iterable[T], num_bytes_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """`items` in their order, in lists of FILE_BYTES at most, or of one item; one empty list if there is none."""
+    file: list[T] = []
+    total = 0
+    for item in items:
+        num_bytes = num_bytes_of(item)
+        if file and total + num_bytes > FILE_BYTES:
+            yield file
+            file, total = [], 0
+        file.append(item)
+        total += num_bytes
+    yield file

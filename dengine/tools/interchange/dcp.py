@@ -1,6 +1,7 @@
 """Folders of `torch.distributed.checkpoint` (DCP)."""
 
 import dataclasses
+import math
 import pickle
 import sys
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from dengine.errors import CheckpointError, CorruptCheckpointError
-from dengine.tools.interchange.base import OtherFormat, Reader
+from dengine.tools.interchange.base import OtherFormat, Reader, in_files
 from dengine.tools.text import say
 
 __all__ = ["DistributedCheckpoint"]
@@ -33,15 +34,27 @@ class DistributedCheckpoint(OtherFormat):
     name = "dcp"
 
     def write(self, state: Mapping[Any, Any], read: Reader, target: Path) -> None:
-        from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
+        from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan, SavePlanner, save
+        from torch.futures import Future
 
         class Planner(DefaultSavePlanner):
             def lookup_object(self, index: Any) -> Any:
                 found = super().lookup_object(index)
                 return read(found) if isinstance(found, torch.Tensor) else found
 
+        class Writer(FileSystemWriter):  # which keeps all tensors of a file until it is written
+            def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
+                written: list[Any] = []
+                for number, items in enumerate(in_files(plan.items, _num_bytes)):
+                    prefix = dataclasses.replace(plan.storage_data, prefix=f"__0_{number}_")
+                    part = dataclasses.replace(plan, items=items, storage_data=prefix)
+                    written += super().write_data(part, planner).wait()
+                result: Future[list[Any]] = Future()
+                result.set_result(written)
+                return result
+
         with _as_errors(target):
-            save(dict(state), storage_writer=FileSystemWriter(target), planner=Planner(), no_dist=True)
+            save(dict(state), storage_writer=Writer(target), planner=Planner(), no_dist=True)
 
     def is_at(self, source: Path) -> bool:
         return (source / _METADATA).is_file()
@@ -72,6 +85,12 @@ class DistributedCheckpoint(OtherFormat):
                 sys.stderr,
             )
         return _nested(flat, metadata.planner_data)
+
+
+def _num_bytes(item: Any) -> int:
+    """What a part of a plan adds to a file; nothing if it is no tensor."""
+    data = item.tensor_data
+    return 0 if data is None else math.prod(data.chunk.sizes) * int(data.properties.dtype.itemsize)
 
 
 def _nested(flat: Mapping[str, torch.Tensor], paths: Any) -> dict[Any, Any]:

@@ -1,7 +1,7 @@
 """Folders of safetensors as Hugging Face's libraries have them, in one file or in several with an index."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from dengine.errors import CheckpointError, CorruptCheckpointError
-from dengine.tools.interchange.base import OtherFormat, Reader, refuse_not_tensors
+from dengine.tools.interchange.base import OtherFormat, Reader, in_files, refuse_not_tensors
 
 __all__ = ["SafeTensors"]
 
 _ENDING = ".safetensors"
 _INDEX = "model.safetensors.index.json"
 _FORMAT = {"format": "pt"}  # what transformers asks for in the header
-SHARD_BYTES = 4 << 30  # of a file, and so what is in memory at a time
 
 
 class SafeTensors(OtherFormat):
@@ -29,21 +28,16 @@ class SafeTensors(OtherFormat):
     name = "safetensors"
 
     def write(self, state: Mapping[Any, Any], read: Reader, target: Path) -> None:
-        package = _package()
+        _package()
         refuse_not_tensors(state, self.name)
         kept, left_out = _once_each(state)
-        shards = list(_shards(kept))
+        shards = list(map(dict, in_files(kept.items(), lambda item: item[1].nbytes)))
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{place:05d}-of-{len(shards):05d}.safetensors" for place in range(1, len(shards) + 1)]
         for file, shard in zip(names, shards, strict=True):
             header = _FORMAT | {other: name for other, name in left_out.items() if name in shard}
-            try:
-                package.save_file(
-                    {name: _alone(read(tensor)) for name, tensor in shard.items()}, target / file, metadata=header
-                )
-            except (KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(f"safetensors cannot hold this: {error}") from error
+            _write({name: read(tensor) for name, tensor in shard.items()}, header, target / file)
         if len(shards) > 1:
             places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
             num_bytes = sum(tensor.nbytes for tensor in kept.values())
@@ -97,17 +91,14 @@ def _once_each(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
     return kept, left_out
 
 
-def _shards(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """`tensors` in their order, in parts of at most SHARD_BYTES, or of one tensor."""
-    shard: dict[str, torch.Tensor] = {}
-    num_bytes = 0
-    for name, tensor in tensors.items():
-        if shard and num_bytes + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, num_bytes = {}, 0
-        shard[name] = tensor
-        num_bytes += tensor.nbytes
-    yield shard
+def _write(tensors: Mapping[str, torch.Tensor], header: dict[str, str], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # safetensors would have the file read by its owner alone
+    try:
+        _package().save_file({name: _alone(tensor) for name, tensor in tensors.items()}, path, metadata=header)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"safetensors cannot hold this: {error}") from error
+    path.chmod(mode)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
