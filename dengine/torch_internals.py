@@ -44,6 +44,7 @@ __all__ = [
     "is_waiting_file",
     "mesh_of_fsdp",
     "num_collectives",
+    "parameters_of_fsdp",
     "process_groups",
     "replicate",
     "set_timeout",
@@ -191,6 +192,12 @@ def mesh_of_fsdp(module: Any) -> Any:
     """The mesh over which `fully_shard` or `replicate` spreads the parameters of `module`; None if it has none."""
     group = module._get_fsdp_state()._fsdp_param_group
     return None if group is None else group.mesh_info.mesh
+
+
+def parameters_of_fsdp(module: Any) -> list[nn.Parameter]:
+    """Those that `fully_shard` or `replicate` spreads as what `module` has: not those of other such modules in it."""
+    group = module._get_fsdp_state()._fsdp_param_group
+    return [] if group is None else [each.sharded_param for each in group.fsdp_params]
 
 
 def is_replicated(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from zlib import crc32
 
 import pytest
 import torch
-from experts import MoE, Net
+from experts import MoE, Net, StackedExperts
 from ranks import run_ranks
 from tensors import whole_parameters
 from torch import nn
@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from dengine import Engine, Events, create_supervised_evaluator, create_supervised_trainer, distributed
-from dengine.dtensor import local_part
+from dengine.dtensor import cut_like, local_part
 from dengine.errors import ConsistencyError
 from dengine.handlers import EMA, ConsistencyCheck, TerminateOnNan
 from dengine.metrics import Loss
@@ -46,7 +46,8 @@ def with_weights(net: Net) -> Net:
     """`net` with weights that depend on names alone, and routers that like some experts more than others."""
     for name, value in net.named_parameters():
         with torch.no_grad():
-            value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(crc32(name.encode()))) / 3)
+            whole = torch.randn(value.shape, generator=torch.Generator().manual_seed(crc32(name.encode()))) / 3
+            value.copy_(cut_like(whole, value))
             if name.endswith("router.bias"):
                 value.copy_(torch.tensor([0.2, 0.0, 0.2, 0.6]))
     return net
@@ -200,6 +201,47 @@ def test_experts_are_those_of_their_first_copy_and_begin_and_stay_as_in_one_proc
         for name, value in each["trained"].items():
             assert_close(value, trained[name], rtol=1e-6, atol=1e-6)
     assert len({each["own"]["layers.0.router.weight"] for each in found}) == 1
+
+
+def stacked(mesh: Any = None) -> Net:
+    """With all experts of a layer in one parameter, which is cut up over `ep` as torch does it."""
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    def cut(name: str, module: nn.Module, mesh: Any) -> None:
+        whole = module.get_parameter("weight")
+        module.register_parameter(
+            "weight", nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None))
+        )
+
+    net = Net(StackedExperts)
+    for layer in moes(net) if mesh is not None else []:
+        distribute_module(layer.experts, mesh, cut)
+    return net
+
+
+def trained_stacked(rank: int, size: int, mesh: dict[str, int]) -> list[dict[str, torch.Tensor]]:
+    with distributed.process_group(mesh=mesh) as here:
+        assert here.mesh is not None
+        model = prepared(with_weights(stacked(here.mesh["ep"])))
+        found = [train(model, 8 // here.data_size, 2)]
+        torch.manual_seed(5)
+        with torch.device("meta"):
+            net = stacked(here.mesh["ep"])
+        return [*found, whole_parameters(prepared(net))]
+
+
+@pytest.mark.parametrize("mesh", [{"dp": 2, "ep": 2}, {"dp_shard": 2, "ep": 2}, {"ep": 4}, {"ep": 2, "tp": 2}], ids=str)
+def test_experts_that_torch_has_cut_up_train_as_one_process(mesh: dict[str, int]) -> None:
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        net = stacked()
+    made = whole_parameters(prepared(net))
+    expected = [train(with_weights(stacked()), 8, 2), made]
+    for found in run_ranks(trained_stacked, 4, mesh, deadline_s=240):
+        for weights, whole in zip(found, expected, strict=True):
+            assert weights.keys() == whole.keys()
+            for name, value in weights.items():
+                assert_close(value, whole[name], rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def refused(rank: int, size: int) -> list[str]:

@@ -35,19 +35,20 @@ def _sharded_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     # Children first: a module's copy finds theirs in the memo.
     sharded = [module for module in reversed(list(model.modules())) if is_fsdp(module)]
     meshes = [torch_internals.mesh_of_fsdp(module) for module in sharded]
-    names = {name for mesh in meshes if mesh is not None for name in mesh.mesh_dim_names or ()}
-    memo |= {
-        id(each): nn.Parameter(_before_fsdp(each, names), requires_grad=each.requires_grad)
-        for each in model.parameters()
+    managed = {
+        id(each): nn.Parameter(_before_fsdp(each, mesh.mesh_dim_names or ()), requires_grad=each.requires_grad)
+        for module, mesh in zip(sharded, meshes, strict=True)
+        for each in torch_internals.parameters_of_fsdp(module)
         if is_dtensor(each)
     }
+    memo |= managed
     for module in sharded:
         memo[id(module)] = _bare_copy(module, memo)
     copied: nn.Module = copy.deepcopy(model, memo)
     for module in copied.modules():
         torch_internals.clear_load_hooks(module)
-    # What is whole here, FSDP2 was told to leave alone: experts without copies on other ranks.
-    ignored = {memo[id(each)] for each in model.parameters() if not is_dtensor(each)}
+    # What FSDP2 was told to leave alone: experts without copies on other ranks.
+    ignored = {memo[id(each)] for each in model.parameters() if id(each) not in managed}
     for module, mesh in zip(sharded, meshes, strict=True):
         if torch_internals.is_replicated(module):
             torch_internals.replicate(memo[id(module)], mesh, ignored)

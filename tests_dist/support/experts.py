@@ -1,6 +1,7 @@
 """A tiny mixture of experts, whose tokens go to the ranks that have their expert and back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dengine import distributed
+from dengine.dtensor import is_dtensor
 
-__all__ = ["NUM_EXPERTS", "Experts", "MoE", "Net"]
+__all__ = ["NUM_EXPERTS", "Experts", "MoE", "Net", "StackedExperts"]
 
 NUM_EXPERTS, WIDTH = 4, 6
 
@@ -42,13 +44,11 @@ class Expert(nn.Module):
         return self.down(self.up(tokens).tanh())
 
 
-class Experts(nn.ModuleDict):
-    """Those of this rank, by their numbers among all, so that names and first weights are the same on every mesh."""
+class Exchanging(nn.Module):
+    """What takes tokens of all ranks of `ep`, and gives back what this rank's experts make of them."""
 
-    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
-        each = NUM_EXPERTS // size
-        super().__init__({str(number): Expert() for number in range(rank * each, (rank + 1) * each)})
-        self.size, self.group = size, group
+    size: int
+    group: dist.ProcessGroup | None
 
     def forward(self, tokens: Tensor, counts: Tensor) -> Any:
         """Shapes: tokens (N, W), sorted by expert; counts (experts,), how many each gets; result (N, W)."""
@@ -64,19 +64,57 @@ class Experts(nn.ModuleDict):
     def run(self, tokens: Tensor, from_ranks: Sequence[Sequence[int]]) -> Tensor:
         """Each expert of this rank once, with all its tokens: with none as well, so that it has a gradient."""
         pieces = torch.split(tokens, [count for counts in from_ranks for count in counts])
-        own = len(self)
         results: list[Tensor] = [torch.empty(0)] * len(pieces)
-        for place, expert in enumerate(self.values()):
-            mine = pieces[place::own]
-            results[place::own] = torch.split(expert(torch.cat(mine)), [len(piece) for piece in mine])
+        calls = self.calls()
+        for place, call in enumerate(calls):
+            mine = pieces[place :: len(calls)]
+            results[place :: len(calls)] = torch.split(call(torch.cat(mine)), [len(piece) for piece in mine])
         return torch.cat(results)
+
+    def calls(self) -> list[Callable[[Tensor], Tensor]]:
+        """The experts of this rank."""
+        raise NotImplementedError
+
+
+class Experts(Exchanging, nn.ModuleDict):
+    """Those of this rank, by their numbers among all, so that names and first weights are the same on every mesh."""
+
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+        each = NUM_EXPERTS // size
+        super().__init__({str(number): Expert() for number in range(rank * each, (rank + 1) * each)})
+        self.size, self.group = size, group
+
+    def calls(self) -> list[Callable[[Tensor], Tensor]]:
+        return list(self.values())
+
+
+class StackedExperts(Exchanging):
+    """All in one parameter, of which a plan gives each rank its part, as a DTensor over `ep`."""
+
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(NUM_EXPERTS, WIDTH, WIDTH))
+        self.size, self.group = size, group
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.copy_(torch.randn(NUM_EXPERTS, WIDTH, WIDTH))
+
+    def calls(self) -> list[Callable[[Tensor], Tensor]]:
+        weights: Any = self.weight.to_local() if is_dtensor(self.weight) else self.weight
+        return [partial(_bent, weight) for weight in weights]
+
+
+def _bent(weight: Tensor, tokens: Tensor) -> Tensor:
+    return (tokens @ weight).tanh()
 
 
 class MoE(nn.Module):
-    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, experts: Exchanging) -> None:
         super().__init__()
         self.router = nn.Linear(WIDTH, NUM_EXPERTS)
-        self.experts = Experts(rank, size, group)
+        self.experts = experts
         self.least = NUM_EXPERTS * [10**6]  # tokens that each expert got in any batch of this rank
 
     def forward(self, values: Tensor) -> Any:
@@ -92,13 +130,13 @@ class MoE(nn.Module):
 class Net(nn.Module):
     """The whole model in one process; on a mesh with `ep` with the experts of this rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Experts] | type[StackedExperts] = Experts) -> None:
         super().__init__()
         here = distributed.world()
         rank, size = here.coordinates.get("ep", 0), 1 if here.mesh is None else here.mesh["ep"].size()
         group = None if here.mesh is None or size == 1 else here.mesh["ep"].get_group()
         self.first = nn.Linear(WIDTH, WIDTH)
-        self.layers = nn.ModuleList(MoE(rank, size, group) for _ in range(2))
+        self.layers = nn.ModuleList(MoE(kind(rank, size, group)) for _ in range(2))
         self.last = nn.Linear(WIDTH, 5)
 
     def forward(self, values: Tensor) -> Any:
