@@ -1,1 +1,1 @@
-"""Leave together: stops, failures and stalls, over a store and threads of their own, never over the collectives."""
+"""Let all ranks leave together: stops, failures and stalls, over a store and separate threads, never by collectives."""

@@ -1,4 +1,4 @@
-"""What this rank is at, as its own threads see it. The loop pays nothing: it keeps the numbers that are read anyway."""
+"""The activity of this rank, as its threads see it. It costs the loop nothing, which keeps these numbers anyway."""
 
 import sys
 import time
@@ -11,12 +11,12 @@ __all__ = ["Activity"]
 
 
 class Activity:
-    """The runs of this rank, its collective calls, and since when it has been where it is.
+    """The runs of this rank, its collective calls, and the time since its last progress.
 
     Attributes:
         num_ticks: calls of `distributed.progress()`.
-        num_exempt: how many parts of the script this rank is in that may take as long as they like.
-        progressed_at_s: when this rank was first seen where it is (of `time.monotonic()`).
+        num_exempt: the number of parts of the script around this rank that may take any time.
+        progressed_at_s: the time (of `time.monotonic()`) at which this rank was first seen at its present position.
     """
 
     def __init__(self, runs: Runs, call_log: CallLog) -> None:
@@ -31,7 +31,7 @@ class Activity:
         """The position of the loop; empty outside of a run."""
         try:
             return self._position_by_stack()
-        except Exception:  # frames of another thread, which goes on meanwhile: no reason to fail
+        except Exception:  # frames of another thread, which goes on meanwhile: that is no failure
             return ()
 
     def _position_by_stack(self) -> tuple[Level, ...]:

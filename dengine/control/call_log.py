@@ -1,8 +1,8 @@
-"""The log of collective calls: whether all ranks call the same collectives of the package in the same order.
+"""The log of collective calls, with which ranks check that all call the same collectives in the same order.
 
-Two ranks that reduce loss and accuracy in another order give both of them wrong numbers, and nothing on the wire shows
-it: type and size are the same. So the first rank to make a call enters it in the store before, and all others compare
-theirs with that entry. No rank waits for another one there.
+If two ranks reduce loss and accuracy in a different order, both get wrong numbers, and nothing shows it: types and
+sizes are the same. So the first rank to make a call enters it in the store before, and all others compare their call
+with that entry. No rank waits for another one there.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from dengine.launch.world import World
 
 __all__ = ["CallLog", "call_site", "num_joined", "user_line"]
 
-_CHECKED_RANKS = 64  # of more ranks, so many check each call, in turn: what the store sees does not grow with them
-_NUM_KEPT = 1024  # entries; no rank can lag by more
+_CHECKED_RANKS = 64  # of more ranks, this many check each call, in turn: else the load of the store would grow
+_NUM_KEPT = 1024  # entries; no rank can be later by more
 _NOT_USER_CODE = (
     os.path.dirname(os.path.dirname(__file__)) + os.sep,
     os.path.dirname(torch.__file__) + os.sep,
@@ -34,16 +34,16 @@ _NOT_USER_CODE = (
     "<frozen ",
 )
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
-_PACKAGES = f"{os.sep}site-packages{os.sep}"  # they lie within the standard library's folder
+_PACKAGES = f"{os.sep}site-packages{os.sep}"  # this folder is inside that of the standard library
 
 
 class CallLog:
     """The collectives that this rank has called, one after the other.
 
     Attributes:
-        num_calls: so many so far.
-        current: the one that it is in, or was in last; "" before the first.
-        is_inside: whether it is still in it.
+        num_calls: the number of calls so far.
+        current: the present or last one; "" before the first.
+        is_inside: whether the rank is still in it.
     """
 
     def __init__(self, here: World, store: Any) -> None:
@@ -56,7 +56,7 @@ class CallLog:
         self.is_inside = False
 
     def enter(self, what: str, site: str) -> None:
-        """Note that this rank calls `what`; a `site` that is not empty must be the same on all ranks too.
+        """Note that this rank calls `what`; a `site` that is not empty must be the same on all ranks, too.
 
         Cost: one request to the store, of 0.03 ms on one host.
         Raises: ConsistencyError: another rank has called something else; both call sites are named.
@@ -82,14 +82,14 @@ class CallLog:
         self.is_inside = False
 
     def restart(self, run: int) -> None:
-        """Count anew after all ranks have left `run` by a failure: they may have got to different places in it."""
+        """Start a new count after all ranks have left `run` by a failure, perhaps at different positions."""
         self._section = f"after/{run}"
         self.num_calls = 0
 
     def _first_call(self, mine: dict[str, Any]) -> dict[str, Any]:
-        """What the first rank to make this call entered: `mine` if it was this one."""
+        """The entry of the first rank to make this call: `mine` if that was this rank."""
         entry = b""
-        with suppress(DistError):  # the store is gone, and with it what there was to compare
+        with suppress(DistError):  # the store is gone, so there is nothing to compare
             entry = self._store.compare_set(self._key(self.num_calls), "", json.dumps(mine))
             if self._here.rank == 0 and self.num_calls > _NUM_KEPT:
                 self._store.delete_key(self._key(self.num_calls - _NUM_KEPT))
@@ -104,7 +104,7 @@ class CallLog:
 def num_joined(size: int, *, but: Any = None) -> int:
     """How many collectives this rank has joined in groups of all `size` ranks: DDP's, FSDP's, the user's own."""
     total = 0
-    with suppress(Exception):  # torch's own bookkeeping, which it does not promise
+    with suppress(Exception):  # a private counter of torch
         for group in torch_internals.process_groups():
             if group is not but and group.size() == size:
                 total += torch_internals.num_collectives(group)
@@ -112,12 +112,12 @@ def num_joined(size: int, *, but: Any = None) -> int:
 
 
 def call_site() -> str:
-    """The line of the user's code that calls: the innermost one outside of this package and of torch."""
+    """The line of the user's code that makes the call: the innermost one outside of this package and of torch."""
     return user_line(sys._getframe(1))
 
 
 def user_line(frame: FrameType) -> str:
-    """The line of the user's code that led to `frame`: the innermost one outside of this package, of torch and of the
+    """The line of the user's code that led to `frame`: the innermost one outside of this package, torch and the
     standard library.
     """
     while frame.f_back is not None and not _is_users(frame.f_code.co_filename):
@@ -135,6 +135,6 @@ def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
     return (
         "The ranks call different collectives at the same place:"
         + "".join(f"\n  rank {call['rank']} calls {call['what']} at {call['from']}" for call in (one, other))
-        + "\nCall the same ones in the same order on every rank. Where two lines mean the same one, give both one "
+        + "\nCall the same ones in the same order on every rank. If two lines mean the same one, give both one "
         "name=." + (f" A run of rank {begins[0]}'s own is that of an Engine(..., distributed=False)." if begins else "")
     )

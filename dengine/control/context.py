@@ -1,4 +1,4 @@
-"""What the parts of this rank's control plane share: the ways to the other ranks, and what it knows of the group."""
+"""The objects that the parts of this rank's control plane share: connections to other ranks, and the group's status."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ _REPORTS_PER_RUN = 8  # all ranks may fail at once: the first reports name the c
 
 
 class ControlContext:
-    """Made once, when the group is open. Each part takes from it what it needs.
+    """The shared objects, made once when the group is open.
 
     Attributes:
-        connections: of the group, which close if a peer dies.
+        connections: the connections of the group, which close if a peer dies.
         group: the process group of this package's own collectives, for tensors on the CPU. If DDP shared it, a rank
             that is one collective ahead would join one of DDP's, and both would get wrong numbers.
         host_process: the identity of rank 0's process.

@@ -15,9 +15,9 @@ _NUM_SHOWN = 8
 
 
 def explain(error: BaseException) -> None:
-    """Put what to do in front of the message of `error`, if it is one of DDP's that we know.
+    """Put an explanation in front of the message of `error`, if it is a known error of DDP.
 
-    Changes it in place: it stays the same exception, with its traceback and DDP's own message after ours.
+    It is changed in place, so it keeps its traceback, and DDP's own message after ours.
     """
     text = error.args[0] if type(error) is RuntimeError and error.args else ""
     if not isinstance(text, str) or not text.startswith((_UNUSED, _TWICE)):
@@ -38,7 +38,7 @@ def _unused(error: BaseException, text: str) -> str:
 
 def _twice() -> str:
     return (
-        "A parameter of the model got its gradient twice in one backward(), as where a layer is used twice under "
+        "A parameter of the model got its gradient twice in one backward(), as if a layer is used twice under "
         "activation checkpointing. If every step uses the same layers, pass prepare_model(model, static_graph=True); "
         "checkpoint with use_reentrant=False, as prepare_model(activation_checkpointing=True) does."
     )
@@ -52,7 +52,7 @@ def _model_of(error: BaseException) -> Any:
 
 
 def _names(model: Any, text: str) -> str:
-    """The names of the parameters whose numbers DDP's message gives; "" if they cannot be found."""
+    """The names of the parameters whose numbers are in DDP's message; "" if they cannot be found."""
     found = re.search(r"did not receive grad for rank \d+: ((?:\d+ ?)+)", text)
     if model is None or found is None:
         return ""

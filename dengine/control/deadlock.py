@@ -1,6 +1,6 @@
-"""Deadlocks: whether ranks that wait in different places can never go on, and what the script has done.
+"""Find deadlocks: ranks that wait for each other in different calls, and the mistake in the script.
 
-Pure: it reads what all ranks answered to a liveness probe, once or twice.
+Pure: it reads the answers of all ranks to one or two liveness probes.
 """
 
 from collections.abc import Mapping
@@ -12,27 +12,26 @@ from dengine.control.failure import Level, where_text
 
 __all__ = ["END_OF_GROUP", "START_OF_RUN", "cause", "is_certain", "waits_in"]
 
-START_OF_RUN = "the comparison at the start of a run"  # as a collective that every shared run begins with
+START_OF_RUN = "the comparison at the start of a run"  # the collective with which every shared run begins
 END_OF_GROUP = "the end of process_group()"
 
-# A rank that computes takes far more of a processor, even on a machine that is shared by many.
+# A rank that computes uses far more of a processor, even on a shared machine.
 _MAX_CPU_SHARE = 0.02
 _NUM_SHOWN = 64
 _Answers = Mapping[int, Mapping[str, Any]]
 
 
 def waits_in(frame: FrameType | None) -> str:
-    """What this innermost frame waits for in torch, if it is in something that may wait for other ranks; else ""."""
+    """The call of torch in which this innermost frame waits for other ranks; "" if it does not."""
     return "" if frame is None else torch_internals.wait_in(frame)
 
 
 def is_certain(before: _Answers, now: _Answers) -> bool:
-    """Whether no rank can ever go on, as two liveness probes show that lie some seconds apart.
+    """Whether no rank can ever go on, from two liveness probes some seconds apart.
 
-    Some wait in a collective of this package, which all ranks have to join. All the others wait, without work for their
-    processor, in one of torch's, in which those have not joined: neither can happen before the other. Or they wait at
-    the end of the process group, where no collective comes any more. A rank that is merely slow does work, or is
-    somewhere else.
+    That is so if some ranks wait in a collective of this package, which all must join, and all others wait, without
+    using their processor, in one of torch's, which the first ones have not joined; or at the end of the process group,
+    after the last collective. A rank that is merely slow does work, or is somewhere else.
     """
     if not _is_crossed(before) or not _is_crossed(now) or before.keys() != now.keys():
         return False
@@ -40,9 +39,9 @@ def is_certain(before: _Answers, now: _Answers) -> bool:
 
 
 def cause(answers: _Answers, slowest: int) -> tuple[int, str] | None:
-    """The culprit of a deadlock, and a text that says what keeps all ranks from going on and what to do.
+    """The culprit of a deadlock, and a text with the reason and what to do.
 
-    None if they do not wait for each other. `slowest`: the rank that has come least far.
+    None if the ranks do not wait for each other. `slowest`: the rank with the least progress.
     """
     if _waits_in_torch(answers):
         return slowest, (
@@ -74,7 +73,7 @@ def _is_crossed(answers: _Answers) -> bool:
         return False
     if not outside:
         at_end = [rank for rank in inside if answers[rank]["collective"] == END_OF_GROUP]
-        # The end is a place in the order of calls too: who is there has made all that come before it.
+        # The end is a position in the order of calls, too: a rank there has made all earlier calls.
         ended = min((answers[rank]["calls"] for rank in at_end), default=0)
         return any(rank not in at_end and answers[rank]["calls"] >= ended > 0 for rank in inside)
     if not all(answers[rank]["waits_in"] or answers[rank].get("is_ahead") for rank in outside):
@@ -101,7 +100,7 @@ def _stands_still(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def _pair(answers: _Answers) -> tuple[int, int]:
-    """A rank that waits in a collective that others do not join, and one of those."""
+    """A rank that waits in a collective, and a rank that does not join it."""
     inside = _inside(answers)
     calling = [rank for rank in inside if answers[rank]["collective"] != END_OF_GROUP]
     first = min(calling or inside)
@@ -110,7 +109,7 @@ def _pair(answers: _Answers) -> tuple[int, int]:
 
 
 def _alone(answers: _Answers, first: int, other: int) -> int:
-    """A rank of the smaller group: of those who wait in a collective and those who wait at the end of the group."""
+    """A rank of the smaller group: the ranks in a collective, or the ranks at the end of the process group."""
     num_first = sum(answers[rank]["collective"] == answers[first]["collective"] for rank in answers)
     num_other = len(answers) - num_first
     if num_first == num_other:

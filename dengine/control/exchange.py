@@ -1,7 +1,7 @@
-"""The store exchange: texts that ranks leave for each other in a store, by topic and rank.
+"""The store exchange: texts that ranks publish for each other in a store, by topic and rank.
 
-Through the store, since a collective of a thread could mix with those of the training, and since it can tell who never
-came.
+It uses the store, since a collective of a thread could mix with those of the training, and since the store shows which
+ranks never came.
 """
 
 import time
@@ -12,8 +12,9 @@ __all__ = ["StoreExchange", "after"]
 
 
 class StoreExchange:
-    """One text of each rank for a topic, whose name is used once. Cost: two requests to the store a text; one in
-    `poll_s` while texts are waited for, and two for each text.
+    """Exchanges one text of each rank for a topic; the name of a topic is used once.
+
+    Cost: two requests to the store to publish a text. To collect: one in each `poll_s`, and two for each text.
     """
 
     def __init__(self, store: Any, rank: int, *, poll_s: float = 0.02) -> None:
@@ -22,22 +23,22 @@ class StoreExchange:
         self._poll_s = poll_s
 
     def post(self, topic: str, text: str) -> None:
-        """Leave this rank's text."""
+        """Publish this rank's text."""
         self._store.set(f"{topic}/{self._rank}", text)
         self._store.add(f"{topic}/count", 1)
 
     def collect(
         self, topic: str, ranks: Iterable[int], is_over: Callable[[], bool], *, is_read_once: bool = False
     ) -> dict[int, bytes]:
-        """The texts of those of `ranks` that have left one before the wait `is_over`, in the order of ranks.
+        """The texts of the `ranks` that have published one before `is_over()`, in the order of ranks.
 
-        `is_read_once`: nobody else reads them, so that they are removed.
+        `is_read_once`: no other rank reads them, so they are removed.
         """
         wanted = sorted(ranks)
         found: dict[int, bytes] = {}
         while True:
             is_last = is_over()
-            # One question for all of them, until they are there or the wait is over.
+            # One request for all of them, until they are there or the wait is over.
             if is_last or len(wanted) == 1 or self._store.add(f"{topic}/count", 0) >= len(wanted):
                 found |= {rank: text for rank in wanted if rank not in found and (text := self._text(topic, rank))}
             if is_last or len(found) == len(wanted):
@@ -54,6 +55,6 @@ class StoreExchange:
 
 
 def after(timeout_s: float) -> Callable[[], bool]:
-    """Whether `timeout_s` have passed since this call."""
+    """A function that says whether `timeout_s` have passed since this call."""
     end_s = time.monotonic() + timeout_s
     return lambda: time.monotonic() >= end_s

@@ -1,4 +1,4 @@
-"""What a rank reports to the others about a failure, and what they raise for it."""
+"""The report of a rank's failure, and the exceptions that the others raise for it."""
 
 import builtins
 import json
@@ -32,21 +32,23 @@ Kind: TypeAlias = Literal["raised", "vanished", "stalled"]
 
 _TRACEBACK_CHARS = 16_000  # the store holds it in memory, and every rank reads it
 _LINE_CHARS = 2_000
-_CHAIN_LENGTH = 32  # causes of a traceback; of a longer chain the first ones and the last ones are shown
-_NUM_LEAVES = 1_000  # errors of a group that are looked at
+_CHAIN_LENGTH = 32  # causes in a traceback; a longer chain is shown without its middle
+_NUM_LEAVES = 1_000  # errors of a group that are examined
 _GROUP: Any = getattr(builtins, "BaseExceptionGroup", ())  # Python 3.11
 # Read from the message: below DDP and autograd a broken connection comes out as a bare RuntimeError.
 _BACKEND_WORDS = ("gloo", "nccl", "processgroup", "c10d", "tcpstore", "closed by peer", "reset by peer", "broken pipe")
 
 
 def in_brackets(place: str) -> str:
-    """A place on the mesh as it follows the number of a rank; "" without one."""
+    """A position on the mesh in brackets, to follow the number of a rank; "" without one."""
     return f" ({place})" if place else ""
 
 
 @dataclass(frozen=True)
 class Level:
-    """The position of one engine; `doing` says it in words. An engine in a handler of another is one more level."""
+    """The position of one engine, with a text for it in `doing`. An engine in a handler of another is one more
+    level.
+    """
 
     epoch: int
     iteration: int
@@ -56,7 +58,7 @@ class Level:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Level":
-        """The level that `to_dict` gave. Raises: TypeError: it is something else."""
+        """The level that `to_dict` gave. Raises: TypeError: the content is wrong."""
         level = cls(**fields)
         text_or_none = (str, type(None))
         _check_types(level, epoch=int, iteration=int, doing=str, event=text_or_none, handler=text_or_none)
@@ -68,9 +70,9 @@ class Level:
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that raised, vanished or stalled. `run` is the number of the run that it left by raising, if any.
+    """The failure of a rank that raised, vanished or stalled. `run` is the number of the run that it left, if any.
 
-    `place` tells where on the mesh the rank is, if there is one.
+    `place` is the position of the rank on the mesh, if there is one.
     """
 
     kind: Kind
@@ -79,8 +81,8 @@ class Failure:
     where: tuple[Level, ...] = ()  # outermost engine first
     traceback: str = ""
     run: int | None = None
-    started: int = -1  # how far the rank had started that run, see `Run.started`
-    is_frozen: bool = False  # it does not even answer
+    started: int = -1  # the position that the rank had started in that run, see `Run.started`
+    is_frozen: bool = False  # the rank does not even answer a probe
     is_interrupt: bool = False  # Ctrl-C
     place: str = ""
 
@@ -117,7 +119,7 @@ class Failure:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Failure":
-        """The failure that `to_dict` gave. Raises: TypeError, ValueError, KeyError: it is something else."""
+        """The failure that `to_dict` gave. Raises: TypeError, ValueError, KeyError: the content is wrong."""
         failure = cls(**{**fields, "where": tuple(Level.from_dict(level) for level in fields["where"])})
         _check_types(failure, rank=int, error=str, traceback=str, run=(int, type(None)), started=int)
         _check_types(failure, is_frozen=bool, is_interrupt=bool, place=str)
@@ -147,7 +149,7 @@ def traceback_of(error: BaseException) -> str:
 
 
 def _plain_traceback(chain: list[BaseException]) -> str:
-    """The frames and the text of each of `chain`, without calling any formatting of their own."""
+    """The frames and the text of each of `chain`, without calling their own methods for formatting."""
     half = _CHAIN_LENGTH // 2
     shown = [*chain[:half], None, *chain[-half:]] if len(chain) > _CHAIN_LENGTH else [*chain]
     parts = []
@@ -175,7 +177,7 @@ def cause_chain(error: BaseException, *, with_context: bool = True) -> list[Base
 
 
 def frames_of(error: BaseException, here: FrameType) -> list[FrameType]:
-    """The frames from the outermost one to where `error` was raised; `here` is where it is being handled."""
+    """The frames from the outermost one to the one that raised `error`; `here` is the frame that handles it."""
     outer = []
     frame: FrameType | None = here
     while frame is not None:
@@ -221,7 +223,7 @@ def line_of(error: BaseException) -> str:
     """`error` in one line, whatever its `__str__` does."""
     try:
         text = str(error)
-    except BaseException as failure:  # one that exits the process would be told in place of `error`
+    except BaseException as failure:  # an exit of the process would be reported instead of `error`
         text = f"(its text cannot be had: {type(failure).__qualname__})"
     text = text if len(text) <= _LINE_CHARS else text[:_LINE_CHARS] + " ..."
     return f"{type(error).__qualname__}: {text}" if text else type(error).__qualname__
@@ -243,11 +245,11 @@ def remove_error_file() -> None:
 
 
 def write_error_file(message: str, traceback_text: str, *, is_cause: bool) -> None:
-    """Write what torchrun's summary is to show for this process, as `torch.distributed.elastic`'s `@record` would.
+    """Write the error of this process for torchrun's summary, as `@record` of `torch.distributed.elastic` would.
 
-    The summary calls the earliest failure the root cause: if this rank stops only because another one failed
-    (not `is_cause`), its own comes a minute later. It shows the traceback alone, so the culprit's name stands
-    there too: a process that ends with exit code 0 is no failure to torchrun, which then shows an innocent rank.
+    The summary calls the earliest failure the root cause. So if this rank stops only because another one failed (not
+    `is_cause`), its time is a minute later. The summary shows only the traceback, so the culprit's name is in it, too:
+    torchrun takes a process with exit code 0 for no failure, and then shows an innocent rank.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:

@@ -1,4 +1,4 @@
-"""The heartbeat: each rank publishes its position about once a second, and reads whether the others are alive."""
+"""The heartbeat: each rank publishes its position about once a second, and reads those of the others."""
 
 import json
 import time
@@ -14,10 +14,10 @@ __all__ = ["Heartbeat", "levels_of"]
 
 
 class Heartbeat:
-    """Publishes the position of this rank, and reads what the others have published.
+    """Publishes the position of this rank, and reads those of the others.
 
     Attributes:
-        latest_of_host: the last heartbeat of rank 0 if it hosts the store, which could not be read afterwards.
+        latest_of_host: the last heartbeat of rank 0 if it hosts the store: it cannot be read once that is gone.
     """
 
     def __init__(self, context: ControlContext) -> None:
@@ -34,7 +34,7 @@ class Heartbeat:
     # -- this rank -----------------------------------------------------------------------------------------------
 
     def publish_when_due(self, period_s: float) -> bool:
-        """Publish once a period, and soon after a run has begun or ended. Gives whether it did."""
+        """Publish once a period, and soon after a run has started or ended. Gives whether it did."""
         is_new_turn = self.activity.runs.num_turns != self._published_turn
         is_due = time.monotonic() >= self._published_at_s + (period_s / 10 if is_new_turn else period_s)
         if is_due:
@@ -79,7 +79,7 @@ class Heartbeat:
         return self._is_of_this_host(beat) and is_alive(beat)
 
     def may_be_unreachable(self, beat: dict[str, Any]) -> bool:
-        """Whether the process that sent `beat` is on another host, so that the network may be what is broken."""
+        """Whether the process that sent `beat` is on another host, so that the network may be broken instead."""
         return bool(beat) and beat["host"] != self._identity["host"]
 
     def _is_of_this_host(self, beat: dict[str, Any]) -> bool:

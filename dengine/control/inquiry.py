@@ -1,4 +1,4 @@
-"""Why a connection broke, or a collective timed out: another rank's failure, or nobody's."""
+"""Find out why a connection broke, or a collective timed out: whether another rank has failed."""
 
 import time
 from contextlib import suppress
@@ -11,13 +11,15 @@ from dengine.control.liveness import LivenessProbe
 
 __all__ = ["DELIVERY_S", "Inquiry"]
 
-DELIVERY_S = 0.5  # how long a report takes, at most, from one rank to the others
+DELIVERY_S = 0.5  # the longest time of a report from one rank to the others
 _POLL_S = 0.02
-_INQUIRE_S = 4.0  # how long it takes, at most, to find out who is gone
+_INQUIRE_S = 4.0  # the longest time to find out which rank is gone
 
 
 class Inquiry:
-    """The loop asks, and waits for the answer; the watchdog finds out who is gone, since it may wait for the store."""
+    """An inquiry: the loop asks and waits, and the watchdog finds out which rank is gone, as it may wait for the
+    store.
+    """
 
     def __init__(self, context: ControlContext, probe: LivenessProbe) -> None:
         self._context = context
@@ -27,9 +29,9 @@ class Inquiry:
         self._num_ended = 0
 
     def cause_of(self, error: BaseException) -> Failure | None:
-        """The failure of another rank that led to `error`, which is of a collective of torch.
+        """The failure of another rank that led to `error` in a collective of torch.
 
-        None if all ranks are there, so that the failure is this rank's own, or if nobody can be asked.
+        None if all ranks are alive, so that the failure is this rank's own, or if no rank can be asked.
         """
         cause = self._vanished_rank()
         if cause is None and not self._status.is_store_lost:
@@ -37,12 +39,12 @@ class Inquiry:
         return cause
 
     def begin(self) -> bool:
-        """Whether this rank wants to know who is gone. For the watchdog, which finds out and calls `end`."""
+        """Whether the loop has asked which rank is gone. For the watchdog, which finds out and calls `end`."""
         is_wanted, self._is_wanted = self._is_wanted, False
         return is_wanted
 
     def end(self) -> None:
-        """Wake up those who wait for an inquiry: nobody is gone, or whoever is has been reported."""
+        """Wake up the loop that waits for the answer: no rank is gone, or its failure was reported."""
         self._num_ended += 1
         self._status.update()
 
@@ -54,14 +56,16 @@ class Inquiry:
             self._is_wanted = True
             self._context.connections.wake()
             status.wait_for(lambda: status.failure or status.is_store_lost or self._num_ended > number, _INQUIRE_S)
-            if status.failure is None:  # the report is on its way, through the store
+            if status.failure is None:  # the report is still on its way through the store
                 self._is_known_within(DELIVERY_S)
         failure = status.failure
         is_mine = failure is not None and failure.rank == self._context.here.rank and failure.kind == "raised"
         return None if is_mine else failure
 
     def _late_rank(self, is_timeout: bool) -> Failure | None:
-        """The failure of the rank that the others awaited until the group's own timeout. The first to time out asks."""
+        """The failure of the rank for which others waited until the group's timeout. The first rank to time out
+        asks.
+        """
         store = self._context.store
         with suppress(DistError):  # the store is gone
             if is_timeout and store.add("late", 1) == 1:
@@ -71,7 +75,7 @@ class Inquiry:
             if not store.check(["late"]):
                 return None
             end_s = time.monotonic() + _INQUIRE_S
-            # Not by wait(), which would keep the thread that answers probes off the store.
+            # Not by wait(), during which the thread that answers probes could not use the store.
             while not (is_known := store.check(["late_is_known"])) and time.monotonic() < end_s:
                 time.sleep(_POLL_S)
             if is_known and store.get("late_is_known") == b"yes":

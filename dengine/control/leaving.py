@@ -1,6 +1,6 @@
-"""The end of the block: all ranks leave it together, through the store.
+"""Let all ranks leave the block together, through the store.
 
-Not by a collective of the group: a rank that left its loop early would join one that the others are still in.
+It is no collective of the group: a rank that left its loop early would join one that the others are still in.
 """
 
 import time
@@ -15,11 +15,11 @@ from dengine.control.status import ALL_LEFT
 
 __all__ = ["LEAVE_S", "leave_together", "wait_for_readers"]
 
-LEAVE_S = 2.0  # how long the end waits for a thread, or for the others to read their messages
+LEAVE_S = 2.0  # the longest wait at the end for a thread, or until the others have read their messages
 
 
 def leave_together(context: ControlContext, failures: Failures) -> None:
-    """Wait until all ranks are here.
+    """Wait until all ranks have come.
 
     Collective. Raises: RemoteRankError, StallError: a rank fails meanwhile. LaunchError: the store is gone.
     """
@@ -37,7 +37,7 @@ def leave_together(context: ControlContext, failures: Failures) -> None:
 
 
 def wait_for_readers(context: ControlContext) -> None:
-    """Give the others time to read all messages: this process takes the store with it."""
+    """Give the others time to read all messages: the store ends with this process."""
     end_s = time.monotonic() + LEAVE_S
     failure = context.status.failure
     is_one_lost = failure is not None and (failure.kind == "vanished" or failure.is_frozen)
@@ -59,7 +59,7 @@ def _wait_until_all_left(context: ControlContext, failures: Failures) -> None:
 
 
 def _look_into_store(context: ControlContext, failures: Failures) -> None:
-    """The last rank to come may have been killed just before it published that all have."""
+    """Check in the store whether all have come: the last rank may have been killed before it could publish that."""
     mine = str(context.here.rank)
     try:
         if context.status.has_all_left(context.store):

@@ -1,4 +1,4 @@
-"""The liveness probe: asks all ranks where they are, to find out who is gone and whom the others wait for."""
+"""The liveness probe: ask all ranks for their positions, to find ranks that are gone, or that the others wait for."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ __all__ = ["LivenessProbe", "exempt_key"]
 
 _ANSWER_S = 2.0  # a living rank's thread answers within milliseconds, unless its machine is under load
 _POLL_S = 0.02
-_IDLE_S = 2.0  # a rank that moved just now is at work; it may be noticed a second late
+_IDLE_S = 2.0  # a rank with progress in this time is at work; that may be noticed a second late
 _NUM_SHOWN = 64
 _UNREADABLE: dict[str, Any] = {
     "where": [],
@@ -36,7 +36,9 @@ _UNREADABLE: dict[str, Any] = {
 
 
 class LivenessProbe:
-    """Asks all ranks where they are. Cost: two requests to the store a rank, and one for each rank on the asker."""
+    """Asks all ranks for their positions. Cost: two requests to the store a rank, and one for each rank on the
+    asker.
+    """
 
     def __init__(self, context: ControlContext, heartbeat: Heartbeat) -> None:
         self._context = context
@@ -50,33 +52,33 @@ class LivenessProbe:
         self._suspected: dict[int, dict[str, Any]] = {}  # the last answers, if they looked like a deadlock
 
     def find_vanished(self) -> Failure | None:
-        """After a connection was closed: the failure of who is gone. None if it has reported why, or all have left."""
+        """The failure of the rank that closed a connection. None if it has reported why, or if all have left."""
         status, latest = self._status, self._heartbeat.latest
         gone = [rank for rank in self._heartbeat.ranks_on_host() if self._heartbeat.is_known_dead(latest(rank))]
-        # A rank that reports why it leaves does so first; its report may still be on its way.
+        # A rank reports why it leaves before it closes; its report may still be on its way.
         time.sleep(_POLL_S)
         if status.failure is not None or status.has_ended or status.has_all_left(self._store):
             return None
         if not gone:
             answers = self._ask_all()
-            # One of this host whose process is alive is only slow.
+            # A rank on this host whose process is alive is only slow.
             missing = [rank for rank in range(self._here.size) if rank not in answers and rank != self._here.rank]
             gone = [rank for rank in missing if not self._heartbeat.is_known_alive(latest(rank))]
         if not gone or status.failure is not None or status.has_all_left(self._store):
             return None
         failure = self._vanished(gone)
-        # At once, and not only by the exception: a launcher may end this process right now.
+        # Printed at once, and not only by the exception: a launcher may end this process right now.
         say(f"dengine: {failure.message()}\n")
         return failure
 
     def find_stalled(self, timeout_s: float, *, leeway_s: float) -> tuple[Failure | None, float]:
-        """The failure of the rank that all others await, if none has moved for `timeout_s`; and for how long none has.
+        """The failure of the rank for which all others wait, if none has made progress for `timeout_s`; and that time.
 
-        `leeway_s`: how late a rank may notice that it makes no progress.
+        `leeway_s`: the delay with which a rank may notice that it makes no progress.
         """
         answers = self._ask_all()
         missing = [rank for rank in range(self._here.size) if rank not in answers]
-        # One that does not answer but published not long ago only holds the interpreter for a while.
+        # A rank that does not answer, but published not long ago, only blocks the interpreter for a while.
         silent_s = [time.time() - self._heartbeat.latest(rank).get("time_s", 0.0) for rank in missing]
         if any(self._store.check([exempt_key(rank)]) for rank in missing):
             return None, 0.0
@@ -112,8 +114,8 @@ class LivenessProbe:
             "collective": call_log.current if call_log.is_inside else "",
             **self._wait_details(),
             "idle_s": 0.0 if activity.num_exempt else time.monotonic() - activity.progressed_at_s,
-            # The least is least far: fewer of torch's collectives joined, fewer runs begun or ended, less of the run
-            # started, fewer of this package's collectives called, and at last: waits in none.
+            # The smallest has the least progress: fewer of torch's collectives joined, fewer runs started or ended,
+            # less of the run started, fewer of this package's collectives called, and last: it waits in none.
             "progress": [
                 num_joined(self._here.size, but=self._context.group),
                 activity.runs.num_turns,
@@ -125,7 +127,7 @@ class LivenessProbe:
         self._exchange.post(f"here/{number}", json.dumps(answer))
 
     def _wait_details(self) -> dict[str, Any]:
-        """The part of the answer that deadlock.py reads."""
+        """The part of the answer that deadlock.py needs."""
         frame = sys._current_frames().get(self._activity.runs.thread_id)
         return {
             "waits_in": waits_in(frame),
@@ -138,9 +140,10 @@ class LivenessProbe:
         }
 
     def find_deadlock(self) -> tuple[Failure | None, bool]:
-        """The failure if all ranks wait and none can go on; and whether it looks so, which is worth another look.
+        """The failure if all ranks wait and none can go on; and whether that is likely, so that a second probe is
+        useful.
 
-        Called by a rank that waits in a collective.
+        A rank that waits in a collective calls this.
         """
         before, answers = self._suspected, self._ask_all()
         found = _deadlock_failure(answers) if len(answers) == self._here.size else None
@@ -154,7 +157,7 @@ class LivenessProbe:
         ranks = range(self._here.size)
         texts = self._exchange.collect(f"here/{number}", ranks, after(_ANSWER_S), is_read_once=True)
         parsed = {rank: parse_object(text) for rank, text in texts.items()}
-        # A malformed answer is an answer: that rank is not the one that is silent.
+        # A malformed answer is an answer, too: that rank is not silent.
         return {
             rank: dict(_UNREADABLE) if each is None or not _is_complete(each) else each for rank, each in parsed.items()
         }
@@ -191,7 +194,7 @@ class LivenessProbe:
 
 
 def exempt_key(rank: int) -> str:
-    """The key that exists while `rank` is in a part of the script that may take as long as it likes."""
+    """The key that exists while `rank` is in a part of the script that may take any time."""
     return f"exempt/{rank}"
 
 
@@ -204,7 +207,7 @@ def _is_complete(answer: dict[str, Any]) -> bool:
 
 
 def _deadlock_failure(answers: dict[int, dict[str, Any]]) -> Failure | None:
-    """The failure if ranks wait for each other in different places; None if they do not."""
+    """The failure if ranks wait for each other in different calls; None if they do not."""
     found = cause(answers, min(answers, key=lambda each: answers[each]["progress"]))
     return None if found is None else Failure("stalled", found[0], found[1], levels_of(answers[found[0]]))
 

@@ -1,4 +1,4 @@
-"""What a thread of each rank reports to rank 0 about its part of a common work."""
+"""Reports of a thread of each rank to rank 0 about its part of common work."""
 
 import math
 import threading
@@ -15,11 +15,13 @@ _POLL_S = 0.01  # how often rank 0 looks for notes
 
 
 class Mailbox:
-    """One note from each rank, under a name that is used once. Make it on the loop's thread, on all ranks; everything
-    else is for one thread of each. No collective. Cost: two requests to the store a note, and one look in 10 ms.
+    """Collects one note from each rank, with a name that is used once.
+
+    Make it on the loop's thread, on all ranks; the other methods are for one thread of each rank. No collective. Cost:
+    two requests to the store for each note, and one every 10 ms.
 
     Args:
-        is_leaving: set once this rank leaves its run by an error: then a note that is missing is not waited for.
+        is_leaving: set once this rank leaves its run by an error: then it no longer waits for missing notes.
     """
 
     def __init__(self, name: str, is_leaving: threading.Event) -> None:
@@ -36,14 +38,14 @@ class Mailbox:
         return self._here.rank == 0
 
     def post(self, note: str) -> None:
-        """Leave this rank's note. Raises: RuntimeError: the store is gone."""
+        """Publish this rank's note. Raises: RuntimeError: the store is gone."""
         self._exchange.post(self._topic, note)
 
     def collect(self) -> list[str]:
-        """On rank 0, after its own `post`: the notes of all ranks, in their order. Waits for them.
+        """Wait for the notes of all ranks, and give them in their order. On rank 0, after its own `post`.
 
         Raises:
-            RemoteRankError: another rank has failed, and left none. RuntimeError: the store is gone.
+            RemoteRankError: another rank has failed, and published none. RuntimeError: the store is gone.
         """
         notes = self._exchange.collect(self._topic, range(self._here.size), self._is_over, is_read_once=True)
         missing = [rank for rank in range(self._here.size) if rank not in notes]

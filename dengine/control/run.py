@@ -1,4 +1,4 @@
-"""One run of an engine, as its loop sees it, and those that are under way on this rank."""
+"""One run of an engine, as its loop sees it, and the runs that are under way on this rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dengine.control.failure import Level
 __all__ = ["END", "Key", "OwnRun", "Run", "Runs", "Scope", "Where", "position"]
 
 Scope: TypeAlias = Literal["run", "epoch"]
-Key: TypeAlias = tuple[Scope, int]  # what is to be left: a scope, and its epoch (0 for a run)
+Key: TypeAlias = tuple[Scope, int]  # the scope to leave, and its epoch (0 for a run)
 Where: TypeAlias = Callable[[Iterable[FrameType]], list[Level]]  # the positions of the engines that run in some frames
 
 _EPOCH_BITS = 40
@@ -31,12 +31,12 @@ class Run(ABC):
     """One run of an engine: how far it has started, and how far it may go.
 
     Attributes:
-        started: the furthest position that the loop may have started. The loop writes it, in every iteration, before
-            it looks whether it may go on.
-        stop_at: the iteration number at which the loop looks whether it may go on: one comparison for all who may stop
-            it. The loop sets it, and any thread may set it to 0 (`interrupt`).
-        number: counts the runs that all ranks share; None for this rank's own.
-        reason: why the run is left, given by the rank that asked first.
+        started: the furthest position that the loop may have started. The loop writes it, in every iteration, before it
+            checks whether it may go on.
+        stop_at: the iteration at which the loop checks whether it may go on: one comparison for all reasons to stop.
+            The loop sets it, and any thread may set it to 0 (`interrupt`).
+        number: the number of the run among those that all ranks share; None for this rank's own.
+        reason: the reason why the run is left, from the rank that asked first.
     """
 
     def __init__(self, runs: Runs, number: int | None = None) -> None:
@@ -48,34 +48,34 @@ class Run(ABC):
         self._targets: dict[Key, int] = {}
 
     def interrupt(self) -> None:
-        """Have the loop look whether it may go on, after the iteration under way."""
+        """Make the loop check whether it may go on, after the current iteration."""
         self.stop_at = 0
 
     def set_target(self, key: Key, target: int, reason: str = "") -> None:
-        """Decide where `key` is left, unless that is decided."""
+        """Set the position at which `key` is left, unless it is set already."""
         self._targets.setdefault(key, target)
         self.reason = self.reason or reason
 
     def end(self) -> None:
-        """Note that the loop is over: this run keeps nobody waiting any more."""
+        """Note that the loop is over, so that no rank waits for this run any more."""
         self.note_batches(END)
         self._runs.end(self)
 
     @property
     @abstractmethod
     def depth(self) -> int:
-        """How many runs that all ranks share are under way on this rank, this one included; 1 if nobody counts them."""
+        """The number of shared runs that are under way on this rank, this one included; 1 if they are not counted."""
 
     @property
     @abstractmethod
     def must_check(self) -> bool:
-        """Whether the loop has to look: a stop was requested or decided, or a rank has failed."""
+        """Whether the loop must check: a stop was requested or decided, or a rank has failed."""
 
     @abstractmethod
     def request_stop(self, scope: Scope, epoch: int, reason: str = "") -> None:
-        """Ask all ranks to leave the run or the epoch. The loop learns of it by `interrupt`.
+        """Ask all ranks to leave the run or the epoch. `interrupt` tells the loop.
 
-        Raises: LaunchError: the store is gone, by which they would learn of it.
+        Raises: LaunchError: the store is gone, so the others cannot be asked.
         """
 
     @abstractmethod
@@ -94,13 +94,15 @@ class Run(ABC):
 
     @abstractmethod
     def note_batches(self, epoch: int) -> None:
-        """Note that this rank had a batch in `epoch`, which it leaves. Cost: a request to the store, if one asked."""
+        """Note that this rank had a batch in `epoch`, which it leaves. Cost: a request to the store, if a rank
+        asked.
+        """
 
     @abstractmethod
     def has_any_rank_batches(self, epoch: int) -> bool:
         """Whether any rank has a batch in `epoch`, in which this one has none. Waits until that is known.
 
-        True if it cannot be known, as the run is being left. A rank with batches pays nothing while nobody asks.
+        True if it cannot be known, as the run is being left. A rank with batches pays nothing unless another rank asks.
         Raises: RemoteRankError, StallError: a rank has failed. LaunchError: the store is gone.
         """
 
@@ -143,16 +145,16 @@ class Runs:
     """The runs that are under way on this rank.
 
     Attributes:
-        under_way: outermost first.
-        num_turns: how many shared runs were begun plus how many were ended: the rank with fewer has got less far.
-        thread_id: of the thread whose loop runs.
+        under_way: the runs, outermost first.
+        num_turns: the number of shared runs that were started, plus the number that ended: it shows a rank's progress.
+        thread_id: the thread whose loop runs.
     """
 
     def __init__(self) -> None:
         self.under_way: list[Run] = []
         self.num_turns = 0
         self.thread_id = threading.get_ident()
-        self._where: Where = lambda frames: []  # as the engine gave it that began a run last; all give the same
+        self._where: Where = lambda frames: []  # from the last engine that started a run
         self._lock = threading.Lock()
 
     def begin(self, run: Run, where: Where) -> None:
@@ -168,7 +170,7 @@ class Runs:
             self.num_turns += run.number is not None
 
     def shared(self) -> list[Run]:
-        """Those that all ranks share."""
+        """The runs that all ranks share."""
         return [run for run in self.under_way if run.number is not None]
 
     def where(self, frames: Iterable[FrameType]) -> tuple[Level, ...]:
@@ -176,7 +178,7 @@ class Runs:
         return tuple(self._where(frames)) if self.under_way else ()
 
     def interrupt(self) -> None:
-        """Have every loop look whether it may go on."""
+        """Make every loop check whether it may go on."""
         for run in self.under_way:
             run.interrupt()
 

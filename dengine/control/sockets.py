@@ -1,17 +1,17 @@
-"""The sockets of a process group: how a rank notices that a peer is gone, and how one that waits is freed.
+"""The sockets of a process group, with which a rank notices that a peer is gone, and can free a rank that waits.
 
-Gloo's wait is in C++ and ends only when a connection closes or the group's timeout passes: neither a signal nor
-`abort()` on the group frees it, nor does destroying the group once DDP holds it. Shutting the sockets does, at once.
+Gloo waits in C++, until a connection closes or the group's timeout passes. Neither a signal nor `abort()` on the group
+ends the wait, nor does destroying the group while DDP holds it. Shutting down the sockets does, at once.
 
-Only for reading, though: if a write fails, Gloo keeps what it was about to send until the socket can be written
-again, closes the connection at the next read, and leaves whoever waits for that send waiting (pair.cc, where
-`signalException` passes over what is queued in `tx_`). So nothing is done by which a rank that comes late to a
-collective could meet a connection that can no longer be written to.
+They are shut down only for reading: if a write fails, Gloo keeps the data until the socket can be written again, closes
+the connection at the next read, and never wakes up the thread that waits for that send (pair.cc: `signalException`
+skips the queue `tx_`). So a rank that comes late to a collective must never meet a connection that cannot be written
+to.
 
 With TORCH_GLOO_LAZY_INIT a group has few connections at first, and more as collectives need them; those of a group
-that the script makes come later anyway. So it is looked again which sockets are Gloo's once there is a failure, until
-nobody waits any more. A rank that waits for a peer to connect has no connection yet: it is given one, by its own
-process, which hangs up at once.
+that the script makes come later anyway. So after a failure Gloo's sockets are searched again and again, until no thread
+waits. A rank that waits for a peer to connect has no connection yet: its own process gives it one, and closes it at
+once.
 """
 
 import os
@@ -39,21 +39,22 @@ __all__ = [
 
 T = TypeVar("T")
 _Address: TypeAlias = tuple[str, int]
-_Ends: TypeAlias = tuple[_Address, _Address]  # here, there
+_Ends: TypeAlias = tuple[_Address, _Address]  # (own address, peer's address)
 
 _FOLDER = "/proc/self/fd"
 _NUM_STANDINS = 1024  # of peers that have not connected: each takes a descriptor until the group is destroyed
 _STANDIN_S = 1.0
 
-# The sockets of groups that were left by a failure: if closed, they would refuse what a late rank has yet to send.
+# Sockets of groups that were left by a failure: if they were closed, a late rank could not send any more.
 _left_open: list[socket.socket] = []
 
 
 @contextmanager
 def new_connections(store_port: int) -> Iterator[list[socket.socket]]:
-    """The connections that are made inside the `with` block, except those to the store. Linux only; else none.
+    """The connections that are made inside the `with` block, except those to the store. None if the system is not
+    Linux.
 
-    They are duplicates: the number of a descriptor of our own is not reused when the group closes its own one.
+    They are duplicates: their descriptor numbers are not reused when the group closes its own.
     """
     made: list[socket.socket] = []
     before = set(_socket_numbers().values())
@@ -65,17 +66,15 @@ def new_connections(store_port: int) -> Iterator[list[socket.socket]]:
 
 
 def existing_connections(exchange: Callable[[list[_Ends]], list[list[_Ends]]], store_port: int) -> list[socket.socket]:
-    """The connections between ranks that exist already, except those to the store; as duplicates.
+    """The existing connections between this rank and others, except those to the store; as duplicates.
 
-    They are those with one end in this process and the other in another rank.
-
-    Collective: `exchange` gives the ends of all ranks, in their order, for those of this one.
+    Collective: `exchange` sends the ends of this rank's connections, and gives those of all ranks, in their order.
     """
     mine: dict[_Ends, socket.socket] = {}
     for number in _socket_numbers():
         for each in _connection(number, store_port):
             mine[_address(each.getsockname()), _address(each.getpeername())] = each
-    # From the others' side. One that a process has with itself has both ends here, and is none of them.
+    # Seen from the other side. A connection of a process with itself has both ends here, and is left out.
     theirs = {(there, here) for ends in exchange(list(mine)) for here, there in ends} - {
         (there, here) for here, there in mine
     }
@@ -97,7 +96,7 @@ def connect_neighbours(group: ProcessGroup | None = None) -> None:
 
 
 def unless_hung_up(action: Callable[[], T], peers: Sequence[socket.socket]) -> T:
-    """The result of `action`, run in a thread, which is abandoned if a peer hangs up first.
+    """Run `action` in a thread, and give its result; give up if a peer closes its connection first.
 
     Raises: ConnectionError: one has. What `action` raises.
     """
@@ -110,10 +109,10 @@ def unless_hung_up(action: Callable[[], T], peers: Sequence[socket.socket]) -> T
 
 
 class Connections:
-    """The connections of one group, and a way to sleep until a peer closes one of them."""
+    """The connections of one group. A thread can sleep until a peer closes one of them."""
 
     def __init__(self, sockets: list[socket.socket]) -> None:
-        while _left_open:  # all ranks are here, so none is left in a group before this one
+        while _left_open:  # all ranks are here, so none is still in an earlier group
             _left_open.pop().close()
         self._sockets = sockets
         # Connections of before, if not of this group: another one's of Gloo, which the script may go on using.
@@ -128,7 +127,7 @@ class Connections:
             self._poll.register(each, select.POLLRDHUP)
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until `wake()`, or until a peer hangs up. Gives whether one did; each counts once."""
+        """Sleep until `wake()`, or until a peer closes its connection. Gives whether one did; each counts once."""
         has_hung_up = False
         for number, _ in self._poll.poll(timeout_s * 1000):
             if number == self._woken.fileno():
@@ -140,8 +139,8 @@ class Connections:
         return has_hung_up
 
     def watch_process(self, pid: int) -> None:
-        """Have `wait` also return when this process of this host ends: its children may hold its connections open."""
-        with suppress(OSError, AttributeError):  # it has ended, or the system has no such thing (Linux 5.3)
+        """Let `wait` also return when this process on this host ends: its children may keep its connections open."""
+        with suppress(OSError, AttributeError):  # it has ended, or the system cannot do this (before Linux 5.3)
             number = os.pidfd_open(pid)
             self._processes.append(number)
             self._poll.register(number, select.POLLIN)
@@ -151,9 +150,9 @@ class Connections:
             self._waker.send(b"!")
 
     def abort(self) -> None:
-        """Free whoever waits in a collective on this rank, by an error there; later too, in the connections of now.
+        """Make each collective on this rank raise an error, now and later, in all connections so far.
 
-        Again and again, as a collective may be about to connect.
+        Call it again and again, as a collective may be about to connect.
         """
         self._shut(socket.SHUT_RD)
 
@@ -167,7 +166,7 @@ class Connections:
                         _hang_up_as(rank, listener.getsockname())
 
     def hang_up(self) -> None:
-        """Have the peers notice that this rank, which is in no collective, takes no further part."""
+        """Show the peers that this rank, which is in no collective, takes no further part."""
         self._shut(socket.SHUT_WR)
 
     def _shut(self, way: int) -> None:
@@ -177,8 +176,9 @@ class Connections:
                 each.shutdown(way)
 
     def close(self, *, is_failing: bool) -> None:
-        """Close our duplicates of the connections. If this rank is failing they stay open until this process ends or is
-        in another group.
+        """Close our duplicates of the connections.
+
+        If this rank is failing they stay open until this process ends or joins another group.
         """
         for each in (self._waker, self._woken):
             each.close()
@@ -199,13 +199,13 @@ class Connections:
 
 
 def abort_group() -> None:
-    """Abort what is under way on the device, without waiting for it: NCCL's connections are not among the sockets."""
-    with suppress(Exception):  # nothing more can be done for a rank that waits on the device
+    """Abort the collectives on the device, without waiting for them: NCCL does not use these sockets."""
+    with suppress(Exception):  # nothing else can free a rank that waits on the device
         torch_internals.abort_process_groups()
 
 
 def _address(name: tuple[Any, ...]) -> _Address:
-    return name[0].removeprefix("::ffff:"), name[1]  # as IPv4, if it is IPv4 within IPv6
+    return name[0].removeprefix("::ffff:"), name[1]  # as IPv4, if it is an IPv4 address in IPv6 form
 
 
 def _socket_numbers() -> dict[int, str]:
@@ -249,7 +249,7 @@ def _connection(number: int, store_port: int) -> list[socket.socket]:
         here, there = duplicate.getsockname(), duplicate.getpeername()
         if isinstance(here, tuple) and isinstance(there, tuple) and store_port not in (here[1], there[1]):
             return [duplicate]
-    except OSError:  # it listens; shut, it would take the process down
+    except OSError:  # it listens; to shut it down would end the process
         pass
     duplicate.close()
     return []

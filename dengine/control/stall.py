@@ -1,6 +1,6 @@
-"""What a rank does once a stall is known: it shows where it is, and a frozen process of its host is killed.
+"""Handle a stall: each rank prints its position, and a frozen process on its host is killed.
 
-Which rank is blamed for it: `liveness.py`.
+`liveness.py` finds the rank that is to blame.
 """
 
 import faulthandler
@@ -21,19 +21,19 @@ from dengine.launch.world import World
 
 __all__ = ["show_stall", "stacks", "wait_for_stacks"]
 
-_STACKS_S = 3.0  # how long the others wait for the stacks of the one that hangs
+_STACKS_S = 3.0  # the longest wait of the others for the stacks of the rank that hangs
 _STACKS = "stacks"  # key in the store: the rank that hangs has shown its stacks
 _POLL_S = 0.02
 
 
 def show_stall(failure: Failure, here: World, store: Any, heartbeat: Heartbeat, *, is_store_lost: bool) -> None:
-    """Print where this rank is, and kill the process that hangs if it is frozen.
+    """Print the position of this rank, and kill the process that hangs if it is frozen.
 
-    Comes before the loop learns of the stall: afterwards this process may be gone at any moment.
+    This must come before the loop gets the failure: after that this process may end at any moment.
     """
     place = in_brackets(here.place_of(here.rank))
     say(f"dengine: rank {here.rank}{place} is {where_text(heartbeat.activity.position())}\n{stacks()}")
-    with suppress(DistError):  # the store is gone: whoever reads from it notices
+    with suppress(DistError):  # the store is gone, which its readers notice
         if failure.rank == here.rank:
             store.set(_STACKS, "shown")
         elif failure.is_frozen:
@@ -41,7 +41,7 @@ def show_stall(failure: Failure, here: World, store: Any, heartbeat: Heartbeat, 
 
 
 def wait_for_stacks(status: GroupStatus, rank: int, store: Any) -> None:
-    """Wait until the rank that hangs has shown its stacks: once this one leaves, the launcher ends that one."""
+    """Wait until the rank that hangs has printed its stacks: once this rank leaves, the launcher ends that one."""
     failure = status.failure
     if failure is None or failure.kind != "stalled" or failure.is_frozen or failure.rank == rank:
         return
@@ -60,13 +60,13 @@ def stacks() -> str:
 
 
 def _kill_frozen(rank: int, heartbeat: Heartbeat, *, is_store_lost: bool) -> None:
-    """Kill a stopped process, which SIGTERM does not end either. `is_store_lost`: the store cannot be asked."""
+    """Kill a stopped process, which SIGTERM would not end. `is_store_lost`: the store cannot be asked."""
     if not is_store_lost:
         beat = heartbeat.latest(rank)
     elif rank == 0:
         beat = heartbeat.latest_of_host
     else:
-        return  # there is no way left to find out which process that is
+        return  # that process cannot be found any more
     if heartbeat.is_known_alive(beat):
         with suppress(OSError):
             os.kill(beat["pid"], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The status of the group, as this rank knows it: several threads write it, and others wait for a change."""
+"""The status of the group, as this rank knows it. Several threads write it, and others wait for a change."""
 
 import threading
 from collections.abc import Callable
@@ -12,16 +12,16 @@ ALL_LEFT = "all_left"  # key in the store: all ranks have come to the end of the
 
 
 class GroupStatus:
-    """What this rank knows of the group, and where it is on its own way out. `update` wakes up whoever waits.
+    """The status of the group and of this rank's own exit. `update` wakes up all threads that wait.
 
     Attributes:
         failure: the first failure that any rank reported, until all recover from it; the same one on all ranks.
-        is_aborted: the connections are shut: nobody waits in a collective any more, and none can be joined.
+        is_aborted: the connections are shut down, so no thread waits in a collective, and none can be joined.
         is_store_lost: the store cannot be reached any more.
         all_left: all ranks have come to the end of the block.
         has_ended: no more messages will come.
         is_closed: this rank has left the block.
-        is_leaving: this rank's run is on its way out, by an error.
+        is_leaving: this rank leaves its run by an error.
     """
 
     def __init__(self, wake_loops: Callable[[], None]) -> None:
@@ -55,7 +55,7 @@ class GroupStatus:
         self._wake_loops()
 
     def has_all_left(self, store: Any) -> bool:
-        """Whether all ranks have come to the end of the block, as far as this one has heard or the store knows."""
+        """Whether all ranks have come to the end of the block, by this rank's messages or by the store."""
         return self.all_left or bool(store.check([ALL_LEFT]))
 
     def clear_failure(self) -> None:
@@ -65,6 +65,8 @@ class GroupStatus:
             self._changed.notify_all()
 
     def wait_for(self, predicate: Callable[[], object], timeout_s: float) -> bool:
-        """Wait until `predicate()` holds, for `timeout_s` at most; asks at every change. Gives whether it holds."""
+        """Wait until `predicate()` is true, for `timeout_s` at most; checks at every change. Gives whether it is
+        true.
+        """
         with self._changed:
             return bool(self._changed.wait_for(predicate, timeout_s))

@@ -1,9 +1,9 @@
-"""How ranks agree when to leave a run, without waiting for each other while nobody wants to.
+"""Let ranks agree when to leave a run, without any wait unless a rank wants to stop.
 
 Every rank's thread reads one list of messages, in one order (channel.py). If a rank asks to stop, each rank's thread
-reports how far its loop has *started*. The furthest position is where all stop, and every rank can reach it: whoever is
-before it goes on, whoever is there waits for the decision. No loop ever waits for a rank that waits for it in a
-collective, since the threads answer, not the loops.
+reports how far its loop has *started*. All stop at the furthest position, which every rank can reach: ranks before it
+go on, ranks at it wait for the decision. No loop waits for a rank that waits for it in a collective, since the threads
+answer, not the loops.
 
     loop                                          thread
     writes that it starts a step, then looks      raises the flag, then reads how far
@@ -30,13 +30,13 @@ from dengine.launch.parsing import has_fields, parse_numbers
 
 __all__ = ["SharedRun", "SharedRuns"]
 
-_NUM_KEPT_RUNS = 256  # that have ended; no rank lags by more
+_NUM_KEPT_RUNS = 256  # runs that have ended; no rank is later by more
 _EMPTY_PAUSE_S = 0.002
-_POLL_S = 0.1  # how often a waiting loop looks whether the others can still be reached
+_POLL_S = 0.1  # between two checks of a waiting loop that the others can still be reached
 
 
 class SharedRun(Run):
-    """A run that all ranks share, as they agree about it. Made when this rank begins it, or another one names it."""
+    """A run that all ranks share. It is made when this rank starts it, or when another rank mentions it."""
 
     def __init__(self, number: int, shared: SharedRuns) -> None:
         super().__init__(shared.runs, number)
@@ -44,8 +44,8 @@ class SharedRun(Run):
         self._shared = shared
         self._requested: set[Key] = set()
         self._changed = threading.Condition()
-        self._last_with_batches = -1  # epoch in which this rank had one, of those that it has left
-        self._inquired_about: set[int] = set()  # epochs in which another rank had none, and wants to know who had
+        self._last_with_batches = -1  # the last epoch that this rank has left in which it had a batch
+        self._inquired_about: set[int] = set()  # epochs in which another rank had none, and asks whether any had
 
     @property
     def depth(self) -> int:
@@ -85,11 +85,11 @@ class SharedRun(Run):
     def note_batches(self, epoch: int) -> None:
         self._last_with_batches = epoch
         if self._inquired_about:
-            with suppress(DistError):  # the store is gone, and who asked notices
+            with suppress(DistError):  # the store is gone, which the rank that asked notices
                 self._report_batches(self._shared.context.store)
 
     def receive_empty(self, epoch: int, store: Any) -> None:
-        """Take in that another rank had no batch in `epoch`: report now if this one had, else once the loop knows."""
+        """Receive that another rank had no batch in `epoch`: report now if this one had, else once the loop knows."""
         self._inquired_about.add(epoch)
         self._report_batches(store)
 
@@ -105,7 +105,7 @@ class SharedRun(Run):
                     asked_s, wait_s = time.monotonic(), 2 * wait_s + 1.0
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _POLL_S)
-            # Asked last: another rank that has seen it has left the run by now, and may have reported so.
+            # Checked last: another rank that has seen it may have left the run by now, and reported that.
             return bool(store.add(count, 0) < size)
         except DistError as error:
             raise self._shared.failures.without_store("they cannot tell whether any has a batch", error) from None
@@ -117,7 +117,7 @@ class SharedRun(Run):
                 store.set(f"batches/{self.number}/{epoch}", "yes")
 
     def receive_stop(self, key: Key, number: int, store: Any) -> bool:
-        """Take in message `number`, a stop request: report how far the loop has started. False if it is known."""
+        """Receive message `number`, a stop request: report how far the loop has started. False if it is known."""
         if key in self.received:
             return False
         self.received.add(key)
@@ -128,7 +128,7 @@ class SharedRun(Run):
         return True
 
     def receive_target(self, key: Key, target: int, reason: str) -> None:
-        """Take in where all ranks leave `key`."""
+        """Receive the position at which all ranks leave `key`."""
         with self._changed:
             self.set_target(key, target, reason)
             self._requested.discard(key)
@@ -139,7 +139,7 @@ class SharedRun(Run):
             self._changed.notify_all()
 
     def _mark_requested(self, key: Key) -> bool:
-        """Have the loop wait for the decision about `key`; False if it was requested or decided before."""
+        """Make the loop wait for the decision about `key`; False if it was requested or decided before."""
         with self._changed:
             if key in self._targets or key in self._requested:
                 return False
@@ -148,7 +148,7 @@ class SharedRun(Run):
 
 
 class SharedRuns:
-    """The runs that all ranks share, by number, and what the ranks say to each other about them."""
+    """The runs that all ranks share, by number, and the messages about them."""
 
     def __init__(self, context: ControlContext, failures: Failures) -> None:
         self.context = context
@@ -158,11 +158,11 @@ class SharedRuns:
         self.runs = context.runs
         self._by_number: dict[int, SharedRun] = {}
         self._num_started = 0
-        self._stop_requests: dict[int, dict[str, Any]] = {}  # rank 0: those that not all ranks have answered
+        self._stop_requests: dict[int, dict[str, Any]] = {}  # on rank 0: requests that not all ranks have answered
         self._lock = threading.Lock()
 
     def next(self) -> SharedRun:
-        """The run that this rank begins. Ranks begin those that they share in the same order."""
+        """The run that this rank starts. All ranks start their shared runs in the same order."""
         if self.runs.shared() and threading.get_ident() != self.runs.thread_id:
             raise RuntimeError(
                 "A run that all ranks share is under way in another thread, and the ranks cannot tell the two apart. "
@@ -171,7 +171,7 @@ class SharedRuns:
         with self._lock:
             number = self._num_started
             run = self._by_number.setdefault(number, SharedRun(number, self))
-            # A run that has ended here still reports how far it got, to ranks that are in it.
+            # A run that has ended here still reports its position to ranks that are in it.
             ended = self._by_number.pop(number - _NUM_KEPT_RUNS, None)
             if ended is not None and self.context.here.rank == 0:
                 for key in ended.received:
@@ -180,7 +180,7 @@ class SharedRuns:
             return run
 
     def _numbered(self, number: int) -> SharedRun:
-        """The run of this number. Another rank may name one that this rank has yet to begin."""
+        """The run with this number. Another rank may mention one that this rank has not started yet."""
         with self._lock:
             return self._by_number.setdefault(number, SharedRun(number, self))
 
@@ -188,11 +188,11 @@ class SharedRuns:
 
     @property
     def is_deciding(self) -> bool:
-        """Whether this rank, being rank 0, waits for what the others report of a stop."""
+        """Whether this rank is rank 0, and waits for the others' reports about a stop."""
         return bool(self._stop_requests)
 
     def receive(self, number: int, message: dict[str, Any]) -> bool:
-        """Take in message `number`, if it is about a run. False if it is not, or malformed."""
+        """Receive message `number`, if it is about a run. False if it is not, or is malformed."""
         if not has_fields(message, run=int, epoch=int):
             return False
         run, reader = self._numbered(message["run"]), self.messages.reader
@@ -209,7 +209,7 @@ class SharedRuns:
         return True
 
     def decide_stops(self) -> None:
-        """On rank 0: once every rank has reported how far it is, publish the furthest position as the target."""
+        """On rank 0, publish the furthest position as the target, once every rank has reported its own."""
         reader = self.messages.reader
         for number, message in list(self._stop_requests.items()):
             if reader.add(f"started/{number}/count", 0) == self.context.here.size:

@@ -1,4 +1,4 @@
-"""Run something to its end, whatever the handlers of signals raise meanwhile."""
+"""Run a function to its end, even if handlers of signals raise meanwhile."""
 
 import threading
 from collections.abc import Callable
@@ -8,17 +8,17 @@ __all__ = ["undisturbed"]
 
 T = TypeVar("T")
 
-_POLL_S = 1.0  # a lock is given back at once; this only bounds what a lost wake-up would cost
-_START_S = 1.0  # for a thread whose start was interrupted, to show that it has started
+_POLL_S = 1.0  # a lock is released at once; this only limits the cost of a lost wake-up
+_START_S = 1.0  # for a thread to show that it has started, if its start was interrupted
 
 
 def undisturbed(action: Callable[[], T]) -> tuple[T, BaseException | None]:
-    """The result of `action`, and what the handler of a signal raised meanwhile (None if nothing).
+    """The result of `action`, and the exception that a signal's handler raised meanwhile (None if there was none).
 
     Raises: what `action` raises.
 
-    Python runs handlers in the main thread alone, between any two steps of what it does, and they may raise: Ctrl-C,
-    and torch's DataLoader for a worker that was killed. So `action` runs in another thread, and the main one waits.
+    Python runs handlers in the main thread only, between any two of its steps, and they may raise: Ctrl-C does, and
+    torch's DataLoader for a worker that was killed. So `action` runs in another thread, and the main one waits.
 
     Cost: a thread; in any other thread than the main one, nothing.
     """
@@ -43,14 +43,14 @@ def undisturbed(action: Callable[[], T]) -> tuple[T, BaseException | None]:
 
 
 class _Work(Generic[T]):
-    """An action that is run once, by whichever thread comes first."""
+    """An action that is run once, by the first thread that comes."""
 
     def __init__(self, action: Callable[[], T]) -> None:
         self.result: T | None = None
         self.error: BaseException | None = None
         self.is_done = False
         self.is_in_thread = False
-        self.end = threading.Lock()  # a plain one: an interrupt within an Event or a join() may leave it shut
+        self.end = threading.Lock()  # a plain lock: an interrupt within an Event or a join() may leave it locked
         self.end.acquire()
         self._action = action
         self._claim, self._started = threading.Lock(), threading.Lock()

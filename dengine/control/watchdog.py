@@ -1,6 +1,6 @@
-"""The watchdog of a rank: it publishes the heartbeat, and finds out who is gone or hangs.
+"""The watchdog of a rank: it publishes the heartbeat, and finds ranks that are gone or hang.
 
-One thread that sleeps on the group's connections: it wakes up if a peer hangs up, and once a period.
+Its thread sleeps on the group's connections, and wakes up if a peer closes one, and once a period.
 """
 
 import os
@@ -22,18 +22,18 @@ from dengine.launch.parsing import warn_malformed
 __all__ = ["Watchdog"]
 
 _PERIOD_S = 1.0  # between two heartbeats, of up to 500 ranks
-_MAX_REPORTS_PER_S = 500  # of all ranks together: what the store takes without effort
-_DEADLOCK_S = 5.0  # how long a rank waits in a collective before it looks for a deadlock, at least
+_MAX_REPORTS_PER_S = 500  # of all ranks together: a light load for the store
+_DEADLOCK_S = 5.0  # the least wait in a collective before a rank looks for a deadlock
 _RECHECK_S = 3.0  # between two probes that must agree
-_MAX_PROBED_PER_S = 100  # ranks: with more of them it looks for a deadlock later
+_MAX_PROBED_PER_S = 100  # ranks: if there are more, it looks for a deadlock later
 _FAST_PERIOD_S = 0.02  # between two looks at the start, and while a failure is being resolved
 _ABORTED_PERIOD_S = 0.25  # between two looks after the group was aborted
-_START_S = 5.0  # how long the start may take, until all ranks of the host have published
-_JOIN_S = 2.0  # how long the end waits for the thread
-_PAUSE_S = 1.0  # a sleep that takes so much longer means that the process was paused
+_START_S = 5.0  # the longest time until all ranks of the host have published
+_JOIN_S = 2.0  # the longest wait for the thread at the end
+_PAUSE_S = 1.0  # a sleep that takes this much longer means that the process was paused
 _EXIT_S = 3.0  # after a stall was named: then a rank that still hangs is ended
-# How long a rank may take to come out of a collective whose connections are shut. In Gloo some wait for ever, if a
-# connection breaks while they are about to send.
+# The longest time in which a rank must leave a collective whose connections are shut down. In Gloo some wait for ever,
+# if a connection breaks while they are about to send.
 _FREED_S = 1.5
 
 
@@ -63,13 +63,13 @@ class Watchdog:
         self._inquiry = inquiry
         self._stall_timeout_s = stall_timeout_s
         self._period_s = min(max(_PERIOD_S, self._here.size / _MAX_REPORTS_PER_S), max(stall_timeout_s / 4, 0.05))
-        self._probe_at_s = 0.0  # when to ask next whether all stand still
+        self._probe_at_s = 0.0  # the time of the next probe
         self._knows_host_ranks = False
         self._num_probes = 0
         # How long this rank waits in a collective before it looks for a deadlock, and when it looks next.
         self._patience_s = min(max(_DEADLOCK_S, self._here.size / _MAX_PROBED_PER_S), stall_timeout_s / 2)
         self._deadlock_check_s = self._patience_s
-        self._deadlock_call, self._is_prober = 0, False  # of the ranks that wait in one collective, one asks for all
+        self._deadlock_call, self._is_prober = 0, False  # of the ranks in one collective, one probes for all
         self._aborted_at_s: float | None = None
         self._blocked: BlockedDetector | None = None  # since then
         self._heartbeat.publish()
@@ -92,7 +92,7 @@ class Watchdog:
         status = self._status
         end_of_start_s = time.monotonic() + _START_S
         while not status.is_closed:
-            # At the start the others are about to publish who they are.
+            # At the start the others are about to publish their identity.
             is_starting = not self._knows_host_ranks and time.monotonic() < end_of_start_s
             is_urgent = is_starting or (status.failure is not None and not status.is_aborted)
             period_s = min(self._period_s, _ABORTED_PERIOD_S) if status.is_aborted else self._period_s
@@ -107,7 +107,7 @@ class Watchdog:
                     self._look(has_hung_up, is_starting)
             except DistError as error:  # the store is gone
                 self._failures.lose_store(error)
-            except Exception as error:  # what was read makes no sense: not a failure of any rank
+            except Exception as error:  # malformed content in the store is not a failure of a rank
                 warn_malformed(repr(error))
 
     def _look(self, has_hung_up: bool, is_starting: bool) -> None:
@@ -123,7 +123,7 @@ class Watchdog:
         self._failures.resolve()
 
     def _watch_host(self) -> None:
-        """The host watchdog: notices if the first thread gets no answer, as the store's process is stopped."""
+        """Run the host watchdog: notice if the first thread gets no answer, because the store's process is stopped."""
         waited_s = time.monotonic()
         while not self._stopped.wait(self._period_s):
             now_s = time.monotonic()
@@ -144,7 +144,7 @@ class Watchdog:
         return has_hung_up
 
     def _discount_pause(self, late_s: float) -> None:
-        """Do not count the time for which the whole job, or its machine, was suspended."""
+        """Leave out the time for which the whole job, or its machine, was suspended."""
         if late_s > _PAUSE_S:
             self._activity.progressed_at_s += late_s
             self._probe_at_s += late_s
@@ -153,9 +153,9 @@ class Watchdog:
     # -- who hangs -----------------------------------------------------------------------------------------------
 
     def _look_for_a_deadlock(self) -> None:
-        """If this rank has waited in a collective for a while, look whether the others wait elsewhere, for this one.
+        """Probe for a deadlock, if this rank has waited in a collective for a while.
 
-        Cost: a liveness probe after 5 s, and each time that it has waited twice as long.
+        Cost: a liveness probe after 5 s, and each time the wait has doubled.
         """
         status, call_log = self._status, self._activity.call_log
         idle_s = time.monotonic() - self._activity.progressed_at_s
@@ -182,7 +182,7 @@ class Watchdog:
             return
         if now_s < max(self._probe_at_s, self._activity.progressed_at_s + self._stall_timeout_s):
             return
-        # All ranks that wait come here at about the same time: one of them asks for all.
+        # All ranks that wait come here at about the same time: one of them probes for all.
         self._probe_at_s = now_s + self._stall_timeout_s
         self._num_probes += 1
         if self._context.store.add(f"stall/{self._activity.runs.num_turns}/{self._num_probes}", 1) == 1:
