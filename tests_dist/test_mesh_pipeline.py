@@ -114,6 +114,9 @@ def trained(rank: int, size: int, mesh: dict[str, int]) -> dict[str, Any]:
         {"pp": 2, "cp": 2},
         {"pp": 2, "tp": 2},
         {"pp": 2, "dp_replicate": 2, "tp": 2},
+        {"pp": 2, "dp_shard": 2, "tp": 2},
+        {"pp": 2, "tp": 2, "cp": 2},
+        {"pp": 2, "dp_shard": 2, "cp": 2},
     ],
     ids=str,
 )

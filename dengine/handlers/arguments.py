@@ -1,5 +1,6 @@
 """Check the arguments of handlers."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -7,10 +8,20 @@ import numpy as np
 import torch
 
 from dengine.checks import takes
+from dengine.distributed import world
+from dengine.dtensor import describe_mesh
 from dengine.engine import Engine
 from dengine.naming import describe
 
-__all__ = ["MetricNames", "as_number", "check_engine", "check_function", "checked_names"]
+__all__ = [
+    "MetricNames",
+    "as_number",
+    "check_engine",
+    "check_function",
+    "checked_names",
+    "has_output",
+    "warn_of_no_output",
+]
 
 MetricNames = Sequence[str] | Literal["all"] | None
 
@@ -30,6 +41,21 @@ def check_function(name: str, function: object, *arguments: str) -> None:
         raise TypeError(f"{name}={function!r} must be callable, as {called}.")
     if not takes(function, len(arguments)):
         raise TypeError(f"{name}={describe(function)} cannot be called as {called}.")
+
+
+def has_output(engine: Engine) -> bool:
+    """Whether the step gave an output here. On a mesh with `pp` or `cp` None is none, as other ranks have it."""
+    return engine.state.output is not None or not world().may_lack_output
+
+
+def warn_of_no_output(handler: str) -> None:
+    """Say, once, that what rank 0 is to show is not there."""
+    warnings.warn(
+        f"{handler} shows nothing of this step's output, which other ranks have, but rank 0 has not "
+        f"({describe_mesh(world().mesh)}): show a metric, whose value every rank gets.",  # type: ignore[arg-type]
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def checked_names(names: object) -> tuple[str, ...] | Literal["all"] | None:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dengine.distributed import world
 from dengine.engine import Engine, Events
-from dengine.handlers.arguments import MetricNames, as_number, check_engine, check_function, checked_names
+from dengine.handlers.arguments import (
+    MetricNames,
+    as_number,
+    check_engine,
+    check_function,
+    checked_names,
+    has_output,
+    warn_of_no_output,
+)
 from dengine.handlers.priorities import Priority
 from dengine.handlers.tracking_handler import metrics_and_outputs
 from dengine.metrics.core.metric import OutputTransform
@@ -153,7 +161,8 @@ class _Display:
 
     def _check_names(self, engine: Engine, names: tuple[str, ...]) -> None:
         have = {**dict.fromkeys(engine.state.metrics), **self._output_values(engine)}
-        if missing := [name for name in names if name not in have]:
+        missing = [name for name in names if name not in have]
+        if missing and (self._output_transform is None or has_output(engine)):
             raise KeyError(
                 f"The progress bar was asked to show {', '.join(map(repr, missing))}, but there is "
                 f"{', '.join(map(repr, have)) or 'no value'}."
@@ -239,6 +248,9 @@ class _Display:
 
     def _output_values(self, engine: Engine) -> dict[str, Any]:
         if self._output_transform is None:
+            return {}
+        if not has_output(engine):
+            warn_of_no_output("ProgressBar")
             return {}
         shown = self._output_transform(engine.state.output)
         if isinstance(shown, Mapping):

@@ -10,7 +10,7 @@ import torch
 from dengine import trees
 from dengine.dtensor import local_part, summed_up
 from dengine.engine import Engine
-from dengine.handlers.arguments import check_function
+from dengine.handlers.arguments import check_function, has_output
 from dengine.metrics.core.metric import OutputTransform
 from dengine.naming import other_names, shown
 
@@ -63,7 +63,9 @@ class TerminateOnNan:
             self._flags.clear()
         self._last_iteration = engine.state.iteration
         output = engine.state.output
-        is_wrong = self._note(output if self._transform is None else self._transform(output))
+        if self._transform is not None and has_output(engine):
+            output = self._transform(output)
+        is_wrong = self._note(output)
         state = engine.state
         if is_wrong or (self._is_due(state.iteration, state.epoch_iteration == state.epoch_length) and self._read()):
             self._flags.clear()

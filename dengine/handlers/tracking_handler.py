@@ -7,7 +7,7 @@ import torch
 
 from dengine.distributed import world
 from dengine.engine import Engine
-from dengine.handlers.arguments import MetricNames, check_function, checked_names
+from dengine.handlers.arguments import MetricNames, check_function, checked_names, has_output, warn_of_no_output
 from dengine.handlers.step import StepTransform, check_step_transform, step_of
 from dengine.metrics.core.metric import OutputTransform
 from dengine.naming import other_keywords, other_names, shown
@@ -104,7 +104,7 @@ class TrackingHandler:
             if name in have:
                 entries = _spread(name, have[name])
                 values |= {part: None if value is None else scalar(part, value) for part, value in entries.items()}
-            elif name not in engine.metric_names:
+            elif name not in engine.metric_names and (self._output_transform is None or has_output(engine)):
                 raise KeyError(
                     f"TrackingHandler was asked to log {name!r}, but there is "
                     f"{', '.join(map(repr, dict.fromkeys([*have, *engine.metric_names]))) or 'no value'}."
@@ -113,6 +113,9 @@ class TrackingHandler:
 
     def _outputs(self, engine: Engine) -> dict[str, object]:
         if self._output_transform is None:
+            return {}
+        if not has_output(engine):
+            warn_of_no_output("TrackingHandler")
             return {}
         output = self._output_transform(engine.state.output)
         if isinstance(output, Mapping):

@@ -104,6 +104,11 @@ class World:
         return self.coordinates.get("pp", 0) == self._sizes.get("pp", 1) - 1
 
     @cached_property
+    def may_lack_output(self) -> bool:
+        """Whether a step may give None here, as others have its output: without the last stage, or a part of `cp`."""
+        return not self._sizes.keys().isdisjoint(("pp", "cp"))
+
+    @cached_property
     def counts_samples(self) -> bool:
         """Whether the samples of this rank count. Of ranks with the same tokens only one counts them.
 

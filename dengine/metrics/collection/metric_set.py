@@ -84,7 +84,7 @@ class MetricSet:
     def reset(self) -> None:
         here = world()
         self._may_be_spread = here.mesh is not None or may_be_dtensors()
-        self._may_be_none = not here.coordinates.keys().isdisjoint(("pp", "cp"))
+        self._may_be_none = here.may_lack_output
         for _, stateful in self._stateful.values():
             updated_through(stateful).reset()
             if isinstance(stateful, Metric):
