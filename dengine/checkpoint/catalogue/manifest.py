@@ -116,7 +116,7 @@ def _entry_as_listed(path: Path, manifest: "_Manifest") -> Entry:
 
 
 def _is_candidate(path: Path) -> bool:
-    if path.name.startswith("."):
+    if path.name.startswith(".") or path.name == FILE_NAME:
         return False
     try:
         return path.is_file() if path.suffix == ".pt" else is_shard_folder(path)

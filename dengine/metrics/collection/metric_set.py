@@ -28,7 +28,7 @@ from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.metrics.core.updates import Seen, check_metric, default_transform, update_of
 from dengine.metrics.core.wrapped_methods import counts_updates
 from dengine.metrics.reduction.reduce import Reduction, State
-from dengine.metrics.reduction.schema import schema_of
+from dengine.metrics.reduction.schema import schemas_of
 from dengine.types import MetricValue
 
 __all__ = ["AnyMetric", "MetricSet", "compute_all"]
@@ -141,7 +141,7 @@ class MetricSet:
         parameters = prepared_parameters()
         states: list[State] = [] if self._reduction.is_agreed else self._collect(world())[1]
         entries = [entry for each in compared for entry in (each.subject, *each.entries)]
-        entries += [*map(str, parameters.items()), *self._metrics, *map(repr, map(schema_of, states))]
+        entries += [*map(str, parameters.items()), *self._metrics, *map(repr, schemas_of(states))]
         found = compare_start(entries, batches=batches, data=data)
         if found.is_same:
             self._reduction.take(states)

@@ -10,6 +10,7 @@ zeros, and get the same sums.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -40,7 +41,7 @@ class Plan:
 
     @classmethod
     def of(cls, schemas: tuple[Schema, ...]) -> "Plan":
-        whole = [schema.is_whole for schema in schemas]
+        whole = [_is_whole(schema) for schema in schemas]
 
         def those(*ops: str, is_whole: bool | None = None) -> tuple[int, ...]:
             return tuple(i for i, e in enumerate(schemas) if e.op in ops and is_whole in (None, whole[i]))
@@ -53,8 +54,12 @@ class Plan:
             per_rank_counts=those("gather", "samples", is_whole=True),
             cats=those("cat"),
             extremes=those("min", "max"),
-            numels=tuple(schema.numel for schema in schemas),
+            numels=tuple(prod(schema.shape) for schema in schemas),
         )
+
+
+def _is_whole(schema: Schema) -> bool:
+    return not (schema.dtype.is_floating_point or schema.dtype.is_complex)
 
 
 def packed(
@@ -148,7 +153,7 @@ def _shaped(part: torch.Tensor, schema: Schema) -> torch.Tensor:
 
 def _dtype_of_sum(schema: Schema) -> torch.dtype:
     """The dtype of the state, or int64 if the sum of all ranks may not fit: a sum of booleans or bytes is a count."""
-    if schema.is_whole:
+    if _is_whole(schema):
         return torch.int64
     return torch.float32 if schema.dtype.itemsize < 4 else schema.dtype
 
@@ -160,7 +165,7 @@ def _unpacked_means(
     for index in plan.means:
         schema = schemas[index]
         total, num_seen, means = _split(means, [schema.numel, 1, means.numel() - schema.numel - 1])
-        dtype = torch.float64 if schema.is_whole else schema.dtype
+        dtype = torch.float64 if _is_whole(schema) else schema.dtype
         default = states[index].value.detach().cpu()
         values[index] = default if num_seen == 0 else (total / num_seen).to(dtype).reshape(schema.shape)
     return values
@@ -203,7 +208,7 @@ def _own(state: State, schema: Schema, here: World) -> torch.Tensor:
     dtype = schema.dtype
     if schema.op == "sum":
         dtype = _dtype_of_sum(schema)
-    elif schema.op == "mean" and schema.is_whole and state.is_seen:
+    elif schema.op == "mean" and _is_whole(schema) and state.is_seen:
         dtype = torch.float64
     own = value.to("cpu", dtype, copy=True)
     if schema.op == "gather":
@@ -229,20 +234,20 @@ def _ordered(state: State, schema: Schema, here: World) -> torch.Tensor:
     value = state.value.detach().to(here.device).reshape(-1)
     if not here.counts_samples:
         return torch.full_like(value, torch.iinfo(torch.int64).min, dtype=torch.int64)
-    if schema.is_whole:
+    if _is_whole(schema):
         bits = value.long()
     else:
         bits = value.double().view(torch.int64)
         bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
     if schema.op == "min":
         bits = ~bits
-    if not schema.is_whole:
+    if not _is_whole(schema):
         bits = torch.where(value.isnan(), torch.iinfo(torch.int64).max, bits)
     return bits
 
 
 def _from_ordered(schema: Schema, bits: torch.Tensor) -> torch.Tensor:
-    if schema.is_whole:
+    if _is_whole(schema):
         return (~bits if schema.op == "min" else bits).to(schema.dtype).reshape(schema.shape)
     is_nan = bits == torch.iinfo(torch.int64).max
     bits = ~bits if schema.op == "min" else bits

@@ -16,7 +16,7 @@ from dengine.errors import MetricStateError
 from dengine.launch.world import World
 from dengine.metrics.core.computed import Form
 from dengine.metrics.reduction.packing import HEADER, Plan, of_one_rank, packed, unpacked
-from dengine.metrics.reduction.schema import Schema, State, fitted, merged, schema_of
+from dengine.metrics.reduction.schema import Schema, State, fitted, merged, schemas_of
 
 __all__ = ["Reduction", "State"]
 
@@ -37,7 +37,7 @@ class Reduction:
             MetricStateError: on every rank; the message names the rank and the metric that differ, or a rank that
                 failed.
         """
-        mine = tuple(schema_of(state) for state in states)
+        mine = schemas_of(states)
         self._schemas = None
         of_ranks = gather_objects((mine, failure), here)
         _raise_failures([rank_failure for _, rank_failure in of_ranks])
@@ -46,7 +46,7 @@ class Reduction:
     def take(self, states: Sequence[State]) -> None:
         """Keep the schemas of `states`, which are the same on all ranks, unless there are schemas already."""
         if self._schemas is None:
-            self._take(tuple(map(schema_of, states)))
+            self._take(schemas_of(states))
 
     def _take(self, schemas: tuple[Schema, ...]) -> None:
         self._schemas, self._plan = schemas, Plan.of(schemas)

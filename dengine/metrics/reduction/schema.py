@@ -10,7 +10,7 @@ from dengine.errors import MetricStateError
 from dengine.metrics.core.computed import Form
 from dengine.metrics.core.metric import StateOp
 
-__all__ = ["Schema", "State", "fitted", "merged", "schema_of"]
+__all__ = ["Schema", "State", "fitted", "merged", "schema_of", "schemas_of"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,6 @@ class Schema:
     form: Form = ()
 
     @property
-    def is_whole(self) -> bool:
-        return not (self.dtype.is_floating_point or self.dtype.is_complex)
-
-    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -66,6 +62,10 @@ def schema_of(state: State) -> Schema:
     return Schema(
         state.metric, state.name, state.op, value.dtype, shape, state.is_seen and value.numel() > 0, state.form
     )
+
+
+def schemas_of(states: Sequence[State]) -> tuple[Schema, ...]:
+    return tuple(schema_of(state) for state in states)
 
 
 def merged(ranks: list[tuple[Schema, ...]]) -> tuple[Schema, ...]:
