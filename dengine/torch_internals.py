@@ -34,6 +34,7 @@ __all__ = [
     "default_store",
     "drop_workers",
     "flat_mesh",
+    "forget_fsdp",
     "has_final_buckets",
     "has_gradient_hooks",
     "hooks_of_others",
@@ -240,6 +241,16 @@ def flat_mesh(mesh: Any, names: list[str]) -> str:
     if len(names) > 1:
         mesh[tuple(names)]._flatten("_".join(names))
     return "_".join(names)
+
+
+def forget_fsdp(module: nn.Module) -> None:
+    """Have torch forget that `fully_shard` or `replicate` was called for `module`, else it would refuse a second time.
+
+    Its class and its attributes are the caller's business.
+    """
+    from torch.distributed._composable_state import _module_state_mapping
+
+    _module_state_mapping.pop(module, None)
 
 
 def clear_load_hooks(module: nn.Module) -> None:

@@ -282,6 +282,24 @@ def test_fully_shard_puts_its_class_before_the_module_s_and_its_notes_under_know
 
 
 @pytest.mark.usefixtures("group")
+def test_a_module_that_torch_has_forgotten_can_be_sharded_again() -> None:
+    """Else a model whose layout failed half-way, and that was put back, can never be prepared."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    module = nn.Linear(2, 2, bias=False)
+    before, weight = dict(vars(module)), module.weight
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    torch_internals.forget_fsdp(module)
+    module.__class__ = nn.Linear
+    vars(module).clear()
+    vars(module).update(before)
+    module._parameters["weight"] = weight
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    assert isinstance(module, FSDPModule)
+
+
+@pytest.mark.usefixtures("group")
 def test_a_replicated_module_is_one_of_fsdp_and_keeps_its_class_where_torch_says() -> None:
     """Else a tensor-parallel model cannot be averaged over `dp`, or EMA cannot copy it."""
     from torch.distributed.device_mesh import init_device_mesh

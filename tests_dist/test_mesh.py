@@ -13,6 +13,7 @@ from ranks import run_ranks
 from dengine import Engine, distributed
 from dengine.distributed import mesh as mesh_module
 from dengine.errors import LaunchError
+from dengine.torch_internals import mesh_of_fsdp
 
 MESHES = [
     {"dp": 2, "tp": 2},
@@ -166,6 +167,37 @@ def test_who_waits_in_a_group_of_the_mesh_is_freed_by_a_failure() -> None:
     assert all(outcome.seconds < 30 for outcome in outcomes)
     told = [outcome.error_message for outcome in outcomes if outcome.rank != 1]
     assert all("Rank 1 (dp=0, tp=1) was outside of a run" in each for each in told), told
+
+
+def waits_in_a_group_of_the_model(rank: int, size: int, mesh: dict[str, int], how: str) -> None:
+    """Rank 1 fails in its step, while the others wait in a group that prepare_model() has made of two dimensions."""
+
+    def step(engine: Engine, batch: Any) -> None:
+        if rank == 1 and engine.state.iteration == 2:
+            if how == "raises":
+                raise ValueError("bad sample 4711")
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1), group=group)
+
+    try:
+        with distributed.process_group(mesh=mesh):
+            group = mesh_of_fsdp(distributed.prepare_model(torch.nn.Linear(4, 4), "fsdp")).get_group()
+            Engine(step).run([0] * 3)
+            distributed.barrier("the end")
+    except ValueError:
+        time.sleep(5)  # the end of its process would free the others, too
+        raise
+
+
+@pytest.mark.parametrize("how", ["raises", "is killed"])
+def test_who_waits_in_a_group_that_dimensions_share_is_freed_by_a_failure(how: str) -> None:
+    mesh = {"pp": 2, "dp_shard": 2, "cp": 2}
+    outcomes = run_ranks(waits_in_a_group_of_the_model, 8, mesh, how, init=False, expect_failures=True, deadline_s=60)
+    for outcome in outcomes:
+        if outcome.rank != 1:
+            assert outcome.error_type == "RemoteRankError", outcome
+            assert "Rank 1 (pp=0, dp_shard=0, cp=1) was" in outcome.error_message
+        assert outcome.seconds < 30
 
 
 def hangs(rank: int, size: int) -> None:

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias
 
@@ -14,21 +15,48 @@ from dengine.errors import LaunchError
 from dengine.launch.mesh import NAMES, checked_sizes, filled_sizes, shown_sizes
 from dengine.torch_internals import HashStore, set_timeout
 
-__all__ = ["Mesh", "as_text", "checked_mesh", "close_mesh", "fitted_mesh", "make_group_of_one", "make_mesh"]
+__all__ = ["Asked", "Mesh", "asked_for", "close_mesh", "make_group_of_one", "make_mesh"]
 
 Mesh: TypeAlias = dict[str, int] | DeviceMesh | None  # what was asked for, checked
 
 
-def checked_mesh(mesh: Mapping[str, int] | DeviceMesh | None, *, is_alone: bool) -> Mesh:
-    """`mesh=`, checked as far as that is possible before the ranks have met.
+@dataclass(frozen=True)
+class Asked:
+    """What one rank asks for by `mesh=`: a mesh, or what is none (`refusal`), of which the other ranks must learn."""
 
-    Raises: TypeError, ValueError: it is no mesh, has a dimension without a name or with an unknown one, or is a
-        `DeviceMesh` although there is no process group.
-    """
+    mesh: Mesh = None
+    refusal: TypeError | ValueError | None = None
+
+    @property
+    def text(self) -> str:
+        """In one line, the same on all ranks if they mean the same; "" if there is no mesh."""
+        if self.refusal is not None:
+            return str(self.refusal)
+        if isinstance(self.mesh, DeviceMesh):
+            return f"{self.mesh} of ranks {self.mesh.mesh.tolist()}"
+        return "" if self.mesh is None else shown_sizes(self.mesh)
+
+    def fitted(self, num_ranks: int) -> Mesh:
+        """The mesh for so many ranks, all of which ask for the same.
+
+        Raises: TypeError, ValueError: it is none, or the product of its sizes is not the number of ranks.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+        return filled_sizes(self.mesh, num_ranks) if isinstance(self.mesh, dict) else self.mesh
+
+
+def asked_for(mesh: Mapping[str, int] | DeviceMesh | None) -> Asked:
+    """`mesh=`, checked as far as it can be before the ranks have met. What is none is for them to refuse together."""
+    try:
+        return Asked(_checked(mesh))
+    except (TypeError, ValueError) as error:
+        return Asked(refusal=error)
+
+
+def _checked(mesh: Mapping[str, int] | DeviceMesh | None) -> Mesh:
     if mesh is None:
         return None
-    if is_alone:
-        raise ValueError("process_group('none') makes this process a world of one, which has no mesh: leave mesh= out.")
     if isinstance(mesh, Mapping):
         return checked_sizes(mesh)
     if not isinstance(mesh, DeviceMesh):
@@ -47,26 +75,11 @@ def checked_mesh(mesh: Mapping[str, int] | DeviceMesh | None, *, is_alone: bool)
             "process_group() makes both."
         )
     checked_sizes(dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)))
+    if mesh.size() != dist.get_world_size() or mesh.get_coordinate() is None:
+        raise ValueError(
+            f"mesh= is a {mesh} of {mesh.size()} ranks, but there are {dist.get_world_size()}, and it needs them all."
+        )
     return mesh
-
-
-def fitted_mesh(mesh: Mesh, num_ranks: int) -> Mesh:
-    """`mesh` for `num_ranks` ranks.
-
-    Raises: ValueError: the sizes do not fit the number of ranks, or a `DeviceMesh` lacks some of them.
-    """
-    if isinstance(mesh, dict):
-        return filled_sizes(mesh, num_ranks)
-    if mesh is not None and (mesh.size() != num_ranks or mesh.get_coordinate() is None):
-        raise ValueError(f"mesh= is a {mesh} of {mesh.size()} ranks, but there are {num_ranks}, and it needs them all.")
-    return mesh
-
-
-def as_text(mesh: Mesh) -> str:
-    """`mesh` as one line of text, which is the same on all ranks if their meshes are; "" if there is none."""
-    if isinstance(mesh, DeviceMesh):
-        return f"{mesh} of ranks {mesh.mesh.tolist()}"
-    return "" if mesh is None else shown_sizes(mesh)
 
 
 def make_mesh(

@@ -20,8 +20,8 @@ from dengine.control.failure import is_of_backend, line_of
 from dengine.control.plane import NullPlane, Plane, plane
 from dengine.control.sockets import abort_group, connect_neighbours, new_connections
 from dengine.distributed.control_plane import gathered, open_plane, open_plane_beside
-from dengine.distributed.mesh import Mesh, as_text, checked_mesh, close_mesh, fitted_mesh, make_group_of_one, make_mesh
-from dengine.errors import LaunchError
+from dengine.distributed.mesh import Asked, asked_for, close_mesh, make_group_of_one, make_mesh
+from dengine.errors import LaunchError, StallError
 from dengine.launch.env import Launch, find_launch, is_agents_store
 from dengine.launch.mesh import other_meshes_text
 from dengine.launch.network import chosen_interface
@@ -88,7 +88,9 @@ def process_group(
     for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
         number(name, value, "a number of seconds above 0", above=0)
     is_alone = backend == "none"
-    asked = checked_mesh(mesh, is_alone=is_alone)
+    if is_alone and mesh is not None:
+        raise ValueError("process_group('none') makes this process a world of one, which has no mesh: leave mesh= out.")
+    asked = asked_for(mesh)
     is_external = dist.is_available() and dist.is_initialized() and not is_alone
     launch = None if is_external or is_alone else find_launch(os.environ)
     own: Plane = NullPlane()  # the plane that this block closes
@@ -103,7 +105,7 @@ def process_group(
             raise
     elif is_external:
         opened, own = _beside(asked, timeout, stall_timeout)
-    elif asked is not None:
+    elif mesh is not None:
         opened = _alone_on(asked, backend, timeout)
     else:
         opened = World(device=default_device(0))
@@ -131,7 +133,7 @@ def process_group(
                 _destroy(opened, is_failing)
             elif own.group is not None:
                 dist.destroy_process_group(own.group)
-            if is_external and opened.mesh is not None and isinstance(asked, dict):
+            if is_external and opened.mesh is not None and isinstance(asked.mesh, dict):
                 close_mesh(opened.mesh)
 
 
@@ -143,7 +145,7 @@ def _destroy(opened: World, is_failing: bool) -> None:
 
 
 def _join(
-    launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float, asked: Mesh
+    launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float, asked: Asked
 ) -> tuple[World, list[socket.socket]]:
     device = _own_device(launch)
     backend = _backend_for(device, backend)
@@ -151,8 +153,13 @@ def _join(
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # Gloo reads it for each group that is made
     if launch.size > _MOST_MESHED:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # this one too
-    store, name = rendezvous(launch, timeout_s, stall_timeout_s, mesh=as_text(asked))
-    asked = fitted_mesh(asked, launch.size)
+    try:
+        store, name = rendezvous(launch, timeout_s, stall_timeout_s, mesh=asked.text)
+    except (LaunchError, StallError) as error:
+        if asked.refusal is not None:
+            raise asked.refusal from error
+        raise
+    mesh = asked.fitted(launch.size)
     with new_connections(launch.master_port) as connections, _explaining(launch):
         dist.init_process_group(
             backend,
@@ -166,7 +173,7 @@ def _join(
         connect_neighbours()
     try:
         with new_connections(launch.master_port) as of_mesh:
-            mesh = make_mesh(asked, device, timeout_s, connections)
+            made = make_mesh(mesh, device, timeout_s, connections)
     except BaseException:
         for each in connections:
             each.close()
@@ -181,17 +188,17 @@ def _join(
         device=device,
         backend=backend,
         launcher=launch.launcher,
-        mesh=mesh,
+        mesh=made,
     )
     return opened, connections + of_mesh
 
 
-def _alone_on(asked: Mesh, backend: str, timeout_s: float) -> World:
+def _alone_on(asked: Asked, backend: str, timeout_s: float) -> World:
     """A world of one with a mesh, which needs a group."""
-    asked, device = fitted_mesh(asked, 1), default_device(0)
+    mesh, device = asked.fitted(1), default_device(0)
     backend = _backend_for(device, backend)
     make_group_of_one(backend)
-    return World(device=device, backend=backend, mesh=make_mesh(asked, device, timeout_s))
+    return World(device=device, backend=backend, mesh=make_mesh(mesh, device, timeout_s))
 
 
 def _backend_for(device: torch.device, backend: str) -> str:
@@ -200,20 +207,20 @@ def _backend_for(device: torch.device, backend: str) -> str:
     return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
 
 
-def _beside(asked: Mesh, timeout_s: float, stall_timeout_s: float) -> tuple[World, Plane]:
+def _beside(asked: Asked, timeout_s: float, stall_timeout_s: float) -> tuple[World, Plane]:
     """This rank's world in a group that exists already, and a control plane if the group had none.
 
-    Raises: LaunchError: the ranks ask for different meshes.
+    Raises: LaunchError: the ranks ask for different meshes. TypeError, ValueError: for one that is none.
     """
     here = external_world()
     if plane().group is not None:  # inside another process_group()
-        meshes = [""] if asked is None else all_gather_object(as_text(asked))
+        meshes = all_gather_object(asked.text) if asked.text else [""]
         is_shared = False
     else:
-        is_shared, meshes = _first_exchange(here, as_text(asked))
+        is_shared, meshes = _first_exchange(here, asked.text)
     if refusal := other_meshes_text(meshes):
-        raise LaunchError(refusal)
-    mesh = world().mesh if asked is None else make_mesh(fitted_mesh(asked, here.size), here.device, timeout_s)
+        raise asked.refusal or LaunchError(refusal)
+    mesh = make_mesh(asked.fitted(here.size), here.device, timeout_s) if asked.text else world().mesh
     here = replace(here, mesh=mesh)
     return here, open_plane_beside(here, timeout_s, stall_timeout_s) if is_shared else NullPlane()
 

@@ -108,13 +108,15 @@ def shown_ranks(ranks: Sequence[int], most: int = _NUM_SHOWN) -> str:
 
 
 def other_meshes_text(meshes: Sequence[str]) -> str:
-    """The error message if ranks ask for different meshes; "" if all ask for the same. `meshes` has a text for each
-    rank.
+    """The error message if ranks ask for different meshes; "" if all ask for the same.
+
+    `meshes` has a text for each rank: its mesh, or what is wrong with it, which begins with "mesh" itself.
     """
     if len(set(meshes)) == 1:
         return ""
     by_mesh = {text: [rank for rank, each in enumerate(meshes) if each == text] for text in meshes}
-    given = "; ".join(f"{shown_ranks(ranks)}: {f'mesh={text}' if text else 'none'}" for text, ranks in by_mesh.items())
+    shown = {text: text if text.startswith("mesh") else f"mesh={text}" if text else "none" for text in by_mesh}
+    given = "; ".join(f"{shown_ranks(ranks)}: {shown[text].removesuffix('.')}" for text, ranks in by_mesh.items())
     return f"The ranks ask for different meshes ({given}): pass the same mesh= to process_group() on every rank."
 
 

@@ -46,6 +46,7 @@ class Layout:
         num_averaged: how many ranks have tokens of their own: gradients are means over them.
         is_of_experts: whether ranks along `ep` have other parts. The gradient of an expert has the tokens of all of
             them in it already, and is summed up over the ranks that have the same expert.
+        joined: the names of the dimensions in `data`, those that replicate and those that shard: several act as one.
     """
 
     strategy: Literal["ddp", "fsdp", "replicate", "none"]
@@ -57,6 +58,14 @@ class Layout:
     place: tuple[int, ...] = ()
     num_averaged: int = 1
     is_of_experts: bool = False
+    joined: Sequence[Sequence[str]] = ()
+
+    def with_groups(self, here: World) -> "Layout":
+        """The same, with `data`. Collective: a group for dimensions that act as one, the first time."""
+        if not self.joined or here.mesh is None:
+            return self
+        names = [flat_mesh(here.mesh, list(each)) for each in self.joined]
+        return replace(self, data=here.mesh[tuple(names) if len(names) > 1 else names[0]])
 
     def refuse_options_of_ddp(self, compression: str | None, kwargs: Mapping[str, object]) -> None:
         """Raises: ValueError: some are given, but DDP does not take the model, which has DTensors or experts."""
@@ -72,8 +81,6 @@ def layout_of(
     model: nn.Module, strategy: str, parts: Parts | None, kwargs: Mapping[str, Any], here: World, *, is_planned: bool
 ) -> Layout:
     """How `prepare_model` spreads `model`, by the mesh of `process_group()` or, if one is given, by that in `kwargs`.
-
-    Collective on a mesh: a group for dimensions that act as one.
 
     Raises: ValueError, TypeError: the model is laid out already, the mesh is not for it, or there is none.
     """
@@ -126,8 +133,6 @@ def _layout_by_hand(model: nn.Module, strategy: str, kwargs: Mapping[str, Any], 
 def _layout_on(mesh: "DeviceMesh", strategy: str, parts: Parts | None, here: World) -> Layout:
     """What `strategy` is on `mesh`, that of the world `here`.
 
-    Collective: dimensions that act as one get a group.
-
     Raises: ValueError: the strategy and the dimensions of the mesh do not go together.
     """
     sizes = {name: size for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True) if size > 1}
@@ -146,14 +151,13 @@ def _layout_on(mesh: "DeviceMesh", strategy: str, parts: Parts | None, here: Wor
         raise ValueError(f"strategy='fsdp' has nothing to shard over in {describe_mesh(mesh)}: add a dp_shard to it.")
     if cut and replicas and list(sizes).index(cut[0]) < list(sizes).index(replicas[-1]):
         raise ValueError(f"{replicas[-1]!r} replicates what {cut[0]!r} shards, so it must come before it in mesh=.")
-    names = [flat_mesh(mesh, each) for each in (replicas, cut) if each]
-    spread = None if strategy == "none" or not names else mesh[tuple(names) if len(names) > 1 else names[0]]
+    joined = [] if strategy == "none" else [each for each in (replicas, cut) if each]
     # Experts are those of a layer, which one stage of a pipeline has.
     apart = [name for name in sizes if name == parts or (name == "pp" and parts == "ep")]
     sources = {name: sources_of(mesh[name])[0] for name in sizes if name not in apart}
     return Layout(
-        "none" if spread is None else "fsdp" if cut else "ddp",
-        data=spread,
+        "none" if not joined else "fsdp" if cut else "ddp",
+        joined=joined,
         tp=mesh["tp"] if "tp" in sizes else None,
         within=None if parts is None else list(sources.values()),
         within_tp=[source for name, source in sources.items() if name != "tp"],

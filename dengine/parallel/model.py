@@ -1,7 +1,7 @@
 """A model on its device and spread over the ranks, and the way back to the bare module."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from dengine.comm.mesh import sources_of, spreads_model
 from dengine.comm.parts import Dimensions, mark_part, parts_of_names
 from dengine.control.plane import plane
 from dengine.dtensor import any_dtensor, has_dimension, is_dtensor, local_part, mesh_of
+from dengine.errors import ConsistencyError
 from dengine.launch.world import World, refuse_forgotten_group, world
 from dengine.parallel.ddp_buckets import settle_buckets
 from dengine.parallel.layout import Layout, Parts, TensorParallel, check_plan, layout_of
@@ -27,6 +28,7 @@ from dengine.parallel.options import (
     Compression,
     Precision,
     Strategy,
+    check_blocks,
     check_options,
     checkpoint_blocks,
     compile_model,
@@ -35,6 +37,7 @@ from dengine.parallel.options import (
     refuse_unsendable,
 )
 from dengine.parallel.spreading import spread
+from dengine.parallel.undo import unchanged_by_errors
 from dengine.parallel.weights import Initialize, check_meta
 
 __all__ = ["evaluating", "prepare_model", "unwrap_model"]
@@ -94,46 +97,73 @@ def prepare_model(
             strategy="none" takes; experts in a model that was prepared before them; compression that the backend cannot
             send; a plan that does not fit the model or the mesh; a module on the meta device that cannot initialise
             itself. Nothing is changed then.
-        ConsistencyError: names, shapes or types of the parameters differ between ranks.
+        ConsistencyError: names, shapes or types of the parameters differ between ranks, or the arguments of another
+            rank do not fit, which raises the error itself.
 
     Cost: one small all-reduce; one broadcast of each parameter and buffer; with "ddp", one all-reduce of zeros as large
         as the gradients, so that a resumed run adds them up in the same order as one that was never interrupted. With
         "fsdp" or a plan, a rank's device holds its own part and one whole tensor at most, beside what was there.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"prepare_model() takes a torch.nn.Module, but got {type(model).__qualname__}.")
-    blocks = tuple(blocks)
-    if unwrap_model(model) is not model and isinstance(model, DistributedDataParallel):
-        raise ValueError("This model is wrapped in DistributedDataParallel already: pass the bare module.")
     refuse_forgotten_group("prepare_model()")
     here = world()
-    is_given = blocks, mixed_precision, gradient_compression, activation_checkpointing, parts, kwargs
-    # In a run of one process as well, so that what is wrong is found before there are several.
-    check_options("fsdp" if strategy == "auto" and has_dimension(here.mesh, "dp_shard") else strategy, *is_given)
-    refuse_unsendable(gradient_compression, here)
-    if parts == "ep":
-        _refuse_late_experts(model)
-    is_on_meta = check_meta(model, init_fn, is_of_experts=parts == "ep")
-    layout = layout_of(model, strategy, parts, kwargs, here, is_planned=tensor_parallel is not None)
-    if layout.strategy == "ddp":
-        check_options("ddp", *is_given)
-    plan = [] if tensor_parallel is None else check_plan(tensor_parallel, model, layout.tp.size() if layout.tp else 1)
-    is_tensor_parallel = layout.tp is not None and (tensor_parallel is not None or any_dtensor(model.parameters()))
-    if layout.strategy == "replicate" or layout.is_of_experts or is_tensor_parallel:
-        layout.refuse_options_of_ddp(gradient_compression, kwargs)
-    options = fsdp_options(kwargs, mixed_precision, here) if layout.strategy == "fsdp" else {}
+    blocks = tuple(blocks)
+    try:
+        given = blocks, mixed_precision, gradient_compression, activation_checkpointing, parts, kwargs
+        layout, plan, options, is_on_meta = _checked(model, strategy, tensor_parallel, init_fn, given, here)
+    except (TypeError, ValueError) as error:
+        if here.size > 1:
+            _refuse_with_others(error)
+        raise
     if here.size > 1:
         _compare(model, plan, layout, parts, here)
-    if activation_checkpointing:
-        checkpoint_blocks(model, blocks)
-    if compile:
-        compile_model(model, compile if isinstance(compile, Mapping) else {})
-    spread(model, layout, strategy, tensor_parallel, blocks, options, init_fn, is_on_meta=is_on_meta)
+    layout = layout.with_groups(here)
+    with unchanged_by_errors(model) as before:
+        if activation_checkpointing:
+            checkpoint_blocks(model, blocks)
+        if compile:
+            compile_model(model, compile if isinstance(compile, Mapping) else {})
+        spread(model, layout, strategy, tensor_parallel, blocks, options, init_fn, before, is_on_meta=is_on_meta)
     if layout.strategy != "ddp" or any_dtensor(model.parameters()):
         return model
     if strategy == "auto" and not any(parameter.requires_grad for parameter in model.parameters()):
         return model
     return _in_ddp(model, layout, gradient_compression, kwargs, here)
+
+
+def _checked(
+    model: nn.Module,
+    strategy: Strategy,
+    tensor_parallel: TensorParallel | None,
+    init_fn: Initialize | None,
+    given: tuple[Any, ...],
+    here: World,
+) -> tuple[Layout, list[str], dict[str, Any], bool]:
+    """The layout of `model`, the lines of its plan, the options of FSDP2, and whether some of it is on the meta device.
+
+    Raises: TypeError, ValueError: as of `prepare_model`. Nothing has been changed, and nothing sent.
+    """
+    blocks, mixed_precision, gradient_compression, activation_checkpointing, parts, kwargs = given
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prepare_model() takes a torch.nn.Module, but got {type(model).__qualname__}.")
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("This model is wrapped in DistributedDataParallel already: pass the bare module.")
+    # In a run of one process as well, so that what is wrong is found before there are several.
+    check_options("fsdp" if strategy == "auto" and has_dimension(here.mesh, "dp_shard") else strategy, *given)
+    refuse_unsendable(gradient_compression, here)
+    if activation_checkpointing:
+        check_blocks(model, blocks)
+    if parts == "ep":
+        _refuse_late_experts(model)
+    is_on_meta = check_meta(model, init_fn, is_of_experts=parts == "ep")
+    layout = layout_of(model, strategy, parts, kwargs, here, is_planned=tensor_parallel is not None)
+    if layout.strategy == "ddp":
+        check_options("ddp", *given)
+    plan = [] if tensor_parallel is None else check_plan(tensor_parallel, model, layout.tp.size() if layout.tp else 1)
+    is_tensor_parallel = layout.tp is not None and (tensor_parallel is not None or any_dtensor(model.parameters()))
+    if layout.strategy == "replicate" or layout.is_of_experts or is_tensor_parallel:
+        layout.refuse_options_of_ddp(gradient_compression, kwargs)
+    options = fsdp_options(kwargs, mixed_precision, here) if layout.strategy == "fsdp" else {}
+    return layout, plan, options, is_on_meta
 
 
 def _refuse_late_experts(experts: nn.Module) -> None:
@@ -146,16 +176,35 @@ def _refuse_late_experts(experts: nn.Module) -> None:
             )
 
 
+def _refuse_with_others(error: TypeError | ValueError) -> None:
+    """Make the other ranks refuse, too, what does not fit on this one. Collective."""
+    with suppress(ConsistencyError):  # they raise it; here `error` says more
+        _agree([_arguments(f"some that do not fit ({type(error).__qualname__}: {error})")])
+
+
+def _arguments(*entries: str) -> Compared:
+    return Compared("The arguments of prepare_model()", entries, "Call it alike on every rank.")
+
+
+def _agree(compared: list[Compared]) -> None:
+    """Raises: ConsistencyError: something differs between ranks. Collective."""
+    if not same_on_all_ranks([line for each in compared for line in each.entries], "the comparison in prepare_model()"):
+        refuse_differences(compared)
+
+
 def _compare(model: nn.Module, plan: list[str], layout: Layout, parts: Parts | None, here: World) -> None:
-    """Raises: ConsistencyError: ranks that are to have the same model have another one, or another plan for it."""
+    """Raises: ConsistencyError: ranks that are to have the same model have another one, or another plan for it; or the
+    arguments of one of them do not fit.
+    """
     # DDP would say that they differ, but neither which ones nor on which rank.
     compared = Compared("The parameters of the model", [*parameters_of(model), *plan])
+    arguments = _arguments("ones that fit", f"parts={parts!r}", f"strategy={layout.strategy!r}")
     if parts is not None:
+        _agree([arguments])
         refuse_different_parts(compared, layout.place)
         mark_part(model, parts)
         return
-    if not same_on_all_ranks(compared.entries, "the comparison of models in prepare_model()"):
-        refuse_differences([compared])
+    _agree([arguments, compared])
     plane().prepared.add_model(model)
     spreads_model(model)
 

@@ -16,6 +16,7 @@ __all__ = [
     "Compression",
     "Precision",
     "Strategy",
+    "check_blocks",
     "check_options",
     "checkpoint_blocks",
     "compile_model",
@@ -67,21 +68,22 @@ def check_options(
         raise ValueError("mixed_precision= and mp_policy= say the same thing: give one of them.")
 
 
-def checkpoint_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:
-    """Have each module of `blocks` in `model` compute its activations anew in the backward pass. In place, once.
-
-    The forward of each is wrapped, not the module: its name and its parameters' names stay.
-
-    Raises: ValueError: there is no such module.
-    """
-    found = [module for module in model.modules() if isinstance(module, blocks)]
-    if not found:
+def check_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:
+    """Raises: ValueError: none of the modules in `model` is of `blocks`."""
+    if not any(isinstance(module, blocks) for module in model.modules()):
         names = ", ".join(block.__name__ for block in blocks)
         raise ValueError(
             f"There is no {names} in this {type(model).__qualname__}: blocks= names the classes of layers."
         )
-    for module in found:
-        if not isinstance(module.forward, partial):
+
+
+def checkpoint_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:
+    """Have each module of `blocks` in `model` compute its activations anew in the backward pass. In place, once.
+
+    The forward of each is wrapped, not the module: its name and its parameters' names stay.
+    """
+    for module in model.modules():
+        if isinstance(module, blocks) and not isinstance(module.forward, partial):
             # Through the instance: assigned to the class, it would hold for other models too.
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 

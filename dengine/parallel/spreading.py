@@ -12,6 +12,7 @@ from dengine.dtensor import any_dtensor, as_fsdp, is_dtensor, local_part
 from dengine.launch.world import world
 from dengine.parallel.layout import Layout, TensorParallel, apply_plan
 from dengine.parallel.options import Strategy
+from dengine.parallel.undo import Before
 from dengine.parallel.weights import Initialize, Kept, given_back, set_aside
 
 __all__ = ["spread"]
@@ -25,12 +26,14 @@ def spread(
     blocks: tuple[type[nn.Module], ...],
     options: dict[str, Any],
     init_fn: Initialize | None,
+    before: Before,
     *,
     is_on_meta: bool,
 ) -> None:
     """Bring `model` onto this rank's device and, but for DDP, into its `layout`; `options` go to `fully_shard`.
 
     Args:
+        before: is told to forget the values once they are let go one by one.
         is_on_meta: some of the model is, and gets its values now. Else what is stays so: experts get theirs with the
             model that they are in, whose names for them are known only there.
 
@@ -61,6 +64,8 @@ def spread(
         seed = torch.tensor(torch.initial_seed() & (2**63 - 1))
         if is_on_meta:
             broadcast_each([seed])
+        else:
+            before.forget()  # no code of the user's is to run any more, and each tensor goes once its part is there
         values = given_back(model, kept, device, int(seed), init_fn, on_host="offload_policy" in options)
         if is_cut:
             broadcast_each(values, within=layout.within)
