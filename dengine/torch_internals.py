@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader
 
@@ -223,7 +224,7 @@ def hooks_of_others(module: nn.Module) -> dict[str, Any]:
     return kept
 
 
-def replicate(module: nn.Module, mesh: Any, ignored: set[nn.Parameter]) -> None:
+def replicate(module: nn.Module, mesh: "DeviceMesh | None", ignored: set[nn.Parameter]) -> None:
     """Average the gradients of `module` over `mesh`, as DDP does, but by FSDP2, which takes DTensors.
 
     But for those of the parameters `ignored`.
@@ -233,7 +234,7 @@ def replicate(module: nn.Module, mesh: Any, ignored: set[nn.Parameter]) -> None:
     replicate(module, mesh=mesh, ignored_params=ignored)
 
 
-def flat_mesh(mesh: Any, names: list[str]) -> str:
+def flat_mesh(mesh: "DeviceMesh", names: list[str]) -> str:
     """The name of one dimension of `mesh` that joins those in `names`, by which the mesh can be indexed.
 
     Collective, if there are several: a new group, the first time.
@@ -289,6 +290,6 @@ def is_loader_iterator(data: object) -> bool:
     return isinstance(data, _BaseDataLoaderIter)
 
 
-def drop_workers(loader: "DataLoader[Any]") -> None:
+def drop_workers(loader: "DataLoader[object]") -> None:
     """End the persistent workers of `loader`, so that its next iteration starts others."""
     loader._iterator = None

@@ -26,7 +26,7 @@ _CHUNK = 1 << 20  # elements that are mixed at a time: what a digest takes of me
 _MOST_NAMED = 8  # ranks in one message
 
 
-def compare_tensors(named: Mapping[str, Any], subject: str, apart: Mapping[str, Dimensions]) -> None:
+def compare_tensors(named: Mapping[str, object], subject: str, apart: Mapping[str, Dimensions]) -> None:
     """Raise if a tensor or number differs between the ranks that have a copy of it, bit by bit.
 
     A sharded tensor (DTensor) is compared piece by piece between the ranks that hold the same piece: the replicas of
@@ -67,7 +67,7 @@ def compare_tensors(named: Mapping[str, Any], subject: str, apart: Mapping[str, 
         _refuse_odd_one({rank: gathered[rank].get(key) for rank in holders[slot]}, name, subject, here)
 
 
-def _slots(named: Mapping[str, Any], apart: Mapping[str, Dimensions], here: World) -> tuple[dict[str, int], int]:
+def _slots(named: Mapping[str, object], apart: Mapping[str, Dimensions], here: World) -> tuple[dict[str, int], int]:
     """A number for each of `named` that has copies, the same on exactly the ranks that have them; how many there are.
 
     What all ranks have by the same names is counted. What is apart shares the number of all else that the same ranks

@@ -6,7 +6,7 @@ DTensors, or by the mesh that it was prepared with.
 
 import warnings
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import nn
@@ -18,6 +18,7 @@ from dengine.dtensor import describe_mesh, has_dimension, is_fsdp, is_mesh, mesh
 from dengine.launch.world import World, world
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["check_mesh", "deals_to_all_ranks", "refuse_laid_out", "sources_of", "spreads_model", "spreads_part"]
@@ -65,7 +66,7 @@ def check_mesh(mesh: object) -> None:
         )
 
 
-def sources_of(mesh: "DeviceMesh") -> list[tuple[int, Any]]:
+def sources_of(mesh: "DeviceMesh") -> "list[tuple[int, ProcessGroup]]":
     """For each dimension of the mesh, its first rank and its group.
 
     Broadcasts over them, one after the other, give every rank of the mesh what the first rank has.

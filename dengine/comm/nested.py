@@ -12,7 +12,7 @@ __all__ = ["ReduceOp", "flatten", "grouped", "signature", "split"]
 ReduceOp: TypeAlias = Literal["sum", "mean", "min", "max"]
 
 
-def signature(value: Any) -> str:
+def signature(value: object) -> str:
     """The signature of `value`, which must be the same on all ranks: names, types and shapes, not values."""
     if (parts := _parts_in_order(value)) is not None:
         if not trees.has_names(value):

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed import DistError
+from torch.distributed import DistError, ProcessGroup, Store
 
 from dengine import torch_internals
 from dengine.control.deadlock import START_OF_RUN
@@ -46,7 +46,7 @@ class CallLog:
         is_inside: whether the rank is still in it.
     """
 
-    def __init__(self, here: World, store: Any) -> None:
+    def __init__(self, here: World, store: Store) -> None:
         self._here = here
         self._store = store
         self._stride = -(-here.size // _CHECKED_RANKS)
@@ -101,7 +101,7 @@ class CallLog:
         return f"collective/{self._section}/{number}"
 
 
-def num_joined(size: int, *, but: Any = None) -> int:
+def num_joined(size: int, *, but: ProcessGroup | None = None) -> int:
     """How many collectives this rank has joined in groups of all `size` ranks: DDP's, FSDP's, the user's own."""
     total = 0
     with suppress(Exception):  # a private counter of torch

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from torch.distributed import Store
+
 from dengine.launch.parsing import parse_object
 from dengine.torch_internals import PrefixStore, TCPStore
 
@@ -26,7 +28,7 @@ class StoreEndpoint:
     prefix: str
     is_hosted_by_rank_zero: bool
 
-    def connect(self, timeout_s: float = 60.0) -> Any:
+    def connect(self, timeout_s: float = 60.0) -> Store:
         """Make a new connection. Each thread that waits needs its own, as nothing else can use it meanwhile."""
         timeout = timedelta(seconds=timeout_s)
         store = TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
@@ -41,7 +43,7 @@ class Messages:
         reader: the reading thread's connection to the store.
     """
 
-    def __init__(self, endpoint: StoreEndpoint, store: Any, *, deletes_old: bool) -> None:
+    def __init__(self, endpoint: StoreEndpoint, store: Store, *, deletes_old: bool) -> None:
         """`deletes_old`: this rank removes messages that all have read."""
         self.number = 0
         self.reader = endpoint.connect()

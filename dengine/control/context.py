@@ -1,6 +1,6 @@
 """The objects that the parts of this rank's control plane share: connections to other ranks, and the group's status."""
 
-from typing import Any
+from torch.distributed import ProcessGroup
 
 from dengine.control.activity import Activity
 from dengine.control.call_log import CallLog
@@ -31,8 +31,8 @@ class ControlContext:
         here: World,
         endpoint: StoreEndpoint,
         connections: Connections,
-        group: Any,
-        host_process: dict[str, Any],
+        group: ProcessGroup | None,
+        host_process: dict[str, object],
     ) -> None:
         self.here = here
         self.endpoint = endpoint

@@ -6,7 +6,8 @@ ranks never came.
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+
+from torch.distributed import Store
 
 __all__ = ["StoreExchange", "after"]
 
@@ -17,7 +18,7 @@ class StoreExchange:
     Cost: two requests to the store to publish a text. To collect: one in each `poll_s`, and two for each text.
     """
 
-    def __init__(self, store: Any, rank: int, *, poll_s: float = 0.02) -> None:
+    def __init__(self, store: Store, rank: int, *, poll_s: float = 0.02) -> None:
         self._store = store
         self._rank = rank
         self._poll_s = poll_s

@@ -114,7 +114,7 @@ class Failure:
             remote_traceback=self.traceback,
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -29,7 +30,7 @@ class Heartbeat:
         self._identity = identity()
         self._published_at_s, self._published_turn = 0.0, 0
         self._watched: set[int] = set()
-        self._store.append(f"on/{self._identity['host']}", f"{self._here.rank} ")
+        self._store.append(f"on/{self._identity['host']}", f"{self._here.rank} ")  # type: ignore[attr-defined]  # not in torch's stubs
 
     # -- this rank -----------------------------------------------------------------------------------------------
 
@@ -71,18 +72,18 @@ class Heartbeat:
         ranks = parse_ranks(self._store.get(f"on/{host}"), self._here.size) if host else set()
         return ranks - {self._here.rank}
 
-    def is_known_dead(self, beat: dict[str, Any]) -> bool:
+    def is_known_dead(self, beat: Mapping[str, object]) -> bool:
         """Whether the process that sent `beat` was one of this host, and has ended."""
         return self._is_of_this_host(beat) and not is_alive(beat)
 
-    def is_known_alive(self, beat: dict[str, Any]) -> bool:
+    def is_known_alive(self, beat: Mapping[str, object]) -> bool:
         return self._is_of_this_host(beat) and is_alive(beat)
 
-    def may_be_unreachable(self, beat: dict[str, Any]) -> bool:
+    def may_be_unreachable(self, beat: Mapping[str, object]) -> bool:
         """Whether the process that sent `beat` is on another host, so that the network may be broken instead."""
         return bool(beat) and beat["host"] != self._identity["host"]
 
-    def _is_of_this_host(self, beat: dict[str, Any]) -> bool:
+    def _is_of_this_host(self, beat: Mapping[str, object]) -> bool:
         return bool(beat) and bool(beat["host"]) and beat["host"] == self._identity["host"]
 
     def watch_host_processes(self) -> bool:

@@ -9,9 +9,8 @@ import signal
 import tempfile
 import time
 from contextlib import suppress
-from typing import Any
 
-from torch.distributed import DistError
+from torch.distributed import DistError, Store
 
 from dengine.control.failure import Failure, in_brackets, where_text
 from dengine.control.heartbeat import Heartbeat
@@ -26,7 +25,7 @@ _STACKS = "stacks"  # key in the store: the rank that hangs has shown its stacks
 _POLL_S = 0.02
 
 
-def show_stall(failure: Failure, here: World, store: Any, heartbeat: Heartbeat, *, is_store_lost: bool) -> None:
+def show_stall(failure: Failure, here: World, store: Store, heartbeat: Heartbeat, *, is_store_lost: bool) -> None:
     """Print the position of this rank, and kill the process that hangs if it is frozen.
 
     This must come before the loop gets the failure: after that this process may end at any moment.
@@ -40,7 +39,7 @@ def show_stall(failure: Failure, here: World, store: Any, heartbeat: Heartbeat, 
             _kill_frozen(failure.rank, heartbeat, is_store_lost=is_store_lost)
 
 
-def wait_for_stacks(status: GroupStatus, rank: int, store: Any) -> None:
+def wait_for_stacks(status: GroupStatus, rank: int, store: Store) -> None:
     """Wait until the rank that hangs has printed its stacks: once this rank leaves, the launcher ends that one."""
     failure = status.failure
     if failure is None or failure.kind != "stalled" or failure.is_frozen or failure.rank == rank:

@@ -2,7 +2,8 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+
+from torch.distributed import Store
 
 from dengine.control.failure import Failure
 
@@ -54,7 +55,7 @@ class GroupStatus:
             self._changed.notify_all()
         self._wake_loops()
 
-    def has_all_left(self, store: Any) -> bool:
+    def has_all_left(self, store: Store) -> bool:
         """Whether all ranks have come to the end of the block, by this rank's messages or by the store."""
         return self.all_left or bool(store.check([ALL_LEFT]))
 

@@ -20,7 +20,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from torch.distributed import DistError
+from torch.distributed import DistError, Store
 
 from dengine.control.context import ControlContext
 from dengine.control.ddp_errors import explain
@@ -88,7 +88,7 @@ class SharedRun(Run):
             with suppress(DistError):  # the store is gone, which the rank that asked notices
                 self._report_batches(self._shared.context.store)
 
-    def receive_empty(self, epoch: int, store: Any) -> None:
+    def receive_empty(self, epoch: int, store: Store) -> None:
         """Receive that another rank had no batch in `epoch`: report now if this one had, else once the loop knows."""
         self._inquired_about.add(epoch)
         self._report_batches(store)
@@ -110,20 +110,20 @@ class SharedRun(Run):
         except DistError as error:
             raise self._shared.failures.without_store("they cannot tell whether any has a batch", error) from None
 
-    def _report_batches(self, store: Any) -> None:
+    def _report_batches(self, store: Store) -> None:
         for epoch in list(self._inquired_about):
             if self._last_with_batches >= epoch or position(epoch, 2) <= self.started < position(epoch, END):
                 self._inquired_about.discard(epoch)
                 store.set(f"batches/{self.number}/{epoch}", "yes")
 
-    def receive_stop(self, key: Key, number: int, store: Any) -> bool:
+    def receive_stop(self, key: Key, number: int, store: Store) -> bool:
         """Receive message `number`, a stop request: report how far the loop has started. False if it is known."""
         if key in self.received:
             return False
         self.received.add(key)
         self._mark_requested(key)
         self.interrupt()
-        store.append(f"started/{number}", f"{self.started} ")
+        store.append(f"started/{number}", f"{self.started} ")  # type: ignore[attr-defined]  # not in torch's stubs
         store.add(f"started/{number}/count", 1)
         return True
 

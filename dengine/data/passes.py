@@ -5,7 +5,7 @@ a `zip`, a class of the user's, a step) goes on to the next epoch with each new 
 saved with its random number generators.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from itertools import count
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
@@ -34,7 +34,7 @@ class PassCounter:
         (7, 8)
     """
 
-    def __init__(self, kind: dict[str, Any]) -> None:
+    def __init__(self, kind: Mapping[str, object]) -> None:
         self.kind = kind
         self.epoch = 0
         self.has_started = False

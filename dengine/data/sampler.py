@@ -58,7 +58,7 @@ def refuse_changes(changes: Sequence[str]) -> None:
         )
 
 
-def changed_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def changed_order(saved: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
     """The differences between two states of an `ElasticSampler`, each with advice, as lines of text. Pure.
 
     The number of ranks may differ.

@@ -180,7 +180,7 @@ class SeededCollate:
     batch.
     """
 
-    def __init__(self, inside: Callable[[Any], Any]) -> None:
+    def __init__(self, inside: Callable[..., object]) -> None:
         self.inside = inside
         self.next_seed: int | None = None
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dengine.data.passes import PassCounter
+from dengine.data.sampler import DataState
 from dengine.data.seeding import EpochIndex
 from dengine.launch.world import World
 
@@ -43,7 +44,7 @@ def shards_itself(dataset: Any, here: World) -> bool:
     return isinstance(stages, list) and any(_splits_by_node(stage) for stage in stages)
 
 
-def check_fits(sampler: "DistributedSampler[Any]", here: World, *, exact: bool) -> None:
+def check_fits(sampler: "DistributedSampler[object]", here: World, *, exact: bool) -> None:
     """Refuse a sampler that does not fit this rank.
 
     Raises:
@@ -78,7 +79,7 @@ class KeptSampler(DistributedSampler[int]):
     Other attributes are those of the sampler `inside`.
     """
 
-    def __init__(self, inside: "DistributedSampler[Any]") -> None:
+    def __init__(self, inside: "DistributedSampler[int]") -> None:
         self.inside = inside
         self.carries_epoch = False
         kind = {"kept": type(inside).__qualname__, "seed": inside.seed, "shuffle": inside.shuffle}
@@ -114,7 +115,7 @@ class KeptSampler(DistributedSampler[int]):
         """Begin the next iteration after the first `num_samples` of this rank, of which only the indices are drawn."""
         self._skipped = num_samples
 
-    def state(self, batch_size: int) -> dict[str, Any]:
+    def state(self, batch_size: int) -> DataState:
         """The same as for `ElasticSampler`: global batches are the same for any number of ranks, except the last
         one.
         """
@@ -128,7 +129,7 @@ class KeptSampler(DistributedSampler[int]):
         }
 
 
-def _check_sampler(sampler: "DistributedSampler[Any]", here: World) -> None:
+def _check_sampler(sampler: "DistributedSampler[object]", here: World) -> None:
     _check_place(
         f"This loader has a {type(sampler).__qualname__} for",
         sampler.rank,

@@ -299,7 +299,7 @@ class Engine:
         """
         return self.state.state_dict()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Make the next `run()` go on from the position in `state_dict`.
 
         Raises:

@@ -143,7 +143,7 @@ class EMA:
             state.update({name: kept for name in names if name in state})
         return {"num_updates": self.num_updates, "model": aligned(state, {})}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Load a `state_dict()`; whole tensors are sharded for a sharded model. No collective.
 
         Raises:

@@ -4,6 +4,7 @@ Anybody who reaches the store's port can write there: a program with a wrong por
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from dengine.launch.console import say
@@ -50,6 +51,6 @@ def parse_ranks(text: bytes, size: int) -> set[int]:
     return {number for number in parse_numbers(text) if 0 <= number < size}
 
 
-def has_fields(value: dict[str, Any], **types: type | tuple[type, ...]) -> bool:
+def has_fields(value: Mapping[str, object], **types: type | tuple[type, ...]) -> bool:
     """Whether `value` has entries with these names and types."""
     return all(name in value and isinstance(value[name], kind) for name, kind in types.items())

@@ -11,7 +11,7 @@ from dengine.launch.network import network_of_this_host
 __all__ = ["identity", "is_alive"]
 
 
-def identity() -> dict[str, Any]:
+def identity() -> dict[str, object]:
     """The identity of this process, for `is_alive`. The host is "" if the system is not Linux."""
     host = ""
     with suppress(OSError):

@@ -21,9 +21,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from torch.distributed import DistError
+from torch.distributed import DistError, Store
 
 from dengine.errors import LaunchError, StallError
 from dengine.launch.abandonable import unless_given_up
@@ -45,7 +45,7 @@ _NUM_SHOWN = 64
 T = TypeVar("T")
 
 # By address: the store of a job, which outlives its groups.
-_stores: dict[tuple[str, int], Any] = {}
+_stores: dict[tuple[str, int], Store] = {}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class _Peer:
 
 def rendezvous(
     launch: Launch, timeout_s: float, stall_timeout_s: float = math.inf, *, mesh: str = ""
-) -> tuple[Any, str]:
+) -> tuple[Store, str]:
     """Find the other ranks: the store of this launch, and a name in it that is new and shared by its ranks alone.
 
     `stall_timeout_s`: as in `process_group()`, but at least 30 s, since ranks start at different times. `mesh`: the
@@ -116,7 +116,7 @@ def within(timeout_s: float, action: Callable[[], T]) -> T:
     return unless_given_up(action, lambda thread: thread.join(timeout_s), gave_up)
 
 
-def _store_of(launch: Launch, timeout_s: float) -> Any:
+def _store_of(launch: Launch, timeout_s: float) -> Store:
     """The store of this launch. There is one for all groups: if rank 0 hosted a second one on the same port, an early
     rank could take it for the first.
     """
@@ -128,7 +128,7 @@ def _store_of(launch: Launch, timeout_s: float) -> Any:
     return store
 
 
-def _join(store: Any, peer: _Peer, launch: Launch, deadline: _Deadline) -> str:
+def _join(store: Store, peer: _Peer, launch: Launch, deadline: _Deadline) -> str:
     token = uuid.uuid4().hex
     store.set(f"number/{launch.rank}", token)
     name = _read(store, f"answer/{token}", deadline.end_s)
@@ -152,7 +152,7 @@ def _refusal_error(refusal: str, missing: Sequence[int], deadline: _Deadline) ->
     return deadline.error(refusal, missing[0]) if missing else LaunchError(refusal)
 
 
-def _coordinate(store: Any, peer: _Peer, launch: Launch, deadline: _Deadline) -> str:
+def _coordinate(store: Store, peer: _Peer, launch: Launch, deadline: _Deadline) -> str:
     name = uuid.uuid4().hex
     others = range(1, launch.size)
     missing = set(_answer_others(store, name, others, deadline.end_s))
@@ -184,7 +184,7 @@ def _read_peer(text: bytes, rank: int, launch: Launch) -> _Peer:
     return _Peer(fields["rank"], fields["host"], fields["network"], fields["is_reached"], fields["mesh"])
 
 
-def _answer_others(store: Any, name: str, others: Sequence[int], end_s: float) -> list[int]:
+def _answer_others(store: Store, name: str, others: Sequence[int], end_s: float) -> list[int]:
     """Answer every token with `name` until all others have joined under it. Gives the ranks that are missing at
     `end_s`.
     """
@@ -215,7 +215,7 @@ def _wait_until(predicate: Callable[[], bool], end_s: float) -> bool:
     return True
 
 
-def _read(store: Any, key: str, end_s: float) -> str:
+def _read(store: Store, key: str, end_s: float) -> str:
     store.wait([key], timedelta(seconds=max(end_s - time.monotonic(), 0.001)))
     return str(store.get(key).decode())
 

@@ -121,7 +121,7 @@ def mend(descriptor: int) -> None:
         os.ftruncate(descriptor, size - len(line))
 
 
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+def read_rows(path: Path) -> tuple[list[dict[str, object]], list[int]]:
     """The rows of a file, in order, and the numbers (from 1) of lines that are not rows.
 
     A last line without a newline is being written, or was when its writer was killed: unless it is complete, it is left

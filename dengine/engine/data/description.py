@@ -24,7 +24,7 @@ def length_of(data: Iterable[object]) -> int | None:
         return None
 
 
-def described(data: Iterable[object], epoch: int) -> dict[str, Any] | None:
+def described(data: Iterable[object], epoch: int) -> dict[str, object] | None:
     """The values on which the order of samples depends, for a prepared loader; the length of other data.
 
     They are plain values; None if nothing is known.
@@ -47,7 +47,7 @@ def described(data: Iterable[object], epoch: int) -> dict[str, Any] | None:
     }
 
 
-def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> None:
+def check_unchanged(saved: Mapping[str, object], current: Mapping[str, object] | None) -> None:
     """Refuse data whose description differs from that of the data that the run was started with.
 
     Raises:
@@ -56,7 +56,7 @@ def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any] | None)
     refuse_changes(changes_of(saved, current))
 
 
-def changes_of(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> list[str]:
+def changes_of(saved: Mapping[str, object], current: Mapping[str, object] | None) -> list[str]:
     """The differences between two descriptions, as lines of text with both values and what to do."""
     if current is None:
         return []

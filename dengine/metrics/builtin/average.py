@@ -83,7 +83,7 @@ class Average(WeightedMean):
         return self.mean()
 
 
-def value_of(output: object, metric: str) -> Any:
+def value_of(output: object, metric: str) -> Amount:
     """The value in `output`: a number, or a tensor of any shape.
 
     Raises:

@@ -85,7 +85,7 @@ class DistributedMetric(Metric):
     def has_samples(self) -> bool:
         return self._num_samples > 0
 
-    def metrics_within(self) -> tuple[Any, ...]:
+    def metrics_within(self) -> tuple[AnyMetric, ...]:
         return (self._base,)
 
     def __repr__(self) -> str:

@@ -43,7 +43,7 @@ class EpochMetric(Metric):
 
     def __init__(
         self,
-        function: Callable[[torch.Tensor, torch.Tensor], Any],
+        function: Callable[[torch.Tensor, torch.Tensor], object],
         output_transform: OutputTransform | None = None,
     ) -> None:
         if not callable(function) or isinstance(function, type):

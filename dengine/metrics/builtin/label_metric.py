@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -63,7 +62,7 @@ class LabelMetric(Metric):
         self._queue.clear()
         self._highest_score = None
 
-    def with_states(self, values: Mapping[str, Any]) -> Metric:
+    def with_states(self, values: Mapping[str, object]) -> Metric:
         other = super().with_states(values)
         assert isinstance(other, LabelMetric)
         other._queue = BatchQueue()

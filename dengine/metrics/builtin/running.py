@@ -71,7 +71,7 @@ class RunningAverage(Metric):
         self.add_state("average", 0.0, reduce="gather")
         self.add_state("num_values", 0, reduce="gather")
 
-    def metrics_within(self) -> tuple[Any, ...]:
+    def metrics_within(self) -> tuple[AnyMetric, ...]:
         return () if self._metric is None else (self._metric,)
 
     def default_transform(self, output: object) -> object:

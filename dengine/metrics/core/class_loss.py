@@ -16,7 +16,7 @@ _CLASS_LOSSES = (cross_entropy, nll_loss)
 _CLASS_MODULES = (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)
 
 
-def class_loss(loss_fn: object) -> Any:
+def class_loss(loss_fn: object) -> object:
     """The function, module or partial inside `loss_fn` if that is `cross_entropy` or `nll_loss`, else None."""
     source = source_of(loss_fn)
     function = source.func if isinstance(source, partial) else source
@@ -24,7 +24,7 @@ def class_loss(loss_fn: object) -> Any:
     return source if is_one else None
 
 
-def source_of(loss_fn: object) -> Any:
+def source_of(loss_fn: object) -> object:
     """The function, module or partial inside a bound method or a compiled module."""
     owner = getattr(loss_fn, "__self__", None)
     source = owner if isinstance(owner, torch.nn.Module) else loss_fn

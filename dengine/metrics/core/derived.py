@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
+import torch
+
 from dengine.metrics.core.metric import Metric, OutputTransform
 from dengine.types import MetricValue
 
@@ -46,7 +48,7 @@ class DerivedMetric(Metric):
     def compute(self) -> MetricValue:
         return self.value_of(self._stateful)
 
-    def num_counted(self) -> Any:
+    def num_counted(self) -> torch.Tensor | float | None:
         return self._stateful.num_counted()
 
     def evaluate(self, reduced: Mapping[int, Any]) -> MetricValue:

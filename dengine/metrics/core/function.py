@@ -3,7 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dengine.metrics.core.kinds import evaluated, is_metric, shows_live, stateful_of, updated_through
+from dengine.metrics.core.kinds import (
+    AnyMetric,
+    evaluated,
+    is_metric,
+    shows_live,
+    stateful_of,
+    updated_through,
+)
 from dengine.metrics.core.metric import Metric
 from dengine.metrics.core.updates import default_transform, update_of
 from dengine.types import MetricValue
@@ -46,7 +53,7 @@ class MetricFunction(Metric):
         if not self.metrics_within():
             raise TypeError(f"MetricFunction() needs at least one metric, but got {metrics!r}.")
 
-    def metrics_within(self) -> tuple[Any, ...]:
+    def metrics_within(self) -> tuple[AnyMetric, ...]:
         return tuple(operand for operand in self._operands if is_metric(operand))
 
     def stateful_metrics(self) -> tuple[Any, ...]:

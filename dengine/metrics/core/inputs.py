@@ -1,6 +1,7 @@
 """Convert predictions and targets to tensors, and check their shapes. Values are never checked here."""
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -91,7 +92,7 @@ def as_tensor(part: object, metric: str) -> torch.Tensor:
         raise TypeError(f"{metric} takes numbers or tensors, but got {part!r}.") from None
 
 
-def is_python_number(value: object) -> bool:
+def is_python_number(value: object) -> TypeGuard[float]:
     """Whether `value` is a Python number, so that no tensor is needed."""
     return isinstance(value, (int, float))
 

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -14,6 +14,9 @@ from dengine.metrics.core.transform import prediction_and_target
 from dengine.metrics.core.wrapped_methods import wrap_methods
 from dengine.naming import other_names
 from dengine.types import MetricValue
+
+if TYPE_CHECKING:
+    from dengine.metrics.core.kinds import AnyMetric
 
 __all__ = ["Metric", "OutputTransform", "StateOp", "StateSpec"]
 
@@ -94,7 +97,7 @@ class Metric(ABC):
         """The `output_transform` that is used if none is given."""
         return prediction_and_target(output)
 
-    def add_state(self, name: str, default: Any, reduce: StateOp = "sum") -> None:
+    def add_state(self, name: str, default: object, reduce: StateOp = "sum") -> None:
         """Declare a state: the attribute `name`, which is `default` after `reset()`, and is reduced over the ranks.
 
         Args:
@@ -140,7 +143,7 @@ class Metric(ABC):
             NotComputableError: no sample was seen.
         """
 
-    def with_states(self, values: Mapping[str, Any]) -> "Metric":
+    def with_states(self, values: Mapping[str, object]) -> "Metric":
         """A copy with `values` as its states. The metric itself is not changed."""
         reduced = copy(self)
         for name, value in values.items():
@@ -158,7 +161,7 @@ class Metric(ABC):
         """Whether there is a present value. Must not wait for the device."""
         return self.num_updates > 0
 
-    def num_counted(self) -> Any:
+    def num_counted(self) -> torch.Tensor | float | None:
         """The number of values in the mean, as a number or a tensor; None if the value is not such a mean."""
         return None
 
@@ -167,7 +170,7 @@ class Metric(ABC):
 
     # -- composition ---------------------------------------------------------------------------------------------
 
-    def metrics_within(self) -> tuple[Any, ...]:
+    def metrics_within(self) -> "tuple[AnyMetric, ...]":
         """The metrics inside this one, which its update updates, too."""
         return ()
 

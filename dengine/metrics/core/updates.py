@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from inspect import Signature, signature
-from typing import Any
 
 from dengine.metrics.core.batch_size import samples_or_one
 from dengine.metrics.core.kinds import AnyMetric, is_mergeable, is_metric, is_tracker
@@ -22,7 +21,7 @@ class Seen:
     num_updates: int = 0
     num_samples: int = 0
 
-    def counting(self, update: Callable[[Any], None]) -> Callable[[Any], None]:
+    def counting(self, update: Callable[[object], None]) -> Callable[[object], None]:
         def counted(output: object) -> None:
             update(output)
             self.num_updates += 1
@@ -34,7 +33,7 @@ class Seen:
         self.num_updates = self.num_samples = 0
 
 
-def update_of(metric: AnyMetric, transform: OutputTransform | None) -> Callable[[Any], None]:
+def update_of(metric: AnyMetric, transform: OutputTransform | None) -> Callable[[object], None]:
     """`metric.update` as a function of a step's output."""
     if takes_pair(metric):
 
@@ -43,7 +42,7 @@ def update_of(metric: AnyMetric, transform: OutputTransform | None) -> Callable[
             metric.update(*arguments) if isinstance(arguments, (tuple, list)) else metric.update(arguments)
 
         return update_spread
-    update: Callable[[Any], None] = metric.update
+    update: Callable[[object], None] = metric.update
     if isinstance(metric, Metric) and not counts_updates(metric):
         update = partial(_update_of_object, metric)
     if transform is None:

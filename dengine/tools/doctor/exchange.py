@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from torch.distributed import Store
+
 from dengine.control.exchange import StoreExchange, after
 from dengine.launch.env import Launch
 from dengine.launch.store import open_store
@@ -27,12 +29,12 @@ class StoreLostError(Exception):
 class Exchange:
     """Results by topic and rank, as JSON, and single texts by key. Its methods raise `StoreLostError`."""
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._store = store
         self._exchange = StoreExchange(store, rank)
 
-    def post(self, topic: str, result: Any) -> None:
+    def post(self, topic: str, result: object) -> None:
         """Publish this rank's result."""
         with _noticing_loss():
             self._exchange.post(topic, json.dumps(result))
@@ -50,7 +52,7 @@ class Exchange:
             found = self._exchange.collect(topic, ranks, after(timeout_s))
         return {rank: json.loads(text) for rank, text in found.items()}
 
-    def decide(self, topic: str, result: Any) -> Any:
+    def decide(self, topic: str, result: object) -> Any:
         """One result for all ranks: this one, unless another rank has published one before."""
         with _noticing_loss():
             return json.loads(self._store.compare_set(topic, "", json.dumps(result)))
