@@ -67,15 +67,26 @@ def moes(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def prepared(net: Net, **options: Any) -> nn.Module:
+def prepared(net: nn.Module, *, is_planned: bool = False, **options: Any) -> nn.Module:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    of_experts: Any = {"tensor_parallel": {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()}}
     for layer in moes(net):
-        assert distributed.prepare_model(layer.experts, parts="ep") is layer.experts
-    return distributed.prepare_model(net, **options)
+        assert distributed.prepare_model(layer.experts, parts="ep", **of_experts if is_planned else {}) is layer.experts
+    return distributed.prepare_model(net, **options, **{"tensor_parallel": plan()} if is_planned else {})
 
 
 def train(model: nn.Module, batch_size: int, accumulation: int) -> dict[str, torch.Tensor]:
     """The weights afterwards, and their averages as `average.NAME`."""
     torch.manual_seed(7)
+    here = distributed.world()
+    place, length = here.coordinates.get("cp", 0), LENGTH // (2 if "cp" in here.coordinates else 1)
+
+    def own_tokens(batch: Any, device: torch.device) -> Any:
+        inputs, labels = batch
+        mine = slice(place * length, (place + 1) * length)
+        return inputs[:, mine], labels[:, mine]
+
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     trainer = create_supervised_trainer(
         model,
@@ -84,6 +95,7 @@ def train(model: nn.Module, batch_size: int, accumulation: int) -> dict[str, tor
         gradient_accumulation_steps=accumulation,
         max_grad_norm=0.2,
         weight=lambda inputs, labels: (labels != IGNORED).sum(),
+        prepare_batch=own_tokens,
     )
     average = EMA(model, decay=0.5)
     trainer.on(SupervisedEvents.OPTIMIZER_STEP_COMPLETED, average)
@@ -99,7 +111,7 @@ def trained(rank: int, size: int, mesh: dict[str, int]) -> list[Any]:
         found = []
         for accumulation in (1, 2):
             net = with_weights(Net())
-            model = prepared(net, **({"tensor_parallel": plan()} if "tp" in mesh else {}))
+            model = prepared(net, is_planned="tp" in mesh)
             weights = train(model, 8 // here.data_size, accumulation)
             found.append((weights, min(each for layer in moes(net) for each in layer.least)))
         return found
@@ -113,6 +125,7 @@ def trained(rank: int, size: int, mesh: dict[str, int]) -> list[Any]:
         {"dp_replicate": 2, "ep": 2},
         {"ep": 4},
         {"ep": 2, "tp": 2},
+        {"ep": 2, "cp": 2},
         {"ep": 2, "dp_shard": 2},
         {"dp_replicate": 2, "dp_shard": 2, "ep": 2},
     ],
@@ -230,7 +243,7 @@ def trained_stacked(rank: int, size: int, mesh: dict[str, int]) -> list[dict[str
         return [*found, whole_parameters(prepared(net))]
 
 
-@pytest.mark.parametrize("mesh", [{"dp": 2, "ep": 2}, {"dp_shard": 2, "ep": 2}, {"ep": 4}, {"ep": 2, "tp": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [{"dp": 2, "ep": 2}, {"dp_shard": 2, "ep": 2}, {"ep": 4}], ids=str)
 def test_experts_that_torch_has_cut_up_train_as_one_process(mesh: dict[str, int]) -> None:
     torch.manual_seed(5)
     with torch.device("meta"):
@@ -242,6 +255,83 @@ def test_experts_that_torch_has_cut_up_train_as_one_process(mesh: dict[str, int]
             assert weights.keys() == whole.keys()
             for name, value in weights.items():
                 assert_close(value, whole[name], rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class Stage(nn.Module):
+    """Some layers of a net, by their names in it."""
+
+    def __init__(self, stage: int, num_stages: int) -> None:
+        super().__init__()
+        net = with_weights(Net())
+        self.first = net.first if stage == 0 else nn.Identity()
+        each = len(net.layers) // num_stages
+        own = range(stage * each, (stage + 1) * each)
+        self.layers = nn.ModuleDict({str(number): net.layers[number] for number in own})
+        self.last = net.last if stage == num_stages - 1 else nn.Identity()
+
+    def forward(self, values: torch.Tensor) -> Any:
+        values = self.first(values)
+        for layer in self.layers.values():
+            values = layer(values)
+        return self.last(values)
+
+
+def train_stage(model: nn.Module, pipeline: Any, batch_size: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights, and the norm of each step's gradient; `pipeline` is None in one process."""
+    inputs, labels = samples().tensors
+    loader = DataLoader(TensorDataset(inputs[:16], labels[:16].clamp(min=0)), batch_size=batch_size, shuffle=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    norms = []
+
+    def step(engine: Engine, batch: list[torch.Tensor]) -> None:
+        optimizer.zero_grad()
+        if pipeline is None:
+            loss_of(model(batch[0]), batch[1]).backward()
+        else:
+            pipeline(*batch)
+        norms.append(float(distributed.clip_grad_norm_(model.parameters(), 0.1)))
+        optimizer.step()
+
+    engine = Engine(step)
+    engine.on(Events.EPOCH_COMPLETED, ConsistencyCheck(model, optimizer))
+    engine.run(distributed.prepare_data_loader(loader, seed=3), max_epochs=2)
+    return whole_parameters(model), norms
+
+
+def trained_stage(rank: int, size: int, mesh: dict[str, int]) -> tuple[dict[str, torch.Tensor], list[float]]:
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    with distributed.process_group(mesh=mesh) as here:
+        assert here.mesh is not None
+        stage, batch_size = here.coordinates["pp"], 8 // here.data_size
+        is_last = stage == mesh["pp"] - 1
+        net = Stage(stage, mesh["pp"])
+        for layer in moes(net):
+            distributed.prepare_model(layer.experts, parts="ep")
+        model = distributed.prepare_model(net, parts="pp")
+        values = torch.zeros(batch_size // 2, LENGTH, 6).requires_grad_(stage > 0)
+        result = torch.zeros(batch_size // 2, LENGTH, 5 if is_last else 6).requires_grad_()
+        group = here.mesh["pp"].get_group()
+        made = PipelineStage(
+            model, stage, mesh["pp"], here.device, input_args=(values,), output_args=(result,), group=group
+        )
+        schedule = ScheduleGPipe(made, 2, loss_fn=loss_of)
+
+        def pipeline(inputs: torch.Tensor, labels: torch.Tensor) -> None:
+            schedule.step(*([] if stage else [inputs]), target=labels if is_last else None)
+
+        return train_stage(model, pipeline, batch_size)
+
+
+def test_experts_in_the_stages_of_a_pipeline_train_as_in_one_process() -> None:
+    expected, expected_norms = train_stage(Stage(0, 1), None, 8)
+    seen: set[str] = set()
+    for weights, norms in run_ranks(trained_stage, 4, {"pp": 2, "ep": 2}, deadline_s=240):
+        assert norms == pytest.approx(expected_norms, rel=1e-6)
+        seen |= weights.keys()
+        for name, value in weights.items():
+            assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
+    assert seen == expected.keys()
 
 
 def refused(rank: int, size: int) -> list[str]:

@@ -37,8 +37,8 @@ exchange: Any = Exchange.apply
 class Expert(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Linear(WIDTH, 5)
-        self.down = nn.Linear(5, WIDTH)
+        self.up = nn.Linear(WIDTH, 6)
+        self.down = nn.Linear(6, WIDTH)
 
     def forward(self, tokens: Tensor) -> Any:
         return self.down(self.up(tokens).tanh())
