@@ -282,6 +282,20 @@ def test_fully_shard_puts_its_class_before_the_module_s_and_its_notes_under_know
 
 
 @pytest.mark.usefixtures("group")
+def test_fsdp_knows_where_the_parameters_are_that_it_spreads() -> None:
+    """Else EMA cannot copy a model of which FSDP2 leaves some parameters alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    module: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    alone = set(module[1].parameters())
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)), ignored_params=alone)
+    module[0].weight = nn.Parameter(module[0].weight.detach())
+    found = {id(each) for each in torch_internals.parameters_of_fsdp(module)}
+    assert found == {id(each) for each in module[0].parameters()}
+
+
+@pytest.mark.usefixtures("group")
 def test_a_module_that_torch_has_forgotten_can_be_sharded_again() -> None:
     """Else a model whose layout failed half-way, and that was put back, can never be prepared."""
     from torch.distributed.device_mesh import init_device_mesh
