@@ -93,6 +93,10 @@ def on_mesh(rank: int, mesh: dict[str, int], changed: dict[int, str], what: str 
             options["tensor_parallel"] = {"1": ColwiseParallel()}
         if "pp" in mesh:
             model, options["parts"] = stage(here.coordinates["pp"]), "pp"
+        if "ep" in mesh:  # experts have the same names, and are others on each rank of ep
+            torch.manual_seed(here.coordinates["ep"])
+            experts = distributed.prepare_model(nn.Sequential(nn.Linear(WIDTH, WIDTH)), parts="ep")
+            model = nn.Sequential(net(), experts)
         model = distributed.prepare_model(model, **options)
         optimizer = stepped(model)
         check = ConsistencyCheck(model, optimizer)
@@ -122,6 +126,8 @@ CASES: dict[str, tuple[dict[str, int], dict[int, str], str]] = {
     "pp state": ({"pp": 2, "dp": 2}, {0: "first.weight"}, "state"),
     "pp alone": ({"pp": 4}, {2: "third.bias"}, "parameter"),
     "pp sharded": ({"pp": 2, "dp_shard": 2}, {2: "third.bias"}, "parameter"),
+    "ep": ({"dp": 2, "ep": 2}, {3: "1.0.weight"}, "parameter"),
+    "ep shared": ({"dp": 2, "ep": 2}, {3: "0.0.weight"}, "parameter"),
     "ddp": ({"dp": 4}, {2: "0.weight"}, "parameter"),
 }
 
@@ -159,6 +165,10 @@ def test_copies_are_compared_on_every_mesh_and_parts_among_their_replicas_only()
         assert told["pp state"].startswith(
             f"{kind}'optimizer.state.0.exp_avg' of rank 1 (pp=0, dp=1) is not that of rank 0 (pp=0, dp=0). {tie}"
         )
+        assert told["ep"].startswith(
+            f"{kind}'1.0.weight' of rank 3 (dp=1, ep=1) is not that of rank 1 (dp=0, ep=1). {tie}"
+        )
+        assert told["ep shared"].startswith(f"{kind}'0.0.weight' of rank 3 (dp=1, ep=1) is not that of rank 0 (")
         assert told["ddp"].startswith(f"{kind}'0.weight' of rank 2 (dp=2) is not that of rank 0 (dp=0). W")
         assert [told["hsdp buffer"], told["pp alone"], told["pp sharded"]] == [""] * 3  # no copies, or not compared
 
