@@ -54,6 +54,36 @@ def test_the_newest_n_are_kept_and_nothing_else_is_left(tmp_path: Path) -> None:
     assert [one.step for one in checkpoint.saved] == [6, 8]
 
 
+class Looking:
+    """A handler that looks before each save, and refuses the third."""
+
+    precedes_saves = True
+
+    def __init__(self) -> None:
+        self.iterations: list[int] = []
+
+    def __call__(self, engine: Engine) -> None:
+        self.iterations.append(engine.state.iteration)
+        if len(self.iterations) == 3:
+            raise ValueError("not this one")
+
+
+def test_a_handler_that_precedes_saves_is_called_before_each_and_may_refuse_it(tmp_path: Path) -> None:
+    trainer, looking = Engine(lambda engine, batch: batch), Looking()
+    trainer.on(Events.ITERATION_COMPLETED(every=1000) | Events.EPOCH_COMPLETED(every=1000), looking)
+    scores = [1.0, 0.5, 2.0, 3.0]
+    best = Checkpoint(
+        {"model": nn.Linear(1, 1)}, tmp_path, score_function=lambda engine: scores[engine.state.iteration - 1]
+    )
+    trainer.on(Events.ITERATION_COMPLETED, best)
+    with pytest.raises(ValueError, match="not this one"):
+        trainer.run(range(4))
+    assert looking.iterations == [1, 3, 4]  # what is not saved is not looked at
+    assert names(tmp_path) == ["checkpoint_3_score=2.0000.pt"]
+    trainer.run(range(4))
+    assert names(tmp_path) == ["checkpoint_4_score=3.0000.pt"]
+
+
 def test_the_best_n_are_kept_by_score_with_the_score_in_the_name(tmp_path: Path) -> None:
     checkpoint = best_of(tmp_path, 2, score_name="acc")
     saved_by(checkpoint, 5, [0.5, 0.25, 0.75, 0.5, 0.123456])
