@@ -1,4 +1,4 @@
-"""The states of one checkpoint, read by one process and tensor by tensor, for tools that have no objects to load."""
+"""Read the states of one checkpoint in one process, tensor by tensor, for tools that have no objects to load into."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ class SavedStates:
     path: Path
     entry: Entry
     states: States
-    _saved: dict[int, tuple[torch.Tensor, list[Chunk]]]  # by the id of what stands for it: that, and where it lies
+    _saved: dict[int, tuple[torch.Tensor, list[Chunk]]]  # by the id of a placeholder: that, and the parts of its data
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """The data of a tensor in `states`, on the CPU. Cost: of a folder, its bytes are read, and their SHA-256.
@@ -46,13 +46,13 @@ class SavedStates:
 
 
 def saved_states(path: Path) -> SavedStates:
-    """What the checkpoint `path` holds, a file or a folder. This rank's own; no collective.
+    """The states in the checkpoint `path`, a file or a folder. On this rank only; no collective.
 
     Cost: a file is read once, for its digest, and mapped into memory; of a folder, `metadata.json` is read.
 
     Raises:
-        CorruptCheckpointError: it was changed, or holds what no checkpoint does. CheckpointError: it is not there, is
-            none, or cannot be read.
+        CorruptCheckpointError: it was changed, or has content that no checkpoint has. CheckpointError: it does not
+            exist, is no checkpoint, or cannot be read.
     """
     try:
         return _folder(path) if holds_shards(path) else _file(path)
@@ -63,7 +63,7 @@ def saved_states(path: Path) -> SavedStates:
 
 
 def mapped_states(path: Path) -> States:
-    """The states in a file that `verify` has found intact; tensors are mapped, so that what is not used is not read.
+    """The states in a file that `verify` has found intact. Tensors are mapped, so that unused ones are not read.
 
     Raises:
         Exception: it cannot be loaded without executing a pickle, or does not hold states.
@@ -90,7 +90,7 @@ def _folder(path: Path) -> SavedStates:
     entry = entry_of(path)
     refuse_other(entry, path)
     metadata = read_metadata(path)
-    for name, (num_bytes, _) in metadata.files.items():  # before memory is taken for what they hold
+    for name, (num_bytes, _) in metadata.files.items():  # before memory is taken for their content
         check_length(path / name, num_bytes)
     saved: dict[int, tuple[torch.Tensor, list[Chunk]]] = {}
 
@@ -103,7 +103,7 @@ def _folder(path: Path) -> SavedStates:
 
 
 def _plain(value: Any) -> Any:
-    """`value` with lists in the place of what is one with a meaning here alone."""
+    """`value` with plain lists instead of our own subclasses of list."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Check that the ranks that have copies of a tensor, or of a piece of one, have the same bits."""
+"""Check that copies of a tensor, or of a piece of one, have the same bits on all ranks."""
 
 import math
 from collections import Counter
@@ -30,12 +30,12 @@ def compare_tensors(named: Mapping[str, object], subject: str, apart: Mapping[st
     """Raise if a tensor or number differs between the ranks that have a copy of it, bit by bit.
 
     A sharded tensor (DTensor) is compared piece by piece between the ranks that hold the same piece: the replicas of
-    HSDP, the copies of a tensor-parallel group. A tensor of which every rank holds another piece has no copies.
+    HSDP, the copies of a tensor-parallel group. A tensor of which every rank has a different piece is not compared.
 
     Args:
-        named: the same names on all ranks, but for those in `apart`.
-        apart: of names, the dimensions of the world's mesh along which ranks have another part of a model on purpose,
-            so that only the other ranks have copies.
+        named: the same names on all ranks, except those in `apart`.
+        apart: for some names, the dimensions of the world's mesh along which ranks have different parts of a model on
+            purpose, so that ranks that differ in them have no copies.
 
     Collective: call on all ranks. Cost: reads every tensor once, one all-reduce, one wait for the device; a gather if
     something differs. The all-reduce is of 16 bytes for each tensor or piece that is not apart and, on the mesh of
@@ -47,13 +47,13 @@ def compare_tensors(named: Mapping[str, object], subject: str, apart: Mapping[st
     """
     here = world()
     slots, num_slots = _slots(named, apart, here)
-    places = torch.tensor(list(slots.values()), dtype=torch.int64)
+    own_slots = torch.tensor(list(slots.values()), dtype=torch.int64)
     names = torch.tensor([text_digest([name]) for name in slots], dtype=torch.int64)
     digests_P = mixed(_digests(named[name] for name in slots) ^ names)
-    sums = torch.zeros(num_slots, dtype=torch.int64).index_add_(0, places, digests_P)
+    sums = torch.zeros(num_slots, dtype=torch.int64).index_add_(0, own_slots, digests_P)
     both = torch.full((2, num_slots), torch.iinfo(torch.int64).min)  # what this rank does not hold counts for nothing
-    held = sorted(set(slots.values()))
-    both[:, held] = torch.stack([sums[held], -sums[held]])
+    own = sorted(set(slots.values()))
+    both[:, own] = torch.stack([sums[own], -sums[own]])
     both = max_tensor(both, here, what="the comparison of tensors")
     if bool((both[0] == -both[1]).all()):
         return
@@ -68,10 +68,10 @@ def compare_tensors(named: Mapping[str, object], subject: str, apart: Mapping[st
 
 
 def _slots(named: Mapping[str, object], apart: Mapping[str, Dimensions], here: World) -> tuple[dict[str, int], int]:
-    """A number for each of `named` that has copies, the same on exactly the ranks that have them; how many there are.
+    """A number for each of `named` with copies, which only the ranks with these share; and the number of numbers.
 
-    What all ranks have by the same names is counted. What is apart shares the number of all else that the same ranks
-    have, since nobody knows how much there is on the others.
+    Tensors that all ranks have by the same names are counted. Those that are apart share the number of all others on
+    the same ranks, since their number on other ranks is unknown.
     """
     pieces = {name: piece_of(value) for name, value in named.items() if name not in apart}
     counted = {name: piece for name, piece in pieces.items() if piece[1] < here.size}
@@ -83,7 +83,7 @@ def _slots(named: Mapping[str, object], apart: Mapping[str, Dimensions], here: W
 
 
 def _class_of(value: object, apart: Dimensions, here: World) -> int:
-    """A number for the ranks that have the same as this one, by the dimensions of the mesh along which they do not."""
+    """A number for the ranks with the same tensor as this one, from the dimensions along which ranks differ."""
     assert here.mesh is not None  # of which `apart` are dimensions
     cut = {*apart, *_cut_along(value, here)}
     number = 0
@@ -93,8 +93,10 @@ def _class_of(value: object, apart: Dimensions, here: World) -> int:
 
 
 def _cut_along(value: object, here: World) -> set[str]:
-    """The dimensions of the world's mesh over which a DTensor is cut up; its own mesh may have them as one, or be
-    made by hand."""
+    """The dimensions of the world's mesh over which a DTensor is cut up.
+
+    Its own mesh may have joined them, or may be made by the user.
+    """
     found: set[str] = set()
     if is_dtensor(value) and here.mesh is not None:
         for dim, placement in enumerate(value.placements):
@@ -133,9 +135,9 @@ def _digests(values: Iterable[Any]) -> torch.Tensor:
     digests = [tensor_digest(value if isinstance(value, torch.Tensor) else _number(value)) for value in values]
     on_host = torch.zeros(len(digests), dtype=torch.int64)
     for device in dict.fromkeys(each.device for each in digests):
-        places = [place for place, each in enumerate(digests) if each.device == device]
-        # In one copy a device: each by itself would wait for it.
-        on_host[places] = torch.stack([digests[place] for place in places]).cpu()
+        indices = [index for index, each in enumerate(digests) if each.device == device]
+        # One copy for each device: each tensor by itself would wait for it.
+        on_host[indices] = torch.stack([digests[index] for index in indices]).cpu()
     return on_host
 
 

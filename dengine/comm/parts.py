@@ -1,9 +1,9 @@
-"""Parts of a model that ranks have on purpose, the stages of a pipeline and experts: which tensors are in one.
+"""Find the tensors in parts of a model that ranks have on purpose: stages of a pipeline, and experts.
 
 `prepare_model(module, parts="ep")` marks the module, and its copies are marked as well. This is the only place that
-reads the mark. A tensor is in a part along each dimension of the mesh that a module around it is marked with, but for
-those over which it is a DTensor, which says itself what this rank has of it. `world().coordinates` tells which part
-along a dimension is this rank's. Ranks that differ in other dimensions alone have the same part.
+reads the mark. A tensor is in a part along each dimension of the mesh with which a module around it is marked, except
+those over which it is a DTensor, which itself knows this rank's piece. `world().coordinates` says which part along a
+dimension this rank has. Ranks that differ only in other dimensions have the same part.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,9 @@ _MARK = "_dengine_part"
 
 
 def mark_part(module: nn.Module, dimension: str) -> None:
-    """Note that ranks along `dimension` of the mesh have other parts of a model than `module`, on purpose."""
+    """Note that ranks along `dimension` of the mesh have different parts of a model on purpose; `module` is this
+    rank's.
+    """
     setattr(module, _MARK, dimension)
     mesh = world().mesh
     assert mesh is not None  # of which it is a dimension
@@ -41,7 +43,8 @@ def mark_part(module: nn.Module, dimension: str) -> None:
 
 
 def parts_of_names(model: nn.Module, names: Iterable[str]) -> dict[str, Dimensions]:
-    """The dimensions along which what `model.state_dict()` has by one of `names` is a part; names without are left out.
+    """For each of `names` in `model.state_dict()`, the dimensions along which its tensor is a part; others are left
+    out.
 
     No collective. The answer is that of this rank: others may have other names.
 
@@ -64,14 +67,16 @@ def parts_of_names(model: nn.Module, names: Iterable[str]) -> dict[str, Dimensio
 
 
 def parts_of_optimizer(optimizer: torch.optim.Optimizer) -> dict[int, Dimensions]:
-    """As `parts_of_names`, of the parameters of `optimizer` by the numbers that they have in its state."""
+    """The same as `parts_of_names` for the parameters of `optimizer`, by their numbers in its state."""
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     by_id = parts_of_parameters()
     return {number: by_id[id(each)] for number, each in enumerate(parameters) if id(each) in by_id}
 
 
 def parts_of_parameters() -> dict[int, Dimensions]:
-    """As `parts_of_names`, of the parameters of all prepared parts that still live, by the `id` of each."""
+    """The same as `parts_of_names` for the parameters of all prepared parts that are still alive, by the `id` of
+    each.
+    """
     around: dict[int, tuple[Tensor, list[str]]] = {}
     for module, _ in plane().prepared.living_parts():
         for parameter in module.parameters():
@@ -92,7 +97,7 @@ def named_modules_beside_parts(model: nn.Module) -> Iterator[tuple[str, nn.Modul
 
 
 def named_parameters_beside_parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """As `model.named_parameters()`, but for those of parts inside it."""
+    """The items of `model.named_parameters()`, except those of parts inside it."""
     inside = {id(each) for part in parts_inside(model) for each in part.parameters()}
     return ((name, each) for name, each in model.named_parameters() if id(each) not in inside)
 
@@ -102,7 +107,7 @@ def _is_within(name: str, path: str) -> bool:
 
 
 def _in_order(marks: Iterable[str], tensor: Tensor | None) -> Dimensions:
-    """Those of `marks` that are dimensions of several ranks, and none of a mesh that `tensor` is spread over."""
+    """The `marks` that are dimensions of several ranks, and not of a mesh over which `tensor` is spread."""
     mesh, own = world().mesh, mesh_of(tensor)
     if mesh is None:
         return ()

@@ -1,9 +1,8 @@
-"""The control plane of several ranks: this rank's end of what lets all of them leave together.
+"""The control plane of several ranks, by which all of them leave together: this rank's end of it.
 
-A thread sleeps until there is a message (channel.py); no loop waits for a rank, and no rank asks another one for
-anything while all goes well. What becomes of a failure is in propagation.py, how a run stops at one iteration on all
-ranks in stop.py, and what a rank does by itself now and then (publish its position, look whether somebody is gone or
-hangs) in watchdog.py.
+A thread sleeps until there is a message (channel.py). Without a failure or a stop, no loop waits for a rank, and no
+rank sends a request to another. propagation.py handles failures, stop.py stops a run at the same iteration on all
+ranks, and watchdog.py does the periodic work: it publishes the position, and finds ranks that are gone or hang.
 """
 
 import atexit
@@ -38,7 +37,7 @@ from dengine.launch.parsing import has_fields, warn_malformed
 __all__ = ["Control"]
 
 _LATE_S = 0.3
-_GONE_S = 2.0  # how much longer a report may take after a failure: a rank that is gone makes none
+_GONE_S = 2.0  # the extra time for a report after a failure: a rank that is gone makes none
 
 
 class Control:
@@ -64,7 +63,7 @@ class Control:
     def start(self) -> None:
         self._thread.start()
         self._watchdog.start()
-        # If the block is never left (in a notebook), the threads must be gone before the interpreter is.
+        # If the block is never left (in a notebook), the threads must end before the interpreter does.
         atexit.register(_end_at_exit, weakref.ref(self))
 
     # -- runs, collectives, and time for them ----------------------------------------------------------------------
@@ -98,8 +97,8 @@ class Control:
     @contextmanager
     def exempt(self) -> Iterator[None]:
         store, key, activity = self.context.store, exempt_key(self.context.here.rank), self.context.activity
-        with suppress(DistError):  # the store is gone, and nobody can ask
-            store.set(key, "yes")  # for those who ask while this rank holds the interpreter
+        with suppress(DistError):  # the store is gone, so no rank can ask
+            store.set(key, "yes")  # for ranks that ask while this rank blocks the interpreter
         activity.num_exempt += 1
         try:
             yield
@@ -156,7 +155,7 @@ class Control:
     def failed(self, error: BaseException, here: FrameType) -> BaseException:
         try:
             return self._failures.failed(error, None, here)
-        except BaseException as other:  # a signal's handler raised it just before: that is reported
+        except BaseException as other:  # a signal's handler raised it just before: report that one
             return self._failures.failed(other, None, here)
 
     def leave_together(self) -> None:
@@ -174,7 +173,7 @@ class Control:
         self.context.connections.close(is_failing=is_failing)
 
     def _end_threads(self, *, is_failing: bool) -> None:
-        """End the threads, unless that is done."""
+        """End the threads, unless they have ended already."""
         status, connections = self._status, self.context.connections
         if status.is_closed:
             return
@@ -184,7 +183,7 @@ class Control:
             if is_failing:
                 if not status.is_aborted:  # else all others abort by themselves
                     connections.hang_up()
-                elif status.is_store_lost:  # at once, and they may be late
+                elif status.is_store_lost:  # at once, though the others may be late
                     time.sleep(_LATE_S)
                 if not status.is_store_lost and self.context.store.add("ended", 1) == 1:
                     self.messages.publish(kind="end")

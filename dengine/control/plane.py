@@ -1,11 +1,11 @@
-"""What this package asks of the control plane, and the one of a world of one."""
+"""The interface of the control plane, and its implementation for a world of one."""
 
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Store
 
 from dengine import torch_internals
 from dengine.control.failure import line_of, traceback_of, write_error_file
@@ -16,15 +16,15 @@ from dengine.torch_internals import HashStore
 
 __all__ = ["RAISED_S", "NullPlane", "Plane", "plane"]
 
-# How much longer a report may take after a failure: a rank that raised is alive, and its thread may still be at work.
+# The extra time for a report after a failure: a rank that raised is alive, and its thread may still be at work.
 RAISED_S = 30.0
-_UNWATCHED_S = 1800.0  # if nobody reports failures: as long as a collective of torch waits
+_UNWATCHED_S = 1800.0  # if no rank reports failures: as long as a collective of torch waits
 
 
 class Plane(Protocol):
-    """What this package asks of the control plane.
+    """The interface of the control plane.
 
-    It is `Control` (control.py), or `NullPlane` if there are no other ranks, or no store by which to reach them.
+    It is `Control` (control.py), or `NullPlane` if there are no other ranks, or no store through which to reach them.
     """
 
     @property
@@ -32,20 +32,20 @@ class Plane(Protocol):
         """The process group of this package's own collectives, for tensors on the CPU. None: the default group."""
 
     @property
-    def store(self) -> Any:
+    def store(self) -> Store:
         """A store that the ranks share."""
 
     @property
     def prepared(self) -> Prepared: ...
 
     def patience_s(self, *, is_leaving: bool) -> float:
-        """How many more seconds another rank's report may take. `is_leaving`: this rank leaves its run by an error."""
+        """The seconds that another rank's report may still take. `is_leaving`: this rank leaves its run by an error."""
 
     def start(self) -> None:
         """Start the threads. Their end is `close`."""
 
     def begin_run(self, *, is_shared: bool, where: Where) -> Run:
-        """Begin the next run of an engine: one that all ranks run or (not `is_shared`) this rank's own. No
+        """Start the next run of an engine: one that all ranks run or (not `is_shared`) this rank's own. No
         communication. `where` gives the positions of the engines that run in some frames, for reports.
 
         Raises: RemoteRankError, StallError: a rank has failed before.
@@ -60,16 +60,18 @@ class Plane(Protocol):
     def leave_call(self) -> None: ...
 
     def call_site(self) -> str:
-        """The line of the user's code that calls, if the ranks compare it; else ""."""
+        """The line of the user's code that makes the call, if the ranks compare it; else ""."""
 
     def tick(self) -> None:
         """Note that this rank is at work."""
 
     def exempt(self) -> AbstractContextManager[None]:
-        """Inside the `with` block this rank may take as long as it likes, and does not count as hanging."""
+        """A context in which this rank may take any time, and does not count as hanging."""
 
     def failed(self, error: BaseException, here: FrameType) -> BaseException:
-        """Report `error`, which leaves the block; gives what to raise for it. `here`: where it is being handled."""
+        """Report `error`, which leaves the block; gives the exception to raise instead. `here`: the frame that
+        handles it.
+        """
 
     def leave_together(self) -> None:
         """Wait until all ranks have come to the end of the block.
@@ -82,20 +84,20 @@ class Plane(Protocol):
 
 
 class NullPlane:
-    """In a world of one, and in a group of somebody else whose ranks reach no store together: nobody is told anything.
+    """The plane of a world of one, and of a group of other code whose ranks share no store: it reports nothing.
 
-    It keeps nothing, so that one is as good as another.
+    It has no state, so all instances are equal.
     """
 
     group = None
 
     @property
-    def store(self) -> Any:
+    def store(self) -> Store:
         return torch_internals.default_store() if dist.is_available() and dist.is_initialized() else HashStore()
 
     @property
     def prepared(self) -> Prepared:
-        return Prepared()  # nobody to compare with
+        return Prepared()  # no other rank to compare with
 
     def patience_s(self, *, is_leaving: bool) -> float:
         return RAISED_S if is_leaving else _UNWATCHED_S

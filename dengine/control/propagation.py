@@ -1,9 +1,9 @@
-"""How one rank's failure becomes everybody's, and which one does not.
+"""Propagate one rank's failure to all ranks, unless all of them raise the same.
 
 The rank that raises reports first, then raises. Each rank receives the report, and its loops stop before their next
-iteration. A rank that waits in a collective waits for the failed rank in C++: its connections are shut, unless within
-a moment all ranks have left the run by an exception. One that all of them raise alike, and may handle, ends only the
-run.
+iteration. A rank that waits in a collective waits for the failed rank in C++, so its connections are shut down, unless
+all ranks leave the run by an exception within a moment. An exception that all ranks raise, and may handle, ends only
+the run.
 """
 
 import threading
@@ -37,9 +37,9 @@ from dengine.launch.console import say
 
 __all__ = ["Failures"]
 
-_RESOLVE_S = 2.0  # how long the other ranks may take to leave the run by an exception of their own
+_RESOLVE_S = 2.0  # the time in which the other ranks may leave the run by their own exception
 _MARK = "_dengine_reported"  # attribute of an exception that was reported: the run that it left
-_OUTSIDE = -1  # in place of the number of a run: outside of any run
+_OUTSIDE = -1  # instead of the number of a run: outside of any run
 
 
 class Failures:
@@ -65,14 +65,14 @@ class Failures:
     def failed(self, error: BaseException, run: int | None, here: FrameType) -> BaseException:
         """Report `error`, which leaves a run (or, if `run` is None, the process group); gives what to raise for it.
 
-        If `error` is only what another rank's failure looks like from here, nothing is reported, and that failure is
-        given. If the handler of a signal raises meanwhile, all this is finished first, and that error is given.
+        If `error` is only a consequence of another rank's failure, nothing is reported, and that failure is given. If
+        the handler of a signal raises meanwhile, all this is finished first, and that error is given.
         Cost: two requests to the store; after a broken connection, up to 5 s to find out who is gone.
         """
         raised, interruption = undisturbed(lambda: self._failed(error, run, here))
         if interruption is None or interruption is error:
             return raised
-        _mark(interruption, _mark_of(raised))  # it was raised on the way out: not reported once more
+        _mark(interruption, _mark_of(raised))  # it was raised on the way out, so it is not reported again
         if interruption.__cause__ is None:
             interruption.__cause__ = raised
         return interruption
@@ -129,9 +129,9 @@ class Failures:
     # -- everybody's ---------------------------------------------------------------------------------------------
 
     def receive(self, failure: Failure, *, is_store_lost: bool = False) -> None:
-        """Take in a failure that another rank reported.
+        """Receive a failure that another rank reported.
 
-        `is_store_lost`: the store went with it. Then nobody is asked, as a request to it may take long.
+        `is_store_lost`: the store is gone, too. Then no request is made, as it may take long.
         """
         failure = replace(failure, place=self._here.place_of(failure.rank))
         with self._receive_lock:
@@ -151,7 +151,7 @@ class Failures:
     def check(self) -> None:
         """Raise another rank's failure here, if there is one.
 
-        Waits while all ranks may yet turn out to have left a run alike (see `resolve`).
+        Waits while all ranks may still leave the run by the same exception (see `resolve`).
         """
         if self._left_by_error:
             self._status.wait_for(self._is_resolved, _RESOLVE_S + DELIVERY_S)
@@ -166,14 +166,16 @@ class Failures:
         return is_recovered or self._status.is_aborted or self._status.all_left
 
     def _has_all_left_alike(self) -> bool:
-        """Whether all ranks came to the end of the block before the failure was resolved. Then they left the run alike,
-        as otherwise one of them would have been freed by aborting the group.
+        """Whether all ranks came to the end of the block before the failure was resolved.
+
+        Then they all left the run by an exception: otherwise the group would have been aborted to free one of them.
         """
         return self._status.all_left and not self._status.is_aborted
 
     def _may_still_fail_alike(self, failure: Failure) -> bool:
-        """Whether this rank has not yet come to where another one failed. Then it goes on: it may fail there too, as
-        ranks do that check the same thing one after the other. If it waits there, `resolve` frees it.
+        """Whether this rank has not yet reached the position at which another one failed.
+
+        Then it goes on: it may fail there, too, if ranks check the same thing. If it waits there, `resolve` frees it.
         """
         if self._status.is_aborted or failure.run is None or failure.rank == self._here.rank:
             return False
@@ -204,21 +206,21 @@ class Failures:
         if self._summed_up == failure.run:
             remove_error_file()
         with self._receive_lock:
-            self._recovered.add(failure.run)  # before it is cleared: a look in between must not raise it
+            self._recovered.add(failure.run)  # before it is cleared, so that no check in between raises it
             self._status.clear_failure()
             queued, self._queued = self._queued, []
         for each in queued:
             self.receive(each)
 
     def abort(self) -> None:
-        """Abort the collectives of this rank, so that whoever waits in one is freed. All ranks do so together."""
+        """Abort the collectives of this rank, so that no thread waits in one. All ranks do this together."""
         failure = self._status.failure
         assert failure is not None
         is_cause = failure.rank == self._here.rank
-        if not is_cause or failure.kind == "stalled":  # what it raised itself stands there already
+        if not is_cause or failure.kind == "stalled":  # its own error is there already
             write_error_file(failure.message(), failure.traceback, is_cause=is_cause)
         self._status.update(is_aborted=True)
-        self._runs.interrupt()  # a run that went on, to fail alike, stops here
+        self._runs.interrupt()  # a run that went on, to fail in the same way, stops here
         self._context.connections.abort()
         if "nccl" in self._here.backend:
             abort_group()
@@ -241,7 +243,7 @@ class Failures:
             self.abort()
 
     def without_store(self, consequence: str, error: Exception | None = None) -> BaseException:
-        """What to raise if ranks have to agree and the store is gone. `error`: how that was noticed, if only now."""
+        """The exception if ranks must agree and the store is gone. `error`: the one that showed it, if only now."""
         if error is not None:
             self.lose_store(error)
         if self._status.failure is not None:
@@ -255,14 +257,14 @@ class Failures:
         )
 
     def lose_host(self, timeout_s: float, *, may_be_unreachable: bool) -> None:
-        """Blame rank 0, whose process hosts the store and does not answer: nobody can be asked who hangs."""
+        """Blame rank 0, whose process hosts the store and does not answer: no other rank can be asked."""
         text = f"Rank 0, which hosts the store, has not answered for {timeout_s:g} s: its process is stopped or hangs"
         text += ", or its host is not reached." if may_be_unreachable else "."
         self.receive(Failure("stalled", 0, text, self._last_seen_of_host(), is_frozen=True), is_store_lost=True)
         self.abort()
 
     def _last_seen_of_host(self) -> tuple[Level, ...]:
-        """The last position of rank 0, which hosts the store: it cannot be read there any more."""
+        """The last known position of rank 0, which hosts the store, as the store cannot be read any more."""
         return levels_of(self._heartbeat.latest_of_host)
 
 

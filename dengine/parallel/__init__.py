@@ -1,1 +1,1 @@
-"""Models over ranks: DDP, FSDP2, and the gradient of the mean over all ranks."""
+"""Spread models over ranks: DDP, FSDP2, and the gradient of the mean over all ranks."""

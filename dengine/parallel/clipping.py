@@ -1,4 +1,4 @@
-"""The norm of gradients of any mix of layouts, each element counted once, and their scaling to a largest one."""
+"""Clip gradients of any mix of layouts by their norm, in which each element counts once."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -31,8 +31,8 @@ def clip_grad_norm_(
     tensors.
 
     Args:
-        norm_type: of the p-norm; positive, `inf` is the largest absolute value.
-        error_if_nonfinite: raise instead of scaling by a norm that is none. Waits for the device.
+        norm_type: the order of the norm, above 0; `inf` is the largest absolute value.
+        error_if_nonfinite: raise instead of scaling by a norm that is not finite. Waits for the device.
         foreach: False takes the tensors one by one.
 
     Returns: a plain tensor of one number on the device of the first gradient, the same on all ranks of a mesh.
@@ -50,7 +50,7 @@ def clip_grad_norm_(
         raise ValueError(f"norm_type={norm_type!r} must be a positive number, or inf for the largest absolute value.")
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     parts = _groups_of_parts()
-    # What has no gradient counts for nothing, but it may have one on another rank, which then expects the sum.
+    # A parameter without a gradient does not count, but may have one on another rank, which then expects the sum.
     spread = [
         each
         for each in listed
@@ -76,7 +76,7 @@ def clip_grad_norm_(
 
 
 def _total_norm(parameters: list[Tensor], along: Mapping[int, tuple[dist.ProcessGroup, ...]], order: float) -> Tensor:
-    """Shapes: result (), on the device of the first part."""
+    """The norm of all gradients. Shapes: result (), on the device of the first part."""
     op = dist.ReduceOp.MAX if order == math.inf else dist.ReduceOp.SUM
     parts: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for parameter in parameters:
@@ -89,19 +89,19 @@ def _total_norm(parameters: list[Tensor], along: Mapping[int, tuple[dist.Process
     meshes = (mesh for each in parameters for mesh in (mesh_of(each), mesh_of(each.grad)) if mesh is not None)
     transport = next((mesh.device_type for mesh in meshes), device)
     sums = torch.stack([_sum_of_powers(locals_, order, device) for locals_ in parts.values()]).to(transport)
-    # Last those whose ranks have other parts of the model, so that all ranks go through the groups in one order.
+    # Groups with different parts of the model come last, so that all ranks go through the groups in one order.
     last = [group for groups in along.values() for group in groups]
     for group in dict.fromkeys([*(each for groups in parts for each in groups if each not in last), *last]):
-        places = [place for place, groups in enumerate(parts) if group in groups]
-        of_group = sums[places]
+        indices = [index for index, groups in enumerate(parts) if group in groups]
+        of_group = sums[indices]
         dist.all_reduce(of_group, op, group=group)
-        sums[places] = of_group
+        sums[indices] = of_group
     total = sums.amax() if order == math.inf else sums.sum().pow(1 / order)
     return total.to(device)
 
 
 def _groups_of_parts() -> dict[int, tuple[dist.ProcessGroup, ...]]:
-    """Of parameters by id, the groups in which each rank has another part of their model (stages, experts)."""
+    """By the id of a parameter, the groups in which each rank has a different part of its model (stages, experts)."""
     parts = parts_of_parameters()
     if (mesh := world().mesh) is None or not parts:
         return {}
@@ -111,7 +111,7 @@ def _groups_of_parts() -> dict[int, tuple[dist.ProcessGroup, ...]]:
 
 
 def _sum_of_powers(locals_: list[Tensor], order: float, device: torch.device) -> Tensor:
-    """Of the absolute values, in float64, since their powers may not fit into their own type; for inf the largest."""
+    """The sum of powers of the absolute values, in float64, which cannot overflow; for inf the largest value."""
     total = torch.zeros((), dtype=accumulator_dtype(device), device=device)
     for some in _of_one_kind(locals_):
         wide = torch.promote_types(some[0].dtype, torch.float32)

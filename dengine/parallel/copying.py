@@ -1,4 +1,4 @@
-"""A copy of a model that is laid out over ranks. FSDP2's modules cannot be copied as they are."""
+"""Copy a model that is spread over ranks. FSDP2's modules cannot be copied directly."""
 
 import copy
 from collections.abc import Collection
@@ -17,7 +17,7 @@ __all__ = ["copy_of", "reshard"]
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A copy of `model`, laid out over the ranks as it is. No collective, but for what FSDP2 does to set itself up."""
+    """A copy of `model` with the same layout over the ranks. No collective, except those in the set-up of FSDP2."""
     # Groups of ranks, which experts keep to exchange tokens by, cannot be copied: the copy has the same ones.
     memo: dict[int, Any] = {id(group): group for group in torch_internals.process_groups()}
     if not any(map(is_fsdp, model.modules())):
@@ -26,13 +26,13 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 def _sharded_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy of a model that `fully_shard` has sharded, sharded in the same way: FSDP2 cannot be copied as it is.
+    """A copy of a model that `fully_shard` has sharded, sharded in the same way.
 
-    A bare copy without storage is sharded anew, and then filled with the shards.
+    A plain copy without storage is sharded again, and then filled with the shards.
     """
     from torch.distributed.fsdp import fully_shard
 
-    # Children first: a module's copy finds theirs in the memo.
+    # Children first, so that a module's copy finds their copies in the memo.
     sharded = [module for module in reversed(list(model.modules())) if is_fsdp(module)]
     meshes = [torch_internals.mesh_of_fsdp(module) for module in sharded]
     managed = {
@@ -47,7 +47,7 @@ def _sharded_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     copied: nn.Module = copy.deepcopy(model, memo)
     for module in copied.modules():
         torch_internals.clear_load_hooks(module)
-    # What FSDP2 was told to leave alone: experts without copies on other ranks.
+    # Parameters that FSDP2 ignores: experts without copies on other ranks.
     ignored = {memo[id(each)] for each in model.parameters() if id(each) not in managed}
     for module, mesh in zip(sharded, meshes, strict=True):
         if torch_internals.is_replicated(module):
@@ -66,7 +66,9 @@ def _sharded_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _before_fsdp(parameter: "DTensor", names: Collection[str]) -> Tensor:
-    """What `parameter` was before FSDP2 came, which is over the dimensions `names`: whole or over `tp`. It is empty."""
+    """An empty tensor like `parameter` before FSDP2, which is over the dimensions `names`: whole, or spread over
+    `tp`.
+    """
     from torch.distributed.tensor import distribute_tensor
 
     empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
@@ -82,7 +84,7 @@ def _before_fsdp(parameter: "DTensor", names: Collection[str]) -> Tensor:
 
 
 def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy of the class that the module had before `fully_shard`, without the hooks that it added."""
+    """A copy of the module with the class that it had before `fully_shard`, and without the hooks that this added."""
     kind: Any = torch_internals.class_before_fsdp(module)
     bare: nn.Module = kind.__new__(kind)
     own = {name: value for name, value in vars(module).items() if not name.startswith(torch_internals.FSDP_ATTRIBUTES)}
@@ -93,7 +95,7 @@ def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the shards back in the place of the whole parameters that FSDP2 uses in forward and backward."""
+    """Replace the whole parameters, which FSDP2 uses in forward and backward, by the shards again."""
     for module in model.modules():
         if (sharded := as_fsdp(module)) is not None:
             sharded.reshard()

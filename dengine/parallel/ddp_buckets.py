@@ -1,8 +1,8 @@
-"""The buckets in which DDP sums gradients: settled before the first step, so that a resumed run sums as it would have.
+"""Build the final buckets of DDP before the first step, so that a resumed run rounds like an uninterrupted one.
 
-DDP lays its buckets out anew after the first backward pass, by the order in which gradients came. From three ranks on,
-the order in which a number's summands are added depends on its place in a bucket: the first step of a resumed run,
-still in the first layout, would round differently from that of a run never interrupted.
+DDP rebuilds its buckets after the first backward pass, by the order in which gradients came. From three ranks on, the
+order in which a number's summands are added depends on its position in a bucket. So the first step of a resumed run,
+still with the first buckets, would round differently from the same step in an uninterrupted run.
 """
 
 from torch import nn
@@ -10,28 +10,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dengine import torch_internals
 
-__all__ = ["settle_buckets"]
+__all__ = ["build_buckets_early"]
 
-_IS_SETTLED = "_dengine_is_settled"
+_HAS_EARLY_BUCKETS = "_dengine_has_early_buckets"
 
 
-def settle_buckets(model: DistributedDataParallel) -> None:
-    """Have DDP take its final layout now, by a backward pass of zeros in the reverse order of the parameters.
+def build_buckets_early(model: DistributedDataParallel) -> None:
+    """Make DDP build its final buckets now, by a backward pass of zeros in the reverse order of the parameters.
 
-    That is the order in which gradients come where layers are used in the order in which they were made; elsewhere
-    the sums overlap a little less with the backward pass. Gradients that are there stay as they are.
+    Gradients come in that order if layers are used in the order in which they were made; in other models the sums
+    overlap a little less with the backward pass. Existing gradients stay as they are.
 
-    Left alone are models that are settled already, those whose buckets DDP never lays out anew
-    (`find_unused_parameters`), and those that a pass of dense zeros is no example for: `static_graph`, DDP's own
+    Some models are left alone: those that have their final buckets already, those whose buckets DDP never rebuilds
+    (`find_unused_parameters`), and those for which a pass of dense zeros is no example: `static_graph`, DDP's own
     `mixed_precision`, sparse gradients, parameters with hooks (an optimizer in the backward pass would step), a
     communication hook (PowerSGD counts its calls). A resumed run of these last five, on three ranks or more, may round
     the first step's sums differently.
 
     Collective: call on all ranks. Cost: one all-reduce of the gradients; memory for them, as in a step.
     """
-    if not _can_settle(model):
+    if not _can_build_early(model):
         return
-    setattr(model, _IS_SETTLED, True)
+    setattr(model, _HAS_EARLY_BUCKETS, True)
     names = model.parameters_to_ignore
     parameters = [each for name, each in model.module.named_parameters() if each.requires_grad and name not in names]
     # Copies: with gradient_as_bucket_view, DDP has put them into its buckets by now.
@@ -45,8 +45,8 @@ def settle_buckets(model: DistributedDataParallel) -> None:
             each.grad = gradient
 
 
-def _can_settle(model: DistributedDataParallel) -> bool:
-    if getattr(model, _IS_SETTLED, False) or torch_internals.has_final_buckets(model):
+def _can_build_early(model: DistributedDataParallel) -> bool:
+    if getattr(model, _HAS_EARLY_BUCKETS, False) or torch_internals.has_final_buckets(model):
         return False
     is_sparse = any(getattr(each, "sparse", False) for each in model.modules() if isinstance(each, _EMBEDDINGS))
     is_other = model.find_unused_parameters or model.static_graph or model.mixed_precision

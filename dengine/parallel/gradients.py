@@ -1,9 +1,9 @@
-"""The gradient of a mean over all that all ranks have seen since the last step of the optimizer.
+"""The gradient of the mean over all samples, or tokens, of all ranks since the last step of the optimizer.
 
-Ranks with batches of different size, or of different numbers of tokens, must not average their means. So each backward
-pass is weighted by what its batch counts of all that the step counts. Where a step is one batch of each rank, the total
-is known before the backward pass, and DDP's or FSDP's own average is then the gradient wanted, bit for bit where all
-batches count alike. Where a step is several, gradients are added up, and divided by the total at the end.
+Ranks with batches of different size, or different numbers of tokens, must not average their means. So each backward
+pass is weighted by the share of its batch in the total of the step. If a step has one batch on each rank, the total is
+known before the backward pass, and the average of DDP or FSDP is the right gradient, bit for bit if all batches have
+the same count. If a step has several batches, gradients are added up, and divided by the total at the end.
 """
 
 import math
@@ -32,7 +32,7 @@ Count: TypeAlias = "int | float | Tensor"
 
 
 class Scaler(Protocol):
-    """Of `torch.amp.GradScaler`, what a backward pass needs."""
+    """The part of `torch.amp.GradScaler` that a backward pass needs."""
 
     def scale(self, outputs: Tensor) -> Tensor: ...
 
@@ -44,18 +44,18 @@ class GradientMean:
     batch inside `no_sync()`; then `finish(parameters)`. `loss` is the mean over `count` samples or tokens. Then `.grad`
     holds the gradient of `sum of count * loss / sum of count`, over all batches and ranks.
 
-    A count of 0 leaves a batch out, as long as its loss is finite. Counts may be tensors; none is read on the host,
-    but those on the CPU, and the first one where a `scaler` is used over several ranks and batches.
+    A count of 0 leaves a batch out, as long as its loss is finite. Counts may be tensors. On a device they are not read
+    on the host, except the first one if a `scaler` is used with several ranks and batches.
 
     Args:
-        model: as it is called: in DDP, sharded by FSDP2, or, in a world of one, bare.
-        num_batches: how many batches are meant to make a step; counts are scaled by it in a world of one, so that
-            equal ones give the bits of `(loss / num_batches).backward()`.
+        model: the model as it is called: in DDP, sharded by FSDP2, or, in a world of one, without a wrapper.
+        num_batches: the intended number of batches of a step; counts are scaled by it in a world of one, so that equal
+            counts give the bits of `(loss / num_batches).backward()`.
 
-    Cost: over several ranks one all-reduce of one number a step, begun before the last forward pass and needed after it
-    (on a GPU the host does not wait for it); none where batches are known to count alike. With several batches a step,
-    one pass over the gradients. With several and a `scaler` over several ranks, one small all-reduce at the first
-    batch.
+    Cost: over several ranks one all-reduce of one number a step, started before the last forward pass and needed after
+    it (on a GPU the host does not wait for it); none if batches are known to have the same count. With several batches
+    a step, one pass over the gradients. With several and a `scaler` over several ranks, one small all-reduce at the
+    first batch.
     """
 
     def __init__(self, model: nn.Module, num_batches: int = 1) -> None:
@@ -64,31 +64,34 @@ class GradientMean:
         self._group = None if ddp is None else ddp.process_group
         self._size = world().size if ddp is None else dist.get_world_size(ddp.process_group)
         self.is_alone = self._size == 1
-        # torch learns the order of a static graph from its first backward pass, and fails where that sends nothing. To
-        # send twice changes nothing: the mean of what is a mean already is itself.
+        # torch learns the order of a static graph from its first backward pass, and fails if that sends nothing. To
+        # send twice changes nothing: the mean of a mean is the same.
         self._sends_next = ddp is not None and ddp.static_graph
         self._no_sync: Any = nullcontext if ddp is None else ddp.no_sync
         if fsdp is not None:
             self._no_sync = partial(_fsdp_no_sync, fsdp)
         self._count: Count = 0.0  # of the batch under way
         self._total: Count = 0.0  # of this rank's batches since the last step
-        self._is_alike = self.is_alone  # whether the other ranks' counts are known to be this one's
+        self._is_alike = self.is_alone  # whether the other ranks are known to have the same count
         self._sent: tuple[Tensor, Any] | None = None  # the total of all ranks, and the work that sums it
-        # What counts are divided by. Alone: so that equal ones give the usual bits. Over ranks, which must agree upon
+        # The divisor of counts. On one rank: so that equal counts give the usual bits. On several, which must agree on
         # it: so that scaled losses do not overflow 16 bits.
         self._unit: Count | None = None
-        self._seed: tuple[float, Tensor] | None = None  # of the last pass: batches are mostly of one size
+        self._seed: tuple[float, Tensor] | None = None  # of the last pass, as most batches have the same size
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Inside it, backward passes add to the gradients and send nothing, but for the first one of a static graph."""
+        """A context in which backward passes add to the gradients and send nothing, except the first of a static
+        graph.
+        """
         return nullcontext() if self.is_alone or self._sends_next else self._no_sync()
 
     def begin(self, count: Count, device: torch.device, *, is_last: bool, is_alike: bool = False) -> None:
         """Count a batch, before its forward pass on `device`.
 
         Args:
-            is_last: of this step, so that the gradients are sent.
-            is_alike: the batches of this step are known to count as much on every rank as here. Alike on all ranks.
+            is_last: whether it is the last batch of this step, so that the gradients are sent.
+            is_alike: whether the batches of this step are known to have the same counts on all ranks. The same value
+                on all ranks.
 
         Raises: ValueError: a negative count.
         """
@@ -109,8 +112,10 @@ class GradientMean:
             self._sent = total, dist.all_reduce(total, group=self._group, async_op=True)
 
     def share(self) -> Count:
-        """What the batch counts of its step, where that is one batch of each rank, times the number of ranks: the
-        weight of its loss, as ranks average."""
+        """The weight of the loss if the step has one batch on each rank: the batch's share times the number of ranks.
+
+        (Ranks average their gradients.)
+        """
         return _ratio(self._size * self._count, self._total_of_all())
 
     def backward(self, loss: Tensor, *, scaler: Scaler | None = None) -> None:
@@ -130,7 +135,7 @@ class GradientMean:
         self._sends_next = False
 
     def finish(self, parameters: list[nn.Parameter]) -> None:
-        """See that the gradients of `parameters` are those of the mean, and begin anew."""
+        """Turn the gradients of `parameters` into those of the mean, and start the next step."""
         if self._num_batches > 1:
             assert self._unit is not None  # of the first backward pass
             factor = _ratio(self._size * self._unit, self._total_of_all())
@@ -140,14 +145,14 @@ class GradientMean:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew without a step."""
+        """Drop the batches so far, and start again."""
         self._sent = None
         self._total = 0.0
         if self.is_alone:
             self._unit = None
 
     def _total_of_all(self) -> Count:
-        """A number where it is on the host, else on its way."""
+        """The total of all ranks: a number on the host, or a tensor that the device may still compute."""
         if self._is_alike:
             return self._size * self._total
         assert self._sent is not None
@@ -157,7 +162,7 @@ class GradientMean:
 
     def _first_unit(self, count: Count, *, is_scaled: bool) -> Count:
         if not self.is_alone:
-            # A power of two, by which nothing is rounded: a resumed run may find another one.
+            # A power of two, so that nothing is rounded: a resumed run may find a different one.
             return (
                 2.0 ** math.ceil(math.log2(max(all_reduce(float(count), "max", name="unit"), 1))) if is_scaled else 1.0
             )
@@ -174,7 +179,7 @@ class GradientMean:
 
 
 def check_loss(loss: Tensor) -> None:
-    """Raises: ValueError: it is not one number. TypeError: it is no tensor."""
+    """Check the loss. Raises: ValueError: it is not one number. TypeError: it is no tensor."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must give a tensor, the mean over its batch, but gave {loss!r}.")
     if loss.numel() != 1:
@@ -182,13 +187,13 @@ def check_loss(loss: Tensor) -> None:
 
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
-    """The DDP wrapper that `model` is, or has inside `torch.compile`'s."""
+    """The DDP wrapper of `model`, which may be inside the wrapper of `torch.compile`; None without one."""
     inner = torch_internals.inside_compile(model)
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
 def find_fsdp(model: nn.Module) -> "FSDPModule | None":
-    """The model that `fully_shard` has cut up, or None."""
+    """The model that `fully_shard` has sharded, or None."""
     return as_fsdp(torch_internals.inside_compile(model))
 
 
@@ -206,7 +211,7 @@ def _are_alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _ratio(above: Count, below: Count) -> Count:
-    """`above / below`; 0 where nothing was counted, rather than infinite."""
+    """The ratio `above / below`; 0 if nothing was counted, rather than infinite."""
     if isinstance(below, Tensor):
         return torch.where(below > 0, above / below, 0.0)
     if isinstance(above, Tensor):

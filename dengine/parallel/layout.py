@@ -1,4 +1,4 @@
-"""Over which ranks a model is replicated, sharded and tensor-parallel, by the mesh of `process_group()`."""
+"""Decide over which ranks a model is replicated, sharded and tensor-parallel, by the mesh of `process_group()`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,24 +26,24 @@ Parts: TypeAlias = Literal["pp", "ep"]
 # Not in quotes as a whole: others write `TensorParallel | None`.
 TensorParallel: TypeAlias = Union["ParallelStyle", Mapping[str, "ParallelStyle"]]
 
-_FOLDED = ("cp", "ep")  # whose ranks need not have whole weights either, once there is something to shard over
+_FOLDED = ("cp", "ep")  # ranks along these need not have whole weights either, if there is a dimension to shard over
 _AVERAGED = (*DATA_NAMES, *SEQUENCE_NAMES)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread over the ranks of a mesh.
+    """The layout of a model over the ranks of a mesh.
 
     Attributes:
         strategy: what is done over the dimensions of data: "ddp", "fsdp", "replicate", which is DDP by FSDP2's ways
             (for DTensors and experts), or, if there is none, "none".
         data: these dimensions: one that replicates or shards, or a replicating and a sharding one.
         tp: the dimension of tensor parallelism.
-        within: from whom a rank takes its weights, as `broadcast_tensors` has it; None is rank 0 of all.
-        within_tp: the same, where they are cut up over `tp` already.
-        beside_ddp: the same, along the dimensions in which DDP sends nothing: of a model that is not cut up.
-        place: which part of the model this rank has; ranks with the same place have the same.
-        num_averaged: how many ranks have tokens of their own: gradients are means over them.
+        within: the sources of a rank's weights, as for `broadcast_tensors`; None is rank 0 of all.
+        within_tp: the same, for weights that are cut up over `tp` already.
+        beside_ddp: the same, for a model that is not cut up, along the dimensions in which DDP sends nothing.
+        place: the number of this rank's part of the model; ranks with the same number have the same part.
+        num_averaged: the number of ranks with their own tokens: gradients are means over them.
         is_of_experts: whether ranks along `ep` have other parts. The gradient of an expert has the tokens of all of
             them in it already, and is summed up over the ranks that have the same expert.
         joined: the names of the dimensions in `data`, those that replicate and those that shard: several act as one.
@@ -68,7 +68,9 @@ class Layout:
         return replace(self, data=here.mesh[tuple(names) if len(names) > 1 else names[0]])
 
     def refuse_options_of_ddp(self, compression: str | None, kwargs: Mapping[str, object]) -> None:
-        """Raises: ValueError: some are given, but DDP does not take the model, which has DTensors or experts."""
+        """Refuse options of DDP for a model that DDP does not take: one with DTensors or experts. Raises:
+        ValueError.
+        """
         given = [*kwargs, *(["gradient_compression"] if compression is not None else [])]
         if self.strategy != "fsdp" and given:
             raise ValueError(
@@ -80,9 +82,9 @@ class Layout:
 def layout_of(
     model: nn.Module, strategy: str, parts: Parts | None, kwargs: Mapping[str, Any], here: World, *, is_planned: bool
 ) -> Layout:
-    """How `prepare_model` spreads `model`, by the mesh of `process_group()` or, if one is given, by that in `kwargs`.
+    """The layout that `prepare_model` gives `model`, by the mesh in `kwargs`, or else that of `process_group()`.
 
-    Raises: ValueError, TypeError: the model is laid out already, the mesh is not for it, or there is none.
+    Raises: ValueError, TypeError: the model is laid out already, the mesh does not fit it, or there is no mesh.
     """
     if here.size == 1:
         return Layout("none")
@@ -93,7 +95,7 @@ def layout_of(
                     f"{name} is about a dimension of the mesh of the run, so it needs process_group(mesh={{...}}), and "
                     "no mesh=, device_mesh= or process_group= here."
                 )
-        return _layout_by_hand(model, strategy, kwargs, here)
+        return _layout_of_arguments(model, strategy, kwargs, here)
     layout = _layout_on(here.mesh, strategy, parts, here)
     if is_planned and layout.tp is None:
         raise ValueError(
@@ -110,7 +112,7 @@ def layout_of(
     return layout
 
 
-def _layout_by_hand(model: nn.Module, strategy: str, kwargs: Mapping[str, Any], here: World) -> Layout:
+def _layout_of_arguments(model: nn.Module, strategy: str, kwargs: Mapping[str, Any], here: World) -> Layout:
     if strategy == "none":
         return Layout("none")
     if strategy != "fsdp" and "mesh" in kwargs:
@@ -126,14 +128,14 @@ def _layout_by_hand(model: nn.Module, strategy: str, kwargs: Mapping[str, Any], 
         spreads_part("process_group=", group.size(), here)
     if strategy != "fsdp":
         return Layout("ddp")
-    # What other ranks have than those of the mesh is their own, if it is of some of the ranks only.
+    # Ranks outside the mesh, if it has only some of the ranks, have their own models.
     return Layout("fsdp", data=mesh, within=None if mesh is None or mesh.size() == here.size else sources_of(mesh))
 
 
 def _layout_on(mesh: "DeviceMesh", strategy: str, parts: Parts | None, here: World) -> Layout:
-    """What `strategy` is on `mesh`, that of the world `here`.
+    """The layout of `strategy` on `mesh`, the mesh of the world `here`.
 
-    Raises: ValueError: the strategy and the dimensions of the mesh do not go together.
+    Raises: ValueError: the strategy and the dimensions of the mesh do not fit.
     """
     sizes = {name: size for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True) if size > 1}
     if parts is not None and not has_dimension(mesh, parts):
@@ -152,7 +154,7 @@ def _layout_on(mesh: "DeviceMesh", strategy: str, parts: Parts | None, here: Wor
     if cut and replicas and list(sizes).index(cut[0]) < list(sizes).index(replicas[-1]):
         raise ValueError(f"{replicas[-1]!r} replicates what {cut[0]!r} shards, so it must come before it in mesh=.")
     joined = [] if strategy == "none" else [each for each in (replicas, cut) if each]
-    # Experts are those of a layer, which one stage of a pipeline has.
+    # Experts belong to a layer, which is on one stage of a pipeline.
     apart = [name for name in sizes if name == parts or (name == "pp" and parts == "ep")]
     sources = {name: sources_of(mesh[name])[0] for name in sizes if name not in apart}
     return Layout(
@@ -175,7 +177,7 @@ def _sharding(sizes: Mapping[str, int]) -> list[str]:
 
 
 def _meshes_of_experts(mesh: "DeviceMesh", parts: Parts | None) -> "list[DeviceMesh]":
-    """The parts of `mesh` over which experts may be cut up already: by a plan of one's own."""
+    """The parts of `mesh` over which the user may have cut up experts already."""
     if parts != "ep":
         return []
     both = tuple(name for name in mesh.mesh_dim_names or () if name in ("ep", "tp"))
@@ -183,7 +185,7 @@ def _meshes_of_experts(mesh: "DeviceMesh", parts: Parts | None) -> "list[DeviceM
 
 
 def _is_laid_out(model: nn.Module, over: "Sequence[DeviceMesh | None]") -> bool:
-    """Whether `model` is laid out already, but for the parts inside it, and over the meshes `over` alone."""
+    """Whether `model`, without the parts inside it, is laid out already, over the meshes `over` only."""
     meshes = [mesh for _, each in named_parameters_beside_parts(model) if (mesh := mesh_of(each)) is not None]
     is_sharded = any(is_fsdp(module) for _, module in named_modules_beside_parts(model))
     return bool(meshes) and not is_sharded and all(mesh in over for mesh in meshes)
@@ -193,11 +195,11 @@ def _is_laid_out(model: nn.Module, over: "Sequence[DeviceMesh | None]") -> bool:
 
 
 def check_plan(plan: TensorParallel, model: nn.Module, size: int) -> list[str]:
-    """What is in `plan`, in one line each, checked against `model` before anything is changed.
+    """The entries of `plan` as lines of text, checked against `model` before anything is changed.
 
     Raises:
-        TypeError: it is no plan. ValueError: it names a module that is not there; a layer that it cuts up cannot be, or
-        does not divide by `size`.
+        TypeError: it is no plan. ValueError: it names a module that does not exist, or a layer that cannot be cut up or
+            does not divide by `size`.
     """
     from torch.distributed.tensor.parallel.style import ParallelStyle
 
@@ -223,7 +225,7 @@ def apply_plan(plan: TensorParallel, model: nn.Module, tp: "DeviceMesh") -> None
     requires = {name: each.requires_grad for name, each in model.named_parameters(remove_duplicate=False)}
     parallelize_module(model, tp, dict(plan) if isinstance(plan, Mapping) else plan, src_data_rank=None)
     for name, each in model.named_parameters(remove_duplicate=False):
-        each.requires_grad_(requires[name])  # torch makes new ones, all of which require one
+        each.requires_grad_(requires[name])  # torch makes new parameters, which all require gradients
 
 
 def _matching(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:

@@ -1,4 +1,4 @@
-"""A model on its device and spread over the ranks, and the way back to the bare module."""
+"""Move a model to its device and spread it over the ranks, and find the user's module in it again."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +22,7 @@ from dengine.control.plane import plane
 from dengine.dtensor import any_dtensor, has_dimension, is_dtensor, local_part, mesh_of
 from dengine.errors import ConsistencyError
 from dengine.launch.world import World, refuse_forgotten_group, world
-from dengine.parallel.ddp_buckets import settle_buckets
+from dengine.parallel.ddp_buckets import build_buckets_early
 from dengine.parallel.layout import Layout, Parts, TensorParallel, check_plan, layout_of
 from dengine.parallel.options import (
     Compression,
@@ -57,10 +57,10 @@ def prepare_model(
     init_fn: Initialize | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """`model` on this rank's device, its gradients averaged over the ranks.
+    """Move `model` to this rank's device, and make the ranks average its gradients.
 
-    Collective: call on all ranks. Every rank starts from rank 0's parameters and buffers. In a run of one process it
-    is the plain module on its device, whatever the strategy.
+    Collective: call on all ranks. Every rank starts from rank 0's parameters and buffers. In a run of one process the
+    result is the plain module on its device, whatever the strategy.
 
     Args:
         strategy: "ddp" wraps in `DistributedDataParallel`; "fsdp" shards parameters, gradients and optimizer state
@@ -69,25 +69,26 @@ def prepare_model(
             "ddp" is over the dimensions `dp`, `dp_replicate`, `ep` and `cp`; "fsdp" shards over `dp_shard` (or `dp`)
             and `cp`, and replicates over the others; "auto" is "fsdp" if there is a `dp_shard`.
         blocks: module classes (a transformer's layer). With "fsdp" they are sharded one by one, so that only one of
-            them is whole at a time; without them the model is gathered as one. They are what
-            `activation_checkpointing` is about.
-        mixed_precision: "bf16" or "fp16" has FSDP compute and gather in that type and reduce gradients in float32 (a
-            `MixedPrecisionPolicy` of your own goes into `mp_policy=`). With DDP that is autocast's business:
+            them is whole at a time; without them the model is gathered as one. `activation_checkpointing` needs them,
+            too.
+        mixed_precision: with "bf16" or "fp16", FSDP computes and gathers in that type, and reduces gradients in float32
+            (pass your own `MixedPrecisionPolicy` as `mp_policy=`). With DDP use autocast:
             `create_supervised_trainer(mixed_precision=)`.
-        gradient_compression: "bf16" or "fp16" has DDP send gradients in that type (its hook of that name).
-        activation_checkpointing: keep only the inputs of each of `blocks` and compute the rest anew when gradients are.
-        compile: compile the model's forward and backward by `torch.compile`, with options where a mapping is given. In
-            place: neither the model's class nor its names change, in checkpoints or elsewhere.
+        gradient_compression: with "bf16" or "fp16", DDP sends gradients in that type (its hook of that name).
+        activation_checkpointing: keep only the inputs of each of `blocks`, and compute the rest again in the backward
+            pass.
+        compile: compile the model's forward and backward by `torch.compile`, with options if a mapping is given. This
+            is done in place: neither the model's class nor its names change.
         tensor_parallel: a plan of `torch.distributed.tensor.parallel`, a style for each module by its name
             (`{"layers.*.w1": ColwiseParallel()}`), applied first, over the dimension `tp` of the mesh. A model that is
             laid out over `tp` already is taken as it is. In a run of one process a plan is only checked.
         parts: "pp" or "ep" declares that ranks along that dimension of the mesh have different parts of a model on
-            purpose, stages or experts: nothing is compared or sent between them. A module of experts, whose `forward`
-            takes the tokens of all ranks of `ep`, is prepared before the model that it is in, in place; that call
-            leaves it alone, but initialises what of it is on the meta device.
-        init_fn: initialises the own parameters and buffers of a module that it is given, in place of the module's
-            `reset_parameters()`, for models on the meta device. They get the same weights on every mesh: from torch's
-            seed on rank 0 and the names of the modules.
+            purpose, stages or experts: nothing is compared or sent between them. Prepare a module of experts, whose
+            `forward` takes the tokens of all ranks of `ep`, in place before the model around it. Preparing that model
+            does not change it, but initialises its parameters on the meta device.
+        init_fn: initialises the own parameters and buffers of the module that it gets, instead of `reset_parameters()`,
+            for models on the meta device. The weights are the same on every mesh: they follow from torch's seed on
+            rank 0 and the names of the modules.
         **kwargs: go to `DistributedDataParallel` (`static_graph`, `gradient_as_bucket_view`, ...) or `fully_shard`.
             With `mesh=` of some of the ranks, they start from the first rank of that mesh.
 
@@ -140,14 +141,14 @@ def _checked(
 ) -> tuple[Layout, list[str], dict[str, Any], bool]:
     """The layout of `model`, the lines of its plan, the options of FSDP2, and whether some of it is on the meta device.
 
-    Raises: TypeError, ValueError: as of `prepare_model`. Nothing has been changed, and nothing sent.
+    Raises: TypeError, ValueError: as in `prepare_model`. Nothing is changed or sent.
     """
     blocks, mixed_precision, gradient_compression, activation_checkpointing, parts, kwargs = given
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare_model() takes a torch.nn.Module, but got {type(model).__qualname__}.")
     if isinstance(model, DistributedDataParallel):
         raise ValueError("This model is wrapped in DistributedDataParallel already: pass the bare module.")
-    # In a run of one process as well, so that what is wrong is found before there are several.
+    # Also in a run of one process, so that mistakes show before there are several.
     check_options("fsdp" if strategy == "auto" and has_dimension(here.mesh, "dp_shard") else strategy, *given)
     refuse_unsendable(gradient_compression, here)
     if activation_checkpointing:
@@ -167,7 +168,7 @@ def _checked(
 
 
 def _refuse_late_experts(experts: nn.Module) -> None:
-    """Raises: ValueError: the model that `experts` are in was prepared before them, as if ranks had the same ones."""
+    """Refuse `experts` if the model around them was prepared before them. Raises: ValueError."""
     for model in plane().prepared.living_models().values():
         if any(module is experts for module in model.modules()):
             raise ValueError(
@@ -177,7 +178,7 @@ def _refuse_late_experts(experts: nn.Module) -> None:
 
 
 def _refuse_with_others(error: TypeError | ValueError) -> None:
-    """Make the other ranks refuse, too, what does not fit on this one. Collective."""
+    """Make the other ranks refuse the arguments, too, if those of this rank do not fit. Collective."""
     with suppress(ConsistencyError):  # they raise it; here `error` says more
         _agree([_arguments(f"some that do not fit ({type(error).__qualname__}: {error})")])
 
@@ -187,16 +188,17 @@ def _arguments(*entries: str) -> Compared:
 
 
 def _agree(compared: list[Compared]) -> None:
-    """Raises: ConsistencyError: something differs between ranks. Collective."""
+    """Check that the entries agree. Raises: ConsistencyError: something differs between ranks. Collective."""
     if not same_on_all_ranks([line for each in compared for line in each.entries], "the comparison in prepare_model()"):
         refuse_differences(compared)
 
 
 def _compare(model: nn.Module, plan: list[str], layout: Layout, parts: Parts | None, here: World) -> None:
-    """Raises: ConsistencyError: ranks that are to have the same model have another one, or another plan for it; or the
-    arguments of one of them do not fit.
+    """Compare the model between the ranks.
+
+    Raises: ConsistencyError: ranks that must have the same model or plan differ; or the arguments of a rank do not fit.
     """
-    # DDP would say that they differ, but neither which ones nor on which rank.
+    # DDP would say that they differ, but not which ones, nor on which rank.
     compared = Compared("The parameters of the model", [*parameters_of(model), *plan])
     arguments = _arguments("ones that fit", f"parts={parts!r}", f"strategy={layout.strategy!r}")
     if parts is not None:
@@ -216,14 +218,14 @@ def _in_ddp(
     over: dict[str, Any] = {} if layout.data is None else {"process_group": layout.data.get_group()}
     with collective("the wrapping in DistributedDataParallel by prepare_model()"):
         wrapped = DistributedDataParallel(model, device_ids=device_ids, **over, **kwargs)
-        settle_buckets(wrapped)
+        build_buckets_early(wrapped)
     if compression is not None:
         wrapped.register_comm_hook(None, compression_hook(compression))
     return wrapped
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The user's own module inside DDP and `torch.compile`; a model that is not wrapped comes back as it is."""
+    """The user's own module inside DDP and `torch.compile`; the model itself if it is not wrapped."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -235,12 +237,13 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The bare module in eval mode with rank 0's buffers: the way to evaluate over shards of different length.
+    """A context with the unwrapped module in eval mode and rank 0's buffers, to evaluate over shards of different
+    length.
 
-    DDP's own forward broadcasts buffers in every batch, under `eval()` too, which hangs where a rank has fewer batches;
-    and batch-norm statistics differ between ranks after a training step, so that each would judge with its own.
-    An engine's step is written before `with` gives the bare module: there, `unwrap_model(model)` is the same one.
-    On the way out, also by an exception, every module is in the mode it was in, and each rank has its own buffers back.
+    DDP's own forward broadcasts buffers in every batch, also under `eval()`, and hangs if a rank has fewer batches. And
+    batch-norm statistics differ between ranks after a training step, so each rank would evaluate with its own. The
+    step of an engine is written before the `with` gives the module: there, `unwrap_model(model)` is the same one. At
+    the end, also after an exception, every module is in its former mode, and each rank has its own buffers again.
 
     Collective: enter it on all ranks, once per evaluation. Cost: one broadcast of the buffers per dtype; their copy.
 
@@ -255,7 +258,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     buffers = [local_part(buffer) for buffer in bare.buffers()]
     own = [buffer.clone() for buffer in buffers] if world().rank != 0 else []
     _broadcast_buffers(bare, world())
-    for module in (model, bare):  # the wrapper has a mode of its own
+    for module in (model, bare):  # the wrapper has its own mode
         module.eval()
     try:
         yield bare
@@ -267,7 +270,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _broadcast_buffers(model: nn.Module, here: World) -> None:
-    """Overwrite each buffer, of a DTensor its local part, with that of the first rank that has the same."""
+    """Overwrite each buffer (of a DTensor, its local part) with that of the first rank that has the same one."""
     named = dict(model.named_buffers())
     parts = parts_of_names(model, ["", *named])  # "" is the model itself
     plain: dict[Dimensions, list[Tensor]] = {parts.get("", ()): []}
@@ -285,7 +288,7 @@ def _broadcast_buffers(model: nn.Module, here: World) -> None:
 
 
 def _sources_beside(names: Sequence[str], here: World) -> list[tuple[int, Any]]:
-    """From whom a rank takes what differs along the dimensions `names` of the mesh alone."""
+    """The sources of tensors that differ only along the dimensions `names` of the mesh."""
     if here.mesh is None:
         return []
     others = [name for name in here.mesh.mesh_dim_names or () if name not in names]

@@ -1,4 +1,4 @@
-"""The options of `prepare_model()`: which ones go together, and what each is to torch."""
+"""Check the options of `prepare_model()`, and translate them for torch."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -41,7 +41,7 @@ def check_options(
     parts: str | None,
     kwargs: Mapping[str, Any],
 ) -> None:
-    """Raises: ValueError: an option is none of those there are, or not of this strategy."""
+    """Check the options. Raises: ValueError: an option is unknown, or does not fit the strategy."""
     if strategy not in _STRATEGIES:
         raise ValueError(f"strategy={strategy!r} must be one of {', '.join(_STRATEGIES)}.")
     if parts not in (None, "pp", "ep"):
@@ -69,7 +69,7 @@ def check_options(
 
 
 def check_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:
-    """Raises: ValueError: none of the modules in `model` is of `blocks`."""
+    """Check `blocks`. Raises: ValueError: no module in `model` is of these classes."""
     if not any(isinstance(module, blocks) for module in model.modules()):
         names = ", ".join(block.__name__ for block in blocks)
         raise ValueError(
@@ -78,13 +78,13 @@ def check_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:
 
 
 def checkpoint_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:
-    """Have each module of `blocks` in `model` compute its activations anew in the backward pass. In place, once.
+    """Make each module of `blocks` in `model` compute its activations again in the backward pass. In place, once.
 
     The forward of each is wrapped, not the module: its name and its parameters' names stay.
     """
     for module in model.modules():
         if isinstance(module, blocks) and not isinstance(module.forward, partial):
-            # Through the instance: assigned to the class, it would hold for other models too.
+            # Set on the instance: on the class, it would hold for other models, too.
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
@@ -92,11 +92,11 @@ def compile_model(model: nn.Module, options: Mapping[str, Any]) -> None:
     if not type(model).forward.__module__.startswith("torch.nn."):
         model.compile(**options)
         return
-    torch_internals.compiles_own_call(model, **options)  # else left as it is, in silence
+    torch_internals.compiles_own_call(model, **options)  # else torch would silently not compile it
 
 
 def refuse_unsendable(compression: Compression | None, here: World) -> None:
-    """Raises: ValueError: the backend cannot send what gradients are compressed to."""
+    """Refuse a compression that the backend cannot send. Raises: ValueError."""
     if compression == "bf16" and here.size > 1 and (here.device.type == "cpu" or "nccl" not in here.backend):
         raise ValueError(
             f"gradient_compression='bf16' needs NCCL, but the backend is {here.backend!r}: 'fp16' can be sent by Gloo."
@@ -104,7 +104,7 @@ def refuse_unsendable(compression: Compression | None, here: World) -> None:
 
 
 def fsdp_options(kwargs: Mapping[str, Any], mixed_precision: Precision | None, here: World) -> dict[str, Any]:
-    """What `fully_shard` is given beside the mesh.
+    """The options of `fully_shard` besides the mesh.
 
     Raises: TypeError: it does not know one of `kwargs`.
     """
@@ -117,7 +117,7 @@ def fsdp_options(kwargs: Mapping[str, Any], mixed_precision: Precision | None, h
     if mixed_precision is not None:
         options["mp_policy"] = MixedPrecisionPolicy(_DTYPES[mixed_precision], reduce_dtype=torch.float32)
     if here.device.type == "cpu" and isinstance(options.get("offload_policy"), CPUOffloadPolicy):
-        del options["offload_policy"]  # all is there already, and torch would ask a GPU for pinned memory
+        del options["offload_policy"]  # the parameters exist already, and torch would need a GPU for pinned memory
     return options
 
 

@@ -1,4 +1,4 @@
-"""What makes a model one over ranks, in place: a plan of tensor parallelism, FSDP2, and the weights to begin with."""
+"""Spread a model over ranks in place: by a plan of tensor parallelism, by FSDP2, and with its first weights."""
 
 from typing import Any, cast
 
@@ -30,12 +30,12 @@ def spread(
     *,
     is_on_meta: bool,
 ) -> None:
-    """Bring `model` onto this rank's device and, but for DDP, into its `layout`; `options` go to `fully_shard`.
+    """Move `model` to this rank's device and, except for DDP, into its `layout`; `options` go to `fully_shard`.
 
     Args:
-        before: is told to forget the values once they are let go one by one.
-        is_on_meta: some of the model is, and gets its values now. Else what is stays so: experts get theirs with the
-            model that they are in, whose names for them are known only there.
+        before: its values are dropped before the tensors are freed one by one.
+        is_on_meta: whether parts of the model on the meta device get their values now. Experts get theirs later, with
+            the model around them, since their names are only known there.
 
     Collective, if the layout is over several ranks. Cost: see `prepare_model`.
     """
@@ -65,13 +65,13 @@ def spread(
         if is_on_meta:
             broadcast_each([seed])
         else:
-            before.forget()  # no code of the user's is to run any more, and each tensor goes once its part is there
+            before.forget()  # no code of the user runs after this, and each tensor is freed once its part exists
         values = given_back(model, kept, device, int(seed), init_fn, on_host="offload_policy" in options)
         if is_cut:
             broadcast_each(values, within=layout.within)
         else:
             for _ in values:
-                pass  # all ranks have made the same
+                pass  # all ranks have made the same values
             _take_whole(model, layout, device)
     if strategy != "none":
         for part in [model] if has_experts else late:
@@ -79,7 +79,9 @@ def spread(
 
 
 def _take_whole(model: nn.Module, layout: Layout, device: torch.device) -> None:
-    """Bring a model that is not cut up onto `device`, with one rank's values along what DDP does not send over."""
+    """Move a model that is not cut up to `device`, with the values of one rank along dimensions that DDP does not
+    cover.
+    """
     if any(each.is_meta for each in (*model.parameters(), *model.buffers())):
         cast("Any", model)._apply(lambda value: value if value.is_meta else value.to(device))
     else:
@@ -90,16 +92,16 @@ def _take_whole(model: nn.Module, layout: Layout, device: torch.device) -> None:
 
 
 def _sum_over_copies(experts: nn.Module, num_averaged: int) -> None:
-    """Have the gradients of `experts` be the sum over the ranks that have them, divided by `num_averaged`.
+    """Make the gradients of `experts` the sum over the ranks that have them, divided by `num_averaged`.
 
-    Those of an expert that got no token on a rank are zeros there, so that all ranks send as many.
+    The gradients of an expert without a token on a rank are zeros there, so that all ranks send the same number.
     """
     is_sharded = False
     for module in experts.modules():
         if (sharded := as_fsdp(module)) is not None:
             is_sharded = True
             sharded.set_gradient_divide_factor(num_averaged)
-            # Gloo cannot divide while it sums up; replicate() divides before, and would do so twice.
+            # Gloo cannot divide while it sums; replicate() divides before, and would do it twice.
             sharded.set_force_sum_reduction_for_comms(not torch_internals.is_replicated(module))
             sharded.set_reduce_scatter_unused_params(True)
     for parameter in experts.parameters() if not is_sharded else ():
@@ -112,7 +114,7 @@ def _parameters_of_parts(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _send_what_stays(model: nn.Module, layout: Layout) -> None:
-    """Tensors of other classes than torch's own, and those that are cut up over `tp` already, are not set aside."""
+    """Send the tensors that are not set aside: those of other classes than torch's, or cut up over `tp` already."""
     modules = [module for _, module in named_modules_beside_parts(model)]
     staying = [value for _, value in named_parameters_beside_parts(model) if not value.is_meta]
     buffers = [value for module in modules for value in module.buffers(recurse=False)]
@@ -122,19 +124,19 @@ def _send_what_stays(model: nn.Module, layout: Layout) -> None:
 
 
 def _for_new(options: dict[str, Any], kept: Kept) -> dict[str, Any]:
-    """`options` that name parameters, or ask a function about them, for those that stand in place of `kept` now."""
+    """`options`, in which parameters are replaced by those that stand for `kept` now, also for functions of them."""
     pairs = [(module._parameters[name], before) for (module, name), before in kept.items()]
     stand_ins, originals = {id(before): new for new, before in pairs}, {id(new): before for new, before in pairs}
-    told = dict(options)
+    replaced = dict(options)
     if ignored := options.get("ignored_params"):
-        told["ignored_params"] = {stand_ins.get(id(each), each) for each in ignored}
+        replaced["ignored_params"] = {stand_ins.get(id(each), each) for each in ignored}
     if (place := options.get("shard_placement_fn")) is not None:
-        told["shard_placement_fn"] = lambda new: place(originals.get(id(new), new))
-    return told
+        replaced["shard_placement_fn"] = lambda new: place(originals.get(id(new), new))
+    return replaced
 
 
 def _shard(model: nn.Module, layout: Layout, blocks: tuple[type[nn.Module], ...], options: dict[str, Any]) -> None:
-    from torch.distributed.device_mesh import init_device_mesh  # these two cost 0.3 s to import
+    from torch.distributed.device_mesh import init_device_mesh  # to import these two costs 0.3 s
     from torch.distributed.fsdp import fully_shard
 
     here = world()

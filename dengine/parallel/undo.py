@@ -1,4 +1,4 @@
-"""A model as it was before it was laid out over ranks, for the case that it cannot be to the end."""
+"""Restore a model if spreading it over ranks fails halfway."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +12,15 @@ __all__ = ["Before", "unchanged_by_errors"]
 
 
 class Before:
-    """What each module of a model held, and its class. Cost: no memory for tensors, as long as they live anyway."""
+    """The attributes and the class of each module of a model. Cost: no memory for tensors, as long as they live
+    anyway.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [(module, type(module), _contents(module)) for module in model.modules()]
 
     def forget(self) -> None:
-        """Let the tensors go: from here on an error leaves the model as it is then."""
+        """Drop the tensors. After this, an error leaves the model as it is at that moment."""
         self._modules = []
 
     def restore(self) -> None:
@@ -28,7 +30,7 @@ class Before:
                 module.__class__ = kind
             vars(module).clear()
             for name, (value, inside) in contents.items():
-                if inside is not None:  # in place: a handle of a hook knows the very table
+                if inside is not None:  # in place: a handle of a hook refers to the same dict
                     value.clear()
                     (value.extend if isinstance(value, list) else value.update)(inside)
                 vars(module)[name] = value
@@ -36,7 +38,7 @@ class Before:
 
 @contextmanager
 def unchanged_by_errors(model: nn.Module) -> Iterator[Before]:
-    """If the `with` block raises, `model` is as it was at its beginning, unless what that gives was told to forget."""
+    """Restore `model` if the `with` block raises, unless `forget` was called."""
     before = Before(model)
     try:
         yield before
@@ -46,7 +48,7 @@ def unchanged_by_errors(model: nn.Module) -> Iterator[Before]:
 
 
 def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Each attribute, and a copy of what is in it if it is a container."""
+    """Each attribute, with a copy of its content if it is a container."""
     return {
         name: (value, value.copy() if isinstance(value, dict | set | list) else None)
         for name, value in vars(module).items()

@@ -1,8 +1,8 @@
-"""The values of a model that is laid out over ranks: set aside before, and given back one tensor at a time.
+"""Set aside the values of a model before it is spread over ranks, and give them back one tensor at a time.
 
-So no rank needs more memory than for its own part and one whole tensor. Values are those of the first rank of the
-replicas, or, of a model on the meta device, made by each module's `reset_parameters` from torch's seed and the module's
-name: the same on every mesh.
+So no rank needs more memory than for its own part and one whole tensor. Values come from the first rank of the
+replicas. For a model on the meta device, each module's `reset_parameters` makes them from torch's seed and the
+module's name, so that they are the same on every mesh.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ Kept: TypeAlias = dict[tuple[nn.Module, str], Tensor]
 
 
 def check_meta(model: nn.Module, init_fn: Initialize | None, *, is_of_experts: bool) -> bool:
-    """Whether some of `model` is on the meta device, and has to be initialised now.
+    """Whether a part of `model` is on the meta device, and must be initialised now.
 
-    Raises: ValueError: a module with such tensors of its own cannot initialise them, and there is no `init_fn`.
+    Raises: ValueError: a module cannot initialise its own tensors there, and there is no `init_fn`.
     """
     if is_of_experts:
         if init_fn is not None:
@@ -51,12 +51,13 @@ def check_meta(model: nn.Module, init_fn: Initialize | None, *, is_of_experts: b
 
 
 def set_aside(model: nn.Module, *, only_meta: bool = False) -> Kept:
-    """The plain parameters of `model` by their place, with an empty one on the meta device in place of each.
+    """Set aside the plain parameters of `model`, and put an empty one on the meta device in place of each.
 
-    Of parts inside it, which have their values and their layout already, those on the meta device alone.
+    Parts inside it have their values and their layout already: of these, only parameters on the meta device are set
+        aside.
 
     Args:
-        only_meta: those that are on the meta device alone, of all.
+        only_meta: set aside only parameters on the meta device, everywhere.
     """
     kept: Kept = {}
     empty: dict[int, nn.Parameter] = {}
@@ -68,7 +69,7 @@ def set_aside(model: nn.Module, *, only_meta: bool = False) -> Kept:
                 continue
             kept[module, name] = value
             if not value.is_meta:
-                if id(value) not in empty:  # tied weights stay so
+                if id(value) not in empty:  # tied weights stay tied
                     bare = torch.empty_like(value, device="meta")
                     empty[id(value)] = nn.Parameter(bare, requires_grad=value.requires_grad)
                 _put(module, name, empty[id(value)])
@@ -78,10 +79,10 @@ def set_aside(model: nn.Module, *, only_meta: bool = False) -> Kept:
 def given_back(
     model: nn.Module, kept: Kept, device: torch.device, seed: int, init_fn: Initialize | None, *, on_host: bool = False
 ) -> Iterator[Tensor]:
-    """Give `model` its values back, as it is laid out now; afterwards nothing of `kept` is on the meta device.
+    """Give `model` its values back in its present layout. After this, nothing of `kept` is on the meta device.
 
-    Yields each tensor that ranks must have from one of them, whole and on `device`: what it holds when the iterator
-    goes on is what this rank takes its part of.
+    Yields each tensor that ranks must get from one of them, whole and on `device`. When the iterator goes on, this rank
+    takes its part of the present content of that tensor.
 
     Args:
         on_host: parts that are cut stay on the host (FSDP's CPU offload).
@@ -109,14 +110,14 @@ def given_back(
 
 
 def _part(whole: Tensor, source: Tensor, target: Tensor, *, on_host: bool) -> nn.Parameter:
-    """This rank's part of `whole` as a parameter laid out as `target`; `source` itself if it has become that."""
+    """This rank's part of `whole` as a parameter with the layout of `target`; `source` itself if that is the same."""
     if not is_dtensor(target):
         if isinstance(source, nn.Parameter) and source.device == whole.device:
             return source
         return nn.Parameter(whole, requires_grad=source.requires_grad)
     local = local_part(cut_like(whole, target))
     if local.untyped_storage().nbytes() > local.nbytes:
-        local = local.clone()  # else the whole tensor would stay as long as its part
+        local = local.clone()  # else the whole tensor would live as long as its part
     cut = laid_out_like(local, target)
     return nn.Parameter(cut.cpu() if on_host else cut, requires_grad=source.requires_grad)
 
@@ -124,13 +125,13 @@ def _part(whole: Tensor, source: Tensor, target: Tensor, *, on_host: bool) -> nn
 def _initialised(
     module: nn.Module, path: str, kept: Kept, device: torch.device, seed: int, init_fn: Initialize | None
 ) -> dict[str, Tensor]:
-    """New values of what `module` itself has on the meta device, whole. Leaves torch's generators as they are."""
+    """New whole values for the tensors of `module` itself on the meta device. Torch's generators are restored."""
     parameters, buffers = module._parameters, module._buffers
     names = [name for name in parameters if (source := kept.get((module, name))) is not None and source.is_meta]
     names += [name for name, value in buffers.items() if value is not None and value.is_meta]
     if not names:
         return {}
-    # Others of the module's own are initialised as well, but not kept.
+    # The module's other own tensors are initialised as well, but not kept.
     own: dict[str, nn.Parameter | None] = {
         name: None if value is None else nn.Parameter(_empty(value, device), requires_grad=value.is_floating_point())
         for name, value in parameters.items()
@@ -165,7 +166,7 @@ def _call(reset: Callable[[], object] | None) -> None:
 
 
 def _reset_of(module: nn.Module) -> Callable[[], object] | None:
-    """How `module` initialises what it has of its own; nn.MultiheadAttention has it under another name."""
+    """The method with which `module` initialises its own tensors; nn.MultiheadAttention has another name for it."""
     for name in ("reset_parameters", "_reset_parameters"):
         found: Any = getattr(module, name, None)
         if callable(found):
@@ -174,7 +175,7 @@ def _reset_of(module: nn.Module) -> Callable[[], object] | None:
 
 
 def _put(module: nn.Module, name: str, value: nn.Parameter) -> None:
-    """Without the checks of `register_parameter`; through `__setattr__` if a class has its own (RNNs keep a list)."""
+    """Set a parameter without the checks of `register_parameter`, by `__setattr__` if the class has its own (RNNs)."""
     if type(module).__setattr__ is nn.Module.__setattr__:
         module._parameters[name] = value
     else:

@@ -12,7 +12,7 @@ from dengine.control.plane import plane
 from dengine.distributed import prepare_model, unwrap_model, world
 from dengine.dtensor import any_dtensor, describe_mesh, has_dimension
 from dengine.launch.mesh import DATA_NAMES, SEQUENCE_NAMES
-from dengine.parallel.ddp_buckets import settle_buckets
+from dengine.parallel.ddp_buckets import build_buckets_early
 from dengine.parallel.gradients import find_ddp, find_fsdp
 from dengine.supervised.accelerator import distributed_kind
 from dengine.supervised.deepspeed import check_clipping, check_precision, configured, is_engine, keep_states_out
@@ -98,7 +98,7 @@ def wrap_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:
     if is_wrapped(model):
         spreads_model(model)
         if (ddp := find_ddp(model)) is not None:
-            settle_buckets(ddp)
+            build_buckets_early(ddp)
         return model
     _refuse_replaced_parameters(model)
     return prepare_model(model)

@@ -39,9 +39,9 @@ class SafeTensors(OtherFormat):
             header = _FORMAT | {other: name for other, name in left_out.items() if name in shard}
             _write({name: read(tensor) for name, tensor in shard.items()}, header, target / file)
         if len(shards) > 1:
-            places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            file_of = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
             num_bytes = sum(tensor.nbytes for tensor in kept.values())
-            index = {"metadata": {"total_size": num_bytes}, "weight_map": places}
+            index = {"metadata": {"total_size": num_bytes}, "weight_map": file_of}
             (target / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def is_at(self, source: Path) -> bool:
@@ -50,12 +50,12 @@ class SafeTensors(OtherFormat):
     def read(self, source: Path) -> dict[Any, Any]:
         _package()
         state: dict[Any, Any] = {}
-        places: dict[str, Path] = {}
+        file_of: dict[str, Path] = {}
         for file in _files(source):
             for name, tensor in _tensors(file).items():
                 if name in state:
-                    raise CorruptCheckpointError(f"{name!r} is both in {places[name]} and in {file}.")
-                state[name], places[name] = tensor, file
+                    raise CorruptCheckpointError(f"{name!r} is both in {file_of[name]} and in {file}.")
+                state[name], file_of[name] = tensor, file
         return state
 
 

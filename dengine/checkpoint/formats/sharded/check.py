@@ -93,16 +93,16 @@ def _overlap(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
     if _are_slabs(boxes, shape):
         return False
     # A grid of all their edges: no cell of it may be taken twice.
-    places = []
+    positions = []
     for axis in range(len(shape)):
         edges = {edge for offsets, sizes in boxes for edge in (offsets[axis], offsets[axis] + sizes[axis])}
-        places.append({edge: place for place, edge in enumerate(sorted(edges))})
+        positions.append({edge: place for place, edge in enumerate(sorted(edges))})
     taken: set[tuple[int, ...]] = set()
     num_cells = 0
     for offsets, sizes in boxes:
         ranges = [
             range(place[offset], place[offset + size])
-            for place, offset, size in zip(places, offsets, sizes, strict=True)
+            for place, offset, size in zip(positions, offsets, sizes, strict=True)
         ]
         num_cells += math.prod(map(len, ranges))
         if num_cells > _MOST_CELLS:

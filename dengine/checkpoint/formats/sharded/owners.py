@@ -184,23 +184,23 @@ class Owners:
             CheckpointError: a rank of a grid is not among those that have it.
         """
         if key not in self._copies:
-            places: dict[bytes, set[int]] = {}
+            found_at: dict[bytes, set[int]] = {}
             for group, layout in key:
                 grid = self._structures[group].layouts[layout].grid
                 for rank in self._ranks[group]:
                     digest, place = self.reports[rank].grids[grid]
                     if place >= 0:
-                        places.setdefault(digest, set()).add(place)
+                        found_at.setdefault(digest, set()).add(place)
             group, layout = key[0]
             size = prod(self._structures[group].layouts[layout].sizes)
-            if any(len(found) != size for found in places.values()) or not places:
+            if any(len(found) != size for found in found_at.values()) or not found_at:
                 raise CheckpointError(
                     f"The ranks' parts of {name!r} do not make up the whole: it is spread over {size} ranks, of which "
-                    f"{min(map(len, places.values()), default=0)} save it."
+                    f"{min(map(len, found_at.values()), default=0)} save it."
                 )
             firsts = self._first_ranks()
             self._copies[key] = {
-                digest: copy for copy, digest in enumerate(sorted(places, key=lambda each: firsts[each]))
+                digest: copy for copy, digest in enumerate(sorted(found_at, key=lambda each: firsts[each]))
             }
         return self._copies[key]
 

@@ -29,7 +29,7 @@ def structure_of(tensors: Mapping[str, torch.Tensor], parts: Parts) -> tuple[Str
         for name, tensor in tensors.items()
     )
     structure = Structure(entries, tuple(grids.layouts), tuple((path, part) for path, part in parts.items() if part))
-    return structure, Report(digest_of(structure), tuple(grids.places))
+    return structure, Report(digest_of(structure), tuple(grids.positions))
 
 
 def _part_of(name: str, parts: Mapping[str, str]) -> str:
@@ -46,7 +46,7 @@ class _Grids:
 
     def __init__(self) -> None:
         self.layouts: list[Layout] = []
-        self.places: list[tuple[bytes, int]] = []
+        self.positions: list[tuple[bytes, int]] = []
         self._meshes: dict[int, tuple[DeviceMesh, int]] = {}  # by id; kept, so that the id stays its own
         self._known: dict[tuple[int, Any], int] = {}
 
@@ -63,12 +63,12 @@ class _Grids:
 
     def _grid_of(self, mesh: "DeviceMesh") -> int:
         if id(mesh) not in self._meshes:
-            self._meshes[id(mesh)] = mesh, len(self.places)
+            self._meshes[id(mesh)] = mesh, len(self.positions)
             here, place = mesh.get_coordinate(), -1
             if here is not None:
                 place = 0
                 for index, size in zip(here, mesh.shape, strict=True):
                     place = place * size + index
             ranks = mesh.mesh.numpy()
-            self.places.append((hashlib.sha256(f"{ranks.shape}".encode() + ranks.tobytes()).digest()[:8], place))
+            self.positions.append((hashlib.sha256(f"{ranks.shape}".encode() + ranks.tobytes()).digest()[:8], place))
         return self._meshes[id(mesh)][1]
