@@ -17,11 +17,25 @@ PREEMPTED = 75  # the exit code of a job that has saved and wants to be started 
 
 
 def read_arguments(path: Path, about: str | None, *, fractions: Collection[str] = ()) -> Config:
-    """The configuration in `path`, and over it the command line's `key=value`; `--help` shows it and ends."""
+    """The configuration in `path`, and over it the command line's `key=value` or `--key value`; `--help` shows it and
+    ends.
+    """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{about}\n{path.read_text()}", end="")
         raise SystemExit(0)
-    return settings(Conf.load(path), sys.argv[1:], fractions=fractions)
+    return settings(Conf.load(path), _entries_of(sys.argv[1:]), fractions=fractions)
+
+
+def _entries_of(arguments: Sequence[str]) -> list[str]:
+    """`arguments`, with `key=value` for each `--key=value` and each `--key value`."""
+    entries, rest = [], iter(arguments)
+    for argument in rest:
+        key, is_given, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and not is_given:
+            value = next(rest, "") or refuse(f"{argument} needs a value")
+            argument = f"{key}={value}"
+        entries.append(argument.removeprefix("--"))
+    return entries
 
 
 def mesh_sizes(text: object) -> dict[str, int] | None:
@@ -29,9 +43,9 @@ def mesh_sizes(text: object) -> dict[str, int] | None:
     if text is None:
         return None
     try:
-        return {name: int(size) for name, _, size in (part.partition("=") for part in str(text).split(","))}
-    except ValueError:
-        refuse(f"mesh={text} must be sizes by name, such as dp_shard=2,tp=2")
+        return distributed.mesh_sizes(str(text))
+    except ValueError as error:
+        refuse(str(error))
 
 
 def settings(base: Config, arguments: Sequence[str], *, fractions: Collection[str] = ()) -> Config:

@@ -2,7 +2,7 @@
 
     python examples/language_model.py epochs=2 model.width=64
     torchrun --standalone --nproc-per-node=2 examples/language_model.py
-    torchrun --standalone --nproc-per-node=4 examples/language_model.py mesh=dp_shard=2,tp=2
+    torchrun --standalone --nproc-per-node=4 examples/language_model.py --mesh dp_shard=2,tp=2
 
 language_model.sdn has the configuration, and _config.py checks it. Interrupted or preempted, it goes on where
 it was when it is run again; with more epochs than before, at the lowest of the learning rates that it had come to.

@@ -78,7 +78,7 @@ def test_on_a_mesh_the_language_model_learns_what_it_learns_in_one_process(
 ) -> None:
     options = ("epochs=2", "max_texts=210", "warm_up=2", "model.num_layers=1", "model.dropout=0")
     run_ranks(run_example, 1, "language_model", *options, f"output={tmp_path / 'one'}", init=False, deadline_s=200.0)
-    spread = (*options, f"mesh={mesh}", f"output={tmp_path / 'mesh'}")
+    spread = (*options, "--mesh", mesh, f"output={tmp_path / 'mesh'}")
     printed = run_ranks(run_example, size, "language_model", *spread, init=False, deadline_s=300.0)
     assert "Checkpoint: " in printed[0]
     one, on_mesh = curve(tmp_path / "one"), curve(tmp_path / "mesh")

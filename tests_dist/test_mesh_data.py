@@ -1,5 +1,6 @@
 """Data on a mesh of ranks: which samples each gets. What it should be is computed here, in the parent."""
 
+import os
 import random
 import warnings
 from collections import Counter
@@ -13,7 +14,7 @@ import torch
 from ranks import run_ranks
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
-from dengine import Engine, Events, distributed
+from dengine import Engine, Events, create_supervised_evaluator, create_supervised_trainer, distributed
 from dengine.control.plane import plane
 from dengine.distributed import ElasticSampler
 from dengine.engine import Absent
@@ -283,3 +284,89 @@ def test_the_comparison_takes_one_small_collective_and_none_without_ranks_that_s
         assert run_ranks(num_calls, 2, mesh, "stream", init=False, deadline_s=60) == [[2, 2]] * 2
     for kind in ("map", "stream"):
         assert run_ranks(num_calls, 2, {"tp": 2}, kind, init=False, deadline_s=60) == [[2, 2]] * 2
+
+
+class OwnRank(IterableDataset[int]):
+    """Reads the launcher's variables, as streams do that shard themselves; `is_told` of the part it is to give."""
+
+    shards_itself = True
+
+    def __init__(self, *, is_told: bool = False) -> None:
+        self.is_told = is_told
+
+    def __iter__(self) -> Iterator[int]:
+        here = distributed.world()
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return iter(range(*((here.data_rank, 8, here.data_size) if self.is_told else (rank, 8, size))))
+
+
+class Piped(OwnRank):
+    """As webdataset's pipelines are, without the attribute."""
+
+    shards_itself = False
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def split_by_node(source: Any) -> Any:
+            return source
+
+        split_by_node.__module__ = "webdataset.shardlists"
+        self.pipeline = [split_by_node]
+
+
+def streaming_dataset() -> IterableDataset[int]:
+    """As MosaicML's and LitData's are: known by the class's name and its package."""
+    kind: Any = type("StreamingDataset", (OwnRank,), {"shards_itself": False, "__module__": "streaming.base"})
+    return kind()
+
+
+def fed_in_turn(rank: int, size: int) -> dict[str, str]:
+    """What comes of each kind of data and of engine; the next one goes on after an error that all ranks raise."""
+    net = torch.nn.Linear(2, 1)
+    told = {}
+
+    def pairs(seed: int) -> list[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        return [(torch.randn(2, 2, generator=generator), torch.zeros(2, 1)) for _ in range(2)]
+
+    with distributed.process_group(mesh={"dp": 2, "tp": 2}) as here:
+        plain = Engine(lambda engine, batch: None)
+        model = distributed.prepare_model(net)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = create_supervised_trainer(model, optimizer, torch.nn.functional.mse_loss)
+        evaluator = create_supervised_evaluator(model)
+        validated = create_supervised_trainer(model, optimizer, torch.nn.functional.mse_loss)
+        own, alike = pairs(rank), pairs(here.data_rank)
+        validated.on(Events.ITERATION_COMPLETED(once=1), lambda engine: evaluator.run(own))
+        stream = DataLoader(Numbers(), batch_size=2)
+        for name, engine, data in (
+            ("reads its rank", plain, distributed.prepare_data_loader(DataLoader(OwnRank()))),
+            ("streaming", plain, distributed.prepare_data_loader(DataLoader(streaming_dataset()))),
+            ("webdataset", plain, distributed.prepare_data_loader(DataLoader(Piped()))),
+            ("is told", plain, distributed.prepare_data_loader(DataLoader(OwnRank(is_told=True)))),
+            ("seed of a stream", plain, distributed.prepare_data_loader(stream, seed=int(rank == 3))),
+            ("trainer", trainer, own),
+            ("trainer alike", trainer, alike),
+            ("evaluator", evaluator, own),
+            ("evaluator alike", evaluator, alike),
+            ("in a handler", validated, alike),
+        ):
+            try:
+                engine.run(data)
+                told[name] = "ran"
+            except ConsistencyError as error:
+                told[name] = str(error)
+    return told
+
+
+def test_whatever_runs_other_data_than_its_peers_is_told_at_once_and_how_to_be_given_the_same() -> None:
+    first, *others = run_ranks(fed_in_turn, 4, init=False, deadline_s=60)
+    assert others == [first] * 3
+    assert {name for name, text in first.items() if text == "ran"} == {"is told", "trainer alike", "evaluator alike"}
+    for name in ("reads its rank", "streaming", "webdataset"):
+        assert "rank 1 has int64 (1,) that begins 1, rank 0 has int64 (1,) that begins 0" in first[name], first[name]
+        assert "asks for RANK or torch.distributed.get_rank() by itself" in first[name]
+    for name in ("trainer", "evaluator", "in a handler"):
+        assert first[name].startswith("Rank 1 (dp=0, tp=1) and rank 0 (dp=0, tp=0) must be given the same data"), name
+    assert "rank 3 has seed=1, but rank 0 has seed=0" in first["seed of a stream"]

@@ -1,5 +1,6 @@
 """What does not fit a mesh is an error on all ranks, which names the one that differs, and soon."""
 
+import math
 import time
 from typing import Any
 
@@ -10,8 +11,9 @@ from ranks import run_ranks
 from tensors import whole_tensor
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.data import DataLoader, DistributedSampler
 
-from dengine import distributed
+from dengine import Engine, distributed
 
 AT_MOST_S = 60.0  # far below the 1800 s of `timeout`, however busy the machine is
 
@@ -249,3 +251,34 @@ def test_a_model_that_cannot_be_initialised_is_as_it_was_and_can_be_prepared_lat
     for name, value in first[4].items():
         assert value.equal(second[4][name]), name
         assert value.isfinite().all()
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+
+
+def one_has_another_sampler(rank: int, size: int, mesh: dict[str, int], is_prepared: bool) -> None:
+    data: Any = range(12)
+    with distributed.process_group(mesh=mesh) as here:
+        if rank == 1:  # takes all ranks for parts of the data
+            loader = DataLoader(data, sampler=DistributedSampler(data, num_replicas=size, rank=rank))
+        else:
+            place: dict[str, Any] = {"num_replicas": here.data_size, "rank": here.data_rank}
+            loader = DataLoader(data, sampler=distributed.ElasticSampler(data, **place))
+        loader = distributed.prepare_data_loader(loader) if is_prepared else loader
+        Engine(lambda engine, batch: None).run(loader)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "is_prepared"), [({"tp": 2}, True), ({"dp": 1, "cp": 3}, False), ({"dp": 2, "tp": 2}, False)], ids=str
+)
+def test_a_sampler_that_fits_no_mesh_on_one_rank_ends_all_and_the_rank_is_named(
+    mesh: dict[str, int], is_prepared: bool
+) -> None:
+    size = math.prod(mesh.values())
+    outcomes = run_ranks(one_has_another_sampler, size, mesh, is_prepared, init=False, expect_failures=True)
+    place = ", ".join(f"{name}={int(name == list(mesh)[-1])}" for name in mesh)
+    for outcome in outcomes:
+        assert f"This loader has a DistributedSampler for rank 1 of {size}, but this is rank 1" in outcome.error_message
+        assert f"on a mesh ({place}), which is given part 0 of {mesh.get('dp', 1)}" in outcome.error_message
+        assert outcome.error_type == ("ValueError" if outcome.rank == 1 else "RemoteRankError"), outcome
+        assert outcome.seconds < AT_MOST_S

@@ -63,7 +63,8 @@ def _refuse(gathered: Sequence[tuple[int, list[_Leaf]]], here: World) -> None:
                 f"Rank {rank} ({here.place_of(rank)}) and rank {first} ({here.place_of(first)}) must be given the same "
                 "data, as they differ in cp, tp or pp alone, but their first batches differ: "
                 f"{_difference(rank, theirs, first, gathered[first][1])}. Pass the loader to prepare_data_loader() "
-                "with the same arguments on every rank, or choose the samples by world().data_rank and data_size."
+                "with the same arguments on every rank, or choose the samples by world().data_rank and data_size: a "
+                "stream that asks for RANK or torch.distributed.get_rank() by itself must be given those instead."
             )
 
 

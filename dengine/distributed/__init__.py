@@ -14,6 +14,7 @@ from dengine.comm.rank_zero import rank_zero_only
 from dengine.data.loader import prepare_data_loader
 from dengine.data.sampler import ElasticSampler
 from dengine.distributed.process_group import process_group
+from dengine.launch.mesh import mesh_sizes
 from dengine.launch.world import World, world
 from dengine.naming import refuse_name
 from dengine.parallel.clipping import clip_grad_norm_
@@ -28,6 +29,7 @@ __all__ = [
     "broadcast_object",
     "clip_grad_norm_",
     "evaluating",
+    "mesh_sizes",
     "prepare_data_loader",
     "prepare_model",
     "process_group",

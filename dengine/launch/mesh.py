@@ -14,6 +14,7 @@ __all__ = [
     "checked_sizes",
     "filled_sizes",
     "groups_along",
+    "mesh_sizes",
     "other_meshes_text",
     "shown_ranks",
     "shown_sizes",
@@ -52,6 +53,24 @@ def checked_sizes(mesh: Mapping[str, int]) -> dict[str, int]:
             "which takes what the others leave."
         )
     return {name: int(size) for name, size in mesh.items()}
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The sizes for `process_group(mesh=)` in the text of a command line.
+
+    Raises: ValueError: it has another form, or an unknown name, or a size that is none.
+
+    Example:
+        >>> mesh_sizes("dp_shard=-1,tp=2")
+        {'dp_shard': -1, 'tp': 2}
+    """
+    sizes: dict[str, int] = {}
+    for each in text.split(","):
+        name, _, size = (part.strip() for part in each.partition("="))
+        if not size.removeprefix("-").isdecimal() or name in sizes:
+            raise ValueError(f"mesh={text} must be sizes by name, such as dp_shard=2,tp=2, with each name once.")
+        sizes[name] = int(size)
+    return checked_sizes(sizes)
 
 
 def filled_sizes(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:

@@ -54,6 +54,20 @@ def test_a_world_of_one_by_choice_has_no_mesh() -> None:
         pass
 
 
+def test_a_command_line_can_say_the_sizes() -> None:
+    assert distributed.mesh_sizes("dp_shard=-1, tp=2") == {"dp_shard": -1, "tp": 2}
+    for text, words in (
+        ("tp", "mesh=tp must be sizes by name"),
+        ("tp=2,tp=2", "with each name once"),
+        ("tp=²", "must be sizes by name"),
+        ("tp=0", "must be at least 1"),
+        ("x=2", "a dimension 'x'"),
+        ("dp=-1,tp=-1", "leaves 2 sizes open"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            distributed.mesh_sizes(text)
+
+
 def test_one_open_size_takes_what_the_others_leave() -> None:
     assert filled_sizes({"dp_replicate": 2, "dp_shard": -1, "tp": 2}, 16) == {"dp_replicate": 2, "dp_shard": 4, "tp": 2}
     assert filled_sizes({"tp": 2, "dp": -1}, 2) == {"tp": 2, "dp": 1}

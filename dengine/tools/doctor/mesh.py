@@ -2,26 +2,12 @@
 
 from collections.abc import Mapping
 
-from dengine.launch.mesh import MODEL_NAMES, SEQUENCE_NAMES, checked_sizes, filled_sizes, groups_along
+from dengine.launch.mesh import MODEL_NAMES, SEQUENCE_NAMES, filled_sizes, groups_along
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
-__all__ = ["judge_mesh", "mesh_from"]
+__all__ = ["judge_mesh"]
 
 _MOST_SHOWN = 8
-
-
-def mesh_from(text: str) -> dict[str, int]:
-    """The sizes by name in `text`, such as "dp_shard=2,tp=2".
-
-    Raises: ValueError: it has another form, or an invalid name or size.
-    """
-    sizes: dict[str, int] = {}
-    for each in text.split(","):
-        name, _, size = (part.strip() for part in each.partition("="))
-        if not size.removeprefix("-").isdigit() or name in sizes:
-            raise ValueError(f"--mesh {text} is no mesh: write each name once, with its size, as dp_shard=-1,tp=2.")
-        sizes[name] = int(size)
-    return checked_sizes(sizes)
 
 
 def judge_mesh(asked: Mapping[str, int], num_ranks: int, hosts: Mapping[int, str]) -> Finding:

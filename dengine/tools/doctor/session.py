@@ -13,6 +13,7 @@ from typing import Any
 
 from dengine.errors import LaunchError
 from dengine.launch.env import Choice, Launch, choose_launch
+from dengine.launch.mesh import mesh_sizes
 from dengine.tools.arguments import a_path
 from dengine.tools.doctor import clock, devices, folder, group, interfaces, launcher, limits, master, mesh, software
 from dengine.tools.doctor.exchange import Exchange, StoreLostError, open_exchange
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         if not options.wait > 0:
             raise ValueError(f"--wait {options.wait} is no number of seconds above 0.")
-        options.mesh = None if options.mesh is None else mesh.mesh_from(options.mesh)
+        options.mesh = None if options.mesh is None else mesh_sizes(options.mesh)
         code = software.code_facts(options.code)
     except (OSError, TypeError, ValueError) as error:
         print(f"{error} See python -m dengine doctor --help.", file=sys.stderr)
