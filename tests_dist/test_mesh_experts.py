@@ -1,6 +1,7 @@
 """Experts that are dealt out over the ranks of a mesh: the weights of one process, which runs all of them."""
 
 from math import prod
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -8,12 +9,12 @@ import pytest
 import torch
 from experts import MoE, Net, StackedExperts
 from ranks import run_ranks
-from tensors import whole_parameters
+from tensors import whole_parameters, whole_tensor
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from dengine import Engine, Events, create_supervised_evaluator, create_supervised_trainer, distributed
+from dengine import Engine, Events, checkpoint, create_supervised_evaluator, create_supervised_trainer, distributed
 from dengine.dtensor import cut_like, local_part
 from dengine.errors import ConsistencyError
 from dengine.handlers import EMA, ConsistencyCheck, TerminateOnNan
@@ -350,6 +351,7 @@ def refused(rank: int, size: int) -> list[str]:
             lambda: distributed.prepare_model(experts, parts="ep", find_unused_parameters=True),
             lambda: distributed.prepare_model(nn.Sequential(cut)),
             lambda: prepare(prepare(model).module[0], parts="ep"),
+            lambda: prepare(prepare(nn.Linear(2, 2), parts="ep"), parts="ep"),
         ):
             try:
                 call()
@@ -365,3 +367,42 @@ def test_what_experts_cannot_have_is_said() -> None:
         assert "find_unused_parameters of DistributedDataParallel cannot be had" in errors[1]
         assert "'0.weight' is cut up over the dimension ep" in errors[2]
         assert "before prepare_model(model)" in errors[3]
+        assert "was prepared with parts= already" in errors[4]
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, average: EMA) -> dict[str, torch.Tensor]:
+    found = {**whole_parameters(model), **{f"average.{n}": v for n, v in whole_parameters(average.model).items()}}
+    for name, parameter in model.named_parameters():
+        found[f"momentum.{name}"] = whole_tensor(optimizer.state[parameter]["momentum_buffer"])
+    return found
+
+
+def saved_or_loaded(rank: int, size: int, mesh: dict[str, int], path: str, is_saved: bool) -> dict[str, torch.Tensor]:
+    with distributed.process_group(mesh=mesh):
+        model = prepared(Net())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        objects: dict[str, Any] = {"model": model, "optimizer": optimizer, "average": EMA(model, decay=0.5)}
+        if not is_saved:
+            checkpoint.load(path, objects)
+            return state_of(*objects.values())
+        for _ in range(2):
+            loss_of(model(samples()[:4][0]), samples()[:4][1]).backward()
+            optimizer.step()
+            objects["average"](Engine(lambda engine, batch: None))
+        checkpoint.save(path, objects)
+        return state_of(*objects.values())
+
+
+def test_experts_are_saved_on_one_mesh_and_loaded_on_another_and_in_one_process(tmp_path: Path) -> None:
+    path = str(tmp_path / "checkpoint")
+    saved: dict[str, torch.Tensor] = {}
+    for each in run_ranks(saved_or_loaded, 4, {"dp_shard": 2, "ep": 2}, path, True, deadline_s=120):
+        saved |= each
+    model = Net()
+    objects: Any = model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), EMA(model, decay=0.5)
+    checkpoint.load(path, dict(zip(("model", "optimizer", "average"), objects, strict=True)))
+    alone = state_of(*objects)
+    assert alone.keys() == saved.keys()
+    for loaded in [alone, *run_ranks(saved_or_loaded, 4, {"ep": 4}, path, False, deadline_s=120)]:
+        for name, value in loaded.items():
+            assert value.equal(saved[name])

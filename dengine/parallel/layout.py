@@ -44,8 +44,8 @@ class Layout:
         beside_ddp: the same, for a model that is not cut up, along the dimensions in which DDP sends nothing.
         place: the number of this rank's part of the model; ranks with the same number have the same part.
         num_averaged: the number of ranks with their own tokens: gradients are means over them.
-        is_of_experts: whether ranks along `ep` have other parts. The gradient of an expert has the tokens of all of
-            them in it already, and is summed up over the ranks that have the same expert.
+        is_of_experts: whether ranks along `ep` have other parts, whose gradients are averaged: that of an expert has
+            the tokens of all of them in it already, and is summed up over the ranks that have the same expert.
         joined: the names of the dimensions in `data`, those that replicate and those that shard: several act as one.
     """
 
@@ -166,7 +166,7 @@ def _layout_on(mesh: "DeviceMesh", strategy: str, parts: Parts | None, here: Wor
         beside_ddp=[source for name, source in sources.items() if strategy != "none" and name not in (*replicas, *cut)],
         place=tuple(here.coordinates[name] for name in apart),
         num_averaged=prod(size for name, size in sizes.items() if name in _AVERAGED),
-        is_of_experts=parts == "ep",
+        is_of_experts=parts == "ep" and strategy != "none",
     )
 
 

@@ -123,7 +123,9 @@ def prepare_model(
             checkpoint_blocks(model, blocks)
         if compile:
             compile_model(model, compile if isinstance(compile, Mapping) else {})
-        spread(model, layout, strategy, tensor_parallel, blocks, options, init_fn, before, is_on_meta=is_on_meta)
+        spread(model, layout, tensor_parallel, blocks, options, init_fn, before, is_on_meta=is_on_meta)
+    if parts is not None and here.size > 1:
+        mark_part(model, parts)
     if layout.strategy != "ddp" or any_dtensor(model.parameters()):
         return model
     if strategy == "auto" and not any(parameter.requires_grad for parameter in model.parameters()):
@@ -154,7 +156,7 @@ def _checked(
     if activation_checkpointing:
         check_blocks(model, blocks)
     if parts == "ep":
-        _refuse_late_experts(model)
+        _refuse_known_experts(model)
     is_on_meta = check_meta(model, init_fn, is_of_experts=parts == "ep")
     layout = layout_of(model, strategy, parts, kwargs, here, is_planned=tensor_parallel is not None)
     if layout.strategy == "ddp":
@@ -167,8 +169,10 @@ def _checked(
     return layout, plan, options, is_on_meta
 
 
-def _refuse_late_experts(experts: nn.Module) -> None:
-    """Refuse `experts` if the model around them was prepared before them. Raises: ValueError."""
+def _refuse_known_experts(experts: nn.Module) -> None:
+    """Refuse `experts` if they, or the model around them, were prepared before. Raises: ValueError."""
+    if any(part is experts for part, _ in plane().prepared.living_parts()):
+        raise ValueError(f"This {type(experts).__qualname__} was prepared with parts= already.")
     for model in plane().prepared.living_models().values():
         if any(module is experts for module in model.modules()):
             raise ValueError(
@@ -204,7 +208,6 @@ def _compare(model: nn.Module, plan: list[str], layout: Layout, parts: Parts | N
     if parts is not None:
         _agree([arguments])
         refuse_different_parts(compared, layout.place)
-        mark_part(model, parts)
         return
     _agree([arguments, compared])
     plane().prepared.add_model(model)

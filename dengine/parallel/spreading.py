@@ -11,7 +11,6 @@ from dengine.comm.parts import named_modules_beside_parts, named_parameters_besi
 from dengine.dtensor import any_dtensor, as_fsdp, is_dtensor, local_part
 from dengine.launch.world import world
 from dengine.parallel.layout import Layout, TensorParallel, apply_plan
-from dengine.parallel.options import Strategy
 from dengine.parallel.undo import Before
 from dengine.parallel.weights import Initialize, Kept, given_back, set_aside
 
@@ -21,7 +20,6 @@ __all__ = ["spread"]
 def spread(
     model: nn.Module,
     layout: Layout,
-    strategy: Strategy,
     plan: TensorParallel | None,
     blocks: tuple[type[nn.Module], ...],
     options: dict[str, Any],
@@ -43,12 +41,11 @@ def spread(
     is_planned = plan is not None and layout.tp is not None
     own = [parameter for _, parameter in named_parameters_beside_parts(model)]
     is_tensor_parallel = is_planned or (layout.tp is not None and any_dtensor(own))
-    has_experts = layout.is_of_experts and strategy != "none"
-    is_cut = layout.strategy in ("fsdp", "replicate") or is_tensor_parallel or has_experts
+    is_cut = layout.strategy in ("fsdp", "replicate") or is_tensor_parallel or layout.is_of_experts
     if not is_cut and not is_on_meta:
         _take_whole(model, layout, device)
         return
-    late = [part for part in parts_inside(model) if is_on_meta and any(each.is_meta for each in part.parameters())]
+    late = [part for part in parts_inside(model) if any(each.is_meta for each in part.parameters())]
     with torch.no_grad():
         kept = set_aside(model, only_meta=not is_cut)
         if not is_on_meta:
@@ -73,9 +70,8 @@ def spread(
             for _ in values:
                 pass  # all ranks have made the same values
             _take_whole(model, layout, device)
-    if strategy != "none":
-        for part in [model] if has_experts else late:
-            _sum_over_copies(part, layout.num_averaged)
+    for experts in [model] if layout.is_of_experts else late if layout.strategy != "none" else []:
+        _sum_over_copies(experts, layout.num_averaged)
 
 
 def _take_whole(model: nn.Module, layout: Layout, device: torch.device) -> None:
