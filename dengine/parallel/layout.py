@@ -7,12 +7,13 @@ from fnmatch import fnmatch
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
+import torch.distributed as dist
 from torch import nn
 
 from dengine.comm.mesh import check_mesh, refuse_laid_out, sources_of, spreads_part
 from dengine.comm.parts import named_modules_beside_parts, named_parameters_beside_parts, parts_inside
 from dengine.dtensor import describe_mesh, has_dimension, is_fsdp, mesh_of
-from dengine.launch.mesh import DATA_NAMES, SEQUENCE_NAMES
+from dengine.launch.mesh import DATA_NAMES, MODEL_NAMES, SEQUENCE_NAMES
 from dengine.launch.world import World
 from dengine.torch_internals import flat_mesh
 
@@ -96,6 +97,7 @@ def layout_of(
                     "no mesh=, device_mesh= or process_group= here."
                 )
         return _layout_of_arguments(model, strategy, kwargs, here)
+    _refuse_shared_statistics(model, here.mesh)
     layout = _layout_on(here.mesh, strategy, parts, here)
     if is_planned and layout.tp is None:
         raise ValueError(
@@ -110,6 +112,20 @@ def layout_of(
     if layout.strategy == "ddp" and (is_planned or is_laid_out or parts == "ep" or parts_inside(model)):
         return replace(layout, strategy="replicate")
     return layout
+
+
+def _refuse_shared_statistics(model: nn.Module, mesh: "DeviceMesh") -> None:
+    """Raises: ValueError: a SyncBatchNorm would count a sample for each rank of `tp`, or wait for another stage."""
+    sizes = zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)
+    if not any(size > 1 and name in MODEL_NAMES for name, size in sizes):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.process_group in (None, dist.group.WORLD):
+            raise ValueError(
+                f"{name!r} is a SyncBatchNorm over all ranks, but on {describe_mesh(mesh)} not all have other samples "
+                "for it: convert_sync_batchnorm(model, process_group=world.mesh['dp'].get_group()) with the dimension "
+                "of the data has it ask those that do."
+            )
 
 
 def _layout_of_arguments(model: nn.Module, strategy: str, kwargs: Mapping[str, Any], here: World) -> Layout:
