@@ -92,7 +92,7 @@ def train(model: nn.Module, batch_size: int, accumulation: int) -> dict[str, Any
     trainer.on(Events.ITERATION_COMPLETED, TerminateOnNan())
     trainer.on(Events.EPOCH_COMPLETED, ConsistencyCheck(model, optimizer))
     trainer.add_metric(Loss(nn.functional.cross_entropy), "loss", output_transform=counted)
-    trainer.on(Events.EPOCH_COMPLETED, lambda engine: losses.append(engine.state.metrics["loss"]))
+    trainer.on(Events.EPOCH_COMPLETED, lambda engine: losses.append(float(engine.state.metrics["loss"])))
     loader = DataLoader(samples(), batch_size=batch_size, shuffle=True)
     trainer.run(distributed.prepare_data_loader(loader, exact=True, seed=3), max_epochs=2)
     found: dict[str, Any] = {"losses": losses, "lr": optimizer.param_groups[0]["lr"]}
