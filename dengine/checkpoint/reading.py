@@ -10,8 +10,9 @@ from dengine.checkpoint.catalogue.entry import Entry
 from dengine.checkpoint.catalogue.manifest import entry_of, refuse_other
 from dengine.checkpoint.disk.archive import check_archive
 from dengine.checkpoint.disk.regular import open_regular
-from dengine.checkpoint.formats.sharded.files import Chunk, read_metadata
+from dengine.checkpoint.formats.sharded.files import Chunk
 from dengine.checkpoint.formats.sharded.read import read_whole_tensor
+from dengine.checkpoint.formats.sharded.saved import read_metadata
 from dengine.checkpoint.formats.sharded.tree import decoded, path_text
 from dengine.checkpoint.formats.sharded.verify import check_length, holds_shards
 from dengine.checkpoint.loading import verify
@@ -48,7 +49,7 @@ class SavedStates:
 def saved_states(path: Path) -> SavedStates:
     """The states in the checkpoint `path`, a file or a folder. On this rank only; no collective.
 
-    Cost: a file is read once, for its digest, and mapped into memory; of a folder, `metadata.json` is read.
+    Cost: a file is read once, for its digest, and mapped into memory; of a folder, the documents of all ranks are read.
 
     Raises:
         CorruptCheckpointError: it was changed, or has content that no checkpoint has. CheckpointError: it does not

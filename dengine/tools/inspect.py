@@ -12,7 +12,8 @@ import torch
 from dengine.checkpoint import Entry, verify
 from dengine.checkpoint.catalogue import manifest
 from dengine.checkpoint.catalogue.manifest import entry_of
-from dengine.checkpoint.formats.sharded.files import METADATA, Chunk, read_metadata
+from dengine.checkpoint.formats.sharded.files import METADATA, Chunk
+from dengine.checkpoint.formats.sharded.saved import read_metadata
 from dengine.checkpoint.formats.sharded.tree import decoded, path_text
 from dengine.checkpoint.formats.sharded.verify import check_file, holds_shards, is_shard_folder
 from dengine.checkpoint.reading import mapped_states

@@ -16,7 +16,7 @@ from typing import Any
 from dengine.checkpoint.catalogue.entry import FORMAT, Entry, entries_of, from_footer, from_name, listing
 from dengine.checkpoint.disk.footer import Footer, check_footer, read_footer
 from dengine.checkpoint.disk.regular import open_regular, read_regular
-from dengine.checkpoint.formats.sharded.files import read_metadata
+from dengine.checkpoint.formats.sharded.saved import read_metadata
 from dengine.checkpoint.formats.sharded.verify import holds_shards, is_shard_folder, read_outline, verify_shards
 from dengine.errors import CorruptCheckpointError
 

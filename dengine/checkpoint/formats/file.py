@@ -15,7 +15,8 @@ from dengine.checkpoint.disk.footer import write_footer
 from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, publish
 from dengine.checkpoint.states.plain import check_loadable
-from dengine.checkpoint.states.snapshot import Collected, States, gather_full
+from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, Collected, States, gather_full
+from dengine.distributed import all_gather_object
 from dengine.dtensor import with_memory
 from dengine.errors import CheckpointError
 from dengine.types import Stateful
@@ -47,7 +48,12 @@ class FileFormat(Format):
                 f"{path} was not saved: ranks have different parts of a model (parts= of prepare_model), of which a "
                 "file would keep those of rank 0. Save into a folder, which all ranks write: a path without an ending."
             )
-        states = gather_full(collected.states) if collected.is_sharded else collected.states
+        of_ranks = collected.of_ranks
+        if of_ranks is None:  # on all ranks, as some have a part of a sharded tensor
+            of_ranks = all_gather_object(collected.random)
+        states = gather_full(collected.states) if collected.is_sharded else dict(collected.states)
+        random = {name: [theirs[name] for theirs in of_ranks] for name in collected.random}
+        states[RESERVED] = {**states[RESERVED], RANDOM: random}
 
         def on_rank_zero() -> SaveOutcome | None:
             made = plan()

@@ -6,10 +6,10 @@ sharded/plan.py has the bytes; here are the objects they belong to, and the plac
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from torch import nn
 from dengine import atomic_files
 from dengine.checkpoint.catalogue.entry import about
 from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, failure_text, publish
-from dengine.checkpoint.formats.sharded.files import Written
 from dengine.checkpoint.formats.sharded.names import (
     LikeParameters,
     model_of,
@@ -29,20 +28,28 @@ from dengine.checkpoint.formats.sharded.plan import (
     ShardPlan,
     plan_shards,
     read_shards,
-    shared_by_all,
     write_shards,
 )
 from dengine.checkpoint.formats.sharded.read import LikeTensors
+from dengine.checkpoint.formats.sharded.saved import Table
+from dengine.checkpoint.formats.sharded.together import shared_by_all
 from dengine.checkpoint.formats.sharded.verify import read_outline
 from dengine.checkpoint.states.parts import parts_in_states
-from dengine.checkpoint.states.snapshot import RESERVED, Collected, States, unwrapped
+from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, Collected, States, unwrapped
 from dengine.control.mailbox import Mailbox
-from dengine.distributed import unwrap_model
+from dengine.distributed import unwrap_model, world
 from dengine.dtensor import local_part
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.types import Stateful, with_per_rank_state
 
 __all__ = ["FolderFormat", "numbered", "read_folder"]
+
+
+class _Options(TypedDict):
+    about: dict[str, object]
+    parts: Mapping[tuple[str, ...], str]
+    own: dict[str, object]
+    known: Known
 
 
 class FolderFormat(Format):
@@ -74,9 +81,16 @@ class FolderFormat(Format):
         with _refused(path):
             by_name = _by_name(path, collected, objects)
             commit = partial(_publish, made)
-            return write_shards(
-                path, by_name, about=about(made.entry), commit=commit, parts=collected.parts, known=self._known
-            )
+            return write_shards(path, by_name, commit=commit, **self._options(made, collected))
+
+    def _options(self, plan: SavePlan, collected: Collected) -> _Options:
+        own = {name: {world().rank: state} for name, state in collected.random.items()}
+        return {
+            "about": about(plan.entry),
+            "parts": collected.parts,
+            "own": {RESERVED: {RANDOM: own}},
+            "known": self._known,
+        }
 
     def _copied(
         self, plan: SavePlan, collected: Collected, objects: Mapping[str, Stateful], background: Background
@@ -85,7 +99,7 @@ class FolderFormat(Format):
         what failed, on whichever rank; on the others None. Collective: two small gathers, one broadcast."""
         with _refused(plan.path):
             by_name = _by_name(plan.path, collected, objects)
-            shards = plan_shards(plan.path, by_name, may_exist=True, parts=collected.parts, known=self._known)
+            shards = plan_shards(plan.path, by_name, may_exist=True, **self._options(plan, collected))
         mailbox = Mailbox(shards.temporary.name, background.is_leaving)
         try:
             copied = background.copies.take({name: local_part(tensor) for name, tensor in shards.mine.items()})
@@ -113,8 +127,7 @@ def _write(shards: ShardPlan, mailbox: Mailbox, plan: SavePlan) -> SaveOutcome |
         for rank, each in enumerate(notes):
             if "failure" in each:
                 raise CheckpointError(f"Rank {rank} could not write its part: {each['failure']}")
-        written = [Written.from_dict(each["written"]) for each in notes]
-        return shards.finish(written, about(plan.entry), partial(_publish, plan))
+        return shards.finish([Table(*each["written"]) for each in notes], partial(_publish, plan))
     except BaseException:
         if mailbox.is_mine:
             atomic_files.discard(shards.temporary)
@@ -129,7 +142,7 @@ def _fared(shards: ShardPlan) -> str:
         written = shards.write()
     except Exception as error:
         return _failed(error)
-    return json.dumps({"written": asdict(written)})
+    return json.dumps({"written": written})
 
 
 def _failed(error: BaseException) -> str:

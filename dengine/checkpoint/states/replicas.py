@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dengine.checkpoint.formats.sharded.files import local_box
+from dengine.checkpoint.formats.sharded.boxes import local_box
 from dengine.compiled_names import without_compiled
 from dengine.distributed import unwrap_model, world
 from dengine.dtensor import is_made_of_others, local_part, mesh_of

@@ -99,13 +99,14 @@ def give_random_states(states: States, into: Mapping[str, Stateful]) -> None:
         of_ranks = saved.get(name)
         if not of_ranks:
             continue
-        if len(of_ranks) != here.size and here.rank == 0:
+        num_ranks = states[RESERVED]["world_size"]
+        if num_ranks != here.size and here.rank == 0:
             warnings.warn(
-                f"The checkpoint was saved by {len(of_ranks)} ranks and is loaded by {here.size}: the random number "
+                f"The checkpoint was saved by {num_ranks} ranks and is loaded by {here.size}: the random number "
                 "generators go on on the ranks that were there; the others begin with what they are seeded with.",
                 stacklevel=2,
             )
-        if here.rank < len(of_ranks):
+        if here.rank < num_ranks:
             value.load_random_state(of_ranks[here.rank])
         elif takes_restored(value):
             value.load_random_state(of_ranks[0], data_only=True)

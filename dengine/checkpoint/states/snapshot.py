@@ -91,12 +91,16 @@ class Collected:
     """States by name, with dengine's own entry.
 
     Attributes:
+        random: the generators of this rank, by the names of the objects that carry them.
+        of_ranks: those of all ranks; None if they are to go into a folder, where each rank's are in its own file.
         is_sharded: whether a tensor in them is, or would be, sharded (FSDP2).
         parts: the names of which other ranks have tensors of their own, see `parts_in_states`.
         has_parts: whether there are any, on any rank.
     """
 
     states: States
+    random: dict[str, Any]
+    of_ranks: list[dict[str, Any]] | None
     is_sharded: bool
     num_ranks: int
     parts: Mapping[tuple[str, ...], str]
@@ -138,20 +142,29 @@ def collect(objects: Mapping[str, Stateful], *, into_folder: bool = False) -> Co
         failure, cause = str(error), error.__cause__ or error
     except Exception as error:  # whatever it is, the other ranks must not wait for ever
         failure, cause = f"the states could not be taken: {type(error).__qualname__}: {error}", error
-    report = failure, mine.random, mine.has_shards, bool(mine.parts), mine.prints
+    random = None if into_folder or mine.has_shards or mine.parts else mine.random
+    report = failure, (sorted(mine.random), random), mine.has_shards, bool(mine.parts), mine.prints
     everyone = all_gather_object((sorted(objects), report))
     gathered = [theirs for _, theirs in everyone]
     _agree_on_names([names for names, _ in everyone])
     for rank, (reason, *_) in enumerate(gathered):
         if reason is not None:
             raise CheckpointError(f"Nothing was saved or changed, since on rank {rank} {reason}") from cause
-    _agree_on_names([sorted(theirs) for _, theirs, *_ in gathered], "random number generators of ")
+    _agree_on_names([theirs for _, (theirs, _), *_ in gathered], "random number generators of ")
     is_sharded = any(theirs for _, _, theirs, *_ in gathered)
     has_parts = any(theirs for _, _, _, theirs, _ in gathered)
     refuse_lost([prints for *_, prints in gathered], is_united=into_folder or is_sharded or has_parts)
-    random = {name: [theirs[name] for _, theirs, *_ in gathered] for name in mine.random}
-    reserved = {"format": FORMAT_VERSION, "world_size": len(gathered), RANDOM: random}
-    return Collected({**mine.states, RESERVED: reserved}, is_sharded, len(gathered), mine.parts, has_parts)
+    of_ranks = [theirs for _, (_, theirs), *_ in gathered if theirs is not None]
+    reserved = {"format": FORMAT_VERSION, "world_size": len(gathered)}
+    return Collected(
+        {**mine.states, RESERVED: reserved},
+        mine.random,
+        of_ranks if len(of_ranks) == len(gathered) else None,
+        is_sharded,
+        len(gathered),
+        mine.parts,
+        has_parts,
+    )
 
 
 def _given(objects: Mapping[str, Stateful]) -> _Given:

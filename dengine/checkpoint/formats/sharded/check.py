@@ -12,7 +12,7 @@ import torch
 
 from dengine.checkpoint.formats.sharded.tree import Node, Path, decoded, dtype_named, path_text
 
-__all__ = ["check_declared"]
+__all__ = ["check_declared", "check_parts", "check_states"]
 
 Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
@@ -28,31 +28,56 @@ def check_declared(states: Node, chunks: Mapping[str, Sequence[Any]], files: Map
     Raises:
         ValueError, TypeError, KeyError, RecursionError: one does not go with the others; the tensor is named.
     """
-    if not isinstance(states, dict) or states.get("type") != "dict":
-        raise ValueError("its states are no dict by name")
 
     def check(path: Path, dtype: torch.dtype, shape: torch.Size) -> None:
         name = path_text(path)
-        parts = chunks.get(name, ())
-        for part in parts:
-            ends = [offset + size for offset, size in zip(part.offsets, part.sizes, strict=True)]
-            if len(ends) != len(shape) or any(end > size for end, size in zip(ends, shape, strict=True)):
-                raise ValueError(f"{part} lies outside of {name!r}, {tuple(shape)}")
-            if math.prod(part.sizes) * dtype.itemsize != part.num_bytes:
-                raise ValueError(f"{part} does not fit {dtype}")
-            if part.file not in files or part.start + part.num_bytes > files[part.file][0]:
-                raise ValueError(f"{part} of {name!r} lies outside of its file")
-        if sum(math.prod(part.sizes) for part in parts) != math.prod(shape):
-            raise ValueError(f"the parts of {name!r} do not make up {tuple(shape)}")
-        boxes = [(part.offsets, part.sizes) for part in parts if part.num_bytes]
-        if len(boxes) > 1 and _overlap(boxes, tuple(shape)):
-            raise ValueError(f"the parts of {name!r} overlap")
+        check_parts(name, dtype, shape, chunks.get(name, ()), files, ((0,) * len(shape), tuple(shape)))
 
+    check_states(states)
+    decoded(states, check)
+
+
+def check_states(states: Node) -> None:
+    """Check the form of a tree alone. Raises: as `check_declared`."""
+    if not isinstance(states, dict) or states.get("type") != "dict":
+        raise ValueError("its states are no dict by name")
     _check_node(states)
     names = [name for name, _ in states["items"]]
     if not all(isinstance(name, str) for name in names):
         raise ValueError("its states have names that are no strings")
-    decoded(states, check)
+
+
+def check_parts(
+    name: str,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    parts: Sequence[Any],
+    files: Mapping[str, tuple[int, str]],
+    block: Box,
+) -> None:
+    """Check that the `parts` of a tensor are such, and make up its `block`. Raises: as `check_declared`."""
+    for part in parts:
+        ends = [offset + size for offset, size in zip(part.offsets, part.sizes, strict=True)]
+        if len(ends) != len(shape) or any(end > size for end, size in zip(ends, shape, strict=True)):
+            raise ValueError(f"{part} lies outside of {name!r}, {tuple(shape)}")
+        if math.prod(part.sizes) * dtype.itemsize != part.num_bytes:
+            raise ValueError(f"{part} does not fit {dtype}")
+        if part.file not in files or part.start + part.num_bytes > files[part.file][0]:
+            raise ValueError(f"{part} of {name!r} lies outside of its file")
+    boxes = [(part.offsets, part.sizes) for part in parts if part.num_bytes]
+    if len(boxes) > 1 and _overlap(boxes, tuple(shape)):
+        holders = ", ".join(sorted({part.file for part in parts})[:4])
+        raise ValueError(f"the parts of {name!r} overlap: more than one of {holders} claims the same part")
+    if sum(_common(box, block) for box in boxes) != math.prod(block[1]):
+        raise ValueError(f"the parts of {name!r} do not make up {tuple(shape)}")
+
+
+def _common(box: Box, other: Box) -> int:
+    """The number of elements that two boxes have in common."""
+    return math.prod(
+        max(0, min(one + size, two + other_size) - max(one, two))
+        for one, size, two, other_size in zip(*box, *other, strict=True)
+    )
 
 
 def _check_node(states: Node) -> None:
@@ -114,13 +139,13 @@ def _overlap(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
 
 
 def _are_slabs(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
-    """Whether they are cut along one axis and follow each other, as nearly all are."""
+    """Whether they are cut along one axis and come one after the other, as nearly all are."""
     cut = [axis for axis, size in enumerate(shape) if any(sizes[axis] != size for _, sizes in boxes)]
     if len(cut) != 1:
         return False
     ends = 0
     for offsets, sizes in sorted(boxes, key=lambda box: box[0][cut[0]]):
-        if offsets[cut[0]] != ends:
+        if offsets[cut[0]] < ends:
             return False
-        ends += sizes[cut[0]]
+        ends = offsets[cut[0]] + sizes[cut[0]]
     return True

@@ -5,101 +5,22 @@ digest, and where they are in the grids (meshes) that tensors are spread over; o
 structure itself. From that each rank finds what it writes, and whether anything would be lost.
 """
 
-import hashlib
 import heapq
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
+from dengine.checkpoint.formats.sharded.boxes import Block, Cuts, block_of
+from dengine.checkpoint.formats.sharded.report import Entry, Layout, Path, Report, Structure, digest_of_reports
 from dengine.errors import CheckpointError
 
-__all__ = ["Entry", "Layout", "Owners", "Report", "Structure", "digest_of", "digest_of_reports"]
-
-Path: TypeAlias = tuple[str, ...]
-
-
-class Layout(NamedTuple):
-    """How tensors are spread over a grid of ranks: along a dimension that is cut, ranks have other pieces; along the
-    others, copies. `grid` is its place among the grids of a report."""
-
-    grid: int
-    sizes: tuple[int, ...]
-    is_cut: tuple[bool, ...]
-    placements: str
-
-    def copy_of(self, place: int) -> int:
-        """Which copy the rank at `place` has, counted row by row."""
-        copy = 0
-        for size, is_cut, index in zip(self.sizes, self.is_cut, self._indices(place), strict=True):
-            copy = copy if is_cut else copy * size + index
-        return copy
-
-    @property
-    def num_copies(self) -> int:
-        return prod(size for size, is_cut in zip(self.sizes, self.is_cut, strict=True) if not is_cut)
-
-    def _indices(self, place: int) -> tuple[int, ...]:
-        indices = []
-        for size in reversed(self.sizes):
-            place, index = divmod(place, size)
-            indices.append(index)
-        return tuple(reversed(indices))
-
-
-class Entry(NamedTuple):
-    """A tensor that a rank has at least a piece of. `part` is which part of a model it is, if ranks have different ones
-    ("pp=1"), else ""; `layout` is its place among those of the structure, -1 if the tensor is a plain one."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    part: str
-    layout: int
-
-    @property
-    def num_elements(self) -> int:
-        sizes: Iterable[int] = self.shape
-        return prod(sizes)
-
-    @property
-    def kind(self) -> tuple[tuple[int, ...], str]:
-        return self.shape, self.dtype
-
-
-class Structure(NamedTuple):
-    """What a rank has to save; `parts` has the part of each name, by its path, whether or not a tensor is there yet."""
-
-    entries: tuple[Entry, ...]
-    layouts: tuple[Layout, ...]
-    parts: tuple[tuple[Path, str], ...]
-
-
-class Report(NamedTuple):
-    """What a rank says at each save: the digest of its structure and, for each of its grids, a digest of the ranks in
-    it, and this rank's place there (-1 if it has none)."""
-
-    digest: bytes
-    grids: tuple[tuple[bytes, int], ...] = ()
+__all__ = ["Owners"]
 
 
 class _Holder(NamedTuple):
     group: int  # of ranks that have one structure
     entry: Entry
-
-
-def digest_of(structure: Structure) -> bytes:
-    return hashlib.sha256(json.dumps(structure, separators=(",", ":")).encode()).digest()[:8]
-
-
-def digest_of_reports(reports: Sequence[Report]) -> bytes:
-    digest = hashlib.sha256()
-    for report in reports:
-        digest.update(report.digest)
-        for grid, place in report.grids:
-            digest.update(grid + place.to_bytes(8, "little", signed=True))
-    return digest.digest()[:8]
 
 
 class Owners:
@@ -123,7 +44,7 @@ class Owners:
         for group, structure in enumerate(self._structures):
             for entry in structure.entries:
                 self._holders.setdefault((entry.name, entry.part), []).append(_Holder(group, entry))
-        self._copies: dict[tuple[tuple[int, int], ...], dict[bytes, int]] = {}
+        self._grids: dict[tuple[tuple[int, int], ...], list[bytes]] = {}
         self._refuse_differences()
 
     @staticmethod
@@ -158,54 +79,103 @@ class Owners:
         variance from another."""
         report = self.reports[rank]
         group = self._group_of[report.digest]
+        layouts = self._structures[group].layouts
+        mine = []
+        for entry, writer in self._writers(group):
+            if isinstance(writer, int):
+                is_mine = writer == rank
+            else:
+                grid, place = report.grids[layouts[entry.layout].grid]
+                is_mine = place >= 0 and writer == (grid, layouts[entry.layout].cell_and_copy(place)[1])
+            if is_mine and entry.num_elements:
+                mine.append(entry.name)
+        return mine
+
+    def blocks_of(self, rank: int) -> Iterator[tuple[str, Block]]:
+        """The tensors that `rank` writes, each with what it has of it if torch has cut it evenly."""
+        report = self.reports[rank]
+        structure = self._structures[self._group_of[report.digest]]
+        written = set(self.written_by(rank))
+        for entry in structure.entries:
+            if entry.name not in written:
+                continue
+            if entry.layout < 0:
+                yield entry.name, ((0,) * len(entry.shape), entry.shape)
+                continue
+            layout = structure.layouts[entry.layout]
+            cell, _ = layout.cell_and_copy(report.grids[layout.grid][1])
+            yield entry.name, block_of(entry.shape, layout.cuts, cell)
+
+    def reported_entries(self) -> Iterator[tuple[int, Entry, Cuts, list[int]]]:
+        """Each tensor once: the rank that tells of it, how it is cut into cells, and which rank writes each of them."""
+        known: set[tuple[str, str]] = set()
+        ranks_of: dict[tuple[object, ...], dict[int, list[int]]] = {}  # by the number of the copy
+        for group, structure in enumerate(self._structures):
+            teller = self._ranks[group][0]
+            for entry, writer in self._writers(group) if teller in self.tellers else ():
+                if (entry.name, entry.part) in known:
+                    continue
+                known.add((entry.name, entry.part))
+                if isinstance(writer, int):
+                    yield teller, entry, (), [writer]
+                    continue
+                (grid, copy), layout = writer, structure.layouts[entry.layout]
+                key = grid, layout.sizes, layout.cut, layout.last
+                if key not in ranks_of:
+                    ranks_of[key] = _by_copy(layout, self._ranks_at[grid])
+                yield teller, entry, layout.cuts, ranks_of[key][copy]
+
+    def _writers(self, group: int) -> Iterator[tuple[Entry, int | tuple[bytes, int]]]:
+        """For each tensor of `group` the rank that writes it, or which copy is written, of which grid."""
         structure = self._structures[group]
         loads: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
-        written = []
         for entry in sorted(structure.entries):
             holders = self._holders[entry.name, entry.part]
             if entry.layout < 0:
-                is_mine = rank == self._ranks[holders[0].group][0]
-            else:
-                key = tuple((holder.group, holder.entry.layout) for holder in holders)
-                copies, layout = self._copies_of(key, entry.name), structure.layouts[entry.layout]
-                heap = loads.setdefault(key, [(0, copy) for copy in range(len(copies) * layout.num_copies)])
-                load, chosen = heap[0]
-                heapq.heapreplace(heap, (load + entry.num_elements, chosen))
-                grid, place = report.grids[layout.grid]
-                is_mine = place >= 0 and chosen == copies[grid] * layout.num_copies + layout.copy_of(place)
-            if is_mine and entry.num_elements:
-                written.append(entry.name)
-        return written
+                yield entry, self._ranks[holders[0].group][0]
+                continue
+            key = tuple((holder.group, holder.entry.layout) for holder in holders)
+            grids, num_copies = self._grids_of(key, entry.name), structure.layouts[entry.layout].num_copies
+            heap = loads.setdefault(key, [(0, copy) for copy in range(len(grids) * num_copies)])
+            load, chosen = heap[0]
+            heapq.heapreplace(heap, (load + entry.num_elements, chosen))
+            grid, copy = divmod(chosen, num_copies)
+            yield entry, (grids[grid], copy)
 
-    def _copies_of(self, key: tuple[tuple[int, int], ...], name: str) -> dict[bytes, int]:
+    @cached_property
+    def _ranks_at(self) -> dict[bytes, dict[int, int]]:
+        """The ranks of each grid, by their places in it."""
+        ranks_at: dict[bytes, dict[int, int]] = {}
+        for rank, report in enumerate(self.reports):
+            for grid, place in report.grids:
+                if place >= 0:
+                    ranks_at.setdefault(grid, {})[place] = rank
+        return ranks_at
+
+    def _grids_of(self, key: tuple[tuple[int, int], ...], name: str) -> list[bytes]:
         """The grids that each hold all of a tensor, in the order of their first ranks.
 
         Raises:
             CheckpointError: a rank of a grid is not among those that have it.
         """
-        if key not in self._copies:
-            found_at: dict[bytes, set[int]] = {}
+        if key not in self._grids:
+            found: dict[bytes, set[int]] = {}
             for group, layout in key:
                 grid = self._structures[group].layouts[layout].grid
                 for rank in self._ranks[group]:
                     digest, place = self.reports[rank].grids[grid]
                     if place >= 0:
-                        found_at.setdefault(digest, set()).add(place)
+                        found.setdefault(digest, set()).add(place)
             group, layout = key[0]
-            size = prod(self._structures[group].layouts[layout].sizes)
-            if any(len(found) != size for found in found_at.values()) or not found_at:
+            sizes: Iterable[int] = self._structures[group].layouts[layout].sizes
+            size = prod(sizes)
+            if any(len(each) != size for each in found.values()) or not found:
                 raise CheckpointError(
                     f"The ranks' parts of {name!r} do not make up the whole: it is spread over {size} ranks, of which "
-                    f"{min(map(len, found_at.values()), default=0)} save it."
+                    f"{min(map(len, found.values()), default=0)} save it."
                 )
-            firsts = self._first_ranks()
-            self._copies[key] = {
-                digest: copy for copy, digest in enumerate(sorted(found_at, key=lambda each: firsts[each]))
-            }
-        return self._copies[key]
-
-    def _first_ranks(self) -> dict[bytes, int]:
-        return {digest: rank for rank, each in reversed([*enumerate(self.reports)]) for digest, _ in each.grids}
+            self._grids[key] = sorted(found, key=lambda digest: min(self._ranks_at[digest].values()))
+        return self._grids[key]
 
     def _refuse_differences(self) -> None:
         parts: dict[str, _Holder] = {}
@@ -244,8 +214,8 @@ class Owners:
         layout = holder.entry.layout
         if layout < 0:
             return "not spread over ranks"
-        _, sizes, _, placements = self._structures[holder.group].layouts[layout]
-        return f"spread as {placements} over {sizes} ranks"
+        described = self._structures[holder.group].layouts[layout]
+        return f"spread as {described.placements} over {described.sizes} ranks"
 
     def _refuse_absent(self, name: str, holders: Sequence[_Holder]) -> None:
         """A place in a list is no name: the lists of two ranks do not make up one."""
@@ -254,6 +224,14 @@ class Owners:
         texts = {absent: "not there", self._first(holders[0]): repr(holders[0].entry.kind)}
         both = " and ".join(f"{texts[rank]} on rank {rank}" for rank in sorted(texts))
         raise CheckpointError(f"All ranks must save the same tensors, but {name!r} is {both}.")
+
+
+def _by_copy(layout: Layout, ranks: Mapping[int, int]) -> dict[int, list[int]]:
+    """The ranks of a grid, by their places, as those of each copy in the order of its cells."""
+    copies: dict[int, list[int]] = {}
+    for (_, copy), rank in sorted((layout.cell_and_copy(place), rank) for place, rank in ranks.items()):
+        copies.setdefault(copy, []).append(rank)
+    return copies
 
 
 def _pairs(holders: Sequence[_Holder]) -> Iterator[tuple[_Holder, _Holder]]:

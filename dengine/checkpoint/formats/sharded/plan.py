@@ -1,14 +1,15 @@
 """Checkpoints that all ranks write together into one folder, and read back with any other number of ranks.
 
     checkpoint_7/
-        rank_00000.bin ...  the tensors' bytes, one file a rank; what several ranks hold is written by one of them
-        metadata.json       which bytes are what, everything that is no tensor, and the digests of all of it
+        rank_00000.bin ...   the tensors' bytes, one file a rank; what several ranks hold is written by one of them
+        rank_00000.json ...  which bytes are what, everything that is no tensor, and their digests
+        metadata.json        the digests of these, and an index: which ranks have written what of a tensor
 
 There is no pickle in it, and reading one would need a reader that is not here. A folder under its final name is whole.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,38 +17,23 @@ import torch
 
 from dengine import atomic_files
 from dengine.checkpoint.disk.space import wait_for_space
-from dengine.checkpoint.formats.sharded.files import (
-    MadeUpError,
-    TensorBox,
-    Written,
-    check_dense,
-    local_box,
-    write_metadata,
-    write_tensors,
-)
-from dengine.checkpoint.formats.sharded.owners import Owners, Report, Structure, digest_of_reports
+from dengine.checkpoint.formats.sharded.boxes import TensorBox, check_dense, local_box
+from dengine.checkpoint.formats.sharded.files import METADATA, write_metadata, write_tensors
+from dengine.checkpoint.formats.sharded.index import index_of, kept_name
+from dengine.checkpoint.formats.sharded.owners import Owners
 from dengine.checkpoint.formats.sharded.parts import Parts, apart, merged
 from dengine.checkpoint.formats.sharded.read import read_states
+from dengine.checkpoint.formats.sharded.report import Report, Structure, digest_of_reports
+from dengine.checkpoint.formats.sharded.saved import Table, table_name, write_root
 from dengine.checkpoint.formats.sharded.structure import structure_of
+from dengine.checkpoint.formats.sharded.together import on_rank_zero, shared_by_all
 from dengine.checkpoint.formats.sharded.tree import encoded
 from dengine.checkpoint.formats.sharded.verify import is_shard_folder
-from dengine.comm.outcome import Failure, from_rank_zero, on_all_ranks
 from dengine.distributed import rank_zero_only, world
-from dengine.errors import CheckpointError, CorruptCheckpointError
 
-__all__ = ["Known", "ShardPlan", "plan_shards", "read_shards", "shared_by_all", "write_shards"]
+__all__ = ["Known", "ShardPlan", "plan_shards", "read_shards", "write_shards"]
 
 T = TypeVar("T")
-
-# What keeps its class on the way to the other ranks; everything else arrives as a CheckpointError.
-_KEPT_CLASSES: tuple[type[Exception], ...] = (
-    MadeUpError,
-    CorruptCheckpointError,
-    FileNotFoundError,
-    TypeError,
-    ValueError,
-)
-
 
 # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -56,8 +42,8 @@ class Known:
     """What ranks have found out about each other at a save, which holds while each of them has the same structure."""
 
     owners: Owners | None = None
-    written: Sequence[str] = ()  # by this rank
-    boxes: Mapping[str, TensorBox] = {}
+    boxes: Mapping[str, TensorBox] = {}  # of what this rank writes
+    index: Mapping[str, Any] = {}  # on rank 0
 
 
 def write_shards(
@@ -67,6 +53,7 @@ def write_shards(
     about: Mapping[str, object] | None = None,
     commit: Callable[[Path], T] | None = None,
     parts: Parts | None = None,
+    own: Mapping[str, object] | None = None,
     known: Known | None = None,
 ) -> T | None:
     """Write `states` into `folder`: tensors, sharded (DTensor) or not, and plain values, nested as they are.
@@ -83,6 +70,7 @@ def write_shards(
             By default a plain rename, which refuses to take the place of a folder that is there.
         parts: the names, by their paths, of which other ranks have tensors of their own; names that several parts have
             are kept as `pp=0/weight`, `pp=1/weight`.
+        own: what this rank alone has, under names that no other rank has: only this rank reads it again.
         known: what the last save has found out, for the next one.
 
     The folder must be one that all ranks see. Cost: four small collectives, two more if `known` has not the same
@@ -92,10 +80,12 @@ def write_shards(
         TypeError: something that is neither a dense tensor nor plain data, with its path.
         CheckpointError: `folder` is there already, ranks differ in a tensor, or a file cannot be written.
     """
-    plan = plan_shards(Path(folder), states, may_exist=commit is not None, parts=parts, known=known)
+    plan = plan_shards(
+        Path(folder), states, may_exist=commit is not None, about=about, parts=parts, own=own, known=known
+    )
     try:
-        written = shared_by_all(plan.write, f"write {folder}")
-        return _on_rank_zero(lambda: plan.finish(written, about, commit), f"commit {folder}")
+        tables = shared_by_all(plan.write, f"write {folder}")
+        return on_rank_zero(lambda: plan.finish(tables, commit), f"commit {folder}")
     except BaseException:
         _discard(plan.temporary)
         raise
@@ -105,26 +95,31 @@ def write_shards(
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What this rank is to write of a folder that is being made: `mine` into `file`; `boxes` says what part that is.
-    `tree` is None if another rank has all that is in it."""
+    """What this rank is to write of a folder that is being made: `mine` into a file; `boxes` says what part that is."""
 
     folder: Path
     temporary: Path
-    file: Path
+    rank: int
+    num_ranks: int
+    about: Mapping[str, object]
     tree: Any
     mine: dict[str, torch.Tensor]
     boxes: Mapping[str, TensorBox]
+    index: Mapping[str, Any]
 
-    def write(self) -> Written:
-        """This rank's file, down to the disk. No collective."""
-        return replace(write_tensors(self.file, self.mine, self.boxes), states=self.tree)
+    def write(self) -> Table:
+        """Write this rank's file and its document, down to the disk. No collective."""
+        written = write_tensors(self.temporary / f"rank_{self.rank:05d}.bin", self.mine, self.boxes)
+        is_lone = self.num_ranks == 1
+        path = self.temporary / (METADATA if is_lone else table_name(self.rank))
+        about = self.about if is_lone else {}
+        return Table(*write_metadata(path, self.tree, written, self.num_ranks, about), written.num_bytes)
 
-    def finish(
-        self, written: Sequence[Written], about: Mapping[str, object] | None, commit: Callable[[Path], T] | None
-    ) -> T | None:
+    def finish(self, tables: Sequence[Table], commit: Callable[[Path], T] | None) -> T | None:
         """On rank 0, once all have written: say what there is, and give the folder its name. No collective."""
-        tree = merged(each.states for each in written if each.states is not None)
-        write_metadata(self.temporary, tree, written, about)
+        if self.num_ranks > 1:
+            write_root(self.temporary, tables, self.index, self.about)
+        atomic_files.sync(self.temporary)
         if commit is not None:
             return commit(self.temporary)
         _new(self.temporary, self.folder)
@@ -136,7 +131,9 @@ def plan_shards(
     states: Mapping[str, object],
     *,
     may_exist: bool,
+    about: Mapping[str, object] | None = None,
     parts: Parts | None = None,
+    own: Mapping[str, object] | None = None,
     known: Known | None = None,
 ) -> ShardPlan:
     """Who writes what, and an empty temporary folder for it, until `atomic_files.end`. The tensors are the live ones.
@@ -144,42 +141,64 @@ def plan_shards(
     Collective: one gather, one broadcast; two more gathers if `known` has not the same structure. Raises: as
     `write_shards`.
     """
-    known, parts = Known() if known is None else known, parts or {}
+    known, parts, here = Known() if known is None else known, parts or {}, world()
     tensors: dict[str, torch.Tensor] = {}
-    made: list[tuple[Any, Structure]] = []
+    mine: dict[str, torch.Tensor] = {}
+    made: list[tuple[Any, Any, Structure]] = []
 
     def describe() -> tuple[Report, Path, bytes]:
         tree = encoded(dict(states), tensors)
+        own_tree = encoded(dict(own or {}), mine)
         structure, report = structure_of(tensors, parts)
-        for name, tensor in tensors.items():
+        for name, tensor in (*tensors.items(), *mine.items()):
             check_dense(name, tensor)
-        made.append((tree, structure))
+        made.append((tree, own_tree, structure))
         return report, atomic_files.temporary_path(folder), b"" if known.owners is None else known.owners.digest
 
     described = shared_by_all(describe, f"plan {folder}")
-    (tree, structure), temporary = made[0], described[0][1]
+    (tree, own_tree, structure), temporary = made[0], described[0][1]
     reports = [report for report, *_ in described]
-    owners = known.owners
     # By what all ranks say, as one of them may have been interrupted in the save before.
-    if owners is None or {digest for *_, digest in described} != {digest_of_reports(reports)}:
-        owners = known.owners = None
-        owners = _owners_of(reports, structure, folder)
-        known.written = owners.written_by(world().rank)
-        known.boxes = _boxes_of(tensors, known.written, folder)
-        known.owners = owners
-    mine, boxes = {name: tensors[name] for name in known.written}, known.boxes
+    if {digest for *_, digest in described} != {digest_of_reports(reports)}:
+        known.owners = None
+        _find_out(known, reports, structure, tensors, folder)
+    owners = known.owners
+    assert owners is not None  # of the digest that all have
+    boxes = {**known.boxes, **{name: local_box(name, tensor) for name, tensor in mine.items()}}
+    mine |= {name: tensors[name] for name in known.boxes}
     if owners.colliding:
-        tree, mine, boxes = _kept_apart(states, parts, owners, tensors, mine, boxes)
+        tree = encoded(apart(dict(states), parts, owners.colliding), {})
+        names = {entry.name: kept_name(entry, owners.colliding) for entry in structure.entries}
+        mine = {names.get(name, name): tensor for name, tensor in mine.items()}
+        boxes = {names.get(name, name): box for name, box in boxes.items()}
     atomic_files.begin(temporary)
     try:
-        _on_rank_zero(lambda: _prepare_folder(folder, temporary, may_exist=may_exist), f"make {temporary}")
+        on_rank_zero(lambda: _prepare_folder(folder, temporary, may_exist=may_exist), f"make {temporary}")
     except BaseException:
         _discard(temporary)
         atomic_files.end(temporary)
         raise
-    rank = world().rank
-    file = temporary / f"rank_{rank:05d}.bin"
-    return ShardPlan(folder, temporary, file, tree if rank in owners.tellers else None, mine, boxes)
+    tree = merged([tree, own_tree]) if here.rank in owners.tellers else own_tree
+    return ShardPlan(folder, temporary, here.rank, here.size, about or {}, tree, mine, boxes, known.index)
+
+
+def _find_out(
+    known: Known, reports: Sequence[Report], mine: Structure, tensors: Mapping[str, torch.Tensor], folder: Path
+) -> None:
+    """Collective: two gathers, of what each different structure is, and of what is cut unevenly."""
+    owners = _owners_of(reports, mine, folder)
+    here = world()
+    boxes: dict[str, TensorBox] = {}
+
+    def uneven() -> list[str]:
+        boxes.update({name: local_box(name, tensors[name]) for name in owners.written_by(here.rank)})
+        found = {name: (box.offsets, box.sizes) for name, box in boxes.items() if box.num_elements}
+        return [name for name, block in owners.blocks_of(here.rank) if name in found and block != found[name]]
+
+    irregular = {name for names in shared_by_all(uneven, f"plan {folder}") for name in names}
+    known.boxes = {name: box for name, box in boxes.items() if box.num_elements}
+    known.index = index_of(owners, irregular) if here.rank == 0 and here.size > 1 else {}
+    known.owners = owners
 
 
 def _owners_of(reports: Sequence[Report], mine: Structure, folder: Path) -> Owners:
@@ -189,28 +208,6 @@ def _owners_of(reports: Sequence[Report], mine: Structure, folder: Path) -> Owne
     gives = rank == digests[reports[rank].digest]
     given = shared_by_all(lambda: mine if gives else None, f"plan {folder}")
     return Owners(reports, {digest: given[rank] for digest, rank in digests.items()})  # type: ignore[misc]
-
-
-def _boxes_of(tensors: Mapping[str, torch.Tensor], names: Sequence[str], folder: Path) -> dict[str, TensorBox]:
-    """Collective: one small gather, so that all raise if one does."""
-    boxes: dict[str, TensorBox] = {}
-    shared_by_all(lambda: boxes.update({name: local_box(name, tensors[name]) for name in names}), f"plan {folder}")
-    return boxes
-
-
-def _kept_apart(
-    states: Mapping[str, object],
-    parts: Parts,
-    owners: Owners,
-    tensors: Mapping[str, torch.Tensor],
-    mine: Mapping[str, torch.Tensor],
-    boxes: Mapping[str, TensorBox],
-) -> tuple[Any, dict[str, torch.Tensor], dict[str, TensorBox]]:
-    """The tree, what is written and its boxes, with names of their own for what several parts have."""
-    again: dict[str, torch.Tensor] = {}
-    tree = encoded(apart(dict(states), parts, owners.colliding), again)
-    new = dict(zip(tensors, again, strict=True))  # in the same order
-    return tree, {new[name]: each for name, each in mine.items()}, {new[name]: box for name, box in boxes.items()}
 
 
 def _prepare_folder(folder: Path, temporary: Path, *, may_exist: bool) -> None:
@@ -267,31 +264,5 @@ def read_shards(
     """
     folder = Path(folder)
     read: list[dict[str, Any]] = []
-    shared_by_all(lambda: read.append(read_states(folder, like, parts or {})), f"read {folder}")
+    shared_by_all(lambda: read.append(read_states(folder, like, parts or {}, world().rank)), f"read {folder}")
     return read[0]
-
-
-def shared_by_all(action: Callable[[], T], purpose: str) -> list[T]:
-    """Every rank's result of `action`. Collective: one gather of objects.
-
-    Raises:
-        CheckpointError, or what `_KEPT_CLASSES` has of the failure: on all ranks, if it fails on one.
-    """
-    return on_all_ranks(action, purpose, lambda error: _failure(error, purpose))
-
-
-def _failure(error: Exception, purpose: str) -> Failure:
-    """As every rank can raise it."""
-    start = f"Rank {world().rank} could not {purpose}: "
-    for kind in _KEPT_CLASSES:
-        if isinstance(error, kind):
-            return kind, f"{start}{error}"
-    return CheckpointError, f"{start}{type(error).__qualname__}: {error}"
-
-
-def _on_rank_zero(action: Callable[[], T], purpose: str) -> T:
-    return from_rank_zero(
-        action,
-        purpose,
-        lambda error: (CheckpointError, f"Rank 0 could not {purpose}: {type(error).__qualname__}: {error}"),
-    )

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from dengine.checkpoint.formats.sharded.files import Chunk, Metadata, checked_chunk, local_box, read_metadata
+from dengine.checkpoint.formats.sharded.boxes import TensorBox, local_box
+from dengine.checkpoint.formats.sharded.files import Chunk, checked_chunk
 from dengine.checkpoint.formats.sharded.names import LikeParameters
 from dengine.checkpoint.formats.sharded.parts import Parts, Selection
-from dengine.checkpoint.formats.sharded.tree import Node, Path, decoded, path_text, tensors_in
+from dengine.checkpoint.formats.sharded.saved import Saved, open_saved
+from dengine.checkpoint.formats.sharded.tree import Node, Path, decoded, dtype_name, path_text, tensors_in
 from dengine.checkpoint.formats.sharded.verify import check_length
 from dengine.compiled_names import without_compiled
 from dengine.dtensor import is_dtensor, local_part
@@ -48,59 +50,60 @@ class _Copy:
     target: Slices
 
 
-def read_states(folder: FilePath, like: Mapping[str, object] | None, parts: Parts) -> dict[str, Any]:
+def read_states(folder: FilePath, like: Mapping[str, object] | None, parts: Parts, rank: int = 0) -> dict[str, Any]:
     """As `read_shards`, for this rank alone.
 
     Raises:
         FileNotFoundError, CorruptCheckpointError, ValueError: as there.
     """
-    metadata = read_metadata(folder)
-    items = metadata.states["items"]
+    saved = open_saved(folder)
+    items = saved.states(parts, rank)["items"]
     for name in like or ():
-        if name not in [saved for saved, _ in items]:
-            raise ValueError(f"{folder} holds no {name!r}, but {', '.join(repr(saved) for saved, _ in items)}.")
-    selection = Selection(parts, partial(_is_same, metadata))
+        if name not in [saved_name for saved_name, _ in items]:
+            raise ValueError(f"{folder} holds no {name!r}, but {', '.join(repr(each) for each, _ in items)}.")
+    selection = Selection(parts, partial(_is_same, saved))
     wanted = [[name, node] for name, node in items if like is None or name in like]
+    tree = selection.of({"type": "dict", "items": wanted})
+    found: dict[Path, Sequence[Chunk]] = {}
 
-    def saved_name(path: Path) -> str:
-        return path_text(selection.saved_path(path))
+    # First where all of it is: before memory is taken for it, it must be there.
+    def find(path: Path, dtype: torch.dtype, shape: torch.Size) -> None:
+        template = _template(like, path, shape)
+        name = path_text(selection.saved_path(path))
+        box = _whole_box(shape, dtype) if template is None else local_box(name, template)
+        found[path] = saved.pieces(name, dtype, box)
 
-    destinations: dict[Path, torch.Tensor] = {}
-    lengths_checked: set[str] = set()
+    decoded(tree, find)
+    for path, _ in tensors_in(like):
+        if path not in found:
+            raise ValueError(f"{path_text(path)!r} is asked for, but is not among the tensors in {folder}.")
+    for file in sorted({chunk.file for chunks in found.values() for chunk in chunks}):
+        check_length(folder / file, saved.length_of(file))
+    copies: list[_Copy] = []
 
     def make(path: Path, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-        template = _template(like, path, shape)
-        if template is None:  # all of it is read: before memory is taken for it, it must be there
-            for file in {chunk.file for chunk in metadata.chunks.get(saved_name(path), ())} - lengths_checked:
-                check_length(folder / file, metadata.files[file][0])
-                lengths_checked.add(file)
-        destinations[path] = _empty(template, dtype, shape)
-        return destinations[path]
+        destination = _empty(_template(like, path, shape), dtype, shape)
+        copies.extend(_copies(destination, found[path]))
+        return destination
 
-    states: dict[str, Any] = decoded(selection.of({"type": "dict", "items": wanted}), make)
-    for path, _ in tensors_in(like):
-        if path not in destinations:
-            raise ValueError(f"{path_text(path)!r} is asked for, but is not among the tensors in {folder}.")
-    copies = [
-        copy
-        for path, destination in destinations.items()
-        for copy in _copies(saved_name(path), destination, metadata.chunks)
-    ]
-    for name in sorted({copy.chunk.file for copy in copies}):
-        check_length(folder / name, metadata.files[name][0])
+    states: dict[str, Any] = decoded(tree, make)
     for copy in sorted(copies, key=lambda copy: (copy.chunk.file, copy.chunk.start)):
         _read(folder, copy)
     return states
 
 
-def _is_same(metadata: Metadata, one: Path, one_node: Node, other: Path, other_node: Node) -> bool:
+def _whole_box(shape: torch.Size, dtype: torch.dtype) -> TensorBox:
+    return TensorBox(tuple(shape), dtype_name(dtype), (0,) * len(shape), tuple(shape))
+
+
+def _is_same(saved: Saved, one: Path, one_node: Node, other: Path, other_node: Node) -> bool:
     """Whether what lies at two paths is the same, down to the bytes of the tensors."""
 
     def pieces(path: Path, node: Node) -> list[object]:
         found: list[object] = [repr(node)]
 
         def make(inner: Path, dtype: torch.dtype, shape: torch.Size) -> None:
-            chunks = metadata.chunks.get(path_text((*path, *inner)), ())
+            chunks = saved.pieces(path_text((*path, *inner)), dtype, _whole_box(shape, dtype))
             found.append(sorted((chunk.offsets, chunk.sizes, chunk.sha256) for chunk in chunks))
 
         decoded(node, make)
@@ -116,7 +119,7 @@ def read_whole_tensor(folder: FilePath, chunks: Sequence[Chunk], dtype: torch.dt
         CorruptCheckpointError: a part is missing, or was changed.
     """
     whole = torch.empty(shape, dtype=dtype)
-    for copy in _copies("", whole, {"": chunks}):
+    for copy in _copies(whole, chunks):
         _read(folder, copy)
     return whole
 
@@ -167,10 +170,9 @@ def _empty(template: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size)
     return torch.empty(shape, dtype=dtype, device=template.device)
 
 
-def _copies(name: str, destination: torch.Tensor, saved: Mapping[str, Sequence[Chunk]]) -> Iterator[_Copy]:
-    """What of the saved tensor `name` this rank holds in `destination`, part by part."""
-    chunks = saved.get(name, ())
-    box = local_box(name, destination)
+def _copies(destination: torch.Tensor, chunks: Sequence[Chunk]) -> Iterator[_Copy]:
+    """What of the saved `chunks` of a tensor this rank holds in `destination`, part by part."""
+    box = local_box("", destination)
     if box.num_elements == 0:
         return
     for chunk in chunks:

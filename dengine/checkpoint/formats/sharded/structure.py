@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dengine.checkpoint.formats.sharded.owners import Entry, Layout, Report, Structure, digest_of
 from dengine.checkpoint.formats.sharded.parts import Parts
+from dengine.checkpoint.formats.sharded.report import Entry, Layout, Report, Structure, digest_of
 from dengine.checkpoint.formats.sharded.tree import dtype_name
 from dengine.dtensor import is_dtensor
 
@@ -57,8 +57,9 @@ class _Grids:
         grid = self._grid_of(mesh)
         place = self._known.setdefault((grid, placements), len(self.layouts))
         if place == len(self.layouts):
-            is_cut = tuple(not each.is_replicate() for each in placements)
-            self.layouts.append(Layout(grid, tuple(mesh.shape), is_cut, str(placements)))
+            cut = tuple(getattr(each, "dim", None) for each in placements)
+            last = tuple(axis for axis, each in enumerate(placements) if hasattr(each, "split_factor"))
+            self.layouts.append(Layout(grid, tuple(mesh.shape), cut, last, str(placements)))
         return place
 
     def _grid_of(self, mesh: "DeviceMesh") -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dengine.checkpoint.disk.footer import Footer
 from dengine.checkpoint.disk.regular import open_regular
-from dengine.checkpoint.formats.sharded.files import FILE_NAME, METADATA, as_corrupt, read_metadata, read_whole
+from dengine.checkpoint.formats.sharded.files import FILE_NAME, METADATA, TABLE_NAME, as_corrupt, number, read_whole
+from dengine.checkpoint.formats.sharded.saved import read_metadata
 from dengine.errors import CorruptCheckpointError
 
 __all__ = ["check_file", "check_length", "holds_shards", "is_shard_folder", "read_outline", "verify_shards"]
@@ -22,8 +23,12 @@ def is_shard_folder(path: Path, *, alone: bool = False) -> bool:
     """Whether `path` is a folder with files of a sharded checkpoint, damaged or not; `alone`: with no others."""
     if not path.is_dir():
         return False
-    fitting = [name == METADATA or FILE_NAME.fullmatch(name) is not None for name in os.listdir(path)]
+    fitting = [name == METADATA or _is_rank_s(name) for name in os.listdir(path)]
     return any(fitting) and (all(fitting) or not alone)
+
+
+def _is_rank_s(name: str) -> bool:
+    return FILE_NAME.fullmatch(name) is not None or TABLE_NAME.fullmatch(name) is not None
 
 
 def holds_shards(path: Path) -> bool:
@@ -31,7 +36,7 @@ def holds_shards(path: Path) -> bool:
     if not path.is_dir():
         return False
     names = os.listdir(path)
-    if any(map(FILE_NAME.fullmatch, names)):
+    if any(map(_is_rank_s, names)):
         return True
     if METADATA not in names:
         return False
@@ -56,8 +61,12 @@ def read_outline(folder: Path) -> Footer:
         if not raw.startswith(_ABOUT):
             raise ValueError("it does not begin with what it is about")
         about, _ = json.JSONDecoder().raw_decode(raw[len(_ABOUT) : len(_ABOUT) + _ABOUT_BYTES].decode("ascii"))
-        num_bytes = sum(each.stat().st_size for each in folder.iterdir())
-        return Footer(dict(about), hashlib.sha256(raw).hexdigest(), num_bytes)
+        about = dict(about)
+        if "num_other_bytes" in about:  # of many ranks; to ask for each file would take long
+            num_bytes = len(raw) + number(about.pop("num_other_bytes"))
+        else:
+            num_bytes = sum(each.stat().st_size for each in folder.iterdir())
+        return Footer(about, hashlib.sha256(raw).hexdigest(), num_bytes)
 
 
 def verify_shards(folder: Path) -> None:
