@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import free_port, own_store, run_python, run_ranks, torchrun
+from torch.utils.data import DataLoader
 
 from dengine import Engine, Events, distributed, torch_internals
 from dengine.errors import RankZeroCollectiveError, RemoteRankError
@@ -33,7 +34,8 @@ def test_every_rank_knows_its_place(size: int) -> None:
     ]
 
 
-def slurm_world(rank: int, size: int, port: int) -> tuple[int, int, str, float]:
+def started_by_srun(rank: int, size: int, port: int) -> None:
+    """Put SLURM's variables in the place of torchrun's."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     # No agent hosts a store under SLURM: rank 0 does.
@@ -46,6 +48,10 @@ def slurm_world(rank: int, size: int, port: int) -> tuple[int, int, str, float]:
         "SLURM_JOB_ID": "77",
         "MASTER_PORT": str(port),
     }
+
+
+def slurm_world(rank: int, size: int, port: int) -> tuple[int, int, str, float]:
+    started_by_srun(rank, size, port)
     with distributed.process_group(timeout=300) as world:
         return world.rank, world.size, world.launcher, distributed.all_reduce(float(rank))
 
@@ -53,6 +59,40 @@ def slurm_world(rank: int, size: int, port: int) -> tuple[int, int, str, float]:
 def test_slurms_variables_are_enough() -> None:
     found = run_ranks(slurm_world, 3, free_port(), init=False)
     assert found == [(rank, 3, "slurm", 3.0) for rank in range(3)]
+
+
+def mesh_under_slurm(rank: int, size: int, port: int) -> tuple[str, dict[str, int], list[int], torch.Tensor]:
+    started_by_srun(rank, size, port)
+    with distributed.process_group(mesh={"dp": -1, "tp": 2}, timeout=300) as world:
+        torch.manual_seed(rank)
+        model = distributed.prepare_model(torch.nn.Linear(2, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        data: Any = range(8)
+        loader = distributed.prepare_data_loader(DataLoader(data, batch_size=2), exact=True)
+        seen: list[int] = []
+
+        def step(engine: Engine, batch: torch.Tensor) -> None:
+            seen.extend(batch.tolist())
+            model(batch[:, None].expand(-1, 2).float()).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        Engine(step).run(loader)
+        return (
+            world.launcher,
+            world.coordinates,
+            seen,
+            torch.cat([each.detach().flatten() for each in model.parameters()]),
+        )
+
+
+def test_the_same_mesh_is_laid_over_the_ranks_of_srun() -> None:
+    found = run_ranks(mesh_under_slurm, 4, free_port(), init=False)
+    for rank, (launcher, coordinates, seen, weights) in enumerate(found):
+        assert (launcher, coordinates) == ("slurm", {"dp": rank // 2, "tp": rank % 2})
+        assert seen == found[rank // 2 * 2][2]
+        assert weights.equal(found[0][3])
+    assert sorted(found[0][2] + found[2][2]) == list(range(8))
 
 
 def external_world(rank: int, size: int) -> tuple[bool, str, int]:

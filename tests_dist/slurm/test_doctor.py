@@ -20,7 +20,7 @@ def doctor(
 
 
 def test_four_tasks_on_two_nodes_are_fit_to_train_and_rank_zero_says_so(cluster: Cluster, tmp_path: Path) -> None:
-    done = doctor(cluster, tmp_path, "--json", tasks_per_node=2)
+    done = doctor(cluster, tmp_path, "--json", "--mesh", "dp_shard=-1,tp=2", tasks_per_node=2)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)  # one object: of one rank
     assert (report["launcher"], report["size"], report["hosts"]) == ("slurm", 4, ["node3", "node5"])
@@ -28,6 +28,9 @@ def test_four_tasks_on_two_nodes_are_fit_to_train_and_rank_zero_says_so(cluster:
     assert set(verdicts.values()) <= {"ok", "warn", "skip"}, done.stdout
     # It warns of the master: the nodes have loopback addresses here.
     assert [verdicts[name] for name in ("launcher", "ranks", "code", "signals", "shared", "gloo")] == ["ok"] * 6
+    assert [verdicts[name] for name in ("mesh", "join")] == ["ok"] * 2
+    figure = next(each["figure"] for each in report["checks"] if each["check"] == "mesh")
+    assert figure == "dp_shard=2 x tp=2: 2 parts of the data, for ranks 0 and 1; ranks 2 and 3"
 
 
 @pytest.mark.parametrize(
