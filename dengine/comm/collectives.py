@@ -4,7 +4,7 @@ A lone process runs the same code, and gets its own values back.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
@@ -80,14 +80,12 @@ def rank_zero_first() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def collective(what: str, *, site: str = "") -> Iterator[Transport]:
+def collective(what: str, *, site: str = "") -> AbstractContextManager[Transport]:
     """Enter a collective, and check that the other ranks call the same one. Gives the transport between the ranks.
 
     Refuses to enter if only rank 0 runs this code, or if a rank has failed.
     """
-    with _among(world_for(what), what, site) as transport:
-        yield transport
+    return _among(world_for(what), what, site)
 
 
 @contextmanager

@@ -168,7 +168,7 @@ class Control:
 
     def _close(self, is_failing: bool) -> None:
         if is_failing:
-            wait_for_stacks(self._status, self.context.here.rank, self.context.store)
+            wait_for_stacks(self.context)
         self._end_threads(is_failing=is_failing)
         self.context.connections.close(is_failing=is_failing)
 

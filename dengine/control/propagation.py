@@ -142,7 +142,7 @@ class Failures:
                 self._status.update(is_store_lost=is_store_lost)
                 return
             if failure.kind == "stalled":
-                show_stall(failure, self._here, self._store, self._heartbeat, is_store_lost=is_store_lost)
+                show_stall(failure, self._context, self._heartbeat, is_store_lost=is_store_lost)
             self._received_at_s = time.monotonic()
             self._status.update(failure=failure, is_store_lost=is_store_lost)
         self._runs.interrupt()

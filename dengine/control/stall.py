@@ -10,13 +10,12 @@ import tempfile
 import time
 from contextlib import suppress
 
-from torch.distributed import DistError, Store
+from torch.distributed import DistError
 
+from dengine.control.context import ControlContext
 from dengine.control.failure import Failure, in_brackets, where_text
 from dengine.control.heartbeat import Heartbeat
-from dengine.control.status import GroupStatus
 from dengine.launch.console import say
-from dengine.launch.world import World
 
 __all__ = ["show_stall", "stacks", "wait_for_stacks"]
 
@@ -25,28 +24,29 @@ _STACKS = "stacks"  # key in the store: the rank that hangs has shown its stacks
 _POLL_S = 0.02
 
 
-def show_stall(failure: Failure, here: World, store: Store, heartbeat: Heartbeat, *, is_store_lost: bool) -> None:
+def show_stall(failure: Failure, context: ControlContext, heartbeat: Heartbeat, *, is_store_lost: bool) -> None:
     """Print the position of this rank, and kill the process that hangs if it is frozen.
 
     This must come before the loop gets the failure: after that this process may end at any moment.
     """
+    here = context.here
     place = in_brackets(here.place_of(here.rank))
-    say(f"dengine: rank {here.rank}{place} is {where_text(heartbeat.activity.position())}\n{stacks()}")
+    say(f"dengine: rank {here.rank}{place} is {where_text(context.activity.position())}\n{stacks()}")
     with suppress(DistError):  # the store is gone, which its readers notice
         if failure.rank == here.rank:
-            store.set(_STACKS, "shown")
+            context.store.set(_STACKS, "shown")
         elif failure.is_frozen:
             _kill_frozen(failure.rank, heartbeat, is_store_lost=is_store_lost)
 
 
-def wait_for_stacks(status: GroupStatus, rank: int, store: Store) -> None:
+def wait_for_stacks(context: ControlContext) -> None:
     """Wait until the rank that hangs has printed its stacks: once this rank leaves, the launcher ends that one."""
-    failure = status.failure
-    if failure is None or failure.kind != "stalled" or failure.is_frozen or failure.rank == rank:
+    status, failure = context.status, context.status.failure
+    if failure is None or failure.kind != "stalled" or failure.is_frozen or failure.rank == context.here.rank:
         return
     end_s = time.monotonic() + _STACKS_S
     with suppress(DistError):
-        while not status.is_store_lost and time.monotonic() < end_s and not store.check([_STACKS]):
+        while not status.is_store_lost and time.monotonic() < end_s and not context.store.check([_STACKS]):
             time.sleep(_POLL_S)
 
 

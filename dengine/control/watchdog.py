@@ -215,7 +215,7 @@ class Watchdog:
         patience_s = _EXIT_S if is_stuck else max(self._stall_timeout_s, _EXIT_S)
         is_left_blocked = blocked_s > _FREED_S and not is_leaving
         if is_left_blocked or time.monotonic() > since_s + patience_s:
-            wait_for_stacks(self._status, self._here.rank, self._context.store)
+            wait_for_stacks(self._context)
             say(f"dengine: rank {self._here.rank} cannot leave by itself, so its process is ended.\n{stacks()}")
             say(f"dengine: {failure.message()}\n")
             os._exit(1)

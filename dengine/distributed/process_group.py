@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from dengine.checks import number
 from dengine.comm.collectives import all_gather_object
 from dengine.control.ddp_errors import explain
-from dengine.control.failure import is_of_backend, line_of
 from dengine.control.plane import NullPlane, Plane, plane
 from dengine.control.sockets import abort_group, connect_neighbours, new_connections
+from dengine.distributed.connect_errors import explaining_lost_rank, explaining_shared_gpu
 from dengine.distributed.control_plane import gathered, open_plane, open_plane_beside
 from dengine.distributed.mesh import Asked, asked_for, close_mesh, make_group_of_one, make_mesh
 from dengine.errors import LaunchError, StallError
@@ -95,14 +95,7 @@ def process_group(
     launch = None if is_external or is_alone else find_launch(os.environ)
     own: Plane = NullPlane()  # the plane that this block closes
     if launch is not None:
-        set_parent_death_signal(os.environ)
-        opened, connections = _join(launch, backend, timeout, stall_timeout, asked)
-        try:
-            with _explaining_lost_rank(launch):
-                own = open_plane(launch, opened, connections, timeout, stall_timeout)
-        except BaseException:  # else the next try would take the group for one that other code made
-            _destroy(opened, is_failing=True)
-            raise
+        opened, own = _join(launch, backend, timeout, stall_timeout, asked)
     elif is_external:
         opened, own = _beside(asked, timeout, stall_timeout)
     elif mesh is not None:
@@ -129,12 +122,22 @@ def process_group(
         try:
             own.close(is_failing=is_failing)
         finally:
-            if opened.backend != "none" and not is_external:
+            if is_external:
+                _leave_beside(opened, own, asked)
+            elif opened.backend != "none":
                 _destroy(opened, is_failing)
-            elif own.group is not None:
-                dist.destroy_process_group(own.group)
-            if is_external and opened.mesh is not None and isinstance(asked.mesh, dict):
-                close_mesh(opened.mesh)
+
+
+def _join(launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float, asked: Asked) -> tuple[World, Plane]:
+    """The world of the ranks that `launch` started, in a group that is made for it, and its control plane."""
+    set_parent_death_signal(os.environ)
+    opened, connections = _make_group(launch, backend, timeout_s, stall_timeout_s, asked)
+    try:
+        with explaining_lost_rank(launch):
+            return opened, open_plane(launch, opened, connections, timeout_s, stall_timeout_s)
+    except BaseException:  # else the next try would take the group for one that other code made
+        _destroy(opened, is_failing=True)
+        raise
 
 
 def _destroy(opened: World, is_failing: bool) -> None:
@@ -144,7 +147,7 @@ def _destroy(opened: World, is_failing: bool) -> None:
         dist.destroy_process_group()
 
 
-def _join(
+def _make_group(
     launch: Launch, backend: str, timeout_s: float, stall_timeout_s: float, asked: Asked
 ) -> tuple[World, list[socket.socket]]:
     device = _own_device(launch)
@@ -160,7 +163,11 @@ def _join(
             raise asked.refusal from error
         raise
     mesh = asked.fitted(launch.size)
-    with new_connections(launch.master_port) as connections, _explaining(launch):
+    with (
+        new_connections(launch.master_port) as connections,
+        explaining_lost_rank(launch),
+        explaining_shared_gpu(launch),
+    ):
         dist.init_process_group(
             backend,
             store=PrefixStore(f"dengine/group/{name}", store),
@@ -225,6 +232,14 @@ def _beside(asked: Asked, timeout_s: float, stall_timeout_s: float) -> tuple[Wor
     return here, open_plane_beside(here, timeout_s, stall_timeout_s) if is_shared else NullPlane()
 
 
+def _leave_beside(opened: World, own: Plane, asked: Asked) -> None:
+    """Destroy the groups that this block made beside the one that was there."""
+    if own.group is not None:
+        dist.destroy_process_group(own.group)
+    if opened.mesh is not None and isinstance(asked.mesh, dict):
+        close_mesh(opened.mesh)
+
+
 def _first_exchange(here: World, mesh: str) -> tuple[bool, list[str]]:
     """Whether all ranks of a group that other code made reach the store of their launcher, and each rank's mesh."""
     launch = find_launch(os.environ)
@@ -245,43 +260,6 @@ def _first_exchange(here: World, mesh: str) -> tuple[bool, list[str]]:
 
 def _launcher_of(launch: Launch) -> str:
     return "srun" if launch.launcher == "slurm" else launch.launcher
-
-
-@contextmanager
-def _explaining(launch: Launch) -> Iterator[None]:
-    with _explaining_lost_rank(launch), _explaining_shared_gpu(launch):
-        yield
-
-
-@contextmanager
-def _explaining_lost_rank(launch: Launch) -> Iterator[None]:
-    """Raise a clear error if a connection breaks while the group is being made: no probe can say yet who is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        is_lost = isinstance(error, dist.DistStoreError) or is_of_backend(error)
-        if isinstance(error, LaunchError | dist.DistBackendError) or not is_lost:  # NCCL says what it is
-            raise
-        raise LaunchError(
-            f"Rank {launch.rank} of {launch.size} lost another rank while process_group() connected them: its process "
-            "ended (killed, or by an error that it printed), or its host is not reached. What broke here: "
-            f"{line_of(error)}"
-        ) from error
-
-
-@contextmanager
-def _explaining_shared_gpu(launch: Launch) -> Iterator[None]:
-    try:
-        yield
-    except dist.DistBackendError as error:
-        if "Duplicate GPU" not in str(error):
-            raise
-        raise LaunchError(
-            f"Rank {launch.rank} and another rank of its host have one GPU, and NCCL gives each rank one of its own "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}; {torch.cuda.device_count()} "
-            f"shown, for {launch.local_size} ranks): start one process per GPU (torchrun --nproc-per-node=gpu; srun "
-            "--gpus-per-task=1). process_group(backend='gloo') lets ranks share a GPU, slowly."
-        ) from error
 
 
 def _own_device(launch: Launch) -> torch.device:
