@@ -27,7 +27,7 @@ from dengine.launch.mesh import other_meshes_text
 from dengine.launch.network import chosen_interface
 from dengine.launch.parent_death import set_parent_death_signal
 from dengine.launch.rendezvous import rendezvous
-from dengine.launch.world import World, default_device, enter, external_world, leave, world
+from dengine.launch.world import World, default_device, enter, external_world, leave, world, world_of
 from dengine.torch_internals import PrefixStore
 
 __all__ = ["process_group"]
@@ -98,10 +98,8 @@ def process_group(
         opened, own = _join(launch, backend, timeout, stall_timeout, asked)
     elif is_external:
         opened, own = _beside(asked, timeout, stall_timeout)
-    elif mesh is not None:
-        opened = _alone_on(asked, backend, timeout)
     else:
-        opened = World(device=default_device(0))
+        opened = _alone(asked, backend, timeout)
     # Inside another block of the same group, the plane of that block is used, and stays open.
     enter(opened, plane() if is_external and own.group is None else own)
     is_failing = True
@@ -186,23 +184,14 @@ def _make_group(
             each.close()
         dist.destroy_process_group()
         raise
-    opened = World(
-        rank=launch.rank,
-        size=launch.size,
-        local_rank=launch.local_rank,
-        local_size=launch.local_size,
-        node_rank=launch.node_rank,
-        device=device,
-        backend=backend,
-        launcher=launch.launcher,
-        mesh=made,
-    )
-    return opened, connections + of_mesh
+    return world_of(launch, device, backend, made), connections + of_mesh
 
 
-def _alone_on(asked: Asked, backend: str, timeout_s: float) -> World:
-    """A world of one with a mesh, which needs a group."""
+def _alone(asked: Asked, backend: str, timeout_s: float) -> World:
+    """A world of one; a mesh needs a group."""
     mesh, device = asked.fitted(1), default_device(0)
+    if mesh is None:
+        return World(device=device)
     backend = _backend_for(device, backend)
     make_group_of_one(backend)
     return World(device=device, backend=backend, mesh=make_mesh(mesh, device, timeout_s))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ __all__ = [
     "refuse_on_rank_zero_alone",
     "world",
     "world_for",
+    "world_of",
 ]
 
 
@@ -207,15 +208,23 @@ def external_world() -> World:
     if launch is None or (launch.rank, launch.size) != (rank, size):  # it was not made from the launcher's variables
         local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", size))
         launch = Launch("external", rank, size, local_rank, local_size, rank // local_size, "", 0)
+    return replace(
+        world_of(launch, default_device(launch.device_index), dist.get_backend_config()), launcher="external"
+    )
+
+
+def world_of(launch: Launch, device: torch.device, backend: str, mesh: DeviceMesh | None = None) -> World:
+    """The world of a process that was started as `launch` says."""
     return World(
-        rank=rank,
-        size=size,
+        rank=launch.rank,
+        size=launch.size,
         local_rank=launch.local_rank,
         local_size=launch.local_size,
         node_rank=launch.node_rank,
-        device=default_device(launch.device_index),
-        backend=dist.get_backend_config(),
-        launcher="external",
+        device=device,
+        backend=backend,
+        launcher=launch.launcher,
+        mesh=mesh,
     )
 
 
