@@ -15,6 +15,8 @@ from dengine.control.status import ALL_LEFT
 
 __all__ = ["LEAVE_S", "leave_together", "wait_for_readers"]
 
+_LOOK_S = 1.0  # between two looks into the store while others are missing, of up to 500 ranks
+_MAX_LOOKS_PER_S = 500  # of all ranks together, if there are more
 LEAVE_S = 2.0  # the longest wait at the end for a thread, or until the others have read their messages
 
 
@@ -47,13 +49,14 @@ def wait_for_readers(context: ControlContext) -> None:
 
 def _wait_until_all_left(context: ControlContext, failures: Failures) -> None:
     status = context.status
+    period_s = max(_LOOK_S, context.here.size / _MAX_LOOKS_PER_S)
     while not status.all_left:
         failures.check()
         if status.is_store_lost:
             raise failures.without_store("they cannot leave together")
         if status.has_ended and not status.all_left:
             raise RuntimeError("The ranks could not leave together: another one has left by an error.")
-        status.wait_for(lambda: status.all_left or status.failure is not None or status.has_ended, 1.0)
+        status.wait_for(lambda: status.all_left or status.failure is not None or status.has_ended, period_s)
         if not status.all_left and not status.is_store_lost:
             _look_into_store(context, failures)
 

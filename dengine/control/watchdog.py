@@ -26,7 +26,8 @@ _MAX_REPORTS_PER_S = 500  # of all ranks together: a light load for the store
 _DEADLOCK_S = 5.0  # the least wait in a collective before a rank looks for a deadlock
 _RECHECK_S = 3.0  # between two probes that must agree
 _MAX_PROBED_PER_S = 100  # ranks: if there are more, it looks for a deadlock later
-_FAST_PERIOD_S = 0.02  # between two looks at the start, and while a failure is being resolved
+_FAST_PERIOD_S = 0.02  # between two looks at the start, and while a failure is being resolved, of up to 200 ranks
+_MAX_LOOKS_PER_S = 10_000  # of all ranks together, if there are more
 _ABORTED_PERIOD_S = 0.25  # between two looks after the group was aborted
 _START_S = 5.0  # the longest time until all ranks of the host have published
 _JOIN_S = 2.0  # the longest wait for the thread at the end
@@ -63,6 +64,7 @@ class Watchdog:
         self._inquiry = inquiry
         self._stall_timeout_s = stall_timeout_s
         self._period_s = min(max(_PERIOD_S, self._here.size / _MAX_REPORTS_PER_S), max(stall_timeout_s / 4, 0.05))
+        self._fast_period_s = max(_FAST_PERIOD_S, self._here.size / _MAX_LOOKS_PER_S)
         self._probe_at_s = 0.0  # the time of the next probe
         self._knows_host_ranks = False
         self._num_probes = 0
@@ -96,7 +98,7 @@ class Watchdog:
             is_starting = not self._knows_host_ranks and time.monotonic() < end_of_start_s
             is_urgent = is_starting or (status.failure is not None and not status.is_aborted)
             period_s = min(self._period_s, _ABORTED_PERIOD_S) if status.is_aborted else self._period_s
-            has_hung_up = self._sleep(_FAST_PERIOD_S if is_urgent else period_s)
+            has_hung_up = self._sleep(self._fast_period_s if is_urgent else period_s)
             if status.is_closed:
                 return
             self._awake_at_s = time.monotonic()

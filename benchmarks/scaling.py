@@ -1,0 +1,328 @@
+"""What grows with the number of ranks: 64, 256, 1024 and 10 000 of them, simulated on one machine.
+
+Each simulated rank runs dengine's own code. No rank trains: there are no tensors to send.
+
+- `sampler`: the indices of one rank, of an epoch of a million samples; CPU time, as for the metrics.
+- `metrics`: the end of an epoch with 32 metrics on one rank, without what the network takes (torch's fake process
+  group): what all ranks' states are compared and packed with.
+- `store`: all ranks as clients of one real store, a hundred in a process, each with the threads of its control
+  plane: they meet, open the control plane, agree on a stop, leave, and are told of a failure. The time is that of all
+  of them on the cores of this machine; the CPU time is that of the process that hosts the store.
+
+Of more than 2048 ranks the store's case has only that they meet.
+
+    TORCH_CPP_LOG_LEVEL=ERROR python benchmarks/scaling.py [--ranks 64 256 1024 10000] [--cases sampler metrics store]
+                                 [--samples N] [--plot FILE.svg]
+"""
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+import pickle
+import platform
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dengine.control import heartbeat
+from dengine.control.channel import StoreEndpoint
+from dengine.control.context import ControlContext
+from dengine.control.control import Control
+from dengine.control.run import Run, position
+from dengine.distributed import ElasticSampler
+from dengine.launch import rendezvous
+from dengine.launch.env import Launch
+from dengine.launch.store import open_store
+from dengine.launch.world import World
+from dengine.metrics.reduction.reduce import Reduction, State
+from dengine.metrics.reduction.schema import merged, schema_of
+from dengine.torch_internals import TCPStore
+
+RANKS_A_PROCESS = 100  # of more, most of the time goes into looks at the stacks of all threads of a process
+MOST_PLANES = 2048  # more control planes, each with two threads, overload two cores
+BEGINNING = ("connect", "meet", "prepare", "open", "begin")
+ENDS = (("stop", "leave"), ("fail", "abort"))  # each of ranks that have met anew
+NOT_SHOWN = ("connect", "prepare", "begin")
+PATIENCE_S = 600.0
+POLL_S = 0.005
+Row = dict[str, float]
+
+
+# -- the sampler and the metrics: one rank of so many ------------------------------------------------------------
+
+
+def sampler(num_ranks: int, options: argparse.Namespace) -> Row:
+    drawn = ElasticSampler(range(options.samples), batch_size=32, num_replicas=num_ranks, rank=num_ranks - 1)
+    first_s = median_s(lambda: next(iter(drawn)))
+    return {"first index, ms": 1e3 * first_s, "all indices, ms": 1e3 * median_s(lambda: sum(1 for _ in drawn))}
+
+
+def metrics(num_ranks: int, _: argparse.Namespace) -> Row:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    here = World(rank=0, size=num_ranks, backend="fake")
+    states = [State(f"metric {number}", "counts", "sum", torch.ones(10, 10, dtype=torch.int64)) for number in range(32)]
+    of_each_rank = [State("seconds", "seconds", "gather", torch.ones(1))]
+    schemas = tuple(map(schema_of, states))
+    texts = [pickle.dumps(schemas)] * num_ranks
+    row = {"agree, once, ms": 1e3 * median_s(lambda: merged([pickle.loads(text) for text in texts]), rounds=3)}
+    for name, reduced in (("reduce", states), ("reduce, a row a rank", states + of_each_rank)):
+        reduction = Reduction()
+        reduction.take(reduced)
+
+        def reduce(reduction: Reduction = reduction, reduced: list[State] = reduced) -> None:
+            reduction.reduce(reduced, here)
+
+        row[f"{name}, ms"] = 1e3 * median_s(reduce)
+    dist.destroy_process_group()
+    return row
+
+
+def median_s(action: Callable[[], object], rounds: int = 5) -> float:
+    """What `action` takes of the CPU, as the machine may have other work as well."""
+    return statistics.median(seconds(action, time.process_time) for _ in range(rounds))
+
+
+def seconds(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    started = clock()
+    action()
+    return clock() - started
+
+
+# -- the store: all ranks ----------------------------------------------------------------------------------------
+
+
+class NoConnections:
+    """In place of the connections of a group, which a rank without collectives has none of."""
+
+    def __init__(self) -> None:
+        self._woken = threading.Event()
+
+    def wait(self, timeout_s: float) -> bool:
+        self._woken.wait(timeout_s)
+        self._woken.clear()
+        return False
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def nothing(self, *_: object, **__: object) -> None:
+        pass
+
+    watch_process = abort = stand_in = hang_up = close = nothing
+
+
+class Ranks:
+    """Some of the simulated ranks: those of one process. Each public method is one step that all ranks take."""
+
+    def __init__(self, ranks: range, size: int, port: int) -> None:
+        self.size, self.port = size, port
+        self._pool = ThreadPoolExecutor(len(ranks))
+        self._ranks = ranks
+        self._name = ""
+        self._stores: dict[int, Any] = {}
+        self._contexts: dict[int, ControlContext] = {}
+        self._planes: dict[int, Control] = {}
+        self._runs: dict[int, Run] = {}
+
+    def connect(self) -> None:
+        self._stores = {rank: open_store(self._launch(rank), PATIENCE_S) for rank in self._ranks}
+
+    def meet(self) -> None:
+        rendezvous._store_of = lambda launch, timeout_s: self._stores[launch.rank]
+        self._name = self._each(lambda rank: rendezvous.rendezvous(self._launch(rank), PATIENCE_S)[1])[0]
+        self._stores = {}
+
+    def prepare(self) -> None:
+        self._contexts = {rank: self._context(rank) for rank in self._ranks}
+
+    def open(self) -> None:
+        self._planes = dict(zip(self._ranks, self._each(self._open), strict=True))
+
+    def begin(self) -> None:
+        self._runs = {
+            rank: plane.begin_run(is_shared=True, where=lambda frames: []) for rank, plane in self._planes.items()
+        }
+        for rank, run in self._runs.items():
+            run.started = position(1, 1 + rank % 3)
+
+    def stop(self) -> None:
+        if self.size // 2 in self._runs:
+            self._runs[self.size // 2].request_stop("run", 1, "asked")
+        self._wait_until(lambda: all(run.reason for run in self._runs.values()))  # which comes with the decision
+        for run in self._runs.values():
+            run.end()
+
+    def leave(self) -> None:
+        self._each(lambda rank: self._planes[rank].leave_together())
+        self._each(lambda rank: self._planes[rank].close(is_failing=False))
+
+    def fail(self) -> None:
+        if self.size // 2 in self._runs:
+            self._runs[self.size // 2].failed(ValueError("a sample is broken"))
+        self._wait_until(lambda: all(plane.context.status.failure is not None for plane in self._planes.values()))
+
+    def abort(self) -> None:
+        self._wait_until(lambda: all(plane.context.status.is_aborted for plane in self._planes.values()))
+
+    def _each(self, action: Callable[[int], Any]) -> list[Any]:
+        return list(self._pool.map(action, self._ranks))
+
+    def _launch(self, rank: int) -> Launch:
+        return Launch("torchrun", rank, self.size, 0, 1, rank, "127.0.0.1", self.port)
+
+    def _context(self, rank: int) -> ControlContext:
+        here = World(rank=rank, size=self.size, node_rank=rank, launcher="torchrun")
+        endpoint = StoreEndpoint("127.0.0.1", self.port, f"dengine/{self._name}", False)
+        connections: Any = NoConnections()
+        return ControlContext(here, endpoint, connections, None, {})
+
+    def _open(self, rank: int) -> Control:
+        plane = Control(self._contexts[rank], PATIENCE_S)
+        plane.start()
+        return plane
+
+    def _wait_until(self, is_done: Callable[[], bool]) -> None:
+        while not is_done():
+            time.sleep(POLL_S)
+
+
+def work(ranks: range, size: int, port: int, orders: Any) -> None:
+    """Take the steps that the parent names, on these ranks, and report the end of each."""
+    torch.set_num_threads(1)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    counted = itertools.count(ranks[0])
+    # Each rank is a host of its own: what those of one host say to each other does not grow with the number of ranks.
+    vars(heartbeat)["identity"] = lambda: {"host": f"host {next(counted)}", "pid": os.getpid(), "start": ""}
+    here = Ranks(ranks, size, port)
+    while (step := orders.recv()) != "end":
+        getattr(here, step)()
+        orders.send(step)
+    os._exit(0)  # the threads of the ranks that have failed are not waited for
+
+
+def host_store(port: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
+        own = listener.getsockname()[1]
+        store = TCPStore("127.0.0.1", own, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        port.send(own)
+        port.recv()
+        del store
+    os._exit(0)
+
+
+def store(num_ranks: int, _: argparse.Namespace) -> Row:
+    if num_ranks > MOST_PLANES:
+        return simulated(num_ranks, ("connect", "meet"))
+    rows = [simulated(num_ranks, (*BEGINNING, *end)) for end in ENDS]
+    return rows[1] | rows[0]
+
+
+def simulated(size: int, steps: tuple[str, ...]) -> Row:
+    context = multiprocessing.get_context("fork")
+    to_host, hosts = context.Pipe()
+    host = context.Process(target=host_store, args=(hosts,), daemon=True)
+    host.start()
+    port = to_host.recv()
+    workers: dict[Any, Any] = {}  # by process: where it takes orders
+    for first in range(0, size, RANKS_A_PROCESS):
+        mine, its = context.Pipe()
+        ranks = range(first, min(first + RANKS_A_PROCESS, size))
+        process = context.Process(target=work, args=(ranks, size, port, its), daemon=True)
+        process.start()
+        workers[process] = mine
+
+    def all_take(step: str) -> None:
+        for orders in workers.values():
+            orders.send(step)
+        for orders in workers.values():
+            orders.recv()
+
+    row: Row = {"descriptors of the store": 0}
+    for step in steps:
+        cpu_s = cpu_seconds(host.pid)
+        taken_s = seconds(lambda step=step: all_take(step))  # type: ignore[misc]
+        row["descriptors of the store"] = max(row["descriptors of the store"], len(os.listdir(f"/proc/{host.pid}/fd")))
+        if step not in NOT_SHOWN:
+            row |= {f"{step}, s": taken_s, f"{step}, s of the store's CPU": cpu_seconds(host.pid) - cpu_s}
+    for process, orders in (*workers.items(), (host, to_host)):  # the store last
+        orders.send("end")
+        process.join()
+    return row
+
+
+def cpu_seconds(pid: int | None) -> float:
+    with open(f"/proc/{pid}/stat") as file:
+        user, system = file.read().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------
+
+# By name: gives what it has measured for a number of ranks.
+CASES: dict[str, Callable[[int, argparse.Namespace], Row]] = {"sampler": sampler, "metrics": metrics, "store": store}
+
+
+def measured(case: str, num_ranks: int, options: argparse.Namespace) -> Row:
+    """The row of a case, measured in a process of its own."""
+    mine, its = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(target=lambda: its.send(CASES[case](num_ranks, options)))
+    process.start()
+    its.close()
+    row: Row = mine.recv()
+    process.join()
+    return row
+
+
+def print_row(case: str, num_ranks: int, row: Row) -> None:
+    print(f"{case}, {num_ranks} ranks: " + "; ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+
+
+def plot(tables: dict[str, dict[int, Row]], file: str) -> None:
+    """One picture a case, both axes logarithmic. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(tables), 4), layout="constrained")
+    for axes, (case, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        for name in next(iter(rows.values())):
+            if name.endswith("s"):
+                axes.plot(list(rows), [row.get(name, math.nan) for row in rows.values()], marker="o", label=name)
+        axes.set(xscale="log", yscale="log", title=case, xlabel="ranks")
+        axes.legend(fontsize="x-small")
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024, 10_000])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--samples", type=int, default=1_000_000, help="of an epoch")
+    parser.add_argument("--plot", metavar="FILE", help="draw a picture of it, too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["RES_OPTIONS"] = (
+        "attempts:0"  # torch asks the name server about each client of a store: here nobody does
+    )
+    print(f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}")
+    tables: dict[str, dict[int, Row]] = {}
+    for case in options.cases:
+        tables[case] = {}
+        for num_ranks in options.ranks:
+            tables[case][num_ranks] = measured(case, num_ranks, options)
+            print_row(case, num_ranks, tables[case][num_ranks])
+    if options.plot:
+        plot(tables, options.plot)
+
+
+if __name__ == "__main__":
+    main()
