@@ -7,7 +7,7 @@ dimension this rank has. Ranks that differ only in other dimensions have the sam
 """
 
 from collections.abc import Iterable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -77,12 +77,21 @@ def parts_of_parameters() -> dict[int, Dimensions]:
     """The same as `parts_of_names` for the parameters of all prepared parts that are still alive, by the `id` of
     each.
     """
-    around: dict[int, tuple[Tensor, list[str]]] = {}
+    around: dict[int, tuple[nn.Parameter, tuple[str, ...]]] = {}
     for module, _ in plane().prepared.living_parts():
+        mark = (getattr(module, _MARK),)
         for parameter in module.parameters():
-            around.setdefault(id(parameter), (parameter, []))[1].append(getattr(module, _MARK))
-    found = {key: _in_order(dimensions, parameter) for key, (parameter, dimensions) in around.items()}
-    return {key: dimensions for key, dimensions in found.items() if dimensions}
+            known = around.get(id(parameter))
+            around[id(parameter)] = parameter, mark if known is None else known[1] + mark
+    found: dict[int, Dimensions] = {}
+    kinds: dict[tuple[Any, ...], Dimensions] = {}  # as there are many parameters of few kinds, in each step
+    for key, (parameter, marks) in around.items():
+        kind = marks, id(mesh_of(parameter))
+        if kind not in kinds:
+            kinds[kind] = _in_order(marks, parameter)
+        if dimensions := kinds[kind]:
+            found[key] = dimensions
+    return found
 
 
 def parts_inside(model: nn.Module) -> list[nn.Module]:
