@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-__all__ = ["describe", "other_keywords", "other_names", "printable", "refuse_name", "shown", "type_name"]
+__all__ = ["a_type", "describe", "other_keywords", "other_names", "printable", "refuse_name", "shown", "type_name"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,6 +23,12 @@ def describe(function: object) -> str:
 def type_name(value: object) -> str:
     """The name of the type of `value` as the user knows it: a prepared loader is still a `DataLoader`."""
     return next(kind.__qualname__ for kind in type(value).__mro__ if not kind.__module__.startswith("dengine."))
+
+
+def a_type(value: object) -> str:
+    """The name of the type of `value` with its article: "a list", "an int"."""
+    name = type(value).__qualname__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def printable(text: str) -> str:

@@ -127,7 +127,7 @@ def _load_or_miss(path: Path, into: Mapping[str, object]) -> None:
     """Call `load`; a file that no rank finds counts as damaged, one that only some ranks find does not."""
     gone = all_gather_object(not os.path.lexists(path))
     if all(gone):
-        raise CorruptCheckpointError(f"{path} is gone, though the manifest lists it.")
+        raise CorruptCheckpointError(f"{path} is gone, although the manifest lists it.")
     load(path, into)
 
 

@@ -38,8 +38,8 @@ def flatten(value: Any, leaves: list[torch.Tensor], op: ReduceOp) -> Callable[[l
     tensor = value.detach() if isinstance(value, torch.Tensor) else _number_tensor(value)
     if op == "mean" and not (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(
-            f"The mean of whole numbers ({value!r}) is not one, and the dtype that went in comes back: "
-            "pass floats, or op='sum'."
+            f"The mean of whole numbers ({value!r}) may not be whole, but the result has the dtype of the input: pass "
+            "floats, or op='sum'."
         )
     if tensor.dtype == torch.bool and op == "sum":
         raise ValueError("The sum of booleans is not one: convert them to int first, or use op='max' for 'any'.")

@@ -224,7 +224,7 @@ def line_of(error: BaseException) -> str:
     try:
         text = str(error)
     except BaseException as failure:  # an exit of the process would be reported instead of `error`
-        text = f"(its text cannot be had: {type(failure).__qualname__})"
+        text = f"(its text is not available: {type(failure).__qualname__})"
     text = text if len(text) <= _LINE_CHARS else text[:_LINE_CHARS] + " ..."
     return f"{type(error).__qualname__}: {text}" if text else type(error).__qualname__
 

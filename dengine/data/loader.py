@@ -30,6 +30,7 @@ from dengine.data.seeding import (
 from dengine.data.self_sharding import KeptSampler, check_fits, shards_itself
 from dengine.data.stream import StreamShard
 from dengine.launch.world import World, refuse_forgotten_group, world
+from dengine.naming import a_type
 from dengine.splitmix64 import derived_seed
 
 __all__ = ["PreparedLoader", "data_state", "inside", "pass_counters", "prepare_data_loader", "renew_workers"]
@@ -97,7 +98,7 @@ def prepare_data_loader(
     Cost: no collective; O(1) memory and time for any size of the data set.
     """
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"prepare_data_loader() takes a DataLoader, but got a {type(loader).__qualname__}.")
+        raise TypeError(f"prepare_data_loader() takes a DataLoader, but got {a_type(loader)}.")
     refuse_forgotten_group("prepare_data_loader()")
     here = world()
     if exact and loader.drop_last:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dengine.checks import is_whole_number
 from dengine.metrics.collection.live import MetricValues
+from dengine.naming import a_type
 from dengine.types import MetricValue
 
 __all__ = ["State"]
@@ -189,7 +190,7 @@ _OWN = frozenset(vars(State())) | frozenset(dir(State))
 
 def _check(state_dict: Mapping[str, Any]) -> None:
     if not isinstance(state_dict, Mapping):
-        raise ValueError(f"An engine's state is a dict, but got a {type(state_dict).__qualname__}.")
+        raise ValueError(f"An engine's state is a dict, but got {a_type(state_dict)}.")
     wanted = {*_POSITION, "persisted", "data"}
     if missing := wanted - state_dict.keys():
         raise ValueError(f"The engine's state lacks {_names(missing)}; it has {_names(state_dict.keys())}.")

@@ -8,7 +8,7 @@ from dengine.checks import is_number, is_whole_number, number, whole_number
 from dengine.comm.outcome import from_rank_zero
 from dengine.engine import Engine, Events
 from dengine.handlers.score import check_score_function, score_of
-from dengine.naming import other_keywords, other_names, shown
+from dengine.naming import a_type, other_keywords, other_names, shown
 from dengine.types import MetricValue
 
 __all__ = ["EarlyStopping"]
@@ -130,7 +130,7 @@ class EarlyStopping:
         """
         wanted = {"best", "num_calls_without_improvement"}
         if not isinstance(state_dict, Mapping):
-            raise ValueError(f"The state of EarlyStopping is a dict, but got a {type(state_dict).__qualname__}.")
+            raise ValueError(f"The state of EarlyStopping is a dict, but got {a_type(state_dict)}.")
         if missing := wanted - state_dict.keys():
             raise ValueError(f"The state of EarlyStopping lacks {', '.join(sorted(missing))}.")
         if unknown := state_dict.keys() - wanted - {"num_passed_over"}:

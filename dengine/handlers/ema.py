@@ -11,7 +11,7 @@ from dengine.compiled_names import aligned
 from dengine.distributed import unwrap_model
 from dengine.dtensor import any_dtensor, cut_like, is_dtensor, laid_out_like, local_part
 from dengine.engine import Engine
-from dengine.naming import other_keywords, other_names, shown
+from dengine.naming import a_type, other_keywords, other_names, shown
 from dengine.parallel.copying import copy_of, reshard
 
 __all__ = ["EMA"]
@@ -202,7 +202,7 @@ def _is_coarse(value: Tensor) -> bool:
 def _fitted(given: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     """The state `given`, checked against `own`, and sharded as `own` is."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"'model' in the state of EMA must be a dict, but is a {type(given).__qualname__}.")
+        raise ValueError(f"'model' in the state of EMA must be a dict, but is {a_type(given)}.")
     if different := sorted(given.keys() ^ own.keys()):
         what = "lacks" if different[0] in own else "has the unknown entry"
         raise ValueError(f"'model' in the state of EMA {what} {different[0]!r}: it is of another model.")

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dengine.engine import Engine
-from dengine.naming import other_keywords, other_names, shown
+from dengine.naming import a_type, other_keywords, other_names, shown
 
 __all__ = ["LRScheduler"]
 
@@ -130,7 +130,7 @@ class LRScheduler:
         """
         own = self._scheduler.state_dict()
         if not isinstance(state_dict, Mapping):
-            raise ValueError(f"The state of a schedule is a dict, but got a {type(state_dict).__qualname__}.")
+            raise ValueError(f"The state of a schedule is a dict, but got {a_type(state_dict)}.")
         # Names that begin with an underscore come and go with the version of torch.
         different = [name for name in own.keys() ^ state_dict.keys() if not str(name).startswith("_")]
         if different:

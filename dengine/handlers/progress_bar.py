@@ -20,7 +20,7 @@ from dengine.handlers.arguments import (
 from dengine.handlers.priorities import Priority
 from dengine.handlers.tracking_handler import metrics_and_outputs
 from dengine.metrics.core.metric import OutputTransform
-from dengine.naming import other_keywords, shown
+from dengine.naming import a_type, other_keywords, shown
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -257,7 +257,7 @@ class _Display:
             return dict(shown)
         if as_number(shown) is None:
             raise TypeError(
-                f"output_transform gave a {type(shown).__qualname__}, but must give a number, or a mapping of names "
+                f"output_transform gave {a_type(shown)}, but must give a number, or a mapping of names "
                 'to numbers: output_transform=lambda output: {"loss": output}.'
             )
         return {"output": shown}

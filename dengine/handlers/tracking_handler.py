@@ -10,7 +10,7 @@ from dengine.engine import Engine
 from dengine.handlers.arguments import MetricNames, check_function, checked_names, has_output, warn_of_no_output
 from dengine.handlers.step import StepTransform, check_step_transform, step_of
 from dengine.metrics.core.metric import OutputTransform
-from dengine.naming import other_keywords, other_names, shown
+from dengine.naming import a_type, other_keywords, other_names, shown
 from dengine.tracking.run import Run
 from dengine.tracking.values import RowMaker, scalar
 
@@ -122,7 +122,7 @@ class TrackingHandler:
             return dict(output)
         if not _fits(output):
             raise TypeError(
-                f"output_transform gave a {type(output).__qualname__}, but must give a number, or a mapping of names "
+                f"output_transform gave {a_type(output)}, but must give a number, or a mapping of names "
                 'to values: output_transform=lambda output: {"loss": output}.'
             )
         return {"output": output}

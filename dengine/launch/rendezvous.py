@@ -178,8 +178,9 @@ def _read_peer(text: bytes, rank: int, launch: Launch) -> _Peer:
     fields = parse_object(text)
     if fields is None or not has_fields(fields, rank=int, host=str, network=str, is_reached=bool, mesh=str):
         raise LaunchError(
-            f"What lies for rank {rank} in the store at {launch.master_addr}:{launch.master_port} is not its own: "
-            "another program writes to that port. Set MASTER_PORT to one that nobody else uses."
+            f"The entry of rank {rank} in the store at {launch.master_addr}:{launch.master_port} was not written by "
+            "that "
+            "rank: another program writes to that port. Set MASTER_PORT to one that nobody else uses."
         )
     return _Peer(fields["rank"], fields["host"], fields["network"], fields["is_reached"], fields["mesh"])
 
@@ -227,9 +228,9 @@ def _this_peer(launch: Launch, mesh: str) -> _Peer:
 def _absence_text(missing: Sequence[int], launch: Launch, deadline: _Deadline) -> str:
     who = f"{shown_ranks(missing, _NUM_SHOWN)} of {launch.size} {'have' if len(missing) > 1 else 'has'}"
     return (
-        f"The process group was not made, as {who} not come within the {deadline.shown} s of process_group(): not "
-        f"started, ended before, or without a way to the store at {launch.master_addr}:{launch.master_port}. See what "
-        "it printed."
+        f"The process group was not made, as {who} not come within the {deadline.shown} s of process_group(): it was "
+        "not "
+        f"started, has ended, or cannot reach the store at {launch.master_addr}:{launch.master_port}. See its output."
     )
 
 

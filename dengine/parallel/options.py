@@ -52,7 +52,7 @@ def check_options(
         if value not in (None, "bf16", "fp16"):
             raise ValueError(f"{name}={value!r} must be 'bf16', 'fp16' or None.")
     if activation_checkpointing and not blocks:
-        raise ValueError("activation_checkpointing=True needs blocks=, the classes of the layers that it is about.")
+        raise ValueError("activation_checkpointing=True needs blocks=, the classes of the layers to checkpoint.")
     if blocks and strategy != "fsdp" and not activation_checkpointing:
         raise ValueError(f"blocks= says what strategy='fsdp' shards one by one; strategy={strategy!r} takes none.")
     if mixed_precision is not None and strategy != "fsdp":
@@ -65,7 +65,7 @@ def check_options(
     if kwargs and strategy == "none":
         raise ValueError(f"strategy='none' takes no options, but got {', '.join(sorted(kwargs))}.")
     if "mp_policy" in kwargs and mixed_precision is not None:
-        raise ValueError("mixed_precision= and mp_policy= say the same thing: give one of them.")
+        raise ValueError("mixed_precision= and mp_policy= mean the same: pass only one of them.")
 
 
 def check_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:

@@ -11,7 +11,7 @@ from dengine import trees
 from dengine.checks import is_number, takes
 from dengine.metrics.core import batch_size
 from dengine.metrics.core.class_loss import class_loss, count_of, num_probabilities, option
-from dengine.naming import describe
+from dengine.naming import a_type, describe
 from dengine.parallel.gradients import Count
 
 __all__ = [
@@ -181,8 +181,8 @@ def checked_weight(weight: WeightFunction) -> WeightFunction:
 
 def _what(value: object) -> str:
     if isinstance(value, (Tensor, np.ndarray)):
-        return f"a {type(value).__qualname__} of shape {tuple(value.shape)}"
-    return f"a {type(value).__qualname__}{f' of {len(value)}' if isinstance(value, Sized) else ''}"
+        return f"{a_type(value)} of shape {tuple(value.shape)}"
+    return f"{a_type(value)}{f' of {len(value)}' if isinstance(value, Sized) else ''}"
 
 
 def check_callables(**functions: object) -> None:

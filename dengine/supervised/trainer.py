@@ -7,6 +7,7 @@ from torch import nn
 
 from dengine.checks import number, whole_number
 from dengine.engine import Engine
+from dengine.naming import a_type
 from dengine.supervised.accelerator import accelerator_for, distributed_kind
 from dengine.supervised.batches import (
     LossFunction,
@@ -131,7 +132,7 @@ def create_supervised_trainer(
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, is_deepspeed: bool) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer) and not (is_deepspeed and is_placeholder(optimizer)):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__qualname__}.")
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {a_type(optimizer)}.")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("LBFGS evaluates the loss by a closure of its own: write the step by hand, for an Engine.")
     if is_engine(model) or not isinstance(optimizer, torch.optim.Optimizer):

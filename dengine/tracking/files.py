@@ -8,6 +8,7 @@ from typing import Any
 
 from dengine.atomic_files import write_file
 from dengine.errors import TrackingError
+from dengine.naming import a_type
 from dengine.tracking.values import to_json
 
 __all__ = ["TrackingError", "inner_path", "path_part", "read_json", "refuse_outside", "refuse_special", "write_json"]
@@ -37,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise TrackingError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise TrackingError(f"{path} must hold a JSON object, but holds a {type(value).__name__}.")
+        raise TrackingError(f"{path} must hold a JSON object, but holds {a_type(value)}.")
     return value
 
 

@@ -14,6 +14,7 @@ import torch
 from dengine import trees
 from dengine.dtensor import is_dtensor, local_part
 from dengine.errors import RankZeroCollectiveError
+from dengine.naming import a_type
 
 __all__ = ["Plain", "RowMaker", "Scalar", "encode", "plain", "scalar", "to_json"]
 
@@ -47,8 +48,7 @@ def scalar(name: str, value: object) -> Scalar:
         if isinstance(value, kind_of_scalar) and not _is_too_long(value):
             return kind_of_scalar(value)
     raise TypeError(
-        f"{name!r} is {_short(value)}, a {type(value).__qualname__}: a row holds numbers, bools, strings, and dicts "
-        "of them."
+        f"{name!r} is {_short(value)}, {a_type(value)}: a row holds numbers, bools, strings, and dicts of them."
     )
 
 
@@ -169,7 +169,7 @@ def _item(name: str, value: torch.Tensor | np.ndarray | np.generic) -> object:
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta"):
             raise
-        raise TypeError(f"{name!r} is a {type(value).__qualname__} that cannot be read: {error}.") from error
+        raise TypeError(f"{name!r} is {a_type(value)} that cannot be read: {error}.") from error
 
 
 def _is_too_long(value: object) -> bool:

@@ -160,9 +160,11 @@ def _refuse_other_than(listed: Entry | None, entry: Entry, path: Path) -> None:
         if path.is_dir():
             read_metadata(path)  # reports damage first
         raise CorruptCheckpointError(
-            f"{path} is another file than was saved under this name: it is whole, of step {entry.step} and the "
-            f"{entry.sequence}. save into its folder, but the manifest lists step {listed.step}, the "
-            f"{listed.sequence}. save, of another digest. To use it all the same, give it a name that is not listed."
+            f"{path} is another file than was saved under this name: it is complete, from step {entry.step} and save "
+            "number "
+            f"{entry.sequence} in its folder, but the manifest lists step {listed.step} and save number "
+            f"{listed.sequence}, with "
+            "another digest. To use it all the same, give it a name that is not listed."
         )
 
 

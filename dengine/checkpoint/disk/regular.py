@@ -33,7 +33,7 @@ def read_regular(path: Path, start: bytes, most_bytes: int) -> bytes:
     with open_regular(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes > most_bytes:
-            raise ValueError(f"it has {num_bytes} bytes, which is more than any has")
+            raise ValueError(f"it has {num_bytes} bytes, which is more than it can have")
         if not file.read(len(start) + 16).lstrip().startswith(start):
             raise ValueError(f"it does not begin with {start.decode()}")
         file.seek(0)

@@ -116,8 +116,8 @@ class Background:
             return
         self._has_warned = True
         warnings.warn(
-            f"{self.job.plan.path} is still being written, so this save and the training wait for it: the disk is "
-            "slower than the saves come. Save less often. This is said once.",
+            f"{self.job.plan.path} is still being written, so this save and the training wait for it: the disk is too "
+            "slow for saves this often. Save less often. This is said once.",
             stacklevel=2,
         )
 

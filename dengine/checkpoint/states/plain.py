@@ -19,6 +19,7 @@ from dengine.checkpoint.states.walk import CERTAIN, MOST_VALUES, Refused, Walk
 from dengine.compiled_names import HIDDEN, without_compiled
 from dengine.dtensor import PLAIN, is_made_of_others
 from dengine.errors import CheckpointError
+from dengine.naming import a_type
 
 __all__ = ["check_loadable", "check_loaded", "no_state", "plain_states"]
 
@@ -104,7 +105,7 @@ def check_loaded(states: object) -> None:
         ValueError: something is wrong; the message has its path.
     """
     if not isinstance(states, dict) or not all(isinstance(name, str) for name in states):
-        raise ValueError(f"it holds a {type(states).__qualname__} instead of a dict of states by name")
+        raise ValueError(f"it holds {a_type(states)} instead of a dict of states by name")
     tensors: list[torch.Tensor] = []
     if _is_plain(states, tensors) and not any(map(_lack, tensors)):
         return

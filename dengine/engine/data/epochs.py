@@ -193,7 +193,7 @@ class EpochIterator:
             raise RuntimeError(
                 f"The data ran dry in epoch {epoch} after {iterations} iterations: a one-shot iterator "
                 f"({type_name(self.data)}) cannot begin again. Pass something that can be iterated over more "
-                "than once (a list, a DataLoader), or epoch_length= and max_epochs= that it suffices for."
+                "than once (a list, a DataLoader), or epoch_length= and max_epochs= for which it has enough batches."
             )
         if is_empty and not self.emptiness.may_be_empty:
             self.emptiness.refuse_empty_epoch(epoch, iterations)

@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from dengine.checks import whole_number
 from dengine.comm.collectives import whole_tensor
 from dengine.metrics.core.transform import prediction_and_target
+from dengine.naming import a_type
 
 __all__ = [
     "as_pair",
@@ -113,7 +114,7 @@ def is_kept(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
 def what_it_got(output: object) -> str:
     """The type of a step's output, with the keys of a mapping, for an error message."""
     keys = f" with the keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
-    return f"a {type(output).__qualname__}{keys}"
+    return f"{a_type(output)}{keys}"
 
 
 def shape_error(metric: str, prediction: torch.Tensor, target: torch.Tensor, takes: str) -> ValueError:

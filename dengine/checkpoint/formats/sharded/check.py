@@ -1,6 +1,6 @@
-"""Whether what a sharded checkpoint declares can be, by `metadata.json` alone, before anything is allocated.
+"""Check that the declarations in `metadata.json` of a sharded checkpoint are possible, before memory is allocated.
 
-Its digest says that it is as it was written; not that whoever wrote it meant well. No tensor is made here.
+Its digest shows that it was not changed, not that its writer meant well. No tensor is made here.
 """
 
 import itertools
@@ -16,17 +16,17 @@ __all__ = ["check_declared", "check_parts", "check_states"]
 
 Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
-_MOST_ELEMENTS = 1 << 58  # beyond, torch counts bytes no more
-_MOST_CELLS = 1 << 22  # of one tensor, if its parts are laid out as no framework does
+_MOST_ELEMENTS = 1 << 58  # above this, torch cannot count the bytes
+_MOST_CELLS = 1 << 22  # of one tensor, if its parts have a layout that no framework makes
 
 
 def check_declared(states: Node, chunks: Mapping[str, Sequence[Any]], files: Mapping[str, tuple[int, str]]) -> None:
-    """Hold the states, the parts of their tensors (`Chunk`s) and the lengths of the files against each other.
+    """Compare the states, the parts of their tensors (`Chunk`s) and the lengths of the files with each other.
 
     Cost: one visit of each value and each part.
 
     Raises:
-        ValueError, TypeError, KeyError, RecursionError: one does not go with the others; the tensor is named.
+        ValueError, TypeError, KeyError, RecursionError: they do not fit; the message names the tensor.
     """
 
     def check(path: Path, dtype: torch.dtype, shape: torch.Size) -> None:
@@ -81,7 +81,7 @@ def _common(box: Box, other: Box) -> int:
 
 
 def _check_node(states: Node) -> None:
-    """What `decoded` takes for granted: the form of each node that holds others, or is a tensor."""
+    """Check the form of each node that has others inside or is a tensor, on which `decoded` relies."""
     left = [states]
     while left:
         node = left.pop()
@@ -117,7 +117,7 @@ def _overlap(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
     """Whether two of `boxes`, which are full and within `shape`, have an element in common."""
     if _are_slabs(boxes, shape):
         return False
-    # A grid of all their edges: no cell of it may be taken twice.
+    # A grid of all their edges: no cell of it may be used twice.
     positions = []
     for axis in range(len(shape)):
         edges = {edge for offsets, sizes in boxes for edge in (offsets[axis], offsets[axis] + sizes[axis])}

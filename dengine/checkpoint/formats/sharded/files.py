@@ -1,6 +1,6 @@
 """The files of a sharded checkpoint: raw bytes of tensors, and documents, which say what they are.
 
-No collective. What is read is compared with its SHA-256 before it is used; nothing of it is run.
+No collective. Everything that is read is compared with its SHA-256 before it is used; nothing is executed.
 """
 
 import hashlib
@@ -52,12 +52,12 @@ TABLE_NAME = re.compile(r"rank_\d{5,}\.json")
 
 
 class MadeUpError(CorruptCheckpointError, ValueError):
-    """What a folder says of itself cannot be, or not with this torch."""
+    """The declarations of a folder are impossible, or are for another version of torch."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Where a part of a tensor lies: `num_bytes` of `file` from byte `start` on, row by row."""
+    """The location of a part of a tensor: `num_bytes` of `file` from byte `start` on, row by row."""
 
     file: str
     start: int
@@ -109,7 +109,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], boxes: Mappin
             for name, tensor in tensors.items():
                 content = _bytes_of(local_part(tensor))
                 written.write(content)
-                # A second digest of each byte, of the part alone: a reader checks no more than it reads.
+                # A second digest, of the part alone, so that a reader checks only the parts that it reads.
                 digest = hashlib.sha256(content).hexdigest()
                 offsets, sizes = boxes[name].offsets, boxes[name].sizes or ()
                 chunks[name] = Chunk(path.name, start, len(content), offsets, sizes, digest)
@@ -164,7 +164,7 @@ def read_body(path: Path) -> dict[str, Any]:
     with as_corrupt(path):
         raw = read_whole(path)
         body = json.loads(raw)["body"]
-        # Every byte counts: what reads the same but is written otherwise was changed too.
+        # Every byte counts: equal content in another notation was changed, too.
         if _rendered(body) != raw:
             raise ValueError("its digest does not fit")
         if not isinstance(body, dict):
@@ -208,7 +208,7 @@ def read_whole(path: Path) -> bytes:
 
 
 def checked_chunk(folder: Path, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
-    """A part of a tensor, on the CPU, after its digest was found right. Shapes: (*chunk.sizes).
+    """A part of a tensor, on the CPU, after its digest was checked. Shapes: (*chunk.sizes).
 
     Raises:
         CorruptCheckpointError: the file is missing, too short, or was changed there.
@@ -236,20 +236,20 @@ def checked_chunk(folder: Path, chunk: Chunk, dtype: torch.dtype) -> torch.Tenso
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The elements row by row, on the host. No copy for what lies there so already."""
+    """The elements row by row, on the host. No copy if they are there in this order already."""
     plain = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     return plain.view(torch.uint8).numpy().data
 
 
 def _rendered(body: Mapping[str, Any]) -> bytes:
-    """`body` and its digest, the one way it is written."""
+    """`body` and its digest, in the only notation that is written."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return f'{{"body":{text},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}\n'.encode()
 
 
 @contextmanager
 def as_corrupt(path: Path) -> Iterator[None]:
-    """Data of another form than was written: it was changed."""
+    """A context that reports content of another form as a change of the file."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, RuntimeError) as error:

@@ -1,6 +1,6 @@
-"""An optimizer's state by the names of its parameters, so that it fits a model that is sharded otherwise.
+"""Convert an optimizer's state to the names of its parameters, so that it fits a model with another sharding.
 
-An optimizer numbers its parameters; the numbers follow from the order they were given in.
+An optimizer numbers its parameters in the order in which it got them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,11 @@ __all__ = ["LikeParameters", "model_of", "named_optimizer_state", "numbered_opti
 
 @dataclass(frozen=True)
 class LikeParameters:
-    """Says how the state of an optimizer is laid out, before the optimizer has one: each tensor of a parameter's
-    shape as that parameter. `LikeParameters.of(model)`."""
+    """The layout of an optimizer's state before the optimizer has one: a tensor with a parameter's shape is laid out
+    like it.
+
+    Make it by `LikeParameters.of(model)`.
+    """
 
     parameters: Mapping[str, torch.Tensor]
 
@@ -36,10 +39,10 @@ def named_optimizer_state(
     *,
     has_parts: bool = False,
 ) -> dict[str, Any]:
-    """`optimizer.state_dict()`, or `state`, which it gave, with the names of `model`'s parameters in place of
-    numbers. With `has_parts`, other ranks have other parameters. No collective.
+    """The state of `optimizer` (`state`, or its `state_dict()`) with names of `model`'s parameters instead of numbers.
 
-    The tensors are the optimizer's own, sharded if the parameters are.
+    With `has_parts`, other ranks have other parameters. No collective. The tensors are the optimizer's own, sharded if
+    the parameters are.
 
     Raises:
         ValueError: the optimizer has a parameter that is not one of the model's.
@@ -58,10 +61,10 @@ def named_optimizer_state(
 def numbered_optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What `named_optimizer_state` gave, as `optimizer.load_state_dict` takes it; the tensors are the same ones.
+    """A state with names, converted for `optimizer.load_state_dict`. The tensors are the same objects.
 
-    Parameters are matched by name: their order within a group may differ. Of what ranks had parts of, each group takes
-    the options that all of its parameters had.
+    Parameters are matched by name: their order within a group may differ. If ranks had different parts, each group
+    takes the options that all of its parameters had.
 
     Raises:
         ValueError: the groups do not hold the parameters they held.
@@ -112,7 +115,7 @@ def _regrouped(saved: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[str
 
 
 def model_of(name: str, optimizer: torch.optim.Optimizer, objects: Mapping[str, object]) -> nn.Module:
-    """The model among `objects` whose parameters `optimizer` has, by their identity; `name` is for the error.
+    """The model among `objects` to which the parameters of `optimizer` belong; `name` is for the error.
 
     Raises:
         ValueError: none of them has all of the optimizer's parameters.

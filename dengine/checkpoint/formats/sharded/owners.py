@@ -1,8 +1,8 @@
-"""Who writes what of a folder, from what the ranks say of themselves. Pure: no rank of its own, no collective.
+"""Decide which rank writes which tensor of a folder, from the reports of all ranks. Pure: no collective.
 
-Each rank says what tensors it has in a `Structure`. Nearly all ranks have the same one, so what they exchange is its
-digest, and where they are in the grids (meshes) that tensors are spread over; of each digest one rank gives the
-structure itself. From that each rank finds what it writes, and whether anything would be lost.
+Each rank describes its tensors in a `Structure`. Nearly all ranks have the same one, so they exchange only its digest,
+and their positions in the grids (meshes) over which tensors are spread; for each digest one rank sends the structure
+itself. From that each rank finds the tensors that it writes, and whether any tensor would be lost.
 """
 
 import heapq
@@ -19,17 +19,17 @@ __all__ = ["Owners"]
 
 
 class _Holder(NamedTuple):
-    group: int  # of ranks that have one structure
+    group: int  # the ranks with the same structure
     entry: Entry
 
 
 class Owners:
-    """What follows from the `reports` of all ranks, in their order, and the structure of each digest.
+    """Finds the writer of each tensor from the `reports` of all ranks, in their order, and the structures.
 
     Cost: time and memory for each rank's report, and for each different structure.
 
     Raises:
-        CheckpointError: a tensor would be lost, or is not there as a whole; it is named, and so are two ranks.
+        CheckpointError: a tensor would be lost, or is incomplete; the message names it, and two ranks.
     """
 
     def __init__(self, reports: Sequence[Report], structures: Mapping[bytes, Structure]) -> None:
@@ -37,7 +37,7 @@ class Owners:
         ranks_of: dict[bytes, list[int]] = {}
         for rank, report in enumerate(self.reports):
             ranks_of.setdefault(report.digest, []).append(rank)
-        self._ranks = list(ranks_of.values())  # of each group, in the order of its first rank
+        self._ranks = list(ranks_of.values())  # the ranks of each group, in the order of its first rank
         self._structures = [structures[digest] for digest in ranks_of]
         self._group_of = {digest: group for group, digest in enumerate(ranks_of)}
         self._holders: dict[tuple[str, str], list[_Holder]] = {}
@@ -54,7 +54,7 @@ class Owners:
 
     @cached_property
     def colliding(self) -> frozenset[Path]:
-        """The paths that are in several parts, each of which has a tensor of its own there."""
+        """The paths at which several parts have tensors of their own."""
         parts: dict[Path, set[str]] = {}
         for structure in self._structures:
             for path, part in structure.parts:
@@ -63,7 +63,9 @@ class Owners:
 
     @cached_property
     def tellers(self) -> frozenset[int]:
-        """The ranks that say what is no tensor, and what the tensors are: rank 0, and others for what it lacks."""
+        """The ranks that write the plain values and the descriptions of tensors: rank 0, and others for those it
+        lacks.
+        """
         known: set[object] = set()
         tellers = []
         for ranks, structure in zip(self._ranks, self._structures, strict=True):
@@ -74,9 +76,11 @@ class Owners:
         return frozenset(tellers)
 
     def written_by(self, rank: int) -> list[str]:
-        """The tensors of which `rank` writes its piece. All pieces of one are from one copy, and copies share the work;
-        of plain tensors those of the first rank that has them count, as a mean from one rank would not go with a
-        variance from another."""
+        """The tensors of which `rank` writes its piece.
+
+        All pieces of a tensor come from one copy, and copies share the work. Plain tensors come from the first rank
+        that has them, as a mean from one rank would not fit a variance from another.
+        """
         report = self.reports[rank]
         group = self._group_of[report.digest]
         layouts = self._structures[group].layouts
@@ -153,10 +157,10 @@ class Owners:
         return ranks_at
 
     def _grids_of(self, key: tuple[tuple[int, int], ...], name: str) -> list[bytes]:
-        """The grids that each hold all of a tensor, in the order of their first ranks.
+        """The grids that each have all of a tensor, in the order of their first ranks.
 
         Raises:
-            CheckpointError: a rank of a grid is not among those that have it.
+            CheckpointError: a rank of a grid does not have its piece.
         """
         if key not in self._grids:
             found: dict[bytes, set[int]] = {}
@@ -218,7 +222,7 @@ class Owners:
         return f"spread as {described.placements} over {described.sizes} ranks"
 
     def _refuse_absent(self, name: str, holders: Sequence[_Holder]) -> None:
-        """A place in a list is no name: the lists of two ranks do not make up one."""
+        """Refuse a tensor in a list that some ranks lack: an index is no name, so lists of ranks cannot be merged."""
         having = {holder.group for holder in holders}
         absent = next(ranks[0] for group, ranks in enumerate(self._ranks) if group not in having)
         texts = {absent: "not there", self._first(holders[0]): repr(holders[0].entry.kind)}

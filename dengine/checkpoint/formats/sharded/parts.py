@@ -1,6 +1,6 @@
-"""Names of what ranks have different parts of: how they are kept apart in a folder, and found again. Pure.
+"""Keep names of different parts of a model apart in a folder, and find them again. Pure.
 
-A name that several parts have for tensors of their own is kept once for each: `pp=0/weight`, `pp=1/weight`.
+If several parts have different tensors with one name, it is kept once for each: `pp=0/weight`, `pp=1/weight`.
 """
 
 import re
@@ -11,15 +11,15 @@ from dengine.checkpoint.formats.sharded.tree import Apart, Names, Node, Path
 
 __all__ = ["Parts", "Selection", "apart", "merged"]
 
-# The path of a name -> the part that this rank has of it, "pp=1"; "" if all ranks have the same. If one name of a dict
-# is in a part, all of its names are there.
+# The path of a name -> the part of it on this rank, "pp=1"; "" if all ranks have the same. If one name of a dict is in
+# a part, all of its names are here.
 Parts: TypeAlias = Mapping[tuple[str, ...], str]
 
 _PART = re.compile(r"(\w+=\d+(?:,\w+=\d+)*)/(.+)", re.DOTALL)
 
 
 def _split(key: str) -> tuple[str, str]:
-    """The part and the name in a key; "" if it says none."""
+    """The part and the name in a key; the part is "" if there is none."""
     found = _PART.fullmatch(key)
     return ("", key) if found is None else (found[1], found[2])
 
@@ -32,14 +32,16 @@ def _whole(key: str) -> tuple[str, str]:
 
 
 def apart(states: Any, parts: Parts, colliding: Iterable[tuple[str, ...]]) -> Any:
-    """`states` with the names at the `colliding` paths under those of this rank's parts; the containers are new."""
+    """`states`, in which names at the `colliding` paths have the name of this rank's part in front. Containers are
+    new.
+    """
     new = {path: f"{part}/{path[-1]}" for path in colliding if (part := parts.get(path))}
     return _renamed(states, new, ()) if new else states
 
 
 def _renamed(value: Any, new: Mapping[tuple[str, ...], str], path: tuple[Any, ...]) -> Any:
     if isinstance(value, Names):
-        # The names of an optimizer's parameters, whose states stand beside their group.
+        # The names of an optimizer's parameters, whose states are beside their group.
         start = (*path[:-3], "state")
         return Names(new.get((*start, name), name) for name in value)
     if isinstance(value, Mapping):
@@ -51,8 +53,10 @@ def _renamed(value: Any, new: Mapping[tuple[str, ...], str], path: tuple[Any, ..
 
 
 def merged(trees: Iterable[Node]) -> Node:
-    """One tree of all `trees`: each has what the ones before it lack. Groups of an optimizer's parameters that have the
-    same options become one."""
+    """Merge `trees` into one: each adds the names that those before it lack.
+
+    Groups of an optimizer's parameters with the same options become one.
+    """
     first, *others = trees
     for other in others:
         first = _merged(first, other)
@@ -63,7 +67,7 @@ def _merged(one: Node, other: Node) -> Node:
     if isinstance(one, dict) and isinstance(other, dict) and one["type"] == other["type"] == "dict":
         theirs = {repr(key): value for key, value in other["items"]}
         items = [[key, _merged(value, theirs.pop(repr(key), value))] for key, value in one["items"]]
-        both = {**one, **other}  # one of them may say that names in it are kept apart
+        both = {**one, **other}  # one of them may mark its names as kept apart
         return {**both, "items": items + [[key, value] for key, value in other["items"] if repr(key) in theirs]}
     if isinstance(one, list) and isinstance(other, list) and any(_names_in(each) is not None for each in one):
         return _merged_groups(one, other)
@@ -102,30 +106,30 @@ def _options(group: Node) -> str:
 
 
 class Selection:
-    """What a rank takes of saved states that several ranks had parts of: what it has itself, by its own names.
+    """Selects this rank's names from saved states of which several ranks had parts.
 
     Args:
-        parts: of this rank. {} for one that takes all; then names that several parts have stay apart, unless all of
-            them have the same.
-        is_same: whether what was saved at two paths is the same, byte for byte.
+        parts: the parts of this rank; {} to take all: then names of several parts stay apart, unless their contents are
+            equal.
+        is_same: whether the contents at two paths are equal, byte for byte.
     """
 
     def __init__(self, parts: Parts, is_same: Callable[[Path, Node, Path, Node], bool]) -> None:
         self._parts, self._is_same = parts, is_same
         self._levels = {path[:-1] for path in parts}
-        self._saved: dict[Path, Path] = {}  # the path here -> the one in the folder, if it is another
+        self._saved: dict[Path, Path] = {}  # the path here -> the one in the folder, if they differ
 
     def saved_path(self, path: Path) -> Path:
-        """Where in the folder is what has `path` in what was selected."""
+        """The path in the folder of the value that has `path` in the selection."""
         for end in range(len(path), 0, -1):
             if (start := self._saved.get(path[:end])) is not None:
                 return (*start, *path[end:])
         return path
 
     def of(self, node: Node, path: Path = ()) -> Node:
-        """`node` without what is other ranks' alone."""
+        """`node` without the parts that only other ranks have."""
         if isinstance(node, list) and path[-1:] == ("params",) and (*path[:-3], "state") in self._levels:
-            node = {"type": "names", "value": node}  # all of them, as one process has saved them
+            node = {"type": "names", "value": node}  # all names, as one process has saved them
         if isinstance(node, list):
             return [self.of(each, (*path, index)) for index, each in enumerate(node)]
         if not isinstance(node, dict):

@@ -5,7 +5,7 @@
         rank_00000.json ...  which bytes are what, everything that is no tensor, and their digests
         metadata.json        the digests of these, and an index: which ranks have written what of a tensor
 
-There is no pickle in it, and reading one would need a reader that is not here. A folder under its final name is whole.
+There is no pickle in it, and no code here could read one. A folder with its final name is complete.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class Known:
-    """What ranks have found out about each other at a save, which holds while each of them has the same structure."""
+    """Results of a save about all ranks, which stay valid while each rank has the same structure."""
 
     owners: Owners | None = None
     boxes: Mapping[str, TensorBox] = {}  # of what this rank writes
@@ -61,24 +61,24 @@ def write_shards(
     Collective: call on all ranks. The names are the union of those that the ranks have. Each rank writes its part of
     what is sharded; what is replicated (DTensor) is spread over them; of what is neither, tensors or not, the first
     rank's that has it counts, as in a file. What is sharded over some ranks and replicated over others is taken from
-    one replica as a whole. All goes into a temporary folder beside, is flushed to the disk, and gets its name in one
-    step at the end. Where that fails, on any rank, nothing is left, and all raise.
+    one replica as a whole. Everything goes into a temporary folder beside it, is flushed to the disk, and is renamed
+    in one step at the end. If that fails on any rank, nothing is left, and all raise.
 
     Args:
-        about: what the folder says of itself, first of all.
-        commit: gives the temporary folder its name, on rank 0, once all of it is on the disk; all ranks get the result.
-            By default a plain rename, which refuses to take the place of a folder that is there.
+        about: the description of the folder, which comes first.
+        commit: gives the temporary folder its name, on rank 0, once everything is on the disk; all ranks get the
+            result. By default a plain rename, which refuses to replace an existing folder.
         parts: the names, by their paths, of which other ranks have tensors of their own; names that several parts have
             are kept as `pp=0/weight`, `pp=1/weight`.
         own: what this rank alone has, under names that no other rank has: only this rank reads it again.
-        known: what the last save has found out, for the next one.
+        known: the results of the last save, for the next one.
 
     The folder must be one that all ranks see. Cost: four small collectives, two more if `known` has not the same
     structure; two SHA-256 over the rank's bytes; one tensor at a time is copied to the host.
 
     Raises:
-        TypeError: something that is neither a dense tensor nor plain data, with its path.
-        CheckpointError: `folder` is there already, ranks differ in a tensor, or a file cannot be written.
+        TypeError: a value is neither a dense tensor nor plain data; the message has its path.
+        CheckpointError: `folder` exists already, ranks differ in a tensor, or a file cannot be written.
     """
     plan = plan_shards(
         Path(folder), states, may_exist=commit is not None, about=about, parts=parts, own=own, known=known
@@ -116,7 +116,7 @@ class ShardPlan:
         return Table(*write_metadata(path, self.tree, written, self.num_ranks, about), written.num_bytes)
 
     def finish(self, tables: Sequence[Table], commit: Callable[[Path], T] | None) -> T | None:
-        """On rank 0, once all have written: say what there is, and give the folder its name. No collective."""
+        """On rank 0, once all have written: write the description, and give the folder its name. No collective."""
         if self.num_ranks > 1:
             write_root(self.temporary, tables, self.index, self.about)
         atomic_files.sync(self.temporary)
@@ -136,7 +136,8 @@ def plan_shards(
     own: Mapping[str, object] | None = None,
     known: Known | None = None,
 ) -> ShardPlan:
-    """Who writes what, and an empty temporary folder for it, until `atomic_files.end`. The tensors are the live ones.
+    """Plan which rank writes what, and make an empty temporary folder, until `atomic_files.end`. Tensors are not
+    copied.
 
     Collective: one gather, one broadcast; two more gathers if `known` has not the same structure. Raises: as
     `write_shards`.
@@ -158,7 +159,7 @@ def plan_shards(
     described = shared_by_all(describe, f"plan {folder}")
     (tree, own_tree, structure), temporary = made[0], described[0][1]
     reports = [report for report, *_ in described]
-    # By what all ranks say, as one of them may have been interrupted in the save before.
+    # From the reports of all ranks, as one of them may have been interrupted in the save before.
     if {digest for *_, digest in described} != {digest_of_reports(reports)}:
         known.owners = None
         _find_out(known, reports, structure, tensors, folder)
@@ -202,7 +203,7 @@ def _find_out(
 
 
 def _owners_of(reports: Sequence[Report], mine: Structure, folder: Path) -> Owners:
-    """Collective: one gather, of what each different structure is."""
+    """The owners of all tensors. Collective: one gather, of the different structures."""
     digests = Owners.representatives(reports)
     rank = world().rank
     gives = rank == digests[reports[rank].digest]
@@ -211,7 +212,7 @@ def _owners_of(reports: Sequence[Report], mine: Structure, folder: Path) -> Owne
 
 
 def _prepare_folder(folder: Path, temporary: Path, *, may_exist: bool) -> None:
-    """Make the temporary folder. What killed runs have left goes first: it may be what fills the disk."""
+    """Make the temporary folder. Leftovers of killed runs are removed first: the disk may be full of them."""
     if folder.exists() and not (may_exist and is_shard_folder(folder, alone=True)):
         raise _taken(folder)
     atomic_files.make_folder(folder.parent)
@@ -242,21 +243,21 @@ def _discard(temporary: Path) -> None:
 def read_shards(
     folder: Path, like: Mapping[str, object] | None = None, *, parts: Parts | None = None
 ) -> dict[str, Any]:
-    """The states in `folder`, as new tensors laid out as those in `like`. Nothing of `like` is changed.
+    """The states in `folder`, as new tensors with the layouts of those in `like`, which is not changed.
 
     Collective: call on all ranks, with `like` of the same structure. Each rank reads the parts that it needs, and
     compares each with its digest before it is used. Dtypes are those that were saved.
 
     Args:
-        like: which of the saved states to read, by name, and how: `{"model": model.state_dict()}`. A tensor in it
-            stands for its layout (DTensor or whole) and device. What has no counterpart in it comes whole, on the
-            CPU; so does everything under a None. `LikeParameters` lays out an optimizer's state, which need not be
-            there yet. Without `like`, all states are read, whole.
-        parts: this rank's names, by their paths, wherever other ranks have others: of these it takes its own alone.
+        like: the saved states to read, by name, and their layouts: `{"model": model.state_dict()}`. A tensor in it
+            gives the layout (DTensor or whole) and the device. Tensors without a counterpart in it come whole, on the
+            CPU; so does everything under a None. `LikeParameters` stands for an optimizer's state, which need not
+            exist yet. Without `like`, all states are read, whole.
+        parts: this rank's names, by their paths, if other ranks have others: of these, it reads only its own.
 
     Raises, on every rank:
         FileNotFoundError: there is no such folder.
-        CorruptCheckpointError: something in it is missing or was changed; it names the file.
+        CorruptCheckpointError: a part of it is missing or was changed; the message names the file.
         ValueError: a tensor of `like` was not saved, or with another shape.
 
     Cost: one small collective; memory for this rank's part, and for one part as it was saved. A saved part is read as

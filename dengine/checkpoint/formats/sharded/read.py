@@ -1,6 +1,6 @@
-"""One rank's reading of a sharded checkpoint: which parts of the saved tensors it needs, and where they go.
+"""Read the parts of a sharded checkpoint that one rank needs.
 
-No collective: each rank looks up for itself what overlaps with what it holds.
+No collective: each rank finds the saved parts that overlap with its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +28,9 @@ Slices = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class LikeTensors:
-    """Says how tensors are laid out if they were saved, with the same shape, and asks for none of them.
+    """The layouts of tensors, by their paths within the state, for those that were saved with the same shape.
 
-    By their paths within the state: so an object's own `load_state_dict` can name all that is missing or differs.
+    It requires none of them, so that an object's own `load_state_dict` can name all that are missing or differ.
     """
 
     tensors: Mapping[Path, torch.Tensor]
@@ -42,7 +42,7 @@ class LikeTensors:
 
 @dataclass(frozen=True)
 class _Copy:
-    """`chunk[source]` goes to `destination[target]`, which lies in this rank's memory."""
+    """A copy of `chunk[source]` to `destination[target]` in this rank's memory."""
 
     chunk: Chunk
     source: Slices
@@ -51,7 +51,7 @@ class _Copy:
 
 
 def read_states(folder: FilePath, like: Mapping[str, object] | None, parts: Parts, rank: int = 0) -> dict[str, Any]:
-    """As `read_shards`, for this rank alone.
+    """Read as `read_shards` does, but for this rank alone.
 
     Raises:
         FileNotFoundError, CorruptCheckpointError, ValueError: as there.
@@ -97,7 +97,7 @@ def _whole_box(shape: torch.Size, dtype: torch.dtype) -> TensorBox:
 
 
 def _is_same(saved: Saved, one: Path, one_node: Node, other: Path, other_node: Node) -> bool:
-    """Whether what lies at two paths is the same, down to the bytes of the tensors."""
+    """Whether the values at two paths are equal, including the bytes of tensors."""
 
     def pieces(path: Path, node: Node) -> list[object]:
         found: list[object] = [repr(node)]
@@ -113,7 +113,7 @@ def _is_same(saved: Saved, one: Path, one_node: Node, other: Path, other_node: N
 
 
 def read_whole_tensor(folder: FilePath, chunks: Sequence[Chunk], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-    """The tensor that the parts `chunks` make up, on the CPU.
+    """The whole tensor from its parts `chunks`, on the CPU.
 
     Raises:
         CorruptCheckpointError: a part is missing, or was changed.
@@ -130,7 +130,7 @@ def _read(folder: FilePath, copy: _Copy) -> None:
 
 
 def _template(like: Any, path: Path, shape: torch.Size) -> torch.Tensor | None:
-    """The tensor in `like` that says how the one at `path` is laid out.
+    """The tensor in `like` that gives the layout of the one at `path`.
 
     Raises:
         ValueError: it has another shape.
@@ -189,7 +189,7 @@ def _copies(destination: torch.Tensor, chunks: Sequence[Chunk]) -> Iterator[_Cop
 
 
 def _as_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a dtype that can be copied: torch has names for uint1 to int7, and little else for them."""
+    """The same memory with a dtype that can be copied: torch has uint1 to int7, but few operations for them."""
     return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 

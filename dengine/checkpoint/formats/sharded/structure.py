@@ -1,4 +1,4 @@
-"""What this rank says of its tensors to the others, before a folder is written. No collective."""
+"""Describe this rank's tensors for the other ranks, before a folder is written. No collective."""
 
 import hashlib
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def structure_of(tensors: Mapping[str, torch.Tensor], parts: Parts) -> tuple[Str
 
 
 def _part_of(name: str, parts: Mapping[str, str]) -> str:
-    """Of what a tensor's name begins with: its own in the state of a model, its parameter's in that of an optimizer."""
+    """The part to which a tensor belongs: by its own name in a model's state, by its parameter's in an optimizer's."""
     while parts and name:
         if name in parts:
             return parts[name]
@@ -42,7 +42,7 @@ def _part_of(name: str, parts: Mapping[str, str]) -> str:
 
 
 class _Grids:
-    """The meshes of a rank's tensors, and how these are laid out over them."""
+    """The meshes of a rank's tensors, and the layouts over them."""
 
     def __init__(self) -> None:
         self.layouts: list[Layout] = []

@@ -1,7 +1,7 @@
-"""Nested states as JSON and back: what is no tensor is written out, a tensor is named by its path. Pure.
+"""Convert nested states to JSON and back. A tensor is replaced by its path, all other values are written out. Pure.
 
-JSON alone knows neither tuples nor keys other than strings, NaN, bytes or dtypes; so every node that is not plain says
-its type. Reading looks up dtypes and devices by name and builds nothing else: it cannot run code.
+JSON has no tuples, no keys other than strings, no NaN, bytes or dtypes; so every node that is not plain has its type.
+Reading looks up dtypes and devices by name and builds nothing else: it cannot run code.
 """
 
 import base64
@@ -26,21 +26,21 @@ __all__ = [
     "tensors_in",
 ]
 
-Node: TypeAlias = Any  # what json.loads gives
-Path: TypeAlias = tuple[Any, ...]  # of keys and places in lists, from the root
-# (path of a tensor, its dtype, its whole shape) -> what stands for it in the tree
+Node: TypeAlias = Any  # a value of json.loads
+Path: TypeAlias = tuple[Any, ...]  # of keys and indices in lists, from the root
+# (path of a tensor, its dtype, its whole shape) -> its placeholder in the tree
 TensorMaker: TypeAlias = Callable[[Path, torch.dtype, torch.Size], Any]
 
 
 class Names(list[str]):
-    """Names of an optimizer's parameters, of which other ranks may have others."""
+    """Names of an optimizer's parameters; other ranks may have other ones."""
 
 
 class Apart(dict[Any, Any]):
-    """A dict of which some names are in parts that are kept apart, as `pp=0/weight` and `pp=1/weight`."""
+    """A dict in which names of several parts are kept apart, such as `pp=0/weight` and `pp=1/weight`."""
 
 
-_MOST_LEVELS = 400  # of containers in each other: within the recursion limit of every Python
+_MOST_LEVELS = 400  # of nested containers: below the recursion limit of every Python
 _WHOLE_NUMBERS = (bool, int, str, type(None))
 
 
@@ -48,7 +48,8 @@ def encoded(value: Any, tensors: dict[str, torch.Tensor], path: Path = ()) -> No
     """`value` as JSON; its tensors are put into `tensors` under the text of their paths.
 
     Raises:
-        TypeError: something that cannot be written as data, with its path; two keys that read alike; nested too deep.
+        TypeError: a value cannot be written as data (the message has its path), two keys have the same text, or it is
+            nested too deep.
     """
     if len(path) > _MOST_LEVELS:
         raise TypeError(f"{_too_deep(path)}: a state may hold itself, by mistake.")
@@ -67,10 +68,10 @@ def encoded(value: Any, tensors: dict[str, torch.Tensor], path: Path = ()) -> No
 
 
 def decoded(node: Node, make: TensorMaker, path: Path = ()) -> Any:
-    """What `encoded` was given; in the place of each tensor what `make` gives.
+    """The value from which `encoded` made `node`, with the result of `make` for each tensor.
 
     Raises:
-        ValueError, TypeError, KeyError: no such node, or nested too deep.
+        ValueError, TypeError, KeyError: the node is invalid, or nested too deep.
     """
     if len(path) > _MOST_LEVELS:
         raise ValueError(_too_deep(path))
@@ -102,7 +103,7 @@ def tensors_in(value: object, path: Path = ()) -> Iterator[tuple[Path, torch.Ten
 
 
 def all_tensors(value: object) -> list[torch.Tensor]:
-    """The tensors in `value`, in no particular order: what a save asks of each costs less than their paths would."""
+    """The tensors in `value`, in no particular order. For a save, this is cheaper than paths."""
     left, tensors = [value], []
     while left:
         each = left.pop()
@@ -125,7 +126,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_named(name: object) -> torch.dtype:
-    """
+    """The dtype with this name.
+
     Raises:
         ValueError: this torch has no such dtype.
     """

@@ -1,4 +1,4 @@
-"""What a folder of shards is, and whether every byte of it is as it was written. No collective, no tensor is made."""
+"""Recognise folders of shards, and verify every byte of them. No collective, and no tensor is made."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from dengine.errors import CorruptCheckpointError
 
 __all__ = ["check_file", "check_length", "holds_shards", "is_shard_folder", "read_outline", "verify_shards"]
 
-# As write_metadata() begins: keys are sorted, and this is the first.
+# The beginning of metadata.json: keys are sorted, and this is the first one.
 _ABOUT = b'{"body":{"about":'
 _ABOUT_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 20
@@ -32,7 +32,7 @@ def _is_rank_s(name: str) -> bool:
 
 
 def holds_shards(path: Path) -> bool:
-    """Whether the folder `path` is, or was, a checkpoint: a `metadata.json` of something else makes it none."""
+    """Whether the folder `path` is, or was, a checkpoint. A `metadata.json` with other content does not count."""
     if not path.is_dir():
         return False
     names = os.listdir(path)
@@ -48,7 +48,7 @@ def holds_shards(path: Path) -> bool:
 
 
 def read_outline(folder: Path) -> Footer:
-    """What the folder says of itself, not proven: with the SHA-256 of `metadata.json`, and the bytes of all files.
+    """The description of the folder, not verified, with the SHA-256 of `metadata.json` and the bytes of all files.
 
     Cost: `metadata.json` is read, but only its beginning is parsed.
 
@@ -73,7 +73,8 @@ def verify_shards(folder: Path) -> None:
     """Compare every file in `folder` with its digest. No collective: one rank suffices.
 
     Raises:
-        FileNotFoundError: there is no such folder. CorruptCheckpointError: names the file that is missing or changed.
+        FileNotFoundError: there is no such folder. CorruptCheckpointError: a file is missing or was changed; the
+            message names it.
         ValueError: it is of another format, or of a machine with another byte order.
     """
     folder = Path(folder)
@@ -82,9 +83,10 @@ def verify_shards(folder: Path) -> None:
 
 
 def check_file(path: Path, num_bytes: int, sha256: str) -> None:
-    """
+    """Verify a file.
+
     Raises:
-        CorruptCheckpointError: the file is missing, of another length, or was changed.
+        CorruptCheckpointError: the file is missing, has another length, or was changed.
     """
     check_length(path, num_bytes)
     digest = hashlib.sha256()
@@ -99,9 +101,10 @@ def check_file(path: Path, num_bytes: int, sha256: str) -> None:
 
 
 def check_length(path: Path, num_bytes: int) -> None:
-    """
+    """Check the length of a file.
+
     Raises:
-        CorruptCheckpointError: the file is missing, or of another length.
+        CorruptCheckpointError: the file is missing, or has another length.
     """
     if not path.is_file():
         raise CorruptCheckpointError(f"{path} is missing.")
