@@ -199,9 +199,9 @@ def mesh_of_fsdp(module: Any) -> Any:
 def parameters_of_fsdp(module: Any) -> list[nn.Parameter]:
     """Those that `fully_shard` or `replicate` spreads as what `module` has: not those of other such modules in it."""
     group = module._get_fsdp_state()._fsdp_param_group
-    places = [] if group is None else [each._module_info for each in group.fsdp_params]
+    positions = [] if group is None else [each._module_info for each in group.fsdp_params]
     # Not `sharded_param`, which torch sets anew in the first forward pass only, if others were put in their place.
-    return [getattr(place.module, place.param_name) for place in places]
+    return [getattr(place.module, place.param_name) for place in positions]
 
 
 def is_replicated(module: nn.Module) -> bool:
