@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dengine import Engine, distributed
+from dengine.errors import ConsistencyError
 
 AT_MOST_S = 60.0  # far below the 1800 s of `timeout`, however busy the machine is
 
@@ -158,7 +159,8 @@ def prepare_in_turn(rank: int, size: int) -> tuple[dict[str, str], list[str], An
             if contents(model) != before:
                 changed.append(name)
         model = distributed.prepare_model(Net(), tensor_parallel=plan("first", "second"))
-        return told, changed, whole_tensor(model(torch.ones(1, 4))).detach()
+        # The output is awaited by whatever is done with it, but not by pickling it.
+        return told, changed, whole_tensor(model(torch.ones(1, 4))).detach().clone()
 
 
 def contents(model: Any) -> Any:
@@ -198,6 +200,24 @@ class Fickle(nn.Linear):
         if not (self.is_ready or self.weight.is_meta):
             raise ArithmeticError("no numbers left")
         super().reset_parameters()
+
+
+def with_an_unknown_option(rank: int, size: int) -> list[str]:
+    told = []
+    with distributed.process_group():
+        for options in ([] if rank == 0 else ["unheard_of"], ["unheard_of"]):
+            try:
+                distributed.prepare_model(Net(), "ddp", **cast("Any", dict.fromkeys(options, 1)))
+            except (TypeError, ConsistencyError) as error:
+                told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+def test_an_option_that_ddp_does_not_know_is_refused_before_anything_is_sent() -> None:
+    first, second = run_ranks(with_an_unknown_option, 2, init=False)
+    text = "TypeError: DistributedDataParallel() takes no unheard_of: its options are "
+    assert first[0].startswith("ConsistencyError: The arguments of prepare_model() differ between ranks: rank 1 has")
+    assert all(told.startswith(text) for told in (second[0], second[1], first[1]))
 
 
 def initialised_in_vain(rank: int, size: int, mesh: dict[str, int], options: dict[str, Any]) -> list[Any]:

@@ -29,6 +29,7 @@ from dengine.parallel.options import (
     Precision,
     Strategy,
     check_blocks,
+    check_ddp_options,
     check_options,
     checkpoint_blocks,
     compile_model,
@@ -161,6 +162,7 @@ def _checked(
     layout = layout_of(model, strategy, parts, kwargs, here, is_planned=tensor_parallel is not None)
     if layout.strategy == "ddp":
         check_options("ddp", *given)
+        check_ddp_options(kwargs)
     plan = [] if tensor_parallel is None else check_plan(tensor_parallel, model, layout.tp.size() if layout.tp else 1)
     is_tensor_parallel = layout.tp is not None and (tensor_parallel is not None or any_dtensor(model.parameters()))
     if layout.strategy == "replicate" or layout.is_of_experts or is_tensor_parallel:

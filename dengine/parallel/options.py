@@ -1,12 +1,13 @@
 """Check the options of `prepare_model()`, and translate them for torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import signature
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from dengine import torch_internals
@@ -17,6 +18,7 @@ __all__ = [
     "Precision",
     "Strategy",
     "check_blocks",
+    "check_ddp_options",
     "check_options",
     "checkpoint_blocks",
     "compile_model",
@@ -110,15 +112,25 @@ def fsdp_options(kwargs: Mapping[str, Any], mixed_precision: Precision | None, h
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    known = signature(fully_shard).parameters.keys() - {"module"}
-    if unknown := sorted(kwargs.keys() - known):
-        raise TypeError(f"fully_shard() takes no {', '.join(unknown)}: its options are {', '.join(sorted(known))}.")
+    _refuse_unknown(kwargs, fully_shard)
     options = {name: value for name, value in kwargs.items() if name != "mesh"}
     if mixed_precision is not None:
         options["mp_policy"] = MixedPrecisionPolicy(_DTYPES[mixed_precision], reduce_dtype=torch.float32)
     if here.device.type == "cpu" and isinstance(options.get("offload_policy"), CPUOffloadPolicy):
         del options["offload_policy"]  # the parameters exist already, and torch would need a GPU for pinned memory
     return options
+
+
+def check_ddp_options(kwargs: Mapping[str, Any]) -> None:
+    """Raises: TypeError: `DistributedDataParallel` does not know one of `kwargs`."""
+    _refuse_unknown(kwargs, DistributedDataParallel)
+
+
+def _refuse_unknown(kwargs: Mapping[str, Any], taken_by: Callable[..., object]) -> None:
+    known = signature(taken_by).parameters.keys() - {"module"}
+    if unknown := sorted(kwargs.keys() - known):
+        options = ", ".join(sorted(known))
+        raise TypeError(f"{taken_by.__name__}() takes no {', '.join(unknown)}: its options are {options}.")
 
 
 def compression_hook(compression: Compression) -> Any:
