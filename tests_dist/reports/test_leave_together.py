@@ -22,6 +22,7 @@ from dengine.control import plane as planes
 from dengine.control.control import Control
 from dengine.errors import ConsistencyError, RemoteRankError, StallError
 from dengine.launch import rendezvous as meeting
+from dengine.parallel.options import Strategy
 
 HOSTS_STORE = {"TORCHELASTIC_USE_AGENT_STORE": "False"}  # rank 0 hosts it, and no launcher
 
@@ -193,10 +194,11 @@ def test_a_rank_that_hangs_while_a_model_is_wrapped_is_named() -> None:
     assert "wrapping" in waiting.error_message
 
 
-def wraps_otherwise(rank: int, size: int) -> str:
+def prepares_otherwise(rank: int, size: int, strategies: tuple[Strategy | None, ...]) -> str:
     try:
         with distributed.process_group(timeout=60):
-            distributed.prepare_model(nn.Linear(2, 1), strategy="ddp" if rank else "none")
+            if (strategy := strategies[rank]) is not None:
+                distributed.prepare_model(nn.Linear(2, 1), strategy=strategy)
             distributed.barrier("prepared")
     except ConsistencyError as error:
         return str(error)
@@ -205,10 +207,20 @@ def wraps_otherwise(rank: int, size: int) -> str:
     return "fine"
 
 
-def test_a_model_that_only_some_ranks_wrap_is_told() -> None:
-    for told in run_ranks(wraps_otherwise, 2, init=False, deadline_s=30):
-        assert "wrapping" in told, told
-        assert "barrier('prepared')" in told, told
+@pytest.mark.parametrize(
+    ("strategies", "parts"),
+    [
+        (("none", "ddp"), ("strategy='none'", "strategy='ddp'", "Call it alike on every rank")),
+        ((None, "ddp"), ("prepare_model()", "barrier('prepared')")),
+    ],
+    ids=["otherwise", "not at all"],
+)
+def test_a_model_that_only_some_ranks_wrap_is_told(
+    strategies: tuple[Strategy | None, ...], parts: tuple[str, ...]
+) -> None:
+    for told in run_ranks(prepares_otherwise, 2, strategies, init=False, deadline_s=30):
+        for part in parts:
+            assert part in told, told
 
 
 def stalls_in_a_step(rank: int, size: int, folder: str) -> None:
