@@ -14,6 +14,7 @@ from torch import nn
 from dengine import Engine, Events, distributed
 from dengine.checkpoint import load, save, verify
 from dengine.checkpoint.formats.sharded.plan import read_shards, write_shards
+from dengine.checkpoint.states.replicas import prints_of
 from dengine.errors import CheckpointError
 from dengine.handlers import EMA, Checkpoint
 
@@ -204,6 +205,22 @@ def test_the_names_are_the_union_over_the_ranks(tmp_path: Path) -> None:
     states = read_shards(tmp_path / "union")
     assert [float(states["a"][f"x{rank}"][0]) for rank in range(3)] == [0, 1, 2]
     assert (sorted(states), states["a"]["lr"]) == (["a", "b0", "b1", "b2"], 0)
+
+
+def num_prints(rank: int, size: int) -> tuple[int, int]:
+    """What ranks send each other of each parameter at a save: of a model of the mesh, and of one laid out by hand."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    with distributed.process_group(mesh={"dp": 2, "tp": 2}) as here:
+        layers = [nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]
+        prepared_one = distributed.prepare_model(layers[0], tensor_parallel={"0": ColwiseParallel()})
+        assert here.mesh is not None
+        by_hand = parallelize_module(layers[1], here.mesh["tp"], {"0": ColwiseParallel()})
+        return len(prints_of({"model": prepared_one})), len(prints_of({"model": by_hand})["model"])
+
+
+def test_ranks_send_no_digest_of_each_parameter_of_a_prepared_model() -> None:
+    assert run_ranks(num_prints, 4, deadline_s=60) == [(0, 2)] * 4
 
 
 # -- replicas ----------------------------------------------------------------------------------------------------

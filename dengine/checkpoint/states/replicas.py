@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dengine.checkpoint.formats.sharded.boxes import local_box
 from dengine.compiled_names import without_compiled
+from dengine.control.plane import plane
 from dengine.distributed import unwrap_model, world
 from dengine.dtensor import is_made_of_others, local_part, mesh_of
 from dengine.errors import CheckpointError
@@ -41,15 +42,18 @@ def prints_of(models: Mapping[str, nn.Module], apart: Collection[tuple[str, ...]
     paths of what ranks have parts of on purpose, all of which are kept); no buffers, which differ between ranks (those
     of a batch norm) and of which rank 0's count.
 
-    No collective. Cost: nothing on a lone rank and for a model in DDP or of FSDP2; otherwise a copy of 16 elements of
-    each parameter to the host.
+    No collective. Cost: nothing on a lone rank, for a model in DDP or of FSDP2, and for one that `prepare_model` has
+    laid out over the mesh of the run; otherwise a copy of 16 elements of each parameter to the host.
     """
     num_ranks = world().size
     if num_ranks == 1:
         return {}
+    prepared = plane().prepared.living_models().values() if world().mesh is not None else ()
+    known = {id(model) for model in prepared}  # compared and made equal when they were prepared
     found = {
         name: _prints_of(model, num_ranks, {path[1] for path in apart if path[0] == name})
         for name, model in models.items()
+        if id(unwrap_model(model)) not in known
     }
     return {name: prints for name, prints in found.items() if prints}
 
