@@ -103,13 +103,14 @@ def _called(function: Callable[..., Any]) -> str:
 
 
 def _text(value: object) -> str:
+    has_state = hasattr(value, "state_dict")
     if value is None or isinstance(value, (bool, int, float, str)):
         text = repr(value)
     elif isinstance(value, (list, tuple)):
         text = f"[{', '.join(_text(part) for part in value)}]"
-    elif callable(value) and not hasattr(value, "state_dict"):
+    elif callable(value) and not has_state:
         text = describe(value).rpartition("<locals>.")[2]
     else:
-        plain = type(value).__repr__ is object.__repr__ or hasattr(value, "state_dict")
+        plain = type(value).__repr__ is object.__repr__ or has_state
         text = type(value).__qualname__ if plain else repr(value)
     return text if len(text) <= _LENGTH else f"{text[: _LENGTH - 3]}..."

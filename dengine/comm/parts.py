@@ -53,7 +53,7 @@ def parts_of_names(model: nn.Module, names: Iterable[str]) -> dict[str, Dimensio
         >>> parts_of_names(model, model.state_dict())  # nothing of it was prepared with parts=
         {}
     """
-    marked = {path: module for path, module in model.named_modules() if hasattr(module, _MARK)}
+    marked = {path: module for path, module in model.named_modules() if _is_part(module)}
     if not marked:
         return {}
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -96,7 +96,7 @@ def parts_of_parameters() -> dict[int, Dimensions]:
 
 def parts_inside(model: nn.Module) -> list[nn.Module]:
     """The modules inside `model` that were prepared as parts before it: the experts of its layers."""
-    return [module for module in model.modules() if module is not model and hasattr(module, _MARK)]
+    return [module for module in model.modules() if module is not model and _is_part(module)]
 
 
 def named_modules_beside_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -113,6 +113,11 @@ def named_parameters_beside_parts(model: nn.Module) -> Iterator[tuple[str, nn.Pa
 
 def _is_within(name: str, path: str) -> bool:
     return not path or name == path or name.startswith(f"{path}.")
+
+
+def _is_part(module: nn.Module) -> bool:
+    """Whether `module` was prepared as a part, or is a copy of one that was."""
+    return hasattr(module, _MARK)
 
 
 def _in_order(marks: Iterable[str], tensor: Tensor | None) -> Dimensions:

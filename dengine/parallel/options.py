@@ -67,7 +67,7 @@ def check_options(
     if kwargs and strategy == "none":
         raise ValueError(f"strategy='none' takes no options, but got {', '.join(sorted(kwargs))}.")
     if "mp_policy" in kwargs and mixed_precision is not None:
-        raise ValueError("mixed_precision= and mp_policy= mean the same: pass only one of them.")
+        raise ValueError("mixed_precision= and mp_policy= mean the same: give one of them.")
 
 
 def check_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:
