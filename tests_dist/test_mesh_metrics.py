@@ -216,6 +216,35 @@ def test_every_rank_has_the_values_of_all_samples_each_counted_once(mesh: dict[s
             assert values[name] == value, f"{name} on rank {rank}"
 
 
+def alone_on(rank: int, size: int, mesh: dict[str, int], num_samples: int) -> dict[str, Any]:
+    with distributed.process_group(mesh=mesh) as world:
+        cp, num_cp = world.coordinates.get("cp", 0), mesh.get("cp", 1)
+        chosen = range(world.data_rank, num_samples, world.data_size)
+        data = [tuple(part[index : index + 1] for part in samples()) for index in chosen]
+        engine = Engine(lambda engine, batch: own_tokens(batch, cp, num_cp) if world.has_last_stage else None)
+        add_few(engine)
+        return plain(engine.run(data).metrics)
+
+
+def add_few(engine: Engine) -> None:
+    engine.add_metrics({"accuracy": Accuracy(), "loss": Loss(cross_entropy)})
+    engine.add_metric(torchmetrics.classification.MulticlassAUROC(NUM_CLASSES), "auroc", output_transform=by_token)
+    engine.add_metric(torchmetrics.aggregation.MaxMetric(), "largest", output_transform=lambda output: (output[0],))
+
+
+def by_token(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    return output[0].movedim(1, -1).flatten(0, 1).softmax(-1), output[1].flatten()
+
+
+@pytest.mark.parametrize("mesh", [{"dp": 2, "tp": 2}, {"dp": 2, "cp": 2}, {"pp": 2, "dp": 2}], ids=str)
+def test_a_part_of_the_data_may_have_no_batch(mesh: dict[str, int]) -> None:
+    alone = Engine(lambda engine, batch: batch, distributed=False)
+    add_few(alone)
+    wanted = plain(alone.run([tuple(part[:1] for part in samples())]).metrics)
+    for found in run_ranks(alone_on, 4, mesh, 1, init=False):
+        assert found == pytest.approx(wanted, rel=1e-6)
+
+
 def test_a_mesh_costs_not_one_collective_more() -> None:
     plain_ranks = run_ranks(values_on, 4, None, (4, 1), init=False)
     on_mesh = run_ranks(values_on, 4, {"dp": 2, "cp": 2}, (2, 2), init=False)

@@ -157,6 +157,8 @@ class Loop:
             epochs.emptiness.refuse_no_batch()
         end = NEVER if epochs.length is None else epoch_start + epochs.length
         limits.run.started = position(state.epoch, state.epoch_iteration + 1)
+        if epochs.length == 0 and limits.may_go_on(NEVER):  # ranks with a batch may wait for a look at it
+            epochs.looked_into(iter(()), state.epoch, state.iteration, is_start=False)
         if not limits.may_go_on(end):
             return limits.has_ended(end)
         self._announce_fetch()
