@@ -258,6 +258,23 @@ def test_experts_that_torch_has_cut_up_train_as_one_process(mesh: dict[str, int]
                 assert_close(value, whole[name], rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def gradients_of_halves(rank: int, size: int) -> list[float]:
+    found = []
+    for mesh in ({"dp": 2, "ep": 2}, {"dp_shard": 2, "ep": 2}, {"ep": 4}):
+        with distributed.process_group(mesh=mesh):
+            experts = nn.Linear(2, 2, bias=False, dtype=torch.float16)
+            model = nn.Sequential(experts)
+            distributed.prepare_model(experts, parts="ep")
+            distributed.prepare_model(model)(torch.ones(1, 2, dtype=torch.float16)).sum().backward()
+            found.append(float(whole_tensor(experts.weight.grad).sum()))
+    return found
+
+
+def test_gradients_in_float16_are_divided_once() -> None:
+    # Four elements, in each of which each rank with the expert sums up 1: over 4 ranks with data.
+    assert run_ranks(gradients_of_halves, 4) == 4 * [[2.0, 2.0, 1.0]]
+
+
 class Stage(nn.Module):
     """Some layers of a net, by their names in it."""
 

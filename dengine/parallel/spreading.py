@@ -1,5 +1,6 @@
 """Spread a model over ranks in place: by a plan of tensor parallelism, by FSDP2, and with its first weights."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -96,13 +97,20 @@ def _sum_over_copies(experts: nn.Module, num_averaged: int) -> None:
     for module in experts.modules():
         if (sharded := as_fsdp(module)) is not None:
             is_sharded = True
-            sharded.set_gradient_divide_factor(num_averaged)
-            # Gloo cannot divide while it sums; replicate() divides before, and would do it twice.
-            sharded.set_force_sum_reduction_for_comms(not torch_internals.is_replicated(module))
             sharded.set_reduce_scatter_unused_params(True)
+            if torch_internals.is_replicated(module):  # a divisor of our own would be applied twice to float16
+                factor = num_averaged / torch_internals.mesh_of_fsdp(module).size()
+                sharded.set_all_reduce_hook(partial(_divide, by=factor))
+            else:
+                sharded.set_gradient_divide_factor(num_averaged)
+                sharded.set_force_sum_reduction_for_comms(True)  # as Gloo cannot divide while it sums up
     for parameter in experts.parameters() if not is_sharded else ():
         if parameter.requires_grad and not parameter.is_meta:
             parameter.register_hook(lambda gradient: gradient / num_averaged)  # type: ignore[no-untyped-call]
+
+
+def _divide(gradients: torch.Tensor, by: float) -> None:
+    gradients.div_(by)
 
 
 def _parameters_of_parts(model: nn.Module) -> set[nn.Parameter]:
