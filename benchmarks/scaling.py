@@ -5,18 +5,21 @@ Each simulated rank runs dengine's own code. No rank trains: there are no tensor
 - `sampler`: the indices of one rank, of an epoch of a million samples; CPU time, as for the metrics.
 - `metrics`: the end of an epoch with 32 metrics on one rank, without what the network takes (torch's fake process
   group): what all ranks' states are compared and packed with.
+- `checkpoint`: one rank's share of the plan of a sharded folder: 900 tensors a rank, 8 stages of a pipeline, each
+  sharded over its ranks. What ranks say of themselves is unpickled; the gathers themselves are not in it.
 - `store`: all ranks as clients of one real store, a hundred in a process, each with the threads of its control
   plane: they meet, open the control plane, agree on a stop, leave, and are told of a failure. The time is that of all
   of them on the cores of this machine; the CPU time is that of the process that hosts the store.
 
 Of more than 2048 ranks the store's case has only that they meet.
 
-    TORCH_CPP_LOG_LEVEL=ERROR python benchmarks/scaling.py [--ranks 64 256 1024 10000] [--cases sampler metrics store]
-                                 [--samples N] [--plot FILE.svg]
+    TORCH_CPP_LOG_LEVEL=ERROR python benchmarks/scaling.py [--ranks 64 256 1024 10000]
+                                 [--cases sampler metrics checkpoint store] [--samples N] [--plot FILE.svg]
 """
 
 import argparse
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -33,6 +36,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dengine.checkpoint.formats.sharded.index import index_of
+from dengine.checkpoint.formats.sharded.owners import Owners
+from dengine.checkpoint.formats.sharded.report import (
+    Entry,
+    Layout,
+    Report,
+    Structure,
+    digest_of,
+    digest_of_reports,
+)
 from dengine.control import heartbeat
 from dengine.control.channel import StoreEndpoint
 from dengine.control.context import ControlContext
@@ -267,10 +280,48 @@ def cpu_seconds(pid: int | None) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
+def checkpoint(num_ranks: int, _: argparse.Namespace) -> Row:
+    """The first save; the second, which finds that nothing has changed; and the size of the index of tensors."""
+    num_stages = 8
+    structures = [stage_structure(stage, num_ranks // num_stages) for stage in range(num_stages)]
+    digests = list(map(digest_of, structures))
+    reports = [
+        Report(digests[rank % num_stages], ((bytes([rank % num_stages]) * 8, rank // num_stages),))
+        for rank in range(num_ranks - num_ranks % num_stages)
+    ]
+    texts = list(map(pickle.dumps, reports))
+    known = dict(zip(digests, structures, strict=True))
+
+    def first() -> str:
+        owners = Owners([pickle.loads(text) for text in texts], known)
+        owners.written_by(len(reports) - 1)
+        return json.dumps(index_of(owners))
+
+    second_s = median_s(lambda: (digest_of(structures[0]), digest_of_reports([pickle.loads(text) for text in texts])))
+    return {
+        "first save, s": median_s(first, rounds=3),
+        "second save, s": second_s,
+        "index, bytes a tensor": len(first()) / (900 * num_stages),
+    }
+
+
+def stage_structure(stage: int, num_ranks: int) -> Structure:
+    part, names = f"pp={stage}", [f"layer{number}.weight" for number in range(900)]
+    entries = tuple(Entry(f"model/{name}", (8192, 1024), "bfloat16", part, 0) for name in names)
+    return Structure(
+        entries, (Layout(0, (num_ranks,), (0,), (), "Shard(0)"),), tuple((("model", n), part) for n in names)
+    )
+
+
 # -- all of it ---------------------------------------------------------------------------------------------------
 
 # By name: gives what it has measured for a number of ranks.
-CASES: dict[str, Callable[[int, argparse.Namespace], Row]] = {"sampler": sampler, "metrics": metrics, "store": store}
+CASES: dict[str, Callable[[int, argparse.Namespace], Row]] = {
+    "sampler": sampler,
+    "metrics": metrics,
+    "checkpoint": checkpoint,
+    "store": store,
+}
 
 
 def measured(case: str, num_ranks: int, options: argparse.Namespace) -> Row:
