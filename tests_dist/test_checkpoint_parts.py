@@ -16,7 +16,7 @@ from dengine.checkpoint import load, save, verify
 from dengine.checkpoint.formats.sharded.plan import read_shards, write_shards
 from dengine.checkpoint.states.replicas import prints_of
 from dengine.errors import CheckpointError
-from dengine.handlers import EMA, Checkpoint
+from dengine.handlers import EMA, Checkpoint, LRScheduler
 
 Bits = dict[str, bytes]
 NUM_LAYERS, WIDTH = 4, 6
@@ -153,6 +153,105 @@ def test_stages_come_back_in_every_layout_bit_for_bit(tmp_path: Path) -> None:
 
 def key_of_whole(unions: Mapping[str, Bits]) -> str:
     return list(unions)[-1]  # which was loaded last
+
+
+# -- what several parts have by one name ------------------------------------------------------------------------
+
+TABLE = 7  # of a first and a last stage; its place among the layers
+
+
+def numbered(here: Any, is_new: bool) -> dict[str, Any]:
+    """Layers and a table whose elements, and the momentum of those that are stepped, tell which they are."""
+    index, num_stages = here.coordinates["pp"], here.mesh["pp"].size()
+    own = range(index * NUM_LAYERS // num_stages, (index + 1) * NUM_LAYERS // num_stages)
+    numbers = {f"layer{number}": number for number in own}
+    if index in (0, num_stages - 1):
+        numbers["table"] = TABLE
+    model = Layers()
+    for name, number in numbers.items():
+        model[name] = layer = nn.Linear(2, 2, bias=False)
+        nn.init.constant_(layer.weight, -1 if is_new else number)
+        layer.weight.grad = torch.full((2, 2), number + 10.0)
+    stage = distributed.prepare_model(model, parts="pp")
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.0, momentum=0.9)
+    return {"model": stage, "optimizer": optimizer}
+
+
+def seen(objects: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    state = objects["optimizer"].state
+    return {
+        name.removeprefix("module.").split(".")[0]: (
+            float(weight.flatten()[0].detach()),
+            float(state[weight]["momentum_buffer"].sum()) / 4 if weight in state else 0.0,
+        )
+        for name, weight in objects["model"].named_parameters()
+    }
+
+
+def with_tied_tables(rank: int, size: int, folder: Path) -> list[dict[str, tuple[float, float]]]:
+    found = []
+    for source, target in ((MESHES[0], MESHES[2]), (MESHES[2], MESHES[0])):
+        for is_stepped in (True, False):
+            path = folder / f"tied_{source['pp']}_{is_stepped}"
+            with distributed.process_group(mesh=source) as here:
+                objects = numbered(here, is_new=False)
+                if is_stepped:
+                    objects["optimizer"].step()
+                save(path, objects)
+            with distributed.process_group(mesh=target) as here:
+                objects = numbered(here, is_new=True)
+                load(path, objects)
+                found.append(seen(objects))
+    return found
+
+
+def test_tied_tables_go_to_any_number_of_stages_with_their_optimizer(tmp_path: Path) -> None:
+    for rank, (of_four, of_four_new, of_two, of_two_new) in enumerate(run_ranks(with_tied_tables, 4, tmp_path)):
+        numbers = {f"layer{rank}": rank, **({"table": TABLE} if rank in (0, 3) else {})}
+        assert of_four == {name: (number, number + 10) for name, number in numbers.items()}, rank
+        assert of_four_new == {name: (number, 0) for name, number in numbers.items()}, rank
+        first = 2 * (rank // 2)
+        numbers = {f"layer{first}": first, f"layer{first + 1}": first + 1, "table": TABLE}
+        assert of_two == {name: (number, number + 10) for name, number in numbers.items()}, rank
+        assert of_two_new == {name: (number, 0) for name, number in numbers.items()}, rank
+
+
+def with_own_groups(rank: int, size: int, folder: Path) -> tuple[list[float], str, float]:
+    """Rates of a schedule that was loaded, what a stage of two says to those of four, and its weight then."""
+    with distributed.process_group(mesh=MESHES[2]):
+
+        def objects() -> dict[str, Any]:
+            stage = distributed.prepare_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), parts="pp")
+            nn.init.constant_(stage[0].weight, float(rank))
+            groups: list[dict[str, Any]] = [{"params": stage[0].parameters(), "lr": 8.0 + rank}]
+            groups += [{"params": stage[1].parameters(), "lr": 4.0}] if rank < 2 else []
+            optimizer = torch.optim.SGD(groups)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+            return {"model": stage, "optimizer": optimizer, "schedule": LRScheduler(schedule), "bare": schedule}
+
+        saved = objects()
+        saved["bare"].step()
+        save(folder / "groups", saved)
+        fresh = objects()
+        load(folder / "groups", fresh)
+        fresh["bare"].step()
+        rates = [group["lr"] for group in fresh["optimizer"].param_groups]
+    with distributed.process_group(mesh=MESHES[0]):
+        stage = distributed.prepare_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), parts="pp")
+        nn.init.constant_(distributed.unwrap_model(stage)[0].weight, -1.0)
+        try:
+            load(folder / "groups", {"model": stage})
+        except CheckpointError as error:
+            return rates, str(error), float(distributed.unwrap_model(stage)[0].weight[0, 0])
+    return rates, "loaded", 0.0
+
+
+def test_schedules_and_names_of_several_parts_go_to_the_same_parts_alone(tmp_path: Path) -> None:
+    for rank, (rates, message, weight) in enumerate(run_ranks(with_own_groups, 4, tmp_path)):
+        assert rates == [(8.0 + rank) / 4, 1.0][: len(rates)], rank
+        assert len(rates) == (2 if rank < 2 else 1)
+        assert "0.weight" in message, message  # two of the four would have been left out
+        assert weight == -1.0, rank  # as it was
 
 
 # -- what would be lost ------------------------------------------------------------------------------------------

@@ -116,6 +116,11 @@ class LRScheduler:
             ) from error
         self._scheduler.step(score)
 
+    @property
+    def optimizer(self) -> Any:
+        """The one whose learning rates are set."""
+        return self._scheduler.optimizer
+
     def state_dict(self) -> dict[str, Any]:
         """The state of the scheduler. The learning rates themselves are in the state of the optimizer."""
         state: dict[str, Any] = self._scheduler.state_dict()
@@ -150,6 +155,7 @@ class _Counted:
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
+        self.optimizer = getattr(scheduler, "optimizer", None)
         counts_epochs = getattr(scheduler, "t_in_epochs", True) or not hasattr(scheduler, "step_update")
         self._step = scheduler.step if counts_epochs else scheduler.step_update
         self._num_steps = 0

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from dengine.comm.parts import parts_of_names
+from dengine.comm.parts import parts_of_names, parts_of_optimizer
 from dengine.compiled_names import without_compiled
 from dengine.distributed import unwrap_model, world
 from dengine.types import Stateful
@@ -17,7 +17,7 @@ Path = tuple[str, ...]
 
 def parts_in_states(objects: Mapping[str, Stateful], states: Mapping[str, object]) -> dict[Path, str]:
     """The paths of names in the `states` of `objects`, each with the part that it is of ("pp=1"), or "" if it is of
-    none; only those of models that have parts, of their optimizers, and of averages of them.
+    none; only those of models that have parts, of their optimizers, of schedules of these, and of averages of them.
 
     No collective. Cost: nothing without a mesh; otherwise some microseconds for each module.
     """
@@ -40,7 +40,18 @@ def parts_in_states(objects: Mapping[str, Stateful], states: Mapping[str, object
             parts.update(((name, "state", each), part) for each, part in found)
         elif not isinstance(value, nn.Module):
             parts.update(((name, *path), part) for path, part in _parts_within(value, states.get(name)))
+            parts.update(((name, key), part) for key, part in _parts_of_schedule(value, states.get(name)))
     return parts
+
+
+def _parts_of_schedule(value: object, state: object) -> Iterator[tuple[str, str]]:
+    """All that a schedule of an optimizer of parts has: its lists go by the groups of this rank's parameters."""
+    optimizer = getattr(value, "optimizer", None)
+    if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(state, Mapping):
+        return
+    found = {each for dimensions in parts_of_optimizer(optimizer).values() for each in dimensions}
+    if text := ",".join(f"{name}={place}" for name, place in world().coordinates.items() if name in found):
+        yield from ((key, text) for key in state)
 
 
 def _parts_within(value: object, state: object) -> Iterator[tuple[Path, str]]:

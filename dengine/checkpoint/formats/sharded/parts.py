@@ -112,12 +112,17 @@ class Selection:
         parts: the parts of this rank; {} to take all: then names of several parts stay apart, unless their contents are
             equal.
         is_same: whether the contents at two paths are equal, byte for byte.
+        sizes: of the dimensions of the mesh here. If there were more parts along one, none of them is one of now.
     """
 
-    def __init__(self, parts: Parts, is_same: Callable[[Path, Node, Path, Node], bool]) -> None:
-        self._parts, self._is_same = parts, is_same
+    def __init__(
+        self, parts: Parts, is_same: Callable[[Path, Node, Path, Node], bool], sizes: Mapping[str, int]
+    ) -> None:
+        self._parts, self._is_same, self._sizes = parts, is_same, sizes
         self._levels = {path[:-1] for path in parts}
         self._saved: dict[Path, Path] = {}  # the path here -> the one in the folder, if they differ
+        self._refused: set[Path] = set()  # of which several parts have their own, and none is this rank's
+        self._grouped: dict[Path, dict[str, str]] = {}  # parameters -> the part and the key of each in saved groups
 
     def saved_path(self, path: Path) -> Path:
         """The path in the folder of the value that has `path` in the selection."""
@@ -131,6 +136,9 @@ class Selection:
         if isinstance(node, list) and path[-1:] == ("params",) and (*path[:-3], "state") in self._levels:
             node = {"type": "names", "value": node}  # all names, as one process has saved them
         if isinstance(node, list):
+            for key in (key for group in node for key in _names_in(group) or ()):
+                part, name = _split(key)
+                self._grouped.setdefault((*path[:-1], "state", name), {})[part] = key
             return [self.of(each, (*path, index)) for index, each in enumerate(node)]
         if not isinstance(node, dict):
             return node
@@ -157,7 +165,7 @@ class Selection:
             here = (*path, name)
             if path in self._levels and here not in self._parts:
                 continue
-            own = self._parts.get(here, "")
+            own = self._own(here, [part for part, *_ in saved])
             taken = next((each for each in saved if each[0] == own), None) or next(
                 (each for each in saved if not each[0]), None
             )
@@ -167,7 +175,9 @@ class Selection:
                 if taken[0]:
                     self._saved[here] = (*self.saved_path(path), taken[1])
                 chosen.append([name, taken[2]])
-            elif path not in self._levels:
+                continue
+            self._refused.add(here)
+            if path not in self._levels:
                 chosen.extend([key, value] for _, key, value in saved)
         return chosen
 
@@ -178,11 +188,25 @@ class Selection:
 
     def _names(self, names: Iterable[Any], level: Path) -> list[str]:
         kept: dict[str, None] = {}
-        for each in names:
-            part, name = _split(each)
-            if level in self._levels:
-                if part in ("", self._parts.get((*level, name))) and (*level, name) in self._parts:
-                    kept[name] = None
-            else:
-                kept[name if (*level, name) in self._saved else each] = None
+        for key in names:
+            here = (*level, _split(key)[1])
+            if here in self._refused and level not in self._levels:
+                kept[key] = None
+            elif key == self._key_of(here) and (level not in self._levels or here in self._parts):
+                kept[here[-1]] = None
         return list(kept)
+
+    def _key_of(self, here: Path) -> str | None:
+        """Under which name the parameter is in a saved group: that of its state, if it has one."""
+        if here in self._saved:
+            return self._saved[here][-1]  # type: ignore[no-any-return]
+        if here in self._refused:
+            return None
+        keys = self._grouped.get(here) or {"": here[-1]}
+        return keys.get(self._own(here, keys)) or keys.get("") or next(iter(keys.values()))
+
+    def _own(self, here: Path, saved: Iterable[str]) -> str:
+        """The part of `here` that this rank has, if `saved` are of a mesh like this: stage 1 of 4 is not that of 2."""
+        places = [each.split("=") for part in saved if part for each in part.split(",")]
+        is_alike = all(int(place) < self._sizes.get(name, 0) for name, place in places)
+        return self._parts.get(here, "") if is_alike else ""

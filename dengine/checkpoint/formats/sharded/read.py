@@ -19,6 +19,7 @@ from dengine.checkpoint.formats.sharded.saved import Saved, open_saved
 from dengine.checkpoint.formats.sharded.tree import Node, Path, decoded, dtype_name, path_text, tensors_in
 from dengine.checkpoint.formats.sharded.verify import check_length
 from dengine.compiled_names import without_compiled
+from dengine.distributed import world
 from dengine.dtensor import is_dtensor, local_part
 
 __all__ = ["LikeTensors", "read_states", "read_whole_tensor"]
@@ -61,7 +62,9 @@ def read_states(folder: FilePath, like: Mapping[str, object] | None, parts: Part
     for name in like or ():
         if name not in [saved_name for saved_name, _ in items]:
             raise ValueError(f"{folder} holds no {name!r}, but {', '.join(repr(each) for each, _ in items)}.")
-    selection = Selection(parts, partial(_is_same, saved))
+    mesh = world().mesh
+    sizes = {} if mesh is None else dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+    selection = Selection(parts, partial(_is_same, saved), sizes)
     wanted = [[name, node] for name, node in items if like is None or name in like]
     tree = selection.of({"type": "dict", "items": wanted})
     found: dict[Path, Sequence[Chunk]] = {}
