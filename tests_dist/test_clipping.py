@@ -157,3 +157,29 @@ def test_a_norm_that_is_none_is_an_error_on_all_ranks_and_changes_nothing() -> N
     first, second = run_ranks(wrong, 2)
     assert second == ["RuntimeError", "[1.0, 7.0, 1.0, 1.0]"]
     assert first == ["RuntimeError", "RankZeroCollectiveError", "[1.0, 7.0, 1.0, 1.0]"]
+
+
+def of_stages(rank: int, size: int) -> list[float]:
+    """A stage of which nothing is trained, given with its parameters and without; stages that tp cuts up otherwise."""
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    found = []
+    with distributed.process_group(mesh={"pp": 2, "tp": 2}) as here:
+        is_first = here.coordinates["pp"] == 0
+        frozen = distributed.prepare_model(nn.Linear(4, 4).requires_grad_(is_first), parts="pp")
+        more: dict[str, nn.Module] = {"norm": nn.LayerNorm(4)} if is_first else {}
+        cut: nn.Module = nn.ModuleDict({"layer": nn.Linear(4, 4), **more})
+        cut = distributed.prepare_model(cut, parts="pp", tensor_parallel={"layer": ColwiseParallel()})
+        trained = [parameter for parameter in frozen.parameters() if parameter.requires_grad]
+        for order in (2.0, float("inf")):
+            for parameters in (list(frozen.parameters()), trained, list(cut.parameters())):
+                for parameter in parameters:
+                    parameter.grad = torch.full_like(parameter, 2.0) if parameter.requires_grad else None
+                found.append(float(distributed.clip_grad_norm_(parameters, 1.0, order)))
+    return found
+
+
+def test_a_stage_without_gradients_and_stages_that_are_cut_up_otherwise_have_one_norm() -> None:
+    expected = [2 * 20**0.5, 2 * 20**0.5, 2 * 48**0.5, 2.0, 2.0, 2.0]
+    for found in run_ranks(of_stages, 4, deadline_s=60):
+        assert found == pytest.approx(expected, rel=1e-6)

@@ -57,7 +57,8 @@ def clip_grad_norm_(
         if each.grad is not None or (each.requires_grad and (is_dtensor(each) or id(each) in parts))
     ]
     is_whole = not any(is_dtensor(each) or is_dtensor(each.grad) for each in spread)
-    if is_whole and parts.keys().isdisjoint(map(id, listed)):
+    # If all of a stage is frozen, the other stages still expect its part of the norm.
+    if is_whole and (listed or not parts) and parts.keys().isdisjoint(map(id, listed)):
         return torch.nn.utils.clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, foreach)
     refuse_on_rank_zero_alone("clip_grad_norm_()")
     total = _total_norm(spread, parts, float(norm_type))
@@ -84,16 +85,24 @@ def _total_norm(parameters: list[Tensor], along: Mapping[int, tuple[dist.Process
         found = parts.setdefault((*groups, *along.get(id(parameter), ())), [])
         if parameter.grad is not None and (local := local_part(summed_up(parameter.grad))).numel():
             found.append(local)
-    device = local_part(parameters[0]).device
+    if not parameters:  # all of this stage are frozen
+        parts[next(iter(along.values()))] = []
+    device = local_part(parameters[0]).device if parameters else world().device
     # Shards may have been moved to the host, which the groups of the mesh need not reach.
     meshes = (mesh for each in parameters for mesh in (mesh_of(each), mesh_of(each.grad)) if mesh is not None)
     transport = next((mesh.device_type for mesh in meshes), device)
     sums = torch.stack([_sum_of_powers(locals_, order, device) for locals_ in parts.values()]).to(transport)
     # Groups with different parts of the model come last, so that all ranks go through the groups in one order.
     last = [group for groups in along.values() for group in groups]
-    for group in dict.fromkeys([*(each for groups in parts for each in groups if each not in last), *last]):
+    order_of_groups = [*dict.fromkeys([*(each for groups in parts for each in groups if each not in last), *last])]
+    for group in order_of_groups:
         indices = [index for index, groups in enumerate(parts) if group in groups]
         of_group = sums[indices]
+        if group in last and group is order_of_groups[-1]:  # the other parts may be laid out otherwise: one number each
+            of_group = torch.cat([of_group, sums.new_zeros(1)])
+            of_group = of_group.amax(0, keepdim=True) if order == math.inf else of_group.sum(0, keepdim=True)
+            sums[indices] = 0
+            indices = indices[:1]
         dist.all_reduce(of_group, op, group=group)
         sums[indices] = of_group
     total = sums.amax() if order == math.inf else sums.sum().pow(1 / order)
