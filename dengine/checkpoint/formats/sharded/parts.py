@@ -207,6 +207,6 @@ class Selection:
 
     def _own(self, here: Path, saved: Iterable[str]) -> str:
         """The part of `here` that this rank has, if `saved` are of a mesh like this: stage 1 of 4 is not that of 2."""
-        places = [each.split("=") for part in saved if part for each in part.split(",")]
-        is_alike = all(int(place) < self._sizes.get(name, 0) for name, place in places)
+        coordinates = [each.split("=") for part in saved if part for each in part.split(",")]
+        is_alike = all(int(index) < self._sizes.get(name, 0) for name, index in coordinates)
         return self._parts.get(here, "") if is_alike else ""
