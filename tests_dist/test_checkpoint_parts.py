@@ -246,12 +246,25 @@ def with_own_groups(rank: int, size: int, folder: Path) -> tuple[list[float], st
     return rates, "loaded", 0.0
 
 
+def as_two_stages(rank: int, size: int, folder: Path) -> str:
+    """Fewer ranks than have saved: none of them was given the documents of all."""
+    with distributed.process_group(mesh={"pp": 2}):
+        stage = distributed.prepare_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), parts="pp")
+        try:
+            load(folder / "groups", {"model": stage})
+        except CheckpointError as error:
+            return str(error)
+    return "loaded"
+
+
 def test_schedules_and_names_of_several_parts_go_to_the_same_parts_alone(tmp_path: Path) -> None:
     for rank, (rates, message, weight) in enumerate(run_ranks(with_own_groups, 4, tmp_path)):
         assert rates == [(8.0 + rank) / 4, 1.0][: len(rates)], rank
         assert len(rates) == (2 if rank < 2 else 1)
         assert "0.weight" in message, message  # two of the four would have been left out
         assert weight == -1.0, rank  # as it was
+    for message in run_ranks(as_two_stages, 2, tmp_path):
+        assert "0.weight" in message, message
 
 
 # -- what would be lost ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from dengine.checkpoint.formats.sharded.tree import Apart, Names, Node, Path
 
-__all__ = ["Parts", "Selection", "apart", "merged"]
+__all__ = ["Parts", "Selection", "apart", "keeps_apart", "merged"]
 
 # The path of a name -> the part of it on this rank, "pp=1"; "" if all ranks have the same. If one name of a dict is in
 # a part, all of its names are here.
@@ -50,6 +50,13 @@ def _renamed(value: Any, new: Mapping[tuple[str, ...], str], path: tuple[Any, ..
     if type(value) is list:
         return [_renamed(part, new, (*path, index)) for index, part in enumerate(value)]
     return value
+
+
+def keeps_apart(node: Node) -> bool:
+    """Whether a name in it is in several parts."""
+    if not isinstance(node, dict) or node["type"] != "dict":
+        return False
+    return bool(node.get("apart")) or any(keeps_apart(value) for _, value in node["items"])
 
 
 def merged(trees: Iterable[Node]) -> Node:

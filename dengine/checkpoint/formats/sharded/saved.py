@@ -28,8 +28,9 @@ from dengine.checkpoint.formats.sharded.files import (
     write_body,
 )
 from dengine.checkpoint.formats.sharded.index import Index
-from dengine.checkpoint.formats.sharded.parts import Parts, merged
+from dengine.checkpoint.formats.sharded.parts import Parts, keeps_apart, merged
 from dengine.checkpoint.formats.sharded.tree import Node
+from dengine.distributed import world
 from dengine.errors import CorruptCheckpointError
 
 __all__ = ["Saved", "Table", "open_saved", "read_metadata", "table_name", "write_root"]
@@ -155,6 +156,9 @@ class _OfSeveral(Saved):
             tellers = self._index.tellers_of(name for path, part in parts.items() for name in _names_of(path, part))
         own = rank if rank < self._world_size else 0
         read = self._documents(sorted({0, own, *tellers}))
+        if parts and self._world_size != world().size and any(keeps_apart(each.states) for each in read):
+            # Fewer parts than there were are others: that shows in the names that are kept apart, all of them.
+            read = self._documents(sorted({0, own, *self._index.by_teller}))
         states = merged(each.states for each in read)
         with as_corrupt(self._folder / METADATA):
             check_states(states)
