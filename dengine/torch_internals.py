@@ -6,6 +6,7 @@
 
 import os
 import socket
+import sys
 from datetime import timedelta
 from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,6 +42,7 @@ __all__ = [
     "hooks_of_others",
     "inside_compile",
     "is_loader_iterator",
+    "is_pending",
     "is_replicated",
     "is_socket_of_gloo",
     "is_waiting_file",
@@ -121,6 +123,15 @@ def is_socket_of_gloo(number: int, *, is_listening: bool) -> bool:
 
 
 # -- where a thread waits ----------------------------------------------------------------------------------------
+
+
+def is_pending(value: object) -> bool:
+    """Whether `value` is the result of a collective that may still be under way, as a model's output under `tp` is.
+
+    Any operation on it waits; to pickle it does not.
+    """
+    known = sys.modules.get("torch.distributed._functional_collectives")
+    return known is not None and isinstance(value, known.AsyncCollectiveTensor)
 
 
 def is_waiting_file(file: str) -> bool:

@@ -428,3 +428,12 @@ def test_tensors_are_copied_and_scaled_many_at_a_time() -> None:
     torch._foreach_mul_(targets, 4.0)
     torch._foreach_lerp_(targets, sources, 0.5)
     assert [each.tolist() for each in targets] == [[2.5] * 2, [2.5] * 3]
+
+
+def test_the_result_of_a_collective_under_way_is_of_a_class_that_can_be_awaited() -> None:
+    """Else an output of a tensor-parallel model is sent to other ranks before its numbers are there."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    assert torch_internals.is_pending(AsyncCollectiveTensor(torch.ones(2)))
+    assert callable(AsyncCollectiveTensor.wait)
+    assert not torch_internals.is_pending(torch.ones(2))

@@ -1,5 +1,6 @@
 """DTensors at the doors of the package: taken as whole tensors, on 4 ranks of a 2 x 2 mesh."""
 
+import time
 import warnings
 from typing import Any
 
@@ -152,3 +153,24 @@ def test_a_tracker_refuses_what_only_all_ranks_could_make_whole() -> None:
     first, *others = run_ranks(tracked, 4, "dp")
     assert "RankZeroCollectiveError: 'loss' is a DTensor" in first[1]
     assert all("RemoteRankError" in failure for _, failure in others)
+
+
+def sent_at_once(rank: int, size: int) -> list[Any]:
+    import torch.distributed._functional_collectives as functional
+
+    def pending() -> torch.Tensor:
+        if rank:
+            time.sleep(0.5)  # rank 0 has pickled its result by then, unless it waits
+        return functional.all_reduce(torch.ones(3), "sum", list(range(size)))
+
+    with distributed.process_group():
+        gathered = distributed.all_gather_object({"output": [pending()]})
+        return [gathered, distributed.broadcast_object(pending()), distributed.all_reduce(pending(), "max")]
+
+
+def test_the_result_of_a_collective_under_way_is_awaited_before_it_is_sent() -> None:
+    expected = torch.full((3,), 2.0)
+    for gathered, broadcast, reduced_over_ranks in run_ranks(sent_at_once, 2, init=False, deadline_s=60):
+        for value in (*(each["output"][0] for each in gathered), broadcast, reduced_over_ranks):
+            assert type(value) is torch.Tensor
+            assert torch.equal(value, expected), value

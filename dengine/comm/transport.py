@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from dengine import trees
 from dengine.comm.nested import grouped, split
 from dengine.launch.world import World
+from dengine.torch_internals import is_pending
 
 __all__ = ["GroupTransport", "NoTransport", "Sources", "Transport"]
 
@@ -110,14 +112,22 @@ class GroupTransport:
             dist.broadcast(sent, src=rank, group=members)
 
     def all_gather_object(self, value: T) -> list[T]:
+        value = _awaited(value)
         gathered = [value] * self._here.size
         dist.all_gather_object(gathered, value, group=self._cpu_group)
         return gathered
 
     def broadcast_object(self, value: T, source: int) -> T:
-        holder = [value]
+        holder = [_awaited(value)]
         dist.broadcast_object_list(holder, src=source, group=self._cpu_group)
         return holder[0]
 
     def _group_for(self, tensor: torch.Tensor) -> ProcessGroup | None:
         return self._cpu_group if tensor.device.type == "cpu" else None
+
+
+def _awaited(value: T) -> T:
+    """`value`, once no tensor in it is the result of a collective under way: its numbers would be sent too early."""
+    if not any(is_pending(leaf) for leaf in trees.leaves(value)):
+        return value
+    return trees.map_leaves(lambda leaf: leaf.wait() if is_pending(leaf) else leaf, value)  # type: ignore[no-any-return]
