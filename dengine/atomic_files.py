@@ -146,8 +146,8 @@ def temporary_path(path: Path) -> Path:
 def commit(temporary: Path, path: Path) -> None:
     """Give the finished file or folder its final name. From then on it survives a power cut.
 
-    A folder takes no other's place in one step: one that has the name steps aside before, and goes afterwards. A kill
-    between the two renames leaves the old one aside, and `recover` finds it there.
+    To replace a folder takes two renames: the old one gets another name, then the new one its final name. The old one
+    is deleted afterwards. After a kill between the two, `recover` finds the old one under its other name.
 
     Raises:
         OSError: it cannot be renamed, or the folder not be flushed; the temporary file is gone then, and `path` is as

@@ -183,3 +183,28 @@ def test_a_stage_without_gradients_and_stages_that_are_cut_up_otherwise_have_one
     expected = [2 * 20**0.5, 2 * 20**0.5, 2 * 48**0.5, 2.0, 2.0, 2.0]
     for found in run_ranks(of_stages, 4, deadline_s=60):
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+def of_bare_stages(rank: int, size: int) -> list[float]:
+    """A stage without a parameter, and one of which nothing is trained, beside stages that DDP wraps."""
+    found = []
+    with distributed.process_group(mesh={"pp": 2, "dp": 2}) as here:
+        is_first = here.coordinates["pp"] == 0
+        stages: list[nn.Module] = [
+            nn.Linear(4, 4) if is_first else nn.Identity(),
+            nn.Linear(4, 4).requires_grad_(is_first),
+        ]
+        for stage in stages:
+            prepared = distributed.prepare_model(stage, parts="pp")
+            distributed.barrier("prepared")
+            for parameter in prepared.parameters():
+                parameter.grad = torch.full_like(parameter, 2.0) if parameter.requires_grad else None
+            found.append(float(distributed.clip_grad_norm_(prepared.parameters(), 1.0)))
+        with pytest.raises(ValueError, match="prepare each module in it"):
+            distributed.prepare_model(nn.ModuleList([nn.Linear(2, 2)]), "fsdp", parts="pp")
+    return found
+
+
+def test_a_stage_without_parameters_or_without_trained_ones_takes_part() -> None:
+    for found in run_ranks(of_bare_stages, 4, deadline_s=60):
+        assert found == pytest.approx([2 * 20**0.5] * 2, rel=1e-6)

@@ -138,7 +138,7 @@ def _refuse(gathered: Mapping[int, Sequence[str]], subject: str, advice: str) ->
     raise ConsistencyError(
         f"{subject} differ between ranks: rank {rank} has {len(gathered[rank])} of them, rank {model} has "
         f"{len(gathered[model])}. Rank {longer} has {gathered[longer][len(gathered[shorter])]}, which rank {shorter} "
-        f"has not. {advice}"
+        f"does not have. {advice}"
     )
 
 
@@ -156,6 +156,6 @@ def _odd_one(values: Sequence[Any]) -> tuple[int | None, int]:
     """The index of a value that is not the most frequent one (None if all are equal), and the index of one that is."""
     if not values:
         return None, 0
-    commonest, _ = Counter(values).most_common(1)[0]  # of equals the first, so that rank 0 is right in doubt
+    commonest, _ = Counter(values).most_common(1)[0]  # in a tie the value of the lowest rank
     odd = next((rank for rank, value in enumerate(values) if value != commonest), None)
     return odd, values.index(commonest)

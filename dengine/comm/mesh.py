@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["check_mesh", "deals_to_all_ranks", "refuse_laid_out", "sources_of", "spreads_model", "spreads_part"]
+__all__ = ["check_mesh", "note_different_samples", "note_model", "note_part_of_ranks", "refuse_laid_out", "sources_of"]
 
 # Dimensions whose ranks share samples, by the names that torchtitan, accelerate and Megatron give them.
 _SHARED = ("tp", "cp", "pp", "sp", "mp", "etp", "tensor", "context", "pipe", "pipeline", "sequence", "model")
@@ -75,26 +75,26 @@ def sources_of(mesh: "DeviceMesh") -> "list[tuple[int, ProcessGroup]]":
     return [(dist.get_global_rank(group, 0), group) for group in groups]
 
 
-def spreads_part(what: str, mesh_size: int, here: World) -> None:
+def note_part_of_ranks(what: str, mesh_size: int, here: World) -> None:
     """Note that a model is spread over `mesh_size` of the ranks; `what` names the option."""
     if mesh_size < here.size:
         _note_sharing(f"{what} spreads a model over {mesh_size} of the {here.size} ranks")
 
 
-def spreads_model(model: nn.Module) -> None:
+def note_model(model: nn.Module) -> None:
     """Note that `model` is used: the user may have sharded it himself."""
     if (shared := _shared_by(model)) is not None:
         _note_sharing(shared)
 
 
-def deals_to_all_ranks() -> None:
+def note_different_samples() -> None:
     """Note that each rank gets different samples, unless the mesh says otherwise."""
     if world().data_size < world().size:
         return
     prepared = plane().prepared
     prepared.deals_to_all_ranks = True
     for model in prepared.living_models().values():  # which may have been laid out after it was prepared
-        spreads_model(model)
+        note_model(model)
     _warn_if_both(prepared)
 
 

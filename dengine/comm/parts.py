@@ -75,15 +75,17 @@ def parts_of_optimizer(optimizer: torch.optim.Optimizer) -> dict[int, Dimensions
 
 def parts_of_parameters() -> dict[int, Dimensions]:
     """The same as `parts_of_names` for the parameters of all prepared parts that are still alive, by the `id` of
-    each.
+    each. A part without a parameter is in it by its own `id`: other ranks may have parameters there.
     """
     around: dict[int, tuple[nn.Parameter, tuple[str, ...]]] = {}
+    found: dict[int, Dimensions] = {}
     for module, _ in plane().prepared.living_parts():
         mark = (getattr(module, _MARK),)
+        if next(module.parameters(), None) is None:
+            found[id(module)] = mark
         for parameter in module.parameters():
             known = around.get(id(parameter))
             around[id(parameter)] = parameter, mark if known is None else known[1] + mark
-    found: dict[int, Dimensions] = {}
     kinds: dict[tuple[Any, ...], Dimensions] = {}  # as there are many parameters of few kinds, in each step
     for key, (parameter, marks) in around.items():
         kind = marks, id(mesh_of(parameter))

@@ -45,7 +45,7 @@ class Activity:
     def note_progress(self, position: tuple[Level, ...]) -> None:
         started = tuple(run.started for run in self.runs.under_way)
         calls = (self.call_log.num_calls, self.call_log.is_inside)
-        progress = (self.runs.num_turns, started, calls, self.num_ticks, position)
+        progress = (self.runs.num_run_boundaries, started, calls, self.num_ticks, position)
         if progress != self._progress:
             self._progress = progress
             self.progressed_at_s = time.monotonic()

@@ -36,7 +36,7 @@ class Heartbeat:
 
     def publish_when_due(self, period_s: float) -> bool:
         """Publish once a period, and soon after a run has started or ended. Gives whether it did."""
-        is_new_turn = self.activity.runs.num_turns != self._published_turn
+        is_new_turn = self.activity.runs.num_run_boundaries != self._published_turn
         is_due = time.monotonic() >= self._published_at_s + (period_s / 10 if is_new_turn else period_s)
         if is_due:
             self.publish()
@@ -44,7 +44,7 @@ class Heartbeat:
 
     def publish(self) -> None:
         """Publish the position of this rank. Cost: one small request; two if rank 0 hosts the store."""
-        self._published_at_s, self._published_turn = time.monotonic(), self.activity.runs.num_turns
+        self._published_at_s, self._published_turn = time.monotonic(), self.activity.runs.num_run_boundaries
         position, call_log = self.activity.position(), self.activity.call_log
         beat = {
             "where": [asdict(level) for level in position],

@@ -118,7 +118,7 @@ class LivenessProbe:
             # less of the run started, fewer of this package's collectives called, and last: it waits in none.
             "progress": [
                 num_joined(self._here.size, but=self._context.group),
-                activity.runs.num_turns,
+                activity.runs.num_run_boundaries,
                 shared[-1].started if shared else 0,
                 call_log.num_calls,
                 int(call_log.is_inside),

@@ -146,13 +146,14 @@ class Runs:
 
     Attributes:
         under_way: the runs, outermost first.
-        num_turns: the number of shared runs that were started, plus the number that ended: it shows a rank's progress.
+        num_run_boundaries: the number of shared runs that were started, plus the number that ended: it shows how far
+            a rank is.
         thread_id: the thread whose loop runs.
     """
 
     def __init__(self) -> None:
         self.under_way: list[Run] = []
-        self.num_turns = 0
+        self.num_run_boundaries = 0
         self.thread_id = threading.get_ident()
         self._where: Where = lambda frames: []  # from the last engine that started a run
         self._lock = threading.Lock()
@@ -160,14 +161,14 @@ class Runs:
     def begin(self, run: Run, where: Where) -> None:
         with self._lock:
             self.under_way = [*self.under_way, run]
-            self.num_turns += run.number is not None
+            self.num_run_boundaries += run.number is not None
             self.thread_id = threading.get_ident()
             self._where = where
 
     def end(self, run: Run) -> None:
         with self._lock:
             self.under_way = [each for each in self.under_way if each is not run]
-            self.num_turns += run.number is not None
+            self.num_run_boundaries += run.number is not None
 
     def shared(self) -> list[Run]:
         """The runs that all ranks share."""

@@ -168,7 +168,7 @@ class Watchdog:
             return
         if self._deadlock_call != call_log.num_calls:
             self._deadlock_call = call_log.num_calls
-            key = f"crossed/{self._activity.runs.num_turns}/{call_log.num_calls}"
+            key = f"crossed/{self._activity.runs.num_run_boundaries}/{call_log.num_calls}"
             self._is_prober = self._context.store.add(key, 1) == 1
         if not self._is_prober:
             return
@@ -187,7 +187,7 @@ class Watchdog:
         # All ranks that wait come here at about the same time: one of them probes for all.
         self._probe_at_s = now_s + self._stall_timeout_s
         self._num_probes += 1
-        if self._context.store.add(f"stall/{self._activity.runs.num_turns}/{self._num_probes}", 1) == 1:
+        if self._context.store.add(f"stall/{self._activity.runs.num_run_boundaries}/{self._num_probes}", 1) == 1:
             failure, idle_s = self._probe.find_stalled(self._stall_timeout_s, leeway_s=self._period_s)
             if failure is None:
                 self._probe_at_s = time.monotonic() + self._stall_timeout_s - idle_s

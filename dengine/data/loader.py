@@ -19,7 +19,7 @@ from torch.utils.data import (
 
 from dengine import torch_internals
 from dengine.checks import whole_number
-from dengine.comm.mesh import deals_to_all_ranks
+from dengine.comm.mesh import note_different_samples
 from dengine.data.passes import PassCounter
 from dengine.data.sampler import DataState, ElasticSampler
 from dengine.data.seeding import (
@@ -108,7 +108,7 @@ def prepare_data_loader(
     collate = _seeded_collate(loader)
     if isinstance(dataset, IterableDataset):
         batch_size = _batch_size(loader, here, global_batch_size)
-        deals_to_all_ranks()
+        note_different_samples()
         if shards_itself(dataset, here):
             # Each rank has its own samples already: what they are, and how many, is not decided here.
             stream: Any = StreamShard(
@@ -214,7 +214,7 @@ def _kept_sampler(loader: "DataLoader[Any]", here: World, *, exact: bool) -> Ela
     if not isinstance(sampler, DistributedSampler) or (isinstance(loader, PreparedLoader) and not loader.keeps_sampler):
         return None
     check_fits(sampler, here, exact=exact)
-    deals_to_all_ranks()
+    note_different_samples()
     return sampler if isinstance(sampler, ElasticSampler | KeptSampler) else KeptSampler(sampler)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import DistributedSampler
 
 from dengine.checks import whole_number
-from dengine.comm.mesh import deals_to_all_ranks
+from dengine.comm.mesh import note_different_samples
 from dengine.data.passes import PassCounter
 from dengine.data.permutation import Permutation
 from dengine.data.seeding import EpochIndex
@@ -128,7 +128,7 @@ class ElasticSampler(DistributedSampler[int]):
             "num_replicas", here.data_size if num_replicas is None else num_replicas, least=1
         )
         if self.num_replicas == here.size:
-            deals_to_all_ranks()
+            note_different_samples()
         self.rank = whole_number("rank", here.data_rank if rank is None else rank, least=0)
         if self.rank >= self.num_replicas:
             raise ValueError(f"rank={rank} must lie below num_replicas={self.num_replicas}.")

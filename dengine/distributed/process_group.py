@@ -238,9 +238,9 @@ def _first_exchange(here: World, mesh: str) -> tuple[bool, list[str]]:
         assert launch is not None
         warnings.warn(
             f"This process group has {here.size} of the {launch.size} ranks that {_launcher_of(launch)} started: stops "
-            "and failures are not shared beyond it, and metrics and checkpoints are those of its own ranks. Where that "
-            "is not meant, call process_group() before torch.distributed.init_process_group(), or make that group of "
-            "all ranks.",
+            "and failures are not shared beyond it, and metrics and checkpoints are those of its own ranks. If that "
+            "is not intended, call process_group() before torch.distributed.init_process_group(), or make that group "
+            "of all ranks.",
             stacklevel=5,
         )
     found = gathered((is_launched or (is_part and is_agents_store(os.environ)), mesh))

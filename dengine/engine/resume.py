@@ -1,7 +1,7 @@
 """Save and restore what a resumed run of this rank needs: generators, passes over data, and the data's own state.
 
-All are set twice: first as they were when the epoch's iterator was made, so that it starts in the same way; then, after
-it was fast-forwarded to its position, as they were when the state was saved.
+All are set twice. First they are set as they were when the iterator of the epoch was made, so that it starts in the
+same way. After it was fast-forwarded to its position, they are set as they were when the state was saved.
 """
 
 from collections.abc import Iterable, Iterator

@@ -144,7 +144,7 @@ class Checkpoint:
         self._has_looked = False  # into the folder, so that it holds what is kept
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._folder_format = FolderFormat()  # remembers who writes what
-        self._background = Background()  # beside rank 0, busy with folders only
+        self._background = Background()  # ranks other than 0 use it for folders only
 
     def __repr__(self) -> str:
         return shown(

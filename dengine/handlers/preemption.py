@@ -81,7 +81,7 @@ class Preemption:
         check_engine(self, engine)
         engine.on(Events.STARTED, self._begin, priority=Priority.SETUP)
         engine.on(Events.ITERATION_COMPLETED, self._look)
-        # Last: a signal that comes while the handlers of an epoch's end evaluate is not to wait for one more iteration.
+        # Last: a signal that comes while handlers at the end of an epoch evaluate need not wait for one more iteration.
         engine.on(Events.EPOCH_COMPLETED, self._look, priority=Priority.CLEANUP)
         engine.on(Events.TERMINATED, self._save_together if self._is_collective else self._save)
         for event in (Events.TERMINATED, Events.COMPLETED, Events.EXCEPTION_RAISED):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 import torch.distributed as dist
 from torch import nn
 
-from dengine.comm.mesh import check_mesh, refuse_laid_out, sources_of, spreads_part
+from dengine.comm.mesh import check_mesh, note_part_of_ranks, refuse_laid_out, sources_of
 from dengine.comm.parts import named_modules_beside_parts, named_parameters_beside_parts, parts_inside
 from dengine.dtensor import describe_mesh, has_dimension, is_fsdp, mesh_of
 from dengine.launch.mesh import DATA_NAMES, MODEL_NAMES, SEQUENCE_NAMES
@@ -139,9 +139,9 @@ def _layout_of_arguments(model: nn.Module, strategy: str, kwargs: Mapping[str, A
         refuse_laid_out(model, strategy)
     if (mesh := kwargs.get("mesh", kwargs.get("device_mesh"))) is not None:
         check_mesh(mesh)
-        spreads_part("mesh=" if "mesh" in kwargs else "device_mesh=", mesh.size(), here)
+        note_part_of_ranks("mesh=" if "mesh" in kwargs else "device_mesh=", mesh.size(), here)
     elif (group := kwargs.get("process_group")) is not None:
-        spreads_part("process_group=", group.size(), here)
+        note_part_of_ranks("process_group=", group.size(), here)
     if strategy != "fsdp":
         return Layout("ddp")
     # Ranks outside the mesh, if it has only some of the ranks, have their own models.

@@ -1,7 +1,7 @@
 """Move a model to its device and spread it over the ranks, and find the user's module in it again."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,12 +16,13 @@ from dengine.comm.consistency import (
     refuse_different_parts,
     same_on_all_ranks,
 )
-from dengine.comm.mesh import sources_of, spreads_model
+from dengine.comm.mesh import note_model, sources_of
 from dengine.comm.parts import Dimensions, mark_part, parts_of_names
 from dengine.control.plane import plane
 from dengine.dtensor import any_dtensor, has_dimension, is_dtensor, local_part, mesh_of
 from dengine.errors import ConsistencyError
 from dengine.launch.world import World, refuse_forgotten_group, world
+from dengine.naming import a_type
 from dengine.parallel.ddp_buckets import build_buckets_early
 from dengine.parallel.layout import Layout, Parts, TensorParallel, check_plan, layout_of
 from dengine.parallel.options import (
@@ -42,6 +43,8 @@ from dengine.parallel.undo import unchanged_by_errors
 from dengine.parallel.weights import Initialize, check_meta
 
 __all__ = ["evaluating", "prepare_model", "unwrap_model"]
+
+_WRAPPING = "the wrapping in DistributedDataParallel by prepare_model()"
 
 
 def prepare_model(
@@ -130,7 +133,8 @@ def prepare_model(
     if layout.strategy != "ddp" or any_dtensor(model.parameters()):
         return model
     if strategy == "auto" and not any(parameter.requires_grad for parameter in model.parameters()):
-        return model
+        with collective(_WRAPPING) if parts is not None else nullcontext():  # other stages may be wrapped
+            return model
     return _in_ddp(model, layout, gradient_compression, kwargs, here)
 
 
@@ -160,6 +164,9 @@ def _checked(
         _refuse_known_experts(model)
     is_on_meta = check_meta(model, init_fn, is_of_experts=parts == "ep")
     layout = layout_of(model, strategy, parts, kwargs, here, is_planned=tensor_parallel is not None)
+    is_container = isinstance(model, (nn.ModuleList, nn.ModuleDict)) and type(model).forward is nn.Module.forward
+    if is_container and layout.strategy in ("fsdp", "replicate"):
+        raise ValueError(f"FSDP2 takes a module that is called, but {a_type(model)} is not: prepare each module in it.")
     if layout.strategy == "ddp":
         check_options("ddp", *given)
         check_ddp_options(kwargs)
@@ -213,7 +220,7 @@ def _compare(model: nn.Module, plan: list[str], layout: Layout, parts: Parts | N
         return
     _agree([arguments, compared])
     plane().prepared.add_model(model)
-    spreads_model(model)
+    note_model(model)
 
 
 def _in_ddp(
@@ -221,7 +228,7 @@ def _in_ddp(
 ) -> DistributedDataParallel:
     device_ids = None if here.device.type == "cpu" else [here.device]
     over: dict[str, Any] = {} if layout.data is None else {"process_group": layout.data.get_group()}
-    with collective("the wrapping in DistributedDataParallel by prepare_model()"):
+    with collective(_WRAPPING):
         wrapped = DistributedDataParallel(model, device_ids=device_ids, **over, **kwargs)
         build_buckets_early(wrapped)
     if compression is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dengine.comm.collectives import broadcast_tensors
-from dengine.comm.mesh import spreads_model
+from dengine.comm.mesh import note_model
 from dengine.comm.parts import parts_inside
 from dengine.control.plane import plane
 from dengine.distributed import prepare_model, unwrap_model, world
@@ -96,7 +96,7 @@ def wrap_model(model: nn.Module, accelerator: "Accelerator") -> nn.Module:
     Collective over several ranks, also if it is in DDP already: its buckets are built now.
     """
     if is_wrapped(model):
-        spreads_model(model)
+        note_model(model)
         if (ddp := find_ddp(model)) is not None:
             build_buckets_early(ddp)
         return model

@@ -191,11 +191,12 @@ def failure_text(path: Path, error: BaseException) -> str:
 
 
 def _commit(temporary: Path, plan: SavePlan, entry: Entry) -> None:
-    """Give the file or folder its name, then list it in the manifest, without those that will be removed.
+    """Rename the temporary file or folder to its final name, then the new manifest, which lists it and no longer lists
+    those that will be removed.
 
-    The manifest is written to the disk before either is renamed, so that a full disk fails before anything has
-    changed. A failure is undone. An interrupt is not: like a kill, it leaves a complete file, which is listed, or
-    found later.
+    The manifest is on the disk under a temporary name before either is renamed, so that a full disk fails before
+    anything has changed. A failure is undone. An interrupt is not: like a kill, it leaves a complete file, which is
+    listed, or found later.
     """
     path, folder = plan.path, plan.path.parent
     with _listing:

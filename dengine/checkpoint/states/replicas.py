@@ -4,7 +4,6 @@ That happens with stages of a pipeline, or experts, that the user has spread ove
 """
 
 import hashlib
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,14 +22,10 @@ __all__ = ["Print", "prints_of", "refuse_lost"]
 
 
 class Print(NamedTuple):
-    """The values of a parameter that ranks compare: its shape and type, and a digest of some of its elements.
-
-    `is_apart`: the model is spread over parts of the ranks, so that a difference is no mistake.
-    """
+    """The values of a parameter that ranks compare: its shape and type, and a digest of some of its elements."""
 
     kind: str
     digest: bytes
-    is_apart: bool
 
 
 _NUM_SAMPLES = 16  # elements of a parameter: if two were drawn or trained separately, nearly all of them differ
@@ -60,7 +55,6 @@ def prints_of(models: Mapping[str, nn.Module], apart: Collection[tuple[str, ...]
 
 def _prints_of(model: nn.Module, num_ranks: int, apart: Collection[str]) -> dict[str, Print]:
     alike = set(_kept_equal(model, num_ranks))
-    is_apart = _is_apart(model, num_ranks)
     samples: dict[str, tuple[str, torch.Tensor]] = {}
     for name, parameter in unwrap_model(model).named_parameters():
         mesh = mesh_of(parameter)
@@ -71,43 +65,34 @@ def _prints_of(model: nn.Module, num_ranks: int, apart: Collection[str]) -> dict
             continue
         place = f" from {local_box(name, parameter).offsets}" if mesh is not None else ""
         samples[without_compiled(name) + place] = f"{tuple(parameter.shape)} {parameter.dtype}", _sample(local)
-    return _printed(samples, is_apart)
+    return _printed(samples)
 
 
 def refuse_lost(everyone: Sequence[dict[str, dict[str, Print]]], *, is_united: bool = False) -> None:
     """Refuse to save a model of which a part would be lost.
 
-    If the ranks have the same names and shapes, and nothing says that their parameters should differ, a warning is
-    enough: they may have been seeded differently, or not prepared. With
-    `is_united`, names that only some ranks have are saved (into a folder).
+    With `is_united`, names that only some ranks have are saved (into a folder).
 
     Raises:
         CheckpointError: a model has different parameters on two ranks; the message names it, and both ranks.
     """
     for name in sorted({name for prints in everyone for name in prints}):
         of_ranks = [prints.get(name, {}) for prints in everyone]
-        slip = None
         for key in dict.fromkeys(key for prints in of_ranks for key in prints):
-            lost, is_slip = _lost(key, of_ranks, is_united)
-            if lost is not None and not is_slip:
+            if lost := _lost(key, of_ranks, is_united):
                 raise CheckpointError(f"Nothing was saved or changed, since {f'{name}/{key}'!r} {lost}: {_WAY_OUT}")
-            slip = slip or (lost and f"{f'{name}/{key}'!r} {lost}: {_WAY_OUT}")
-        if slip and world().rank == 0:
-            warnings.warn(f"Rank 0's parameters are saved, though {slip}", stacklevel=2)
 
 
-def _lost(key: str, of_ranks: Sequence[dict[str, Print]], is_united: bool) -> tuple[str | None, bool]:
-    """The part of the parameter `key` that would be lost, or None; and whether that looks like a mistake."""
+def _lost(key: str, of_ranks: Sequence[dict[str, Print]], is_united: bool) -> str | None:
+    """How the parameter `key` differs between ranks, so that a part of it would be lost; None if it does not."""
     holders = [rank for rank, prints in enumerate(of_ranks) if key in prints]
-    first = of_ranks[holders[0]][key]
     # A part of a tensor that is sharded over some of the ranks is not on the others.
     if " from (" not in key and not is_united and len(holders) < len(of_ranks):
         lacking = next(rank for rank in range(len(of_ranks)) if rank not in holders)
-        return f"is on rank {holders[0]}, but not on rank {lacking}", False
-    for rank in holders:
-        if (other := of_ranks[rank][key]) != first:
-            return f"of rank {rank} is not that of rank {holders[0]}", other.kind == first.kind and not first.is_apart
-    return None, False
+        return f"is on rank {holders[0]}, but not on rank {lacking}"
+    first = of_ranks[holders[0]][key]
+    other = next((rank for rank in holders if of_ranks[rank][key] != first), None)
+    return None if other is None else f"of rank {other} is not that of rank {holders[0]}"
 
 
 _WAY_OUT = (
@@ -115,14 +100,6 @@ _WAY_OUT = (
     "prepare_model() or DDP keep it the same; if each has a part of its own (stages of a pipeline, experts), say "
     'so by prepare_model(..., parts="pp"), and all parts are kept.'
 )
-
-
-def _is_apart(model: nn.Module, num_ranks: int) -> bool:
-    """Whether the model is spread over some of the ranks, or over more than one dimension of them."""
-    meshes = [mesh for mesh in map(mesh_of, model.parameters()) if mesh is not None]
-    groups = [each.process_group for each in model.modules() if isinstance(each, DistributedDataParallel)]
-    is_on_part = any(mesh.ndim > 1 or mesh.size() != num_ranks for mesh in meshes)
-    return is_on_part or any(group.size() != num_ranks for group in groups)
 
 
 def _kept_equal(model: nn.Module, num_ranks: int) -> Iterator[int]:
@@ -138,7 +115,7 @@ def _sample(local: torch.Tensor) -> torch.Tensor:
     return flat[::step][:_NUM_SAMPLES].contiguous().view(torch.uint8)
 
 
-def _printed(samples: dict[str, tuple[str, torch.Tensor]], is_apart: bool) -> dict[str, Print]:
+def _printed(samples: dict[str, tuple[str, torch.Tensor]]) -> dict[str, Print]:
     by_device: dict[torch.device, list[str]] = {}
     for name, (_, sample) in samples.items():
         by_device.setdefault(sample.device, []).append(name)
@@ -150,6 +127,6 @@ def _printed(samples: dict[str, tuple[str, torch.Tensor]], is_apart: bool) -> di
         for name in names:
             what, sample = samples[name]
             digest = hashlib.sha256(content[start : start + sample.numel()]).digest()[:8]
-            prints[name] = Print(what, digest, is_apart)
+            prints[name] = Print(what, digest)
             start += sample.numel()
     return prints

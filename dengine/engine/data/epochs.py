@@ -16,7 +16,7 @@ from dengine.engine.data.emptiness import Emptiness
 from dengine.engine.data.joined import Absent, Pass, agreed_pass, with_own_spare, with_sent_spare
 from dengine.engine.data.own_state import holds_any, is_restored_by_user, parts_of
 from dengine.engine.data.self_resetting import SelfResetting, may_reset_itself
-from dengine.engine.data.skipping import dropping, jumps, skipped_by_sampler, warn_of_drawing
+from dengine.engine.data.skipping import can_seek, dropping, skipped_by_sampler, warn_of_drawing
 from dengine.naming import type_name
 
 __all__ = ["EpochIterator", "check_data"]
@@ -114,13 +114,13 @@ class EpochIterator:
         in_pass = skip % size if size else skip  # an epoch longer than the data passes over it again and again
         if self._resetting is not None:
             batches = self._replayed(skip, consumed)
-        elif jumps(self.data):
+        elif can_seek(self.data):
             batches = self._jumped(in_pass if own is None else min(in_pass, own))
         else:  # its next pass may depend on earlier ones
             batches = self._fast_forwarded(self._num_own(skip))
         if self._pass.is_even or own is None or size is None:
             return batches
-        if skip and in_pass == 0 and not jumps(self.data):  # at the end of a pass
+        if skip and in_pass == 0 and not can_seek(self.data):  # at the end of a pass
             self.finish(size)
             batches = self._new_pass()
         num_absent = size - max(own, in_pass)

@@ -9,7 +9,7 @@ from dengine.data.loader import pass_counters
 from dengine.distributed import world
 from dengine.naming import type_name
 
-__all__ = ["dropping", "jumps", "rest_of", "skipped_by_sampler", "warn_of_drawing"]
+__all__ = ["can_seek", "dropping", "rest_of", "skipped_by_sampler", "warn_of_drawing"]
 
 
 class _Skips(Protocol):
@@ -18,7 +18,7 @@ class _Skips(Protocol):
     def skip(self, num_samples: int) -> None: ...
 
 
-def jumps(data: Iterable[object]) -> bool:
+def can_seek(data: Iterable[object]) -> bool:
     """Whether a pass over the data is the same, whatever number of passes this epoch had before."""
     return bool(pass_counters(data)) or isinstance(data, Sequence) or _skipping(data) is not None
 

@@ -43,7 +43,7 @@ class MetricFunction(Metric):
         {'rmse': 1.0, 'ratio': 1.0}
     """
 
-    updates_inner_apart = True
+    updates_inner_separately = True
 
     def __init__(self, function: Callable[..., Any], *metrics: Any) -> None:
         if not callable(function) or is_metric(function):

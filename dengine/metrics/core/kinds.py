@@ -101,4 +101,4 @@ def updaters(metric: AnyMetric, updater: AnyMetric | None = None) -> Iterator[tu
         yield from ((each, own) for each in metric.modules() if each is not metric and is_torchmetrics(each))
     elif isinstance(metric, Metric):
         for part in metric.metrics_within():
-            yield from updaters(part, updater if metric.updates_inner_apart else own)
+            yield from updaters(part, updater if metric.updates_inner_separately else own)

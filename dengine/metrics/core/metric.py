@@ -70,9 +70,9 @@ class Metric(ABC):
     # Class attributes, so that a subclass that never calls __init__ has them.
     transform: OutputTransform | None = None
     num_updates: int = 0  # since the last reset
-    updates_inner_apart: bool = False  # whether each metric inside it is updated separately
+    updates_inner_separately: bool = False  # whether each metric inside it is updated separately
     shows_live: bool = False  # whether its value can be read while the epoch is under way
-    adds_to_no_graph: bool = False  # whether `update` makes sure of that; else an engine calls it without gradients
+    adds_to_no_graph: bool = False  # whether `update` makes sure of that; if not, an engine turns gradients off
     # The metric whose `update` updates this one: a user's subclass of a derived metric may have its own methods.
     updated_by: "Metric | None" = None
     _states: Mapping[str, StateSpec] = {}

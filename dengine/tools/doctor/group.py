@@ -203,7 +203,7 @@ def _judge_checkpoint(facts: dict[int, GroupFacts], hosts: dict[int, str]) -> Fi
     failed = _failed(facts, {"checkpoint"})
     if failed:
         first = _most_telling(failed)
-        advice = "see the lines on the folder above; else the message is what a training would end with."
+        advice = "see the lines on the folder above; if they are fine, a training would fail with this message."
         return Finding("checkpoint", Verdict.FAIL, f"{failed[first]}", advice, tuple(failed))
     results = {rank: each["checkpoint"] for rank, each in facts.items() if "checkpoint" in each}
     if not results:

@@ -66,7 +66,9 @@ def local_box(name: str, tensor: torch.Tensor) -> TensorBox:
     pieces = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # as torch.distributed.checkpoint sees it
     local = tuple(local_part(tensor).shape)
     if len(pieces) != 1 or tuple(pieces[0].sizes) != local:
-        raise TypeError(f"{name!r} is laid out as {tensor.placements}, of which one rank holds no one block.")
+        raise TypeError(
+            f"{name!r} is laid out as {tensor.placements}, in which the part of this rank is not one block."
+        )
     return TensorBox(shape, dtype, tuple(pieces[0].offsets), local)
 
 

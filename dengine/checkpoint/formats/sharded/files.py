@@ -28,7 +28,7 @@ __all__ = [
     "METADATA",
     "TABLE_NAME",
     "Chunk",
-    "MadeUpError",
+    "InvalidDeclarationError",
     "Metadata",
     "Written",
     "as_corrupt",
@@ -51,7 +51,7 @@ FILE_NAME = re.compile(r"rank_\d{5,}\.bin")  # nothing that leads out of the fol
 TABLE_NAME = re.compile(r"rank_\d{5,}\.json")
 
 
-class MadeUpError(CorruptCheckpointError, ValueError):
+class InvalidDeclarationError(CorruptCheckpointError, ValueError):
     """The declarations of a folder are impossible, or are for another version of torch."""
 
 
@@ -255,7 +255,7 @@ def as_corrupt(path: Path) -> Iterator[None]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, RuntimeError) as error:
         if isinstance(error, CorruptCheckpointError):
             raise
-        raise MadeUpError(f"{path} was changed: {error}") from error
+        raise InvalidDeclarationError(f"{path} was changed: {error}") from error
 
 
 def _chunk(one: Mapping[str, Any]) -> Chunk:
@@ -274,5 +274,5 @@ def number(value: Any) -> int:
 
 def _file_name(name: str) -> str:
     if not FILE_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is none of its files")
+        raise ValueError(f"{name!r} is not the name of a file of a rank")
     return name

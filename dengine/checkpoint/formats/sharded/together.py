@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from dengine.checkpoint.formats.sharded.files import MadeUpError
+from dengine.checkpoint.formats.sharded.files import InvalidDeclarationError
 from dengine.comm.outcome import Failure, from_rank_zero, on_all_ranks
 from dengine.distributed import world
 from dengine.errors import CheckpointError, CorruptCheckpointError
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 # What keeps its class on the way to the other ranks; everything else arrives as a CheckpointError.
 _KEPT_CLASSES: tuple[type[Exception], ...] = (
-    MadeUpError,
+    InvalidDeclarationError,
     CorruptCheckpointError,
     FileNotFoundError,
     TypeError,
