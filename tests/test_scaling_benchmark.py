@@ -21,7 +21,7 @@ def test_each_case_is_measured_for_each_number_of_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(\w+), (\d+) ranks: (.*)$", done.stdout, re.MULTILINE)
     assert [(case, int(num_ranks)) for case, num_ranks, _ in rows] == [
-        (case, num_ranks) for case in ("sampler", "metrics", "store") for num_ranks in (4, 16)
+        (case, num_ranks) for case in ("sampler", "metrics", "checkpoint", "store") for num_ranks in (4, 16)
     ]
     for _, _, values in rows:
         assert all(float(each.rpartition(" ")[2]) >= 0 for each in values.split("; "))
