@@ -281,7 +281,7 @@ def cpu_seconds(pid: int | None) -> float:
 
 
 def checkpoint(num_ranks: int, _: argparse.Namespace) -> Row:
-    """The first save of up to 8 stages; the second, which finds that nothing has changed; and the size of their index."""
+    """The first save of up to 8 stages; the second, which finds that nothing has changed; the size of their index."""
     num_stages = min(8, num_ranks)
     structures = [stage_structure(stage, num_ranks // num_stages) for stage in range(num_stages)]
     digests = list(map(digest_of, structures))
