@@ -10,37 +10,17 @@ import torch
 from experts import MoE, Net, StackedExperts
 from ranks import run_ranks
 from tensors import whole_parameters, whole_tensor
+from tokens import LENGTH, data, loss_of, samples, trainer_of
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from dengine import Engine, Events, checkpoint, create_supervised_evaluator, create_supervised_trainer, distributed
+from dengine import Engine, Events, checkpoint, create_supervised_evaluator, distributed
 from dengine.dtensor import cut_like, local_part
 from dengine.errors import ConsistencyError
 from dengine.handlers import EMA, ConsistencyCheck, TerminateOnNan
 from dengine.metrics import Loss
 from dengine.supervised import SupervisedEvents
-
-IGNORED = -100
-LENGTH = 4  # tokens of a sample
-
-
-def samples() -> TensorDataset:
-    generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(22, LENGTH, 6, generator=generator)
-    labels = torch.randint(5, (22, LENGTH), generator=generator)
-    labels[::3, 0] = IGNORED
-    labels[1::4, 2:3] = IGNORED
-    return TensorDataset(inputs, labels)
-
-
-def data(batch_size: int) -> Any:
-    loader = DataLoader(samples(), batch_size=batch_size, shuffle=True)
-    return distributed.prepare_data_loader(loader, exact=True, seed=3)
-
-
-def loss_of(pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(pred.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
 def with_weights(net: Net) -> Net:
@@ -81,23 +61,9 @@ def train(model: nn.Module, batch_size: int, accumulation: int) -> dict[str, tor
     """The weights afterwards, and their averages as `average.NAME`."""
     torch.manual_seed(7)
     here = distributed.world()
-    place, length = here.coordinates.get("cp", 0), LENGTH // (2 if "cp" in here.coordinates else 1)
-
-    def own_tokens(batch: Any, device: torch.device) -> Any:
-        inputs, labels = batch
-        mine = slice(place * length, (place + 1) * length)
-        return inputs[:, mine], labels[:, mine]
-
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    trainer = create_supervised_trainer(
-        model,
-        optimizer,
-        loss_of,
-        gradient_accumulation_steps=accumulation,
-        max_grad_norm=0.2,
-        weight=lambda inputs, labels: (labels != IGNORED).sum(),
-        prepare_batch=own_tokens,
-    )
+    part, num_parts = here.coordinates.get("cp", 0), 2 if "cp" in here.coordinates else 1
+    trainer = trainer_of(model, optimizer, accumulation, part, num_parts)
     average = EMA(model, decay=0.5)
     trainer.on(SupervisedEvents.OPTIMIZER_STEP_COMPLETED, average)
     trainer.on(Events.EPOCH_COMPLETED, ConsistencyCheck(model, optimizer))

@@ -7,15 +7,15 @@ import pytest
 import torch
 from ranks import run_ranks
 from tensors import whole_parameters
+from tokens import IGNORED, data, trainer_of
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
 
-from dengine import Events, SupervisedEvents, create_supervised_evaluator, create_supervised_trainer, distributed
+from dengine import Events, SupervisedEvents, create_supervised_evaluator, distributed
 from dengine.handlers import EMA, ConsistencyCheck, LRScheduler, TerminateOnNan
 from dengine.metrics import Accuracy, Loss
 
-IGNORED, LENGTH, WIDTH = -100, 4, 8
+WIDTH = 8
 
 
 class Net(nn.Module):
@@ -56,19 +56,6 @@ def net() -> Net:
     return Net()
 
 
-def samples() -> TensorDataset:
-    generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(22, LENGTH, WIDTH, generator=generator)
-    labels = torch.randint(5, (22, LENGTH), generator=generator)
-    labels[::3, 0] = IGNORED
-    labels[1::4, 2:3] = IGNORED
-    return TensorDataset(inputs, labels)
-
-
-def loss_of(pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(pred.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-
-
 def counted(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens that are not ignored."""
     is_counted = output["label"] != IGNORED
@@ -77,14 +64,7 @@ def counted(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(model: nn.Module, batch_size: int, accumulation: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.02, eps=1e-3)
-    trainer = create_supervised_trainer(
-        model,
-        optimizer,
-        loss_of,
-        gradient_accumulation_steps=accumulation,
-        max_grad_norm=0.2,
-        weight=lambda inputs, labels: (labels != IGNORED).sum(),
-    )
+    trainer = trainer_of(model, optimizer, accumulation)
     ema, losses = EMA(model, decay=0.5), list[float]()
     trainer.on(SupervisedEvents.OPTIMIZER_STEP_COMPLETED, ema)
     schedule = LRScheduler(torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7))
@@ -93,14 +73,13 @@ def train(model: nn.Module, batch_size: int, accumulation: int) -> dict[str, Any
     trainer.on(Events.EPOCH_COMPLETED, ConsistencyCheck(model, optimizer))
     trainer.add_metric(Loss(nn.functional.cross_entropy), "loss", output_transform=counted)
     trainer.on(Events.EPOCH_COMPLETED, lambda engine: losses.append(float(engine.state.metrics["loss"])))
-    loader = DataLoader(samples(), batch_size=batch_size, shuffle=True)
-    trainer.run(distributed.prepare_data_loader(loader, exact=True, seed=3), max_epochs=2)
+    trainer.run(data(batch_size, WIDTH), max_epochs=2)
     found: dict[str, Any] = {"losses": losses, "lr": optimizer.param_groups[0]["lr"]}
     for name, each in (("weights", model), ("average", ema.model)):
         evaluator = create_supervised_evaluator(each)
         for metric in (Loss(nn.functional.cross_entropy), Accuracy()):
             evaluator.add_metric(metric, type(metric).__name__, output_transform=counted)
-        found[f"metrics of {name}"] = dict(evaluator.run(distributed.prepare_data_loader(loader, exact=True)).metrics)
+        found[f"metrics of {name}"] = dict(evaluator.run(data(batch_size, WIDTH)).metrics)
         found[name] = whole_parameters(each)
     return found
 

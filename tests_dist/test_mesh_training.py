@@ -7,14 +7,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from tensors import whole_parameters
+from tokens import data, trainer_of
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
 
-from dengine import create_supervised_trainer, distributed
-
-IGNORED = -100
-LENGTH = 4  # tokens of a sample
+from dengine import distributed
 
 
 class Net(nn.Module):
@@ -33,42 +30,10 @@ def plan() -> Any:
     return {"first": ColwiseParallel(), "second": RowwiseParallel()}
 
 
-def samples() -> TensorDataset:
-    generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(22, LENGTH, 6, generator=generator)
-    labels = torch.randint(5, (22, LENGTH), generator=generator)
-    labels[::3, 0] = IGNORED
-    labels[1::4, 2:3] = IGNORED
-    return TensorDataset(inputs, labels)
-
-
-def loss_of(pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(pred.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-
-
 def train(model: nn.Module, batch_size: int, part: int, num_parts: int, accumulation: int) -> nn.Module:
     torch.manual_seed(7)
-    loader = distributed.prepare_data_loader(
-        DataLoader(samples(), batch_size=batch_size, shuffle=True), exact=True, seed=3
-    )
-    length = LENGTH // num_parts
-
-    def own_tokens(batch: Any, device: torch.device) -> Any:
-        inputs, labels = batch
-        mine = slice(part * length, (part + 1) * length)
-        return inputs[:, mine].to(device), labels[:, mine].to(device)
-
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    trainer = create_supervised_trainer(
-        model,
-        optimizer,
-        loss_of,
-        gradient_accumulation_steps=accumulation,
-        max_grad_norm=0.2,
-        weight=lambda inputs, labels: (labels != IGNORED).sum(),
-        prepare_batch=own_tokens,
-    )
-    trainer.run(loader, max_epochs=2)
+    trainer_of(model, optimizer, accumulation, part, num_parts).run(data(batch_size), max_epochs=2)
     return model
 
 
