@@ -25,6 +25,7 @@ __all__ = [
     "has_dimension",
     "is_dtensor",
     "is_fsdp",
+    "is_fsdp1",
     "is_made_of_others",
     "is_mesh",
     "laid_out_like",
@@ -63,6 +64,12 @@ def is_mesh(value: object) -> "TypeGuard[DeviceMesh]":
     """Whether it is a `DeviceMesh`: torch's grid of ranks."""
     known = sys.modules.get("torch.distributed.device_mesh")
     return known is not None and isinstance(value, known.DeviceMesh)
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether `module` is in torch's older `FullyShardedDataParallel`, whose state has whole tensors."""
+    known = sys.modules.get("torch.distributed.fsdp")
+    return known is not None and isinstance(module, known.FullyShardedDataParallel)
 
 
 def as_fsdp(module: nn.Module) -> "FSDPModule | None":

@@ -95,12 +95,29 @@ def expert_beside_shards(rank: int) -> nn.Module:
     return model
 
 
+def flat_shards(rank: int) -> nn.Module:
+    """As FSDP1 has them, which needs a GPU: each rank has other parameters, and the state has whole tensors."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Flat(FullyShardedDataParallel):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self._fsdp_wrapped_module = nn.Identity()
+            self.weight = nn.Parameter(torch.full((4,), float(rank)))
+
+        modules, named_parameters = nn.Module.modules, nn.Module.named_parameters
+        state_dict = lambda self: {"weight": torch.arange(8.0)}  # noqa: E731
+
+    return Flat()
+
+
 FINE: list[Callable[[int], nn.Module]] = [
     ddp_over_all,
     compiled_in_ddp,
     alike_by_hand,
     replicas_on_parts,
     sharded_over_all,
+    flat_shards,
 ]
 LOST: list[Callable[[int], nn.Module]] = [
     other_names,

@@ -15,7 +15,7 @@ from dengine.checkpoint.formats.sharded.boxes import local_box
 from dengine.compiled_names import without_compiled
 from dengine.control.plane import plane
 from dengine.distributed import unwrap_model, world
-from dengine.dtensor import is_made_of_others, local_part, mesh_of
+from dengine.dtensor import is_fsdp1, is_made_of_others, local_part, mesh_of
 from dengine.errors import CheckpointError
 
 __all__ = ["Print", "prints_of", "refuse_lost"]
@@ -33,9 +33,10 @@ _NUM_SAMPLES = 16  # elements of a parameter: if two were drawn or trained separ
 
 def prints_of(models: Mapping[str, nn.Module], apart: Collection[tuple[str, ...]] = ()) -> dict[str, dict[str, Print]]:
     """For each of `models`, a print of each parameter of which nothing says that all ranks have the same: by its name
-    and, of a part of a tensor, its place. None of what DDP holds, what is sharded over all ranks, or is `apart` (the
-    paths of what ranks have parts of on purpose, all of which are kept); no buffers, which differ between ranks (those
-    of a batch norm) and of which rank 0's count.
+    and, of a part of a tensor, its place.
+
+    None of what DDP or FSDP holds, what is sharded over all ranks, or is `apart` (the paths of what ranks have parts of
+    on purpose, all of which are kept). No buffers: those of a batch norm differ between ranks, and rank 0's count.
 
     No collective. Cost: nothing on a lone rank, for a model in DDP or of FSDP2, and for one that `prepare_model` has
     laid out over the mesh of the run; otherwise a copy of 16 elements of each parameter to the host.
@@ -48,7 +49,7 @@ def prints_of(models: Mapping[str, nn.Module], apart: Collection[tuple[str, ...]
     found = {
         name: _prints_of(model, num_ranks, {path[1] for path in apart if path[0] == name})
         for name, model in models.items()
-        if id(unwrap_model(model)) not in known
+        if id(unwrap_model(model)) not in known and not any(map(is_fsdp1, model.modules()))
     }
     return {name: prints for name, prints in found.items() if prints}
 
