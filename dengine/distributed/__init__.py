@@ -18,7 +18,8 @@ from dengine.launch.mesh import mesh_sizes
 from dengine.launch.world import World, world
 from dengine.naming import refuse_name
 from dengine.parallel.clipping import clip_grad_norm_
-from dengine.parallel.model import evaluating, prepare_model, unwrap_model
+from dengine.parallel.evaluation import evaluating
+from dengine.parallel.model import prepare_model, unwrap_model
 
 __all__ = [
     "ElasticSampler",

@@ -1,14 +1,14 @@
 """Move a model to its device and spread it over the ranks, and find the user's module in it again."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dengine import torch_internals
-from dengine.comm.collectives import broadcast_each, broadcast_tensors, collective
+from dengine.comm.collectives import collective
 from dengine.comm.consistency import (
     Compared,
     parameters_of,
@@ -16,10 +16,10 @@ from dengine.comm.consistency import (
     refuse_different_parts,
     same_on_all_ranks,
 )
-from dengine.comm.mesh import note_model, sources_of
-from dengine.comm.parts import Dimensions, mark_part, parts_of_names
+from dengine.comm.mesh import note_model
+from dengine.comm.parts import mark_part
 from dengine.control.plane import plane
-from dengine.dtensor import any_dtensor, has_dimension, is_dtensor, local_part, mesh_of
+from dengine.dtensor import any_dtensor, has_dimension
 from dengine.errors import ConsistencyError
 from dengine.launch.world import World, refuse_forgotten_group, world
 from dengine.naming import a_type
@@ -42,7 +42,7 @@ from dengine.parallel.spreading import spread
 from dengine.parallel.undo import unchanged_by_errors
 from dengine.parallel.weights import Initialize, check_meta
 
-__all__ = ["evaluating", "prepare_model", "unwrap_model"]
+__all__ = ["prepare_model", "unwrap_model"]
 
 _WRAPPING = "the wrapping in DistributedDataParallel by prepare_model()"
 
@@ -245,63 +245,3 @@ def unwrap_model(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """A context with the unwrapped module in eval mode and rank 0's buffers, to evaluate over shards of different
-    length.
-
-    DDP's own forward broadcasts buffers in every batch, also under `eval()`, and hangs if a rank has fewer batches. And
-    batch-norm statistics differ between ranks after a training step, so each rank would evaluate with its own. The
-    step of an engine is written before the `with` gives the module: there, `unwrap_model(model)` is the same one. At
-    the end, also after an exception, every module is in its former mode, and each rank has its own buffers again.
-
-    Collective: enter it on all ranks, once per evaluation. Cost: one broadcast of the buffers per dtype; their copy.
-
-    Example:
-        >>> net = torch.nn.Linear(2, 1)
-        >>> with evaluating(net) as bare, torch.no_grad():
-        ...     bare(torch.zeros(3, 2)).shape
-        torch.Size([3, 1])
-    """
-    bare = unwrap_model(model)
-    modes = {module: module.training for module in (model, *model.modules())}
-    buffers = [local_part(buffer) for buffer in bare.buffers()]
-    own = [buffer.clone() for buffer in buffers] if world().rank != 0 else []
-    _broadcast_buffers(bare, world())
-    for module in (model, bare):  # the wrapper has its own mode
-        module.eval()
-    try:
-        yield bare
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for buffer, value in zip(buffers, own, strict=False):
-            buffer.copy_(value)
-
-
-def _broadcast_buffers(model: nn.Module, here: World) -> None:
-    """Overwrite each buffer (of a DTensor, its local part) with that of the first rank that has the same one."""
-    named = dict(model.named_buffers())
-    parts = parts_of_names(model, ["", *named])  # "" is the model itself
-    plain: dict[Dimensions, list[Tensor]] = {parts.get("", ()): []}
-    if has_dimension(here.mesh, "ep"):  # a stage of a pipeline may have no experts, but all stages make the same calls
-        plain.setdefault(tuple(name for name in here.coordinates if name in (*parts.get("", ()), "ep")), [])
-    for name, buffer in named.items():
-        if not is_dtensor(buffer):
-            plain.setdefault(parts.get(name, ()), []).append(buffer)
-    for own, buffers in plain.items():
-        broadcast_tensors(buffers, within=_sources_beside(own, here) if own else None)
-    for name, buffer in named.items():
-        if (mesh := mesh_of(buffer)) is not None:
-            own = (*parts.get(name, ()), *(mesh.mesh_dim_names or ()))
-            broadcast_each([local_part(buffer)], within=_sources_beside(own, here))
-
-
-def _sources_beside(names: Sequence[str], here: World) -> list[tuple[int, Any]]:
-    """The sources of tensors that differ only along the dimensions `names` of the mesh."""
-    if here.mesh is None:
-        return []
-    others = [name for name in here.mesh.mesh_dim_names or () if name not in names]
-    return [source for name in others for source in sources_of(here.mesh[name])]
