@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from ranks import free_port, own_store, run_python, run_ranks, torchrun
 from torch.utils.data import DataLoader
 
 from dengine import Engine, Events, distributed, torch_internals
+from dengine.control.watchdog import Watchdog
 from dengine.errors import RankZeroCollectiveError, RemoteRankError
 
 
@@ -146,6 +148,25 @@ def twice(rank: int, size: int) -> list[float]:
 
 def test_it_can_be_entered_again() -> None:
     assert run_ranks(twice, 2, init=False) == [[1.0] * 3] * 2
+
+
+def threads_after_the_block(rank: int, size: int) -> list[str]:
+    watch_host = Watchdog._watch_host
+
+    def ends_late(watchdog: Watchdog) -> None:
+        watch_host(watchdog)
+        time.sleep(0.5)
+
+    Watchdog._watch_host = ends_late  # type: ignore[method-assign]
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # rank 0 hosts the store, whose process the others watch
+    with distributed.process_group(timeout=60):
+        distributed.barrier()
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("dengine")]
+
+
+def test_no_thread_outlives_the_block() -> None:
+    """Else it may free the group when the interpreter ends, which aborts the process."""
+    assert run_ranks(threads_after_the_block, 2, init=False, deadline_s=60) == [[], []]
 
 
 def twice_after(rank: int, size: int, late: int) -> list[float]:

@@ -37,22 +37,20 @@ def undisturbed(action: Callable[[], T]) -> tuple[T, BaseException | None]:
             work.end.acquire(timeout=_POLL_S)
         except BaseException as error:
             interruption = interruption or error
-    if work.error is not None:
-        raise work.error
-    return work.result, interruption  # type: ignore[return-value]
+    return work.take(), interruption
 
 
 class _Work(Generic[T]):
     """An action that is run once, by the first thread that comes."""
 
     def __init__(self, action: Callable[[], T]) -> None:
-        self.result: T | None = None
-        self.error: BaseException | None = None
         self.is_done = False
         self.is_in_thread = False
         self.end = threading.Lock()  # a plain lock: an interrupt within an Event or a join() may leave it locked
         self.end.acquire()
-        self._action = action
+        self._action: Callable[[], T] | None = action
+        self._result: T | None = None
+        self._error: BaseException | None = None
         self._claim, self._started = threading.Lock(), threading.Lock()
         self._started.acquire()
 
@@ -64,9 +62,23 @@ class _Work(Generic[T]):
             return
         self.is_in_thread = threading.current_thread() is not threading.main_thread()
         self._started.release()
+        assert self._action is not None
         try:
-            self.result = self._action()
+            self._result = self._action()
         except BaseException as error:
-            self.error = error
+            self._error = error
+        self._action = None
         self.is_done = True
         self.end.release()
+
+    def take(self) -> T:
+        """The result. Raises: what the action raises.
+
+        Afterwards nothing is held here: the thread, which may end later, must not be the one that frees a process
+        group, as that aborts a process whose interpreter is at its end.
+        """
+        result, error = self._result, self._error
+        self._result = self._error = None
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]

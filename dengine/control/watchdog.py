@@ -30,7 +30,7 @@ _FAST_PERIOD_S = 0.02  # between two looks at the start, and while a failure is 
 _MAX_LOOKS_PER_S = 10_000  # of all ranks together, if there are more
 _ABORTED_PERIOD_S = 0.25  # between two looks after the group was aborted
 _START_S = 5.0  # the longest time until all ranks of the host have published
-_JOIN_S = 2.0  # the longest wait for the thread at the end
+_JOIN_S = 2.0  # the longest wait for a thread at the end
 _PAUSE_S = 1.0  # a sleep that takes this much longer means that the process was paused
 _EXIT_S = 3.0  # after a stall was named: then a rank that still hangs is ended
 # The longest time in which a rank must leave a collective whose connections are shut down. In Gloo some wait for ever,
@@ -88,7 +88,11 @@ class Watchdog:
     def stop(self) -> None:
         self._stopped.set()
         self._context.connections.wake()
-        self._thread.join(timeout=_JOIN_S)
+        for thread in (self._thread, self._host_watchdog):
+            # One that outlives the block may be the last to hold the group. To free that at the end of the interpreter
+            # from a thread aborts the process.
+            if thread.is_alive():
+                thread.join(timeout=_JOIN_S)
 
     def _run(self) -> None:
         status = self._status
