@@ -158,7 +158,6 @@ def threads_after_the_block(rank: int, size: int) -> list[str]:
         time.sleep(0.5)
 
     Watchdog._watch_host = ends_late  # type: ignore[method-assign]
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # rank 0 hosts the store, whose process the others watch
     with distributed.process_group(timeout=60):
         distributed.barrier()
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("dengine")]
@@ -166,7 +165,9 @@ def threads_after_the_block(rank: int, size: int) -> list[str]:
 
 def test_no_thread_outlives_the_block() -> None:
     """Else it may free the group when the interpreter ends, which aborts the process."""
-    assert run_ranks(threads_after_the_block, 2, init=False, deadline_s=60) == [[], []]
+    # Rank 0 hosts the store, whose process the other one watches.
+    environment = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
+    assert run_ranks(threads_after_the_block, 2, init=False, env=environment, deadline_s=60) == [[], []]
 
 
 def twice_after(rank: int, size: int, late: int) -> list[float]:
