@@ -157,7 +157,7 @@ def threads_after_the_block(rank: int, size: int) -> list[str]:
         watch_host(watchdog)
         time.sleep(0.5)
 
-    Watchdog._watch_host = ends_late  # type: ignore[method-assign]
+    Watchdog._watch_host = ends_late
     with distributed.process_group(timeout=60):
         distributed.barrier()
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("dengine")]
