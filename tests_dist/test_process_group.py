@@ -1,5 +1,6 @@
 """Joining, talking and leaving, on real ranks; expected values are computed here, in the parent."""
 
+import gc
 import importlib
 import os
 import threading
@@ -390,6 +391,7 @@ def connected(rank: int, size: int) -> list[tuple[str | None, int]]:
     opening._MOST_MESHED = size - 1  # type: ignore[attr-defined]
     found: list[tuple[str | None, int]] = []
     for chosen in ("0", None):
+        gc.collect()  # the group of the block before, and its connections
         os.environ.pop("TORCH_GLOO_LAZY_INIT", None)
         if chosen is not None:
             os.environ["TORCH_GLOO_LAZY_INIT"] = chosen
