@@ -8,5 +8,6 @@ from dengine.checkpoint.loading import load, verify
 from dengine.checkpoint.resuming import latest
 from dengine.checkpoint.saving import save
 from dengine.checkpoint.states.partial import LeftOut
+from dengine.checkpoint.states.per_rank import PerRank
 
-__all__ = ["Entry", "LeftOut", "latest", "load", "save", "verify"]
+__all__ = ["Entry", "LeftOut", "PerRank", "latest", "load", "save", "verify"]

@@ -18,7 +18,8 @@ def save(path: str | Path, objects: Mapping[str, object]) -> None:
 
     A path that ends with .pt becomes one file, which rank 0 writes; sharded tensors (FSDP2) are gathered whole for it.
     A path without an ending becomes a folder: all ranks write their parts at the same time, and nothing is gathered.
-    Only a folder takes a model of which ranks have different parts (`parts=` of `prepare_model`).
+    Only a folder takes what ranks have apart: parts of a model (`parts=` of `prepare_model`), and states of each rank
+    (`PerRank`).
     Both are complete or not there; one with the same name is replaced. Nothing else is removed:
     `dengine.handlers.Checkpoint` keeps the newest or the best.
 

@@ -51,8 +51,9 @@ class Checkpoint:
     """Saves objects with a `state_dict` to `{save_dir}/{filename_prefix}_{step}.pt`, or with a score to
     `{filename_prefix}_{step}_{score_name}={score:.4f}.pt`. `torch.load(path, weights_only=True)` gives
     `{name: state_dict}`, and one entry `"dengine"`. If something is sharded (FSDP2), or ranks have different parts
-    of a model (`parts=` of `prepare_model`), all ranks write what they have into a folder of that name without the
-    `.pt`; nothing is gathered, and any number of ranks can load it.
+    of a model (`parts=` of `prepare_model`) or states of their own (`PerRank`), all ranks write what they have into a
+    folder of that name without the `.pt`; nothing is gathered, and any number of ranks can load it (as many ranks as
+    before, of `PerRank`).
 
     Attach it on every rank: `trainer.on(Events.EPOCH_COMPLETED, checkpoint)`. Rank 0 writes a file; every rank gets the
     outcome. A file with its final name is complete, and is verified when it is loaded; `manifest.json` beside it lists

@@ -43,10 +43,11 @@ class FileFormat(Format):
         plan: Callable[[], SavePlan],
         background: Background | None = None,
     ) -> SaveOutcome | None:
-        if collected.has_parts:
+        if collected.has_own:
             raise CheckpointError(
-                f"{path} was not saved: ranks have different parts of a model (parts= of prepare_model), of which a "
-                "file would keep those of rank 0. Save into a folder, which all ranks write: a path without an ending."
+                f"{path} was not saved: ranks have different parts of a model (parts= of prepare_model), or states of "
+                "their own (PerRank), of which a file would keep those of rank 0. Save into a folder, which all ranks "
+                "write: a path without an ending."
             )
         of_ranks = collected.of_ranks
         if of_ranks is None:  # on all ranks, as some have a part of a sharded tensor

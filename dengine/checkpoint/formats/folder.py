@@ -30,11 +30,12 @@ from dengine.checkpoint.formats.sharded.plan import (
     read_shards,
     write_shards,
 )
-from dengine.checkpoint.formats.sharded.read import LikeTensors
+from dengine.checkpoint.formats.sharded.read import LikeRank, LikeTensors
 from dengine.checkpoint.formats.sharded.saved import Table
 from dengine.checkpoint.formats.sharded.together import shared_by_all
 from dengine.checkpoint.formats.sharded.verify import read_outline
 from dengine.checkpoint.states.parts import parts_in_states
+from dengine.checkpoint.states.per_rank import PerRank
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, Collected, States, unwrapped
 from dengine.control.mailbox import Mailbox
 from dengine.distributed import unwrap_model, world
@@ -84,11 +85,11 @@ class FolderFormat(Format):
             return write_shards(path, by_name, commit=commit, **self._options(made, collected))
 
     def _options(self, plan: SavePlan, collected: Collected) -> _Options:
-        own = {name: {world().rank: state} for name, state in collected.random.items()}
+        random = {name: {world().rank: state} for name, state in collected.random.items()}
         return {
             "about": about(plan.entry),
             "parts": collected.parts,
-            "own": {RESERVED: {RANDOM: own}},
+            "own": {**collected.per_rank, RESERVED: {RANDOM: random}},
             "known": self._known,
         }
 
@@ -216,6 +217,8 @@ def _layouts(into: Mapping[str, Stateful], parts: dict[tuple[str, ...], str]) ->
             layouts[name] = LikeParameters.of(model)
         elif name in engines:  # numbers alone
             layouts[name] = None
+        elif isinstance(value, PerRank):
+            layouts[name] = LikeRank()
         else:
             states[name] = value.state_dict()
             layouts[name] = LikeTensors.of(states[name])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dengine.checkpoint.formats.sharded.tree import all_tensors
+from dengine.checkpoint.states.per_rank import PerRank
 from dengine.types import Stateful
 
 __all__ = ["Fitting", "LeftOut"]
@@ -36,10 +37,11 @@ class Fitting:
     def of(self, name: str, target: Stateful, saved: Any, own: Any) -> Any:
         """`own` with the parts of `saved` that fit; None if the whole object is left out.
 
-        The state of an optimizer is used completely or not at all, as its parts belong together.
+        The state of an optimizer, or of a rank alone, is used completely or not at all, as its parts belong
+        together.
         """
-        if isinstance(target, torch.optim.Optimizer):
-            if _fits(target, saved):
+        if isinstance(target, torch.optim.Optimizer | PerRank):
+            if target.misfit(saved) is None if isinstance(target, PerRank) else _fits(target, saved):
                 return saved
             self.leave(name)
             return None

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dengine.checkpoint.states.partial import Fitting
+from dengine.checkpoint.states.per_rank import PerRank, is_of_ranks
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, HostCopy, States, unwrapped
 from dengine.compiled_names import aligned
 from dengine.distributed import world
@@ -54,6 +55,8 @@ class Restoring:
                 self._before[name] = before[name]
                 continue
             state = named[name]
+            if is_of_ranks(state) and not isinstance(target, PerRank):
+                raise ValueError(f"each rank has saved a state of its own of {name!r}: load it into PerRank(...).")
             if self._fitting is not None and (state := self._fitting.of(name, target, state, before[name])) is None:
                 continue
             self._before[name] = before[name]

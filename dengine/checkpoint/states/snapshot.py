@@ -11,9 +11,10 @@ from torch import nn
 
 from dengine.checkpoint.states.external_state import refuse_to_save
 from dengine.checkpoint.states.parts import parts_in_states
+from dengine.checkpoint.states.per_rank import PerRank
 from dengine.checkpoint.states.plain import no_state, plain_states
-from dengine.checkpoint.states.replicas import Print, prints_of, refuse_lost
-from dengine.distributed import all_gather_object, unwrap_model
+from dengine.checkpoint.states.replicas import Print, prints_of, prints_of_others, refuse_lost
+from dengine.distributed import all_gather_object, unwrap_model, world
 from dengine.dtensor import PLAIN, any_dtensor, is_made_of_others, local_part, whole
 from dengine.errors import CheckpointError
 from dengine.types import Stateful, is_stateful, with_per_rank_state
@@ -95,7 +96,8 @@ class Collected:
         of_ranks: those of all ranks; None if they are to go into a folder, where each rank's are in its own file.
         is_sharded: whether a tensor in them is, or would be, sharded (FSDP2).
         parts: the names of which other ranks have tensors of their own, see `parts_in_states`.
-        has_parts: whether there are any, on any rank.
+        per_rank: what each rank keeps for itself (`PerRank`), by name; {} on a lone rank, whose states have it.
+        has_own: whether there are parts, or states of `per_rank`, on any rank.
     """
 
     states: States
@@ -104,11 +106,12 @@ class Collected:
     is_sharded: bool
     num_ranks: int
     parts: Mapping[tuple[str, ...], str]
-    has_parts: bool
+    per_rank: States
+    has_own: bool
 
     @property
     def needs_folder(self) -> bool:
-        return self.is_sharded or self.has_parts
+        return self.is_sharded or self.has_own
 
 
 class _Given(NamedTuple):
@@ -119,9 +122,14 @@ class _Given(NamedTuple):
     has_shards: bool
     prints: dict[str, dict[str, Print]]
     parts: dict[tuple[str, ...], str]
+    per_rank: States
+
+    @property
+    def has_own(self) -> bool:
+        return bool(self.parts or self.per_rank)
 
 
-_NOTHING = _Given({}, {}, False, {}, {})
+_NOTHING = _Given({}, {}, False, {}, {}, {})
 
 
 def collect(objects: Mapping[str, Stateful], *, into_folder: bool = False) -> Collected:
@@ -133,7 +141,7 @@ def collect(objects: Mapping[str, Stateful], *, into_folder: bool = False) -> Co
 
     Raises:
         CheckpointError: on every rank, if an object on one of them gives no state, or one that could not be loaded
-            again; if they save different names, or different parameters with the same name.
+            again; if they save different names, or different tensors with the same name.
     """
     mine, failure, cause = _NOTHING, None, None
     try:
@@ -142,8 +150,8 @@ def collect(objects: Mapping[str, Stateful], *, into_folder: bool = False) -> Co
         failure, cause = str(error), error.__cause__ or error
     except Exception as error:  # whatever it is, the other ranks must not wait for ever
         failure, cause = f"the states could not be taken: {type(error).__qualname__}: {error}", error
-    random = None if into_folder or mine.has_shards or mine.parts else mine.random
-    report = failure, (sorted(mine.random), random), mine.has_shards, bool(mine.parts), mine.prints
+    random = None if into_folder or mine.has_shards or mine.has_own else mine.random
+    report = failure, (sorted(mine.random), random), mine.has_shards, mine.has_own, mine.prints
     everyone = all_gather_object((sorted(objects), report))
     gathered = [theirs for _, theirs in everyone]
     _agree_on_names([names for names, _ in everyone])
@@ -152,8 +160,9 @@ def collect(objects: Mapping[str, Stateful], *, into_folder: bool = False) -> Co
             raise CheckpointError(f"Nothing was saved or changed, since on rank {rank} {reason}") from cause
     _agree_on_names([theirs for _, (theirs, _), *_ in gathered], "random number generators of ")
     is_sharded = any(theirs for _, _, theirs, *_ in gathered)
-    has_parts = any(theirs for _, _, _, theirs, _ in gathered)
-    refuse_lost([prints for *_, prints in gathered], is_united=into_folder or is_sharded or has_parts)
+    has_own = any(theirs for _, _, _, theirs, _ in gathered)
+    models = [name for name, value in objects.items() if isinstance(value, nn.Module)]
+    refuse_lost([prints for *_, prints in gathered], models, is_united=into_folder or is_sharded or has_own)
     of_ranks = [theirs for _, (_, theirs), *_ in gathered if theirs is not None]
     reserved = {"format": FORMAT_VERSION, "world_size": len(gathered)}
     return Collected(
@@ -163,7 +172,8 @@ def collect(objects: Mapping[str, Stateful], *, into_folder: bool = False) -> Co
         is_sharded,
         len(gathered),
         mine.parts,
-        has_parts,
+        mine.per_rank,
+        has_own,
     )
 
 
@@ -182,10 +192,13 @@ def _given(objects: Mapping[str, Stateful]) -> _Given:
         except Exception as error:
             raise no_state(name, error) from error
     states, tensors = plain_states(states)
+    own = [name for name, value in objects.items() if isinstance(value, PerRank)] if world().size > 1 else []
+    per_rank = {name: states.pop(name) for name in own}
     parts = parts_in_states(objects, states)
     models = {name: value for name, value in objects.items() if isinstance(value, nn.Module)}
-    prints = prints_of(models, {path for path, part in parts.items() if part})
-    return _Given(states, plain_states(random)[0], _has_shards(tensors, objects), prints, parts)
+    apart = {path for path, part in parts.items() if part}
+    prints = prints_of(models, apart) | prints_of_others(objects, states, apart)
+    return _Given(states, plain_states(random)[0], _has_shards(tensors, objects), prints, parts, per_rank)
 
 
 def _has_shards(tensors: Sequence[torch.Tensor], objects: Mapping[str, Stateful]) -> bool:

@@ -22,7 +22,7 @@ from dengine.compiled_names import without_compiled
 from dengine.distributed import world
 from dengine.dtensor import is_dtensor, local_part
 
-__all__ = ["LikeTensors", "read_states", "read_whole_tensor"]
+__all__ = ["LikeRank", "LikeTensors", "read_states", "read_whole_tensor"]
 
 Slices = tuple[slice, ...]
 
@@ -39,6 +39,11 @@ class LikeTensors:
     @classmethod
     def of(cls, state: Any) -> "LikeTensors":
         return cls({_without_compiled(path): tensor for path, tensor in tensors_in(state)})
+
+
+@dataclass(frozen=True)
+class LikeRank:
+    """A state that each rank has for itself, in a dict by rank; those of other ranks are not read."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,11 @@ def read_states(folder: FilePath, like: Mapping[str, object] | None, parts: Part
     mesh = world().mesh
     sizes = {} if mesh is None else dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
     selection = Selection(parts, partial(_is_same, saved), sizes)
-    wanted = [[name, node] for name, node in items if like is None or name in like]
+    wanted = [
+        [name, _of_rank(node, rank) if like is not None and isinstance(like[name], LikeRank) else node]
+        for name, node in items
+        if like is None or name in like
+    ]
     tree = selection.of({"type": "dict", "items": wanted})
     found: dict[Path, Sequence[Chunk]] = {}
 
@@ -93,6 +102,12 @@ def read_states(folder: FilePath, like: Mapping[str, object] | None, parts: Part
     for copy in sorted(copies, key=lambda copy: (copy.chunk.file, copy.chunk.start)):
         _read(folder, copy)
     return states
+
+
+def _of_rank(node: Node, rank: int) -> Node:
+    if not isinstance(node, dict) or node["type"] != "dict":
+        return node
+    return {**node, "items": [[key, value] for key, value in node["items"] if type(key) is not int or key == rank]}
 
 
 def _whole_box(shape: torch.Size, dtype: torch.dtype) -> TensorBox:
