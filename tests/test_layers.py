@@ -196,8 +196,8 @@ def files_by_function() -> dict[str, list[Path]]:
 
 
 def path_of(file: str) -> Path:
-    """Files are named from the package on, those of the tests from the root on."""
-    return ROOT.parent / file if file.startswith("tests") else ROOT / file
+    """Files are named from the package on, those of the tests and examples from the root on."""
+    return ROOT.parent / file if file.startswith(("tests", "examples")) else ROOT / file
 
 
 @pytest.mark.parametrize("file", NAMED_FILES)

@@ -61,8 +61,7 @@ def new_connections(store_port: int) -> Iterator[list[socket.socket]]:
     yield made
     for number, name in _socket_numbers().items():
         if name not in before:  # by name: the number of a closed socket is reused
-            with suppress(OSError):
-                made.extend(_connection(number, store_port))
+            made.extend(_connection(number, store_port))
 
 
 def existing_connections(exchange: Callable[[list[_Ends]], list[list[_Ends]]], store_port: int) -> list[socket.socket]:
@@ -233,7 +232,7 @@ def _sockets_of_gloo(*, is_listening: bool, but: Collection[str] = ()) -> list[s
         if name not in but:
             with suppress(OSError):
                 if torch_internals.is_socket_of_gloo(number, is_listening=is_listening):
-                    found.append(socket.socket(fileno=os.dup(number)))
+                    found.append(_duplicate(number))
     return found
 
 
@@ -243,8 +242,22 @@ def _hang_up_as(rank: int, address: tuple[Any, ...]) -> None:
         peer.sendall(struct.pack("=q", rank))
 
 
+def _duplicate(number: int) -> socket.socket:
+    """Another descriptor of the same socket. Raises: OSError: the number is no socket's, or not any more."""
+    duplicate = os.dup(number)
+    try:
+        return socket.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        raise
+
+
 def _connection(number: int, store_port: int) -> list[socket.socket]:
-    duplicate = socket.socket(fileno=os.dup(number))
+    """The connection with that number, but not one to the store; nothing if it is none, or not any more."""
+    try:
+        duplicate = _duplicate(number)
+    except OSError:  # threads of a group that was left close theirs meanwhile
+        return []
     try:
         here, there = duplicate.getsockname(), duplicate.getpeername()
         if isinstance(here, tuple) and isinstance(there, tuple) and store_port not in (here[1], there[1]):

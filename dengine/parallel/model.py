@@ -116,11 +116,9 @@ def prepare_model(
         given = blocks, mixed_precision, gradient_compression, activation_checkpointing, parts, kwargs
         layout, plan, options, is_on_meta = _checked(model, strategy, tensor_parallel, init_fn, given, here)
     except (TypeError, ValueError) as error:
-        if here.size > 1:
-            _refuse_with_others(error)
+        _refuse_with_others(error)
         raise
-    if here.size > 1:
-        _compare(model, plan, layout, parts, here)
+    _compare(model, plan, layout, parts)
     layout = layout.with_groups(here)
     with unchanged_by_errors(model) as before:
         if activation_checkpointing:
@@ -128,7 +126,7 @@ def prepare_model(
         if compile:
             compile_model(model, compile if isinstance(compile, Mapping) else {})
         spread(model, layout, tensor_parallel, blocks, options, init_fn, before, is_on_meta=is_on_meta)
-    if parts is not None and here.size > 1:
+    if parts is not None and layout.place:
         mark_part(model, parts)
     if layout.strategy != "ddp" or any_dtensor(model.parameters()):
         return model
@@ -157,7 +155,6 @@ def _checked(
         raise ValueError("This model is wrapped in DistributedDataParallel already: pass the bare module.")
     # Also in a run of one process, so that mistakes show before there are several.
     check_options("fsdp" if strategy == "auto" and has_dimension(here.mesh, "dp_shard") else strategy, *given)
-    refuse_unsendable(gradient_compression, here)
     if activation_checkpointing:
         check_blocks(model, blocks)
     if parts == "ep":
@@ -170,6 +167,7 @@ def _checked(
     if layout.strategy == "ddp":
         check_options("ddp", *given)
         check_ddp_options(kwargs)
+        refuse_unsendable(gradient_compression, here)
     plan = [] if tensor_parallel is None else check_plan(tensor_parallel, model, layout.tp.size() if layout.tp else 1)
     is_tensor_parallel = layout.tp is not None and (tensor_parallel is not None or any_dtensor(model.parameters()))
     if layout.strategy == "replicate" or layout.is_of_experts or is_tensor_parallel:
@@ -206,7 +204,7 @@ def _agree(compared: list[Compared]) -> None:
         refuse_differences(compared)
 
 
-def _compare(model: nn.Module, plan: list[str], layout: Layout, parts: Parts | None, here: World) -> None:
+def _compare(model: nn.Module, plan: list[str], layout: Layout, parts: Parts | None) -> None:
     """Compare the model between the ranks.
 
     Raises: ConsistencyError: ranks that must have the same model or plan differ; or the arguments of a rank do not fit.

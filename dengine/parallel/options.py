@@ -99,7 +99,7 @@ def compile_model(model: nn.Module, options: Mapping[str, Any]) -> None:
 
 def refuse_unsendable(compression: Compression | None, here: World) -> None:
     """Refuse a compression that the backend cannot send. Raises: ValueError."""
-    if compression == "bf16" and here.size > 1 and (here.device.type == "cpu" or "nccl" not in here.backend):
+    if compression == "bf16" and (here.device.type == "cpu" or "nccl" not in here.backend):
         raise ValueError(
             f"gradient_compression='bf16' needs NCCL, but the backend is {here.backend!r}: 'fp16' can be sent by Gloo."
         )

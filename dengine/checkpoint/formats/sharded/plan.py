@@ -107,17 +107,21 @@ class ShardPlan:
     boxes: Mapping[str, TensorBox]
     index: Mapping[str, Any]
 
+    @property
+    def is_lone(self) -> bool:
+        """Whether one rank writes it all: its table is the description of the folder."""
+        return self.num_ranks == 1
+
     def write(self) -> Table:
         """Write this rank's file and its document, down to the disk. No collective."""
         written = write_tensors(self.temporary / f"rank_{self.rank:05d}.bin", self.mine, self.boxes)
-        is_lone = self.num_ranks == 1
-        path = self.temporary / (METADATA if is_lone else table_name(self.rank))
-        about = self.about if is_lone else {}
+        path = self.temporary / (METADATA if self.is_lone else table_name(self.rank))
+        about = self.about if self.is_lone else {}
         return Table(*write_metadata(path, self.tree, written, self.num_ranks, about), written.num_bytes)
 
     def finish(self, tables: Sequence[Table], commit: Callable[[Path], T] | None) -> T | None:
         """On rank 0, once all have written: write the description, and give the folder its name. No collective."""
-        if self.num_ranks > 1:
+        if not self.is_lone:
             write_root(self.temporary, tables, self.index, self.about)
         atomic_files.sync(self.temporary)
         if commit is not None:
@@ -198,7 +202,7 @@ def _find_out(
 
     irregular = {name for names in shared_by_all(uneven, f"plan {folder}") for name in names}
     known.boxes = {name: box for name, box in boxes.items() if box.num_elements}
-    known.index = index_of(owners, irregular) if here.rank == 0 and here.size > 1 else {}
+    known.index = index_of(owners, irregular) if here.rank == 0 else {}
     known.owners = owners
 
 
