@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dengine.version import __version__
 
 if TYPE_CHECKING:
-    from dengine import checkpoint, config, distributed, engine, errors, handlers, metrics, supervised, tracking
+    from dengine import checkpoint, config, data, distributed, engine, errors, handlers, metrics, supervised, tracking
     from dengine.engine import Engine, EventEnum, Events, State, filtered
     from dengine.errors import (
         CheckpointError,
@@ -50,6 +50,7 @@ _SUPERVISED = ("SupervisedEvents", "create_supervised_evaluator", "create_superv
 _SUBPACKAGES = (
     "checkpoint",
     "config",
+    "data",
     "distributed",
     "engine",
     "errors",
@@ -97,6 +98,7 @@ __all__ = [
     "config",
     "create_supervised_evaluator",
     "create_supervised_trainer",
+    "data",
     "distributed",
     "engine",
     "errors",

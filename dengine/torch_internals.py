@@ -7,6 +7,8 @@
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,6 +50,7 @@ __all__ = [
     "is_waiting_file",
     "mesh_of_fsdp",
     "num_collectives",
+    "outside_worker",
     "parameters_of_fsdp",
     "process_groups",
     "replicate",
@@ -306,3 +309,15 @@ def is_loader_iterator(data: object) -> bool:
 def drop_workers(loader: "DataLoader[object]") -> None:
     """End the persistent workers of `loader`, so that its next iteration starts others."""
     loader._iterator = None
+
+
+@contextmanager
+def outside_worker() -> Iterator[None]:
+    """A context in which `torch.utils.data.get_worker_info()` knows of no worker, so that a stream gives all it has."""
+    from torch.utils.data._utils import worker
+
+    before, worker._worker_info = worker._worker_info, None
+    try:
+        yield
+    finally:
+        worker._worker_info = before

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 
 from dengine import torch_internals
 
@@ -380,6 +380,19 @@ def test_workers_that_were_dropped_are_replaced_by_others() -> None:
     assert iter(loader) is first
     torch_internals.drop_workers(loader)
     assert iter(loader) is not first
+
+
+class AsksForItsWorker(IterableDataset[bool]):
+    def __iter__(self) -> Iterator[bool]:
+        yield get_worker_info() is None
+        with torch_internals.outside_worker():
+            yield get_worker_info() is None
+        yield get_worker_info() is None
+
+
+def test_a_stream_can_be_kept_from_knowing_its_worker() -> None:
+    """Else pack_sequences() in workers packs the part that a source gives each worker: another order of tokens."""
+    assert list(DataLoader(AsksForItsWorker(), batch_size=None, num_workers=1)) == [False, True, False]
 
 
 # -- torch.save --------------------------------------------------------------------------------------------------

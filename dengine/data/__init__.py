@@ -1,1 +1,5 @@
-"""Data on several ranks: loaders, samplers, and the seeds of random augmentation."""
+"""Data on several ranks: loaders, samplers, and the seeds of random augmentation; sources that are made of others."""
+
+from dengine.data.packing import pack_sequences
+
+__all__ = ["pack_sequences"]

@@ -200,10 +200,10 @@ class SeededStream:
     main process they replace the surrounding ones within each `with stream.drawing():`. Cost there: 0.3 ms.
     """
 
-    def __init__(self, seed: int, epoch: int) -> None:
+    def __init__(self, seed: int, epoch: int, *, is_alike_in_workers: bool = False) -> None:
         worker = get_worker_info()
         self._is_main = worker is None
-        self._number = derived_seed(seed, epoch, -1 - (0 if worker is None else worker.id))
+        self._number = derived_seed(seed, epoch, -1 - (0 if worker is None or is_alike_in_workers else worker.id))
         self._inside: _State | None = None
         if self._is_main:
             with _kept():

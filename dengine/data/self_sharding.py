@@ -12,7 +12,7 @@ from dengine.data.sampler import DataState
 from dengine.data.seeding import EpochIndex
 from dengine.launch.world import World
 
-__all__ = ["KeptSampler", "check_fits", "refuse_other_part", "shards_itself"]
+__all__ = ["KeptSampler", "check_fits", "divides_by_worker", "refuse_other_part", "shards_itself"]
 
 # The first part of a module's name, and the class in it (or one derived from it) that asks for its rank by itself.
 _CLASSES = {("streaming", "StreamingDataset"), ("litdata", "StreamingDataset")}
@@ -38,10 +38,15 @@ def shards_itself(dataset: Any, here: World) -> bool:
         return True
     if getattr(dataset, "shards_itself", False) is True:
         return True
-    if any((each.__module__.partition(".")[0], each.__name__) in _CLASSES for each in type(dataset).__mro__):
+    if divides_by_worker(dataset):
         return True
     stages = getattr(dataset, "pipeline", None)
     return isinstance(stages, list) and any(_splits_by_node(stage) for stage in stages)
+
+
+def divides_by_worker(dataset: object) -> bool:
+    """Whether a stream asks for its rank and worker, and gives parts to both: MosaicML's and LitData's."""
+    return any((each.__module__.partition(".")[0], each.__name__) in _CLASSES for each in type(dataset).__mro__)
 
 
 def check_fits(sampler: "DistributedSampler[object]", here: World, *, exact: bool) -> None:

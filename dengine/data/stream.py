@@ -1,6 +1,6 @@
 """Split a stream of samples over ranks: each rank reads all of it, and keeps its turns."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any
 
@@ -21,6 +21,9 @@ class StreamShard(IterableDataset[Any]):
     Ranks take turns by batch. If the stream ends before every rank had a turn in the last round, the others repeat the
     first batch of that round, so that all take the same number of steps; with `exact` they have one batch fewer. For a
     stream that gives each rank its own samples already, `here` is a world of one, and `num_parts` counts all ranks.
+
+    A stream with a method `undivided` (`pack_sequences`) gives the same in all workers, which take turns too: the
+    batches of a rank do not depend on their number.
     """
 
     def __init__(
@@ -64,14 +67,26 @@ class StreamShard(IterableDataset[Any]):
         self._has_iterated_in_worker = get_worker_info() is not None
         if epoch >= 0:
             set_epoch_in_worker(self._dataset, epoch)
-        return self._turns(SeededStream(self._seed, max(epoch, 0)))
+        undivided = getattr(self._dataset, "undivided", None)
+        if callable(undivided):
+            worker = get_worker_info()
+            generators = SeededStream(self._seed, max(epoch, 0), is_alike_in_workers=True)
+            return self._turns(generators, undivided, *((0, 1) if worker is None else (worker.id, worker.num_workers)))
+        return self._turns(SeededStream(self._seed, max(epoch, 0)), self._dataset.__iter__)
 
-    def _turns(self, generators: SeededStream) -> Iterator[Any]:
+    def _turns(
+        self, generators: SeededStream, begin: Callable[[], Iterator[Any]], worker: int = 0, num_workers: int = 1
+    ) -> Iterator[Any]:
+        """This rank's turns; of a stream that is the same in all workers, this worker's ones."""
         with generators.drawing():
-            stream = iter(self._dataset)
+            stream = begin()
         for turn in count(self._rank, self._size):
             with generators.drawing():
                 first, mine, is_whole = self._round(stream)
+            if turn // self._size % num_workers != worker:
+                if not is_whole:
+                    return
+                continue
             if self._collate is not None:  # which gets the samples of one turn
                 self._collate.next_seed = generators.seed_of(turn * self._batch_size)
             if is_whole or not self._drop_last:
