@@ -1,5 +1,6 @@
 """Checkpoints of models of which ranks have different parts: nothing is lost, and every layout gets it back."""
 
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ from tensors import whole_tensor
 from torch import nn
 
 from dengine import Engine, Events, distributed
+from dengine.__main__ import main
 from dengine.checkpoint import load, save, verify
+from dengine.checkpoint.formats.sharded.files import METADATA, read_body, write_body
 from dengine.checkpoint.formats.sharded.plan import read_shards, write_shards
 from dengine.checkpoint.states.replicas import prints_of
 from dengine.errors import CheckpointError
@@ -265,6 +268,77 @@ def test_schedules_and_names_of_several_parts_go_to_the_same_parts_alone(tmp_pat
         assert weight == -1.0, rank  # as it was
     for message in run_ranks(as_two_stages, 2, tmp_path):
         assert "0.weight" in message, message
+
+
+class Tipped(nn.ModuleDict):
+    """Layers by their own names, and on some stages a tip, by a name that these have in common."""
+
+    def __init__(self, index: int, num_stages: int, value: float) -> None:
+        own = range(index * NUM_LAYERS // num_stages, (index + 1) * NUM_LAYERS // num_stages)
+        names = [f"layer{number}" for number in own] + ["tip"] * (index < 2)
+        super().__init__({name: nn.Linear(1, 1, bias=False) for name in names})
+        for each in self.parameters():
+            nn.init.constant_(each, value)
+
+
+def of_fewer_stages(rank: int, size: int, folder: Path) -> list[tuple[str, float, list[str]]]:
+    """Of two stages, loaded by four of which the last two have no tip: what is said, the tip then, what is left out."""
+    with distributed.process_group(mesh=MESHES[0]) as here:
+        index = here.coordinates["pp"]
+        save(folder / "two", {"model": distributed.prepare_model(Tipped(index, 2, 10.0 + index), parts="pp")})
+        if rank == 0:
+            shutil.copytree(folder / "two", folder / "of_before")
+            body = read_body(folder / "of_before" / METADATA)
+            assert body["index"].pop("mesh") == {"pp": 2, "dp": 2}, body
+            (folder / "of_before" / METADATA).unlink()
+            write_body(folder / "of_before" / METADATA, body)
+        distributed.barrier()
+        again = distributed.prepare_model(Tipped(index, 2, 0.0), parts="pp")
+        load(folder / "of_before", {"model": again})
+        assert {float(each) for each in again.parameters()} == {10.0 + index}, index
+    found = []
+    with distributed.process_group(mesh=MESHES[2]):
+        for name, is_partial in (
+            ("two", False),
+            ("two", True),
+            ("of_before", False),
+            ("of_before", True),
+            ("whole_1.pt", False),
+            ("imported", False),
+        ):
+            stage = distributed.prepare_model(Tipped(rank, 4, -1.0), parts="pp")
+            message, left = "loaded", None
+            try:
+                left = load(folder / name, {"model": stage}, partial=is_partial)
+            except CheckpointError as error:
+                message = str(error)
+            tip = next((float(each) for key, each in stage.named_parameters() if "tip" in key), -1.0)
+            found.append((message, tip, left.missing_keys if left else []))
+    return found
+
+
+def test_a_stage_of_two_is_not_taken_for_one_of_four(tmp_path: Path) -> None:
+    whole = nn.ModuleDict(
+        {name: nn.Linear(1, 1, bias=False) for name in ("layer0", "layer1", "layer2", "layer3", "tip")}
+    )
+    for each in whole.parameters():
+        nn.init.constant_(each, 3.0)
+    save(tmp_path / "whole_1.pt", {"model": whole})
+    assert main(["import", str(tmp_path / "whole_1.pt"), "-o", str(tmp_path / "imported")]) == 0
+    for rank, found in enumerate(run_ranks(of_fewer_stages, 4, tmp_path)):
+        *found, (of_file, tip, _), imported = found
+        assert "whole_1.pt could not be loaded on rank 0 of 4, and every object is as it was" in of_file
+        assert "a file with the whole of 'model', of which this rank has a part (pp=0)" in of_file
+        assert tip == -1.0
+        assert imported == ("loaded", 3.0 if rank < 2 else -1.0, [])
+        assert [tip for _, tip, _ in found] == [-1.0] * 4, rank
+        (strict, *_), (partial, _, left), (old, *_), (old_partial, *_) = found
+        assert "'model/tip.weight' of this rank's part (pp=0) is not in it: it was saved of other parts" in strict
+        assert partial == "loaded"
+        assert left == (["model/tip.weight"] if rank < 2 else [])
+        for message in (old, old_partial):
+            assert "does not say how many parts" in message, message
+            assert "'model/tip.weight'" in message
 
 
 # -- what would be lost ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from dengine.checkpoint.formats.folder import numbered, read_folder
 from dengine.checkpoint.formats.sharded.verify import holds_shards
 from dengine.checkpoint.states.external_state import refuse_to_load
 from dengine.checkpoint.states.partial import Fitting, LeftOut
+from dengine.checkpoint.states.parts import refuse_other_parts
 from dengine.checkpoint.states.plain import check_loaded
 from dengine.checkpoint.states.restore import Restoring, give_random_states
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, States, check_objects, unwrapped
@@ -108,6 +109,8 @@ def load(path: str | Path, into: Mapping[str, object], *, partial: bool = False)
             if fitting is not None:
                 wanted = _there(list(states), wanted, fitting if file is not None else None)
                 restoring = Restoring(wanted, fitting)
+            else:
+                refuse_other_parts(targets, states, is_file=file is not None)
             restoring.load(states)
         except Exception as error:
             failure, cause = f"{type(error).__qualname__}: {error.args[0] if error.args else error}", error

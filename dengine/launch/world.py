@@ -60,10 +60,17 @@ class World:
     mesh: DeviceMesh | None = None
 
     @cached_property
+    def mesh_sizes(self) -> dict[str, int]:
+        """The number of ranks along each dimension of the mesh; {} without a mesh."""
+        if self.mesh is None:
+            return {}
+        return dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
+
+    @cached_property
     def coordinates(self) -> dict[str, int]:
         """The index of this rank along each dimension of the mesh; {} without a mesh."""
         position = None if self.mesh is None else self.mesh.get_coordinate()
-        return {} if position is None else dict(zip(self._sizes, position, strict=True))
+        return {} if position is None else dict(zip(self.mesh_sizes, position, strict=True))
 
     @cached_property
     def data_rank(self) -> int:
@@ -71,7 +78,7 @@ class World:
         if self.mesh is None:
             return self.rank
         rank = 0
-        for name, size in self._sizes.items():
+        for name, size in self.mesh_sizes.items():
             rank = rank * size + self.coordinates[name] if name in DATA_NAMES else rank
         return rank
 
@@ -82,7 +89,7 @@ class World:
         """
         if self.mesh is None:
             return self.size
-        return prod(size for name, size in self._sizes.items() if name in DATA_NAMES)
+        return prod(size for name, size in self.mesh_sizes.items() if name in DATA_NAMES)
 
     @cached_property
     def same_data_ranks(self) -> tuple[int, ...]:
@@ -97,17 +104,17 @@ class World:
         if self.mesh is None:
             return ""
         position = (self.mesh.mesh == rank).nonzero()[0].tolist()
-        return ", ".join(f"{name}={index}" for name, index in zip(self._sizes, position, strict=True))
+        return ", ".join(f"{name}={index}" for name, index in zip(self.mesh_sizes, position, strict=True))
 
     @cached_property
     def has_last_stage(self) -> bool:
         """Whether this rank has the last stage of a pipeline (`pp`), which gives the output. True without one."""
-        return self.coordinates.get("pp", 0) == self._sizes.get("pp", 1) - 1
+        return self.coordinates.get("pp", 0) == self.mesh_sizes.get("pp", 1) - 1
 
     @cached_property
     def may_lack_output(self) -> bool:
         """Whether a step may give None here, as others have its output: without the last stage, or a part of `cp`."""
-        return not self._sizes.keys().isdisjoint(("pp", "cp"))
+        return not self.mesh_sizes.keys().isdisjoint(("pp", "cp"))
 
     @cached_property
     def counts_samples(self) -> bool:
@@ -125,22 +132,16 @@ class World:
         if self.mesh is None:
             return tuple((rank,) for rank in range(self.size))
         index = {"tp": 0, "pp": -1}
-        ranks = self.mesh.mesh[tuple(index.get(name, slice(None)) for name in self._sizes)]
-        names = [name for name in self._sizes if name not in index]
+        ranks = self.mesh.mesh[tuple(index.get(name, slice(None)) for name in self.mesh_sizes)]
+        names = [name for name in self.mesh_sizes if name not in index]
         if "cp" in names:
             ranks = ranks.movedim(names.index("cp"), -1)
-        return tuple(map(tuple, ranks.reshape(-1, self._sizes.get("cp", 1)).tolist()))
+        return tuple(map(tuple, ranks.reshape(-1, self.mesh_sizes.get("cp", 1)).tolist()))
 
     @cached_property
     def all_counting_ranks(self) -> tuple[int, ...]:
         """The ranks for which `counts_samples` is true, in order."""
         return tuple(sorted(rank for ranks in self.counting_ranks for rank in ranks))
-
-    @cached_property
-    def _sizes(self) -> dict[str, int]:
-        if self.mesh is None:
-            return {}
-        return dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
 
 
 # The worlds that `process_group()` opened, the innermost last, each with its control plane.

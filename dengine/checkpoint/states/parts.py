@@ -10,7 +10,7 @@ from dengine.compiled_names import without_compiled
 from dengine.distributed import unwrap_model, world
 from dengine.types import Stateful
 
-__all__ = ["parts_in_states"]
+__all__ = ["parts_in_states", "refuse_other_parts"]
 
 Path = tuple[str, ...]
 
@@ -42,6 +42,38 @@ def parts_in_states(objects: Mapping[str, Stateful], states: Mapping[str, object
             parts.update(((name, *path), part) for path, part in _parts_within(value, states.get(name)))
             parts.update(((name, key), part) for key, part in _parts_of_schedule(value, states.get(name)))
     return parts
+
+
+def refuse_other_parts(into: Mapping[str, Stateful], states: Mapping[str, object], *, is_file: bool) -> None:
+    """Refuse to load `states`, as they are in a file or as a folder gives them, into parts of a model that they lack.
+
+    No collective. Cost: nothing without a mesh; otherwise as `parts_in_states`.
+
+    Raises:
+        ValueError: the message names the model, the part, a tensor, and the way out.
+    """
+    for name, value in into.items() if world().mesh is not None else ():
+        if not isinstance(value, nn.Module) or not isinstance(saved := states.get(name), Mapping):
+            continue
+        own = {without_compiled(each): None for each in unwrap_model(value).state_dict()}
+        part = next(filter(None, _parts_of(unwrap_model(value), own).values()), None)
+        known = {without_compiled(str(each)) for each in saved}
+        missing = [each for each in own if each not in known]
+        if part is None or (not missing and (not is_file or known <= own.keys())):
+            continue
+        if is_file:
+            raise ValueError(
+                f"it is a file with the whole of {name!r}, of which this rank has a part ({part}). A folder can be "
+                "loaded into parts: make one in one process, by load(file, {...}) into the whole objects and "
+                "save(folder, {...}), or of a model alone by `python -m dengine import FILE -o FOLDER`; "
+                "load(..., partial=True) takes this part of the model from the file, and no optimizer."
+            )
+        raise ValueError(
+            f"{f'{name}/{missing[0]}'!r} of this rank's part ({part}) is not in it"
+            f"{f', nor are {len(missing) - 1} more names of it' if missing[1:] else ''}: it was saved of other parts "
+            "(stages, experts). Build the same layers by the same names, and if several parts have different tensors "
+            "by one name, as many parts as there were; load(..., partial=True) loads what is there."
+        )
 
 
 def _parts_of_schedule(value: object, state: object) -> Iterator[tuple[str, str]]:

@@ -17,8 +17,11 @@ from dengine.checkpoint.formats.sharded.report import Entry, Path
 __all__ = ["Index", "index_of", "kept_name"]
 
 
-def index_of(owners: Owners, irregular: Collection[str] = ()) -> dict[str, Any]:
-    """The index as JSON. `irregular` are tensors that are cut otherwise than torch cuts evenly.
+def index_of(
+    owners: Owners, irregular: Collection[str] = (), mesh_sizes: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The index as JSON. `irregular` are tensors that are cut otherwise than torch cuts evenly; `mesh_sizes` are the
+    sizes of the world's mesh, which readers need if names of several parts collide.
 
     Cost: time for each tensor, and for each rank of each layout.
     """
@@ -35,7 +38,8 @@ def index_of(owners: Owners, irregular: Collection[str] = ()) -> dict[str, Any]:
                 layouts.append({"cuts": even and [list(cut) for cut in even], "ranks": list(_runs(ranks))})
             where = numbers[key]
         tensors[str(teller)][_digest(kept_name(entry, owners.colliding))] = where
-    return {"layouts": layouts, "tensors": tensors}
+    mesh = {"mesh": dict(mesh_sizes)} if owners.colliding and mesh_sizes else {}
+    return {"layouts": layouts, "tensors": tensors, **mesh}
 
 
 def kept_name(entry: Entry, colliding: Collection[Path]) -> str:
@@ -60,6 +64,8 @@ class Index:
         self.by_teller = {_rank(int(teller), num_ranks): names for teller, names in values["tensors"].items()}
         self._num_ranks = num_ranks
         self._layouts = [self._layout(each) for each in values["layouts"]]
+        # None in folders of earlier versions
+        self.mesh_sizes = {str(name): int(size) for name, size in values["mesh"].items()} if "mesh" in values else None
 
     def tellers_of(self, names: Iterable[str]) -> list[int]:
         """The ranks that tell of one of `names`, which begin with the path of what has a part."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-from dengine.checkpoint.formats.sharded.tree import Apart, Names, Node, Path
+from dengine.checkpoint.formats.sharded.tree import Apart, Names, Node, Path, path_text
 
 __all__ = ["Parts", "Selection", "apart", "keeps_apart", "merged"]
 
@@ -119,13 +119,19 @@ class Selection:
         parts: the parts of this rank; {} to take all: then names of several parts stay apart, unless their contents are
             equal.
         is_same: whether the contents at two paths are equal, byte for byte.
-        sizes: of the dimensions of the mesh here. If there were more parts along one, none of them is one of now.
+        sizes: of the dimensions of the mesh here. If there were more or fewer parts along one, none of them is one of
+            now.
+        saved_sizes: those of the mesh that has saved; None if the folder does not say it.
     """
 
     def __init__(
-        self, parts: Parts, is_same: Callable[[Path, Node, Path, Node], bool], sizes: Mapping[str, int]
+        self,
+        parts: Parts,
+        is_same: Callable[[Path, Node, Path, Node], bool],
+        sizes: Mapping[str, int],
+        saved_sizes: Mapping[str, int] | None = None,
     ) -> None:
-        self._parts, self._is_same, self._sizes = parts, is_same, sizes
+        self._parts, self._is_same, self._sizes, self._saved_sizes = parts, is_same, sizes, saved_sizes
         self._levels = {path[:-1] for path in parts}
         self._saved: dict[Path, Path] = {}  # the path here -> the one in the folder, if they differ
         self._refused: set[Path] = set()  # of which several parts have their own, and none is this rank's
@@ -172,12 +178,7 @@ class Selection:
             here = (*path, name)
             if path in self._levels and here not in self._parts:
                 continue
-            own = self._own(here, [part for part, *_ in saved])
-            taken = next((each for each in saved if each[0] == own), None) or next(
-                (each for each in saved if not each[0]), None
-            )
-            if taken is None and self._are_same(path, saved):
-                taken = saved[0]
+            taken = self._taken(here, saved)
             if taken is not None:
                 if taken[0]:
                     self._saved[here] = (*self.saved_path(path), taken[1])
@@ -188,10 +189,29 @@ class Selection:
                 chosen.extend([key, value] for _, key, value in saved)
         return chosen
 
+    def _taken(self, here: Path, saved: list[tuple[str, str, Node]]) -> tuple[str, str, Node] | None:
+        """What this rank takes of several parts: its own, that of all, or any if they are equal.
+
+        Raises:
+            ValueError: the folder does not tell whether one of them is this rank's.
+        """
+        by_part = {each[0]: each for each in saved}
+        own = by_part.get(self._own(here, by_part)) or by_part.get("")
+        if own is None and self._are_same(here[:-1], saved):
+            return saved[0]
+        if own is None and self._is_alike(by_part) is None and here in self._parts:
+            raise ValueError(
+                f"{path_text(here)!r} was saved as {', '.join(by_part)} by an earlier version, which does not say how "
+                f"many parts there were, so that they may not be the parts of now: load it on a mesh like the one that "
+                "saved it, and save it again."
+            )
+        return own
+
     def _are_same(self, path: Path, saved: list[tuple[str, str, Node]]) -> bool:
         start = self.saved_path(path)
         paths = [((*start, key), value) for _, key, value in saved]
-        return all(self._is_same(*paths[0], *other) for other in paths[1:])
+        # A name is kept apart if several have it: of a lone one, the others have not been read.
+        return len(paths) > 1 and all(self._is_same(*paths[0], *other) for other in paths[1:])
 
     def _names(self, names: Iterable[Any], level: Path) -> list[str]:
         kept: dict[str, None] = {}
@@ -214,6 +234,17 @@ class Selection:
 
     def _own(self, here: Path, saved: Iterable[str]) -> str:
         """The part of `here` that this rank has, if `saved` are of a mesh like this: stage 1 of 4 is not that of 2."""
-        coordinates = [each.split("=") for part in saved if part for each in part.split(",")]
-        is_alike = all(int(index) < self._sizes.get(name, 0) for name, index in coordinates)
-        return self._parts.get(here, "") if is_alike else ""
+        return self._parts.get(here, "") if self._is_alike(saved) else ""
+
+    def _is_alike(self, saved: Iterable[str]) -> bool | None:
+        """Whether `saved` are parts of a mesh with the sizes of this one; None if the folder does not tell."""
+        most: dict[str, int] = {}
+        for each in (each for part in saved if part for each in part.split(",")):
+            name, index = each.split("=")
+            most[name] = max(most.get(name, 0), int(index) + 1)
+        here = {name: self._sizes.get(name, 0) for name in most}
+        if self._saved_sizes is not None:
+            return all(self._saved_sizes.get(name) == size for name, size in here.items())
+        if any(most[name] > size for name, size in here.items()):
+            return False
+        return True if most == here else None

@@ -202,7 +202,7 @@ def _find_out(
 
     irregular = {name for names in shared_by_all(uneven, f"plan {folder}") for name in names}
     known.boxes = {name: box for name, box in boxes.items() if box.num_elements}
-    known.index = index_of(owners, irregular) if here.rank == 0 else {}
+    known.index = index_of(owners, irregular, here.mesh_sizes) if here.rank == 0 else {}
     known.owners = owners
 
 

@@ -67,9 +67,7 @@ def read_states(folder: FilePath, like: Mapping[str, object] | None, parts: Part
     for name in like or ():
         if name not in [saved_name for saved_name, _ in items]:
             raise ValueError(f"{folder} holds no {name!r}, but {', '.join(repr(each) for each, _ in items)}.")
-    mesh = world().mesh
-    sizes = {} if mesh is None else dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
-    selection = Selection(parts, partial(_is_same, saved), sizes)
+    selection = Selection(parts, partial(_is_same, saved), world().mesh_sizes, saved.mesh_sizes)
     wanted = [
         [name, _of_rank(node, rank) if like is not None and isinstance(like[name], LikeRank) else node]
         for name, node in items

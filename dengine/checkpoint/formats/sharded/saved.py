@@ -89,6 +89,11 @@ class Saved(ABC):
     def length_of(self, file: str) -> int:
         """The length of a file in which a piece lies."""
 
+    @property
+    def mesh_sizes(self) -> Mapping[str, int] | None:
+        """The sizes of the mesh that has saved, if names of several parts collide; None if they are not known."""
+        return None
+
     @abstractmethod
     def whole(self) -> Metadata:
         """All of it, as one document."""
@@ -156,13 +161,17 @@ class _OfSeveral(Saved):
             tellers = self._index.tellers_of(name for path, part in parts.items() for name in _names_of(path, part))
         own = rank if rank < self._world_size else 0
         read = self._documents(sorted({0, own, *tellers}))
-        if parts and self._world_size != world().size and any(keeps_apart(each.states) for each in read):
-            # Fewer parts than there were are others: that shows in the names that are kept apart, all of them.
+        if parts and self.mesh_sizes != world().mesh_sizes and any(keeps_apart(each.states) for each in read):
+            # Of another number of parts, none is this rank's: of what they have, it takes only what is equal in all.
             read = self._documents(sorted({0, own, *self._index.by_teller}))
         states = merged(each.states for each in read)
         with as_corrupt(self._folder / METADATA):
             check_states(states)
         return states
+
+    @property
+    def mesh_sizes(self) -> Mapping[str, int] | None:
+        return self._index.mesh_sizes
 
     def pieces(self, name: str, dtype: torch.dtype, box: TensorBox) -> Sequence[Chunk]:
         if not box.num_elements or box.sizes is None:
