@@ -212,6 +212,7 @@ class Engine:
         *,
         max_iterations: int | None = None,
         epoch_length: int | None = None,
+        continue_data: bool = False,
         allow_changed_data: bool = False,
     ) -> State:
         """Run over `data` until `max_epochs` or `max_iterations` is reached, whichever comes first.
@@ -226,7 +227,12 @@ class Engine:
             max_iterations: the total over all epochs, within `max_epochs` (1 if it is not given). An epoch that it
                 cuts short is not completed: no `EPOCH_COMPLETED`, no metrics.
             epoch_length: iterations of an epoch; by default `len(data)`, or until the data end. If it is more than the
-                data have, they are iterated again; if less, each epoch takes the first batches.
+                data have, they are iterated again; if less, each epoch takes the first batches, unless the data are
+                continued.
+            continue_data: with `epoch_length`, each epoch goes on through the data where the one before ended: every
+                sample comes once a pass, whatever the length of an epoch. Data with a `set_epoch` are told the number
+                of the pass (`state.data_pass`), and workers go on over the end of an epoch. A resumed run may have
+                another `epoch_length`.
             allow_changed_data: go on although the length of the data, or the global batch or the seed of a prepared
                 loader, differs from that at the start of the run; without it, that is a ValueError.
 
@@ -250,7 +256,9 @@ class Engine:
         """
         self._refuse_while_running("run()")
         max_epochs, max_iterations = checked_limits(max_epochs, max_iterations)
-        epochs = checked_data(data, epoch_length, is_joined=self._is_joined, distributed=self.distributed)
+        epochs = checked_data(
+            data, epoch_length, continue_data, is_joined=self._is_joined, distributed=self.distributed
+        )
         self._resuming.check_data(self.state, epochs, allow_changed_data=allow_changed_data)
         self._loop = self._new_loop(epochs, max_epochs, max_iterations)
         try:
@@ -318,7 +326,7 @@ class Engine:
         `Checkpoint` saves that of every rank.
         """
         return {
-            **self._resuming.state(has_started=self.state.epoch_iteration > self.state._under_way),
+            **self._resuming.state(has_started=self.state.pass_iteration > self.state._under_way),
             "data_state": deepcopy(self.state.data_state),
             "metrics": self._metrics.state_dict() if self.distributed else [],
             "world_size": world().size,

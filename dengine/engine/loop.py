@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from dengine.control.run import END, position
 from dengine.distributed import world
 from dengine.engine import epoch_metrics
-from dengine.engine.data.description import described
+from dengine.engine.data.description import PassPosition, described
 from dengine.engine.data.epochs import EpochIterator
 from dengine.engine.data.joined import Absent
 from dengine.engine.dispatch import Dispatcher
@@ -58,6 +58,7 @@ class Loop:
         # Iteration number minus count of the event in this run, for the events that count fetches.
         self._fetch_started_offset = self._fetch_completed_offset = self.state.iteration
         self._consumed_before = self.state.iteration  # batches that the interrupted run had taken of an iterator
+        self._continued: Iterator[object] | None = None  # the batches of a pass that the epoch before did not end
 
     def run(self) -> None:
         """Run from start to end. A failure is reported to the other ranks first, since they wait."""
@@ -149,8 +150,9 @@ class Loop:
         """Iterate until the epoch ends (True) or is cut short, by `max_iterations` or `terminate()` (False)."""
         state, limits, epochs = self.state, self.limits, self.epochs
         epoch_start = state.iteration - state.epoch_iteration
-        epochs.enter(state.epoch)
-        state.data_state = described(epochs.data, state.epoch)
+        batches = self._continued
+        if batches is None:
+            self._enter_data()
         if epochs.length is not None:
             state._epoch_length = epochs.length
         if epochs.length == 0:
@@ -160,10 +162,12 @@ class Loop:
         if epochs.length == 0 and limits.may_go_on(NEVER):  # ranks with a batch may wait for a look at it
             epochs.looked_into(iter(()), state.epoch, state.iteration, is_start=False)
         if not limits.may_go_on(end):
+            self.resuming.return_between_epochs(epochs)  # a run that was saved in the epoch's last iteration
             return limits.has_ended(end)
         self._announce_fetch()
-        batches = self._first_batches()
-        pass_start = epoch_start
+        if batches is None:
+            batches = self._first_batches()
+        pass_start = state.iteration - state.pass_iteration
         while True:
             if not self._run_pass(batches):
                 if not limits.may_go_on(end):
@@ -175,10 +179,11 @@ class Loop:
                 self._fetch_started_offset -= 1  # the last fetch was announced, but the data had ended
                 if not epochs.is_length_given:
                     state._epoch_length = state.epoch_iteration
+                self._continued = None
                 return True
             else:
                 pass_start = state.iteration
-                batches = epochs.start()
+                batches = self._next_pass()
 
     def _run_pass(self, batches: Iterator[object]) -> bool:
         """Run the iterations of a pass over the data; every line here costs time in each of them. True if the data
@@ -213,14 +218,39 @@ class Loop:
                 get_batch_started.fire(engine, iteration + 1 - fetch_started_offset)
         return True
 
+    def _enter_data(self) -> None:
+        """Enter the data of the epoch, or the pass over continued data that it begins in."""
+        state, epochs = self.state, self.epochs
+        epochs.enter(state.data_pass)
+        if epochs.is_continued and epochs.is_at_end(state.pass_iteration):
+            self._enter_next_pass()
+        state.data_state = described(epochs.data, state.data_pass, state._pass)
+
+    def _enter_next_pass(self) -> None:
+        state = self.state
+        self.epochs.enter(state.data_pass + 1)
+        state._pass = PassPosition(state.data_pass + 1, state.iteration)
+        state.data_state = described(self.epochs.data, state.data_pass, state._pass)
+
+    def _next_pass(self) -> Iterator[object]:
+        """The batches of another pass over the data, in the same epoch."""
+        if not self.epochs.is_continued:
+            return self.epochs.start()
+        self._enter_next_pass()
+        self.resuming.begin_pass(self.epochs)
+        self._continued = batches = self.epochs.start()
+        return batches
+
     def _first_batches(self) -> Iterator[object]:
         """The batches of the epoch from its present position on, with the random number generators as they were
         there.
         """
         state, consumed, self._consumed_before = self.state, self._consumed_before, 0
-        batches = self.resuming.first_batches(self.epochs, skip=state.epoch_iteration, consumed=consumed)
-        is_start = not state.epoch_iteration  # else there was a batch already; there may be no more
-        return self.epochs.looked_into(batches, state.epoch, state.iteration, is_start=is_start)
+        batches = self.resuming.first_batches(self.epochs, skip=state.pass_iteration, consumed=consumed)
+        is_start = not state.pass_iteration  # else there was a batch already; there may be no more
+        batches = self.epochs.looked_into(batches, state.epoch, state.iteration, is_start=is_start)
+        self._continued = batches if self.epochs.is_continued else None
+        return batches
 
     def _announce_fetch(self) -> None:
         handlers, count = self._iteration_lists[0], self.state.iteration + 1 - self._fetch_started_offset

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dengine.data.passes import capture_passes, restore_passes
-from dengine.engine.data.description import changes_of, check_unchanged, described
+from dengine.data.sampler import refuse_changes
+from dengine.engine.data.description import PassPosition, changes_of, check_unchanged, described, saved_pass
 from dengine.engine.data.epochs import EpochIterator
 from dengine.engine.data.own_state import OwnState
 from dengine.engine.state import State
@@ -41,17 +42,20 @@ class Resuming:
         return self._saved
 
     def check_data(self, state: State, epochs: EpochIterator, *, allow_changed_data: bool) -> None:
-        """Store the description of the data, and compare it with the saved one.
+        """Store the description of the data and, if they are continued, their pass; compare them with the saved ones.
 
         Raises: ValueError: the data of a resumed run differ from those that it was started with.
         """
-        epoch = state.epochs_completed
-        if self.is_resumed and not allow_changed_data:
-            saved = self._saved_data(state.data_state)
-            if saved is not None and changes_of(saved, described(epochs.data, epoch)):
+        saved = self._saved_data(state.data_state) if self.is_resumed else None
+        position = self._position(state, saved) if epochs.is_continued else None
+        epoch = state.epochs_completed if position is None else position.number
+        if saved is not None and not allow_changed_data:
+            if position is None and saved_pass(saved) is not None:
+                refuse_changes(["continue_data was True and is False: pass continue_data=True to run()"])
+            if changes_of(saved, described(epochs.data, epoch)):
                 epochs.set_epoch(saved.get("epoch", epoch))  # data may grow from epoch to epoch
                 check_unchanged(saved, described(epochs.data, epoch))
-        state.data_state = described(epochs.data, epoch)
+        state._pass, state.data_state = position, described(epochs.data, epoch, position)
 
     def state(self, *, has_started: bool) -> RandomState:
         """The state as of now, for `load`. `has_started`: an iteration of the epoch is done."""
@@ -74,27 +78,45 @@ class Resuming:
     def return_between_epochs(self, epochs: EpochIterator) -> None:
         """Restore the loaded state, if an epoch starts at its beginning, or none is left."""
         if self._saved is not None and self._saved["now"] is not None:
-            self._return_to(self._saved["now"], epochs)
-            # A one-shot iterator is yet to be fast-forwarded, from its beginning.
-            self._saved = {**self._saved, "now": None} if epochs.is_one_shot and self._saved["epoch_start"] else None
+            # An iterator that outlives epochs is yet to be fast-forwarded, from its beginning.
+            is_within = epochs.spans_epochs and self._saved["epoch_start"] is not None
+            now = self._saved["now"]
+            self._return_to(now, epochs, has_started=is_within)
+            self._saved = {**self._saved, "now": None, "own": now.get("data", [])} if is_within else None
 
     def first_batches(self, epochs: EpochIterator, *, skip: int, consumed: int) -> Iterator[object]:
         """The batches of the epoch from its batch `skip` on, with the generators as they were there."""
         saved, self._saved = self._saved, None
         if saved is None:
-            self._begin_epoch(epochs)
+            self.begin_pass(epochs)
             return epochs.start(skip=skip, consumed=consumed)
         now = saved["now"] or self._moment()
-        self._return_to(saved["epoch_start"] or now, epochs)
-        self._begin_epoch(epochs)
+        # If the saved pass over continued data was over, another one starts here, as it would have.
+        epoch_start = saved["epoch_start"] if skip or epochs.is_one_shot or not epochs.is_continued else None
+        if epoch_start is None and saved["now"] is None:
+            self._return_to({"data": saved["own"]}, epochs)
+        self._return_to(epoch_start or now, epochs)
+        self.begin_pass(epochs)
         batches = epochs.start(skip=skip, consumed=consumed)
-        if saved["epoch_start"]:
+        if epoch_start:
             self._return_to(now, epochs, has_started=True)
         return batches
 
+    def begin_pass(self, epochs: EpochIterator) -> None:
+        """Note the generators as they are before an iterator over the data is made."""
+        if self._at_start is None or not epochs.is_one_shot:
+            self._at_start = self._moment()
+
     def end_epoch(self, epochs: EpochIterator) -> None:
-        if not epochs.is_one_shot:
+        if not epochs.spans_epochs:
             self._at_start = None
+
+    def _position(self, state: State, saved: dict[str, Any] | None) -> PassPosition:
+        """The pass in which the next run starts: that of its epoch, if each one began the data anew until now."""
+        if not self.is_resumed:
+            return PassPosition(0, 0)
+        in_epoch = state.epoch_iteration if state.epoch == state.epochs_completed else 0
+        return saved_pass(saved) or PassPosition(state.epochs_completed, state.iteration - in_epoch)
 
     def _saved_data(self, of_rank_zero: dict[str, Any] | None) -> dict[str, Any] | None:
         """The description of the interrupted run's data: that of this rank, if known, else that of rank 0."""
@@ -102,10 +124,6 @@ class Resuming:
             of_rank: dict[str, Any] = self._saved["data_state"]
             return of_rank
         return of_rank_zero
-
-    def _begin_epoch(self, epochs: EpochIterator) -> None:
-        if self._at_start is None or not epochs.is_one_shot:
-            self._at_start = self._moment()
 
     def _moment(self) -> RandomState:
         """The state as of now. Cost: 0.05 ms, 11 kB; no wait for a device."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dengine.checks import whole_number
 from dengine.comm.consistency import Compared
 from dengine.data.alike import is_whole_on_every_rank, samples_of, shard_entries
+from dengine.data.sampler import ElasticSampler
 from dengine.data.self_sharding import refuse_other_part
 from dengine.distributed import world
 from dengine.engine.data.epochs import EpochIterator, check_data
@@ -37,12 +38,14 @@ def checked_limits(max_epochs: object, max_iterations: object) -> tuple[int | No
     return checked[0], checked[1]
 
 
-def checked_data(data: Iterable[object], epoch_length: object, *, is_joined: bool, distributed: bool) -> EpochIterator:
+def checked_data(
+    data: Iterable[object], epoch_length: object, continue_data: object, *, is_joined: bool, distributed: bool
+) -> EpochIterator:
     """The epochs of a run over `data`.
 
     Raises:
-        TypeError, ValueError: `data` cannot be iterated over or have no batch, `epoch_length` is wrong, or, on a mesh,
-            a loader has a sampler for other ranks.
+        TypeError, ValueError: `data` cannot be iterated over or have no batch, `epoch_length` or `continue_data` is
+            wrong, or, on a mesh, a loader has a sampler for other ranks.
         LaunchError: a launcher started several processes, but no process group is open.
     """
     check_data(data)
@@ -52,9 +55,12 @@ def checked_data(data: Iterable[object], epoch_length: object, *, is_joined: boo
         refuse_other_part(data, here)
     if epoch_length is not None:
         epoch_length = whole_number("epoch_length", epoch_length, least=1)
+    if continue_data is not False:
+        _check_continued(data, epoch_length, continue_data, is_joined=is_joined)
     epochs = EpochIterator(
         data,
         epoch_length,
+        is_continued=continue_data is True,
         is_joined=is_joined,
         may_be_empty=distributed and here.size > 1,
         is_shared=distributed and here.data_size < here.size,
@@ -62,6 +68,25 @@ def checked_data(data: Iterable[object], epoch_length: object, *, is_joined: boo
     if epochs.length == 0:
         epochs.emptiness.refuse_no_batch()
     return epochs
+
+
+def _check_continued(data: object, epoch_length: int | None, continue_data: object, *, is_joined: bool) -> None:
+    """Refuse `continue_data` if it is not True, or no epoch can be a part of a pass. Raises: TypeError, ValueError."""
+    if continue_data is not True:
+        raise TypeError(f"continue_data={continue_data!r} must be True or False.")
+    if epoch_length is None:
+        raise ValueError(
+            "continue_data=True goes on through the data from epoch to epoch, so it needs the iterations of an epoch: "
+            "pass epoch_length=, or leave continue_data= out, and each epoch is one pass over the data."
+        )
+    sampler = getattr(data, "sampler", None)
+    if isinstance(sampler, ElasticSampler) and sampler.exact and not is_joined:
+        raise ValueError(
+            "This loader is prepared with exact=True, so that an evaluation sees every sample once, but with "
+            "continue_data=True an epoch is only a part of a pass, which ends on some ranks before others. To "
+            "evaluate, leave epoch_length= and continue_data= out; to train, prepare the loader without exact=True, or "
+            "use create_supervised_trainer() or Engine(..., joined=True), whose ranks end a pass together."
+        )
 
 
 def compare_start(loop: Loop) -> None:
@@ -97,6 +122,7 @@ def _must_be_alike(loop: Loop) -> list[Compared]:
             "The settings of the engine",
             [f"stop_every={loop.limits.stop_every} (a supervised trainer's gradient_accumulation_steps)"],
         ),
+        Compared("The arguments of run()", [f"continue_data={loop.epochs.is_continued}"]),
         Compared(
             "The epochs from which this run goes on",
             [f"epochs_completed={loop.state.epochs_completed}"],

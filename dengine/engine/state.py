@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dengine.checks import is_whole_number
+from dengine.engine.data.description import PassPosition
 from dengine.metrics.collection.live import MetricValues
 from dengine.naming import a_type
 from dengine.types import MetricValue
@@ -91,6 +92,7 @@ class State:
         self.batch: Any = None
         self._dataloader: Iterable[Any] | None = None
         self.data_state: dict[str, Any] | None = None
+        self._pass: PassPosition | None = None  # None: each epoch begins the data anew
         self.metrics: dict[str, MetricValue] = MetricValues()
         self.times: dict[str, float] = {}
         self._preempted = False
@@ -110,6 +112,16 @@ class State:
         shown = [f"{name}={getattr(self, name)!r}" for name in names]
         shown += [f"metrics={list(self.metrics)}"] + ([f"own={mine}"] if mine else [])
         return f"State({', '.join(shown)})"
+
+    @property
+    def data_pass(self) -> int:
+        """The number of the pass over the data, from 0: the epoch, unless they are continued (`continue_data=True`)."""
+        return self._epoch if self._pass is None else self._pass.number
+
+    @property
+    def pass_iteration(self) -> int:
+        """Iterations started within the pass: those within the epoch, unless the data are continued."""
+        return self._epoch_iteration if self._pass is None else self._iteration - self._pass.start
 
     def persist(self, *names: str) -> None:
         """Make attributes of your own part of the engine's `state_dict()`.
@@ -148,7 +160,7 @@ class State:
         _check(state_dict)
         for name in _POSITION:
             setattr(self, f"_{name}", state_dict[name])
-        self._iterations_done = self._iteration
+        self._iterations_done, self._pass = self._iteration, None
         self.data_state = deepcopy(state_dict["data"])
         for name, value in state_dict["persisted"].items():
             setattr(self, name, deepcopy(value))  # the run will change it

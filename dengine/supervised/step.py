@@ -229,7 +229,8 @@ class _WeighedStep(TrainStep):
             count = self._functions.weight(inputs, targets)
         if number == 1 and self._looks_ahead:
             first_count = int(count) if counts_samples(self._functions.weight, targets) else 0
-            self._num_uniform = num_uniform(engine.state.dataloader, first_count)
+            done = engine.state.pass_iteration - 1  # 0, unless data are continued
+            self._num_uniform = num_uniform(engine.state.dataloader, first_count, done=done)
             self._uniform_count = first_count
         is_alike = number <= self._num_uniform
         if is_alike and count != self._uniform_count:

@@ -11,14 +11,15 @@ from dengine.supervised.batches import num_samples
 __all__ = ["num_uniform"]
 
 
-def num_uniform(data: object, first_count: int) -> int:
-    """The number of batches, from the start of a pass over `data`, that have `first_count` samples on every rank.
+def num_uniform(data: object, first_count: int, *, done: int = 0) -> int:
+    """The number of batches after the first `done` of a pass over `data` that have `first_count` samples on every rank.
 
     0 if ranks differ, or if one of them does not know it.
 
     Collective. Cost: one small all-reduce, and for a list one look at each batch.
     """
     count, num_batches = _leading(data)
+    num_batches = max(num_batches - done, 0)
     if count != first_count or not count:
         num_batches = 0
     mine = {"largest": first_count, "smallest": -first_count, "num_batches": -num_batches}

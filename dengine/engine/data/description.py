@@ -1,13 +1,27 @@
 """A description of the data of a run, with which a resumed run checks that its data are the same."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dengine.data.loader import data_state
 from dengine.data.sampler import changed_order, refuse_changes
 from dengine.distributed import world
 
-__all__ = ["changes_of", "check_unchanged", "described", "length_of"]
+__all__ = ["PassPosition", "changes_of", "check_unchanged", "described", "length_of", "saved_pass"]
+
+
+@dataclass(frozen=True)
+class PassPosition:
+    """A pass over data that go on from epoch to epoch: its number, and the iterations done before it started."""
+
+    number: int
+    start: int
+
+
+def saved_pass(saved: Mapping[str, Any] | None) -> PassPosition | None:
+    """The pass in a saved description; None if each epoch of that run began the data anew."""
+    return PassPosition(**saved["pass"]) if saved is not None and "pass" in saved else None
 
 
 def length_of(data: Iterable[object]) -> int | None:
@@ -24,11 +38,17 @@ def length_of(data: Iterable[object]) -> int | None:
         return None
 
 
-def described(data: Iterable[object], epoch: int) -> dict[str, object] | None:
+def described(data: Iterable[object], epoch: int, position: PassPosition | None = None) -> dict[str, object] | None:
     """The values on which the order of samples depends, for a prepared loader; the length of other data.
 
-    They are plain values; None if nothing is known.
+    They are plain values; None if nothing is known. `position`: of data that go on from epoch to epoch.
     """
+    if position is not None:
+        return {**(_described(data, position.number) or {"epoch": position.number}), "pass": asdict(position)}
+    return _described(data, epoch)
+
+
+def _described(data: Iterable[object], epoch: int) -> dict[str, object] | None:
     state = data_state(data)
     if state is not None:
         return {**state, "epoch": epoch}

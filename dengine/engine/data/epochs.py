@@ -42,6 +42,9 @@ class EpochIterator:
     `is_shared`: some ranks must get the same data; their first batches are compared.
 
     Data without a batch are an error, unless they are one shard of several (`may_be_empty`) and another rank has some.
+
+    `is_continued`: an iterator outlives the epoch, and the next epoch goes on with it. What is entered is a pass then,
+    not an epoch.
     """
 
     def __init__(
@@ -52,9 +55,11 @@ class EpochIterator:
         is_joined: bool = False,
         may_be_empty: bool = False,
         is_shared: bool = False,
+        is_continued: bool = False,
     ) -> None:
         self.data = data
         self.is_one_shot = isinstance(data, Iterator)
+        self.is_continued = is_continued
         self.is_restored = False  # by a state of its own, to the position of the run
         self.is_length_given = epoch_length is not None
         self.length = epoch_length if epoch_length is not None else length_of(data)
@@ -68,6 +73,11 @@ class EpochIterator:
     def iterates_over(self, objects: Iterable[object]) -> bool:
         """Whether the data are one of `objects`, or take their samples from one of them."""
         return holds_any(self.data, (each for each in objects if not _is_map_style(each)))
+
+    @property
+    def spans_epochs(self) -> bool:
+        """Whether an iterator over the data outlives an epoch."""
+        return self.is_one_shot or self.is_continued
 
     def goes_on(self) -> bool:
         """Whether the user has loaded a state into the data, so that their next pass goes on from there."""
@@ -85,7 +95,10 @@ class EpochIterator:
             set_epoch_of(part, epoch)
 
     def enter(self, epoch: int) -> None:
-        """Set the epoch of the data, and find out its length, which may change from epoch to epoch."""
+        """Set the epoch of the data, and find out its length, which may change from epoch to epoch.
+
+        Collective in a joined run: one small all-reduce.
+        """
         self.set_epoch(epoch)
         self._may_try_again = self.is_restored or self._resetting is not None
         if self._is_joined:
@@ -94,6 +107,13 @@ class EpochIterator:
                 self.emptiness.refuse("no batch on any rank")
         if not self.is_length_given:
             self.length = length_of(self.data) if self._pass.length is None else self._pass.length
+
+    def is_at_end(self, position: int) -> bool:
+        """Whether the pass that was entered is known to be over, `position` iterations after its start."""
+        if self.is_one_shot or self.is_restored:
+            return False
+        size = length_of(self.data) if self._pass.length is None else self._pass.length
+        return size is not None and 0 < size <= position
 
     def start(self, *, skip: int = 0, consumed: int = 0) -> Iterator[object]:
         """An iterator over the batches of the epoch that was entered, from its batch `skip` on.
@@ -113,7 +133,7 @@ class EpochIterator:
         size = own if self._pass.length is None else self._pass.length
         in_pass = skip % size if size else skip  # an epoch longer than the data passes over it again and again
         if self._resetting is not None:
-            batches = self._replayed(skip, consumed)
+            batches = self._replayed(consumed if self.is_continued else skip, consumed)
         elif can_seek(self.data):
             batches = self._jumped(in_pass if own is None else min(in_pass, own))
         else:  # its next pass may depend on earlier ones
@@ -130,7 +150,7 @@ class EpochIterator:
 
     def finish(self, num_iterations: int) -> None:
         """End the epoch, `num_iterations` after its last pass over the data started."""
-        if self._resetting is not None:
+        if self._resetting is not None and not self.is_continued:
             own = length_of(self.data)
             is_longest = self._pass.length in (None, own)  # else the pass was iterated to its end
             self._resetting.finish(is_whole=is_longest and own is not None and own > 0 and num_iterations % own == 0)
