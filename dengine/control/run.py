@@ -31,8 +31,9 @@ class Run(ABC):
     """One run of an engine: how far it has started, and how far it may go.
 
     Attributes:
-        started: the furthest position that the loop may have started. The loop writes it, in every iteration, before it
-            checks whether it may go on.
+        started: the furthest position that the loop may have started; negative before the run has begun.
+        iteration: the iterations done over the whole training, with which `started` grows. The loop writes it in every
+            iteration, before it checks whether it may go on.
         stop_at: the iteration at which the loop checks whether it may go on: one comparison for all reasons to stop.
             The loop sets it, and any thread may set it to 0 (`interrupt`).
         number: the number of the run among those that all ranks share; None for this rank's own.
@@ -40,12 +41,29 @@ class Run(ABC):
     """
 
     def __init__(self, runs: Runs, number: int | None = None) -> None:
-        self.started = -1
+        self.iteration = 0
+        self._started_at_zero = -1  # `started` minus `iteration`, which any thread may read
         self.stop_at = sys.maxsize
         self.number = number
         self.reason = ""
         self._runs = runs
         self._targets: dict[Key, int] = {}
+
+    @property
+    def started(self) -> int:
+        while True:  # the loop may enter another epoch between the two reads
+            at_zero, iteration = self._started_at_zero, self.iteration
+            if at_zero is self._started_at_zero:
+                return at_zero + iteration
+
+    @started.setter
+    def started(self, value: int) -> None:
+        self._started_at_zero = value - self.iteration
+
+    def begin_at(self, iteration: int) -> None:
+        """Set the iterations that were done before the run."""
+        self._started_at_zero = -1 - iteration  # first: `started` stays negative
+        self.iteration = iteration
 
     def interrupt(self) -> None:
         """Make the loop check whether it may go on, after the current iteration."""

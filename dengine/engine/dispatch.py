@@ -10,7 +10,7 @@ from dengine.checks import number
 from dengine.distributed import rank_zero_only as only_on_rank_zero
 from dengine.engine.events import AnyEvent, Events, FilteredEvent, Subscribable, event_parts, event_text
 from dengine.engine.handler_checks import check_handler, is_collective, owner_of, phase_of, precedes_saves, warn_of_idle
-from dengine.engine.handler_list import Handler, HandlerList, Subscription
+from dengine.engine.handler_list import Gate, Handler, HandlerList, Subscription
 from dengine.engine.state import State
 from dengine.naming import describe
 
@@ -26,10 +26,11 @@ _PER_FETCH = (Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED)
 
 
 class Dispatcher:
-    """The registered events of one engine and the handlers of each."""
+    """The registered events of one engine and the handlers of each. `gate` is that of the events before a step."""
 
     def __init__(self, *events: type[Enum] | Enum | str) -> None:
         self._lists: dict[int | str, HandlerList] = {}
+        self.gate = Gate()
         self.register(*events)
 
     def register(self, *events: type[Enum] | Enum | str) -> None:
@@ -46,7 +47,18 @@ class Dispatcher:
             else:
                 raise TypeError(f"register_events() takes enum classes, enum members or strings, but got {event!r}.")
         for member in members:
-            self._lists.setdefault(_key(member), HandlerList(member))
+            if _key(member) not in self._lists:
+                self._lists[_key(member)] = self._new_list(member)
+
+    def _new_list(self, event: AnyEvent) -> HandlerList:
+        if event is Events.ITERATION_STARTED:
+            gated = self.gate.iterations
+        elif event in _PER_FETCH:
+            gated = self.gate.fetches
+        else:
+            return HandlerList(event)
+        gated.append(HandlerList(event, self.gate))
+        return gated[-1]
 
     def handlers(self, event: AnyEvent) -> HandlerList:
         """The handlers of `event`.

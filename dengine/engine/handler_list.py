@@ -14,7 +14,7 @@ from dengine.engine.phases import Phase
 if TYPE_CHECKING:
     from dengine.engine.engine import Engine
 
-__all__ = ["NEVER", "Handler", "HandlerList", "Subscription"]
+__all__ = ["NEVER", "Gate", "Handler", "HandlerList", "Subscription"]
 
 Handler: TypeAlias = "Callable[[Engine], object]"
 
@@ -76,17 +76,39 @@ class Subscription:
         return following if following <= self.last else NEVER
 
 
+class Gate:
+    """The number of the iteration before which no handler of what precedes a step is due: one comparison for three
+    events.
+
+    `iterations` are the lists of those that count iterations, `fetches` of those that count fetches of a batch: if one
+    of these has a handler, each iteration needs a look.
+    """
+
+    __slots__ = ("due", "fetches", "iterations")
+
+    def __init__(self) -> None:
+        self.due = NEVER
+        self.iterations: list[HandlerList] = []
+        self.fetches: list[HandlerList] = []
+
+    def look(self) -> None:
+        """Look at the lists, one of which has changed."""
+        is_fetch_watched = any(each.subscriptions for each in self.fetches)
+        self.due = 0 if is_fetch_watched else min([each.due for each in self.iterations], default=NEVER)
+
+
 class HandlerList:
     """The subscriptions of one event, as one tuple in the order of calling.
 
     `due` is the smallest count at which a handler is to be called. The loop only compares with it in an iteration in
-    which no handler is due.
+    which no handler is due. `gate` is told of each change of it.
     """
 
-    __slots__ = ("count", "due", "due_with_options", "event", "plain_handlers", "subscriptions")
+    __slots__ = ("count", "due", "due_with_options", "event", "gate", "plain_handlers", "subscriptions")
 
-    def __init__(self, event: AnyEvent) -> None:
+    def __init__(self, event: AnyEvent, gate: Gate | None = None) -> None:
         self.event = event
+        self.gate = gate
         self.count = 0  # times fired in this run; the loop keeps the counts of iterations and epochs itself
         self.due = NEVER
         self.due_with_options = NEVER  # the same for those with options, which need no look before
@@ -161,6 +183,8 @@ class HandlerList:
     def _look_for_due(self) -> None:
         self.due_with_options = min((each.due for each in self.subscriptions if not each.is_plain), default=NEVER)
         self.due = 0 if self.plain_handlers else self.due_with_options
+        if self.gate is not None:
+            self.gate.look()
 
 
 def _call_despite(subscription: Subscription, engine: Engine, error: BaseException) -> None:

@@ -55,6 +55,7 @@ class Loop:
                 Events.ITERATION_COMPLETED,
             )
         )
+        self.limits.run.begin_at(self.state.iteration)
         # Iteration number minus count of the event in this run, for the events that count fetches.
         self._fetch_started_offset = self._fetch_completed_offset = self.state.iteration
         self._consumed_before = self.state.iteration  # batches that the interrupted run had taken of an iterator
@@ -190,31 +191,32 @@ class Loop:
         ended.
         """
         engine, state, step, metrics, limits = self.engine, self.state, self.step, self.metrics, self.limits
-        run = limits.run
+        run, gate = limits.run, self.dispatcher.gate
         get_batch_started, get_batch_completed, started, completed = self._iteration_lists
         iteration = state.iteration
-        epoch_offset = iteration - state.epoch_iteration
-        next_position = position(state.epoch, 1) - epoch_offset
         fetch_started_offset, fetch_completed_offset = self._fetch_started_offset, self._fetch_completed_offset
         for batch in batches:
             state.batch = batch
             iteration += 1
-            if iteration - fetch_completed_offset >= get_batch_completed.due:
-                get_batch_completed.fire(engine, iteration - fetch_completed_offset)
-            state._iteration = iteration
-            state._epoch_iteration = iteration - epoch_offset
-            if iteration >= started.due:
-                started.fire(engine, iteration)
-            state.output = step(engine, state.batch)
+            if iteration < gate.due:
+                state._iteration = iteration
+                state.output = step(engine, batch)
+            else:
+                if iteration - fetch_completed_offset >= get_batch_completed.due:
+                    get_batch_completed.fire(engine, iteration - fetch_completed_offset)
+                state._iteration = iteration
+                if iteration >= started.due:
+                    started.fire(engine, iteration)
+                state.output = step(engine, state.batch)
             state._iterations_done = iteration
             if metrics.updates and type(state.batch) is not Absent:
                 metrics.update(state.output)
             if iteration >= completed.due:
                 completed.fire(engine, iteration)
-            run.started = next_position + iteration  # published before other ranks ask: see control/stop.py
+            run.iteration = iteration  # published before other ranks ask: see control/stop.py
             if iteration >= run.stop_at:
                 return False
-            if iteration + 1 - fetch_started_offset >= get_batch_started.due:
+            if iteration >= gate.due and iteration + 1 - fetch_started_offset >= get_batch_started.due:
                 get_batch_started.fire(engine, iteration + 1 - fetch_started_offset)
         return True
 

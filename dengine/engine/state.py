@@ -84,7 +84,7 @@ class State:
     def __init__(self) -> None:
         self._epoch = 0
         self._iteration = 0
-        self._epoch_iteration = 0
+        self._epoch_start = 0  # iterations before the current epoch
         self._epochs_completed = 0
         self._max_epochs: int | None = None
         self._epoch_length: int | None = None
@@ -165,6 +165,15 @@ class State:
         for name, value in state_dict["persisted"].items():
             setattr(self, name, deepcopy(value))  # the run will change it
         self.persist(*state_dict["persisted"])
+
+    @property
+    def _epoch_iteration(self) -> int:
+        # Computed when it is asked for: to set it would cost time in every iteration.
+        return self._iteration - self._epoch_start
+
+    @_epoch_iteration.setter
+    def _epoch_iteration(self, value: int) -> None:
+        self._epoch_start = self._iteration - value
 
     @property
     def _under_way(self) -> int:
