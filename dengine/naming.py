@@ -22,7 +22,8 @@ def describe(function: object) -> str:
 
 def type_name(value: object) -> str:
     """The name of the type of `value` as the user knows it: a prepared loader is still a `DataLoader`."""
-    return next(kind.__qualname__ for kind in type(value).__mro__ if not kind.__module__.startswith("dengine."))
+    kinds = (each for each in type(value).__mro__[:-1] if not each.__module__.startswith("dengine."))
+    return next(kinds, type(value)).__qualname__
 
 
 def a_type(value: object) -> str:

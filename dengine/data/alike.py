@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from dengine.data.loader import data_state
+from dengine.data.parts import members_of
 from dengine.data.sampler import ElasticSampler
 from dengine.launch.world import world
 
@@ -43,6 +44,8 @@ _PLAIN = (bool, int, float, str, type(None))
 
 def shard_entries(data: object) -> list[str]:
     """The settings that must be the same on every rank if `data` is one shard of several; empty if none is known."""
+    if members := members_of(data):
+        return [f"{name}: {entry}" for name, each in members.items() for entry in ("a loader", *shard_entries(each))]
     if not isinstance(data, DataLoader):
         return []
     if (transforms := vars(data).get(_REMEMBERED)) is None:

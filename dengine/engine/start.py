@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dengine.checks import whole_number
 from dengine.comm.consistency import Compared
 from dengine.data.alike import is_whole_on_every_rank, samples_of, shard_entries
+from dengine.data.parts import members_of
 from dengine.data.sampler import ElasticSampler
 from dengine.data.self_sharding import refuse_other_part
 from dengine.distributed import world
@@ -52,7 +53,8 @@ def checked_data(
     here = world()
     if distributed:
         refuse_forgotten_group("run() of an Engine")
-        refuse_other_part(data, here)
+        for loader in (data, *members_of(data).values()):
+            refuse_other_part(loader, here)
     if epoch_length is not None:
         epoch_length = whole_number("epoch_length", epoch_length, least=1)
     if continue_data is not False:
@@ -146,17 +148,25 @@ def _must_be_alike(loop: Loop) -> list[Compared]:
 
 def _samples_if_whole(data: object) -> str:
     """A text for the samples of `data`, to be compared if no rank seems to have a shard; else ""."""
-    return samples_of(data) if is_whole_on_every_rank(data) and _WARNED not in vars(data) else ""
+    return "\n".join(map(samples_of, _whole_loaders(data)))
+
+
+def _whole_loaders(data: object) -> list[object]:
+    """The loaders of `data` that nobody has cut into shards, as far as can be seen, and of which nobody was warned."""
+    loaders = (data, *members_of(data).values())
+    return [each for each in loaders if is_whole_on_every_rank(each) and _WARNED not in vars(each)]
 
 
 def _warn_of_whole_data(data: object) -> None:
     """Warn, once for a loader, if every rank goes through all samples. On rank 0 only."""
     here = world()
-    if here.rank != 0 or here.data_size == 1 or not is_whole_on_every_rank(data) or _WARNED in vars(data):
+    found = _whole_loaders(data)
+    if here.rank != 0 or here.data_size == 1 or not found:
         return
-    vars(data)[_WARNED] = True
+    for loader in found:
+        vars(loader)[_WARNED] = True
     warnings.warn(
-        f"This {type_name(data)} is not prepared, so that each of the {here.size} ranks goes through all of "
+        f"This {type_name(found[0])} is not prepared, so that each of the {here.size} ranks goes through all of "
         "its samples: pass it to distributed.prepare_data_loader(), which gives each rank its shard. If that is meant, "
         "or each rank has a data set of its own, ignore this warning.",
         RuntimeWarning,

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dengine.data.loader import data_state
+from dengine.data.parts import members_of
 from dengine.data.sampler import changed_order, refuse_changes
 from dengine.distributed import world
 
@@ -52,6 +53,9 @@ def _described(data: Iterable[object], epoch: int) -> dict[str, object] | None:
     state = data_state(data)
     if state is not None:
         return {**state, "epoch": epoch}
+    if members := members_of(data):
+        loaders = {name: _described(each, epoch) for name, each in members.items()}
+        return {"epoch": epoch, "mode": getattr(data, "mode", None), "loaders": loaders}
     num_batches = length_of(data)
     dataset = getattr(data, "dataset", None)
     num_samples = None if dataset is None else length_of(dataset)
@@ -76,10 +80,12 @@ def check_unchanged(saved: Mapping[str, object], current: Mapping[str, object] |
     refuse_changes(changes_of(saved, current))
 
 
-def changes_of(saved: Mapping[str, object], current: Mapping[str, object] | None) -> list[str]:
+def changes_of(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> list[str]:
     """The differences between two descriptions, as lines of text with both values and what to do."""
     if current is None:
         return []
+    if "loaders" in saved and "loaders" in current:
+        return _changes_of_loaders(saved, current)
     if "shuffle" in saved and "shuffle" in current:
         return changed_order(saved, current)
     # The user may have given each rank its own part of the data.
@@ -92,6 +98,17 @@ def changes_of(saved: Mapping[str, object], current: Mapping[str, object] | None
         for what, was, now in found
         if was is not None and now is not None and was != now
     ]
+
+
+def _changes_of_loaders(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The differences between what two data are made of: their mode, and each loader by its name."""
+    if saved["mode"] != current["mode"]:
+        return [f"the mode was {saved['mode']!r} and is {current['mode']!r}: zip them as before"]
+    was, now = saved["loaders"], current["loaders"]
+    if sorted(was) != sorted(now):
+        return [f"the loaders were {', '.join(was)} and are {', '.join(now)}: zip the same ones"]
+    found = [(name, changes_of(each, now[name])) for name, each in was.items() if each is not None]
+    return [f"of {name}, {change}" for name, changes in found for change in changes]
 
 
 def _samples(state: Mapping[str, Any]) -> int | None:

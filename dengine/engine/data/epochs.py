@@ -8,13 +8,12 @@ from torch.utils.data import Dataset, IterableDataset
 from dengine.comm.consistency import any_rank
 from dengine.data.alike import empties_together
 from dengine.data.first_batch import compare_first_batch
-from dengine.data.loader import pass_counters, renew_workers
+from dengine.data.parts import counters_of, members_of, set_epoch_of_parts
 from dengine.data.passes import PassCounter
-from dengine.data.seeding import set_epoch_of
 from dengine.engine.data.description import length_of
 from dengine.engine.data.emptiness import Emptiness
 from dengine.engine.data.joined import Absent, Pass, agreed_pass, with_own_spare, with_sent_spare
-from dengine.engine.data.own_state import holds_any, is_restored_by_user, parts_of
+from dengine.engine.data.own_state import holds_any, is_restored_by_user
 from dengine.engine.data.self_resetting import SelfResetting, may_reset_itself
 from dengine.engine.data.skipping import can_seek, dropping, skipped_by_sampler, warn_of_drawing
 from dengine.naming import type_name
@@ -58,12 +57,14 @@ class EpochIterator:
         is_continued: bool = False,
     ) -> None:
         self.data = data
-        self.is_one_shot = isinstance(data, Iterator)
+        self.is_one_shot = isinstance(data, Iterator) and not members_of(data)  # iter() of which begins anew
         self.is_continued = is_continued
         self.is_restored = False  # by a state of its own, to the position of the run
         self.is_length_given = epoch_length is not None
         self.length = epoch_length if epoch_length is not None else length_of(data)
-        self._resetting = SelfResetting(data) if isinstance(data, Iterator) and may_reset_itself(data) else None
+        self._resetting = None
+        if isinstance(data, Iterator) and self.is_one_shot and may_reset_itself(data):
+            self._resetting = SelfResetting(data)
         self.emptiness = Emptiness(data, may_be_empty=may_be_empty)
         self._is_joined = is_joined
         self._must_compare = is_shared
@@ -86,13 +87,11 @@ class EpochIterator:
     @property
     def counters(self) -> list[PassCounter]:
         """The counters of the parts of the data that go on to the next epoch by themselves, unless the loop sets it."""
-        return pass_counters(self.data)
+        return counters_of(self.data)
 
     def set_epoch(self, epoch: int) -> None:
         """Call `set_epoch(epoch)` of the data, and of the data set and the samplers in it."""
-        renew_workers(self.data, epoch)
-        for part in parts_of(self.data):
-            set_epoch_of(part, epoch)
+        set_epoch_of_parts(self.data, epoch)
 
     def enter(self, epoch: int) -> None:
         """Set the epoch of the data, and find out its length, which may change from epoch to epoch.

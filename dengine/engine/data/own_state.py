@@ -16,25 +16,13 @@ import torch
 from torch import nn
 
 from dengine.data.loader import inside
+from dengine.data.parts import members_of, parts_of
 
-__all__ = ["OwnState", "SavedOwnState", "holds_any", "is_restored_by_user", "parts_of"]
+__all__ = ["OwnState", "SavedOwnState", "holds_any", "is_restored_by_user"]
 
 SavedOwnState: TypeAlias = list[dict[str, Any]]  # one for each part; numbers, strings and tensors
 
 _SEARCH_DEPTH, _SEARCH_SIZE = 6, 10_000
-
-
-def parts_of(data: object) -> list[object]:
-    """The parts of the data that may have a `set_epoch`: the data, the data set and the samplers, each once."""
-    batch_sampler = getattr(data, "batch_sampler", None)
-    parts = (
-        data,
-        getattr(data, "dataset", None),  # an iterable data set that shuffles by epoch
-        getattr(data, "sampler", None),
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-    )
-    return list({id(part): part for part in parts if part is not None}.values())
 
 
 class OwnState:
@@ -44,7 +32,8 @@ class OwnState:
     """
 
     def __init__(self, data: object) -> None:
-        self._parts = [] if isinstance(data, Iterator) else [inside(part) for part in parts_of(data)]
+        is_one_shot = isinstance(data, Iterator) and not members_of(data)
+        self._parts = [] if is_one_shot else [inside(part) for part in parts_of(data)]
         self._first = [_whole_numbers(part) for part in self._parts]
 
     def capture(self) -> SavedOwnState:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
-from dengine.data.loader import pass_counters
+from dengine.data.parts import counters_of, members_of
+from dengine.data.zipped import ZippedLoaders
 from dengine.distributed import world
 from dengine.naming import type_name
 
@@ -20,17 +21,26 @@ class _Skips(Protocol):
 
 def can_seek(data: Iterable[object]) -> bool:
     """Whether a pass over the data is the same, whatever number of passes this epoch had before."""
-    return bool(pass_counters(data)) or isinstance(data, Sequence) or _skipping(data) is not None
+    if members := members_of(data):
+        return all(map(can_seek, members.values()))
+    return bool(counters_of(data)) or isinstance(data, Sequence) or _skipping(data) is not None
 
 
 def skipped_by_sampler(data: Iterable[object], num_batches: int) -> Iterator[object] | None:
-    """A started iterator over the batches after the first `num_batches`; None if the sampler cannot skip."""
+    """A started iterator over the batches after the first `num_batches`; None if it cannot begin there at once."""
+    if isinstance(data, ZippedLoaders):
+        return data.start(num_batches, _after)
     skipping = _skipping(data)
     if skipping is None:
         return None
     sampler, batch_size = skipping
     sampler.skip(num_batches * batch_size)
     return rest_of(iter(data))
+
+
+def _after(loader: Iterable[Any], num_batches: int) -> Iterator[Any]:
+    batches = skipped_by_sampler(loader, num_batches) if num_batches else None
+    return dropping(lambda: iter(loader), num_batches) if batches is None else batches
 
 
 def dropping(new_pass: Callable[[], Iterator[object]], num_batches: int) -> Iterator[object]:
