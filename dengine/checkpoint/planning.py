@@ -55,10 +55,16 @@ class Planner:
     It remembers the files that it has seen there, so that it notices those of another writer.
     """
 
-    def __init__(self, folder: Path, prefix: str, score_name: str | None, n_saved: int) -> None:
-        """Raises: TypeError, ValueError: `prefix` or `score_name` cannot be part of a file's name."""
+    def __init__(
+        self, folder: Path, prefix: str, score_name: str | None, n_saved: int, *, is_nodes_own: bool = False
+    ) -> None:
+        """`is_nodes_own`: each node plans for its own folder, which nobody else writes, and prunes what is there.
+
+        Raises: TypeError, ValueError: `prefix` or `score_name` cannot be part of a file's name.
+        """
         _check_names(prefix, score_name)
         self._folder, self._prefix, self._score_name, self._n_saved = folder, prefix, score_name, n_saved
+        self._is_nodes_own = is_nodes_own
         self._process = f"{socket.gethostname()} {os.getpid()}"
         self._writer = f"{self._process} {next(_count)}"  # it is in the entry of each checkpoint
         self._made_s = time.time()
@@ -91,13 +97,16 @@ class Planner:
     def plan(
         self, path: Path, request: SaveRequest, kept: Sequence[Entry], objects: Iterable[str], num_ranks: int
     ) -> SavePlan:
-        """The plan of a save to `path`; `kept` are the earlier checkpoints that are still there.
+        """The plan of a save to `path`; `kept` are the earlier checkpoints that are still there, as rank 0 knows them.
 
         Raises:
             CheckpointError: another process has saved `path` since this one started.
         """
         seen = manifest.scan(self._folder)
-        self._look_for_others(path, self._own(seen.entries))
+        if self._is_nodes_own:
+            kept = self._own(seen.entries)
+        else:
+            self._look_for_others(path, self._own(seen.entries))
         entry = Entry(
             path.name,
             self._prefix,

@@ -17,7 +17,7 @@ from dengine.distributed import all_gather_object, world
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.naming import printable
 
-__all__ = ["latest", "resume"]
+__all__ = ["find", "latest", "load_or_miss", "newest_first", "resume"]
 
 
 def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
@@ -35,7 +35,7 @@ def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
         found = manifest.scan(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    for entry in _newest_first(found, prefix):
+    for _, entry in newest_first(found, prefix):
         path = folder / entry.name
         try:
             verify(path)
@@ -45,8 +45,10 @@ def latest(save_dir: str | Path, prefix: str = "checkpoint") -> Path | None:
     return None
 
 
-def _newest_first(found: manifest.Scan, prefix: str) -> list[Entry]:
-    """Checkpoints of `prefix` by the time at which they were saved, damaged and lost ones included."""
+def newest_first(found: manifest.Scan, prefix: str) -> list[tuple[float, Entry]]:
+    """Checkpoints of `prefix` by the time at which they were saved, damaged and lost ones included, each with a number
+    that is higher for later ones.
+    """
 
     def when(entry: Entry) -> float:
         if entry.sequence >= 0:
@@ -56,7 +58,7 @@ def _newest_first(found: manifest.Scan, prefix: str) -> list[Entry]:
         return max(earlier, default=-1) + 0.5
 
     entries = [each for each in (*found.lost, *found.damaged, *found.entries) if each.prefix == prefix]
-    return sorted(entries, key=when, reverse=True)
+    return sorted(((when(each), each) for each in entries), key=lambda pair: pair[0], reverse=True)
 
 
 def resume(save_dir: str | Path, to_load: Mapping[str, object], prefix: str = "checkpoint") -> Path | None:
@@ -97,7 +99,7 @@ def resume(save_dir: str | Path, to_load: Mapping[str, object], prefix: str = "c
     reasons: list[str] = []
     for entry in fitting:
         try:
-            _load_or_miss(folder / entry.name, to_load)
+            load_or_miss(folder / entry.name, to_load)
         except (CorruptCheckpointError, UnreadableError) as error:
             reasons.append(str(error))
             continue
@@ -113,17 +115,25 @@ def resume(save_dir: str | Path, to_load: Mapping[str, object], prefix: str = "c
 
 def _found(folder: Path, prefix: str) -> tuple[list[Entry], list[str]] | str:
     """The checkpoints of `prefix`, newest first, and the other prefixes; or the reason why `folder` is none."""
+    found = find(folder)
+    if isinstance(found, str):
+        return found
+    others = sorted({each.prefix for each in (*found.entries, *found.damaged)})
+    return [entry for _, entry in newest_first(found, prefix)], others
+
+
+def find(folder: Path) -> manifest.Scan | str:
+    """The content of `folder`; or the reason why it is no folder of checkpoints to resume from. On this rank only."""
     try:
         if (reason := _no_folder_of_checkpoints(folder, "resume")) is not None:
             return reason
         atomic_files.recover(folder)
-        found = manifest.scan(folder)
+        return manifest.scan(folder)
     except (OSError, CheckpointError) as error:
         return f"{folder} cannot be read: {error}"
-    return _newest_first(found, prefix), sorted({each.prefix for each in (*found.entries, *found.damaged)})
 
 
-def _load_or_miss(path: Path, into: Mapping[str, object]) -> None:
+def load_or_miss(path: Path, into: Mapping[str, object]) -> None:
     """Call `load`; a file that no rank finds counts as damaged, one that only some ranks find does not."""
     gone = all_gather_object(not os.path.lexists(path))
     if all(gone):

@@ -1,19 +1,22 @@
 """The policy of checkpoints: when to save and what to keep. dengine/checkpoint/ writes and loads them."""
 
+import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
-from dengine.checkpoint import resuming
+from dengine.checkpoint import resuming, tiers
 from dengine.checkpoint.catalogue.entry import Entry
 from dengine.checkpoint.catalogue.retention import is_kept
 from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SaveRequest
 from dengine.checkpoint.formats.file import FileFormat
 from dengine.checkpoint.formats.folder import FolderFormat
+from dengine.checkpoint.formats.nodes import Nodes
 from dengine.checkpoint.planning import Planner
 from dengine.checkpoint.states.snapshot import check_objects, collect
 from dengine.checks import path_of, whole_number
@@ -30,6 +33,8 @@ from dengine.types import MetricValue
 
 __all__ = ["Checkpoint", "Saved"]
 
+Placement: TypeAlias = Literal["shared", "node"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 _PATIENCE_S = 1.0  # after this time, the user is told why an interrupted run does not end
 
 
@@ -79,6 +84,11 @@ class Checkpoint:
             write runs at a time: the next save waits for it. A failed write is raised on every rank at the next save
             or at the end of the run, which waits for the last write. If a run ends by an exception, each rank waits
             for its own write, and a failed write is a warning.
+        placement: "shared": `save_dir` is one folder that all nodes see. "node": `save_dir` is a folder of each node's
+            own, such as `/dev/shm/run7` in its memory, and each node keeps a copy there, which its first rank writes:
+            cheap enough to save every few steps, beside another `Checkpoint` on a disk that outlives the nodes.
+            `resume([fast_dir, safe_dir], ...)` takes the newest. Of the model and the optimizer nothing is sent.
+            Before the first save, the room in the folder is checked. One job owns a folder at a time.
 
     Attributes:
         last_path: the file or folder of the last save that is safe on the disk, on every rank; None before it.
@@ -125,7 +135,13 @@ class Checkpoint:
         score_name: str | None = None,
         global_step_transform: StepTransform | None = None,
         asynchronous: bool = False,
+        placement: Placement = "shared",
     ) -> None:
+        if placement not in PLACEMENTS:
+            raise ValueError(
+                f"placement={placement!r} must be one of {', '.join(map(repr, PLACEMENTS))}: one copy in a folder that "
+                "all nodes share, or one copy on each node."
+            )
         if score_function is not None:
             check_score_function(score_function)
         elif score_name is not None:
@@ -141,7 +157,11 @@ class Checkpoint:
         self._is_asynchronous = bool(asynchronous)
         self.last_path: Path | None = None
         self._kept: list[Entry] = []
-        self._planner = Planner(self._save_dir, self._prefix, self._score_name, self._n_saved)
+        is_nodes_own = placement == "node"
+        self._nodes = Nodes(self._save_dir, self._n_saved) if is_nodes_own else None
+        self._planner = Planner(
+            self._save_dir, self._prefix, self._score_name, self._n_saved, is_nodes_own=is_nodes_own
+        )
         self._has_looked = False  # into the folder, so that it holds what is kept
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._folder_format = FolderFormat()  # remembers who writes what
@@ -156,6 +176,7 @@ class Checkpoint:
             n_saved="all" if self._n_saved == sys.maxsize else self._n_saved,
             score_name=self._score_name,
             asynchronous=self._is_asynchronous or None,
+            placement=None if self._nodes is None else "node",
         )
 
     @property
@@ -163,8 +184,16 @@ class Checkpoint:
         return [Saved(self._save_dir / each.name, each.step or 0, each.score) for each in self._kept]
 
     @staticmethod
-    def resume(save_dir: str | Path, to_load: Mapping[str, object], filename_prefix: str = "checkpoint") -> Path | None:
+    def resume(
+        save_dir: str | Path | Sequence[str | Path | tuple[str | Path, str]],
+        to_load: Mapping[str, object],
+        filename_prefix: str = "checkpoint",
+    ) -> Path | None:
         """Load the newest intact checkpoint of `filename_prefix`, and give its path; None if there is none yet.
+
+        `save_dir` may be a list of folders, such as `[fast_dir, safe_dir]`, each with a prefix of its own if it is a
+        pair `(folder, prefix)`. Then the newest in any of them counts, which is that with the highest step; a node that
+        lacks it, or has a damaged copy, gets it over the network from one that has it.
 
         Call it on every rank, before `run()`. If an engine is in `to_load`, the next `run()` goes on from there, with
         each rank's random number generators as they were. Checks and costs are those of `dengine.checkpoint.load`.
@@ -172,9 +201,12 @@ class Checkpoint:
         Raises:
             CorruptCheckpointError: there are checkpoints, but none is intact.
             CheckpointError: on every rank, if `save_dir` is a checkpoint rather than its folder, a rank does not find
-                the file, or an object refuses its state; every object is then as it was.
+                the file, or an object refuses its state; every object is then as it was. Or a folder of the list is
+                in use by another job.
         """
-        return resuming.resume(save_dir, to_load, filename_prefix)
+        if isinstance(save_dir, (str, os.PathLike)):
+            return resuming.resume(save_dir, to_load, filename_prefix)
+        return tiers.resume_newest(save_dir, to_load, filename_prefix)
 
     def __call__(self, engine: Engine) -> None:
         if not engine.distributed:
@@ -235,7 +267,7 @@ class Checkpoint:
             self._resolve()  # this rank's part of the previous save, which rank 0 has resolved
         background = self._background if self._is_asynchronous else None
         plan = partial(self._planner.plan, path, request, self._kept, self._objects, collected.num_ranks)
-        if (outcome := format.save(path, collected, self._objects, plan, background)) is not None:
+        if (outcome := format.save(path, collected, self._objects, plan, background, self._nodes)) is not None:
             self._take(outcome)
 
     def _path(self, request: SaveRequest, ending: str) -> Path:
@@ -294,7 +326,8 @@ class Checkpoint:
         return self._noted(self._background.resolve(self._known()))
 
     def _noted(self, outcome: SaveOutcome) -> SaveOutcome:
-        self._kept, self.last_path = outcome.kept, outcome.last
+        # The folder of this node may have another path than rank 0's.
+        self._kept, self.last_path = outcome.kept, None if outcome.last is None else self._save_dir / outcome.last.name
         return outcome
 
     def _known(self) -> SaveOutcome:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from dengine import atomic_files
 from dengine.checkpoint.catalogue import manifest
@@ -23,6 +23,9 @@ from dengine.checkpoint.states.snapshot import Collected, HostCopy
 from dengine.comm.outcome import from_rank_zero
 from dengine.errors import CheckpointError
 from dengine.types import Stateful
+
+if TYPE_CHECKING:
+    from dengine.checkpoint.formats.nodes import Nodes
 
 __all__ = [
     "Background",
@@ -154,10 +157,12 @@ class Format(ABC):
         objects: Mapping[str, Stateful],
         plan: Callable[[], SavePlan],
         background: Background | None = None,
+        nodes: "Nodes | None" = None,
     ) -> SaveOutcome | None:
         """Write the states that were `collected` from `objects`, commit, and only then prune, by rank 0's `plan()`.
 
-        With `background`, only copy them, and let its thread do the rest; the result is None then.
+        With `background`, only copy them, and let its thread do the rest; the result is None then. With `nodes`, each
+        node plans, writes and prunes in a folder of its own.
 
         Collective: call on all ranks.
 

@@ -14,6 +14,7 @@ from dengine.checkpoint.catalogue.entry import Entry, about
 from dengine.checkpoint.disk.footer import write_footer
 from dengine.checkpoint.disk.hashing import HashingWriter
 from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, publish
+from dengine.checkpoint.formats.nodes import Copy, Nodes
 from dengine.checkpoint.states.plain import check_loadable
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, Collected, States, gather_full
 from dengine.distributed import all_gather_object
@@ -42,6 +43,7 @@ class FileFormat(Format):
         objects: Mapping[str, Stateful],
         plan: Callable[[], SavePlan],
         background: Background | None = None,
+        nodes: Nodes | None = None,
     ) -> SaveOutcome | None:
         if collected.has_own:
             raise CheckpointError(
@@ -55,6 +57,8 @@ class FileFormat(Format):
         states = gather_full(collected.states) if collected.is_sharded else dict(collected.states)
         random = {name: [theirs[name] for theirs in of_ranks] for name in collected.random}
         states[RESERVED] = {**states[RESERVED], RANDOM: random}
+        if nodes is not None:
+            return _save_on_nodes(nodes, path, states, objects, plan, background)
 
         def on_rank_zero() -> SaveOutcome | None:
             made = plan()
@@ -64,6 +68,43 @@ class FileFormat(Format):
             return None
 
         return agree(on_rank_zero, path)
+
+
+def _save_on_nodes(
+    nodes: Nodes,
+    path: Path,
+    states: States,
+    objects: Mapping[str, Stateful],
+    plan: Callable[[], SavePlan],
+    background: Background | None,
+) -> SaveOutcome | None:
+    """Collective: one gather; without a background also one broadcast."""
+    is_leaving = threading.Event() if background is None else background.is_leaving
+    copy = nodes.plan(path, plan, lambda: _num_bytes(check_loadable(states)), objects, is_leaving)
+    if background is not None:
+        if copy is not None:
+            background.start(copy.plan, lambda: _copied(copy, states, background))
+        return None
+    failure, outcome = None, None
+    try:
+        outcome = None if copy is None else copy.write(states, _save)
+    except Exception as error:  # on rank 0, for all that failed
+        failure = error
+    return agree(lambda: _raised(failure, outcome), path)
+
+
+def _copied(copy: Copy, states: States, background: Background) -> Callable[[], SaveOutcome | None]:
+    try:
+        return partial(copy.write, background.copies.take(states), _save)
+    except BaseException as error:
+        copy.give_up(error)
+        raise
+
+
+def _raised(failure: Exception | None, outcome: SaveOutcome | None) -> SaveOutcome | None:
+    if failure is not None:
+        raise failure
+    return outcome
 
 
 def _save(states: States, plan: SavePlan) -> SaveOutcome:

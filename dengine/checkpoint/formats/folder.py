@@ -17,6 +17,7 @@ from torch import nn
 from dengine import atomic_files
 from dengine.checkpoint.catalogue.entry import about
 from dengine.checkpoint.formats.base import Background, Format, SaveOutcome, SavePlan, agree, failure_text, publish
+from dengine.checkpoint.formats.nodes import Nodes
 from dengine.checkpoint.formats.sharded.names import (
     LikeParameters,
     model_of,
@@ -33,13 +34,14 @@ from dengine.checkpoint.formats.sharded.plan import (
 from dengine.checkpoint.formats.sharded.read import LikeRank, LikeTensors
 from dengine.checkpoint.formats.sharded.saved import Table
 from dengine.checkpoint.formats.sharded.together import shared_by_all
+from dengine.checkpoint.formats.sharded.tree import tensors_in
 from dengine.checkpoint.formats.sharded.verify import read_outline
 from dengine.checkpoint.states.parts import parts_in_states
 from dengine.checkpoint.states.per_rank import PerRank
 from dengine.checkpoint.states.snapshot import RANDOM, RESERVED, Collected, States, unwrapped
 from dengine.control.mailbox import Mailbox
 from dengine.distributed import unwrap_model, world
-from dengine.dtensor import local_part
+from dengine.dtensor import is_dtensor, local_part
 from dengine.errors import CheckpointError, CorruptCheckpointError
 from dengine.types import Stateful, with_per_rank_state
 
@@ -74,8 +76,9 @@ class FolderFormat(Format):
         objects: Mapping[str, Stateful],
         plan: Callable[[], SavePlan],
         background: Background | None = None,
+        nodes: Nodes | None = None,
     ) -> SaveOutcome | None:
-        made = agree(plan, path)
+        made = agree(plan, path) if nodes is None else nodes.plan_folder(path, plan, lambda: _own_bytes(collected))
         if background is not None:
             background.start(made, lambda: self._copied(made, collected, objects, background))
             return None
@@ -109,6 +112,17 @@ class FolderFormat(Format):
             atomic_files.end(shards.temporary)
             raise
         return partial(_write, replace(shards, mine=copied), mailbox, plan)
+
+
+def _own_bytes(collected: Collected) -> int:
+    """About what this rank writes: its share of what several have alike, and what is not spread only on rank 0."""
+    total = 0
+    for _, tensor in tensors_in(collected.states):
+        if is_dtensor(tensor):
+            total += tensor.numel() * tensor.itemsize // tensor.device_mesh.size()
+        elif world().rank == 0 or collected.has_parts:
+            total += tensor.nbytes
+    return total
 
 
 @contextmanager
