@@ -52,9 +52,9 @@ class _Candidate:
 
 
 def resume_newest(
-    places: Sequence[str | Path | tuple[str | Path, str]], to_load: Mapping[str, object], prefix: str
+    folders: Sequence[str | Path | tuple[str | Path, str]], to_load: Mapping[str, object], prefix: str
 ) -> Path | None:
-    """Load the newest intact checkpoint in any of `places`, and give its path on this node; None if there is none yet.
+    """Load the newest intact checkpoint in any of `folders`, and give its path on this node; None if there is none yet.
 
     Newest is, within a folder, what was saved last; between folders, the highest step, and of equals the first.
     What only some nodes have, or have intact, is sent to the others, which keep it in their folder of that place.
@@ -65,7 +65,7 @@ def resume_newest(
     Raises:
         CorruptCheckpointError, CheckpointError: as `resume`; and if a folder is in use by another job.
     """
-    tiers, mine = _tiers(places, prefix), sorted(check_objects(to_load))
+    tiers, mine = _tiers(folders, prefix), sorted(check_objects(to_load))
     shown = ", ".join(map(str, dict.fromkeys(tier.folder for tier in tiers)))
     views = on_all_ranks(lambda: _view(tiers, mine), f"look for checkpoints in {shown}", _as_checkpoint_error)
     agree_on_names([view.names for view in views])
@@ -102,14 +102,14 @@ def resume_newest(
     return None
 
 
-def _tiers(places: object, prefix: str) -> list[_Tier]:
-    if not isinstance(places, Sequence) or not places:
-        raise TypeError(f"save_dir={places!r} must be a folder, or a list of folders such as [fast_dir, safe_dir].")
+def _tiers(folders: object, prefix: str) -> list[_Tier]:
+    if not isinstance(folders, Sequence) or not folders:
+        raise TypeError(f"save_dir={folders!r} must be a folder, or a list of folders such as [fast_dir, safe_dir].")
     tiers = []
-    for place in places:
-        folder, own = place if isinstance(place, tuple) and len(place) == 2 else (place, prefix)
+    for given in folders:
+        folder, own = given if isinstance(given, tuple) and len(given) == 2 else (given, prefix)
         if not isinstance(own, str):
-            raise TypeError(f"{place!r} in save_dir must be a folder, or a pair (folder, filename_prefix).")
+            raise TypeError(f"{given!r} in save_dir must be a folder, or a pair (folder, filename_prefix).")
         tiers.append(_Tier(path_of("save_dir", folder), own))
     return tiers
 

@@ -120,7 +120,7 @@ def _own_bytes(collected: Collected) -> int:
     for _, tensor in tensors_in(collected.states):
         if is_dtensor(tensor):
             total += tensor.numel() * tensor.itemsize // tensor.device_mesh.size()
-        elif world().rank == 0 or collected.has_parts:
+        elif world().rank == 0 or collected.has_own:
             total += tensor.nbytes
     return total
 

@@ -31,7 +31,7 @@ class Nodes:
 
     def __init__(self, folder: Path, n_saved: int) -> None:
         self._folder, self._n_saved = folder, n_saved
-        self._has_room = False
+        self._has_space = False
 
     def plan(
         self,
@@ -53,14 +53,14 @@ class Nodes:
         here = world()
         made: list[SavePlan] = []
 
-        def told() -> tuple[int, str, str] | None:
+        def report() -> tuple[int, str, str] | None:
             if here.local_rank != 0:
                 return None
             made.append(self._planned(plan, num_bytes))
             return made[0].entry.sequence, made[0].entry.writer, secrets.token_hex(8)
 
-        everyone = on_all_ranks(told, f"save {path}", lambda error: (CheckpointError, _refusal(path, error)))
-        self._has_room = True
+        everyone = on_all_ranks(report, f"save {path}", lambda error: (CheckpointError, _refusal(path, error)))
+        self._has_space = True
         keepers = {rank: each for rank, each in enumerate(everyone) if each is not None}
         if here.rank not in keepers:
             return None
@@ -81,7 +81,7 @@ class Nodes:
         Raises:
             CheckpointError: as `plan`, or there are several nodes.
         """
-        if not self._has_room:
+        if not self._has_space:
             shares = all_gather_object((world().node_rank, num_bytes()))
             if len({node for node, _ in shares}) > 1:
                 raise CheckpointError(
@@ -89,30 +89,30 @@ class Nodes:
                     "folder that all nodes share."
                 )
         made = agree(lambda: self._planned(plan, lambda: sum(share for _, share in shares)), path)
-        self._has_room = True
+        self._has_space = True
         return made
 
     def _planned(self, plan: Callable[[], SavePlan], num_bytes: Callable[[], int]) -> SavePlan:
         take_over(self._folder)
         made = plan()
-        self._check_room(made, num_bytes)
+        self._check_space(made, num_bytes)
         return made
 
-    def _check_room(self, plan: SavePlan, num_bytes: Callable[[], int]) -> None:
+    def _check_space(self, plan: SavePlan, num_bytes: Callable[[], int]) -> None:
         """
         Raises:
             CheckpointError: there is no room for what is kept, and for one more while it is written.
         """
-        if self._has_room:
+        if self._has_space:
             return
         num_kept = len(plan.kept) + 1 if self._n_saved == sys.maxsize else self._n_saved
         each, num_copies = num_bytes(), num_kept + 1
         left = os.statvfs(self._folder)
         there = sum(entry.num_bytes for entry in (*plan.kept, *plan.dropped))
-        room = left.f_bavail * left.f_frsize + there
-        if room < each * num_copies:
+        free = left.f_bavail * left.f_frsize + there
+        if free < each * num_copies:
             raise CheckpointError(
-                f"{self._folder} has room for {_megabytes(room)}, and needs {_megabytes(each * num_copies)}: "
+                f"{self._folder} has room for {_megabytes(free)}, and needs {_megabytes(each * num_copies)}: "
                 f"{num_copies - 1} to keep, and one while it is written, of {_megabytes(each)} each. Keep fewer "
                 "(n_saved=1), name a larger folder, or enlarge it (mount -o remount,size=... /dev/shm; docker run "
                 "--shm-size=...)."
