@@ -13,7 +13,9 @@ import torchmetrics
 from ranks import run_ranks
 from torchmetrics import classification
 
-from dengine import Engine, Events
+from dengine import Engine, Events, distributed
+from dengine.control.plane import plane
+from dengine.errors import MetricStateError
 from dengine.metrics import (
     MAE,
     MSE,
@@ -34,6 +36,7 @@ from dengine.metrics import (
     TopKAccuracy,
     compute_all,
 )
+from dengine.torch_internals import num_collectives
 
 COLLECTIVES = (
     "all_reduce",
@@ -295,6 +298,74 @@ def goes_on(rank: int, size: int) -> list[float]:
         metric.update((torch.tensor([rank * label]), torch.tensor([0])))
         values.append(float(compute_all({"a": metric})["a"]))
     return values
+
+
+def called_again(rank: int, size: int) -> dict[str, Any]:
+    """Values of metrics that are made anew for each call, as in a function that evaluates, and what it costs."""
+    found: dict[str, Any] = {"values": [], "calls": []}
+    with distributed.process_group():
+        for length in (9, 8, 1, 9):  # of one sample, ranks have none
+            metrics = {"accuracy": Accuracy(), "confusion": ConfusionMatrix(num_classes=5)}
+            for batch in batches_of(rank, size, *classified(length)):
+                for metric in metrics.values():
+                    metric.update(batch)
+            before = num_collectives(plane().group)
+            values = compute_all(metrics)
+            found["calls"].append(num_collectives(plane().group) - before)
+            found["values"].append((values["accuracy"], values["confusion"].tolist()))
+        wider = Counts(5 + (rank == 1))
+        with pytest.raises(MetricStateError, match=r"'accuracy'.* on rank 1"):
+            compute_all({"accuracy": wider, "confusion": Average()})
+    return found
+
+
+class Counts(Metric):
+    """A metric with a state of some numbers."""
+
+    counts: torch.Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(size), reduce="sum")
+        self.num_updates = 1
+
+    def update(self, output: object) -> None:
+        pass
+
+    def compute(self) -> float:
+        return float(self.counts.sum())
+
+
+def test_the_same_names_again_cost_one_collective() -> None:
+    for size in (2, 3):
+        for found in run_ranks(called_again, size, init=False, deadline_s=60):
+            assert found["calls"][1:] == [1, 1, 1]
+            for length, (accuracy, confusion) in zip((9, 8, 1, 9), found["values"], strict=True):
+                prediction, target = classified(length)
+                assert accuracy == pytest.approx((prediction.argmax(1) == target).double().mean().item())
+                counted = torch.zeros(5, 5, dtype=torch.int64)
+                for label, guess in zip(target, prediction.argmax(1), strict=True):
+                    counted[label, guess] += 1
+                assert confusion == counted.tolist()
+
+
+def other_names(rank: int, size: int) -> str:
+    """What a rank is told that computes other metrics than the others, each known from before."""
+    first, second = Average(), Average()
+    for metric in (first, second):
+        metric.update(1.0)
+    with distributed.process_group():
+        compute_all({"first": first})
+        compute_all({"second": second})
+        with pytest.raises(MetricStateError) as caught:
+            compute_all({"first": first} if rank else {"second": second})
+    return str(caught.value)
+
+
+def test_other_names_on_another_rank_are_an_error_also_if_the_states_fit() -> None:
+    for size in (2, 3):
+        for rank, said in enumerate(run_ranks(other_names, size, init=False, deadline_s=60)):
+            assert f"got {'first' if rank else 'second'} on rank {rank}, but other metrics on another rank" in said
 
 
 def test_updates_go_on_after_a_reduction() -> None:

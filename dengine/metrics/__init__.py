@@ -12,7 +12,7 @@ from dengine.metrics.builtin.perplexity import Perplexity
 from dengine.metrics.builtin.regression import MAE, MSE, RMSE, R2Score
 from dengine.metrics.builtin.running import RunningAverage
 from dengine.metrics.builtin.throughput import Throughput
-from dengine.metrics.collection.metric_set import compute_all
+from dengine.metrics.collection.compute_all import compute_all
 from dengine.metrics.core.function import MetricFunction
 from dengine.metrics.core.metric import Metric
 from dengine.naming import refuse_name

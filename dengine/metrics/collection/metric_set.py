@@ -31,7 +31,7 @@ from dengine.metrics.reduction.reduce import Reduction, State
 from dengine.metrics.reduction.schema import schemas_of
 from dengine.types import MetricValue
 
-__all__ = ["AnyMetric", "MetricSet", "compute_all"]
+__all__ = ["AnyMetric", "MetricSet"]
 
 
 class MetricSet:
@@ -41,9 +41,10 @@ class MetricSet:
         counts_once: only this set updates the metrics, so that those that count the same may form a compute group
             (`Metric.can_lead`), and no other such set may have them. False if the user updates them one by one: a group
             would count twice then.
+        reduction: what another set of the same names has agreed on with the other ranks; by default nothing yet.
     """
 
-    def __init__(self, *, counts_once: bool = True) -> None:
+    def __init__(self, *, counts_once: bool = True, reduction: Reduction | None = None) -> None:
         self._counts_once = counts_once
         self._metrics: dict[str, Any] = {}
         self._stateful: dict[int, tuple[str, Any]] = {}  # by id: the name that the user knows, and the metric
@@ -51,7 +52,7 @@ class MetricSet:
         self._seen: dict[int, Seen] = {}  # by id: for stateful metrics that do not count their updates themselves
         self._transforms: dict[int, OutputTransform | None] = {}
         self._given_transforms: dict[int, OutputTransform | None] = {}  # None: the metric's default
-        self._reduction = Reduction()
+        self._reduction = reduction or Reduction()
         self._no_grad = torch.no_grad()  # kept, as to make one takes as long as some updates
         self._adds_to_no_graph = True
         # Read once an epoch, as an update may take less than a microsecond: whether a step's output may hold DTensors,
@@ -260,20 +261,6 @@ class MetricSet:
             reduced[key] = adapter.reduced(values[:count], forms[:count])
             values, forms = values[count:], forms[count:]
         return reduced
-
-
-def compute_all(metrics: Mapping[str, AnyMetric]) -> dict[str, MetricValue]:
-    """The values of `metrics` over the samples of all ranks, as an engine computes them at the end of an epoch.
-
-    Collective: call on all ranks with the same names. Cost: one object gather, then as `Engine.add_metric`.
-
-    Raises:
-        NotComputableError: no sample was seen; the message names the metric. MetricStateError: the ranks' metrics
-            differ.
-    """
-    together = MetricSet(counts_once=False)
-    together.add_all(metrics)
-    return together.compute(distributed=True)
 
 
 def _may_lead(leader: Any, stateful: Metric) -> bool:
