@@ -18,7 +18,6 @@ from dengine.launch.world import world
 __all__ = [
     "Compared",
     "Start",
-    "any_rank",
     "compare_start",
     "parameters_of",
     "prepared_parameters",
@@ -72,11 +71,6 @@ def same_on_all_ranks(entries: Sequence[str], what: str) -> bool:
     mine = text_digest(entries)
     both = max_tensor(torch.tensor([mine, -mine]), world(), what=what)
     return bool(both[0] == -both[1])
-
-
-def any_rank(value: bool, what: str) -> bool:
-    """Whether `value` is true on any rank. Collective. Cost: an all-reduce of one number."""
-    return bool(max_tensor(torch.tensor([int(value)]), world(), what=what)[0])
 
 
 def text_digest(entries: Sequence[str]) -> int:

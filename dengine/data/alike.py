@@ -24,9 +24,10 @@ from torch.utils.data import (
 from dengine.data.loader import data_state
 from dengine.data.parts import members_of
 from dengine.data.sampler import ElasticSampler
+from dengine.data.stream import StreamShard
 from dengine.launch.world import world
 
-__all__ = ["empties_together", "is_whole_on_every_rank", "samples_of", "shard_entries"]
+__all__ = ["doubtful_part", "empties_together", "is_in_doubt", "is_whole_on_every_rank", "samples_of", "shard_entries"]
 
 _REMEMBERED = "_dengine_entries"  # on a loader: kept, as its objects may count what they did and change by that
 _MAX_DEPTH, _MAX_PARTS, _MAX_ENTRIES = 5, 16, 256
@@ -74,6 +75,27 @@ def is_whole_on_every_rank(data: object) -> bool:
         return not is_known and not any(word in name for name in _names(dataset) for word in _SHARDING)
     is_cut_by_batch = type(data.batch_sampler).__name__ != BatchSampler.__name__ and data.batch_sampler is not None
     return type(data.sampler).__module__ == "torch.utils.data.sampler" and not is_cut_by_batch
+
+
+def is_in_doubt(data: object) -> bool:
+    """Whether each rank should have samples of its own, and nobody here has made sure of it: in a loader that was not
+    prepared, and data that shard themselves.
+    """
+    if members := members_of(data):
+        return any(map(is_in_doubt, members.values()))
+    if isinstance(data, DataLoader):
+        if isinstance(data.dataset, StreamShard):
+            return data.dataset.shards_itself
+        return _shard_state(data) is None
+    return isinstance(data, IterableDataset) or type(data).__module__.partition(".")[0] in _STREAM_PACKAGES
+
+
+def doubtful_part(data: object, batch: object) -> object:
+    """The batches of those loaders in `data` that are in doubt."""
+    members = members_of(data)
+    if not members or not isinstance(batch, Mapping):
+        return batch
+    return {name: batch[name] for name in members if name in batch and is_in_doubt(members[name])}
 
 
 def samples_of(data: object) -> str:

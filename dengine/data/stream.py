@@ -38,6 +38,7 @@ class StreamShard(IterableDataset[Any]):
         num_parts: int | None = None,
     ) -> None:
         self._num_parts = here.data_size if num_parts is None else num_parts
+        self.shards_itself = num_parts is not None
         self._dataset = dataset
         self._batch_size = batch_size or 1
         self._rank, self._size = here.data_rank, here.data_size

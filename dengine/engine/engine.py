@@ -250,9 +250,10 @@ class Engine:
             RemoteRankError, StallError: another rank failed, vanished or hangs; the message says which one, and
                 its position.
 
-        Cost: over several ranks, one all-reduce of 5 numbers at the start (the comparison), one more of 1 number if no
-        rank knows the length of its data, and one all-reduce an epoch if there are metrics. On a mesh whose ranks
-        share data, one more at the start, for the first batch, which is read for it.
+        Cost: over several ranks, one all-reduce of 5 numbers at the start (the comparison), one more if no rank
+        knows the length of its data, and one all-reduce an epoch if there are metrics. On a mesh whose ranks share
+        data, and for data that nobody has cut into shards here, one more at the start, for the first batch, which is
+        read for it.
         """
         self._refuse_while_running("run()")
         max_epochs, max_iterations = checked_limits(max_epochs, max_iterations)

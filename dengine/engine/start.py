@@ -13,6 +13,7 @@ from dengine.data.parts import members_of
 from dengine.data.sampler import ElasticSampler
 from dengine.data.self_sharding import refuse_other_part
 from dengine.distributed import world
+from dengine.engine.data.duplicates import may_be_duplicates, note_compared
 from dengine.engine.data.epochs import EpochIterator, check_data
 from dengine.launch.world import refuse_forgotten_group, refuse_on_rank_zero_alone
 from dengine.naming import type_name
@@ -102,9 +103,12 @@ def compare_start(loop: Loop) -> None:
     data, emptiness = loop.epochs.data, loop.epochs.emptiness
     if not emptiness.may_be_empty:  # no other rank has data: there is nobody to compare with
         return
-    start = loop.metrics.agree(_must_be_alike(loop), batches=emptiness.expected(), data=_samples_if_whole(data))
+    expected = emptiness.expected(is_in_doubt=may_be_duplicates(data))
+    start = loop.metrics.agree(_must_be_alike(loop), batches=expected, data=_samples_if_whole(data))
     emptiness.take(start.most_batches)
-    if start.is_same_data:
+    if start.is_same_data and _whole_loaders(data):
+        emptiness.is_doubtful = False
+        note_compared(data)
         _warn_of_whole_data(data)
 
 

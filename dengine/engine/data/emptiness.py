@@ -11,8 +11,9 @@ from dengine.naming import type_name
 
 __all__ = ["Emptiness"]
 
-# What a rank knows of its batches before a run. The largest of all ranks holds for all together.
-NO_BATCH, PERHAPS_BATCHES, SOME_BATCHES = 0, 1, 2
+# What a rank knows of its batches before a run. The largest of all ranks holds for all together. The last: it has some,
+# but nobody made sure that they are no other rank's.
+NO_BATCH, PERHAPS_BATCHES, SOME_BATCHES, DOUBTFUL_BATCHES = 0, 1, 2, 3
 
 
 class Emptiness:
@@ -24,14 +25,15 @@ class Emptiness:
     def __init__(self, data: Iterable[object], *, may_be_empty: bool) -> None:
         self.may_be_empty = may_be_empty
         self.is_unsure = False  # whether any rank has a batch
+        self.is_doubtful = False  # whether the first batch should be compared with those of other ranks
         self._data = data
 
-    def expected(self) -> int:
-        """The knowledge of this rank's batches before the run: `NO_BATCH`, `PERHAPS_BATCHES` or `SOME_BATCHES`."""
+    def expected(self, *, is_in_doubt: bool) -> int:
+        """The knowledge of this rank's batches before the run: one of the numbers above."""
         own = length_of(self._data)
         if own is None or isinstance(getattr(self._data, "dataset", None), IterableDataset):
             return PERHAPS_BATCHES  # a stream may say how long it is, and be empty all the same
-        return SOME_BATCHES if own else NO_BATCH
+        return (DOUBTFUL_BATCHES if is_in_doubt else SOME_BATCHES) if own else NO_BATCH
 
     def take(self, expected: int) -> None:
         """Take over the largest `expected` of all ranks.
@@ -41,6 +43,7 @@ class Emptiness:
         if expected == NO_BATCH:
             self.refuse("no batch on any rank" if self.may_be_empty else "no batch")
         self.is_unsure = self.may_be_empty and expected == PERHAPS_BATCHES
+        self.is_doubtful = self.may_be_empty and expected == DOUBTFUL_BATCHES
 
     def refuse_no_batch(self) -> None:
         """Refuse data without a batch, if they must have one.

@@ -5,12 +5,11 @@ from itertools import chain, islice
 
 from torch.utils.data import Dataset, IterableDataset
 
-from dengine.comm.consistency import any_rank
 from dengine.data.alike import empties_together
-from dengine.data.first_batch import compare_first_batch
 from dengine.data.parts import counters_of, members_of, set_epoch_of_parts
 from dengine.data.passes import PassCounter
 from dengine.engine.data.description import length_of
+from dengine.engine.data.duplicates import compare_ranks
 from dengine.engine.data.emptiness import Emptiness
 from dengine.engine.data.joined import Absent, Pass, agreed_pass, with_own_spare, with_sent_spare
 from dengine.engine.data.own_state import holds_any, is_restored_by_user
@@ -159,8 +158,9 @@ class EpochIterator:
     ) -> Iterator[object]:
         """`batches`, after a look at the first one of the run, if that is needed.
 
-        It is if no rank knows whether there is a batch, or if some ranks must have the same one. `is_start`: `batches`
-        start at the beginning of the epoch, so that at least one rank must have one.
+        It is if no rank knows whether there is a batch, if some ranks must have the same one, or if others may have,
+        although they should not. `is_start`: `batches` start at the beginning of the epoch, so that at least one rank
+        must have one.
 
         Collective then, once a run: a small all-reduce, as soon as every rank has drawn its first batch.
 
@@ -169,7 +169,7 @@ class EpochIterator:
             ConsistencyError: ranks that share their data have different batches.
         """
         is_unsure = is_start and self.emptiness.is_unsure
-        if not (is_unsure or self._must_compare):
+        if not (is_unsure or self._must_compare or (is_start and self.emptiness.is_doubtful)):
             return batches
         first = list(islice(batches, 1))
         if is_unsure:
@@ -183,10 +183,9 @@ class EpochIterator:
         return chain(first, batches)
 
     def _has_any_rank(self, first: list[object]) -> bool:
-        if not self._must_compare:
-            return any_rank(bool(first), "whether any rank has a batch")
-        self._must_compare = False
-        return compare_first_batch([batch.spare if isinstance(batch, Absent) else batch for batch in first])
+        is_shared, self._must_compare, self.emptiness.is_doubtful = self._must_compare, False, False
+        first = [batch.spare if isinstance(batch, Absent) else batch for batch in first]
+        return compare_ranks(self.data, first, is_shared=is_shared)
 
     def is_over(self, epoch: int, iterations: int, *, is_empty: bool) -> bool:
         """Whether the epoch ends here, at the end of a pass over the data; else the data are iterated again.
