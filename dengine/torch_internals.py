@@ -7,9 +7,10 @@
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +32,7 @@ __all__ = [
     "PrefixStore",
     "TCPStore",
     "abort_process_groups",
+    "after_backward",
     "build_ddp_buckets",
     "class_before_fsdp",
     "clear_load_hooks",
@@ -55,6 +57,7 @@ __all__ = [
     "process_groups",
     "replicate",
     "set_timeout",
+    "time_buffer_sync",
     "unscale",
     "wait_in",
 ]
@@ -171,6 +174,36 @@ def build_ddp_buckets(model: "DistributedDataParallel", parameters: list[nn.Para
     model.reducer.prepare_for_backward([])
     for each in reversed(parameters):
         torch.autograd.backward(each, torch.zeros_like(each))
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call `function` at the end of the backward pass that is under way, once all gradients are there.
+
+    What was asked for earlier in the pass is called earlier. DDP asks when its last gradient is ready, and then waits
+    for the other ranks: before it comes what a hook of the model's output asks for, and after it what that asks for.
+    """
+    engine: Any = torch.autograd.Variable
+    engine._execution_engine.queue_callback(function)
+
+
+def time_buffer_sync(model: "DistributedDataParallel", around: AbstractContextManager[None]) -> Callable[[], None]:
+    """Enter `around` whenever DDP sends rank 0's buffers, before a forward pass. Gives the function that ends it."""
+    wrapper: Any = model
+    before = vars(wrapper).get("_sync_buffers")
+    wrapper._sync_buffers = partial(_send_within, around, wrapper._sync_buffers)  # the model can still be pickled
+
+    def end() -> None:
+        if before is None:
+            vars(wrapper).pop("_sync_buffers", None)
+        else:
+            wrapper._sync_buffers = before
+
+    return end
+
+
+def _send_within(around: AbstractContextManager[None], send: Callable[[], None]) -> None:
+    with around:
+        send()
 
 
 # -- torch.compile -----------------------------------------------------------------------------------------------

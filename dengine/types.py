@@ -1,6 +1,7 @@
 """Protocols and types that more than one layer uses."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import torch
@@ -9,6 +10,7 @@ __all__ = [
     "MetricValue",
     "PerRankState",
     "Stateful",
+    "Straggler",
     "TakesRestored",
     "accumulator_dtype",
     "is_short_float",
@@ -60,6 +62,22 @@ def with_per_rank_state(objects: Mapping[str, object]) -> dict[str, PerRankState
 def takes_restored(value: object) -> TypeGuard[TakesRestored]:
     """Whether it wants to know what was loaded with it."""
     return hasattr(value, "data_restored")
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """The rank that the others waited for in an epoch.
+
+    Attributes:
+        rank: its number.
+        phase: that in which it takes longer: "data", "forward", "backward", "handlers"; "step" for the rest of the
+            step, or all of it if its parts are not known.
+        seconds: how much longer than the others it takes for a step.
+    """
+
+    rank: int
+    phase: str
+    seconds: float
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:

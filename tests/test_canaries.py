@@ -12,6 +12,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,48 @@ def test_hooks_on_a_parameter_are_seen() -> None:
     parameters[1].register_hook(lambda gradient: None)
     parameters[2].register_post_accumulate_grad_hook(lambda parameter: None)
     assert [torch_internals.has_gradient_hooks(each) for each in parameters] == [False, True, True]
+
+
+@pytest.mark.usefixtures("group")
+def test_what_is_asked_for_in_a_backward_pass_comes_in_that_order_around_ddp() -> None:
+    """Else `ThroughputMonitor` takes DDP's wait for other ranks for work, and finds no slow rank."""
+    model, reduced = DistributedDataParallel(nn.Linear(2, 1)), torch.futures.Future[torch.Tensor]()
+    seen: list[str] = []
+
+    def reduce(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        seen.append("last gradient")
+        late = threading.Timer(0.5, reduced.set_result, [bucket.buffer()])
+        late.start()
+        return reduced
+
+    def before_ddp() -> None:
+        seen.append(f"done: {reduced.done()}")
+        torch_internals.after_backward(lambda: seen.append(f"done: {reduced.done()}"))
+
+    model.register_comm_hook(None, reduce)
+    output = model(torch.ones(3, 2))
+    output.register_hook(lambda gradient: torch_internals.after_backward(before_ddp))
+    output.sum().backward()
+    assert seen == ["last gradient", "done: False", "done: True"]
+
+
+@pytest.mark.usefixtures("group")
+def test_ddp_sends_buffers_by_a_method_of_its_own() -> None:
+    """Else a rank that waits for the buffers of rank 0 seems to be at work in its forward pass."""
+    model = DistributedDataParallel(nn.BatchNorm1d(2))
+    seen: list[str] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        seen.append("sent")
+        yield
+
+    end = torch_internals.time_buffer_sync(model, around())
+    model.will_sync_module_buffers = lambda: True
+    model(torch.ones(3, 2))
+    assert seen == ["sent"]
+    end()
+    assert "_sync_buffers" not in vars(model)
 
 
 # -- torch.compile -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dengine import trees
 from dengine.comm.nested import ReduceOp, flatten, grouped, signature, split
 from dengine.comm.transport import GroupTransport, NoTransport, Sources, Transport
+from dengine.comm.waits import waiting
 from dengine.control.failure import repr_of
 from dengine.control.plane import plane
 from dengine.dtensor import any_dtensor, is_dtensor, may_be_dtensors, whole
@@ -98,7 +99,8 @@ def _among(here: World, what: str, site: str = "") -> Iterator[Transport]:
     open_plane = plane()
     open_plane.enter_call(what, site)
     try:
-        yield GroupTransport(here, open_plane.group)
+        with waiting:
+            yield GroupTransport(here, open_plane.group)
     finally:
         open_plane.leave_call()
 

@@ -9,7 +9,7 @@ from dengine.checks import is_whole_number
 from dengine.engine.data.description import PassPosition
 from dengine.metrics.collection.live import MetricValues
 from dengine.naming import a_type
-from dengine.types import MetricValue
+from dengine.types import MetricValue, Straggler
 
 __all__ = ["State"]
 
@@ -56,6 +56,7 @@ class State:
         metrics: values by name, of the last completed epoch of this run. Those of `RunningAverage` and `Throughput` are
             current values of this rank until the epoch ends.
         times: seconds: "epoch" (the last finished one) and "run".
+        straggler: the rank that the others waited for in the last epoch, as `ThroughputMonitor` finds it; else None.
         preempted: whether `preempt()` ended the run, on any rank: the job will be resumed later.
         exception: the exception that ended the run, from `EXCEPTION_RAISED` until the next run; else None.
     """
@@ -95,6 +96,7 @@ class State:
         self._pass: PassPosition | None = None  # None: each epoch begins the data anew
         self.metrics: dict[str, MetricValue] = MetricValues()
         self.times: dict[str, float] = {}
+        self.straggler: Straggler | None = None
         self._preempted = False
         self.exception: BaseException | None = None
         self._persisted: list[str] = []
@@ -193,7 +195,7 @@ class State:
         self._dataloader = data
         # New dicts: those of an earlier run keep their values.
         self.metrics, self.times = MetricValues(), {}
-        self.output = self.batch = self.exception = None
+        self.output = self.batch = self.exception = self.straggler = None
         self._preempted = False
 
     def _plain_attribute(self, name: str) -> Any:

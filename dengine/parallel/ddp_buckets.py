@@ -5,14 +5,23 @@ order in which a number's summands are added depends on its position in a bucket
 still with the first buckets, would round differently from the same step in an uninterrupted run.
 """
 
+from weakref import WeakSet
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dengine import torch_internals
 
-__all__ = ["build_buckets_early"]
+__all__ = ["build_buckets_early", "models_in_ddp"]
 
 _HAS_EARLY_BUCKETS = "_dengine_has_early_buckets"
+# Of the process, as torch's wrappers themselves are; what is gone leaves it.
+_in_ddp: "WeakSet[DistributedDataParallel]" = WeakSet()
+
+
+def models_in_ddp() -> list[DistributedDataParallel]:
+    """The models in DDP that this package has made or trains, and that are still alive."""
+    return list(_in_ddp)
 
 
 def build_buckets_early(model: DistributedDataParallel) -> None:
@@ -29,6 +38,7 @@ def build_buckets_early(model: DistributedDataParallel) -> None:
 
     Collective: call on all ranks. Cost: one all-reduce of the gradients; memory for them, as in a step.
     """
+    _in_ddp.add(model)
     if not _can_build_early(model):
         return
     setattr(model, _HAS_EARLY_BUCKETS, True)

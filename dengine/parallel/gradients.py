@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dengine import torch_internals
 from dengine.comm.collectives import all_reduce
+from dengine.comm.waits import waiting
 from dengine.dtensor import as_fsdp, local_part
 from dengine.launch.world import world
 from dengine.types import accumulator_dtype, summable
@@ -157,7 +158,8 @@ class GradientMean:
             return self._size * self._total
         assert self._sent is not None
         total, work = self._sent
-        work.wait()
+        with waiting:
+            work.wait()
         return float(total) if total.device.type == "cpu" else total[0]
 
     def _first_unit(self, count: Count, *, is_scaled: bool) -> Count:
