@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import (
@@ -11,7 +11,6 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     IterableDataset,
-    RandomSampler,
     SequentialSampler,
     default_collate,
     default_convert,
@@ -20,6 +19,8 @@ from torch.utils.data import (
 from dengine import torch_internals
 from dengine.checks import whole_number
 from dengine.comm.mesh import note_different_samples
+from dengine.data.dealt_batches import DealtBatches
+from dengine.data.draws import Draw, draw_of, is_plain
 from dengine.data.passes import PassCounter
 from dengine.data.sampler import DataState, ElasticSampler
 from dengine.data.seeding import (
@@ -33,7 +34,15 @@ from dengine.launch.world import World, refuse_forgotten_group, world
 from dengine.naming import a_type
 from dengine.splitmix64 import derived_seed
 
-__all__ = ["PreparedLoader", "data_state", "inside", "pass_counters", "prepare_data_loader", "renew_workers"]
+__all__ = [
+    "PreparedLoader",
+    "data_state",
+    "go_on_from",
+    "inside",
+    "pass_counters",
+    "prepare_data_loader",
+    "renew_workers",
+]
 
 T = TypeVar("T")
 
@@ -62,6 +71,14 @@ def prepare_data_loader(
     any number of ranks, consumed in global batches (`ElasticSampler`). Iterable data sets are sharded by batch: each
     rank reads the stream and keeps its turn.
 
+    Of other samplers, every rank draws the whole epoch, the same one, and takes its share of the global batches. What
+    `RandomSampler(replacement=True | num_samples=)`, `SubsetRandomSampler` and `WeightedRandomSampler` draw follows
+    from the seed, the epoch and the position; in the user's sampler, the state of its generator is part of the seed. A
+    sampler of your own must have a length, and give the same indices once more after the same `set_epoch(epoch)`;
+    generators that are attributes of it, and the global ones, are seeded for it (`WholeEpochs`). A batch sampler that
+    does so is dealt out batch by batch: in each step a rank has one of its batches, as it is. (torch's own
+    `BatchSampler` counts as its sampler and `batch_size`.)
+
     On a mesh (`process_group(mesh=)`) ranks that differ in `cp`, `tp` and `pp` alone get the same samples, augmented
     alike: what is said of ranks here is said of such groups (`World.data_rank` of `World.data_size`).
 
@@ -85,29 +102,35 @@ def prepare_data_loader(
 
     Args:
         exact: every sample once over all ranks, without padding; shards may differ in length (for evaluation).
-            Without it the last batch is padded if needed, so that all ranks take the same number of steps.
+            Without it the last batch is padded if needed, so that all ranks take the same number of steps. With a
+            sampler: every index that it draws once; with a batch sampler: every batch once.
         global_batch_size: samples of all ranks together in one step; without it the loader's `batch_size` is that of
             one rank.
         seed: of the permutation and of what the data set draws; the same on all ranks.
 
     Raises:
-        TypeError: `loader` is no DataLoader, or has a sampler or batch sampler of the user's own.
-        ValueError: `global_batch_size` does not divide by the number of ranks; `exact` on a loader with `drop_last`, or
-            with a sampler that pads; a sampler or a split that is not for this rank, or for another number of ranks.
+        TypeError: `loader` is no DataLoader, or has a sampler without a length.
+        ValueError: `global_batch_size` does not divide by the number of ranks, or there is a batch sampler; `exact` on
+            a loader with `drop_last`, or with a sampler that pads; a sampler or a split that is not for this rank, or
+            for another number of ranks; weights or indices that do not fit the data set. Later, as an epoch is drawn:
+            a sampler gives other indices than before, fewer or more than its length, or some that do not exist.
 
-    Cost: no collective; O(1) memory and time for any size of the data set.
+    Cost: no collective; O(1) memory and time for any size of the data set. Weights and the indices of a subset are
+    looked through once an epoch; an epoch of a sampler of your own is drawn whole (the first one twice), and stored
+    with 8 bytes an index; so is one of `WeightedRandomSampler(replacement=False)`.
     """
     if not isinstance(loader, DataLoader):
         raise TypeError(f"prepare_data_loader() takes a DataLoader, but got {a_type(loader)}.")
     refuse_forgotten_group("prepare_data_loader()")
     here = world()
-    if exact and loader.drop_last:
+    samples = _samples_of(loader)
+    if exact and samples.drop_last:
         raise ValueError("exact=True sees every sample, but this loader has drop_last=True: build it without.")
     dataset: Any = loader.dataset
     dataset = inside(dataset)  # if it was prepared before
     collate = _seeded_collate(loader)
     if isinstance(dataset, IterableDataset):
-        batch_size = _batch_size(loader, here, global_batch_size)
+        batch_size = _batch_size(loader.batch_size, here, global_batch_size)
         note_different_samples()
         if shards_itself(dataset, here):
             # Each rank has its own samples already: what they are, and how many, is not decided here.
@@ -117,24 +140,13 @@ def prepare_data_loader(
         else:
             stream = StreamShard(dataset, batch_size, here, exact, loader.drop_last, seed, collate)
         return _rebuilt(loader, stream, seed, collate, batch_size=batch_size, drop_last=loader.drop_last)
-    shuffle = _is_shuffled(loader)
-    batch_size = _batch_size(loader, here, global_batch_size)
-    kept = _kept_sampler(loader, here, exact=exact)
-    sampler = kept or ElasticSampler(
-        dataset,
-        batch_size=batch_size or 1,
-        shuffle=shuffle,
-        seed=seed,
-        drop_last=loader.drop_last,
-        exact=exact,
-    )
+    settings = _settings(samples, dataset, here, exact=exact, global_batch_size=global_batch_size, seed=seed)
+    sampler: Any = settings.get("batch_sampler", settings.get("sampler"))
     if collate is not None or not draws_nothing(dataset, loader.collate_fn):
         dataset = SeededDataset(dataset, seed, collate)
         sampler.carries_epoch = True
-    prepared = _rebuilt(
-        loader, dataset, seed, collate, batch_size=batch_size, sampler=sampler, drop_last=loader.drop_last
-    )
-    prepared.keeps_sampler = kept is not None
+    prepared = _rebuilt(loader, dataset, seed, collate, **settings)
+    prepared.keeps_sampler = samples.is_kept
     return prepared
 
 
@@ -143,8 +155,8 @@ def data_state(data: object) -> DataState | None:
 
     They are known for a loader that `prepare_data_loader` gave, and for one with an `ElasticSampler`.
     """
-    for part in (getattr(data, "sampler", None), getattr(data, "dataset", None)):
-        if isinstance(part, (ElasticSampler, StreamShard)):
+    for part in (getattr(data, name, None) for name in ("batch_sampler", "sampler", "dataset")):
+        if isinstance(part, (DealtBatches, ElasticSampler, StreamShard)):
             return part.state()
         if isinstance(part, KeptSampler):
             return part.state(getattr(data, "batch_size", None) or 1)
@@ -158,8 +170,20 @@ def inside(part: Any) -> Any:
 
 def pass_counters(data: object) -> list[PassCounter]:
     """The counters of the parts of `data` that go on to the next epoch by themselves, unless an engine sets it."""
-    parts = (data, getattr(data, "sampler", None), getattr(data, "dataset", None))
-    return [part.passes for part in parts if isinstance(part, (ElasticSampler, KeptSampler, StreamShard))]
+    parts = (data, *(getattr(data, name, None) for name in ("batch_sampler", "sampler", "dataset")))
+    kinds = (DealtBatches, ElasticSampler, KeptSampler, StreamShard)
+    return [part.passes for part in parts if isinstance(part, kinds)]
+
+
+def go_on_from(data: object, saved: DataState, num_batches: int) -> None:
+    """Have the samplers of `data` draw the epoch of a saved state, of which this rank has had `num_batches`, so that
+    the two can be compared, and the rest of it dealt out.
+    """
+    for part in (getattr(data, "batch_sampler", None), getattr(data, "sampler", None)):
+        if isinstance(part, DealtBatches | ElasticSampler) and "sampler_epoch" in saved:
+            part.set_epoch(saved["sampler_epoch"])
+        if isinstance(part, DealtBatches) and "rounds" in saved:
+            part.go_on_from(saved, num_batches)
 
 
 def renew_workers(data: object, epoch: int) -> None:
@@ -180,47 +204,80 @@ def _is_shared(epoch: object) -> bool:
     return isinstance(epoch, torch.Tensor) and bool(epoch.is_shared())  # type: ignore[no-untyped-call]  # as Hugging Face's streams keep it
 
 
-def _is_shuffled(loader: "DataLoader[Any]") -> bool:
-    sampler: object = loader.sampler
-    if type(loader.batch_sampler) not in (BatchSampler, type(None)) and not _is_torchdata(loader.batch_sampler):
-        raise TypeError(
-            f"This loader has a batch sampler of its own ({type(loader.batch_sampler).__qualname__}), which cannot be "
-            "cut into shards from outside. Either build the loader with batch_size= and shuffle= instead, or have the "
-            "batch sampler give this rank's batches (see dengine.distributed.world()) and use the loader as it is."
-        )
-    if isinstance(sampler, RandomSampler) or (type(sampler).__name__ == "RandomSampler" and _is_torchdata(sampler)):
-        drawn: Any = sampler
-        if not drawn.replacement and drawn.num_samples == len(drawn.data_source):
-            return True
-    if type(sampler) is SequentialSampler:
-        return False
-    if isinstance(sampler, DistributedSampler):
-        return sampler.shuffle
-    raise TypeError(
-        f"This loader has a sampler of its own ({type(sampler).__qualname__}), which cannot be cut into shards from "
-        "outside. Either build the loader with shuffle=True or False (some samples only: torch.utils.data.Subset), "
-        "or have the sampler give this rank's samples (see dengine.distributed.world()) and use the loader as it is."
+class _Samples(NamedTuple):
+    """What the user's own loader says about its samples; with a `batch_sampler`, that alone counts."""
+
+    sampler: Any
+    batch_sampler: Any
+    batch_size: int | None
+    drop_last: bool
+    is_kept: bool  # the sampler gives shards already
+
+
+def _samples_of(loader: "DataLoader[Any]") -> _Samples:
+    sampler: Any = loader.sampler
+    batches: Any = loader.batch_sampler
+    batch_size, drop_last = loader.batch_size, loader.drop_last
+    if isinstance(batches, DealtBatches):  # prepared before
+        batches = batches.draw.inside
+    if batch_size is None and is_plain(batches, BatchSampler):
+        sampler, batch_size, drop_last = batches.sampler, batches.batch_size, batches.drop_last
+    if batch_size is not None or isinstance(loader.dataset, IterableDataset):
+        batches = None  # torch's, made from batch_size=
+    is_prepared = isinstance(loader, PreparedLoader) and not loader.keeps_sampler
+    is_kept = batches is None and isinstance(sampler, DistributedSampler) and not is_prepared
+    return _Samples(sampler, batches, batch_size, drop_last, is_kept)
+
+
+def _settings(
+    samples: _Samples, dataset: Any, here: World, *, exact: bool, global_batch_size: int | None, seed: int
+) -> dict[str, Any]:
+    """The arguments for a `DataLoader` that say which samples it has, in which batches."""
+    if samples.batch_sampler is not None:
+        if global_batch_size is not None:
+            raise ValueError(
+                f"global_batch_size={global_batch_size} is for loaders with a batch_size, but this one has a "
+                f"{type(samples.batch_sampler).__qualname__}, whose batches are dealt out whole: leave it out."
+            )
+        return {"batch_sampler": DealtBatches(samples.batch_sampler, dataset, seed=seed, exact=exact)}
+    batch_size = _batch_size(samples.batch_size, here, global_batch_size)
+    settings: dict[str, Any] = {"batch_size": batch_size, "drop_last": samples.drop_last}
+    if samples.is_kept:
+        return {**settings, "sampler": _kept(samples.sampler, here, exact=exact)}
+    draw, shuffle = _draw(samples.sampler, dataset, seed)
+    sampler = ElasticSampler(
+        dataset,
+        batch_size=batch_size or 1,
+        shuffle=shuffle,
+        seed=seed,
+        drop_last=samples.drop_last,
+        exact=exact,
+        draw=draw,
     )
+    return {**settings, "sampler": sampler}
 
 
-def _is_torchdata(sampler: object) -> bool:
-    """Whether a `StatefulDataLoader` made it: such a sampler does what torch's does, and keeps its position."""
-    return type(sampler).__module__ == "torchdata.stateful_dataloader.sampler"
+def _draw(sampler: Any, dataset: Any, seed: int) -> tuple[Draw | None, bool]:
+    """The order that a sampler draws (None: all samples, once), and whether it is shuffled."""
+    if isinstance(sampler, ElasticSampler):  # of a loader that was prepared before
+        if sampler.draw is None:
+            return None, sampler.shuffle
+        sampler = sampler.draw.inside
+    draw = draw_of(sampler, dataset, seed)
+    return draw, draw is not None or not is_plain(sampler, SequentialSampler)
 
 
-def _kept_sampler(loader: "DataLoader[Any]", here: World, *, exact: bool) -> ElasticSampler | KeptSampler | None:
-    """The sampler that gives shards already: the user's own, or that of a loader prepared before; None without one."""
-    sampler = loader.sampler
-    if not isinstance(sampler, DistributedSampler) or (isinstance(loader, PreparedLoader) and not loader.keeps_sampler):
-        return None
+def _kept(sampler: Any, here: World, *, exact: bool) -> ElasticSampler | KeptSampler:
+    """The user's own sampler, which gives shards already."""
     check_fits(sampler, here, exact=exact)
     note_different_samples()
     return sampler if isinstance(sampler, ElasticSampler | KeptSampler) else KeptSampler(sampler)
 
 
-def _batch_size(loader: "DataLoader[Any]", here: World, global_batch_size: int | None) -> int | None:
+def _batch_size(own: int | None, here: World, global_batch_size: int | None) -> int | None:
+    """The batch size of one rank."""
     if global_batch_size is None:
-        return loader.batch_size
+        return own
     total = whole_number("global_batch_size", global_batch_size, least=1)
     num_parts = here.data_size
     if total % num_parts:
@@ -230,7 +287,7 @@ def _batch_size(loader: "DataLoader[Any]", here: World, global_batch_size: int |
         raise ValueError(
             f"global_batch_size={total} does not divide into {num_parts} {parts}; the nearest sizes that do: {nearest}."
         )
-    if loader.batch_size is None:
+    if own is None:
         raise ValueError("global_batch_size= needs a loader that makes batches, but this one has batch_size=None.")
     return total // num_parts
 
@@ -253,7 +310,7 @@ def _rebuilt(
     if kept.get("generator") is None:
         # Without one of its own, each iteration draws the workers' seed from the global generator.
         kept["generator"] = torch.Generator().manual_seed(derived_seed(seed, world().data_rank))
-    if changed["batch_size"] is None:
+    if changed.get("batch_size", 0) is None:
         changed.pop("drop_last")
     start = loader.worker_init_fn
     kept["worker_init_fn"] = start if isinstance(start, _WorkerStart) or not loader.num_workers else _WorkerStart(start)

@@ -9,9 +9,11 @@ from torch.utils.data import DistributedSampler
 
 from dengine.checks import whole_number
 from dengine.comm.mesh import note_different_samples
+from dengine.data.draws import Draw, Order
 from dengine.data.passes import PassCounter
 from dengine.data.permutation import Permutation
 from dengine.data.seeding import EpochIndex
+from dengine.data.whole_epochs import size_of
 from dengine.launch.world import world
 
 __all__ = ["DataState", "ElasticSampler", "changed_order", "refuse_changes"]
@@ -67,6 +69,9 @@ def changed_order(saved: Mapping[str, object], current: Mapping[str, object]) ->
         ValueError: `saved` lacks a value.
     """
     changes = []
+    if saved.get("sampler") != current.get("sampler"):
+        used = [state.get("sampler") or "none of its own" for state in (saved, current)]
+        changes.append(f"the sampler was {used[0]} and is {used[1]}: build the loader with the one that the run had")
     for key, (name, advice) in _MUST_STAY.items():
         if key not in saved:
             raise ValueError(f"The saved state of the data has no {key!r}: it holds {sorted(saved)}.")
@@ -94,6 +99,9 @@ class ElasticSampler(DistributedSampler[int]):
     `num_replicas` and `rank` are, if they are not given, `World.data_size` and `data_rank`: the ranks of this process
     group, or on a mesh the groups of ranks that share their data.
 
+    With `draw`, which `prepare_data_loader` gives for samplers of the user's, the epoch is not a permutation of all
+    samples, but what that draws, dealt out in the same way.
+
     With `carries_epoch`, which `prepare_data_loader` sets, indices are `EpochIndex`: ints that carry the epoch to the
     worker that fetches the sample.
 
@@ -120,6 +128,7 @@ class ElasticSampler(DistributedSampler[int]):
         seed: int = 0,
         drop_last: bool = False,
         exact: bool = False,
+        draw: Draw | None = None,
     ) -> None:
         # DistributedSampler's own constructor would ask for a process group; its attributes are kept to.
         self.dataset: Any = dataset
@@ -140,9 +149,10 @@ class ElasticSampler(DistributedSampler[int]):
         self.drop_last = drop_last
         self.exact = exact
         self.carries_epoch = False
+        self.draw = draw
         self._skipped = 0
-        kind = {"length": _length(dataset), "seed": seed, "shuffle": shuffle, "exact": exact, "drop_last": drop_last}
-        self.passes = PassCounter(kind)
+        kind = {"length": size_of(dataset), "seed": seed, "shuffle": shuffle, "exact": exact, "drop_last": drop_last}
+        self.passes = PassCounter(kind if draw is None else {**kind, "sampler": type(draw.inside).__qualname__})
 
     @property
     def epoch(self) -> int:
@@ -156,13 +166,13 @@ class ElasticSampler(DistributedSampler[int]):
     @property
     def num_samples(self) -> int:  # type: ignore[override]  # a plain attribute there, and stale once the data grows
         """Samples of this rank in an epoch."""
-        full, left = divmod(len(self.dataset), self.num_replicas * self.batch_size)
+        full, left = divmod(self._size(), self.num_replicas * self.batch_size)
         return full * self.batch_size + self._share_of_rest(left)
 
     @property
     def total_size(self) -> int:  # type: ignore[override]
         """Samples of all ranks in an epoch, padding included."""
-        size = len(self.dataset)
+        size = self._size()
         left = size % (self.num_replicas * self.batch_size)
         if self.exact or left == 0:
             return size
@@ -178,12 +188,12 @@ class ElasticSampler(DistributedSampler[int]):
         # Begun with its first sample: a loader with workers makes two iterators, and uses one.
         epoch = self.passes.begin(self.dataset)
         first, self._skipped = self._skipped, 0
-        end = self.num_samples  # which may depend on the epoch
-        order = Permutation(len(self.dataset), self.seed, epoch) if self.shuffle else None
+        size, end = self._size(), self.num_samples  # which may depend on the epoch
+        order = self._order(epoch)
         length = _FIRST_CHUNK
         while first < end:
             mine = np.arange(first, min(first + length, end), dtype=np.int64)
-            positions = self._positions(mine)
+            positions = self._positions(mine, size)
             indices = (positions if order is None else order(positions)).tolist()
             yield map(EpochIndex.of(epoch), indices) if self.carries_epoch else indices
             first, length = first + length, min(2 * length, _CHUNK)
@@ -205,22 +215,30 @@ class ElasticSampler(DistributedSampler[int]):
         them.
         """
         return {
-            "length": len(self.dataset),
+            "length": len(self.dataset) if self.draw is None else size_of(self.dataset),
             "global_batch_size": self.num_replicas * self.batch_size,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "exact": self.exact,
             "drop_last": self.drop_last,
+            **({} if self.draw is None else self.draw.description(self.epoch)),
         }
+
+    def _size(self) -> int:
+        return len(self.dataset) if self.draw is None else self.draw.length(self.epoch)
+
+    def _order(self, epoch: int) -> Order | None:
+        if self.draw is not None:
+            return self.draw.order(epoch)
+        return Permutation(len(self.dataset), self.seed, epoch) if self.shuffle else None
 
     def _share_of_rest(self, left: int) -> int:
         if self.exact:
             return left // self.num_replicas + (self.rank < left % self.num_replicas)
         return 0 if self.drop_last else -(-left // self.num_replicas)
 
-    def _positions(self, mine: "np.typing.NDArray[np.int64]") -> "np.typing.NDArray[np.int64]":
-        """The positions in the epoch's order of this rank's samples number `mine`. Shapes: (N,) to (N,)."""
-        size = len(self.dataset)
+    def _positions(self, mine: "np.typing.NDArray[np.int64]", size: int) -> "np.typing.NDArray[np.int64]":
+        """The positions in the epoch's order, of `size`, of this rank's samples number `mine`. Shapes: (N,) to (N,)."""
         num_full, left = divmod(size, self.num_replicas * self.batch_size)
         batch, within = np.divmod(mine, self.batch_size)
         positions = (batch * self.num_replicas + self.rank) * self.batch_size + within
@@ -233,10 +251,3 @@ class ElasticSampler(DistributedSampler[int]):
             rest = size - left + offset + (mine - num_full * self.batch_size)
             positions = np.where(is_rest, rest % size, positions)
         return positions
-
-
-def _length(dataset: Sized) -> int | None:
-    try:
-        return len(dataset)
-    except Exception:  # it may only be known later
-        return None

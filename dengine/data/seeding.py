@@ -31,6 +31,7 @@ __all__ = [
     "SeededDataset",
     "SeededStream",
     "draws_nothing",
+    "kept_generators",
     "seed_generators",
     "set_epoch_in_worker",
     "set_epoch_of",
@@ -188,7 +189,7 @@ class SeededCollate:
         seed, self.next_seed = self.next_seed, None
         if seed is None:
             return self.inside(fetched)
-        with _kept():
+        with kept_generators():
             seed_generators(seed)
             return self.inside(fetched)
 
@@ -206,7 +207,7 @@ class SeededStream:
         self._number = derived_seed(seed, epoch, -1 - (0 if worker is None or is_alike_in_workers else worker.id))
         self._inside: _State | None = None
         if self._is_main:
-            with _kept():
+            with kept_generators():
                 seed_generators(self._number)
                 self._inside = _state()
         else:
@@ -222,7 +223,7 @@ class SeededStream:
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
         assert self._inside is not None
-        with _kept():
+        with kept_generators():
             _set(self._inside)
             yield
             self._inside = _state()
@@ -243,11 +244,12 @@ def set_epoch_in_worker(dataset: object, epoch: int) -> None:
 
 def _surroundings() -> AbstractContextManager[None]:
     """A context that restores the generators at its end in the main process; a worker's belong to the data set."""
-    return _kept() if get_worker_info() is None else nullcontext()
+    return kept_generators() if get_worker_info() is None else nullcontext()
 
 
 @contextmanager
-def _kept() -> Iterator[None]:
+def kept_generators() -> Iterator[None]:
+    """A context after which Python's, NumPy's and torch's CPU generators are as before."""
     outside = _state()
     try:
         yield

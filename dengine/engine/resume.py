@@ -7,6 +7,7 @@ same way. After it was fast-forwarded to its position, they are set as they were
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from dengine.data.loader import go_on_from
 from dengine.data.passes import capture_passes, restore_passes
 from dengine.data.sampler import refuse_changes
 from dengine.engine.data.description import PassPosition, changes_of, check_unchanged, described, saved_pass
@@ -49,6 +50,9 @@ class Resuming:
         saved = self._saved_data(state.data_state) if self.is_resumed else None
         position = self._position(state, saved) if epochs.is_continued else None
         epoch = state.epochs_completed if position is None else position.number
+        if saved is not None:
+            in_pass = state.epoch_iteration if position is None else state.iteration - position.start
+            go_on_from(epochs.data, saved, in_pass)
         if saved is not None and not allow_changed_data:
             if position is None and saved_pass(saved) is not None:
                 refuse_changes(["continue_data was True and is False: pass continue_data=True to run()"])

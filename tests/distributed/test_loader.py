@@ -7,15 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
     IterableDataset,
-    RandomSampler,
-    SequentialSampler,
     TensorDataset,
-    WeightedRandomSampler,
 )
 
 from dengine.data.loader import data_state
@@ -130,14 +126,6 @@ class Custom(Dataset[int]):
     ("loader", "options", "error", "message"),
     [
         ([1, 2], {}, TypeError, "takes a DataLoader, but got a list"),
-        (
-            DataLoader(NUMBERS, batch_sampler=type("Mine", (BatchSampler,), {})(SequentialSampler(NUMBERS), 2, False)),
-            {},
-            TypeError,
-            "a batch sampler of its own (Mine)",
-        ),
-        (DataLoader(NUMBERS, sampler=WeightedRandomSampler([1.0] * 10, 10)), {}, TypeError, "(WeightedRandomSampler)"),
-        (DataLoader(NUMBERS, sampler=RandomSampler(NUMBERS, replacement=True)), {}, TypeError, "(RandomSampler)"),
         (DataLoader(NUMBERS, batch_size=2, drop_last=True), {"exact": True}, ValueError, "build it without"),
         (DataLoader(NUMBERS, batch_size=None), {"global_batch_size": 4}, ValueError, "has batch_size=None"),
         (DataLoader(NUMBERS), {"global_batch_size": 0}, ValueError, "global_batch_size=0 must be at least 1"),

@@ -52,10 +52,9 @@ def test_it_is_prepared_as_torchs_loader_is(shuffle: bool) -> None:
     assert sorted(sum(found, [])) == [*dataset, *found[-1][1:]] or sorted(set(sum(found, []))) == dataset
 
 
-def test_a_batch_sampler_of_ones_own_is_refused_as_before() -> None:
+def test_a_batch_sampler_of_ones_own_is_taken_as_torchs_loader_takes_it() -> None:
     loader: DataLoader[Any] = DataLoader([1, 2, 3], batch_sampler=[[0, 1], [2]])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="batch sampler of its own"):
-        distributed.prepare_data_loader(loader)
+    assert [batch.tolist() for batch in distributed.prepare_data_loader(loader)] == [[1, 2], [3]]
 
 
 class GoesOn:

@@ -5,16 +5,14 @@ epoch starts, generators are saved, and attributes that are whole numbers and ha
 """
 
 import gc
-import json
-import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import nn
 
+from dengine.data.generators import attributes_of, generators_of
 from dengine.data.loader import inside
 from dengine.data.parts import members_of, parts_of
 
@@ -43,7 +41,7 @@ class OwnState:
                 "counts": {
                     name: value for name, value in _whole_numbers(part).items() if first.get(name, value) != value
                 },
-                "generators": {name: generator_state for name, (generator_state, _) in _generators(part).items()},
+                "generators": {name: generator_state for name, (generator_state, _) in generators_of(part).items()},
             }
             for part, first in zip(self._parts, self._first, strict=True)
         ]
@@ -51,7 +49,7 @@ class OwnState:
     def restore(self, saved: SavedOwnState, *, counts: bool) -> None:
         """Set generators and, with `counts`, whole numbers that still exist under the same name."""
         for part, first, state in zip(self._parts, self._first, saved, strict=False):
-            for name, (_, set_state) in _generators(part).items():
+            for name, (_, set_state) in generators_of(part).items():
                 if name in state["generators"]:
                     set_state(state["generators"][name])
             for name, value in state["counts"].items() if counts else ():
@@ -90,45 +88,4 @@ def _is_leaf(value: object) -> bool:
 
 
 def _whole_numbers(part: object) -> dict[str, int]:
-    return {name: value for name, value in _attributes(part).items() if type(value) is int}
-
-
-def _generators(part: object) -> dict[str, tuple[Any, Callable[[Any], None]]]:
-    """The generators of `part` by name: the state of each, and the function that sets it."""
-    found: dict[str, tuple[Any, Callable[[Any], None]]] = {}
-    for name, value in _attributes(part).items():
-        if isinstance(value, torch.Generator):
-            found[name] = value.get_state(), _setter_of_torch(value)
-        elif type(value) is random.Random:
-            found[name] = json.dumps(value.getstate()), _setter_of_python(value)
-        elif isinstance(value, (np.random.Generator, np.random.RandomState)):
-            bits: Any = value.bit_generator if isinstance(value, np.random.Generator) else value._bit_generator
-            found[name] = json.dumps(bits.state, default=np.ndarray.tolist), _setter_of_numpy(bits)
-    return found
-
-
-def _setter_of_torch(generator: torch.Generator) -> Callable[[torch.Tensor], None]:
-    def set_state(state: torch.Tensor) -> None:
-        generator.set_state(state)
-
-    return set_state
-
-
-def _setter_of_python(generator: random.Random) -> Callable[[str], None]:
-    def set_state(state: str) -> None:
-        version, numbers, gauss = json.loads(state)
-        generator.setstate((version, tuple(numbers), gauss))
-
-    return set_state
-
-
-def _setter_of_numpy(bits: Any) -> Callable[[str], None]:
-    def set_state(state: str) -> None:
-        bits.state = json.loads(state)
-
-    return set_state
-
-
-def _attributes(part: object) -> dict[str, Any]:
-    attributes = getattr(part, "__dict__", {})
-    return attributes if isinstance(attributes, dict) else {}
+    return {name: value for name, value in attributes_of(part).items() if type(value) is int}

@@ -14,7 +14,7 @@ __all__ = ["can_seek", "dropping", "rest_of", "skipped_by_sampler", "warn_of_dra
 
 
 class _Skips(Protocol):
-    """A sampler that can start in the middle of an epoch without drawing the samples before."""
+    """A sampler that can start in the middle of an epoch; one of batches counts those."""
 
     def skip(self, num_samples: int) -> None: ...
 
@@ -70,6 +70,9 @@ def warn_of_drawing(data: Iterable[object], num_batches: int) -> None:
 
 
 def _skipping(data: Iterable[object]) -> tuple[_Skips, int] | None:
+    batches: Any = getattr(data, "batch_sampler", None)
+    if callable(getattr(batches, "skip", None)):
+        return batches, 1
     sampler: Any = getattr(data, "sampler", None)
     batch_size = getattr(data, "batch_size", None)
     return (sampler, batch_size) if callable(getattr(sampler, "skip", None)) and isinstance(batch_size, int) else None
