@@ -327,7 +327,7 @@ class Engine:
         `Checkpoint` saves that of every rank.
         """
         return {
-            **self._resuming.state(has_started=self.state.pass_iteration > self.state._under_way),
+            **self._resuming.state(self.state),
             "data_state": deepcopy(self.state.data_state),
             "metrics": self._metrics.state_dict() if self.distributed else [],
             "world_size": world().size,

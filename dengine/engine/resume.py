@@ -25,6 +25,7 @@ class Resuming:
     def __init__(self) -> None:
         self.is_resumed = False  # the next run goes on from the state that was loaded
         self._own: OwnState | None = None
+        self._epochs: EpochIterator | None = None
         self._at_start: RandomState | None = None  # of the epoch under way (a one-shot iterator), before it started
         self._saved: RandomState | None = None
         self._restored: list[object] = []
@@ -59,10 +60,19 @@ class Resuming:
             if changes_of(saved, described(epochs.data, epoch)):
                 epochs.set_epoch(saved.get("epoch", epoch))  # data may grow from epoch to epoch
                 check_unchanged(saved, described(epochs.data, epoch))
+        source = None if self._saved is None or not self.is_resumed else self._saved.get("source")
+        epochs.source.pending = epochs.source.check(source, allow_changed_data=allow_changed_data)
         state._pass, state.data_state = position, described(epochs.data, epoch, position)
 
-    def state(self, *, has_started: bool) -> RandomState:
-        """The state as of now, for `load`. `has_started`: an iteration of the epoch is done."""
+    def state(self, state: State) -> RandomState:
+        """The state as of now, for `load`; `state` is the engine's."""
+        done = state.pass_iteration - state._under_way
+        is_completed = state._pass is None and state.epochs_completed > state.epoch
+        source = None if self._epochs is None else self._epochs.position(done, is_completed=is_completed)
+        return {**self._random_state(has_started=done > 0), "source": source}
+
+    def _random_state(self, *, has_started: bool) -> RandomState:
+        """`has_started`: an iteration of the epoch is done."""
         if self._at_start is not None and not has_started and not self._is_one_shot:
             # The first batch is fetched again, by an iterator that is made again.
             return {"now": self._at_start, "epoch_start": None}
@@ -70,10 +80,13 @@ class Resuming:
 
     def begin_run(self, epochs: EpochIterator) -> None:
         self.is_resumed = False
+        self._epochs = epochs
         self._own = OwnState(epochs.data)
         self._at_start = None
         self._is_one_shot = epochs.is_one_shot
         epochs.is_restored = epochs.goes_on() or (bool(self._restored) and epochs.iterates_over(self._restored))
+        if epochs.is_restored:  # by the user
+            epochs.source.pending = None
         self._restored = []
 
     def end_run(self) -> None:
@@ -93,6 +106,7 @@ class Resuming:
         saved, self._saved = self._saved, None
         if saved is None:
             self.begin_pass(epochs)
+            epochs.source.load(skip)
             return epochs.start(skip=skip, consumed=consumed)
         now = saved["now"] or self._moment()
         # If the saved pass over continued data was over, another one starts here, as it would have.
@@ -101,6 +115,7 @@ class Resuming:
             self._return_to({"data": saved["own"]}, epochs)
         self._return_to(epoch_start or now, epochs)
         self.begin_pass(epochs)
+        epochs.source.load(skip)
         batches = epochs.start(skip=skip, consumed=consumed)
         if epoch_start:
             self._return_to(now, epochs, has_started=True)
@@ -112,6 +127,8 @@ class Resuming:
             self._at_start = self._moment()
 
     def end_epoch(self, epochs: EpochIterator) -> None:
+        if not epochs.is_continued:
+            epochs.source.begin_pass()
         if not epochs.spans_epochs:
             self._at_start = None
 
@@ -138,7 +155,7 @@ class Resuming:
             restore(state)
         restore_passes(state.get("passes", []), but=epochs.counters)
         if self._own is not None and not epochs.is_restored:
-            self._own.restore(state.get("data", []), counts=not has_started)
+            self._own.restore(state.get("data", []), counts=not has_started, but=epochs.source.restored_parts)
 
 
 def passes_of(saved: RandomState) -> RandomState:
@@ -151,5 +168,6 @@ def passes_of(saved: RandomState) -> RandomState:
         "now": part(saved["now"]),
         "epoch_start": part(saved["epoch_start"]),
         "metrics": [],
+        "source": saved.get("source"),
         "world_size": saved["world_size"],
     }

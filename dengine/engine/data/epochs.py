@@ -14,8 +14,10 @@ from dengine.engine.data.emptiness import Emptiness
 from dengine.engine.data.joined import Absent, Pass, agreed_pass, with_own_spare, with_sent_spare
 from dengine.engine.data.own_state import holds_any, is_restored_by_user
 from dengine.engine.data.self_resetting import SelfResetting, may_reset_itself
-from dengine.engine.data.skipping import can_seek, dropping, skipped_by_sampler, warn_of_drawing
+from dengine.engine.data.skipping import can_seek, dropping, rest_of, skipped_by_sampler, warn_of_drawing
+from dengine.engine.data.source import SavedSource, Source
 from dengine.naming import type_name
+from dengine.random_state import RandomState, capture, restore
 
 __all__ = ["EpochIterator", "check_data"]
 
@@ -58,7 +60,9 @@ class EpochIterator:
         self.data = data
         self.is_one_shot = isinstance(data, Iterator) and not members_of(data)  # iter() of which begins anew
         self.is_continued = is_continued
-        self.is_restored = False  # by a state of its own, to the position of the run
+        self.source = Source(data, can_seek=can_seek(data))
+        self.is_restored = False  # by the user, to the position of the run
+        self._was_empty = False  # the pass after the data were restored
         self.is_length_given = epoch_length is not None
         self.length = epoch_length if epoch_length is not None else length_of(data)
         self._resetting = None
@@ -98,7 +102,8 @@ class EpochIterator:
         Collective in a joined run: one small all-reduce.
         """
         self.set_epoch(epoch)
-        self._may_try_again = self.is_restored or self._resetting is not None
+        self.source.begin_pass()
+        self._may_try_again = self._resetting is not None
         if self._is_joined:
             self._pass = agreed_pass(length_of(self.data))
             if self._pass.length == 0:
@@ -120,17 +125,22 @@ class EpochIterator:
         resumed run is fast-forwarded by as many. If batches are skipped, the iterator has started when this returns, so
         that it has drawn from the random number generators what it draws at its start.
         """
-        if self.is_restored:
-            self.is_restored = False  # the next pass starts at the beginning
-            return self._new_pass()
-        if self._resetting is not None:
+        batches = self._started(skip, consumed)
+        return batches if not self.source.kind else self.source.counted(batches, skip)
+
+    def _started(self, skip: int, consumed: int) -> Iterator[object]:
+        may_be_over = not skip or (self.is_length_given and not self.is_continued)
+        restored = self._restored(may_be_over=may_be_over, is_between=not skip)
+        if restored is None and self._resetting is not None:
             self._resetting.finish_what_was_left()
-        elif self.is_one_shot:
+        elif restored is None and self.is_one_shot:
             return self._fast_forwarded(consumed)
         own = length_of(self.data)
         size = own if self._pass.length is None else self._pass.length
         in_pass = skip % size if size else skip  # an epoch longer than the data passes over it again and again
-        if self._resetting is not None:
+        if restored is not None:
+            batches = restored
+        elif self._resetting is not None:
             batches = self._replayed(consumed if self.is_continued else skip, consumed)
         elif can_seek(self.data):
             batches = self._jumped(in_pass if own is None else min(in_pass, own))
@@ -138,7 +148,7 @@ class EpochIterator:
             batches = self._fast_forwarded(self._num_own(skip))
         if self._pass.is_even or own is None or size is None:
             return batches
-        if skip and in_pass == 0 and not can_seek(self.data):  # at the end of a pass
+        if skip and in_pass == 0 and restored is None and not can_seek(self.data):  # at the end of a pass
             self.finish(size)
             batches = self._new_pass()
         num_absent = size - max(own, in_pass)
@@ -146,8 +156,21 @@ class EpochIterator:
             return with_sent_spare(batches, own, num_absent, self._pass.source, self._any_batch)
         return with_own_spare(batches, num_absent, self._any_batch)
 
+    def position(self, done: int, *, is_completed: bool) -> SavedSource | None:
+        """The position that the data keep, after the first `done` batches of the pass; `is_completed`: the epoch is."""
+        return self.source.state(done, is_completed=is_completed, ends_pass=self._ends_pass(done))
+
+    def _ends_pass(self, num_iterations: int) -> bool:
+        """Whether `num_iterations` after the start of an epoch this rank's data are at the end of a pass."""
+        own = length_of(self.data)
+        size = own if self._pass.length is None else self._pass.length
+        if not own or not size or not num_iterations:
+            return False
+        return num_iterations % size == 0 or num_iterations % size >= own
+
     def finish(self, num_iterations: int) -> None:
         """End the epoch, `num_iterations` after its last pass over the data started."""
+        self.source.is_at_end = self._ends_pass(num_iterations)
         if self._resetting is not None and not self.is_continued:
             own = length_of(self.data)
             is_longest = self._pass.length in (None, own)  # else the pass was iterated to its end
@@ -176,7 +199,7 @@ class EpochIterator:
             self.emptiness.is_unsure = False
             if not first and self._may_try_again:  # it stood at the end of a pass
                 self._may_try_again = False
-                batches = self._new_pass()
+                batches = self.start()
                 first = list(islice(batches, 1))
         if not self._has_any_rank(first) and is_unsure:
             self.emptiness.refuse_empty_epoch(epoch, iterations)
@@ -197,6 +220,7 @@ class EpochIterator:
         Raises:
             ValueError: there never was a batch. RuntimeError: there are no more.
         """
+        self.source.is_at_end = True
         if self._resetting is not None:
             self._resetting.has_stopped()
         if is_empty and self._may_try_again:
@@ -217,11 +241,35 @@ class EpochIterator:
             self.emptiness.refuse_empty_epoch(epoch, iterations)
         return is_empty or not self.is_length_given
 
+    def _restored(self, *, may_be_over: bool, is_between: bool) -> Iterator[object] | None:
+        """The batches of data that were restored; None if they were not. `is_between`: two epochs."""
+        is_restored = self.is_restored or self._was_empty
+        self.is_restored = self._was_empty = False  # the next pass starts at the beginning
+        before = capture() if is_restored or self.source.has_loaded else None
+        batches = self.source.take_loaded(may_be_over=may_be_over)
+        if batches is None and is_restored:
+            batches = self._new_pass()
+        return None if batches is None else self._going_on(batches, before if is_between else None, may_be_over)
+
+    def _going_on(self, batches: Iterator[object], before: RandomState | None, may_be_over: bool) -> Iterator[object]:
+        """`batches` of data that were restored; those of a new pass if there is none, as the pass `may_be_over`.
+
+        The new pass draws from the generators as they were `before`.
+        """
+        first = list(islice(batches, 1))
+        if first or not may_be_over:
+            self._was_empty = not first  # the data may have kept the position for the next pass
+            yield from chain(first, rest_of(batches))
+            return
+        if before is not None:
+            restore(before)
+        yield from self._new_pass()
+
     def _replayed(self, in_epoch: int, consumed: int) -> Iterator[object]:
         """A self-resetting iterator after all batches of the training so far, since what it keeps between passes is
         unknown.
         """
-        warn_of_drawing(self.data, consumed)
+        warn_of_drawing(self.data, consumed, self.source.why_drawn)
         earlier = consumed - in_epoch
         while earlier > 0:
             num_iterations = min(self.length or earlier, earlier)
@@ -240,6 +288,7 @@ class EpochIterator:
 
     def _any_batch(self) -> object:
         batch = next(self._new_pass())
+        self.source.load_again()
         if self._resetting is not None:
             self._resetting.push_back(batch)
         return batch
@@ -262,7 +311,7 @@ class EpochIterator:
         the data.
         """
         if not isinstance(self.data, Sequence):
-            warn_of_drawing(self.data, num_batches)
+            warn_of_drawing(self.data, num_batches, self.source.why_drawn)
         return dropping(self._new_pass, num_batches)
 
 

@@ -5,7 +5,7 @@ epoch starts, generators are saved, and attributes that are whole numbers and ha
 """
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, TypeAlias
 
@@ -46,9 +46,13 @@ class OwnState:
             for part, first in zip(self._parts, self._first, strict=True)
         ]
 
-    def restore(self, saved: SavedOwnState, *, counts: bool) -> None:
-        """Set generators and, with `counts`, whole numbers that still exist under the same name."""
+    def restore(self, saved: SavedOwnState, *, counts: bool, but: Collection[object] = ()) -> None:
+        """Set generators and, with `counts`, whole numbers that still exist under the same name, except of parts in
+        `but`.
+        """
         for part, first, state in zip(self._parts, self._first, saved, strict=False):
+            if any(part is each for each in but):
+                continue
             for name, (_, set_state) in generators_of(part).items():
                 if name in state["generators"]:
                     set_state(state["generators"][name])

@@ -56,9 +56,17 @@ def dropping(new_pass: Callable[[], Iterator[object]], num_batches: int) -> Iter
     return iterator
 
 
-def warn_of_drawing(data: Iterable[object], num_batches: int) -> None:
-    """Warn, on rank 0, that `num_batches` are drawn only to be dropped."""
+def warn_of_drawing(data: Iterable[object], num_batches: int, why: str = "") -> None:
+    """Warn, on rank 0, that `num_batches` are drawn only to be dropped; `why`, if the data keep their own position."""
     if not num_batches or world().rank != 0:
+        return
+    if why:
+        warnings.warn(
+            f"To go on from where the run was left, {num_batches} batches are drawn from the {type_name(data)} and "
+            f"dropped, although it keeps its own position: {why}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return
     warnings.warn(
         f"To go on from where the run was left, {num_batches} batches are drawn from the "

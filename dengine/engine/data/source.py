@@ -1,0 +1,254 @@
+"""Data that keep their own position: saved with the run, and restored at once instead of drawn and dropped."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from dengine.data.loader import inside
+from dengine.data.parts import parts_of
+from dengine.data.stateful import counts_globally, forget_position, going_on, inexactness, keeps_position, version_of
+from dengine.distributed import world
+from dengine.engine.data.description import length_of
+from dengine.naming import a_type, type_name
+
+__all__ = ["SavedSource", "Source"]
+
+T = TypeVar("T")
+
+SavedSource: TypeAlias = dict[str, Any]  # plain values, and the state that the data gave
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+_REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_WAY_OUT = (
+    "Go on with the data that the run was started with, or say allow_changed_data=True: then as many batches as "
+    "the run has taken are drawn and dropped."
+)
+
+
+class Source:
+    """The part of a run's data that keeps its own position: the data, or the data set of a loader without workers.
+
+    `part` is None if there is none, or if its state would not be the position; `why_drawn` then says why.
+    """
+
+    def __init__(self, data: Any, *, can_seek: bool) -> None:
+        self.data = data
+        self.why_drawn = ""  # to the position of a resumed run, although the data keep their own
+        self.kind = ""
+        self.part: Any = None if can_seek else self._found(data)
+        self.pending: SavedSource | None = None  # a state that the next pass goes on from
+        self.is_at_end = False  # of a pass
+        self._loaded: SavedSource | None = None
+        self.has_loaded = False  # for the next pass
+        self._has_started = False
+        self._num_fetched = 0  # batches of the epoch, before those of a resumed run too
+
+    def check(self, saved: SavedSource | None, *, allow_changed_data: bool) -> SavedSource | None:
+        """`saved`, if the data can go on from it; None if they are drawn and dropped up to the position.
+
+        Raises: ValueError: it is of other data.
+        """
+        if saved is None:
+            return None
+        changes = self._changes(saved)
+        if changes and not allow_changed_data:
+            raise ValueError(f"The data do not fit the position that was saved for them:\n{changes}.\n{_WAY_OUT}")
+        if changes or self.part is None:
+            return None
+        if saved["state"] is None:
+            self.why_drawn = saved["why_drawn"]
+            return None
+        here = world()
+        if (saved["data_rank"], saved["data_size"]) != (here.data_rank, here.data_size) and not saved["is_shared"]:
+            self.why_drawn = (
+                f"the run was saved by {saved['data_size']} ranks and goes on on {here.data_size}, so that the shards "
+                "differ: some samples of this epoch come twice or not at all"
+            )
+            return None
+        return saved
+
+    def load(self, skip: int) -> None:
+        """Restore the position that `check` has let pass, for a pass over the data that starts at batch `skip`.
+
+        Raises: ValueError: the data refuse it.
+        """
+        saved, self.pending = self.pending, None
+        # Between epochs, one of the middle of a pass (with epoch_length) does not matter: the next pass begins anew.
+        if saved is not None and (saved["done"] == skip or saved["ends_pass"] or isinstance(self.data, Iterator)):
+            self._loaded, self.has_loaded = saved, True
+            self._restoring(lambda: self.part.load_state_dict(saved["state"]))
+
+    def load_again(self) -> None:
+        """Restore the position once more, if it was restored: the data were iterated over in between."""
+        if self._loaded is not None:
+            self.pending = self._loaded
+            self.load(self._loaded["done"])
+
+    def take_loaded(self, *, may_be_over: bool) -> Iterator[object] | None:
+        """An iterator over the data from the position that was loaded, once; None if there is none.
+
+        It is made at once, for it may draw from the random number generators. Raises: ValueError: the data refuse the
+        position.
+        """
+        has_loaded, self.has_loaded = self.has_loaded, False
+        return self._restoring(lambda: going_on(self.data, may_be_over=may_be_over)) if has_loaded else None
+
+    @property
+    def restored_parts(self) -> list[object]:
+        """The parts of the data that a position is, or was, loaded into: nothing else of them is restored."""
+        if self.pending is None and self._loaded is None:
+            return []
+        return [inside(part) for part in (parts_of(self.data) if self.part is self.data else [self.part])]
+
+    def state(self, done: int, *, is_completed: bool, ends_pass: bool) -> SavedSource | None:
+        """What `check` takes: the position after the first `done` batches of the epoch; None if the data keep none.
+
+        `is_completed`: the epoch is over. `ends_pass`: a pass is, after `done` batches. Cost: the `state_dict()` of the
+        data.
+        """
+        if self.pending is not None:
+            return self.pending  # still to be loaded
+        if not self.kind:
+            return None
+        here, is_between = world(), is_completed or not (done or self._num_fetched)
+        return {
+            "kind": self.kind,
+            "version": version_of(self.part),
+            "num_workers": self._num_workers,
+            "data_rank": here.data_rank,
+            "data_size": here.data_size,
+            "is_shared": counts_globally(self.part),
+            "why_drawn": self.why_drawn or "it was saved while a batch was under way",
+            "done": 0 if is_between else done,
+            "ends_pass": self.is_at_end or ends_pass,
+            "state": self._state(done, is_between=is_between),
+        }
+
+    def begin_pass(self) -> None:
+        """Count batches from the beginning of an epoch, or of a pass over data that go on from epoch to epoch."""
+        self._num_fetched = 0
+
+    def counted(self, batches: Iterator[object], skip: int) -> Iterator[object]:
+        """`batches`, those after the first `skip` of the epoch, counted as they are fetched."""
+        self._num_fetched += skip
+        first = list(islice(batches, 1))
+        forget_position(self.data)
+        self.is_at_end, self._has_started = False, True
+        for batch in chain(first, batches):
+            self._num_fetched += 1
+            yield batch
+
+    def _restoring(self, action: Callable[[], T]) -> T:
+        saved, refusals = self._loaded, _REFUSALS if self._loaded is not None else ()
+        try:
+            return action()
+        except refusals as error:
+            assert saved is not None
+            version = version_of(self.part)
+            versions = f" It was saved by version {saved['version']}, this is {version}." if saved["version"] else ""
+            raise ValueError(
+                f"The {self.kind} does not go on from the position that was saved for it: "
+                f"{type(error).__qualname__}: {error}.{versions} {_WAY_OUT}"
+            ) from error
+
+    def _found(self, data: object) -> Any:
+        """The part of `data` whose state is their position; None without one."""
+        loader = data if isinstance(data, DataLoader) else None
+        if loader is not None and counts_globally(inside(loader.dataset)):
+            part: Any = inside(loader.dataset)
+        elif keeps_position(data):
+            part = data
+        elif loader is not None and keeps_position(loader.dataset):
+            part = loader.dataset
+            if loader.num_workers:
+                self.why_drawn = (
+                    "its workers have copies of the data set, whose states are not known here; torchdata's "
+                    "StatefulDataLoader knows them"
+                )
+        else:
+            return None
+        self.kind = type_name(inside(part))
+        if reason := inexactness(data):
+            self.why_drawn = f"the state of the {self.kind} is not exact ({reason})"
+        return None if self.why_drawn else part
+
+    @property
+    def _num_workers(self) -> int | None:
+        """The number of workers that the state is for; None if it does not depend on it."""
+        return None if counts_globally(self.part) else getattr(self.data, "num_workers", None)
+
+    def _changes(self, saved: SavedSource) -> str:
+        if saved["state"] is None:
+            return ""
+        if not self.kind:
+            return f"they were {_with_article(saved['kind'])}, which keeps its position, and are {a_type(self.data)}"
+        if saved["kind"] != self.kind:
+            return f"the data were {_with_article(saved['kind'])} and are {_with_article(self.kind)}"
+        if saved["num_workers"] != self._num_workers:
+            return f"num_workers was {saved['num_workers']} and is {self._num_workers}, each with a position of its own"
+        return ""
+
+    def _state(self, done: int, *, is_between: bool) -> Any:
+        """The state of the data, if it is the position after `done` batches; else None."""
+        if self.part is None or not self._has_started:
+            return None
+        if counts_globally(self.part):
+            return self._global_state(done, is_between=is_between)
+        if is_between:
+            if not (self.is_at_end or isinstance(self.data, Iterator)):
+                return None  # the next epoch begins with a new pass
+        elif self._num_fetched != done:
+            return None
+        try:
+            return _plain(self.part.state_dict())
+        except _Unusual as unusual:
+            self.part, self.why_drawn = None, f"the state of the {self.kind} holds {unusual}"
+            warnings.warn(
+                f"The state of the {self.kind} is not saved, as it holds {unusual}: only tensors, numbers, strings, "
+                "lists, tuples and dicts can be read without executing code. A run that is resumed draws and drops the "
+                "batches before its position.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def _global_state(self, done: int, *, is_between: bool) -> Any:
+        """The state of MosaicML's `StreamingDataset`, in samples of all ranks; its number of the epoch is its own."""
+        if is_between:
+            state = self.part.state_dict(num_samples=0, from_beginning=True)
+            return {**state, "epoch": state["epoch"] + 1}
+        if self._num_fetched != done:
+            return None
+        num_batches = length_of(self.data)
+        in_pass = (done - 1) % num_batches + 1 if num_batches and done else done
+        num_samples = in_pass * (self.data.batch_size or 1) * world().data_size
+        return self.part.state_dict(num_samples=num_samples, from_beginning=True)
+
+
+class _Unusual(Exception):
+    """A value that a checkpoint does not take."""
+
+
+def _plain(value: Any) -> Any:
+    """A copy of `value`. Raises: _Unusual: there is a value in it that is not plain."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is torch.Tensor:
+        return value.detach().clone()
+    if kind is dict and all(type(key) in (str, int) for key in value):
+        return {key: _plain(each) for key, each in value.items()}
+    if kind is list or kind is tuple:
+        return kind(_plain(each) for each in value)
+    if isinstance(value, np.generic) and type(value.item()) in _PLAIN:
+        return value.item()
+    raise _Unusual(a_type(value))
+
+
+def _with_article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
