@@ -10,6 +10,7 @@ __all__ = [
     "ConsistencyError",
     "CorruptCheckpointError",
     "DengineError",
+    "GuardError",
     "LaunchError",
     "MetricStateError",
     "MissingKeyError",
@@ -17,6 +18,7 @@ __all__ = [
     "RankZeroCollectiveError",
     "RemoteInterrupt",
     "RemoteRankError",
+    "ReplayError",
     "StallError",
     "TrackingError",
 ]
@@ -113,6 +115,33 @@ class MissingKeyError(ConfigError, AttributeError, KeyError):
     """A configuration lacks a key. Also an `AttributeError` and a `KeyError`, so that `hasattr` and `get` work."""
 
     __str__ = Exception.__str__  # a KeyError's is its repr
+
+
+class GuardError(DengineError, RuntimeError):
+    """A `Guard` has left out more steps than it may. Raised on every rank.
+
+    Attributes:
+        iterations: those of the bad steps within the last 1000.
+        losses: of this rank, in the last of them.
+    """
+
+    def __init__(self, message: str, *, iterations: list[int], losses: list[float]) -> None:
+        super().__init__(message)
+        self.iterations, self.losses = iterations, losses
+
+
+class ReplayError(DengineError, RuntimeError):
+    """A step that was run twice, from the same generators and buffers, gave other gradients: a device that computes
+    wrongly, or a step that is not deterministic. Raised on every rank.
+
+    Attributes:
+        parameter: the name of the first parameter whose gradient differs.
+        rank: the rank where it differs before gradients are averaged; None if that cannot be told.
+    """
+
+    def __init__(self, message: str, *, parameter: str, rank: int | None) -> None:
+        super().__init__(message)
+        self.parameter, self.rank = parameter, rank
 
 
 class TrackingError(DengineError, RuntimeError):

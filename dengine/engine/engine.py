@@ -21,6 +21,7 @@ from dengine.engine.limits import PREEMPTED, Limits
 from dengine.engine.loop import Loop, ProcessFunction
 from dengine.engine.phases import SavePhase
 from dengine.engine.position import levels
+from dengine.engine.repeats import Repeats
 from dengine.engine.resume import Resuming, passes_of
 from dengine.engine.start import checked_data, checked_limits
 from dengine.engine.state import State
@@ -28,6 +29,7 @@ from dengine.metrics.collection.metric_set import AnyMetric, MetricSet
 from dengine.metrics.core.metric import OutputTransform
 from dengine.naming import other_keywords, other_names, shown
 from dengine.random_state import RandomState
+from dengine.types import Stateful
 
 __all__ = ["Engine", "ProcessFunction"]
 
@@ -77,6 +79,8 @@ class Engine:
         self.is_trainer = False  # True: in a run of one epoch inside another engine's, too, its own iterations count
         self.firing: AnyEvent | None = None  # the event whose handlers are running
         self.save_phase = SavePhase()  # of that event
+        self.repeats = Repeats(self)
+        self.rank_states: dict[str, Stateful] = {}  # more that each rank has for itself, saved with the engine
         self._step = process_function
         self._is_joined = joined and distributed
         self._stop_every = whole_number("stop_every", stop_every, least=1)
@@ -331,6 +335,11 @@ class Engine:
             "data_state": deepcopy(self.state.data_state),
             "metrics": self._metrics.state_dict() if self.distributed else [],
             "world_size": world().size,
+            **(
+                {"more": {name: each.state_dict() for name, each in self.rank_states.items()}}
+                if self.rank_states
+                else {}
+            ),
         }
 
     def load_random_state(self, random_state: RandomState, *, data_only: bool = False) -> None:
@@ -344,6 +353,9 @@ class Engine:
         """
         self._refuse_while_running("load_random_state()")
         self._resuming.load(passes_of(random_state) if data_only else random_state)
+        more = {} if data_only else random_state.get("more", {})
+        for name in self.rank_states.keys() & more.keys():
+            self.rank_states[name].load_state_dict(more[name])
 
     def data_restored(self, objects: Iterable[object]) -> None:
         """Note that `objects` have restored their own position, so that the next `run()` does not fast-forward them.

@@ -140,6 +140,8 @@ class Loop:
         # The epoch's end has started by now: a rank without a batch does not delay a stop.
         if not state.epoch_iteration and not run.must_check and not run.has_any_rank_batches(state.epoch):
             self.epochs.emptiness.refuse_empty_epoch(state.epoch, state.iteration)
+        if (guard := self.engine.repeats.guard) is not None:
+            guard.flush(self.engine)
         if not self.limits.is_skipped():
             state.metrics.update(epoch_metrics.compute(self.metrics, distributed=distributed, is_whole=is_whole))
         state._epochs_completed = state.epoch + 1

@@ -6,6 +6,7 @@ from dengine.handlers.checkpoint import Checkpoint
 from dengine.handlers.consistency_check import ConsistencyCheck
 from dengine.handlers.early_stopping import EarlyStopping
 from dengine.handlers.ema import EMA
+from dengine.handlers.guard import Guard
 from dengine.handlers.lr_scheduler import LRScheduler
 from dengine.handlers.memory_monitor import MemoryMonitor
 from dengine.handlers.param_group_logger import ParamGroupLogger
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "ConsistencyCheck",
     "EarlyStopping",
+    "Guard",
     "LRScheduler",
     "MemoryMonitor",
     "ParamGroupLogger",

@@ -10,7 +10,7 @@ from dengine.checks import is_number, whole_number
 from dengine.compiled_names import aligned
 from dengine.distributed import unwrap_model
 from dengine.dtensor import any_dtensor, cut_like, is_dtensor, laid_out_like, local_part
-from dengine.engine import Engine
+from dengine.engine import Engine, Events
 from dengine.naming import a_type, other_keywords, other_names, shown
 from dengine.parallel.copying import copy_of, reshard
 
@@ -29,8 +29,8 @@ class EMA:
     supervised trainer that accumulates, on `SupervisedEvents.OPTIMIZER_STEP_COMPLETED`. The first call takes the
     model's weights as they are, each further call computes `average = decay * average + (1 - decay) * weights`. So the
     weights of all calls in the average add up to 1, there is no bias towards zero, and weights before the first call
-    do not count. Before the first call the copy has the weights that the model had when it was made. With
-    `Events.ITERATION_COMPLETED(after=1000)` the average begins there.
+    do not count, nor does an iteration whose step a `Guard` left out. Before the first call the copy has the weights
+    that the model had when it was made. With `Events.ITERATION_COMPLETED(after=1000)` the average begins there.
 
     Parameters and floating-point buffers are averaged, other buffers (counts) are copied. The copy is in eval mode and
     takes no gradients; evaluate `ema.model` as any other model. Make it after `prepare_model`: a model in DDP is
@@ -96,6 +96,8 @@ class EMA:
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:
+        if engine.repeats.is_left_out and engine.firing is Events.ITERATION_COMPLETED:
+            return
         if self._is_sharded:
             reshard(self.model)  # else the next evaluation would use what this one has gathered
         averaged: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}

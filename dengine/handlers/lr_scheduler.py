@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from dengine.engine import Engine
+from dengine.engine import Engine, Events
 from dengine.naming import a_type, other_keywords, other_names, shown
 
 __all__ = ["LRScheduler"]
@@ -21,7 +21,8 @@ class LRScheduler:
     """Steps `scheduler` whenever it is called, `ReduceLROnPlateau` with the value of a metric.
 
     Attach it on every rank, to the event of a step: `trainer.on(Events.EPOCH_COMPLETED, schedule)`. It is not a
-    collective: a metric has the same value on all ranks, so all make the same step.
+    collective: a metric has the same value on all ranks, so all make the same step. An iteration whose step a `Guard`
+    left out is no step of the schedule.
 
     Args:
         scheduler: any scheduler of torch, or one whose `step(epoch)` takes the number of the step, as timm's do: the
@@ -91,6 +92,8 @@ class LRScheduler:
         return shown(self, self._scheduler, metric_name=self._metric_name)
 
     def __call__(self, engine: Engine) -> None:
+        if engine.repeats.is_left_out and engine.firing is Events.ITERATION_COMPLETED:
+            return
         if self._metric_name is None:
             self._scheduler.step()
             return

@@ -14,6 +14,7 @@ class Priority(IntEnum):
     """The priorities of handlers; the highest is called first."""
 
     CLOCK_FIRST = 1_500_000  # reads the clock before any handler takes time
+    GUARD = 1_200_000  # keeps what a step may change, and judges it before any handler relies on it
     SETUP = 1_000_000  # prepares the model, an optimizer or the signals for all other handlers
     VALUES = 2_000  # adds values that trackers, bars and the user's own handlers read
     EARLY = 1_000  # timers that stop, and bars

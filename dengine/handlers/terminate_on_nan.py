@@ -30,6 +30,9 @@ class TerminateOnNan:
     and at the end of an epoch of known length, so that the run goes on for up to 15 iterations; on the CPU it is read
     at once.
 
+    With a `Guard` on the same engine, the guard wins: a step that it left out does not end the run, and on a device,
+    where it judges steps later, nothing is checked here.
+
     Attach it on every rank: `trainer.on(Events.ITERATION_COMPLETED, TerminateOnNan())`.
 
     Args:
@@ -59,6 +62,9 @@ class TerminateOnNan:
         return shown(self, output_transform=self._transform)
 
     def __call__(self, engine: Engine) -> None:
+        repeats = engine.repeats
+        if repeats.is_left_out or (repeats.guard is not None and repeats.guard.is_late):
+            return  # the guard decides
         if engine.state.iteration <= self._last_iteration:  # another run: an end between two reads left its flag
             self._flags.clear()
         self._last_iteration = engine.state.iteration

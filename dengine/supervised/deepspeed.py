@@ -17,6 +17,8 @@ from dengine.types import is_short_float
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from dengine.handlers.guard import Guard
+
 __all__ = [
     "DeepSpeedStep",
     "cast_around",
@@ -143,6 +145,7 @@ class DeepSpeedStep:
     """
 
     scaler = None
+    guard: "Guard | None" = None
 
     def __init__(self, model: nn.Module, accelerator: "Accelerator") -> None:
         self._engine: Any = model
@@ -182,9 +185,10 @@ class DeepSpeedStep:
         self._engine.backward(loss * weight, scale_wrt_gas=False)
         self._mean.forget()
 
-    def step(self) -> None:
+    def step(self) -> bool:
         self._engine.step()
         self._num_done = 0
+        return True
 
     def cut_short(self, num_batches: int) -> None:
         """Refuse a step with fewer batches than they were weighted for. Raises: RuntimeError."""

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dengine.dtensor import any_dtensor, local_part
+from dengine.handlers.guard import Guard
 from dengine.parallel.clipping import clip_grad_norm_
 from dengine.parallel.gradients import Count, GradientMean, check_loss
 from dengine.supervised.accelerator import distributed_kind
@@ -27,17 +28,19 @@ class OptimizerStep(Protocol):
         takes_counts: whether the count of a batch matters; else it need not be computed.
         is_alone: whether no gradient is sent to another rank.
         scaler: the loss scaler of fp16, or None.
+        guard: judges each step before the optimizer makes it, or None.
     """
 
     takes_counts: bool
     is_alone: bool
     scaler: Any
+    guard: Guard | None
 
     def start(self, num_batches: int | None) -> None: ...  # of this step; None: unknown
     def no_sync(self) -> AbstractContextManager[None]: ...
     def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None: ...
     def backward(self, loss: Tensor) -> None: ...
-    def step(self) -> None: ...
+    def step(self) -> bool: ...  # False: a guard has left it out
     def cut_short(self, num_batches: int) -> None: ...  # fewer came than `start` said
     def forget(self) -> None: ...
 
@@ -73,6 +76,7 @@ class _WeightedStep:
         self._is_accelerates_fsdp = distributed_kind(accelerator) == "FSDP"
         self._mean = GradientMean(model, num_batches)
         self.scaler = accelerator.scaler
+        self.guard: Guard | None = None
         self._is_spread = any_dtensor(self._parameters())
         self.is_alone = self._mean.is_alone
         # On one rank, one batch a step is its own mean: there is nothing to weigh or divide.
@@ -98,9 +102,11 @@ class _WeightedStep:
             check_loss(loss)
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def step(self) -> None:
+    def step(self) -> bool:
         if self._is_weighted:
             self._mean.finish(self._parameters())
+        if self.guard is not None and not self.guard.admits():
+            return False
         if self.scaler is not None and not self._is_accelerates_fsdp:
             self._unscale(self.scaler)
         if self._max_grad_norm is not None:
@@ -110,6 +116,7 @@ class _WeightedStep:
         else:
             self.scaler.step(self._optimizer)
             self.scaler.update()
+        return True
 
     def cut_short(self, num_batches: int) -> None:
         """Accept a step with fewer batches: gradients are divided by the total that has come."""

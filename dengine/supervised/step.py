@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from dengine import trees
 from dengine.distributed import unwrap_model, world
 from dengine.engine import Absent, Engine, EventEnum, Events
 from dengine.handlers.priorities import Priority
@@ -88,6 +89,7 @@ class TrainStep(ABC):
     def attach(self, engine: Engine) -> None:
         engine.is_trainer = True
         engine.register_events(SupervisedEvents)
+        engine.repeats.start_over.append(self._start_over)
         engine.on(Events.STARTED, self._begin, priority=Priority.SETUP)
         engine.on(Events.EPOCH_STARTED, self._train_mode, priority=Priority.SETUP)
         # Not within the step: a resumed run would repeat the iteration that is under way.
@@ -109,12 +111,16 @@ class TrainStep(ABC):
         self, inputs: Any, targets: Any, count: Count, *, is_absent: bool, is_last: bool, is_alike: bool = False
     ) -> tuple[Any, Tensor]:
         """Run forward and backward. A placeholder batch leaves no trace in the model."""
+        if is_absent and self._step.guard is not None:  # a weight of 0 leaves out only what is finite
+            inputs, targets = trees.map_leaves(_made_finite, (inputs, targets))
         self._step.begin(count, is_last=is_last, is_alike=is_alike)
         if is_absent:
             with in_eval_mode(self._model):
                 pred, loss = self._forward(inputs, targets)
         else:
             pred, loss = self._forward(inputs, targets)
+        if self._step.guard is not None:
+            self._step.guard.watch(None if is_absent else loss)
         self._step.backward(loss)
         return pred, loss
 
@@ -130,11 +136,10 @@ class TrainStep(ABC):
         return pred, self._functions.loss(pred, targets)
 
     def _finish_step(self, engine: Engine) -> None:
-        self._step.step()
+        self._has_stepped = self._step.step()
         self._num_pending, self._spare = 0, None
         if self._step.scaler is not None:
             engine.state.grad_scaler = self._step.scaler.state_dict()
-        self._has_stepped = True
 
     def _output(self, inputs: Any, targets: Any, pred: Any, loss: Tensor) -> Any:
         pred, loss = detached(pred), loss.detach()
@@ -144,12 +149,16 @@ class TrainStep(ABC):
 
     # -- handlers --------------------------------------------------------------------------------------------------
 
+    def _start_over(self) -> None:
+        """Forget the accumulation that is under way."""
+        self._num_pending, self._spare, self._has_stepped = 0, None, False
+        self._step.forget()
+
     def _begin(self, engine: Engine) -> None:
         state = engine.state
-        self._num_pending, self._spare = 0, None  # left by a run that failed
+        self._start_over()  # left by a run that failed
         engine.save_phase.waiting = []
         self._num_uniform = 0  # the rest of a resumed epoch may have other batches
-        self._step.forget()
         self._train_mode(engine)
         if state.iteration and self._step.scaler is not None:
             self._step.scaler.load_state_dict(state.grad_scaler)
@@ -169,8 +178,8 @@ class TrainStep(ABC):
             self._model.train()
 
     def _fire_step_completed(self, engine: Engine) -> None:
-        if self._has_stepped:
-            self._has_stepped = False
+        has_stepped, self._has_stepped = self._has_stepped, False
+        if has_stepped and not engine.repeats.is_left_out:  # a guard may have found out since
             engine.save_phase.is_put_off = True  # savers wait until the other handlers of the iteration are done
             try:
                 engine.fire_event(SupervisedEvents.OPTIMIZER_STEP_COMPLETED)
@@ -204,6 +213,8 @@ class _LocalStep(TrainStep):
         inputs, targets = self._functions.prepare_batch(batch, self._device)
         optimizer_step.begin(1, is_last=True)
         pred, loss = self._forward(inputs, targets)
+        if optimizer_step.guard is not None:
+            optimizer_step.guard.watch(loss)
         optimizer_step.backward(loss)
         self._finish_step(engine)
         return self._output(inputs, targets, pred, loss)
@@ -214,6 +225,7 @@ class _WeighedStep(TrainStep):
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         number = engine.state.epoch_iteration
+        self._has_stepped = False
         is_last = number % self._num_batches == 0 or number == engine.state.epoch_length
         self._train_mode(engine)
         if self._num_pending == 0:
@@ -265,6 +277,11 @@ class _WeighedStep(TrainStep):
                 "SyncBatchNorm needs a batch on every rank, but this rank's data has ended before another one's: give "
                 "all ranks the same number of batches, as prepare_data_loader() does without exact=True."
             )
+
+
+def _made_finite(leaf: Any) -> Any:
+    is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.nan_to_num(0.0, 0.0, 0.0) if is_float else leaf
 
 
 def train_step(

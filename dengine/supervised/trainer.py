@@ -1,12 +1,15 @@
 """Make a trainer from a model, an optimizer and a loss."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dengine.checks import number, whole_number
 from dengine.engine import Engine
+from dengine.handlers.guard import Guard
 from dengine.naming import a_type
 from dengine.supervised.accelerator import accelerator_for, distributed_kind
 from dengine.supervised.batches import (
@@ -45,6 +48,7 @@ def create_supervised_trainer(
     prepare_batch: PrepareBatch | None = None,
     model_fn: ModelFunction | None = None,
     weight: WeightFunction | None = None,
+    guard: bool | Mapping[str, Any] = False,
 ) -> Engine:
     """An engine that trains `model`: `create_supervised_trainer(model, optimizer, loss_fn).run(loader, max_epochs=9)`.
 
@@ -77,6 +81,8 @@ def create_supervised_trainer(
             that are not their `ignore_index`, or the sum of their class weights. For one label a sample without class
             weights, and with torch's default `ignore_index` of -100, and for any other loss, it is the number of
             samples. It is only called if it matters: with several ranks, or an accumulation.
+        guard: True leaves out steps with a loss or gradient that is not finite, on all ranks, as `handlers.Guard` says;
+            its options are given as a dict: `guard={"spike": 8.0, "on_bad": "roll_back"}`.
 
     With DeepSpeed the batches of one accumulation have the same weight, as it adds them up at once: `weight` needs one
     batch a step then, and data without a length need `epoch_length`.
@@ -109,6 +115,7 @@ def create_supervised_trainer(
     is_deepspeed = distributed_kind(accelerator) == "DEEPSPEED"
     num_batches = _num_batches(num_batches, accelerator, is_deepspeed=is_deepspeed)
     _check_optimizer(optimizer, model, is_deepspeed=is_deepspeed)
+    options = _guard_options(guard, is_deepspeed=is_deepspeed)
     refuse_stage(model, "create_supervised_trainer")
     if is_deepspeed and weight is not None and num_batches > 1:
         raise ValueError(
@@ -127,7 +134,29 @@ def create_supervised_trainer(
     step = train_step(model, optimizer_step, accelerator, functions, num_batches)
     trainer = Engine(step, joined=True, stop_every=num_batches)
     step.attach(trainer)
+    if options is not None:
+        made = Guard(trainer, model, getattr(optimizer, "optimizer", optimizer), **options)
+        made.serve(SupervisedEvents.OPTIMIZER_STEP_COMPLETED, is_scaled=optimizer_step.scaler is not None)
+        optimizer_step.guard = made
     return trainer
+
+
+def _guard_options(guard: object, *, is_deepspeed: bool) -> dict[str, Any] | None:
+    """The options of a Guard; None for none. Raises: TypeError, ValueError: there can be none."""
+    if guard is False or guard is None:
+        return None
+    if guard is not True and not isinstance(guard, Mapping):
+        raise TypeError(f"guard={guard!r} must be True, or a dict of options of Guard, such as {{'spike': 8.0}}.")
+    options = {} if guard is True else dict(guard)
+    known = [name for name, each in signature(Guard).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"guard= has no option {unknown[0]!r}: Guard takes {', '.join(known)}.")
+    if is_deepspeed:
+        raise ValueError(
+            "DeepSpeed steps by itself, so that a Guard cannot leave a step out: train without it, with "
+            'prepare_model(model, strategy="fsdp"), or leave guard= out.'
+        )
+    return options
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, is_deepspeed: bool) -> None:

@@ -241,8 +241,11 @@ class HostCopy:
         self._buffers: list[torch.Tensor] = []
         self._layouts: list[tuple[Any, ...]] = []  # the kind of tensor for which each was made
 
-    def take(self, states: States) -> States:
-        """A copy of `states`. Cost: one copy of the bytes, and one wait for each CUDA device that has some of them."""
+    def take(self, states: States, *, waits: bool = True) -> States:
+        """A copy of `states`. Cost: one copy of the bytes, and one wait for each CUDA device that has some of them.
+
+        Without `waits` the copies are only queued: for states that go back to where they came from.
+        """
         slots: dict[tuple[Any, ...], int] = {}
         sources: list[torch.Tensor] = []
 
@@ -263,17 +266,17 @@ class HostCopy:
 
         taken = mapped(states, copy_of)
         del self._buffers[len(sources) :], self._layouts[len(sources) :]
-        self._fill(sources)
+        self._fill(sources, waits=waits)
         return taken  # type: ignore[no-any-return]
 
-    def _fill(self, sources: list[torch.Tensor]) -> None:
+    def _fill(self, sources: list[torch.Tensor], *, waits: bool) -> None:
         """Copy all tensors in one call: for small tensors, a call for each would cost more than the bytes."""
         devices = {source.device for source in sources if source.device.type == "cuda"}
         targets = [buffer if type(buffer) in PLAIN else local_part(buffer) for buffer in self._buffers]
         with torch.no_grad():
             if sources:
                 torch._foreach_copy_(targets, sources, non_blocking=bool(devices))
-        for device in devices:
+        for device in devices if waits else ():
             torch.cuda.synchronize(device)  # the copies were only queued
 
     def _make_fit(self, tensor: torch.Tensor, slot: int, layout: tuple[Any, ...]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dengine.launch.memory import host_memory_free
 from dengine.tools.doctor.facts import Facts, LimitFacts, SignalFacts
 from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
@@ -18,11 +19,6 @@ _LITTLE_MEMORY = _LITTLE_SHM = 1 << 30
 _NO_SHM = 16 << 20
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # those that handlers.Preemption handles
 _SIGNAL_S = 1.0
-# A container's limit, and its use.
-_CGROUPS = {
-    "/sys/fs/cgroup/memory.max": "/sys/fs/cgroup/memory.current",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes": "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-}
 
 
 def limit_facts() -> LimitFacts:
@@ -36,7 +32,7 @@ def limit_facts() -> LimitFacts:
         "address_space": resource.getrlimit(resource.RLIMIT_AS)[0],
         "memory_locked": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "has_infiniband": any(Path("/sys/class/infiniband").glob("*")),
-        "memory_free": _memory_free(),
+        "memory_free": host_memory_free(),
         "shm": shm,
     }
 
@@ -171,18 +167,6 @@ def _deadly_to_agent() -> list[str]:
                 masks[name] = int(value, 16)
     survived = masks.get("SigIgn", 0) | masks.get("SigCgt", 0)
     return [number.name for number in _SIGNALS if masks and not survived >> (number - 1) & 1]
-
-
-def _memory_free() -> int:
-    """The free bytes on this host, or in this container if these are fewer."""
-    free = 1 << 62
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    for limit, used in _CGROUPS.items():
-        with suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return free
 
 
 def _cannot_lock(limits: LimitFacts) -> bool:
