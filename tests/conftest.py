@@ -72,7 +72,7 @@ def over_ranks(monkeypatch: pytest.MonkeyPatch) -> OverRanks:
         doubles = {
             "world": exchange.world,
             "world_for": lambda collective: exchange.world(),
-            "gather_objects": lambda value, here: exchange.all("object gather", value),
+            "gather_distinct": lambda value, here: exchange.all("object gather", value),
             "sum_tensor": lambda sent, here: torch.stack(exchange.all("sum", sent)).sum(0),
             "max_tensor": lambda sent, here: torch.stack(exchange.all("max", sent)).amax(0),
             "gather_bytes": lambda mine, sizes, here: exchange.all("gather", mine),

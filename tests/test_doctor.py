@@ -288,6 +288,27 @@ def test_a_limit_that_is_low_on_one_host(judge: Any, changed: dict[str, Any], ve
     assert advice in found.advice
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "soft", "hard", "advice"),
+    [
+        (64, 4096, 65536, "`ulimit -n 65536`"),
+        (64, 4096 + 3 * 64, 65536, ""),
+        (10_000, 32_768, 65536, "`ulimit -n 65536`"),
+        (10_000, 34_096, 34_096, ""),
+        (10_000, 4096, 16_384, "More than 16384 takes an administrator"),
+        (30_000, 65536, -1, "`ulimit -n 94096`"),
+    ],
+)
+def test_the_host_of_the_store_needs_three_files_for_each_rank(
+    num_ranks: int, soft: int, hard: int, advice: str
+) -> None:
+    others = {**ROOMY, "num_files": 4096}
+    facts = of_each("limits", {**ROOMY, "num_files": soft, "num_files_hard": hard}, *[others] * (num_ranks - 1))
+    found = limits.judge_files(facts, dict.fromkeys(range(num_ranks), "node"))
+    assert (found.verdict, found.ranks) == ((Verdict.WARN, (0,)) if advice else (Verdict.OK, ()))
+    assert advice in found.advice
+
+
 # -- network and clock -------------------------------------------------------------------------------------------
 
 

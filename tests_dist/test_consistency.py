@@ -1,14 +1,18 @@
 """What must be the same on all ranks, and is not: the rank and the first thing that differs are named on every rank."""
 
 import gc
+import math
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Outcome, run_ranks
 from torch import nn
 
 from dengine import ConsistencyError, Engine, Events, distributed
+from dengine.comm import copies
+from dengine.comm.consistency import gather_distinct
 from dengine.comm.copies import tensor_digest
 from dengine.handlers import ConsistencyCheck, TerminateOnNan, TimeLimit
 from dengine.metrics import Average
@@ -68,6 +72,12 @@ def test_what_differs_is_named_with_the_rank_that_is_alone_with_it(what: str, na
 
 def test_ranks_that_train_the_same_are_left_alone_whatever_their_buffers() -> None:
     assert run_ranks(checked, 3, -1, "nothing", init=False, deadline_s=60) == ["same"] * 3
+
+
+def test_numbers_are_compared_by_their_bits() -> None:
+    numbers = [0.0, -0.0, 0.1, math.nan, math.inf, -math.inf, 2**53, 2**53 + 1, 10**400, "a"]
+    assert len(set(copies._digests(numbers).tolist())) == len(numbers)
+    assert copies._digests([1]) == copies._digests([1.0])
 
 
 def test_every_bit_counts() -> None:
@@ -223,3 +233,25 @@ def builds_many(rank: int, size: int) -> str:
 def test_models_that_only_some_ranks_have_collected_are_no_difference() -> None:
     for told in run_ranks(builds_many, 2, init=False, deadline_s=60):
         assert "rank 1 has 4 of them, rank 0 has 2" in told
+
+
+def compared(rank: int, size: int) -> list[tuple[list[list[str]], int, list[object]]]:
+    """What ranks have, how many objects that are, and what this rank has sent: of the same, and if one differs."""
+    sent: list[object] = []
+    real = dist.all_gather_object
+    dist.all_gather_object = lambda found, value, **options: (sent.append(value), real(found, value, **options))[1]
+    found = []
+    with distributed.process_group(timeout=300) as here:
+        for value in (["a", "b"], ["a", "b" if rank != 1 else "c"], ["a", str(rank % 2)]):
+            sent.clear()
+            of_ranks = gather_distinct(value, here)
+            found.append((of_ranks, len(set(map(id, of_ranks))), [each for each in sent if type(each) is not int]))
+    return found
+
+
+def test_of_what_ranks_compare_only_what_differs_is_sent_and_each_once() -> None:
+    for rank, (same, one, two) in enumerate(run_ranks(compared, 4, init=False, deadline_s=60)):
+        assert same == ([["a", "b"]] * 4, 1, []), rank
+        own = [["a", "c"] if rank == 1 else ["a", "b"] if rank == 0 else None]
+        assert one == ([["a", "b"], ["a", "c"], ["a", "b"], ["a", "b"]], 2, own), rank
+        assert two == ([["a", "0"], ["a", "1"]] * 2, 2, [["a", str(rank)] if rank < 2 else None]), rank

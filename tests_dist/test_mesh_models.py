@@ -231,6 +231,8 @@ CASES: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {
     "all replicas": ({"dp": 4}, {}, "DistributedDataParallel"),
     "dp sharded": ({"dp": 4}, {"strategy": "fsdp"}, "FSDPNet"),
     "tp alone": ({"tp": 4}, {}, "Net"),
+    "replicas and a tp of one": ({"dp": 4, "tp": 1}, {}, "DistributedDataParallel"),
+    "shards and a tp of one": ({"dp_shard": 4, "tp": 1}, {}, "FSDPNet"),
 }
 
 

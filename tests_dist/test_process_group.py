@@ -391,7 +391,6 @@ def connected(rank: int, size: int) -> list[tuple[str | None, int]]:
     opening._MOST_MESHED = size - 1  # type: ignore[attr-defined]
     found: list[tuple[str | None, int]] = []
     for chosen in ("0", None):
-        gc.collect()  # the group of the block before, and its connections
         os.environ.pop("TORCH_GLOO_LAZY_INIT", None)
         if chosen is not None:
             os.environ["TORCH_GLOO_LAZY_INIT"] = chosen
@@ -401,6 +400,25 @@ def connected(rank: int, size: int) -> list[tuple[str | None, int]]:
             found.append((os.environ.get("TORCH_GLOO_LAZY_INIT"), num_connections()))
             distributed.barrier()
     return found
+
+
+def left(rank: int, size: int) -> list[int]:
+    """The connections of groups that were left, by all or by a failure, before a garbage collection."""
+    gc.collect()
+    gc.disable()
+    found = []
+    for is_failing in (False, True):
+        with suppress(ZeroDivisionError), distributed.process_group(timeout=120):
+            assert distributed.all_reduce(1) == size
+            assert num_connections() > 1
+            if is_failing:
+                raise ZeroDivisionError
+        found.append(num_connections())
+    return found
+
+
+def test_the_connections_of_a_group_end_with_its_block() -> None:
+    assert run_ranks(left, 2, init=False, deadline_s=60) == [[0, 0]] * 2
 
 
 def num_connections() -> int:

@@ -3,22 +3,23 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from dengine.comm.collectives import all_gather_object, max_tensor
+from dengine.comm.collectives import gather_objects, max_tensor
 from dengine.comm.parts import named_parameters_beside_parts
 from dengine.control.deadlock import START_OF_RUN
 from dengine.control.plane import plane
 from dengine.errors import ConsistencyError
-from dengine.launch.world import world
+from dengine.launch.world import World, world
 
 __all__ = [
     "Compared",
     "Start",
     "compare_start",
+    "gather_distinct",
     "parameters_of",
     "prepared_parameters",
     "refuse_differences",
@@ -27,6 +28,8 @@ __all__ = [
     "same_on_all_ranks",
     "text_digest",
 ]
+
+T = TypeVar("T")
 
 _BUILD_ALIKE = "Build the same on every rank."
 
@@ -73,18 +76,33 @@ def same_on_all_ranks(entries: Sequence[str], what: str) -> bool:
     return bool(both[0] == -both[1])
 
 
+def gather_distinct(value: T, here: World) -> list[T]:
+    """Every rank's `value`, in the order of ranks. Ranks whose values have the same `repr` get one object for all.
+
+    Collective. Cost: an object gather of one number; if they differ, another one of the values, each of which one rank
+    sends.
+    """
+    mine = text_digest([repr(value)])
+    digests = gather_objects(mine, here)
+    if all(digest == mine for digest in digests):
+        return [value] * here.size
+    senders = {digest: rank for rank, digest in reversed([*enumerate(digests)])}  # the first rank that has it
+    sent = gather_objects(value if senders[mine] == here.rank else None, here)
+    return [sent[senders[digest]] for digest in digests]  # type: ignore[misc]
+
+
 def text_digest(entries: Sequence[str]) -> int:
     """A digest of `entries` with 63 bits."""
     return int.from_bytes(hashlib.sha256("\n".join(entries).encode()).digest()[:8], "big") >> 1
 
 
 def refuse_differences(compared: Sequence[Compared]) -> None:
-    """Raise if the entries differ between ranks. Collective. Cost: one object gather.
+    """Raise if the entries differ between ranks. Collective. Cost: as `gather_distinct`.
 
     Raises:
         ConsistencyError: on every rank, naming a rank that is not with the majority, and the first entry that differs.
     """
-    gathered = all_gather_object([list(each.entries) for each in compared])
+    gathered = gather_distinct([list(each.entries) for each in compared], world())
     for slot, each in enumerate(compared):
         entries = {rank: theirs[slot] for rank, theirs in enumerate(gathered) if theirs[slot] or not each.may_lack}
         _refuse(entries, each.subject, each.advice)
@@ -93,9 +111,9 @@ def refuse_differences(compared: Sequence[Compared]) -> None:
 def refuse_different_parts(compared: Compared, place: tuple[int, ...]) -> None:
     """Raise if the entries differ between ranks with the same `place`, which have the same part of a model.
 
-    Collective. Cost: one object gather. Raises: ConsistencyError: as `refuse_differences`.
+    Collective. Cost: as `gather_distinct`. Raises: ConsistencyError: as `refuse_differences`.
     """
-    gathered = all_gather_object((place, list(compared.entries)))
+    gathered = gather_distinct((place, list(compared.entries)), world())
     for each in sorted({theirs for theirs, _ in gathered}):
         of_place = {rank: entries for rank, (theirs, entries) in enumerate(gathered) if theirs == each}
         _refuse(of_place, compared.subject, compared.advice)
@@ -104,22 +122,26 @@ def refuse_different_parts(compared: Compared, place: tuple[int, ...]) -> None:
 def refuse_different_models(parameters: Mapping[int, Sequence[str]]) -> None:
     """Raise if the `parameters` of a prepared model differ between ranks; `parameters` has them by the model's number.
 
-    A model that a garbage collector has taken on some rank is skipped. Collective. Cost: one object gather.
+    A model that a garbage collector has taken on some rank is skipped. Collective. Cost: as `gather_distinct`.
 
     Raises:
         ConsistencyError: as `refuse_differences`.
     """
-    gathered = all_gather_object(dict(parameters))
-    common = sorted(set.intersection(*map(set, gathered)))
-    entries = {rank: [entry for number in common for entry in each[number]] for rank, each in enumerate(gathered)}
-    _refuse(entries, "The parameters of the models", _BUILD_ALIKE)
+    gathered = gather_distinct(dict(parameters), world())
+    distinct = {id(each): each for each in gathered}
+    common = sorted(set.intersection(*map(set, distinct.values())))
+    entries = {key: [entry for number in common for entry in each[number]] for key, each in distinct.items()}
+    _refuse(
+        {rank: entries[id(each)] for rank, each in enumerate(gathered)}, "The parameters of the models", _BUILD_ALIKE
+    )
 
 
 def _refuse(gathered: Mapping[int, Sequence[str]], subject: str, advice: str) -> None:
     ranks = list(gathered)
     if not ranks:
         return
-    odd, common = _odd_one(["\n".join(each) for each in gathered.values()])
+    texts = {id(each): "\n".join(each) for each in gathered.values()}
+    odd, common = _odd_one([texts[id(each)] for each in gathered.values()])
     if odd is None:
         return
     rank, model = ranks[odd], ranks[common]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dengine.checks import is_number
+from dengine.checks import is_number, is_whole_number
 from dengine.comm.collectives import all_gather_object, max_tensor
 from dengine.comm.consistency import text_digest
 from dengine.comm.parts import Dimensions
@@ -23,6 +23,7 @@ from dengine.splitmix64 import mixed
 __all__ = ["compare_tensors", "tensor_digest"]
 
 _CHUNK = 1 << 20  # elements that are mixed at a time: what a digest takes of memory
+_MOST_EXACT = 1 << 53  # of whole numbers in float64
 _MOST_NAMED = 8  # ranks in one message
 
 
@@ -142,8 +143,9 @@ def _digests(values: Iterable[Any]) -> torch.Tensor:
 
 
 def _number(value: Any) -> torch.Tensor:
-    if is_number(value):
-        return torch.tensor(float(value) if math.isfinite(value) else math.inf, dtype=torch.float64)
+    # A float by its bits, so that NaN, infinities and the sign of zero count; an int that no float equals, as text.
+    if is_number(value) and (not is_whole_number(value) or abs(value) <= _MOST_EXACT):
+        return torch.tensor(float(value), dtype=torch.float64)
     return torch.tensor(list(repr(value).encode()), dtype=torch.uint8)
 
 

@@ -40,7 +40,10 @@ class Activity:
         while frame is not None:
             frames.append(frame)
             frame = frame.f_back
-        return self.runs.where(frames[::-1])
+        try:
+            return self.runs.where(frames[::-1])
+        finally:
+            frames.clear()  # else, in the same thread, this frame would be in its own list, and hold all that called it
 
     def note_progress(self, position: tuple[Level, ...]) -> None:
         started = tuple(run.started for run in self.runs.under_way)

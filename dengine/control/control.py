@@ -171,6 +171,8 @@ class Control:
             wait_for_stacks(self.context)
         self._end_threads(is_failing=is_failing)
         self.context.connections.close(is_failing=is_failing)
+        # This object is in cycles, by its threads; the group and its connections are not to wait for the collector.
+        self.group = self.context.group = None
 
     def _end_threads(self, *, is_failing: bool) -> None:
         """End the threads, unless they have ended already."""

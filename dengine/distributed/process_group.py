@@ -117,11 +117,12 @@ def process_group(
         raise raised from None  # `error` is only a consequence of the other rank's failure
     finally:
         leave()
+        group = own.group
         try:
             own.close(is_failing=is_failing)
         finally:
             if is_external:
-                _leave_beside(opened, own, asked)
+                _leave_beside(opened, group, asked)
             elif opened.backend != "none":
                 _destroy(opened, is_failing)
 
@@ -221,10 +222,10 @@ def _beside(asked: Asked, timeout_s: float, stall_timeout_s: float) -> tuple[Wor
     return here, open_plane_beside(here, timeout_s, stall_timeout_s) if is_shared else NullPlane()
 
 
-def _leave_beside(opened: World, own: Plane, asked: Asked) -> None:
-    """Destroy the groups that this block made beside the one that was there."""
-    if own.group is not None:
-        dist.destroy_process_group(own.group)
+def _leave_beside(opened: World, group: dist.ProcessGroup | None, asked: Asked) -> None:
+    """Destroy the groups that this block made beside the one that was there; `group` is its control plane's."""
+    if group is not None:
+        dist.destroy_process_group(group)
     if opened.mesh is not None and isinstance(asked.mesh, dict):
         close_mesh(opened.mesh)
 

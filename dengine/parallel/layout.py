@@ -99,11 +99,12 @@ def layout_of(
         return _layout_of_arguments(model, strategy, kwargs, here)
     _refuse_shared_statistics(model, here.mesh)
     layout = _layout_on(here.mesh, strategy, parts, here)
-    if is_planned and layout.tp is None:
+    if is_planned and not has_dimension(here.mesh, "tp"):
         raise ValueError(
-            f"tensor_parallel= needs a dimension 'tp' of more than one rank, but {describe_mesh(here.mesh)} has none: "
-            'process_group(mesh={..., "tp": 2}).'
+            f"tensor_parallel= needs a dimension 'tp', but {describe_mesh(here.mesh)} has none: "
+            'process_group(mesh={..., "tp": 2}), or 1, which only checks the plan.'
         )
+    is_planned &= layout.tp is not None  # over a single rank it is only checked
     is_laid_out = _is_laid_out(model, [layout.tp, *_meshes_of_experts(here.mesh, parts)])
     if is_laid_out and is_planned:
         raise ValueError("tensor_parallel= is for a model that is not laid out yet, but this one has DTensors already.")

@@ -85,7 +85,8 @@ def prepare_model(
             is done in place: neither the model's class nor its names change.
         tensor_parallel: a plan of `torch.distributed.tensor.parallel`, a style for each module by its name
             (`{"layers.*.w1": ColwiseParallel()}`), applied first, over the dimension `tp` of the mesh. A model that is
-            laid out over `tp` already is taken as it is. In a run of one process a plan is only checked.
+            laid out over `tp` already is taken as it is. In a run of one process, or with a `tp` of 1, a plan is only
+            checked.
         parts: "pp" or "ep" declares that ranks along that dimension of the mesh have different parts of a model on
             purpose, stages or experts: nothing is compared or sent between them. Prepare a module of experts, whose
             `forward` takes the tokens of all ranks of `ep`, in place before the model around it. Preparing that model

@@ -11,7 +11,8 @@ from contextlib import suppress
 
 import torch
 
-from dengine.comm.collectives import gather_objects, sum_tensor
+from dengine.comm.collectives import sum_tensor
+from dengine.comm.consistency import gather_distinct
 from dengine.errors import MetricStateError
 from dengine.launch.world import World
 from dengine.metrics.core.computed import Form
@@ -31,7 +32,7 @@ class Reduction:
     def agree(self, states: Sequence[State], here: World, failure: str | None = None) -> None:
         """Compare the states of the ranks of `here`: they need the same metrics, order and shapes.
 
-        Collective. Cost: one object gather.
+        Collective. Cost: a gather of one number; one more, of the different states, if something differs.
 
         Raises:
             MetricStateError: on every rank; the message names the rank and the metric that differ, or a rank that
@@ -39,7 +40,7 @@ class Reduction:
         """
         mine = schemas_of(states)
         self._schemas = None
-        of_ranks = gather_objects((mine, failure), here)
+        of_ranks = gather_distinct((mine, failure), here)
         _raise_failures([rank_failure for _, rank_failure in of_ranks])
         self._take(merged([schemas for schemas, _ in of_ranks]))
 

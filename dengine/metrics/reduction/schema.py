@@ -69,16 +69,23 @@ def schemas_of(states: Sequence[State]) -> tuple[Schema, ...]:
 
 
 def merged(ranks: list[tuple[Schema, ...]]) -> tuple[Schema, ...]:
-    """The schemas for all ranks, from those that have seen data, as only they know shapes."""
-    kinds = [[(schema.metric, schema.name, schema.op) for schema in schemas] for schemas in ranks]
-    for rank, kind in enumerate(kinds):
+    """The schemas for all ranks, from those that have seen data, as only they know shapes.
+
+    Cost: time for each different object of `ranks`.
+    """
+    firsts = {id(schemas): rank for rank, schemas in reversed([*enumerate(ranks)])}
+    distinct = {rank: ranks[rank] for rank in sorted(firsts.values())}
+    kinds = {rank: [(each.metric, each.name, each.op) for each in schemas] for rank, schemas in distinct.items()}
+    for rank, kind in kinds.items():
         if kind != kinds[0]:
             raise MetricStateError(_difference(rank, kind, kinds[0]))
-    return tuple(_merged_schema(schemas) for schemas in zip(*ranks, strict=True))
+    return tuple(
+        _merged_schema(dict(zip(distinct, schemas, strict=True))) for schemas in zip(*distinct.values(), strict=True)
+    )
 
 
-def _merged_schema(schemas: tuple[Schema, ...]) -> Schema:
-    seen = [(rank, schema) for rank, schema in enumerate(schemas) if schema.is_seen]
+def _merged_schema(schemas: dict[int, Schema]) -> Schema:
+    seen = [(rank, schema) for rank, schema in schemas.items() if schema.is_seen]
     if not seen:
         return schemas[0]
     first_rank, first = seen[0]

@@ -14,7 +14,8 @@ from dengine.tools.doctor.report import Finding, Verdict, ranks_text
 
 __all__ = ["judge_files", "judge_memory", "judge_shared_memory", "judge_signals", "limit_facts", "signal_facts"]
 
-_FEW_FILES = 4096
+_FILES_OF_A_RANK = 4096  # connections to other ranks, and what loader workers and libraries open
+_FILES_OF_THE_STORE = 3  # connections of each rank
 _LITTLE_MEMORY = _LITTLE_SHM = 1 << 30
 _NO_SHM = 16 << 20
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # those that handlers.Preemption handles
@@ -54,19 +55,29 @@ def signal_facts() -> SignalFacts:
 
 
 def judge_files(facts: Facts, hosts: dict[int, str]) -> Finding:
+    """Whether each rank may open enough files, and the host of the store, on which three belong to each rank.
+
+    The store is rank 0's or its launcher's, from which rank 0 has its limit.
+    """
     limits = {rank: each["limits"]["num_files"] for rank, each in facts.items()}
-    lowest = min(limits, key=lambda rank: _finite(limits[rank]))
-    if _finite(limits[lowest]) < _FEW_FILES:
-        hard = facts[lowest]["limits"]["num_files_hard"]
-        wanted = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
+    needed = {rank: _FILES_OF_A_RANK + (_FILES_OF_THE_STORE * len(facts) if rank == 0 else 0) for rank in facts}
+    lowest = min(limits, key=lambda rank: _finite(limits[rank]) - needed[rank])
+    if _finite(limits[lowest]) < needed[lowest]:
+        hard = _finite(facts[lowest]["limits"]["num_files_hard"])
+        wanted = max(65536, needed[lowest])
+        advice = f"`ulimit -n {min(wanted, hard)}` before the launch; in a container, --ulimit nofile={wanted}."
+        if hard < needed[lowest]:
+            advice += f" More than {hard} takes an administrator (LimitNOFILE= of the service that starts the ranks)."
+        what = f"the store of {len(facts)} ranks" if lowest == 0 else "loader workers and many ranks"
         return Finding(
             "open files",
             Verdict.WARN,
-            f"{ranks_text([lowest], hosts)} may open {limits[lowest]} files: few for loader workers and many ranks",
-            f"`ulimit -n {wanted}` before the launch; in a container, --ulimit nofile=65536.",
+            f"{ranks_text([lowest], hosts)} may open {limits[lowest]} files: few for {what}, which take up to "
+            f"{needed[lowest]}",
+            advice,
             (lowest,),
         )
-    return Finding("open files", Verdict.OK, f"{_number(limits[lowest])} at once, at least")
+    return Finding("open files", Verdict.OK, f"{_number(limits[lowest])} at once, of at most {needed[lowest]} needed")
 
 
 def judge_memory(facts: Facts, hosts: dict[int, str]) -> Finding:
