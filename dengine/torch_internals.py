@@ -41,6 +41,7 @@ __all__ = [
     "drop_workers",
     "flat_mesh",
     "forget_fsdp",
+    "forget_meshes",
     "has_final_buckets",
     "has_gradient_hooks",
     "hooks_of_others",
@@ -291,6 +292,30 @@ def flat_mesh(mesh: "DeviceMesh", names: list[str]) -> str:
     if len(names) > 1:
         mesh[tuple(names)]._flatten("_".join(names))
     return "_".join(names)
+
+
+def forget_meshes() -> None:
+    """Have DTensors forget all meshes, in this thread and in the one that runs backward passes on this rank's GPU.
+
+    What torch has found out about an operation is kept for its mesh, and a mesh whose groups are gone equals a new one
+    of the same ranks, whose collectives would then go to groups that are gone. Cost: nothing without DTensors.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    _forget_meshes()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False), torch.enable_grad():
+            value = torch.zeros((), device="cuda", requires_grad=True)
+            value.register_hook(lambda _: _forget_meshes())  # type: ignore[no-untyped-call]
+            (value * 1).backward()  # type: ignore[no-untyped-call]
+
+
+def _forget_meshes() -> None:
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    _redistribute._gen_transform_infos.cache_clear()
+    _redistribute.clear_redistribute_planner_cache()
 
 
 def forget_fsdp(module: nn.Module) -> None:

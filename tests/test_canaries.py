@@ -486,6 +486,22 @@ def test_tensors_are_copied_and_scaled_many_at_a_time() -> None:
     assert [each.tolist() for each in targets] == [[2.5] * 2, [2.5] * 3]
 
 
+@pytest.mark.usefixtures("group")
+def test_meshes_are_forgotten_by_what_keeps_them() -> None:
+    """Else DTensors of a second group use the groups of the first one, which are gone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, _redistribute, debug, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    tensor = distribute_tensor(torch.ones(2, 2), mesh, [Shard(0)])
+    doubled: Any = tensor + tensor
+    doubled.redistribute(mesh, [Replicate()])
+    assert _redistribute._gen_transform_infos.cache_info().currsize > 0
+    torch_internals.forget_meshes()
+    assert debug._get_python_sharding_prop_cache_info().currsize == 0
+    assert _redistribute._gen_transform_infos.cache_info().currsize == 0
+
+
 def test_the_result_of_a_collective_under_way_is_of_a_class_that_can_be_awaited() -> None:
     """Else an output of a tensor-parallel model is sent to other ranks before its numbers are there."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor

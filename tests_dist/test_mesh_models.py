@@ -1,6 +1,7 @@
 """`prepare_model` on the mesh of `process_group(mesh=)`: 4 ranks train as one process does on the whole batch."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,28 @@ def test_every_mesh_trains_as_one_process(name: str) -> None:
             assert seen["before"][key].equal(value), f"{key} began as another one"
         for key, value in after.items():
             assert_close(seen["after"][key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def in_blocks(rank: int, size: int) -> list[dict[str, torch.Tensor]]:
+    """One block after the other: their `tp` is of the same ranks, in groups of other names."""
+    found = []
+    for mesh in ({"dp": 2, "tp": 2}, {"dp_replicate": 1, "dp_shard": 2, "tp": 2}, {"tp": 2, "dp": 2}):
+        with distributed.process_group(mesh=mesh) as here:
+            model = distributed.prepare_model(net(), tensor_parallel=plan())
+            found.append(train(model, partial(part_of, here.data_rank)))
+    return found
+
+
+def part_of(number: int, inputs: torch.Tensor) -> torch.Tensor:
+    return inputs.chunk(2)[number]
+
+
+def test_blocks_with_meshes_come_one_after_the_other_in_one_process() -> None:
+    expected = train(net(), lambda inputs: inputs)
+    for blocks in run_ranks(in_blocks, 4, init=False, deadline_s=120):
+        for after in blocks:
+            for name, value in expected.items():
+                assert_close(after[name], value, rtol=1e-6, atol=1e-6)
 
 
 def drawn(rank: int, size: int, mesh: dict[str, int] | None, strategy: Any, is_planned: bool) -> Any:

@@ -28,7 +28,7 @@ from dengine.launch.network import chosen_interface
 from dengine.launch.parent_death import set_parent_death_signal
 from dengine.launch.rendezvous import rendezvous
 from dengine.launch.world import World, default_device, enter, external_world, leave, world, world_of
-from dengine.torch_internals import PrefixStore
+from dengine.torch_internals import PrefixStore, forget_meshes
 
 __all__ = ["process_group"]
 
@@ -93,6 +93,7 @@ def process_group(
     asked = asked_for(mesh)
     is_external = dist.is_available() and dist.is_initialized() and not is_alone
     launch = None if is_external or is_alone else find_launch(os.environ)
+    forget_meshes()  # of groups that were left: a new one may be equal to one of them
     own: Plane = NullPlane()  # the plane that this block closes
     if launch is not None:
         opened, own = _join(launch, backend, timeout, stall_timeout, asked)
