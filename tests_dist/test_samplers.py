@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from dengine import Engine, Events, distributed
-from dengine.engine.data.joined import Absent
+from dengine.engine import Absent
 from dengine.errors import ConsistencyError
 from dengine.handlers import Checkpoint
 
@@ -100,7 +100,7 @@ OWN_ORDER = [kind for kind in SAMPLERS if kind != "kept"]
 
 
 def loader_of(kind: str, num_workers: int, *, exact: bool = False) -> DataLoader[Any]:
-    size = distributed.world().size
+    size = distributed.world().data_size
     options: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
     if kind == "buckets":
         options["batch_sampler"] = SAMPLERS[kind]()
@@ -225,6 +225,17 @@ def test_three_two_and_one_rank_see_the_global_batches_of_one_and_each_draw_once
         else:
             assert found == batches, kind
             assert joined(alone, kind) == batches, kind
+
+
+def on_a_mesh(rank: int, size: int) -> dict[str, Batches]:
+    with distributed.process_group(mesh={"dp": 1, "tp": 2}):
+        return {kind: seen(kind, Path("unused"), None, 0) for kind in OWN_ORDER[::3]}
+
+
+def test_ranks_that_share_their_data_on_a_mesh_get_the_same_samples() -> None:
+    whole = {kind: seen(kind, Path("unused"), None, 0) for kind in OWN_ORDER[::3]}
+    with_tp = run_ranks(on_a_mesh, 2, init=False)
+    assert with_tp == [whole, whole]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch.utils.data import (
 from dengine.data.loader import data_state
 from dengine.data.parts import members_of
 from dengine.data.sampler import ElasticSampler
+from dengine.data.self_sharding import settings_of
 from dengine.data.stream import StreamShard
 from dengine.launch.world import world
 
@@ -111,12 +112,7 @@ def _shard_state(data: object) -> Mapping[str, Any] | None:
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas != world().data_size:
         return None  # shards of a part of the ranks only, or all samples on each
     if isinstance(sampler, DistributedSampler) and not isinstance(sampler, ElasticSampler):
-        return {
-            "length": len(sampler.dataset),  # type: ignore[arg-type]
-            "seed": sampler.seed,
-            "shuffle": sampler.shuffle,
-            "drop_last": sampler.drop_last,
-        }
+        return settings_of(sampler)
     return data_state(data)
 
 

@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from dengine.data.passes import PassCounter
 from dengine.data.sampler import DataState
 from dengine.data.seeding import EpochIndex
+from dengine.data.whole_epochs import size_of
 from dengine.launch.world import World
 
-__all__ = ["KeptSampler", "check_fits", "divides_by_worker", "refuse_other_part", "shards_itself"]
+__all__ = ["KeptSampler", "check_fits", "divides_by_worker", "refuse_other_part", "settings_of", "shards_itself"]
 
 # The first part of a module's name, and the class in it (or one derived from it) that asks for its rank by itself.
 _CLASSES = {("streaming", "StreamingDataset"), ("litdata", "StreamingDataset")}
@@ -56,7 +57,7 @@ def check_fits(sampler: "DistributedSampler[object]", here: World, *, exact: boo
         ValueError: the sampler's shard is not this rank's, or it pads although `exact` is wanted.
     """
     _check_sampler(sampler, here)
-    size = len(sampler.dataset)  # type: ignore[arg-type]
+    size = settings_of(sampler)["length"]
     is_exact = getattr(sampler, "exact", sampler.total_size == size)
     if exact and not is_exact:
         raise ValueError(
@@ -64,6 +65,17 @@ def check_fits(sampler: "DistributedSampler[object]", here: World, *, exact: boo
             f"{sampler.total_size} samples of {size}: leave the sampler out, and prepare_data_loader() makes one that "
             "does, or use ElasticSampler(..., exact=True)."
         )
+
+
+def settings_of(sampler: "DistributedSampler[Any]") -> dict[str, Any]:
+    """What the order of a `DistributedSampler` depends on; one with a constructor of its own may lack some."""
+    size = size_of(getattr(sampler, "dataset", getattr(sampler, "lengths", None)))  # `lengths`: as transformers' has
+    return {
+        "length": sampler.total_size if size is None else size,
+        "seed": getattr(sampler, "seed", 0),
+        "shuffle": getattr(sampler, "shuffle", True),
+        "drop_last": getattr(sampler, "drop_last", False),
+    }
 
 
 def refuse_other_part(data: object, here: World) -> None:
@@ -87,7 +99,8 @@ class KeptSampler(DistributedSampler[int]):
     def __init__(self, inside: "DistributedSampler[int]") -> None:
         self.inside = inside
         self.carries_epoch = False
-        kind = {"kept": type(inside).__qualname__, "seed": inside.seed, "shuffle": inside.shuffle}
+        settings = settings_of(inside)
+        kind = {"kept": type(inside).__qualname__, "seed": settings["seed"], "shuffle": settings["shuffle"]}
         self.passes = PassCounter(kind)
         self.passes.set_epoch(inside.epoch)
         self._last_epoch = inside.epoch
@@ -104,7 +117,7 @@ class KeptSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         if self.inside.epoch != self._last_epoch:  # the user has called set_epoch() of his own sampler
             self.passes.set_epoch(self.inside.epoch)
-        epoch = self._last_epoch = self.passes.begin(self.inside.dataset)
+        epoch = self._last_epoch = self.passes.begin(getattr(self.inside, "dataset", None))
         self.inside.set_epoch(epoch)
         first, self._skipped = self._skipped, 0
         indices = islice(self.inside, first, None)
@@ -125,12 +138,9 @@ class KeptSampler(DistributedSampler[int]):
         one.
         """
         return {
-            "length": len(self.inside.dataset),  # type: ignore[arg-type]
+            **settings_of(self.inside),
             "global_batch_size": self.inside.num_replicas * batch_size,
-            "seed": self.inside.seed,
-            "shuffle": self.inside.shuffle,
             "exact": False,
-            "drop_last": self.inside.drop_last,
         }
 
 

@@ -160,6 +160,34 @@ def test_a_sampler_for_another_rank_or_number_of_ranks_is_refused_with_both(
         prepare_data_loader(DataLoader(NUMBERS, sampler=sampler))
 
 
+class ByLength(DistributedSampler[int]):
+    """As transformers' DistributedLengthGroupedSampler: with neither a data set nor `shuffle`."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.lengths = [index % 5 for index in range(13)]
+        self.rank, self.num_replicas, self.seed, self.epoch, self.drop_last = rank, size, 0, 0, False
+        self.num_samples = -(-13 // size)
+        self.total_size = self.num_samples * size
+
+    def __iter__(self) -> Iterator[int]:
+        order = sorted(range(13), key=lambda index: ((self.lengths[index] + self.epoch) % 5, index))
+        return iter((order * 2)[self.rank : self.total_size : self.num_replicas])
+
+
+def test_a_distributed_sampler_with_attributes_of_its_own_is_kept(place: tuple[int, int]) -> None:
+    loader = DataLoader(NUMBERS, batch_size=2, sampler=ByLength(*place))
+    found: list[list[int]] = []
+    trainer = Engine(lambda engine, batch: found.append(batch[0].tolist()))
+    trainer.run(loader, max_epochs=2)
+    plain, found[:] = list(found), []
+    prepared = prepare_data_loader(loader)
+    trainer.run(prepared, max_epochs=2)
+    assert found == plain
+    assert data_state(prepared)["length"] == 13
+    with pytest.raises(ValueError, match="takes 14 samples of 13"):
+        prepare_data_loader(loader, exact=True)
+
+
 def test_exact_is_refused_of_a_sampler_that_pads(place: tuple[int, int]) -> None:
     rank, size = place
     padding: list[Any] = [DistributedSampler(NUMBERS, num_replicas=size, rank=rank)]
