@@ -41,12 +41,15 @@ class Engine:
     """Runs `process_function(engine, batch)` over data and fires events; handlers attach to them.
 
     Args:
-        process_function: one step. What it returns is `state.output`.
+        process_function: one step. What it returns is `state.output`. It is not called for a batch of None (of which a
+            `collate_fn` has left nothing): that is an iteration with all its events, but without an output, of which
+            metrics see nothing.
         distributed: False makes the engine this rank's own (an evaluation on rank 0 only): its metrics are not
             reduced, its stops are its own, and it takes part in no collective.
-        joined: ranks with fewer batches than others take part in the last iterations with an `Absent` as
-            `state.batch`, so that a step may hold collectives (DDP, FSDP). Metrics are not updated in these iterations.
-            The data must have a length. Cost: one small all-reduce an epoch.
+        joined: over several ranks, one with fewer batches than others takes part in the last iterations, and one with a
+            batch of None in that iteration, with an `Absent` as `state.batch`, so that a step may hold collectives
+            (DDP, FSDP). Metrics are not updated in these iterations. Only data with a length end together. Cost: one
+            small all-reduce an epoch.
         stop_every: iterations of an epoch that belong together (an accumulation of gradients): `terminate()`,
             `terminate_epoch()` and `preempt()` leave after a multiple of this number, or at the epoch's end.
 

@@ -4,6 +4,7 @@ handler."""
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,6 +24,7 @@ from dengine.engine.resume import Resuming
 from dengine.engine.start import compare_start
 from dengine.engine.state import State
 from dengine.metrics.collection.metric_set import MetricSet
+from dengine.naming import describe
 
 if TYPE_CHECKING:
     from dengine.engine.engine import Engine
@@ -59,6 +61,7 @@ class Loop:
         # Iteration number minus count of the event in this run, for the events that count fetches.
         self._fetch_started_offset = self._fetch_completed_offset = self.state.iteration
         self._consumed_before = self.state.iteration  # batches that the interrupted run had taken of an iterator
+        self._num_left_out = 0  # batches of None in this epoch
         self._continued: Iterator[object] | None = None  # the batches of a pass that the epoch before did not end
 
     def run(self) -> None:
@@ -119,6 +122,7 @@ class Loop:
         if is_new:
             state._epoch, state._epoch_iteration = state.epochs_completed, 0
             self.resuming.return_between_epochs(self.epochs)
+        self._num_left_out = 0
         self.metrics.reset()
         state.metrics = self.metrics.shown_live(state.metrics)
         if is_new:
@@ -142,12 +146,24 @@ class Loop:
             self.epochs.emptiness.refuse_empty_epoch(state.epoch, state.iteration)
         if (guard := self.engine.repeats.guard) is not None:
             guard.flush(self.engine)
+        if self._num_left_out and self._num_left_out == state.epoch_iteration:
+            self._warn_of_none()
         if not self.limits.is_skipped():
             state.metrics.update(epoch_metrics.compute(self.metrics, distributed=distributed, is_whole=is_whole))
         state._epochs_completed = state.epoch + 1
         self.resuming.end_epoch(self.epochs)
         state.times["epoch"] = time.perf_counter() - started_s
         self._fire(Events.EPOCH_COMPLETED)
+
+    def _warn_of_none(self) -> None:
+        state = self.state
+        warnings.warn(
+            f"All {state.epoch_iteration} batches of epoch {state.epoch} were None on rank {world().rank}, so that "
+            f"{describe(self.step)} was never called: None is a batch of which nothing is left. Check the collate_fn "
+            "and on_error=; for iterations without data, run over range(n).",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _run_iterations(self) -> bool:
         """Iterate until the epoch ends (True) or is cut short, by `max_iterations` or `terminate()` (False)."""
@@ -202,16 +218,20 @@ class Loop:
             iteration += 1
             if iteration < gate.due:
                 state._iteration = iteration
-                state.output = step(engine, batch)
             else:
                 if iteration - fetch_completed_offset >= get_batch_completed.due:
                     get_batch_completed.fire(engine, iteration - fetch_completed_offset)
                 state._iteration = iteration
                 if iteration >= started.due:
                     started.fire(engine, iteration)
-                state.output = step(engine, state.batch)
+                batch = state.batch  # a handler may have set it
+            if batch is None:
+                state.output = None
+                self._num_left_out += 1
+            else:
+                state.output = step(engine, batch)
             state._iterations_done = iteration
-            if metrics.updates and type(state.batch) is not Absent:
+            if metrics.updates and batch is not None and type(state.batch) is not Absent:
                 metrics.update(state.output)
             if iteration >= completed.due:
                 completed.fire(engine, iteration)
@@ -251,7 +271,8 @@ class Loop:
         """
         state, consumed, self._consumed_before = self.state, self._consumed_before, 0
         batches = self.resuming.first_batches(self.epochs, skip=state.pass_iteration, consumed=consumed)
-        is_start = not state.pass_iteration  # else there was a batch already; there may be no more
+        # Else there was a batch already; there may be no more. Ranks may be at other iterations of a pass.
+        is_start = not (state.iteration if self.epochs.is_continued else state.epoch_iteration)
         batches = self.epochs.looked_into(batches, state.epoch, state.iteration, is_start=is_start)
         self._continued = batches if self.epochs.is_continued else None
         return batches

@@ -44,12 +44,17 @@ def check_function(name: str, function: object, *arguments: str) -> None:
 
 
 def has_output(engine: Engine) -> bool:
-    """Whether the step gave an output here. On a mesh with `pp` or `cp` None is none, as other ranks have it."""
-    return engine.state.output is not None or not world().may_lack_output
+    """Whether the step gave an output here.
+
+    None is none if there was no batch, or on a mesh with `pp` or `cp`, as other ranks have it.
+    """
+    return engine.state.output is not None or not (engine.state.batch is None or world().may_lack_output)
 
 
 def warn_of_no_output(handler: str) -> None:
-    """Say, once, that what rank 0 is to show is not there."""
+    """Say, once, that what rank 0 is to show is not there, if it never will be."""
+    if not world().may_lack_output:  # only this batch was left out
+        return
     warnings.warn(
         f"{handler} shows nothing of this step's output, which other ranks have, but rank 0 has not "
         f"({describe_mesh(world().mesh)}): show a metric, whose value every rank gets.",  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from dengine.types import summable
 
 __all__ = ["ThroughputMonitor"]
 
+_LEFT_OUT = (Absent, type(None))  # batches of which there is nothing to count
 _COUNTED_STEP = 2  # the first one of a run may compile
 
 
@@ -145,7 +146,7 @@ class ThroughputMonitor:
 
     def _step_begins(self, engine: Engine) -> None:
         is_wanted = self._counts_flops and self._flops_a_step is None and engine.state.iteration >= _COUNTED_STEP
-        if is_wanted and type(engine.state.batch) is not Absent and self._peak_of(engine) is not None:
+        if is_wanted and type(engine.state.batch) not in _LEFT_OUT and self._peak_of(engine) is not None:
             from torch.utils.flop_counter import FlopCounterMode  # costs 0.3 s to import
 
             self._counter = FlopCounterMode(display=False)
@@ -161,7 +162,7 @@ class ThroughputMonitor:
         if self._counter is not None:
             self._flops_a_step = int(self._counter.get_total_flops())
             self._stop_counting(engine)
-        if type(engine.state.batch) is Absent:
+        if type(engine.state.batch) in _LEFT_OUT:
             return
         self._num_steps += 1
         self._samples = self._samples + summable(self._num_samples(engine))

@@ -73,8 +73,10 @@ class GradientMean:
             self._no_sync = partial(_fsdp_no_sync, fsdp)
         self._count: Count = 0.0  # of the batch under way
         self._total: Count = 0.0  # of this rank's batches since the last step
+        self._num_absent = self._num_counted = 0  # of these, the ones that only take part, and all
         self._is_alike = self.is_alone  # whether the other ranks are known to have the same count
-        self._sent: tuple[Tensor, Any] | None = None  # the total of all ranks, and the work that sums it
+        # The totals of all ranks, of counts and of batches that do not only take part, and the work that sums them.
+        self._sent: tuple[Tensor, Any] | None = None
         # The divisor of counts. On one rank: so that equal counts give the usual bits. On several, which must agree on
         # it: so that scaled losses do not overflow 16 bits.
         self._unit: Count | None = None
@@ -86,10 +88,19 @@ class GradientMean:
         """
         return nullcontext() if self.is_alone or self._sends_next else self._no_sync()
 
-    def begin(self, count: Count, device: torch.device, *, is_last: bool, is_alike: bool = False) -> None:
+    def begin(
+        self,
+        count: Count,
+        device: torch.device,
+        *,
+        is_last: bool,
+        is_alike: bool = False,
+        is_absent: bool = False,
+    ) -> None:
         """Count a batch, before its forward pass on `device`.
 
         Args:
+            is_absent: whether it is a placeholder, with which this rank only takes part.
             is_last: whether it is the last batch of this step, so that the gradients are sent.
             is_alike: whether the batches of this step are known to have the same counts on all ranks. The same value
                 on all ranks.
@@ -106,11 +117,25 @@ class GradientMean:
             raise ValueError(f"A batch cannot count {count!r}: its weight must be a number of at least 0.")
         self._count = count
         self._total = self._total + count
+        self._num_counted, self._num_absent = self._num_counted + 1, self._num_absent + is_absent
         self._is_alike = is_alike or self.is_alone
         if is_last and not self._is_alike:
-            total = torch.empty(1, dtype=accumulator_dtype(device), device=device)
-            total[0] = self._total
+            total = torch.empty(2, dtype=accumulator_dtype(device), device=device)
+            total[0], total[1] = self._total, self._num_counted - self._num_absent
             self._sent = total, dist.all_reduce(total, group=self._group, async_op=True)
+
+    def has_batch(self) -> bool:
+        """Whether any batch since the last step, of any rank, is more than a placeholder.
+
+        Cost: waits for the device on a rank that had only placeholders, which is seldom.
+        """
+        if self._num_counted > self._num_absent:
+            return True
+        if self._sent is None:
+            return False
+        total, work = self._sent
+        work.wait()
+        return bool(total[1])
 
     def share(self) -> Count:
         """The weight of the loss if the step has one batch on each rank: the batch's share times the number of ranks.
@@ -149,6 +174,7 @@ class GradientMean:
         """Drop the batches so far, and start again."""
         self._sent = None
         self._total = 0.0
+        self._num_counted = self._num_absent = 0
         if self.is_alone:
             self._unit = None
 
@@ -160,7 +186,7 @@ class GradientMean:
         total, work = self._sent
         with waiting:
             work.wait()
-        return float(total) if total.device.type == "cpu" else total[0]
+        return float(total[0]) if total.device.type == "cpu" else total[0]
 
     def _first_unit(self, count: Count, *, is_scaled: bool) -> Count:
         if not self.is_alone:

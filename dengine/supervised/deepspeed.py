@@ -173,7 +173,7 @@ class DeepSpeedStep:
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None:
+    def begin(self, count: Count, *, is_last: bool, is_alike: bool = False, is_absent: bool = False) -> None:
         self._warn_of_other(count)
         self._engine.set_gradient_accumulation_boundary(is_boundary=is_last)
         self._mean.begin(count, self._device, is_last=True, is_alike=is_alike)
@@ -184,6 +184,9 @@ class DeepSpeedStep:
         self._num_done += 1
         self._engine.backward(loss * weight, scale_wrt_gas=False)
         self._mean.forget()
+
+    def has_batch(self) -> bool:
+        return True  # it would keep the gradients, of zero, for the next step
 
     def step(self) -> bool:
         self._engine.step()

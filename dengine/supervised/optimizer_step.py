@@ -38,8 +38,9 @@ class OptimizerStep(Protocol):
 
     def start(self, num_batches: int | None) -> None: ...  # of this step; None: unknown
     def no_sync(self) -> AbstractContextManager[None]: ...
-    def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None: ...
+    def begin(self, count: Count, *, is_last: bool, is_alike: bool = False, is_absent: bool = False) -> None: ...
     def backward(self, loss: Tensor) -> None: ...
+    def has_batch(self) -> bool: ...  # on any rank; else there is nothing to step with
     def step(self) -> bool: ...  # False: a guard has left it out
     def cut_short(self, num_batches: int) -> None: ...  # fewer came than `start` said
     def forget(self) -> None: ...
@@ -89,11 +90,12 @@ class _WeightedStep:
     def start(self, num_batches: int | None) -> None:
         self._optimizer.zero_grad()
 
-    def begin(self, count: Count, *, is_last: bool, is_alike: bool = False) -> None:
+    def begin(self, count: Count, *, is_last: bool, is_alike: bool = False, is_absent: bool = False) -> None:
         # One batch of each rank, all with the same count: DDP's own mean is right.
         self._is_weighted = self.takes_counts and not (is_alike and self._is_one_batch)
         if self._is_weighted:
-            self._mean.begin(count, self._accelerator.device, is_last=is_last, is_alike=is_alike)
+            device = self._accelerator.device
+            self._mean.begin(count, device, is_last=is_last, is_alike=is_alike, is_absent=is_absent)
 
     def backward(self, loss: Tensor) -> None:
         if self._is_weighted:
@@ -101,6 +103,9 @@ class _WeightedStep:
         else:
             check_loss(loss)
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def has_batch(self) -> bool:
+        return not self._is_weighted or self._mean.has_batch()
 
     def step(self) -> bool:
         if self._is_weighted:

@@ -113,7 +113,7 @@ class TrainStep(ABC):
         """Run forward and backward. A placeholder batch leaves no trace in the model."""
         if is_absent and self._step.guard is not None:  # a weight of 0 leaves out only what is finite
             inputs, targets = trees.map_leaves(_made_finite, (inputs, targets))
-        self._step.begin(count, is_last=is_last, is_alike=is_alike)
+        self._step.begin(count, is_last=is_last, is_alike=is_alike, is_absent=is_absent)
         if is_absent:
             with in_eval_mode(self._model):
                 pred, loss = self._forward(inputs, targets)
@@ -136,7 +136,10 @@ class TrainStep(ABC):
         return pred, self._functions.loss(pred, targets)
 
     def _finish_step(self, engine: Engine) -> None:
-        self._has_stepped = self._step.step()
+        if self._step.has_batch():
+            self._has_stepped = self._step.step()
+        else:  # all ranks left it out
+            self._step.forget()
         self._num_pending, self._spare = 0, None
         if self._step.scaler is not None:
             engine.state.grad_scaler = self._step.scaler.state_dict()
@@ -146,6 +149,11 @@ class TrainStep(ABC):
         if self._functions.output is not None:
             return self._functions.output(inputs, targets, pred, loss)
         return {"loss": loss, "pred": pred, "label": targets}
+
+    def _is_last(self, engine: Engine) -> bool:
+        """Whether this iteration is the last one of an accumulation."""
+        number = engine.state.epoch_iteration
+        return number % self._num_batches == 0 or number == engine.state.epoch_length
 
     # -- handlers --------------------------------------------------------------------------------------------------
 
@@ -178,6 +186,8 @@ class TrainStep(ABC):
             self._model.train()
 
     def _fire_step_completed(self, engine: Engine) -> None:
+        if self._num_pending and engine.state.batch is None and self._is_last(engine):
+            self._finish_accumulation(engine)  # the step was not called for the last batch
         has_stepped, self._has_stepped = self._has_stepped, False
         if has_stepped and not engine.repeats.is_left_out:  # a guard may have found out since
             engine.save_phase.is_put_off = True  # savers wait until the other handlers of the iteration are done
@@ -226,7 +236,7 @@ class _WeighedStep(TrainStep):
     def __call__(self, engine: Engine, batch: Any) -> Any:
         number = engine.state.epoch_iteration
         self._has_stepped = False
-        is_last = number % self._num_batches == 0 or number == engine.state.epoch_length
+        is_last = self._is_last(engine)
         self._train_mode(engine)
         if self._num_pending == 0:
             self._step.start(self._num_in_step(engine))
@@ -274,8 +284,9 @@ class _WeighedStep(TrainStep):
     def _refuse_sync_batch_norm(self) -> None:
         if any(isinstance(module, nn.SyncBatchNorm) for module in self._model.modules()):
             raise ValueError(
-                "SyncBatchNorm needs a batch on every rank, but this rank's data has ended before another one's: give "
-                "all ranks the same number of batches, as prepare_data_loader() does without exact=True."
+                "SyncBatchNorm needs a batch on every rank, but this rank's data has ended before another one's, or "
+                "its batch is None: give all ranks the same number of batches, as prepare_data_loader() does without "
+                "exact=True, and leave none out."
             )
 
 

@@ -11,7 +11,7 @@ from dengine.data.passes import PassCounter
 from dengine.engine.data.description import length_of
 from dengine.engine.data.duplicates import compare_ranks
 from dengine.engine.data.emptiness import Emptiness
-from dengine.engine.data.joined import Absent, Pass, agreed_pass, with_own_spare, with_sent_spare
+from dengine.engine.data.joined import Absent, Pass, agreed_pass, with_placeholders, with_sent_spare
 from dengine.engine.data.own_state import holds_any, is_restored_by_user
 from dengine.engine.data.self_resetting import SelfResetting, may_reset_itself
 from dengine.engine.data.skipping import can_seek, dropping, rest_of, skipped_by_sampler, warn_of_drawing
@@ -134,7 +134,7 @@ class EpochIterator:
         if restored is None and self._resetting is not None:
             self._resetting.finish_what_was_left()
         elif restored is None and self.is_one_shot:
-            return self._fast_forwarded(consumed)
+            return self._filled(self._fast_forwarded(consumed))
         own = length_of(self.data)
         size = own if self._pass.length is None else self._pass.length
         in_pass = skip % size if size else skip  # an epoch longer than the data passes over it again and again
@@ -147,14 +147,21 @@ class EpochIterator:
         else:  # its next pass may depend on earlier ones
             batches = self._fast_forwarded(self._num_own(skip))
         if self._pass.is_even or own is None or size is None:
-            return batches
+            return self._filled(batches)
         if skip and in_pass == 0 and restored is None and not can_seek(self.data):  # at the end of a pass
             self.finish(size)
             batches = self._new_pass()
         num_absent = size - max(own, in_pass)
         if self._pass.is_empty_somewhere:
-            return with_sent_spare(batches, own, num_absent, self._pass.source, self._any_batch)
-        return with_own_spare(batches, num_absent, self._any_batch)
+            return with_sent_spare(batches, own, num_absent, self._pass.source, self._any_batch, self.source.note_ahead)
+        return self._filled(batches, num_absent)
+
+    def _filled(self, batches: Iterator[object], num_absent: int = 0) -> Iterator[object]:
+        """`batches`, with placeholders if other ranks wait for this one: for batches of None, and `num_absent` more."""
+        waits = self._is_joined and self.emptiness.may_be_empty
+        if not waits and not num_absent:
+            return batches
+        return with_placeholders(batches, num_absent, self._any_batch, self.source.note_ahead)
 
     def position(self, done: int, *, is_completed: bool) -> SavedSource | None:
         """The position that the data keep, after the first `done` batches of the pass; `is_completed`: the epoch is."""
@@ -287,11 +294,16 @@ class EpochIterator:
         return num_passes * own + min(rest, own)
 
     def _any_batch(self) -> object:
-        batch = next(self._new_pass())
-        self.source.load_again()
-        if self._resetting is not None:
-            self._resetting.push_back(batch)
-        return batch
+        for batch in self._new_pass():
+            if self._resetting is not None:
+                self._resetting.push_back(batch)
+            if batch is not None:
+                self.source.load_again()
+                return batch
+        raise RuntimeError(
+            f"All batches that this {type_name(self.data)} gave on this rank are None, so that it has none with which "
+            "to take part in the steps of other ranks: give each rank data of which something is left."
+        )
 
     def _new_pass(self) -> Iterator[object]:
         for counter in self.counters:

@@ -46,6 +46,7 @@ class Source:
         self._loaded: SavedSource | None = None
         self.has_loaded = False  # for the next pass
         self._has_started = False
+        self._is_ahead = False  # batches were drawn that the run has not been given
         self._num_fetched = 0  # batches of the epoch, before those of a resumed run too
 
     def check(self, saved: SavedSource | None, *, allow_changed_data: bool) -> SavedSource | None:
@@ -131,7 +132,11 @@ class Source:
 
     def begin_pass(self) -> None:
         """Count batches from the beginning of an epoch, or of a pass over data that go on from epoch to epoch."""
-        self._num_fetched = 0
+        self._num_fetched, self._is_ahead = 0, False
+
+    def note_ahead(self, is_ahead: bool) -> None:
+        """Note whether batches were drawn that the run has not been given, so that the state is not the position."""
+        self._is_ahead = is_ahead
 
     def counted(self, batches: Iterator[object], skip: int) -> Iterator[object]:
         """`batches`, those after the first `skip` of the epoch, counted as they are fetched."""
@@ -202,7 +207,7 @@ class Source:
         if is_between:
             if not (self.is_at_end or isinstance(self.data, Iterator)):
                 return None  # the next epoch begins with a new pass
-        elif self._num_fetched != done:
+        elif self._is_ahead or self._num_fetched != done:
             return None
         try:
             return _plain(self.part.state_dict())
@@ -222,7 +227,7 @@ class Source:
         if is_between:
             state = self.part.state_dict(num_samples=0, from_beginning=True)
             return {**state, "epoch": state["epoch"] + 1}
-        if self._num_fetched != done:
+        if self._is_ahead or self._num_fetched != done:
             return None
         num_batches = length_of(self.data)
         in_pass = (done - 1) % num_batches + 1 if num_batches and done else done
