@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from ranks import run_ranks
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from dengine import Engine
 from dengine.data import zip_loaders
@@ -31,10 +31,9 @@ class Batches(BatchSampler):
 class Stream(IterableDataset[Any]):
     """Says that it gives each rank its own samples."""
 
-    shards_itself = True
-
     def __init__(self, samples: torch.Tensor, part: int, num_parts: int) -> None:
         self.samples, self.part, self.num_parts = samples, part, num_parts
+        self.shards_itself = True
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.samples[self.part :: self.num_parts])
@@ -75,6 +74,26 @@ def cases(rank: int, size: int) -> dict[str, Any]:
     }
 
 
+def shards(rank: int, size: int) -> dict[str, list[float]]:
+    """This rank's samples, by who is said to shard."""
+    samples, numbers = torch.arange(12.0), TensorDataset(torch.arange(12.0))
+    silent = Stream(samples, rank, size)
+    silent.shards_itself = False
+    sampler: Any = DistributedSampler(numbers, shuffle=False, num_replicas=size, rank=rank)
+    mine: Any = BatchSampler(range(rank, 12, size), 2, False)
+    loaders: dict[str, DataLoader[Any]] = {
+        "a stream that says it, cut": prepare_data_loader(DataLoader(Stream(samples, 0, 1), 2), shard="rank"),
+        "a stream, left": prepare_data_loader(DataLoader(silent, 2), shard="self"),
+        "a sampler that fits, left": prepare_data_loader(DataLoader(numbers, 2, sampler=sampler)),
+        "a sampler that fits, cut": prepare_data_loader(DataLoader(numbers, 2, sampler=sampler), shard="rank"),
+        "batches of one's own, left": prepare_data_loader(DataLoader(numbers, batch_sampler=mine), shard="self"),
+    }
+    return {
+        name: [float(each) for batch in loader for each in (batch[0] if isinstance(batch, list) else batch)]
+        for name, loader in loaders.items()
+    }
+
+
 def warned(rank: int, size: int) -> tuple[dict[str, list[str]], list[str]]:
     found = {}
     for name, data in cases(rank, size).items():
@@ -110,3 +129,16 @@ def test_ranks_with_the_same_first_batch_are_named_and_nothing_else_warns() -> N
         assert len(by_case[name]) == 1
         assert by_case[name][0].startswith(f"{pair} were given the same first batch by this ")
     assert len(again) == 1
+
+
+def test_who_shards_can_be_said() -> None:
+    found = run_ranks(shards, 2, deadline_s=120)
+    strided, turns = [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]], [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+    for name, expected in {
+        "a stream that says it, cut": turns,
+        "a stream, left": strided,
+        "a sampler that fits, left": strided,
+        "a sampler that fits, cut": turns,
+        "batches of one's own, left": strided,
+    }.items():
+        assert [of_rank[name] for of_rank in found] == expected, name

@@ -21,7 +21,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from dengine.data.loader import data_state
+from dengine.data.loader import collate_of_user, data_state
 from dengine.data.parts import members_of
 from dengine.data.sampler import ElasticSampler
 from dengine.data.self_sharding import settings_of
@@ -124,7 +124,7 @@ def _transforms(loader: "DataLoader[Any]") -> list[str]:
     collate: Any = loader.collate_fn
     for entry in (
         *_of_dataset("data set", loader.dataset, _MAX_DEPTH),
-        *_described("collate_fn", getattr(collate, "inside", collate), _MAX_DEPTH),
+        *_described("collate_fn", collate_of_user(collate), _MAX_DEPTH),
     ):
         entries.append(entry)
         if len(entries) == _MAX_ENTRIES:

@@ -2,8 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch.utils.data import (
@@ -29,13 +29,15 @@ from dengine.data.seeding import (
     draws_nothing,
 )
 from dengine.data.self_sharding import KeptSampler, check_fits, shards_itself
-from dengine.data.stream import StreamShard
+from dengine.data.stream import Carried, CarryingCollate, StreamPosition, StreamShard
 from dengine.launch.world import World, refuse_forgotten_group, world
 from dengine.naming import a_type
 from dengine.splitmix64 import derived_seed
 
 __all__ = [
+    "PositionedLoader",
     "PreparedLoader",
+    "collate_of_user",
     "data_state",
     "go_on_from",
     "inside",
@@ -63,7 +65,12 @@ _KEPT = (
 
 
 def prepare_data_loader(
-    loader: "DataLoader[T]", *, exact: bool = False, global_batch_size: int | None = None, seed: int = 0
+    loader: "DataLoader[T]",
+    *,
+    exact: bool = False,
+    global_batch_size: int | None = None,
+    seed: int = 0,
+    shard: Literal["auto", "rank", "self"] = "auto",
 ) -> "DataLoader[T]":
     """`loader` over this rank's shard of its data set, with the same settings otherwise.
 
@@ -85,7 +92,9 @@ def prepare_data_loader(
     Loaders that give each rank its own samples already stay as they are: those with a `DistributedSampler` (an
     `ElasticSampler`) for this rank, with its own seed, and those of a stream that shards itself (Hugging Face's after
     `split_dataset_by_node`, webdataset's with `split_by_node`, MosaicML's and LitData's `StreamingDataset`, any with
-    `shards_itself = True`). How many batches a rank has is then up to that stream.
+    `shards_itself = True`). How many batches a rank has is then up to that stream. Where this cannot be told, say it:
+    `shard="self"` leaves data as they are, `shard="rank"` cuts them. If two ranks begin a run with the same batch, a
+    warning names them.
 
     What comes back is a loader of torch's kind, also for torchdata's `StatefulDataLoader`: its position is saved with
     the trainer, so there is no state to list.
@@ -107,13 +116,16 @@ def prepare_data_loader(
         global_batch_size: samples of all ranks together in one step; without it the loader's `batch_size` is that of
             one rank.
         seed: of the permutation and of what the data set draws; the same on all ranks.
+        shard: who gives each rank its own samples: "self", the data (a map-style loader comes back as it is); "rank",
+            this function, whatever the data say; "auto", the data if they are known to.
 
     Raises:
         TypeError: `loader` is no DataLoader, or has a sampler without a length.
         ValueError: `global_batch_size` does not divide by the number of ranks, or there is a batch sampler; `exact` on
             a loader with `drop_last`, or with a sampler that pads; a sampler or a split that is not for this rank, or
-            for another number of ranks; weights or indices that do not fit the data set. Later, as an epoch is drawn:
-            a sampler gives other indices than before, fewer or more than its length, or some that do not exist.
+            for another number of ranks; another `shard`, or "self" with an option that it would overlook; weights or
+            indices that do not fit the data set. Later, as an epoch is drawn: a sampler gives other indices than
+            before, fewer or more than its length, or some that do not exist.
 
     Cost: no collective; O(1) memory and time for any size of the data set. Weights and the indices of a subset are
     looked through once an epoch; an epoch of a sampler of your own is drawn whole (the first one twice), and stored
@@ -123,7 +135,17 @@ def prepare_data_loader(
         raise TypeError(f"prepare_data_loader() takes a DataLoader, but got {a_type(loader)}.")
     refuse_forgotten_group("prepare_data_loader()")
     here = world()
-    samples = _samples_of(loader)
+    if shard not in ("auto", "rank", "self"):
+        raise ValueError(f"shard={shard!r} must be 'auto', 'rank' or 'self'.")
+    if shard == "self" and not isinstance(inside(loader.dataset), IterableDataset):
+        if exact or global_batch_size is not None:
+            raise ValueError(
+                "shard='self' leaves this loader as it is, its batches too, so exact= and global_batch_size= would be "
+                "overlooked: leave them out."
+            )
+        note_different_samples()
+        return loader
+    samples = _samples_of(loader, shard)
     if exact and samples.drop_last:
         raise ValueError("exact=True sees every sample, but this loader has drop_last=True: build it without.")
     dataset: Any = loader.dataset
@@ -132,7 +154,7 @@ def prepare_data_loader(
     if isinstance(dataset, IterableDataset):
         batch_size = _batch_size(loader.batch_size, here, global_batch_size)
         note_different_samples()
-        if shards_itself(dataset, here):
+        if shard == "self" or (shard == "auto" and shards_itself(dataset, here)):
             # Each rank has its own samples already: what they are, and how many, is not decided here.
             stream: Any = StreamShard(
                 dataset, batch_size, World(), True, loader.drop_last, seed, collate, here.data_size
@@ -166,6 +188,13 @@ def data_state(data: object) -> DataState | None:
 def inside(part: Any) -> Any:
     """The user's data set that `prepare_data_loader` has wrapped; any other object itself."""
     return part._dataset if isinstance(part, (SeededDataset, StreamShard)) else part
+
+
+def collate_of_user(function: Any) -> Any:
+    """The user's `collate_fn`, which `prepare_data_loader` has wrapped; any other function itself."""
+    while isinstance(function, (CarryingCollate, SeededCollate)):
+        function = function.inside
+    return function
 
 
 def pass_counters(data: object) -> list[PassCounter]:
@@ -214,7 +243,7 @@ class _Samples(NamedTuple):
     is_kept: bool  # the sampler gives shards already
 
 
-def _samples_of(loader: "DataLoader[Any]") -> _Samples:
+def _samples_of(loader: "DataLoader[Any]", shard: str) -> _Samples:
     sampler: Any = loader.sampler
     batches: Any = loader.batch_sampler
     batch_size, drop_last = loader.batch_size, loader.drop_last
@@ -225,7 +254,8 @@ def _samples_of(loader: "DataLoader[Any]") -> _Samples:
     if batch_size is not None or isinstance(loader.dataset, IterableDataset):
         batches = None  # torch's, made from batch_size=
     is_prepared = isinstance(loader, PreparedLoader) and not loader.keeps_sampler
-    is_kept = batches is None and isinstance(sampler, DistributedSampler) and not is_prepared
+    has_shards = batches is None and isinstance(sampler, DistributedSampler)
+    is_kept = has_shards and not is_prepared and shard != "rank"
     return _Samples(sampler, batches, batch_size, drop_last, is_kept)
 
 
@@ -263,6 +293,8 @@ def _draw(sampler: Any, dataset: Any, seed: int) -> tuple[Draw | None, bool]:
         if sampler.draw is None:
             return None, sampler.shuffle
         sampler = sampler.draw.inside
+    if isinstance(sampler, DistributedSampler):  # of which nothing else is kept with shard="rank"
+        return None, sampler.shuffle
     draw = draw_of(sampler, dataset, seed)
     return draw, draw is not None or not is_plain(sampler, SequentialSampler)
 
@@ -294,9 +326,7 @@ def _batch_size(own: int | None, here: World, global_batch_size: int | None) -> 
 
 def _seeded_collate(loader: "DataLoader[Any]") -> SeededCollate | None:
     """The loader's `collate_fn` with a seed; None for torch's own functions, which draw nothing."""
-    collate: Any = loader.collate_fn
-    if isinstance(collate, SeededCollate):  # prepared before
-        collate = collate.inside
+    collate = collate_of_user(loader.collate_fn)
     return None if collate in (default_collate, default_convert) else SeededCollate(collate)
 
 
@@ -314,7 +344,11 @@ def _rebuilt(
         changed.pop("drop_last")
     start = loader.worker_init_fn
     kept["worker_init_fn"] = start if isinstance(start, _WorkerStart) or not loader.num_workers else _WorkerStart(start)
-    return PreparedLoader(dataset, collate_fn=collate or loader.collate_fn, **kept, **changed)
+    function = collate or collate_of_user(loader.collate_fn)
+    if isinstance(dataset, StreamShard) and dataset.is_undivided:
+        dataset.carrier = CarryingCollate(function)
+        return PositionedLoader(dataset, collate_fn=dataset.carrier, **kept, **changed)
+    return PreparedLoader(dataset, collate_fn=function, **kept, **changed)
 
 
 class PreparedLoader(DataLoader[T]):
@@ -326,6 +360,52 @@ class PreparedLoader(DataLoader[T]):
         if isinstance(self.dataset, StreamShard):  # a sampler counts for itself
             self.dataset.begin_pass()
         return super().__iter__()
+
+
+class PositionedLoader(PreparedLoader[T]):
+    """The loader over a stream that is the same in all workers and on all ranks, and so is its position.
+
+    It goes on from a state with any number of workers, and with another number of ranks if the global batch is the
+    same.
+    """
+
+    _position: StreamPosition | None = None
+
+    @property
+    def position_is_shared(self) -> bool:
+        """Whether all ranks have the same position: they read the same stream."""
+        return not cast(StreamShard, self.dataset).shards_itself
+
+    def __iter__(self) -> Any:
+        return self._unpacked(super().__iter__())
+
+    def _unpacked(self, batches: Iterator[Carried]) -> Iterator[T]:
+        for batch, position in batches:
+            self._position = position
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that the loader gave."""
+        stream: Any = self.dataset
+        rounds, state = self._position or (0, inside(stream).state_dict())
+        return {"rounds": rounds, "stream": state, "global_batch_size": stream.state()["global_batch_size"]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin the next iteration after the batch that `state` was taken at, unless another epoch is set.
+
+        Raises: ValueError: it is of other batches, or of another stream.
+        """
+        stream: Any = self.dataset
+        now = stream.state()["global_batch_size"]
+        if state["global_batch_size"] != now:
+            raise ValueError(
+                f"the global batch was {state['global_batch_size']} and is {now}: pass "
+                f"global_batch_size={state['global_batch_size']} to prepare_data_loader()"
+            )
+        inside(stream).check_state(state["stream"])
+        stream.set_epoch(state["stream"]["epoch"])
+        stream.go_on_from((state["rounds"], state["stream"]))
+        torch_internals.drop_workers(self)
 
 
 class _WorkerStart:

@@ -117,6 +117,16 @@ class PackedSequences(IterableDataset[Tensor]):
         return shards_itself(self.dataset, world())
 
     @property
+    def is_alike_in_workers(self) -> bool:
+        """Whether `undivided` gives the same pieces in all workers."""
+        return not divides_by_worker(self.dataset)
+
+    @property
+    def draws_alone(self) -> bool:
+        """Whether what the source draws at random follows from the document, whatever the generators are."""
+        return _has_numbers(self.dataset)
+
+    @property
     def state_is_exact(self) -> bool:
         """True: if the state of the source is not exact, its documents are counted."""
         return True
@@ -148,8 +158,8 @@ class PackedSequences(IterableDataset[Tensor]):
         pieces = self._pieces or _Pieces(self, self._epoch, None)
         return {"version": _VERSION, "kind": self._kind(), **pieces.state()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make the next iteration go on from where `state` was taken.
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that `load_state_dict` does not take.
 
         Raises:
             ValueError: it is no state of this kind, or one of other settings or of another number of documents.
@@ -172,6 +182,10 @@ class PackedSequences(IterableDataset[Tensor]):
                 f"The state is of other data than this pack_sequences(): {'; '.join(changes)}. Build it as it was "
                 "then, or begin the epoch anew without the state."
             )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make the next iteration go on from where `state` was taken. Raises: ValueError: as `check_state`."""
+        self.check_state(state)
         self._start = dict(state)
         self._epoch = state["epoch"]
         set_epoch_of(self.dataset, self._epoch)

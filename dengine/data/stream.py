@@ -1,8 +1,9 @@
 """Split a stream of samples over ranks: each rank reads all of it, and keeps its turns."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import count, islice
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -12,7 +13,21 @@ from dengine.data.sampler import DataState
 from dengine.data.seeding import SeededCollate, SeededStream, set_epoch_in_worker, set_epoch_of
 from dengine.launch.world import World
 
-__all__ = ["StreamShard"]
+__all__ = ["Carried", "CarryingCollate", "StreamPosition", "StreamShard"]
+
+StreamPosition: TypeAlias = tuple[int, Any]  # rounds of all ranks, and the state of the stream after them
+
+
+class Undivided(Protocol):
+    """A stream that gives the same in all workers, which share it out among themselves; it knows its position."""
+
+    is_alike_in_workers: bool
+    draws_alone: bool  # at random, if at all, whatever the generators are
+
+    def undivided(self) -> Iterator[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def check_state(self, state: dict[str, Any]) -> None: ...
 
 
 class StreamShard(IterableDataset[Any]):
@@ -22,8 +37,9 @@ class StreamShard(IterableDataset[Any]):
     first batch of that round, so that all take the same number of steps; with `exact` they have one batch fewer. For a
     stream that gives each rank its own samples already, `here` is a world of one, and `num_parts` counts all ranks.
 
-    A stream with a method `undivided` (`pack_sequences`) gives the same in all workers, which take turns too: the
-    batches of a rank do not depend on their number.
+    Workers take turns, too, in a stream that is `Undivided` (`pack_sequences`): the batches of a rank do not depend on
+    their number. Its position after each of them goes with the batch (`carrier`), is
+    the same on all ranks, and is where an iteration after `go_on_from` starts.
     """
 
     def __init__(
@@ -53,6 +69,18 @@ class StreamShard(IterableDataset[Any]):
         self._epoch_for_workers = torch.full((), -1, dtype=torch.int64)
         self._epoch_for_workers.share_memory_()  # type: ignore[no-untyped-call]
         self._has_iterated_in_worker = False
+        self.carrier: CarryingCollate | None = None
+        self._next_start: StreamPosition | None = None  # of the next iteration
+        self._start: StreamPosition | None = None  # of the one under way
+
+    @property
+    def is_undivided(self) -> bool:
+        """Whether the stream gives the same in all workers, and knows its position."""
+        return getattr(self._dataset, "is_alike_in_workers", False) is True
+
+    def go_on_from(self, position: "StreamPosition | None") -> None:
+        """Begin the next iteration at `position`, which is in the present epoch."""
+        self._next_start = position
 
     def begin_pass(self) -> None:
         """Begin an iteration over the loader, in the main process."""
@@ -60,6 +88,7 @@ class StreamShard(IterableDataset[Any]):
         epoch = self.passes.begin(self._dataset)
         self._epoch = epoch if is_counted or epoch else -1
         self._epoch_for_workers.fill_(self._epoch)
+        self._start, self._next_start = self._next_start, None
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self._epoch
@@ -68,32 +97,51 @@ class StreamShard(IterableDataset[Any]):
         self._has_iterated_in_worker = get_worker_info() is not None
         if epoch >= 0:
             set_epoch_in_worker(self._dataset, epoch)
-        undivided = getattr(self._dataset, "undivided", None)
-        if callable(undivided):
-            worker = get_worker_info()
-            generators = SeededStream(self._seed, max(epoch, 0), is_alike_in_workers=True)
-            return self._turns(generators, undivided, *((0, 1) if worker is None else (worker.id, worker.num_workers)))
-        return self._turns(SeededStream(self._seed, max(epoch, 0)), self._dataset.__iter__)
+        generators = SeededStream(self._seed, max(epoch, 0), is_alike_in_workers=self.is_undivided)
+        return self._turns(generators) if not self.is_undivided else self._worker_turns(generators)
 
-    def _turns(
-        self, generators: SeededStream, begin: Callable[[], Iterator[Any]], worker: int = 0, num_workers: int = 1
-    ) -> Iterator[Any]:
-        """This rank's turns; of a stream that is the same in all workers, this worker's ones."""
+    def _turns(self, generators: SeededStream) -> Iterator[Any]:
+        """This rank's turns."""
         with generators.drawing():
-            stream = begin()
-        for turn in count(self._rank, self._size):
+            stream = iter(self._dataset)
+        for number in count():
             with generators.drawing():
                 first, mine, is_whole = self._round(stream)
-            if turn // self._size % num_workers != worker:
-                if not is_whole:
-                    return
-                continue
-            if self._collate is not None:  # which gets the samples of one turn
-                self._collate.next_seed = generators.seed_of(turn * self._batch_size)
-            if is_whole or not self._drop_last:
-                yield from mine if mine or self._exact else first
+            yield from self._given(number, first, mine, is_whole, generators)
             if not is_whole:
                 return
+
+    def _worker_turns(self, generators: SeededStream) -> Iterator[Any]:
+        """This worker's part of this rank's turns in an undivided stream, from the start of the iteration on."""
+        dataset = cast(Undivided, self._dataset)
+        worker = get_worker_info()
+        number_of_worker, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        first_number, state = self._start or (0, None)
+        # What the stream draws at random is its own affair, unless it reads from a source that cannot seed itself.
+        drawing = nullcontext if dataset.draws_alone else generators.drawing
+        with drawing():
+            if state is not None:
+                dataset.load_state_dict(state)
+            stream = dataset.undivided()
+        for number in count(first_number):
+            with drawing():
+                first, mine, is_whole = self._round(stream)
+            if (number - first_number) % num_workers == number_of_worker:
+                if self.carrier is not None:
+                    self.carrier.position = number + 1, dataset.state_dict()
+                yield from self._given(number, first, mine, is_whole, generators)
+            if not is_whole:
+                return
+
+    def _given(
+        self, number: int, first: list[Any], mine: list[Any], is_whole: bool, generators: SeededStream
+    ) -> list[Any]:
+        """The samples of this rank in the round `number`, for whose batch the collate function is seeded."""
+        if self._collate is not None:  # which gets the samples of one turn
+            self._collate.next_seed = generators.seed_of((number * self._size + self._rank) * self._batch_size)
+        if self._drop_last and not is_whole:
+            return []
+        return mine if mine or self._exact else first
 
     def _round(self, stream: Iterator[Any]) -> tuple[list[Any], list[Any], bool]:
         """The first turn of the next round, this rank's turn, and whether every rank had a whole one."""
@@ -110,9 +158,29 @@ class StreamShard(IterableDataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Seed the next iteration for `epoch`; pass it on to a data set that shuffles by epoch."""
         self.passes.set_epoch(epoch)
+        if self._next_start is not None and self._next_start[1]["epoch"] != epoch:
+            self._next_start = None
         self._epoch = epoch
         set_epoch_of(self._dataset, epoch)
 
     def state(self) -> DataState:
         """The same as for `ElasticSampler`, except that a stream has no known length, and its order never changes."""
         return {**self.passes.kind, "global_batch_size": self._num_parts * self._batch_size}
+
+
+class Carried(NamedTuple):
+    """A batch on its way from a worker, with the position of the stream after it."""
+
+    batch: Any
+    position: StreamPosition
+
+
+class CarryingCollate:
+    """A `collate_fn` that gives the position along with the batch: the stream sets it when it gives the samples."""
+
+    def __init__(self, inside: Callable[..., Any]) -> None:
+        self.inside = inside
+        self.position: StreamPosition = (0, None)
+
+    def __call__(self, fetched: Any) -> Carried:
+        return Carried(self.inside(fetched), self.position)

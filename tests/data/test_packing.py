@@ -133,6 +133,26 @@ def test_batches_of_a_prepared_loader_do_not_depend_on_the_workers(source: Any) 
         assert [len(batch) for batch in batches] == [2] * (len(expected) // 2) + [1] * (len(expected) % 2)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (3, 2), (2, 2)])
+@pytest.mark.parametrize("source", [MapStyle, Stateful])
+def test_a_prepared_loader_goes_on_from_its_state_with_any_workers(source: Any, before: int, after: int) -> None:
+    def loader(num_workers: int) -> Any:
+        packed = pack_sequences(source(DOCUMENTS), 2, end_token=0)
+        return prepare_data_loader(DataLoader(packed, batch_size=2, num_workers=num_workers))
+
+    first = loader(before)
+    expected = [batch.tolist() for batch in loader(0)]
+    states = [first.state_dict()] + [first.state_dict() for _ in first]
+    for begin, state in enumerate(states):
+        again = loader(after)
+        again.load_state_dict(pickle.loads(pickle.dumps(state)))
+        assert [batch.tolist() for batch in again] == expected[begin:]
+        again.dataset.set_epoch(0)
+        assert [batch.tolist() for batch in again] == expected  # the next pass is a whole one
+    with pytest.raises(ValueError, match="the global batch was 3 and is 2: pass global_batch_size=3"):
+        again.load_state_dict({**states[1], "global_batch_size": 3})
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_workers_of_another_loader_give_each_piece_once(num_workers: int) -> None:
     loader = DataLoader(pack_sequences(Rows(), 2), batch_size=None, num_workers=num_workers)

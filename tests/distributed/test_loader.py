@@ -174,3 +174,13 @@ def test_a_stream_through_a_loader_keeps_its_order_and_hears_of_the_epoch() -> N
     assert torch.cat(list(prepared)).tolist() == list(range(7))
     prepared.dataset.set_epoch(4)  # type: ignore[attr-defined]
     assert stream.epoch == 4
+
+
+def test_who_shards_is_said_by_one_of_three_words() -> None:
+    loader = DataLoader(NUMBERS, batch_size=2)
+    assert prepare_data_loader(loader, shard="self") is loader
+    with pytest.raises(ValueError, match="shard='auto ' must be 'auto', 'rank' or 'self'"):
+        prepare_data_loader(loader, shard="auto ")  # type: ignore[arg-type]
+    for options in ({"exact": True}, {"global_batch_size": 2}):
+        with pytest.raises(ValueError, match="exact= and global_batch_size= would be overlooked"):
+            prepare_data_loader(loader, shard="self", **options)

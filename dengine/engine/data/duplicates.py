@@ -37,8 +37,9 @@ def compare_ranks(data: object, first: list[object], *, is_shared: bool) -> bool
         warnings.warn(
             f"Rank {one} and rank {other} were given the same first batch by this {type_name(data)}, though each rank "
             "should have samples of its own: the loader was not prepared, or a source that should give each rank its "
-            "own part does not. Pass the loader to distributed.prepare_data_loader(), or have the source choose by "
-            "world().data_rank and data_size. If that is meant, or the data repeat themselves, ignore this warning.",
+            "own part does not. Pass the loader to distributed.prepare_data_loader() (with shard='rank', if it takes "
+            "the source for one that shards itself), or have the source choose by world().data_rank and data_size. If "
+            "that is meant, or the data repeat themselves, ignore this warning.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -6,6 +6,7 @@ from itertools import chain, islice
 from torch.utils.data import Dataset, IterableDataset
 
 from dengine.data.alike import empties_together
+from dengine.data.loader import PositionedLoader
 from dengine.data.parts import counters_of, members_of, set_epoch_of_parts
 from dengine.data.passes import PassCounter
 from dengine.engine.data.description import length_of
@@ -60,7 +61,7 @@ class EpochIterator:
         self.data = data
         self.is_one_shot = isinstance(data, Iterator) and not members_of(data)  # iter() of which begins anew
         self.is_continued = is_continued
-        self.source = Source(data, can_seek=can_seek(data))
+        self.source = Source(data, can_seek=can_seek(data) and not isinstance(data, PositionedLoader))
         self.is_restored = False  # by the user, to the position of the run
         self._was_empty = False  # the pass after the data were restored
         self.is_length_given = epoch_length is not None

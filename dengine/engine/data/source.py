@@ -123,7 +123,7 @@ class Source:
             "num_workers": self._num_workers,
             "data_rank": here.data_rank,
             "data_size": here.data_size,
-            "is_shared": counts_globally(self.part),
+            "is_shared": self._is_shared,
             "why_drawn": self.why_drawn or "it was saved while a batch was under way",
             "done": 0 if is_between else done,
             "ends_pass": self.is_at_end or ends_pass,
@@ -185,7 +185,12 @@ class Source:
     @property
     def _num_workers(self) -> int | None:
         """The number of workers that the state is for; None if it does not depend on it."""
-        return None if counts_globally(self.part) else getattr(self.data, "num_workers", None)
+        return None if self._is_shared else getattr(self.data, "num_workers", None)
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether the position is that of all ranks and workers."""
+        return counts_globally(self.part) or getattr(self.part, "position_is_shared", False) is True
 
     def _changes(self, saved: SavedSource) -> str:
         if saved["state"] is None:
