@@ -135,11 +135,11 @@ class ReplayError(DengineError, RuntimeError):
     wrongly, or a step that is not deterministic. Raised on every rank.
 
     Attributes:
-        parameter: the name of the first parameter whose gradient differs.
+        parameter: the name of the first parameter whose gradient differs; None if the step cannot be repeated.
         rank: the rank where it differs before gradients are averaged; None if that cannot be told.
     """
 
-    def __init__(self, message: str, *, parameter: str, rank: int | None) -> None:
+    def __init__(self, message: str, *, parameter: str | None, rank: int | None) -> None:
         super().__init__(message)
         self.parameter, self.rank = parameter, rank
 

@@ -60,6 +60,7 @@ __all__ = [
     "set_timeout",
     "time_buffer_sync",
     "unscale",
+    "unsent_gradients",
     "wait_in",
 ]
 
@@ -250,6 +251,14 @@ def parameters_of_fsdp(module: Any) -> list[nn.Parameter]:
     positions = [] if group is None else [each._module_info for each in group.fsdp_params]
     # Not `sharded_param`, which torch sets anew in the first forward pass only, if others were put in their place.
     return [getattr(place.module, place.param_name) for place in positions]
+
+
+def unsent_gradients(module: Any) -> list[tuple[Any, str]]:
+    """Where FSDP2 keeps the gradients of `module` that it has added up, but not sent yet: objects and attributes."""
+    group = module._get_fsdp_state()._fsdp_param_group
+    kept = [] if group is None else group.fsdp_params
+    whole = [each._unsharded_param for each in kept if hasattr(each, "_unsharded_param")]
+    return [*((each, "grad") for each in whole), *((each, "unsharded_accumulated_grad") for each in kept)]
 
 
 def is_replicated(module: nn.Module) -> bool:

@@ -338,6 +338,26 @@ def test_fsdp_knows_where_the_parameters_are_that_it_spreads() -> None:
     assert found == {id(each) for each in module[0].parameters()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("group")
+def test_gradients_that_fsdp_has_not_sent_are_found(dtype: torch.dtype) -> None:
+    """Else Replay and Guard, which run a step again, would add gradients of an accumulation twice."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    module: Any = nn.Linear(2, 2)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    module.set_requires_gradient_sync(False)
+    module(torch.ones(1, 2)).sum().backward()
+    assert sum(getattr(*each) is not None for each in torch_internals.unsent_gradients(module)) == 2
+    for each in torch_internals.unsent_gradients(module):
+        setattr(*each, None)
+    module.set_requires_gradient_sync(True)
+    module(torch.ones(1, 2)).sum().backward()
+    assert torch.equal(module.bias.grad.to_local(), torch.ones(2))
+
+
 @pytest.mark.usefixtures("group")
 def test_a_module_that_torch_has_forgotten_can_be_sharded_again() -> None:
     """Else a model whose layout failed half-way, and that was put back, can never be prepared."""

@@ -47,6 +47,7 @@ CASES = [
     Case("supervised", ignores_labels=True),
     Case("supervised", strategy="fsdp"),
     Case("supervised", strategy="fsdp", is_late=True),
+    Case("supervised", strategy="fsdp", is_late=True, accumulation=2, bad=4),
     Case("by hand", on_bad="roll_back", optimizer="sgd"),
     Case("by hand", value=math.inf),
     Case("by hand", is_late=True),

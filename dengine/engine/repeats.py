@@ -31,6 +31,7 @@ class Repeats:
         is_left_out: whether the step of the current iteration was left out, so that what follows a step is left out.
         is_rehearsal: whether the step runs only to be compared, and is broken off before the optimizer steps.
         start_over: functions that forget what a step that was broken off has begun; for steps with a state.
+        remember: functions that give a function that sets a step's own state back to what it is now.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -39,7 +40,13 @@ class Repeats:
         self.is_left_out = False
         self.is_rehearsal = False
         self.start_over: list[Callable[[], None]] = []
+        self.remember: list[Callable[[], Callable[[], None]]] = []
         self._wrapped: Absent | None = None
+
+    @property
+    def step(self) -> Callable[..., object]:
+        """The step of the engine."""
+        return self._engine._step
 
     def forget_started(self) -> None:
         """Forget what a step that was broken off has begun."""

@@ -13,6 +13,7 @@ from dengine.handlers.param_group_logger import ParamGroupLogger
 from dengine.handlers.preemption import Preemption
 from dengine.handlers.profiler import Profiler
 from dengine.handlers.progress_bar import ProgressBar
+from dengine.handlers.replay import Replay
 from dengine.handlers.terminate_on_nan import TerminateOnNan
 from dengine.handlers.throughput_monitor import ThroughputMonitor
 from dengine.handlers.time_limit import TimeLimit
@@ -32,6 +33,7 @@ __all__ = [
     "Preemption",
     "Profiler",
     "ProgressBar",
+    "Replay",
     "TerminateOnNan",
     "ThroughputMonitor",
     "TimeLimit",

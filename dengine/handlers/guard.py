@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from dengine.handlers.lr_scheduler import LRScheduler
 from dengine.handlers.priorities import Priority
 from dengine.handlers.spikes import Spikes
 from dengine.handlers.step_log import LoggedStep, StepLog, set_groups, settings_of
-from dengine.handlers.step_states import StepStart
+from dengine.handlers.step_states import StepStart, unsent_in
 from dengine.handlers.step_verdict import Reading, Word, are_finite, is_bad_anywhere
 from dengine.naming import a_type, other_names, shown
 from dengine.parallel.gradients import check_loss
@@ -166,6 +167,7 @@ class Guard:
 
     def _attach(self, trainer: Engine) -> None:
         trainer.repeats.guard = self
+        trainer.repeats.remember.append(self._remember)
         trainer.state.persist("skipped", "roll_backs")
         if self._spikes is not None:
             trainer.rank_states["spikes"] = self._spikes
@@ -235,7 +237,6 @@ class Guard:
         """
         iteration = self._engine.state.iteration
         if self._repeats.is_rehearsal:
-            self._forget_step()
             return True
         if iteration == self._last_step and not self._is_repeating:
             raise RuntimeError(f"A Guard takes one step an iteration, but iteration {iteration} makes a second one.")
@@ -282,6 +283,19 @@ class Guard:
         self._word.announce(False)
         if self._spikes is not None:
             self._spikes.drop()
+
+    def _remember(self) -> Callable[[], None]:
+        """A function that sets the step under way back to what it is now."""
+        present = self._is_started, self._bad, self._losses.copy()
+        keeps = None if self._spikes is None else self._spikes.remember()
+
+        def set_back() -> None:
+            self._is_started, self._bad, self._losses = present
+            self._word.announce(self._bad)
+            if keeps is not None:
+                keeps()
+
+        return set_back
 
     # -- handlers --------------------------------------------------------------------------------------------------
 
@@ -445,6 +459,8 @@ class Guard:
         self._waiting = []
         self._repeats.forget_started()
         self._optimizer.zero_grad()
+        for place in unsent_in(self._model):
+            setattr(*place, None)
         current = self._engine.state.iteration
         self._repeats.is_left_out = False
         self._is_repeating = self._reads_now = True

@@ -1,5 +1,6 @@
 """Losses that stand out from the last ones, by robust statistics, without a wait for the device."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,11 +58,14 @@ class Spikes:
         """Forget the losses of a step that was left out."""
         self._new = []
 
-    def median(self) -> float | None:
-        """The median of the window; waits for the device. None without a loss."""
-        if self._window is None:
-            return None
-        return float(self._window[: min(self._num_losses, _NUM_LOSSES)].median())
+    def remember(self) -> Callable[[], None]:
+        """A function that sets the losses of the step under way back to those of now."""
+        new = self._new.copy()
+
+        def set_back() -> None:
+            self._new = new
+
+        return set_back
 
     def copied(self) -> dict[str, Any]:
         """The state, on its device: no wait."""

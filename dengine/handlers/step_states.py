@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from dengine.checkpoint.states.snapshot import HostCopy
 from dengine.distributed import unwrap_model
-from dengine.dtensor import local_part
+from dengine.dtensor import is_fsdp, local_part
 from dengine.parallel.copying import reshard
 from dengine.random_state import Generators
+from dengine.torch_internals import unsent_gradients
 
-__all__ = ["Snapshot", "StepStart"]
+__all__ = ["Snapshot", "StepStart", "unsent_in"]
 
 
 class StepStart:
@@ -103,6 +104,11 @@ class Snapshot:
             "weights": [local_part(each) for each in [*own.values(), *buffers]],
             "optimizer": [_parts(states[each]) if each in states else None for each in _parameters(self._optimizer)],
         }
+
+
+def unsent_in(model: nn.Module) -> list[tuple[Any, str]]:
+    """Where FSDP2 keeps gradients of an accumulation that it has not sent yet: objects and their attributes."""
+    return [place for module in model.modules() if is_fsdp(module) for place in unsent_gradients(module)]
 
 
 def _parts(state: dict[str, Any]) -> dict[str, Any]:

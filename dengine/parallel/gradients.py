@@ -7,7 +7,7 @@ the same count. If a step has several batches, gradients are added up, and divid
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -177,6 +177,11 @@ class GradientMean:
         self._num_counted = self._num_absent = 0
         if self.is_alone:
             self._unit = None
+
+    def remember(self) -> Callable[[], None]:
+        """A function that goes back to the batches that were counted by now."""
+        present = vars(self).copy()
+        return lambda: vars(self).update(present)
 
     def _total_of_all(self) -> Count:
         """The total of all ranks: a number on the host, or a tensor that the device may still compute."""

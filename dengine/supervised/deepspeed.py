@@ -1,7 +1,7 @@
 """Train with DeepSpeed through accelerate: its configuration, refused checkpoints, and a step of its engine."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -212,6 +212,9 @@ class DeepSpeedStep:
                 "optimizer and trainer anew."
             )
         self._mean.forget()
+
+    def remember(self) -> Callable[[], None]:
+        return self._mean.remember()
 
     def _warn_of_other(self, count: Count) -> None:
         if self._num_in_step == 1 or isinstance(count, Tensor) or not count:

@@ -1,5 +1,6 @@
 """One step of the optimizer from the gradients of several batches, by weighted means or by DeepSpeed."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,6 +45,7 @@ class OptimizerStep(Protocol):
     def step(self) -> bool: ...  # False: a guard has left it out
     def cut_short(self, num_batches: int) -> None: ...  # fewer came than `start` said
     def forget(self) -> None: ...
+    def remember(self) -> Callable[[], None]: ...  # a function that goes back to the batches so far
 
 
 def make_optimizer_step(
@@ -86,6 +88,7 @@ class _WeightedStep:
         self._is_weighted = self.takes_counts
         self.no_sync = self._mean.no_sync
         self.forget = self._mean.forget
+        self.remember = self._mean.remember
 
     def start(self, num_batches: int | None) -> None:
         self._optimizer.zero_grad()

@@ -90,6 +90,7 @@ class TrainStep(ABC):
         engine.is_trainer = True
         engine.register_events(SupervisedEvents)
         engine.repeats.start_over.append(self._start_over)
+        engine.repeats.remember.append(self._remember)
         engine.on(Events.STARTED, self._begin, priority=Priority.SETUP)
         engine.on(Events.EPOCH_STARTED, self._train_mode, priority=Priority.SETUP)
         # Not within the step: a resumed run would repeat the iteration that is under way.
@@ -161,6 +162,15 @@ class TrainStep(ABC):
         """Forget the accumulation that is under way."""
         self._num_pending, self._spare, self._has_stepped = 0, None, False
         self._step.forget()
+
+    def _remember(self) -> Callable[[], None]:
+        present, go_back = (self._num_pending, self._spare, self._has_stepped), self._step.remember()
+
+        def set_back() -> None:
+            self._num_pending, self._spare, self._has_stepped = present
+            go_back()
+
+        return set_back
 
     def _begin(self, engine: Engine) -> None:
         state = engine.state

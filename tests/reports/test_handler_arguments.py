@@ -23,6 +23,7 @@ from dengine.handlers import (
     Preemption,
     Profiler,
     ProgressBar,
+    Replay,
     TerminateOnNan,
     ThroughputMonitor,
     TimeLimit,
@@ -70,6 +71,7 @@ def all_handlers(tmp_path: Path) -> dict[str, Any]:
         "Preemption": Preemption(lambda engine: None),
         "Profiler": Profiler(tmp_path, active=4),
         "ProgressBar": ProgressBar(desc="Train"),
+        "Replay": Replay(model, every=50),
         "TerminateOnNan": TerminateOnNan(),
         "ThroughputMonitor": ThroughputMonitor(),
         "TimeLimit": TimeLimit(60.0),
@@ -78,7 +80,7 @@ def all_handlers(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-SEVERAL_EVENTS = {"MemoryMonitor", "Preemption", "Profiler", "ProgressBar", "ThroughputMonitor", "Timer"}
+SEVERAL_EVENTS = {"MemoryMonitor", "Preemption", "Profiler", "ProgressBar", "Replay", "ThroughputMonitor", "Timer"}
 
 
 def test_every_handler_has_a_repr_of_one_line_that_names_it(tmp_path: Path) -> None:
