@@ -2,6 +2,7 @@
 is that goes on; and the end."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from dengine import ConfigError, distributed
 from dengine.config import Conf, Config
 from dengine.distributed import World
 
-__all__ = ["PREEMPTED", "mesh_sizes", "read_arguments", "refuse", "settings", "start", "unfinished_run"]
+__all__ = ["PREEMPTED", "folders", "mesh_sizes", "read_arguments", "refuse", "settings", "start", "unfinished_run"]
 
 PREEMPTED = 75  # the exit code of a job that has saved and wants to be started again
 
@@ -36,6 +37,12 @@ def _entries_of(arguments: Sequence[str]) -> list[str]:
             argument = f"{key}={value}"
         entries.append(argument.removeprefix("--"))
     return entries
+
+
+def folders(cfg: Config, safe: str | Path) -> list[str]:
+    """Where checkpoints are: in memory, if `fast_dir` or the launcher (`--fast-dir`) names a folder, and in `safe`."""
+    fast = cfg.fast_dir or os.environ.get("DENGINE_FAST_DIR")
+    return [*([str(fast)] if fast else []), str(safe)]
 
 
 def mesh_sizes(text: object) -> dict[str, int] | None:

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from _config import PREEMPTED, refuse, settings, start, unfinished_run
+from _config import PREEMPTED, folders, refuse, settings, start, unfinished_run
 from _data import load_images
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
@@ -119,8 +119,12 @@ def run(cfg, world, train_set, val_set):
         checkpoint = Checkpoint(objects, folder)
         for handler in (best, stop, schedule, checkpoint):  # what is saved has taken note of the epoch
             trainer.on(Events.EPOCH_COMPLETED, handler)
+        *fast, _ = folders(cfg, folder)
+        for each in fast:  # which may hold those of another run, too: the prefix tells
+            in_memory = Checkpoint(objects, each, folder.name, asynchronous=True, placement="node")
+            trainer.on(Events.ITERATION_COMPLETED(every=20), in_memory)
         Preemption(checkpoint).attach(trainer)
-        if Checkpoint.resume(folder, objects):
+        if Checkpoint.resume([*((each, folder.name) for each in fast), folder], objects):
             say(f"Going on after iteration {trainer.state.iteration} of {folder} (remove it to begin anew)")
         state = trainer.run(train_loader, max_epochs=cfg.epochs)
         if state.preempted:

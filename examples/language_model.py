@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from _config import PREEMPTED, mesh_sizes, read_arguments, refuse, start
+from _config import PREEMPTED, folders, mesh_sizes, read_arguments, refuse, start
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.nn.functional import cross_entropy
@@ -120,9 +120,13 @@ def run(cfg, world):
     output, folder = str(cfg.output), Path(str(cfg.output), "language_model")
     objects = {"model": model, "optimizer": optimizer, "schedule": schedule, "trainer": trainer}
     checkpoint = Checkpoint(objects, folder, asynchronous=True)
+    *fast, _ = places = folders(cfg, folder)
+    for each in fast:
+        in_memory = Checkpoint(objects, each, asynchronous=True, placement="node")
+        trainer.on(Events.ITERATION_COMPLETED(every=20), in_memory)
     trainer.state.run_id = None
     trainer.state.persist("run_id")
-    if path := Checkpoint.resume(folder, objects):
+    if path := Checkpoint.resume(places, objects):
         say(f"Going on from {path}")
         cosine.T_max = max(1, num_steps - warm_up.total_iters)  # the saved one would let the rate rise again
     with Track.run("language_model", config=Conf.to_dict(cfg), dir=output, resume=trainer.state.run_id) as record:

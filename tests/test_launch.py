@@ -311,6 +311,24 @@ def test_elastic_joins_again_after_an_error_but_only_so_often(node: Sandbox) -> 
     assert "torchrun ended with 7; it joins again" in outcome.stderr
 
 
+def test_elastic_keeps_a_folder_in_memory_over_its_restarts_and_removes_it_at_the_end(node: Sandbox) -> None:
+    folder = node.elsewhere / f"dengine-{os.getuid()}-a b"
+    (node.venv / "bin" / "python").write_text(
+        FAKE_PYTHON + '[[ $* != *torchrun* ]] || { ls -ld "$DENGINE_FAST_DIR"; ls "$DENGINE_FAST_DIR"; '
+        'echo > "$DENGINE_FAST_DIR/kept"; exit 7; }\n'
+    )
+    environment = {"NNODES": "1:3", "HEAD": "node1", "RESTARTS": "1", "RUN_ID": "a b"}
+    outcome = node.launch("elastic", f"--fast-dir={node.elsewhere}", "my train.py", **environment)
+    assert outcome.returncode == 7, outcome.stderr
+    lines = outcome.stdout.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["drwx------", "drwx------", "kept"]
+    assert all(line.endswith(str(folder)) for line in lines[:2])
+    assert not folder.exists()
+    missing = node.launch("elastic", "--fast-dir=/no/such", "my train.py", **environment)
+    assert missing.returncode == 1
+    assert "no folder can be made in /no/such: give --fast-dir=FOLDER" in missing.stderr
+
+
 def test_elastic_ends_where_training_ends(node: Sandbox) -> None:
     assert node.launch("elastic", "my train.py", NNODES="1:3", HEAD="node1").returncode == 0
     assert len(node.calls("torchrun")) == 1

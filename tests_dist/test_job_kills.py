@@ -10,13 +10,11 @@ Nothing but the number of ranks may make a difference to the end: not the worker
 import json
 import os
 import random
-import signal
 from pathlib import Path
 
 import pytest
 from blows import Blow
-from job import DEADLINE_S, EPOCHS, ITERATIONS, PER_EPOCH, VARIANTS, End, Variant, job, whole
-from ranks import RankFailed, run_ranks
+from job import EPOCHS, ITERATIONS, PER_EPOCH, VARIANTS, attempt, whole
 
 NUM_KILLS = int(os.environ.get("DENGINE_CHECKPOINT_KILLS", "9"))
 SIZES = (2, 3, 1)
@@ -53,21 +51,6 @@ def blow_of(number: int, draw: random.Random, size: int) -> Blow:
         return Blow(draw.choice(["epoch_started", "evaluating", "epoch_completed"]), 1 + draw.randrange(EPOCHS), rank)
     around_an_end = PER_EPOCH * (1 + draw.randrange(EPOCHS)) + draw.choice([-1, 0, 1])
     return Blow(moment, min(draw.choice([around_an_end, 1 + draw.randrange(ITERATIONS)]), ITERATIONS), rank)
-
-
-def attempt(folder: Path, size: int, variant: Variant, blow: Blow | None, grace_s: float = 0.0) -> list[End] | None:
-    """The ends of all ranks, or None where the blow has killed the job. Whoever is left is killed, as torchrun does."""
-    try:
-        return run_ranks(job, size, str(folder), variant, blow, init=False, deadline_s=DEADLINE_S, grace_s=grace_s)
-    except RankFailed as error:
-        if blow is None:
-            raise
-        kind, message, _ = error.failures[error.rank]
-        by_signal = kind == "ProcessDied" and str(-signal.SIGKILL) in message
-        by_worker = blow.moment == "worker" and kind == "RuntimeError" and "DataLoader worker" in message
-        if not (by_signal or by_worker):
-            raise
-        return None
 
 
 def killed_and_resumed(folder: Path, number: int, size: int) -> tuple[int, list[str]]:

@@ -7,18 +7,21 @@ say at their end (`End`) is equal only where all of it went on bit for bit.
 
 import functools
 import hashlib
+import os
 import random
+import signal
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from blows import Blow, Striker
-from ranks import run_ranks
+from ranks import RankFailed, run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -31,9 +34,11 @@ __all__ = [
     "EPOCHS",
     "ITERATIONS",
     "PER_EPOCH",
+    "SAVE_EVERY",
     "VARIANTS",
     "End",
     "Variant",
+    "attempt",
     "digest",
     "job",
     "whole",
@@ -50,11 +55,12 @@ Sample = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """What must make no difference."""
+    """What must make no difference. `num_nodes`: with a copy in memory on each of these; None: without."""
 
     asynchronous: bool = False
     workers: int = 0
     persistent: bool = False
+    num_nodes: int | None = None
 
 
 VARIANTS = [Variant(asynchronous, *workers) for asynchronous in (False, True) for workers in ((0,), (2,), (2, True))]
@@ -122,14 +128,34 @@ class Marker:
         self._strike.at("load")
 
 
+def attempt(folder: Path, size: int, variant: Variant, blow: Blow | None, grace_s: float = 0.0) -> list[End] | None:
+    """The ends of all ranks, or None where the blow has killed the job. Whoever is left is killed, as torchrun does."""
+    try:
+        return run_ranks(job, size, str(folder), variant, blow, init=False, deadline_s=DEADLINE_S, grace_s=grace_s)
+    except RankFailed as error:
+        if blow is None:
+            raise
+        kind, message, _ = error.failures[error.rank]
+        by_signal = kind == "ProcessDied" and str(-signal.SIGKILL) in message
+        by_worker = blow.moment == "worker" and kind == "RuntimeError" and "DataLoader worker" in message
+        if not (by_signal or by_worker):
+            raise
+        return None
+
+
 def job(rank: int, size: int, folder: str, variant: Variant, blow: Blow | None) -> End:
     """The training from its newest checkpoint to its end, or to the blow."""
     started = time.perf_counter()
     strike = Striker(blow, rank)
+    if variant.num_nodes is not None:
+        node, local_rank = divmod(rank, size // variant.num_nodes)
+        local = {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": size // variant.num_nodes, "GROUP_RANK": node}
+        os.environ.update({name: str(value) for name, value in local.items()})
     with distributed.process_group(timeout=300), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         objects, trainer, loader = _built(rank, size, variant, strike)
-        _save_and_resume(objects, trainer, folder, variant, strike)
+        save = _save_and_resume if variant.num_nodes is None else _save_on_nodes_and_resume
+        save(objects, trainer, folder, variant, strike)
         begun = trainer.state.iteration
         state = trainer.run(loader, max_epochs=EPOCHS)
         seconds = time.perf_counter() - started
@@ -210,6 +236,39 @@ def _save_and_resume(objects: dict[str, Any], trainer: Engine, folder: str, vari
     trainer.on(Events.EPOCH_COMPLETED, lambda engine: strike.at("epoch_completed", engine.state.epoch + 1), priority=-1)
     Preemption(checkpoint).attach(trainer)
     Checkpoint.resume(folder, objects)
+
+
+def _save_on_nodes_and_resume(
+    objects: dict[str, Any], trainer: Engine, folder: str, variant: Variant, strike: Striker
+) -> None:
+    """The same with a copy in memory every few iterations, and one on the disk at the end of each epoch. After each
+    iteration, rank 0 notes it in the file `reached`, with the last copy that is safe.
+    """
+    fast, safe = f"{folder}/fast{os.environ['GROUP_RANK']}", f"{folder}/safe"
+    in_memory = Checkpoint(objects, fast, n_saved=2, asynchronous=variant.asynchronous, placement="node")
+    on_disk = Checkpoint(objects, safe, asynchronous=variant.asynchronous)
+    trainer.state.history = []
+    trainer.state.persist("history")
+    evaluator, held_out = _evaluator(objects["model"], trainer, strike)
+
+    def evaluate(engine: Engine) -> None:
+        with distributed.evaluating(objects["model"]):
+            score = evaluator.run(held_out).metrics["loss"]
+        engine.state.history.append([float(engine.state.metrics["loss"]), float(score)])
+
+    def note(engine: Engine) -> None:
+        at = engine.state.iteration
+        strike.at("saved", at)
+        if distributed.world().rank == 0:
+            finished = 0 if in_memory.last_path is None else int(in_memory.last_path.stem.rpartition("_")[2])
+            with open(f"{folder}/reached", "a") as file:
+                file.write(f"{at} {finished}\n")
+
+    trainer.on(Events.EPOCH_COMPLETED, evaluate)
+    trainer.on(Events.ITERATION_COMPLETED(every=SAVE_EVERY), in_memory)
+    trainer.on(Events.EPOCH_COMPLETED, on_disk)
+    trainer.on(Events.ITERATION_COMPLETED, note, priority=-1)
+    Checkpoint.resume([fast, safe], objects)
 
 
 def _evaluator(model: nn.Module, trainer: Engine, strike: Striker) -> tuple[Engine, Any]:

@@ -5,6 +5,7 @@ python small_job.py FOLDER [--iterations 40] [--pause 0.05] [--fail-at 10] [--ex
 
 import argparse
 import hashlib
+import os
 import socket
 import sys
 import time
@@ -53,7 +54,13 @@ def train(options: argparse.Namespace, world: distributed.World) -> int:
     checkpoint = Checkpoint(objects, options.folder)
     trainer.on(Events.ITERATION_COMPLETED(every=5), checkpoint)
     Preemption(checkpoint).attach(trainer)
-    Checkpoint.resume(options.folder, objects)
+    folders = [str(options.folder)]
+    if fast := os.environ.get("DENGINE_FAST_DIR"):
+        folders.insert(0, fast)
+        in_memory = Checkpoint(objects, fast, asynchronous=True, placement="node")
+        trainer.on(Events.ITERATION_COMPLETED(every=2), in_memory)
+        say(f"rank {world.rank} has {fast} with mode {os.stat(fast).st_mode & 0o777:o}")
+    say(f"rank {world.rank} resumes from {Checkpoint.resume(folders, objects)}")
     say(f"rank {world.rank} of {world.size} on {socket.gethostname()} begins after {trainer.state.iteration}")
 
     @trainer.on(Events.ITERATION_COMPLETED, rank_zero_only=True)
