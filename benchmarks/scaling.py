@@ -7,14 +7,17 @@ Each simulated rank runs dengine's own code. No rank trains: there are no tensor
   group): what all ranks' states are compared and packed with.
 - `checkpoint`: one rank's share of the plan of a sharded folder: 900 tensors a rank, 8 stages of a pipeline, each
   sharded over its ranks. What ranks say of themselves is unpickled; the gathers themselves are not in it.
-- `store`: all ranks as clients of one real store, a hundred in a process, each with the threads of its control
+- `store`: all ranks as clients of one real store, a hundred or more in a process, each with the threads of its control
   plane: they meet, open the control plane, agree on a stop, leave, and are told of a failure. The time is that of all
   of them on the cores of this machine; the CPU time is that of the process that hosts the store.
 
-Of more than 2048 ranks the store's case has only that they meet.
+Of more than `--most-threaded` ranks the control planes have no threads of their own: a process has one connection and
+one thread for all of its ranks, which takes each through dengine's own steps in turn. What they ask the store for is
+the same, without the heartbeats. No more than 20 processes are used.
 
     TORCH_CPP_LOG_LEVEL=ERROR python benchmarks/scaling.py [--ranks 64 256 1024 10000]
-                                 [--cases sampler metrics checkpoint store] [--samples N] [--plot FILE.svg]
+                                 [--cases sampler metrics checkpoint store] [--samples N] [--most-threaded N]
+                                 [--plot FILE.svg]
 """
 
 import argparse
@@ -69,7 +72,7 @@ from dengine.metrics.reduction.schema import schemas_of
 from dengine.torch_internals import TCPStore
 
 RANKS_A_PROCESS = 100  # of more, most of the time goes into looks at the stacks of all threads of a process
-MOST_PLANES = 2048  # more control planes, each with two threads, overload two cores
+MOST_PROCESSES = 18  # of ranks, beside the store's and this one
 BEGINNING = ("connect", "meet", "prepare", "open", "begin")
 ENDS = (("stop", "leave"), ("fail", "abort"))  # each of ranks that have met anew
 NOT_SHOWN = ("connect", "prepare", "begin")
@@ -216,9 +219,11 @@ class Ranks:
 
     def _context(self, rank: int) -> ControlContext:
         here = World(rank=rank, size=self.size, node_rank=rank, launcher="torchrun")
-        endpoint = StoreEndpoint("127.0.0.1", self.port, f"dengine/{self._name}", False)
         connections: Any = NoConnections()
-        return ControlContext(here, endpoint, connections, None, {})
+        return ControlContext(here, self._endpoint(), connections, None, {})
+
+    def _endpoint(self) -> Any:
+        return StoreEndpoint("127.0.0.1", self.port, f"dengine/{self._name}", False)
 
     def _open(self, rank: int) -> Control:
         plane = Control(self._contexts[rank], PATIENCE_S)
@@ -230,14 +235,66 @@ class Ranks:
             time.sleep(POLL_S)
 
 
-def work(ranks: range, size: int, port: int, orders: Any) -> None:
+class LightRanks(Ranks):
+    """Ranks whose control planes have no threads and no connections of their own: all those of a process share one."""
+
+    _num_groups = 0
+
+    def prepare(self) -> None:
+        self._num_groups += 1
+        self._shared = StoreEndpoint(
+            "127.0.0.1", self.port, f"dengine/{self._name}/{self._num_groups}", False
+        ).connect()
+        super().prepare()
+
+    def open(self) -> None:
+        self._planes = {rank: Control(context, PATIENCE_S) for rank, context in self._contexts.items()}
+
+    def leave(self) -> None:
+        left = [self._pool.submit(plane.leave_together) for plane in self._planes.values()]
+        self._wait_until(lambda: all(each.done() for each in left))
+
+    def abort(self) -> None:
+        period_s = max(0.02, self.size / 10_000)  # as the watchdog's
+        while not all(plane.context.status.is_aborted for plane in self._planes.values()):
+            time.sleep(period_s)
+            for plane in self._planes.values():
+                plane.resolve()
+
+    def _endpoint(self) -> Any:
+        return SharedEndpoint(self._shared)
+
+    def _wait_until(self, is_done: Callable[[], bool]) -> None:
+        while not is_done():
+            for plane in self._planes.values():
+                messages = plane.messages
+                if messages.reader.check([f"message/{messages.number}"]):
+                    plane.read(may_sleep=True)  # which need not sleep
+                elif plane.context.here.rank == 0:
+                    plane.read(may_sleep=False)  # it may have something to decide
+                else:
+                    break  # what one of a process has read, all have
+            time.sleep(POLL_S)
+
+
+class SharedEndpoint:
+    is_hosted_by_rank_zero = False
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def connect(self) -> Any:
+        return self._store
+
+
+def work(kind: type[Ranks], ranks: range, size: int, port: int, orders: Any) -> None:
     """Take the steps that the parent names, on these ranks, and report the end of each."""
     torch.set_num_threads(1)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     counted = itertools.count(ranks[0])
     # Each rank is a host of its own: what those of one host say to each other does not grow with the number of ranks.
     vars(heartbeat)["identity"] = lambda: {"host": f"host {next(counted)}", "pid": os.getpid(), "start": ""}
-    here = Ranks(ranks, size, port)
+    here = kind(ranks, size, port)
     while (step := orders.recv()) != "end":
         getattr(here, step)()
         orders.send(step)
@@ -254,24 +311,25 @@ def host_store(port: Any) -> None:
     os._exit(0)
 
 
-def store(num_ranks: int, _: argparse.Namespace) -> Row:
-    if num_ranks > MOST_PLANES:
-        return simulated(num_ranks, ("connect", "meet"))
-    rows = [simulated(num_ranks, (*BEGINNING, *end)) for end in ENDS]
+def store(num_ranks: int, options: argparse.Namespace) -> Row:
+    if num_ranks > options.most_threaded:
+        return simulated(LightRanks, num_ranks, (*BEGINNING, *ENDS[0], *BEGINNING[2:], *ENDS[1]))
+    rows = [simulated(Ranks, num_ranks, (*BEGINNING, *end)) for end in ENDS]
     return rows[1] | rows[0]
 
 
-def simulated(size: int, steps: tuple[str, ...]) -> Row:
+def simulated(kind: type[Ranks], size: int, steps: tuple[str, ...]) -> Row:
     context = multiprocessing.get_context("fork")
     to_host, hosts = context.Pipe()
     host = context.Process(target=host_store, args=(hosts,), daemon=True)
     host.start()
     port = to_host.recv()
     workers: dict[Any, Any] = {}  # by process: where it takes orders
-    for first in range(0, size, RANKS_A_PROCESS):
+    ranks_a_process = max(RANKS_A_PROCESS, math.ceil(size / MOST_PROCESSES))
+    for first in range(0, size, ranks_a_process):
         mine, its = context.Pipe()
-        ranks = range(first, min(first + RANKS_A_PROCESS, size))
-        process = context.Process(target=work, args=(ranks, size, port, its), daemon=True)
+        ranks = range(first, min(first + ranks_a_process, size))
+        process = context.Process(target=work, args=(kind, ranks, size, port, its), daemon=True)
         process.start()
         workers[process] = mine
 
@@ -386,6 +444,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024, 10_000])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--samples", type=int, default=1_000_000, help="of an epoch")
+    parser.add_argument("--most-threaded", type=int, default=2048, help="control planes with threads of their own")
     parser.add_argument("--plot", metavar="FILE", help="draw a picture of it, too")
     options = parser.parse_args()
     torch.set_num_threads(1)

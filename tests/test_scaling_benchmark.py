@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "scaling.py"
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_each_case_is_measured_for_each_number_of_ranks(tmp_path: Path) -> None:
     picture = tmp_path / "scaling.svg"
-    command = [sys.executable, str(SCRIPT), "--ranks", "4", "16", "--samples", "10000"]
+    command = [sys.executable, str(SCRIPT), "--ranks", "4", "16", "--samples", "10000", "--most-threaded", "8"]
     if find_spec("matplotlib") is not None:
         command += ["--plot", str(picture)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -23,6 +23,9 @@ def test_each_case_is_measured_for_each_number_of_ranks(tmp_path: Path) -> None:
     assert [(case, int(num_ranks)) for case, num_ranks, _ in rows] == [
         (case, num_ranks) for case in ("sampler", "metrics", "checkpoint", "store") for num_ranks in (4, 16)
     ]
+    of_the_store = [values for case, _, values in rows if case == "store"]
+    for step in ("meet", "open", "stop", "leave", "fail", "abort"):
+        assert all(f"{step}, s " in values for values in of_the_store), step
     for _, _, values in rows:
         assert all(float(each.rpartition(" ")[2]) >= 0 for each in values.split("; "))
     assert picture.exists() == ("--plot" in command)

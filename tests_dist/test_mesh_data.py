@@ -5,6 +5,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ranks import run_ranks
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from dengine import Engine, Events, create_supervised_evaluator, create_supervised_trainer, distributed
+from dengine.checkpoint import load
 from dengine.control.plane import plane
 from dengine.distributed import ElasticSampler
 from dengine.engine import Absent
@@ -370,3 +372,55 @@ def test_whatever_runs_other_data_than_its_peers_is_told_at_once_and_how_to_be_g
     for name in ("trainer", "evaluator", "in a handler"):
         assert first[name].startswith("Rank 1 (dp=0, tp=1) and rank 0 (dp=0, tp=0) must be given the same data"), name
     assert "rank 3 has seed=1, but rank 0 has seed=0" in first["seed of a stream"]
+
+
+# -- an epoch that ends unevenly ---------------------------------------------------------------------------------
+
+
+def resumed(rank: int, size: int, num_samples: int, folder: str) -> list[tuple[int, list[tuple[int, list[int]]]]]:
+    """For each run this rank's part of the data and, with their epochs, its batches: of a whole run, then from its
+    checkpoints on other meshes."""
+    found = []
+    for mesh, start in (
+        ({"dp": 2, "tp": 2}, None),
+        ({"dp": 2, "tp": 2}, "at_5.pt"),
+        ({"tp": 4}, "at_5.pt"),
+        ({"dp": 4}, "at_5.pt"),
+        ({"dp": 2, "tp": 2}, "at_6.pt"),
+    ):
+        seen: list[tuple[int, list[int]]] = []
+        with distributed.process_group(mesh=mesh) as here, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other generators
+            trainer = Engine(partial(note, seen))
+            if start is None:
+                checkpoint = Checkpoint({"trainer": trainer}, folder, "at", n_saved=None)
+                trainer.on(Events.ITERATION_COMPLETED(every=5) | Events.EPOCH_COMPLETED, checkpoint)
+            else:
+                load(f"{folder}/{start}", {"trainer": trainer})
+            loader = DataLoader(numbers(num_samples), shuffle=True)
+            trainer.run(distributed.prepare_data_loader(loader, global_batch_size=4, exact=True, seed=3), max_epochs=2)
+            found.append((here.data_rank, seen))
+    return found
+
+
+def note(seen: list[tuple[int, list[int]]], engine: Engine, batch: torch.Tensor) -> None:
+    seen.append((engine.state.epoch, batch.tolist()))
+
+
+@pytest.mark.parametrize("num_samples", [21, 23])  # in the last batch of four, a rank of two has one and none, or two
+def test_a_run_goes_on_at_the_uneven_end_of_an_epoch_on_any_mesh(tmp_path: Path, num_samples: int) -> None:
+    of_ranks = run_ranks(resumed, 4, num_samples, str(tmp_path), init=False, deadline_s=60)
+    for run, num_done in enumerate([0, 20, 20, 20, num_samples]):
+        parts: dict[int, list[tuple[int, list[int]]]] = {}
+        for found in of_ranks:
+            part, seen = found[run]
+            assert parts.setdefault(part, seen) == seen, "ranks that share their data have other samples"
+        counts = [Counter(x for seen in parts.values() for at, batch in seen if at == e for x in batch) for e in (0, 1)]
+        assert sum(counts[0].values()) == num_samples - num_done
+        assert counts[1] == Counter(range(num_samples))
+        if run == 0:
+            first = counts[0]
+            assert first == counts[1]
+            whole = {part: dict(enumerate(batch for at, batch in seen if at == 0)) for part, seen in parts.items()}
+            left = Counter(x for batches in whole.values() for x in batches.get(5, []))
+        assert counts[0] == (first, left, left, left, Counter())[run]

@@ -114,14 +114,22 @@ class Control:
     def _read_all(self) -> None:
         try:
             while not self._status.has_ended:
-                number = self.messages.number
-                message = self.messages.next(may_sleep=not self._shared_runs.is_deciding)
-                if message is not None:
-                    self._receive(number, message)
-                self._shared_runs.decide_stops()
+                self.read(may_sleep=not self._shared_runs.is_deciding)
             self.messages.reader.add("gone", 1)
         except Exception as error:  # the store is gone, with the process that hosted it
             self._failures.lose_store(error)
+
+    def read(self, *, may_sleep: bool) -> None:
+        """Take in the next message, if there is one or this may sleep, and decide what is left to decide."""
+        number = self.messages.number
+        message = self.messages.next(may_sleep=may_sleep)
+        if message is not None:
+            self._receive(number, message)
+        self._shared_runs.decide_stops()
+
+    def resolve(self) -> None:
+        """Resolve a failure, if one was reported and it is time."""
+        self._failures.resolve()
 
     def _receive(self, number: int, message: dict[str, Any]) -> None:
         try:
