@@ -52,6 +52,7 @@ class DealtBatches(Sampler[list[int]]):
         return self._length(self.passes.epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
+        self.draw.take_own_epoch(self.passes)
         epoch = self.passes.begin(self._dataset)
         first, self._skipped = self._skipped, 0
         if not first:
@@ -68,6 +69,7 @@ class DealtBatches(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Give the batches of `epoch` in the next iteration, from its beginning."""
         self.passes.set_epoch(epoch)
+        self.draw.ignore_own_epoch()
         self._skipped = 0
         if epoch != self._resumed[0]:
             self._resumed = _NOT_RESUMED

@@ -105,9 +105,10 @@ def prepare_data_loader(
     has the attributes of the data set inside. Iterating draws nothing from the global generators.
 
     The engine sets the epoch. If nobody does (the loader is inside a `tqdm`, a `zip`, a class of yours, a step, or in a
-    loop of your own), each new iteration goes on to the next epoch, and a resumed run goes on from the saved one;
-    `prepared.sampler.set_epoch(epoch)` sets another one. Workers are process groups of their own, so that a
-    scheduler's signal to the rank's group does not end them before the rank has saved.
+    loop of your own), each new iteration goes on to the next epoch, and a resumed run goes on from the saved one.
+    `prepared.sampler.set_epoch(epoch)` sets another one (with a batch sampler, `prepared.batch_sampler.set_epoch`), and
+    so does `set_epoch` of a sampler of your own. Workers are process groups of their own, so that a scheduler's signal
+    to the rank's group does not end them before the rank has saved.
 
     Args:
         exact: every sample once over all ranks, without padding; shards may differ in length (for evaluation).

@@ -13,7 +13,7 @@ from dengine.data.draws import Draw, Order
 from dengine.data.passes import PassCounter
 from dengine.data.permutation import Permutation
 from dengine.data.seeding import EpochIndex
-from dengine.data.whole_epochs import size_of
+from dengine.data.whole_epochs import WholeEpochs, size_of
 from dengine.launch.world import world
 
 __all__ = ["DataState", "ElasticSampler", "changed_order", "refuse_changes"]
@@ -186,6 +186,8 @@ class ElasticSampler(DistributedSampler[int]):
 
     def _chunks(self) -> Iterator[Iterable[int]]:
         # Begun with its first sample: a loader with workers makes two iterators, and uses one.
+        if isinstance(self.draw, WholeEpochs):
+            self.draw.take_own_epoch(self.passes)
         epoch = self.passes.begin(self.dataset)
         first, self._skipped = self._skipped, 0
         size, end = self._size(), self.num_samples  # which may depend on the epoch
@@ -201,6 +203,8 @@ class ElasticSampler(DistributedSampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Take the order of `epoch` in the next iteration, from its beginning."""
         self.passes.set_epoch(epoch)
+        if isinstance(self.draw, WholeEpochs):
+            self.draw.ignore_own_epoch()
         self._skipped = 0
 
     def skip(self, num_samples: int) -> None:

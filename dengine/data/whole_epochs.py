@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Sampler
 
 from dengine.data.generators import attributes_of, seeded, states_digest
+from dengine.data.passes import PassCounter
 from dengine.data.seeding import set_epoch_of
 from dengine.naming import a_type
 from dengine.splitmix64 import derived_seed
@@ -52,6 +53,7 @@ class WholeEpochs:
         self._seed = derived_seed(seed, int(self._generators or "0", 16))
         self._must_compare = True
         self._epoch: int | None = None  # that was drawn last
+        self._own_epoch = 0  # the sampler's own, as it was left
         self._indices: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._offsets: npt.NDArray[np.int64] = np.zeros(1, np.int64)
         self._own_length()
@@ -72,6 +74,15 @@ class WholeEpochs:
         """The indices of all batches of the epoch, and where each batch begins among them; at last, where all end."""
         self._draw(epoch)
         return self._indices, self._offsets
+
+    def take_own_epoch(self, passes: PassCounter) -> None:
+        """Make the next pass one of the epoch that the user has set on the sampler itself, if he has since the last."""
+        own = getattr(self.inside, "epoch", None)
+        if type(own) is int and own != self._own_epoch:
+            passes.set_epoch(own)
+
+    def ignore_own_epoch(self) -> None:
+        self._own_epoch = getattr(self.inside, "epoch", 0)
 
     def description(self, epoch: int) -> dict[str, Any]:
         self._draw(epoch)
@@ -104,6 +115,7 @@ class WholeEpochs:
             self._set_epoch(epoch)
             length = self._own_length()
             items = list(islice(self.inside, length + 1))  # it may have no end
+        self.ignore_own_epoch()  # which may go on by itself at the end
         if len(items) != length:
             given = "more" if len(items) > length else f"{len(items)}"
             raise ValueError(
@@ -122,6 +134,7 @@ class WholeEpochs:
     def _set_epoch(self, epoch: int) -> None:
         for part in self._parts:
             set_epoch_of(part, epoch)
+        self.ignore_own_epoch()
 
     def _own_length(self) -> int:
         try:

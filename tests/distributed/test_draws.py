@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from dengine import Engine, Events
 from dengine.data.loader import data_state, pass_counters
 from dengine.distributed import ElasticSampler, World, prepare_data_loader
+from dengine.handlers import Checkpoint
 
 LENGTH = 23
 NUMBERS = TensorDataset(torch.arange(LENGTH))
@@ -322,6 +325,41 @@ def test_a_dealt_out_loader_can_be_prepared_again_and_skips() -> None:
     prepared.batch_sampler.set_epoch(1)
     prepared.batch_sampler.skip(5)
     assert batches_of(prepared) == whole[1][5:]
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_the_user_may_tell_his_own_sampler_the_epoch(in_batches: bool) -> None:
+    def prepared_of(sampler: Any) -> DataLoader[Any]:
+        options = {"batch_sampler": sampler} if in_batches else {"sampler": sampler, "batch_size": 4}
+        return prepare_data_loader(DataLoader(NUMBERS, **options))
+
+    sampler = Buckets() if in_batches else InEpochs()
+    whole = prepared_of(Buckets() if in_batches else InEpochs())
+    epochs = [batches_of(whole) for _ in range(5)]
+    prepared: Any = prepared_of(sampler)
+    sampler.set_epoch(3)
+    assert [batches_of(prepared) for _ in range(2)] == epochs[3:]
+    sampler.set_epoch(1)
+    assert batches_of(prepared) == epochs[1]
+    sampler.set_epoch(1)
+    (prepared.batch_sampler if in_batches else prepared.sampler).set_epoch(4)
+    assert batches_of(prepared) == epochs[4]
+
+
+@pytest.mark.parametrize("until", [1, 2, 4, 7])
+@pytest.mark.parametrize("kind", ["weighted", "weighted with a generator", "replaced", "subset", "seeded"])
+def test_a_loader_that_is_not_prepared_goes_on_where_it_was(tmp_path: Path, kind: str, until: int) -> None:
+    def run(folder: str, max_iterations: int | None) -> list[list[int]]:
+        torch.manual_seed(2)
+        found: list[list[int]] = []
+        trainer = Engine(lambda engine, batch: found.append(batch[0].tolist()))
+        trainer.on(Events.ITERATION_COMPLETED(once=until), Checkpoint({"trainer": trainer}, tmp_path / folder))
+        Checkpoint.resume(tmp_path / folder, {"trainer": trainer})
+        loader = DataLoader(NUMBERS, batch_size=5, sampler=KINDS[kind]())
+        trainer.run(loader, max_epochs=4, max_iterations=max_iterations)
+        return found
+
+    assert run("parts", until) + run("parts", None) == run("whole", None)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
