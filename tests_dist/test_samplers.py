@@ -257,10 +257,18 @@ class BatchesOfRank(OfRank):
         return iter([[index] for index in self.order])
 
 
+class LaterOfRank(InEpochs):
+    """The same in the first epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch * (1 + distributed.world().rank)
+
+
 def run_over(options: dict[str, Any]) -> str:
     try:
         loader: DataLoader[Any] = DataLoader(Noisy(), **options)
-        Engine(lambda engine, batch: None).run(distributed.prepare_data_loader(loader))
+        trainer = Engine(lambda engine, batch: None, joined=True)
+        trainer.run(distributed.prepare_data_loader(loader), max_epochs=EPOCHS)
     except ConsistencyError as error:
         return str(error)
     return ""
@@ -276,6 +284,7 @@ def differing(rank: int, size: int) -> list[str]:
         run_over({"sampler": SubsetRandomSampler(range(rank, 20 + rank))}),
         run_over({"sampler": OfRank()}),
         run_over({"batch_sampler": BatchesOfRank()}),
+        run_over({"sampler": LaterOfRank()}),
         run_over({"sampler": WeightedRandomSampler(weights(), 9)}),
     ]
 
@@ -284,7 +293,9 @@ def test_samplers_that_differ_between_ranks_are_named_on_every_rank() -> None:
     first, second = run_ranks(differing, 2)
     assert first == second
     names = ["WeightedRandomSampler"] * 2 + ["RandomSampler", "SubsetRandomSampler", "OfRank", "BatchesOfRank"]
-    for name, message in zip(names, first[:-1], strict=True):
+    later = "The samples of this epoch differ between ranks: rank 1 has LaterOfRank"
+    assert re.match(later + r" .* in epoch 1\), but rank 0 has LaterOfRank", first[-2]), first[-2]
+    for name, message in zip(names, first[:-2], strict=True):
         start = "The data of the run differ between ranks: rank 1 has sampler="
         assert re.match(re.escape(start) + name + r" .*, but rank 0 has sampler=" + name, message), message
     assert first[-1] == ""

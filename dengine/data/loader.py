@@ -30,6 +30,7 @@ from dengine.data.seeding import (
 )
 from dengine.data.self_sharding import KeptSampler, check_fits, shards_itself
 from dengine.data.stream import Carried, CarryingCollate, StreamPosition, StreamShard
+from dengine.data.whole_epochs import WholeEpochs
 from dengine.launch.world import World, refuse_forgotten_group, world
 from dengine.naming import a_type
 from dengine.splitmix64 import derived_seed
@@ -39,6 +40,7 @@ __all__ = [
     "PreparedLoader",
     "collate_of_user",
     "data_state",
+    "drawn_epoch",
     "go_on_from",
     "inside",
     "pass_counters",
@@ -184,6 +186,14 @@ def data_state(data: object) -> DataState | None:
         if isinstance(part, KeptSampler):
             return part.state(getattr(data, "batch_size", None) or 1)
     return None
+
+
+def drawn_epoch(data: object) -> str:
+    """What a sampler that is asked for whole epochs has drawn for the one that is set, in words; "" for other data."""
+    for part in (getattr(data, "batch_sampler", None), getattr(data, "sampler", None)):
+        if isinstance(part, DealtBatches | ElasticSampler) and isinstance(part.draw, WholeEpochs):
+            return str(part.draw.description(part.passes.epoch)["sampler"])
+    return ""
 
 
 def inside(part: Any) -> Any:

@@ -6,7 +6,7 @@ from itertools import chain, islice
 from torch.utils.data import Dataset, IterableDataset
 
 from dengine.data.alike import empties_together
-from dengine.data.loader import PositionedLoader
+from dengine.data.loader import PositionedLoader, drawn_epoch
 from dengine.data.parts import counters_of, members_of, set_epoch_of_parts
 from dengine.data.passes import PassCounter
 from dengine.engine.data.description import length_of
@@ -106,7 +106,7 @@ class EpochIterator:
         self.source.begin_pass()
         self._may_try_again = self._resetting is not None
         if self._is_joined:
-            self._pass = agreed_pass(length_of(self.data))
+            self._pass = agreed_pass(length_of(self.data), drawn_epoch(self.data))
             if self._pass.length == 0:
                 self.emptiness.refuse("no batch on any rank")
         if not self.is_length_given:

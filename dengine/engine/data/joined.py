@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from dengine.comm.consistency import Compared, refuse_differences, text_digest
 from dengine.distributed import all_reduce, broadcast_object, world
 
 __all__ = ["Absent", "Pass", "agreed_pass", "with_placeholders", "with_sent_spare"]
@@ -31,15 +32,28 @@ class Pass:
     source: int = 0  # the first rank that has a batch
 
 
-def agreed_pass(own: int | None) -> Pass:
-    """The pass of all ranks. `own` is the length of this rank's pass, if known. Collective: one small all-reduce."""
+def agreed_pass(own: int | None, drawn: str = "") -> Pass:
+    """The pass of all ranks. Collective: one small all-reduce.
+
+    Args:
+        own: the length of this rank's pass, if known.
+        drawn: what a sampler draws in it, in words, which must be the same on all ranks.
+
+    Raises: ConsistencyError: on every rank, naming two that have drawn differently.
+    """
     here = world()
+    digest = text_digest([drawn])
     mine = {
         "longest": -1 if own is None else own,
         "shortest": 1 if own is None else -own,
         "source": -here.rank if own else -here.size,
+        "drawn": digest,
+        "drawn, least": -digest,
     }
     found = all_reduce(mine, "max", name="the length of a pass over the data")
+    if found["drawn"] != -found["drawn, least"]:
+        advice = "A sampler must give the same indices on every rank after set_epoch(epoch), whatever the rank."
+        refuse_differences([Compared("The samples of this epoch", [drawn], advice)])
     longest, shortest = found["longest"], -found["shortest"]
     if shortest < 0 or longest < 0:
         return Pass()
