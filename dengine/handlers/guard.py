@@ -341,6 +341,7 @@ class Guard:
     def _begin_epoch(self, engine: Engine) -> None:
         """Collective on a device."""
         self._epoch = engine.state.epoch
+        self._start.find_buffers()
         if self._log is not None:
             self._log.clear()
         if self.is_late:  # handlers may differ between ranks
@@ -348,7 +349,7 @@ class Guard:
             self._must_know = bool(all_reduce(int(is_heard), "max", name="listeners")) if self._is_shared else is_heard
 
     def _note(self, engine: Engine) -> None:
-        if self._log is not None:
+        if self._log is not None and engine.state.batch is not None:  # of None the step is not called
             self._log.note(engine.state.iteration, engine.state.batch)
 
     def __call__(self, engine: Engine) -> None:
@@ -377,7 +378,7 @@ class Guard:
         state = self._engine.state
         self._last_seen = state.iteration
         outputs = [state.output] if self._repeats.release() else []
-        if self._log is not None and self._log.steps:
+        if self._log is not None and self._log.steps and self._log.steps[-1].iteration == state.iteration:
             self._log.steps[-1].end = Generators()
         if self._posted is not None:
             verdict, losses = self._posted

@@ -104,7 +104,10 @@ class Replay:
         ddp, repeats = find_ddp(self._model), engine.repeats
         if ddp is not None and not (has_final_buckets(ddp) or ddp.find_unused_parameters):
             return  # the order of its sums changes after the first backward pass
+        if engine.state.batch is None:
+            return  # the step is not called
         generators = OwnGenerators(repeats.step, unwrap_model(self._model))
+        self._start.find_buffers()
         self._start.take()
         grads = [
             (*place, grad, None if grad is None else grad.clone())

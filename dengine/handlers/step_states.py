@@ -19,20 +19,29 @@ __all__ = ["Snapshot", "StepStart", "unsent_in"]
 class StepStart:
     """The generators of this process and the buffers of `model` at the start of a step.
 
-    Cost of `take`: one copy of the buffers on their device, 0.06 ms; no wait for a device.
+    Cost of `take`: one copy of the buffers on their device, 0.1 ms; no wait for a device.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._generators: Generators | None = None
+        self._holders: list[dict[str, Tensor | None]] = []
         self._slots: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         self._copies: list[Tensor] = []
+        self.find_buffers()
+
+    def find_buffers(self) -> None:
+        """Find the modules that have buffers, as the model may have changed."""
+        self._holders = _holders(self._model)
 
     def take(self) -> None:
         self._generators = Generators()
-        self._slots = list(_buffers(self._model))
+        if not self._holders:
+            return
+        before, self._slots = self._slots, list(_buffers(self._holders))
         now = [value for _, _, value in self._slots]
-        if [_kind(each) for each in now] != [_kind(each) for each in self._copies]:
+        are_same = len(before) == len(now) and all(old[2] is new for old, new in zip(before, now, strict=True))
+        if not are_same:
             self._copies = [torch.empty_like(each) for each in now]
         _copy(self._copies, now)
 
@@ -67,7 +76,7 @@ class Snapshot:
 
     def take(self, iteration: int, more: dict[str, Any]) -> None:
         self.iteration = iteration
-        self._slots = list(_buffers(self._model))
+        self._slots = list(_buffers(_holders(self._model)))
         self._states = self._host.take({**self._live(), "more": more}, waits=False)
         self._generators = Generators()
 
@@ -98,7 +107,7 @@ class Snapshot:
     def _live(self) -> dict[str, Any]:
         reshard(unwrap_model(self._model))  # else a sharded model that was just used has whole weights
         own = {id(each): each for each in [*self._model.parameters(), *_parameters(self._optimizer)]}
-        buffers = [value for _, _, value in _buffers(self._model)]
+        buffers = [value for _, _, value in _buffers(_holders(self._model))]
         states = self._optimizer.state
         return {
             "weights": [local_part(each) for each in [*own.values(), *buffers]],
@@ -119,14 +128,20 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [each for group in optimizer.param_groups for each in group["params"]]
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
-    """The buffers of `model`, each once, with the dict and the name in it that hold it."""
+def _holders(model: nn.Module) -> list[dict[str, Tensor | None]]:
+    return [module._buffers for module in unwrap_model(model).modules() if module._buffers]
+
+
+def _buffers(
+    holders: Iterable[dict[str, Tensor | None]],
+) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
+    """The buffers in `holders`, each once, with the dict and the name in it."""
     seen: set[int] = set()
-    for module in unwrap_model(model).modules():
-        for name, value in module._buffers.items():
+    for holder in holders:
+        for name, value in holder.items():
             if value is not None and id(value) not in seen:
                 seen.add(id(value))
-                yield module._buffers, name, value
+                yield holder, name, value
 
 
 def _tensors(states: dict[str, Any]) -> Iterable[Tensor]:
@@ -135,13 +150,7 @@ def _tensors(states: dict[str, Any]) -> Iterable[Tensor]:
         yield from (each for each in (of_one or {}).values() if isinstance(each, Tensor))
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
-
-
-@torch.no_grad()
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
-        torch._foreach_copy_(
-            [local_part(each) for each in targets], [local_part(each) for each in sources], non_blocking=True
-        )
+        mine, theirs = [[local_part(each) for each in some] for some in (targets, sources)]
+        torch._foreach_copy_(mine, theirs, non_blocking=True)

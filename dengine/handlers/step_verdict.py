@@ -15,6 +15,8 @@ from dengine.types import accumulator_dtype
 
 __all__ = ["Reading", "Word", "are_finite", "is_bad_anywhere"]
 
+_LARGE = (torch.float32, torch.float64)  # whose sums do not overflow where an element does not
+
 
 class Word:
     """How a rank tells the others that its own loss is bad: by its gradients, if the step averages them anyway.
@@ -79,14 +81,15 @@ def are_finite(gradients: Iterable[Tensor]) -> bool | Tensor:
 
     Cost: reads each gradient once; no wait for a device.
     """
-    parts = [_dense(each) for each in gradients]
-    parts = [each for each in parts if each.numel()]
+    parts = [each if type(each) is Tensor and each.layout is torch.strided else _dense(each) for each in gradients]
     if all(each.is_cpu for each in parts):
         # A sum is quick, and not finite if an element is not; if it only overflows, a closer look says so.
-        sums: list[Any] = [each.sum(dtype=_wide(each)).tolist() for each in parts]
-        if all(math.isfinite(abs(each)) for each in sums):
-            return True
-        return all(torch.isfinite(each).all().tolist() for each in parts)
+        for each in parts:
+            found: Any = each.sum(dtype=None if each.dtype in _LARGE else _wide(each)).tolist()
+            if not math.isfinite(abs(found)) and not torch.isfinite(each).all().tolist():
+                return False
+        return True
+    parts = [each for each in parts if each.numel()]
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for each in parts:
         kinds.setdefault((each.device, each.dtype), []).append(each)

@@ -357,6 +357,15 @@ def test_draws_of_a_handler_between_two_steps_do_not_disturb_steps_that_are_done
     train(poisoned(batches(), 6), guard={"on_bad": "roll_back"}).check(train(without(batches(), 6)))
 
 
+@pytest.mark.parametrize("on_bad", ["skip", "roll_back"])
+def test_iterations_without_a_batch_are_no_steps(on_bad: str, verdict: str) -> None:
+    data: Any = poisoned(batches(), 6)
+    data[2] = data[5] = data[7] = None
+    found = supervised(data, "adam", guard={"on_bad": on_bad, "snapshot_every": 4})
+    found.check(supervised(without(data, 6), "adam", guard=False))
+    assert found.state.skipped == [7]
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------
 
 
