@@ -175,3 +175,38 @@ def test_a_node_that_cannot_save_is_named_on_all_ranks(tmp_path: Path) -> None:
         assert len(told) == 4
         assert all("on node 1 (rank 1), there is no folder" in text for text in told[:2])
         assert all("on node 1 (rank 1), IsADirectoryError" in text for text in told[2:])
+
+
+def sharded(rank: int, size: int, root: str, num_nodes: int, saves: bool) -> tuple[str, float]:
+    """Save a sharded model of ones on each node, or resume it; gives the path or the error, and the sum of a part."""
+    node = on_nodes(rank, size, num_nodes)
+    with distributed.process_group():
+        torch.manual_seed(7)
+        model = distributed.prepare_model(nn.Linear(8, 4, bias=False), strategy="fsdp")
+        trainer = Engine(lambda engine, batch: None)
+        objects = {"model": model, "trainer": trainer}
+        fast, path = f"{root}/fast{node}", ""
+        if saves:
+            nn.init.ones_(model.weight)
+            checkpoint = Checkpoint(objects, fast, asynchronous=True, placement="node")
+            trainer.on(Events.ITERATION_COMPLETED(every=2), checkpoint)
+            try:
+                trainer.run([0] * 4, max_epochs=1)
+                path = str(checkpoint.last_path)
+            except CheckpointError as error:
+                path = str(error)
+        else:
+            path = str(Checkpoint.resume([fast], objects))
+        return path, float(model.weight.to_local().sum())  # type: ignore[operator]
+
+
+def test_a_sharded_model_is_kept_on_one_node_and_refused_on_several(tmp_path: Path) -> None:
+    root, path = str(tmp_path), str(tmp_path / "fast0" / "checkpoint_4")
+    assert run_ranks(sharded, 2, root, 1, True, init=False, deadline_s=DEADLINE_S) == [(path, 16.0)] * 2
+    assert run_ranks(sharded, 2, root, 1, False, init=False, deadline_s=DEADLINE_S) == [(path, 16.0)] * 2
+    # The other rank is on a node that lacks it.
+    ends = run_ranks(sharded, 2, root, 2, False, init=False, deadline_s=DEADLINE_S)
+    assert ends == [(path, 16.0), (path.replace("fast0", "fast1"), 16.0)]
+    assert verify(path) == verify(path.replace("fast0", "fast1"))
+    for told, _ in run_ranks(sharded, 2, root, 2, True, init=False, deadline_s=DEADLINE_S):
+        assert "takes only what all ranks have alike" in told

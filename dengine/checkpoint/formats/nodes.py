@@ -85,8 +85,9 @@ class Nodes:
             shares = all_gather_object((world().node_rank, num_bytes()))
             if len({node for node, _ in shares}) > 1:
                 raise CheckpointError(
-                    f'{path} was not saved: placement="node" takes a sharded model on one node only. Save it into a '
-                    "folder that all nodes share."
+                    f'{path} was not saved: on several nodes, placement="node" takes only what all ranks have alike, '
+                    "and here each has a part of its own (a sharded model, a stage or expert, a loader with a state). "
+                    'Save into a folder that all nodes share, without placement="node".'
                 )
         made = agree(lambda: self._planned(plan, lambda: sum(share for _, share in shares)), path)
         self._has_space = True
