@@ -35,7 +35,7 @@ def run(folder: Path, rounds: int) -> None:
     def step(engine: Engine, batch: int) -> None:
         loss, count = loss_and_count(model, tokens)
         optimizer.zero_grad()
-        (loss / count).backward()
+        torch.autograd.backward(loss / count)
         optimizer.step()
 
     trainer = Engine(step)
