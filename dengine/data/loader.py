@@ -21,6 +21,7 @@ from dengine.checks import whole_number
 from dengine.comm.mesh import note_different_samples
 from dengine.data.dealt_batches import DealtBatches
 from dengine.data.draws import Draw, draw_of, is_plain
+from dengine.data.failures import CaughtCollate, CaughtDataset, Failures, checked_failures
 from dengine.data.passes import PassCounter
 from dengine.data.sampler import DataState, ElasticSampler
 from dengine.data.seeding import (
@@ -73,6 +74,8 @@ def prepare_data_loader(
     global_batch_size: int | None = None,
     seed: int = 0,
     shard: Literal["auto", "rank", "self"] = "auto",
+    on_error: Literal["raise", "skip"] = "raise",
+    max_errors: int | None = None,
 ) -> "DataLoader[T]":
     """`loader` over this rank's shard of its data set, with the same settings otherwise.
 
@@ -121,6 +124,12 @@ def prepare_data_loader(
         seed: of the permutation and of what the data set draws; the same on all ranks.
         shard: who gives each rank its own samples: "self", the data (a map-style loader comes back as it is); "rank",
             this function, whatever the data say; "auto", the data if they are known to.
+        on_error: "skip" leaves a batch out whose loading raised (a corrupt image, in a worker or not): None comes in
+            its place, with a warning that names rank, error and samples. An engine takes that for an iteration without
+            a step; over several ranks a step with collectives (DDP) needs a joined engine (a supervised trainer), in
+            which no other rank waits. `engine.state.data_errors` counts, and `state.metrics["data_errors"]` is the sum
+            over all ranks at the end of an epoch. A worker that died is still an error. Not for streams.
+        max_errors: the most errors in one pass over this rank's data (10 by default); the next one is raised.
 
     Raises:
         TypeError: `loader` is no DataLoader, or has a sampler without a length.
@@ -140,11 +149,12 @@ def prepare_data_loader(
     here = world()
     if shard not in ("auto", "rank", "self"):
         raise ValueError(f"shard={shard!r} must be 'auto', 'rank' or 'self'.")
+    failures = checked_failures(inside(loader.dataset), on_error, max_errors)
     if shard == "self" and not isinstance(inside(loader.dataset), IterableDataset):
-        if exact or global_batch_size is not None:
+        if exact or global_batch_size is not None or failures is not None:
             raise ValueError(
-                "shard='self' leaves this loader as it is, its batches too, so exact= and global_batch_size= would be "
-                "overlooked: leave them out."
+                "shard='self' leaves this loader as it is, its batches too, so on_error=, exact= and "
+                "global_batch_size= would be overlooked: leave them out."
             )
         note_different_samples()
         return loader
@@ -170,8 +180,14 @@ def prepare_data_loader(
     if collate is not None or not draws_nothing(dataset, loader.collate_fn):
         dataset = SeededDataset(dataset, seed, collate)
         sampler.carries_epoch = True
-    prepared = _rebuilt(loader, dataset, seed, collate, **settings)
+    if failures is not None:
+        caught = CaughtCollate(collate or collate_of_user(loader.collate_fn))
+        dataset = CaughtDataset(dataset, caught)
+        sampler.carries_epoch = True
+    prepared = _rebuilt(loader, dataset, seed, collate if failures is None else caught, **settings)
     prepared.keeps_sampler = samples.is_kept
+    if failures is not None:
+        prepared.failures = sampler.passes.failures = failures
     return prepared
 
 
@@ -198,12 +214,14 @@ def drawn_epoch(data: object) -> str:
 
 def inside(part: Any) -> Any:
     """The user's data set that `prepare_data_loader` has wrapped; any other object itself."""
-    return part._dataset if isinstance(part, (SeededDataset, StreamShard)) else part
+    while isinstance(part, (CaughtDataset, SeededDataset, StreamShard)):
+        part = part._dataset
+    return part
 
 
 def collate_of_user(function: Any) -> Any:
     """The user's `collate_fn`, which `prepare_data_loader` has wrapped; any other function itself."""
-    while isinstance(function, (CarryingCollate, SeededCollate)):
+    while isinstance(function, (CarryingCollate, CaughtCollate, SeededCollate)):
         function = function.inside
     return function
 
@@ -342,7 +360,7 @@ def _seeded_collate(loader: "DataLoader[Any]") -> SeededCollate | None:
 
 
 def _rebuilt(
-    loader: "DataLoader[Any]", dataset: Any, seed: int, collate: SeededCollate | None, **changed: Any
+    loader: "DataLoader[Any]", dataset: Any, seed: int, collate: Callable[..., Any] | None, **changed: Any
 ) -> "PreparedLoader[Any]":
     known = inspect.signature(DataLoader).parameters
     kept = {name: getattr(loader, name) for name in _KEPT if name in known and hasattr(loader, name)}
@@ -366,11 +384,13 @@ class PreparedLoader(DataLoader[T]):
     """The loader that `prepare_data_loader` gives."""
 
     keeps_sampler = False  # the user's own
+    failures: Failures | None = None  # of on_error="skip"
 
     def __iter__(self) -> Any:
         if isinstance(self.dataset, StreamShard):  # a sampler counts for itself
             self.dataset.begin_pass()
-        return super().__iter__()
+        batches = super().__iter__()
+        return batches if self.failures is None else self.failures.leave_out(batches)
 
 
 class PositionedLoader(PreparedLoader[T]):

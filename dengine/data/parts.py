@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from dengine.data.failures import Failures
 from dengine.data.loader import pass_counters, renew_workers
 from dengine.data.passes import PassCounter
 from dengine.data.seeding import set_epoch_of
 
-__all__ = ["counters_of", "members_of", "parts_of", "set_epoch_of_parts"]
+__all__ = ["counters_of", "failures_of", "members_of", "parts_of", "set_epoch_of_parts"]
 
 
 def members_of(data: object) -> Mapping[str, Any]:
@@ -28,6 +29,12 @@ def counters_of(data: object) -> list[PassCounter]:
     own = [data.passes] if isinstance(getattr(data, "passes", None), PassCounter) else []  # type: ignore[attr-defined]
     own += [each for each in pass_counters(data) if each not in own]
     return own + [each for member in members_of(data).values() for each in counters_of(member)]
+
+
+def failures_of(data: object) -> list[Failures]:
+    """What loaders in `data` keep of the errors that they left out (`on_error="skip"`)."""
+    found = (counter.failures for counter in counters_of(data))
+    return [each for each in found if each is not None]
 
 
 def parts_of(data: object) -> list[object]:

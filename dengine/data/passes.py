@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
+from dengine.data.failures import Failures
 from dengine.data.seeding import set_epoch_of
 
 __all__ = ["PassCounter", "Passes", "capture_passes", "restore_passes"]
@@ -38,6 +39,7 @@ class PassCounter:
         self.kind = kind
         self.epoch = 0
         self.has_started = False
+        self.failures: Failures | None = None  # of a loader that leaves out batches whose loading raised
         self._is_known = True  # to the data
         _living[next(_numbers)] = self
 
@@ -71,11 +73,15 @@ class PassCounter:
 
 def capture_passes() -> Passes:
     """The state of the counters of every loader of this process."""
-    return [{"kind": each.kind, "epoch": each.epoch, "is_begun": each.has_started} for each in _in_order()]
+    return [
+        {"kind": each.kind, "epoch": each.epoch, "is_begun": each.has_started}
+        | ({} if each.failures is None else {"errors": each.failures.state()})
+        for each in _in_order()
+    ]
 
 
 def restore_passes(saved: Passes, *, but: Collection[PassCounter] = ()) -> None:
-    """Set the counters of this process's loaders to what `capture_passes` gave, except those in `but`.
+    """Set the counters of this process's loaders to what `capture_passes` gave, except the epochs of those in `but`.
 
     Loaders of one kind are matched in the order in which they were made, from the newest: older ones may be left over.
     """
@@ -85,6 +91,8 @@ def restore_passes(saved: Passes, *, but: Collection[PassCounter] = ()) -> None:
         if fitting is None:
             continue
         state = left.pop(fitting)
+        if counter.failures is not None and "errors" in state:
+            counter.failures.restore(state["errors"])
         if not any(counter is each for each in but):
             counter.restore(state["epoch"], has_started=state["is_begun"])
 

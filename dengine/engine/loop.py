@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dengine.control.run import END, position
-from dengine.distributed import world
+from dengine.data.parts import failures_of
+from dengine.distributed import all_reduce, world
 from dengine.engine import epoch_metrics
 from dengine.engine.data.description import PassPosition, described
 from dengine.engine.data.epochs import EpochIterator
@@ -150,6 +151,10 @@ class Loop:
             self._warn_of_none()
         if not self.limits.is_skipped():
             state.metrics.update(epoch_metrics.compute(self.metrics, distributed=distributed, is_whole=is_whole))
+            if failures_of(self.epochs.data) and "data_errors" not in self.metrics.names:
+                errors = float(state.data_errors)
+                errors = all_reduce(errors, "sum", name="the number of data errors") if distributed else errors
+                state.metrics["data_errors"] = errors
         state._epochs_completed = state.epoch + 1
         self.resuming.end_epoch(self.epochs)
         state.times["epoch"] = time.perf_counter() - started_s

@@ -162,7 +162,10 @@ def passes_of(saved: RandomState) -> RandomState:
     """The part of another rank's state that is the same on all ranks."""
 
     def part(state: RandomState | None) -> RandomState | None:
-        return state and {"passes": state.get("passes", []), "data": state.get("data", [])}
+        if state is None:
+            return None
+        counters = [{key: each[key] for key in each if key != "errors"} for each in state.get("passes", [])]
+        return {"passes": counters, "data": state.get("data", [])}
 
     return {
         "now": part(saved["now"]),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dengine.checks import whole_number
 from dengine.comm.consistency import Compared
 from dengine.data.alike import is_whole_on_every_rank, samples_of, shard_entries
-from dengine.data.parts import members_of
+from dengine.data.parts import failures_of, members_of
 from dengine.data.sampler import ElasticSampler
 from dengine.data.self_sharding import refuse_other_part
 from dengine.distributed import world
@@ -129,6 +129,11 @@ def _must_be_alike(loop: Loop) -> list[Compared]:
             [f"stop_every={loop.limits.stop_every} (a supervised trainer's gradient_accumulation_steps)"],
         ),
         Compared("The arguments of run()", [f"continue_data={loop.epochs.is_continued}"]),
+        Compared(
+            "What happens to batches whose loading raises",
+            [f"max_errors={each.max_errors}" for each in failures_of(loop.epochs.data)],
+            "Pass the same on_error= and max_errors= to prepare_data_loader() on every rank.",
+        ),
         Compared(
             "The epochs from which this run goes on",
             [f"epochs_completed={loop.state.epochs_completed}"],

@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dengine.checks import is_whole_number
+from dengine.data.parts import failures_of
 from dengine.engine.data.description import PassPosition
 from dengine.metrics.collection.live import MetricValues
 from dengine.naming import a_type
@@ -114,6 +115,11 @@ class State:
         shown = [f"{name}={getattr(self, name)!r}" for name in names]
         shown += [f"metrics={list(self.metrics)}"] + ([f"own={mine}"] if mine else [])
         return f"State({', '.join(shown)})"
+
+    @property
+    def data_errors(self) -> int:
+        """Batches of this rank that were left out in this training as their loading raised (`on_error="skip"`)."""
+        return sum(each.num_errors for each in failures_of(self._dataloader))
 
     @property
     def data_pass(self) -> int:
