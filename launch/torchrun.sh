@@ -24,16 +24,17 @@ check_processes() {
 }
 
 # Machines that share a folder would install into it at the same time, so the scripts for several install nothing.
+# It looks for PyTorch but does not import it, which takes seconds.
 need_environment() {
-    "$VENV_PYTHON" -c 'import torch' 2>/dev/null ||
+    "$VENV_PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null ||
         fail "no environment with PyTorch in $VENV: make it once with bash launch/single.sh --install" \
             "or set DENGINE_VENV to one"
 }
 
 torchrun_command() {
-    local num_processes=${NPROC:-} num_gpus
-    num_gpus="$(count_gpus)"
-    if ((num_gpus == 0)); then
+    local num_processes=${NPROC:-} num_gpus=""
+    [[ -n "$num_processes" && -n "${OMP_NUM_THREADS:-}" ]] || num_gpus="$(count_gpus)" # an import of PyTorch
+    if [[ "$num_gpus" == 0 ]]; then
         # PyTorch would start one thread per core in every process, and they would fight for the cores.
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
         : "${num_processes:=2}"

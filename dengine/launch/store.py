@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,7 @@ from dengine.torch_internals import LIBUV_TAKES_LISTENER, TCPStore
 
 __all__ = ["open_store"]
 
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LONGEST_WAIT_S = 0.005, 0.05, 5.0
 _BACKLOG = 4096  # ranks may all come at once; the kernel's own limit is the lower one
 
 
@@ -34,7 +36,27 @@ def open_store(launch: Launch, timeout_s: float) -> TCPStore:
     if is_host and (listener := _listening(address, is_one_host=launch.local_size == launch.size)) is not None:
         options["master_listen_fd"] = listener.detach()  # the store's, even if it cannot be made
         options["use_libuv"] = LIBUV_TAKES_LISTENER
+    elif not is_host and launch.local_size == launch.size:
+        _await_listener(address, timeout_s)
     return TCPStore(*address, launch.size, **options)
+
+
+def _await_listener(address: tuple[str, int], timeout_s: float) -> None:
+    """Wait a little until somebody listens there: torch itself tries again only half a second after it was refused.
+
+    For ranks on the host of the store: there may be many on others, and a connection more of each costs the store the
+    time to look up their names.
+    """
+    pause_s, end_s = _FIRST_PAUSE_S, time.monotonic() + min(timeout_s / 2, _LONGEST_WAIT_S)
+    while time.monotonic() < end_s:
+        try:
+            socket.create_connection(address, timeout=1).close()
+            return
+        except ConnectionRefusedError:
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        except OSError:
+            return  # torch's error says so
 
 
 def _listening(address: tuple[str, int], *, is_one_host: bool) -> socket.socket | None:

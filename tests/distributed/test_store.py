@@ -1,6 +1,8 @@
 """Where the store of the ranks listens."""
 
 import socket
+import threading
+import time
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 from torch.distributed import DistError, TCPStore
 
+from dengine.launch import store
 from dengine.launch.env import Launch
 from dengine.launch.store import _listening, open_store
 
@@ -49,6 +52,26 @@ def test_a_process_that_hosts_a_store_there_already_shares_it(is_torchs: bool) -
     first = TCPStore("127.0.0.1", port, 1, **options) if is_torchs else open_store(at(port), 5.0)
     first.set("said", "1")
     assert open_store(at(port), 5.0).get("said") == b"1"
+
+
+def test_a_rank_on_the_host_of_the_store_asks_torch_only_when_somebody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would wait for half a second after it was refused once."""
+    port, begun = free_port(), threading.Event()
+    seen: list[bool] = []
+
+    def serve() -> None:
+        time.sleep(0.2)
+        begun.set()
+        servers.append(socket.create_server(("127.0.0.1", port)))
+
+    servers: list[socket.socket] = []
+    monkeypatch.setattr(store, "TCPStore", lambda *arguments, **options: seen.append(begun.is_set()))
+    thread = threading.Thread(target=serve)
+    thread.start()
+    open_store(replace(at(port), rank=1, size=2, local_rank=1, local_size=2), 60.0)
+    thread.join()
+    servers[0].close()
+    assert seen == [True]
 
 
 def test_a_port_that_another_process_holds_is_an_error() -> None:
