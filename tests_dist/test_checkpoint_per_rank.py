@@ -50,6 +50,7 @@ def refused(rank: int, size: int, folder: Path) -> list[str]:
         ("c_1", {"replay": late}),
         ("c_1.pt", {"replay": lacking}),
         ("c_1.pt", {"replay": PerRank(Replay(rank))}),
+        ("c_1", {"replay": Replay(0) if rank else PerRank(Replay(0))}),
     ]
     messages = [refusal(partial(save, folder / path, objects)) for path, objects in cases]
     assert list(folder.iterdir()) == [], list(folder.iterdir())
@@ -111,13 +112,17 @@ def test_declared_states_of_all_ranks_are_kept_and_go_to_the_same_ranks_alone(
 def test_undeclared_differences_of_own_objects_are_refused_by_name_with_two_ranks(tmp_path: Path) -> None:
     first, second = run_ranks(refused, 2, tmp_path, deadline_s=60)
     assert first == second
-    differing, in_folder, shapes, late, lacking, declared = first
+    differing, in_folder, shapes, late, lacking, declared, by_one = first
     for message in (differing, in_folder, shapes):
         assert "'replay/tensors/items' of rank 1 is not that of rank 0" in message
         assert "{'replay': PerRank(...)}" in message
     assert "'replay/tensors/more' of rank 1 is not that of rank 0" in late
     assert "'replay/tensors/extra' is on rank 1, but not on rank 0" in lacking
     assert "a path without an ending" in declared
+    assert (
+        "rank 1 saves a state of each rank (PerRank) of nothing, rank 0 a state of each rank (PerRank) of replay"
+        in (by_one)
+    )
 
 
 def test_buffers_and_numbers_may_differ(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class FolderFormat(Format):
 def _own_bytes(collected: Collected) -> int:
     """About what this rank writes: its share of what several have alike, and what is not spread only on rank 0."""
     total = 0
-    for _, tensor in tensors_in(collected.states):
+    for _, tensor in tensors_in({**collected.states, **collected.per_rank}):
         if is_dtensor(tensor):
             total += tensor.numel() * tensor.itemsize // tensor.device_mesh.size()
         elif world().rank == 0 or collected.has_own:

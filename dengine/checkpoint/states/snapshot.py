@@ -151,14 +151,16 @@ def collect(objects: Mapping[str, Stateful], *, into_folder: bool = False) -> Co
     except Exception as error:  # whatever it is, the other ranks must not wait for ever
         failure, cause = f"the states could not be taken: {type(error).__qualname__}: {error}", error
     random = None if into_folder or mine.has_shards or mine.has_own else mine.random
-    report = failure, (sorted(mine.random), random), mine.has_shards, mine.has_own, mine.prints
+    names = sorted(mine.random), sorted(mine.per_rank)
+    report = failure, (names, random), mine.has_shards, mine.has_own, mine.prints
     everyone = all_gather_object((sorted(objects), report))
     gathered = [theirs for _, theirs in everyone]
     _agree_on_names([names for names, _ in everyone])
     for rank, (reason, *_) in enumerate(gathered):
         if reason is not None:
             raise CheckpointError(f"Nothing was saved or changed, since on rank {rank} {reason}") from cause
-    _agree_on_names([theirs for _, (theirs, _), *_ in gathered], "random number generators of ")
+    for place, what in enumerate(("random number generators of ", "a state of each rank (PerRank) of ")):
+        _agree_on_names([theirs[place] for _, (theirs, _), *_ in gathered], what)
     is_sharded = any(theirs for _, _, theirs, *_ in gathered)
     has_own = any(theirs for _, _, _, theirs, _ in gathered)
     models = [name for name, value in objects.items() if isinstance(value, nn.Module)]
