@@ -17,13 +17,10 @@ from dengine.distributed import world
 from dengine.dtensor import local_part, summed_up
 from dengine.engine import Absent, Engine, Events
 from dengine.engine.events import AnyEvent
-from dengine.engine.handler_list import Subscription
-from dengine.engine.phases import Phase
 from dengine.errors import GuardError
-from dengine.handlers.ema import EMA
-from dengine.handlers.lr_scheduler import LRScheduler
 from dengine.handlers.priorities import Priority
 from dengine.handlers.spikes import Spikes
+from dengine.handlers.step_followers import StepFollowers
 from dengine.handlers.step_log import LoggedStep, StepLog, set_groups, settings_of
 from dengine.handlers.step_states import StepStart, unsent_in
 from dengine.handlers.step_verdict import Reading, Word, are_finite, is_bad_anywhere
@@ -152,7 +149,7 @@ class Guard:
         self._word = Word(model, self._parameters)
         self._start = StepStart(model)
         self._is_shared = world().size > 1 and trainer.distributed
-        self._step_event: AnyEvent | None = None
+        self._followers = StepFollowers(trainer.repeats, are_ahead=self.is_late)
         self._is_scaled = False
         self._values: deque[tuple[int, float]] = deque(maxlen=_NUM_SHOWN)  # the last bad losses of this rank
         self._bad: bool | Tensor = False  # whether a loss of the step under way is bad
@@ -162,7 +159,8 @@ class Guard:
         self._judged: deque[_Judged] = deque()  # the oldest first
         self._is_started = self._reads_now = self._is_repeating = self._owes_return = self._must_know = False
         self._reset()
-        trainer.state.skipped, trainer.state.roll_backs = [], 0
+        if not hasattr(trainer.state, "skipped"):  # else it was loaded
+            trainer.state.skipped, trainer.state.roll_backs = [], 0
         self._attach(trainer)
 
     def _attach(self, trainer: Engine) -> None:
@@ -206,9 +204,9 @@ class Guard:
 
     def serve(self, step_event: AnyEvent, *, is_scaled: bool) -> None:
         """Take notice of a step that fires `step_event` after each step, and may scale its loss."""
-        self._step_event, self._is_scaled = step_event, is_scaled
+        self._followers.step_event, self._is_scaled = step_event, is_scaled
         if is_scaled:
-            self.is_late = False
+            self.is_late = self._followers.are_ahead = False
             self._log = self._log if self._rolls_back else None
 
     def watch(self, loss: Tensor | None) -> None:
@@ -345,7 +343,7 @@ class Guard:
         if self._log is not None:
             self._log.clear()
         if self.is_late:  # handlers may differ between ranks
-            is_heard = self._has_listeners()
+            is_heard = self._followers.has_listeners()
             self._must_know = bool(all_reduce(int(is_heard), "max", name="listeners")) if self._is_shared else is_heard
 
     def _note(self, engine: Engine) -> None:
@@ -467,15 +465,17 @@ class Guard:
         self._is_repeating = self._reads_now = True
         try:
             for step, flows in again:
-                if not self._has_schedule or step is again[0][0]:
+                if not self._followers.has_schedule or step is again[0][0]:
                     set_groups(self._optimizer, step.settings)
                 if not first <= step.iteration <= last:
                     self._do_again(step, flows=flows and step.iteration > last, counts=step.iteration > last)
-                    if not (is_within_step and step.iteration == current):
-                        self._call_followers(step.iteration)
+                    comes_later = is_within_step and step.iteration == current
+                    if not (comes_later or self._repeats.is_left_out):
+                        has_stepped = self._last_step == step.iteration
+                        self._followers.call(self._engine, step.iteration, has_stepped=has_stepped)
         finally:
             self._is_repeating = False
-        if not self._has_schedule:
+        if not self._followers.has_schedule:
             set_groups(self._optimizer, present)
         if current == last:
             self._repeats.is_left_out = True
@@ -498,53 +498,14 @@ class Guard:
             else:
                 self._repeats.count(output)
 
-    # -- handlers that follow the steps, on a device ---------------------------------------------------------------
-
-    def _followers(self, event: AnyEvent | None) -> list[Subscription]:
-        """The handlers of `event` whose state a return sets back, and which are called again for the steps since
-        then. On the CPU none, as they have seen only good steps.
-        """
-        if event is None or not self.is_late:
-            return []
-        return [each for each in self._repeats.subscriptions(event) if isinstance(each.handler, EMA | LRScheduler)]
-
-    def _all_followers(self) -> dict[str, EMA | LRScheduler]:
-        found = [*self._followers(self._step_event), *self._followers(Events.ITERATION_COMPLETED)]
-        return {str(id(each.handler)): each.handler for each in found}  # type: ignore[misc]
-
-    @property
-    def _has_schedule(self) -> bool:
-        """Whether the learning rates of steps that are done again come from a schedule that was set back."""
-        return any(isinstance(each, LRScheduler) for each in self._all_followers().values())
-
     def _more(self) -> dict[str, Any]:
-        more: dict[str, Any] = {name: each.state_dict() for name, each in self._all_followers().items()}
+        more = self._followers.states()
         return more if self._spikes is None else {**more, "spikes": self._spikes.copied()}
 
     def _take_back(self, more: dict[str, Any]) -> None:
         if self._spikes is not None:
             self._spikes.load_state_dict(more["spikes"])
-        for name, each in self._all_followers().items():
-            if name in more:
-                each.load_state_dict(more[name])
-
-    def _call_followers(self, iteration: int) -> None:
-        if self._repeats.is_left_out:
-            return
-        called = self._followers(self._step_event) if self._last_step == iteration else []
-        for each in [*called, *self._followers(Events.ITERATION_COMPLETED)]:
-            if each in called or each.admits(iteration):
-                each.handler(self._engine)
-
-    def _has_listeners(self) -> bool:
-        """Whether a handler needs to know of each step whether it was left out."""
-        if self._step_event is None:
-            return False
-        followers = [each for each in self._followers(self._step_event) if each.is_plain]
-        return any(
-            each not in followers and each.turn[1] is not Phase.SAVE
-            for each in self._repeats.subscriptions(self._step_event)
-        )
+        self._followers.load(more)
 
 
 def _flowing(steps: list[LoggedStep], after: int) -> list[tuple[LoggedStep, bool]]:
