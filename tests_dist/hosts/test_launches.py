@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -112,6 +113,32 @@ def test_a_rank_that_is_killed_is_begun_again_with_all_others_and_the_end_is_the
     assert (first.wait(), second.wait()) == (0, 0), first.log + second.log
     assert len(re.findall("of 2 on h1 begins after", first.log)) == 2
     assert digests(first.log + second.log) == on_one_host
+
+
+def test_ranks_go_on_from_the_memory_of_the_host_that_still_has_it(
+    hosts: Hosts, tmp_path: Path, on_one_host: set[str]
+) -> None:
+    """A rank is killed, and one host has lost what its memory held."""
+    environment = {"NNODES": "2:2", "HEAD": "h1", "LAST_CALL": "3"}
+    memory = {host: tmp_path / host / f"dengine-{os.getuid()}-dengine" for host in ("h2", "h1")}
+    commands = {}
+    for host, folder in memory.items():
+        folder.parent.mkdir()
+        start = (f"--fast-dir={folder.parent}", JOB, str(tmp_path / "job"), "--pause=0.2")
+        commands[host] = hosts.launch(host, "elastic.sh", *start, env=environment)
+    first, second = commands["h1"], commands["h2"]
+    reach(tmp_path / "job", 14, first, second)
+    (rank,) = hosts.ranks("h2", JOB)
+    at = int((tmp_path / "job" / "iteration").read_text())
+    os.kill(rank, signal.SIGKILL)
+    until(lambda: not hosts.ranks("h1", JOB) and not hosts.ranks("h2", JOB), 60, lambda: first.log + second.log)
+    shutil.rmtree(memory["h1"])
+    assert (first.wait(), second.wait()) == (0, 0), first.log + second.log
+    paths = re.findall(r"resumes from (/\S+)/checkpoint_(\d+)", first.log + second.log)
+    assert {path for path, _ in paths} == {str(folder) for folder in memory.values()}
+    assert all(int(step) >= at - 4 for _, step in paths)
+    assert digests(first.log + second.log) == on_one_host
+    assert not any(folder.exists() for folder in memory.values())
 
 
 def test_a_host_whose_cable_is_healed_joins_again_and_training_goes_on_meanwhile(hosts: Hosts, tmp_path: Path) -> None:

@@ -59,8 +59,9 @@ def train(options: argparse.Namespace, world: distributed.World) -> int:
         folders.insert(0, fast)
         in_memory = Checkpoint(objects, fast, asynchronous=True, placement="node")
         trainer.on(Events.ITERATION_COMPLETED(every=2), in_memory)
-        say(f"rank {world.rank} has {fast} with mode {os.stat(fast).st_mode & 0o777:o}")
     say(f"rank {world.rank} resumes from {Checkpoint.resume(folders, objects)}")
+    if fast and os.path.isdir(fast):
+        say(f"rank {world.rank} has {fast} with mode {os.stat(fast).st_mode & 0o777:o}")
     say(f"rank {world.rank} of {world.size} on {socket.gethostname()} begins after {trainer.state.iteration}")
 
     @trainer.on(Events.ITERATION_COMPLETED, rank_zero_only=True)
