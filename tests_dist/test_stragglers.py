@@ -25,6 +25,7 @@ from dengine.supervised import create_supervised_trainer
 NUM_CASES = int(os.environ.get("DENGINE_STRAGGLERS", "1"))  # of each kind of step
 NUM_STEPS = 8
 LEAST_S = 0.03
+ALIVE: list[Engine] = []  # with their models in DDP, which the steps of the engines after them do not use
 Cases: TypeAlias = "list[tuple[int, str]]"  # the slow rank, and its phase
 
 
@@ -133,6 +134,7 @@ def found_on(rank: int, size: int, kind: str, cases: Cases) -> list[tuple[Any, d
     shows."""
     sleeper, even_s = Sleeper(), 0.0
     engine = KINDS[kind][0](sleeper)
+    ALIVE.append(engine)
     ThroughputMonitor(print_line=False).attach(engine)
     engine.on(Events.ITERATION_COMPLETED, lambda engine: sleeper.at("handlers"))
     found: list[tuple[Any, dict[str, Any]]] = []

@@ -28,7 +28,6 @@ class DDPPhases:
             self._ends.append(model.register_forward_pre_hook(self._forward_begins).remove)
             self._ends.append(model.register_forward_hook(self._forward_ended).remove)
             self._ends.append(torch_internals.time_buffer_sync(model, waiting))
-        clock.knows_passes = bool(self._ends)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DDPPhases, (

@@ -67,7 +67,6 @@ class PhaseClock:
     The first step after it is made is left out: it may compile, and starts the workers of a loader.
 
     Attributes:
-        knows_passes: whether it is told of the forward and backward passes within a step.
         num_passes: the number of backward passes of which it was told.
         num_steps: the number of steps whose times are known.
         seconds: the sum of each phase.
@@ -79,8 +78,8 @@ class PhaseClock:
         self._marks: list[tuple[str, Any]] = []  # of the step under way: a phase, and when it began
         self._unread: deque[list[tuple[str, Any]]] = deque()
         self._is_first = True
+        self._passes_before = 0
         self._num_waits = 0  # around what is under way
-        self.knows_passes = False
         self.phase = ""  # "" between two steps
         self.start_epoch()
 
@@ -94,12 +93,12 @@ class PhaseClock:
 
     def begin_step(self) -> None:
         """Begin a step, by its data."""
-        self._marks, self._num_waits = [], 0
+        self._marks, self._num_waits, self._passes_before = [], 0, self.num_passes
         self.switch("data")
 
     def begin_call(self) -> None:
-        """Begin the call of the process function."""
-        self.switch("forward" if self.knows_passes else "step")
+        """Begin the call of the process function: with its forward pass, if there will be a backward pass."""
+        self.switch("forward")
 
     def switch(self, phase: str) -> None:
         """Count the time from now on for `phase`."""
@@ -115,6 +114,8 @@ class PhaseClock:
         if self._is_first:
             self._is_first = False
             return
+        if self.num_passes == self._passes_before:  # nobody told the parts of this step
+            self._marks = [("step" if phase == "forward" else phase, stamp) for phase, stamp in self._marks]
         self._unread.append(self._marks)
         self.read()
 
