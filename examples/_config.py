@@ -119,6 +119,8 @@ def _wanted(default: Any, *, may_be_zero: bool, is_fraction: bool) -> tuple[str,
         return "a text", lambda value: isinstance(value, str | int) and not isinstance(value, bool) and value != ""
     if is_fraction:
         return "a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1
+    if isinstance(default, bool):
+        return "true or false", lambda value: isinstance(value, bool)
     if isinstance(default, int):
         least, words = (0, "of at least 0") if may_be_zero else (1, "above 0")
         return f"a whole number {words}", lambda value: _is_number(value) and isinstance(value, int) and value >= least

@@ -11,6 +11,7 @@ it was when it is run again; with more epochs than before, at the lowest of the 
 import ast
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from _config import PREEMPTED, folders, mesh_sizes, read_arguments, refuse, start
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dengine import Engine, Events, distributed
 from dengine.config import Conf
+from dengine.data import pack_sequences
 from dengine.engine import Absent
 from dengine.handlers import Checkpoint, LRScheduler, ParamGroupLogger, Preemption, ProgressBar, TrackingHandler
 from dengine.metrics import Perplexity, Throughput
@@ -85,12 +87,19 @@ def run(cfg, world):
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.95))
     texts = docstrings(cfg.length, cfg.max_texts)
     held_out, rest = texts.tensor_split([len(texts) // 10])
-    loader = DataLoader(TensorDataset(rest), max(1, cfg.batch_size // world.data_size), shuffle=True, drop_last=True)
+    batch_size = max(1, cfg.batch_size // world.data_size)
+    loader: DataLoader[Any]
+    if cfg.packed:  # no padding: texts one after the other, cut to the length
+        documents = [row[row != PADDING] for row in rest]
+        packed = pack_sequences(documents, cfg.length + 1, shuffle=True, seed=cfg.seed)
+        loader, num_samples = DataLoader(packed, batch_size, drop_last=True), sum(map(len, documents)) // packed.length
+    else:
+        loader, num_samples = DataLoader(TensorDataset(rest), batch_size, shuffle=True, drop_last=True), len(rest)
     loader = distributed.prepare_data_loader(loader, seed=cfg.seed)
     val_loader = distributed.prepare_data_loader(DataLoader(TensorDataset(held_out), batch_size=64), exact=True)
 
     def train_step(engine, batch):
-        loss, count = loss_and_count(model, batch[0].to(world.device))
+        loss, count = loss_and_count(model, (batch if cfg.packed else batch[0]).to(world.device))
         # The mean over the tokens of all ranks: a gradient is the mean of the ranks' ones, and texts differ in length.
         mean = loss / distributed.all_reduce(count, "sum") * world.size
         optimizer.zero_grad()
@@ -111,7 +120,7 @@ def run(cfg, world):
     evaluator.add_metric(Perplexity(), "val/perplexity")
     ProgressBar().attach(trainer, output_transform=lambda output: {"loss": output[0]})
 
-    num_steps, rates = cfg.epochs * len(loader), torch.optim.lr_scheduler
+    num_steps, rates = cfg.epochs * (num_samples // (batch_size * world.data_size)), torch.optim.lr_scheduler
     warm_up = rates.LinearLR(optimizer, start_factor=0.01, total_iters=cfg.warm_up)  # then half a wave of the cosine
     cosine = rates.CosineAnnealingLR(optimizer, T_max=max(1, num_steps - cfg.warm_up), eta_min=cfg.lr / 20)
     schedule = LRScheduler(rates.SequentialLR(optimizer, [warm_up, cosine], milestones=[cfg.warm_up]))

@@ -271,6 +271,19 @@ def test_the_language_model_goes_on_where_it_was_and_its_perplexity_is_that_of_i
     )
 
 
+def test_the_language_model_trains_on_texts_without_padding(tmp_path: Path) -> None:
+    options = ("packed=true", "max_texts=200", "warm_up=2", "save_every=2", "model.num_layers=1", "epochs=2")
+    done = run_example("language_model", *options, f"output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (numbers,) = tmp_path.glob("language_model/*/metrics.jsonl")
+    rows = [json.loads(line) for line in numbers.read_text().splitlines()]
+    module = load_example("language_model")
+    num_steps = int((module.docstrings(128, 200)[20:] != module.PADDING).sum()) // 129 // 32
+    assert [row["step"] for row in rows if "val/perplexity" in row] == [num_steps, 2 * num_steps]
+    perplexities = [row["train/perplexity"] for row in rows if "train/perplexity" in row]
+    assert perplexities[1] < perplexities[0]
+
+
 @pytest.mark.parametrize(
     ("name", "argument", "message"),
     [
