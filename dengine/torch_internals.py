@@ -28,6 +28,7 @@ __all__ = [
     "FSDP_ATTRIBUTES",
     "HIDDEN_BY_COMPILE",
     "LIBUV_TAKES_LISTENER",
+    "SENDS_BUFFERS_NEXT",
     "HashStore",
     "PrefixStore",
     "TCPStore",
@@ -67,6 +68,7 @@ __all__ = [
 T = TypeVar("T")
 
 HIDDEN_BY_COMPILE = "_orig_mod"  # the attribute of torch.compile's wrapper that holds the module
+SENDS_BUFFERS_NEXT = "require_forward_param_sync"  # DDP's: False after a backward pass inside no_sync()
 LIBUV_TAKES_LISTENER = torch.__version__ >= "2.8"  # else a TCPStore on a given socket has to be the older kind
 FSDP_ATTRIBUTES = ("__composable_api", "_is_fsdp", "_fsdp_")  # how those begin that `fully_shard` leaves on a module
 

@@ -338,6 +338,18 @@ def test_fsdp_knows_where_the_parameters_are_that_it_spreads() -> None:
     assert found == {id(each) for each in module[0].parameters()}
 
 
+@pytest.mark.usefixtures("group")
+def test_ddp_sends_buffers_after_a_pass_that_sent_gradients() -> None:
+    """Else a step that Replay runs twice, within an accumulation, has other buffers the second time."""
+    model = nn.parallel.DistributedDataParallel(nn.Linear(1, 1))
+    assert getattr(model, torch_internals.SENDS_BUFFERS_NEXT) is True
+    with model.no_sync():
+        model(torch.ones(1, 1)).sum().backward()
+    assert getattr(model, torch_internals.SENDS_BUFFERS_NEXT) is False
+    model(torch.ones(1, 1)).sum().backward()
+    assert getattr(model, torch_internals.SENDS_BUFFERS_NEXT) is True
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("group")
 def test_gradients_that_fsdp_has_not_sent_are_found(dtype: torch.dtype) -> None:

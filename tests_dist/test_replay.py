@@ -92,6 +92,25 @@ def cases(rank: int, size: int) -> dict[str, Found]:
     return found
 
 
+def weights_and_buffers(rank: int, size: int) -> list[bool]:
+    """Whether each is the same with and without a replay of each step of an accumulation, on this rank."""
+
+    def trained(*, replays: bool) -> list[Tensor]:
+        model = distributed.prepare_model(net())
+        trainer = supervised(model, gradient_accumulation_steps=2)
+        if replays:
+            Replay(model, every=1).attach(trainer)
+        torch.manual_seed(rank)
+        trainer.run(data_of(rank))
+        return [*distributed.unwrap_model(model).state_dict().values(), torch.rand(2)]
+
+    return [torch.equal(*pair) for pair in zip(trained(replays=True), trained(replays=False), strict=True)]
+
+
+def test_a_replay_leaves_no_trace_on_any_rank() -> None:
+    assert all(map(all, run_ranks(weights_and_buffers, 2)))
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_ranks_stop_together_with_the_name_and_the_rank(size: int) -> None:
     for found in run_ranks(cases, size):

@@ -25,8 +25,9 @@ from dengine.handlers.step_log import LoggedStep, StepLog, set_groups, settings_
 from dengine.handlers.step_states import StepStart, unsent_in
 from dengine.handlers.step_verdict import Reading, Word, are_finite, is_bad_anywhere
 from dengine.naming import a_type, other_names, shown
-from dengine.parallel.gradients import check_loss
+from dengine.parallel.gradients import check_loss, find_ddp
 from dengine.random_state import Generators
+from dengine.torch_internals import SENDS_BUFFERS_NEXT
 
 __all__ = ["Guard"]
 
@@ -460,6 +461,8 @@ class Guard:
         self._optimizer.zero_grad()
         for place in unsent_in(self._model):
             setattr(*place, None)
+        if (ddp := find_ddp(self._model)) is not None:
+            setattr(ddp, SENDS_BUFFERS_NEXT, True)  # as after each step
         current = self._engine.state.iteration
         self._repeats.is_left_out = False
         self._is_repeating = self._reads_now = True

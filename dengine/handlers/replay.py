@@ -20,7 +20,7 @@ from dengine.handlers.priorities import Priority
 from dengine.handlers.step_states import StepStart, unsent_in
 from dengine.naming import a_type, shown
 from dengine.parallel.gradients import find_ddp
-from dengine.torch_internals import HIDDEN_BY_COMPILE, has_final_buckets
+from dengine.torch_internals import HIDDEN_BY_COMPILE, SENDS_BUFFERS_NEXT, has_final_buckets
 
 __all__ = ["Replay"]
 
@@ -114,6 +114,7 @@ class Replay:
             for place in self._slots()
             for grad in [getattr(*place)]
         ]
+        sends_buffers = getattr(ddp, SENDS_BUFFERS_NEXT, True)
         set_back = [remember() for remember in repeats.remember]
         self._watch(_leave_step)
         repeats.is_rehearsal = True
@@ -132,6 +133,8 @@ class Replay:
             setattr(holder, name, grad)
         for each in set_back:
             each()
+        if ddp is not None:
+            setattr(ddp, SENDS_BUFFERS_NEXT, sends_buffers)
         if (drawn := generators.drawn_from()) is not None:
             raise ReplayError(
                 f"The step draws from a generator of its own, {drawn!r}, which Replay cannot set back, so that its two "
