@@ -17,7 +17,7 @@ from torch import nn
 from dengine import Engine, Events, distributed
 from dengine.checkpoint import verify
 from dengine.errors import CheckpointError
-from dengine.handlers import Checkpoint
+from dengine.handlers import EMA, Checkpoint
 
 
 def on_nodes(rank: int, size: int, num_nodes: int) -> int:
@@ -41,7 +41,9 @@ def objects_of(rank: int) -> dict[str, Any]:
         model(batch + rank).square().mean().backward()  # ranks have other statistics in batch norm
         optimizer.step()
 
-    return {"model": model, "optimizer": optimizer, "trainer": Engine(step)}
+    trainer, ema = Engine(step), EMA(model)
+    trainer.on(Events.ITERATION_COMPLETED, ema)
+    return {"model": model, "optimizer": optimizer, "ema": ema, "trainer": trainer}
 
 
 DEADLINE_S = 60.0

@@ -69,7 +69,9 @@ def canonical(value: Any) -> Any:
         new.clear()
         new.update((canonical(key), canonical(part)) for key, part in value.items())
         vars_of = getattr(new, "__dict__", {})  # the versions in a module's state
-        vars_of.update({name: canonical(each) for name, each in vars_of.items()})
+        attributes = {sys.intern(name): canonical(each) for name, each in vars_of.items()}
+        vars_of.clear()  # else it would keep its keys
+        vars_of.update(attributes)
         return new
     return type(value)(map(canonical, value)) if type(value) in (list, tuple) else value
 
