@@ -104,8 +104,11 @@ def prepared(rank: int, size: int, kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "words"), [("shape", "0.weight [5, 4]"), ("number", "3 of them")])
 def test_models_of_another_shape_are_refused_where_they_are_prepared(kind: str, words: str) -> None:
-    for outcome in run_ranks(prepared, 3, kind, init=False, expect_failures=True, deadline_s=60):
-        assert outcome.error_type == "ConsistencyError", outcome
+    outcomes = run_ranks(prepared, 3, kind, init=False, expect_failures=True, deadline_s=60)
+    assert "ConsistencyError" in {outcome.error_type for outcome in outcomes}
+    for outcome in outcomes:
+        # A rank that is seconds late, on a busy machine, hears first that another one has raised it.
+        assert outcome.error_type in ("ConsistencyError", "RemoteRankError"), outcome
         assert "rank 2 has" in outcome.error_message
         assert words in outcome.error_message
 
