@@ -16,6 +16,7 @@ from dengine.checks import whole_number
 from dengine.data.permutation import Permutation
 from dengine.data.seeding import EpochIndex, SeededDataset, draws_nothing, set_epoch_of
 from dengine.data.self_sharding import divides_by_worker, shards_itself
+from dengine.data.stateful import forget_position, inexactness, keeps_position
 from dengine.launch.world import world
 from dengine.naming import a_type, type_name
 
@@ -315,6 +316,8 @@ class _Pieces(Iterator[Tensor]):
                 document = next(documents)
             except StopIteration:
                 return False
+        if self._start is not None and self._start["source"] is not None:
+            forget_position(self._packed.dataset)  # which the next pass would go on from as well
         self._num_documents += 1
         self._ids, self._offset = _ids_of(document, self._packed.key, self._num_documents - 1), 0
         return True
@@ -374,9 +377,7 @@ def _has_numbers(dataset: Any) -> bool:
 
 def _has_own_state(dataset: Any) -> bool:
     """Whether a source is at its position again after it was given its own state."""
-    if _has_numbers(dataset) or getattr(dataset, "state_is_exact", True) is False:
-        return False
-    return callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None))
+    return not _has_numbers(dataset) and keeps_position(dataset) and inexactness(dataset) is None
 
 
 def _numbered(packed: PackedSequences, epoch: int, first: int) -> Iterator[Any]:

@@ -304,3 +304,21 @@ def test_a_state_of_other_data_is_refused_and_changes_nothing() -> None:
 
 def test_the_package_has_it_by_attribute() -> None:
     assert dengine.data.pack_sequences is pack_sequences
+
+
+@pytest.mark.filterwarnings("ignore:To go on inside a document", "ignore:Loading a state dict of a shuffle buffer")
+@pytest.mark.parametrize("buffer_size", [0, 3])  # a shuffle buffer is not in the state: the documents are counted
+def test_a_stream_of_hugging_face_goes_on_where_it_was(buffer_size: int) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def packed() -> Any:
+        rows = datasets.Dataset.from_list([{"input_ids": each} for each in DOCUMENTS]).to_iterable_dataset(2)
+        return pack_sequences(rows.shuffle(seed=1, buffer_size=buffer_size) if buffer_size else rows, 2)
+
+    first = packed()
+    expected = pieces_of(first)
+    for begin, _ in enumerate(first, 1):
+        again = packed()
+        again.load_state_dict(first.state_dict())
+        assert pieces_of(again) == expected[begin:]
+        assert pieces_of(again) == expected
