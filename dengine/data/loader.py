@@ -1,8 +1,12 @@
 """Rebuild a `DataLoader` over this rank's shard, with the settings of the original."""
 
+import importlib
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
@@ -30,7 +34,8 @@ from dengine.data.seeding import (
     draws_nothing,
 )
 from dengine.data.self_sharding import KeptSampler, check_fits, shards_itself
-from dengine.data.stream import Carried, CarryingCollate, StreamPosition, StreamShard
+from dengine.data.stateful import inexactness, keeps_position
+from dengine.data.stream import Carried, CarryingCollate, StatefulStreamShard, StreamPosition, StreamShard
 from dengine.data.whole_epochs import WholeEpochs
 from dengine.launch.world import World, refuse_forgotten_group, world
 from dengine.naming import a_type
@@ -64,6 +69,7 @@ _KEPT = (
     "persistent_workers",
     "pin_memory_device",
     "in_order",
+    "snapshot_every_n_steps",
 )
 
 
@@ -101,8 +107,9 @@ def prepare_data_loader(
     `shard="self"` leaves data as they are, `shard="rank"` cuts them. If two ranks begin a run with the same batch, a
     warning names them.
 
-    What comes back is a loader of torch's kind, also for torchdata's `StatefulDataLoader`: its position is saved with
-    the trainer, so there is no state to list.
+    torchdata's `StatefulDataLoader` gives a `StatefulDataLoader`; so does a loader with workers over a stream that
+    keeps its own position, if torchdata is installed: only the workers know it. Positions are saved with the trainer,
+    so there is no state to list.
 
     What the data set draws at random follows from `seed`, the epoch and the sample alone (`SeededDataset`; a stream's
     from its start), whatever the number of ranks and workers, also in a resumed run and in workers that outlive an
@@ -167,13 +174,13 @@ def prepare_data_loader(
     if isinstance(dataset, IterableDataset):
         batch_size = _batch_size(loader.batch_size, here, global_batch_size)
         note_different_samples()
+        is_alike = getattr(dataset, "is_alike_in_workers", False) is True
+        cut = StatefulStreamShard if keeps_position(dataset) and not is_alike else StreamShard
         if shard == "self" or (shard == "auto" and shards_itself(dataset, here)):
             # Each rank has its own samples already: what they are, and how many, is not decided here.
-            stream: Any = StreamShard(
-                dataset, batch_size, World(), True, loader.drop_last, seed, collate, here.data_size
-            )
+            stream: Any = cut(dataset, batch_size, World(), True, loader.drop_last, seed, collate, here.data_size)
         else:
-            stream = StreamShard(dataset, batch_size, here, exact, loader.drop_last, seed, collate)
+            stream = cut(dataset, batch_size, here, exact, loader.drop_last, seed, collate)
         return _rebuilt(loader, stream, seed, collate, batch_size=batch_size, drop_last=loader.drop_last)
     settings = _settings(samples, dataset, here, exact=exact, global_batch_size=global_batch_size, seed=seed)
     sampler: Any = settings.get("batch_sampler", settings.get("sampler"))
@@ -362,7 +369,9 @@ def _seeded_collate(loader: "DataLoader[Any]") -> SeededCollate | None:
 def _rebuilt(
     loader: "DataLoader[Any]", dataset: Any, seed: int, collate: Callable[..., Any] | None, **changed: Any
 ) -> "PreparedLoader[Any]":
-    known = inspect.signature(DataLoader).parameters
+    of_torchdata = _stateful_loader(loader, dataset)
+    kind: type[PreparedLoader[Any]] = PreparedLoader if of_torchdata is None else _prepared(of_torchdata)
+    known = inspect.signature(kind).parameters
     kept = {name: getattr(loader, name) for name in _KEPT if name in known and hasattr(loader, name)}
     if not kept.get("pin_memory_device"):
         kept.pop("pin_memory_device", None)  # deprecated: even its default draws a warning
@@ -377,7 +386,24 @@ def _rebuilt(
     if isinstance(dataset, StreamShard) and dataset.is_undivided:
         dataset.carrier = CarryingCollate(function)
         return PositionedLoader(dataset, collate_fn=dataset.carrier, **kept, **changed)
-    return PreparedLoader(dataset, collate_fn=function, **kept, **changed)
+    return kind(dataset, collate_fn=function, **kept, **changed)
+
+
+def _stateful_loader(loader: "DataLoader[Any]", dataset: Any) -> Any:
+    """torchdata's `StatefulDataLoader`, if `loader` is one, or its workers read a stream that keeps its own position:
+    only their copies of it know that, and only torchdata's loader asks them. Else None.
+    """
+    needs_one = loader.num_workers > 0 and isinstance(dataset, StatefulStreamShard) and inexactness(dataset) is None
+    if needs_one:
+        with suppress(ImportError):
+            importlib.import_module("torchdata.stateful_dataloader")
+    found = getattr(sys.modules.get("torchdata.stateful_dataloader"), "StatefulDataLoader", None)
+    return found if found is not None and (needs_one or isinstance(loader, found)) else None
+
+
+@cache
+def _prepared(of_torchdata: Any) -> "type[PreparedLoader[Any]]":
+    return type("PreparedStatefulLoader", (PreparedLoader, of_torchdata), {"__module__": __name__})
 
 
 class PreparedLoader(DataLoader[T]):

@@ -220,6 +220,31 @@ class SeededStream:
         """The seed for collating the batch that begins with sample number `first` of the stream."""
         return derived_seed(self._number, first)
 
+    def state(self) -> dict[str, Any]:
+        """The generators as they are now, as plain values."""
+        python, numpy, of_torch = self._inside or _state()
+        key = {**numpy["state"], "key": numpy["state"]["key"].tobytes()}
+        numbers = np.array(python[1], np.uint32).tobytes()
+        return {
+            "python": (python[0], numbers, python[2]),
+            "numpy": {**numpy, "state": key},
+            "torch": of_torch.numpy().tobytes(),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Set the generators to what `state` gave."""
+        version, numbers, gauss = saved["python"]
+        key = np.frombuffer(saved["numpy"]["state"]["key"], np.uint32)
+        state = (
+            (version, tuple(np.frombuffer(numbers, np.uint32).tolist()), gauss),
+            {**saved["numpy"], "state": {**saved["numpy"]["state"], "key": key}},
+            torch.frombuffer(bytearray(saved["torch"]), dtype=torch.uint8),
+        )
+        if self._is_main:
+            self._inside = state
+        else:
+            _set(state)
+
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
         assert self._inside is not None

@@ -33,8 +33,8 @@ def counts_globally(dataset: object) -> bool:
 
 def inexactness(data: object) -> str | None:
     """Why the state of `data`, or of the data set in them, is not quite the position; None if it is."""
-    dataset = getattr(data, "dataset", None)
-    for part in (data, dataset, getattr(dataset, "_dataset", None)):
+    own = (data, getattr(data, "dataset", None))
+    for part in (*own, *(getattr(each, "_dataset", None) for each in own)):  # as prepare_data_loader() wraps one
         if getattr(part, "state_is_exact", True) is False:
             return f"{type(part).__qualname__}.state_is_exact is False"
         for stage in _stages(getattr(part, "_ex_iterable", None)):  # Hugging Face's

@@ -1,6 +1,6 @@
 """Split a stream of samples over ranks: each rank reads all of it, and keeps its turns."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import count, islice
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
@@ -13,7 +13,7 @@ from dengine.data.sampler import DataState
 from dengine.data.seeding import SeededCollate, SeededStream, set_epoch_in_worker, set_epoch_of
 from dengine.launch.world import World
 
-__all__ = ["Carried", "CarryingCollate", "StreamPosition", "StreamShard"]
+__all__ = ["Carried", "CarryingCollate", "StatefulStreamShard", "StreamPosition", "StreamShard"]
 
 StreamPosition: TypeAlias = tuple[int, Any]  # rounds of all ranks, and the state of the stream after them
 
@@ -69,6 +69,10 @@ class StreamShard(IterableDataset[Any]):
         self._epoch_for_workers = torch.full((), -1, dtype=torch.int64)
         self._epoch_for_workers.share_memory_()  # type: ignore[no-untyped-call]
         self._has_iterated_in_worker = False
+        self._iterated_epoch = -1
+        self._num_rounds = 0  # of the iteration under way
+        self._is_over = False
+        self._generators: SeededStream | None = None
         self.carrier: CarryingCollate | None = None
         self._next_start: StreamPosition | None = None  # of the next iteration
         self._start: StreamPosition | None = None  # of the one under way
@@ -95,6 +99,7 @@ class StreamShard(IterableDataset[Any]):
         if self._has_iterated_in_worker:
             epoch = int(self._epoch_for_workers)
         self._has_iterated_in_worker = get_worker_info() is not None
+        self._iterated_epoch = epoch
         if epoch >= 0:
             set_epoch_in_worker(self._dataset, epoch)
         generators = SeededStream(self._seed, max(epoch, 0), is_alike_in_workers=self.is_undivided)
@@ -102,11 +107,15 @@ class StreamShard(IterableDataset[Any]):
 
     def _turns(self, generators: SeededStream) -> Iterator[Any]:
         """This rank's turns."""
+        first_number = self._begin(generators)
+        if self._is_over:
+            return
         with generators.drawing():
             stream = iter(self._dataset)
-        for number in count():
+        for number in count(first_number):
             with generators.drawing():
                 first, mine, is_whole = self._round(stream)
+            self._num_rounds, self._is_over = number + 1, not is_whole
             yield from self._given(number, first, mine, is_whole, generators)
             if not is_whole:
                 return
@@ -142,6 +151,11 @@ class StreamShard(IterableDataset[Any]):
         if self._drop_last and not is_whole:
             return []
         return mine if mine or self._exact else first
+
+    def _begin(self, generators: SeededStream) -> int:
+        """Begin an iteration with its first round, or with the one of a state that was loaded, and give its number."""
+        self._num_rounds, self._is_over, self._generators = 0, False, generators
+        return 0
 
     def _round(self, stream: Iterator[Any]) -> tuple[list[Any], list[Any], bool]:
         """The first turn of the next round, this rank's turn, and whether every rank had a whole one."""
@@ -184,3 +198,47 @@ class CarryingCollate:
 
     def __call__(self, fetched: Any) -> Carried:
         return Carried(self.inside(fetched), self.position)
+
+
+class StatefulStreamShard(StreamShard):
+    """That of a stream which keeps its own position, as this one does between two turns."""
+
+    _loaded: Mapping[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last turn that was given: plain values, and the state of the stream.
+
+        Without a shard of its own (`shards_itself`) it is the same on all ranks, and for any number of ranks with the
+        same global batch.
+        """
+        if self._loaded is not None:
+            return dict(self._loaded)
+        has_started = self._num_rounds > 0 and self._generators is not None
+        return {
+            "epoch": self._iterated_epoch,
+            "rounds": self._num_rounds,
+            "is_over": self._is_over,  # a stream may stand at its beginning again by then
+            "stream": self._dataset.state_dict() if has_started else None,  # type: ignore[attr-defined]
+            "generators": self._generators.state() if has_started and self._generators is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make the next iteration go on from where `state` was taken.
+
+        Raises: ValueError: it is of something else.
+        """
+        if missing := {"epoch", "rounds", "is_over", "stream", "generators"} - set(state):
+            raise ValueError(f"The state of the stream has no {', '.join(sorted(missing))}: it holds {sorted(state)}.")
+        self._loaded = state if state["rounds"] else None
+
+    def _begin(self, generators: SeededStream) -> int:
+        start, self._loaded = self._loaded, None
+        self._num_rounds, self._is_over, self._generators = 0, False, generators
+        if start is None:
+            return 0
+        self._dataset.load_state_dict(start["stream"])  # type: ignore[attr-defined]
+        if start["epoch"] != self._iterated_epoch:
+            return 0  # it was at the end of an epoch
+        generators.restore(start["generators"])
+        self._num_rounds, self._is_over = start["rounds"], start["is_over"]
+        return self._num_rounds

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from dengine import Engine, Events
+from dengine import Engine, Events, distributed
 from dengine.handlers import Checkpoint
 
 NUM_SAMPLES, BATCH, EPOCHS = 20, 3, 3
@@ -45,18 +45,6 @@ class Stream(IterableDataset[int]):
 class Sized(Stream):
     def __len__(self) -> int:
         return self.length
-
-
-class OneShot(Stream, Iterator[int]):
-    """An iterator without an end."""
-
-    def __iter__(self) -> Iterator[int]:
-        return self
-
-    def __next__(self) -> int:
-        self.position += 1
-        drawn.append(self.position)
-        return self.position
 
 
 class Items:
@@ -100,6 +88,10 @@ def hugging_face(**shuffle: int) -> Any:
     datasets = pytest.importorskip("datasets")
     stream = datasets.IterableDataset.from_generator(sharded, gen_kwargs={"shards": [0, 1, 2, 3]})
     return stream.shuffle(**shuffle) if shuffle else stream
+
+
+def prepared(dataset: Any, **options: Any) -> Any:
+    return distributed.prepare_data_loader(DataLoader(dataset, batch_size=BATCH, **options))
 
 
 def flat(batch: Any) -> list[int]:
@@ -152,6 +144,9 @@ MAKES: dict[str, Callable[[], Any]] = {
     "StatefulDataLoader of a stream": lambda: stateful_loader(Stream()),
     "StatefulDataLoader of a stream with workers": lambda: stateful_loader(Stream(), num_workers=2),
     "nodes": nodes,
+    "own prepared in a loader": lambda: prepared(Stream()),
+    "StatefulDataLoader prepared": lambda: distributed.prepare_data_loader(stateful_loader(Items(), shuffle=True)),
+    "Stateful Hugging Face prepared with workers": lambda: prepared(hugging_face(), num_workers=2),
     "Hugging Face": hugging_face,
     "Hugging Face in a loader": lambda: DataLoader(hugging_face(), batch_size=BATCH),
     "Hugging Face in a StatefulDataLoader": lambda: stateful_loader(hugging_face(), num_workers=2),
@@ -175,3 +170,58 @@ def test_a_run_goes_on_from_the_position_of_its_data(name: str, tmp_path: Path) 
             assert again == weights, kill
             if "workers" not in name and name != "nodes":  # whose threads go on for a moment after the run was killed
                 assert len(drawn) < len(rest) + 9, kill  # none before the position, or few: the shard up to it
+
+
+def test_a_shuffle_buffer_is_filled_as_it_was_with_a_warning_that_says_so(tmp_path: Path) -> None:
+    def make() -> Any:
+        return prepared(hugging_face(seed=3, buffer_size=7))
+
+    whole, weights = train(make, tmp_path / "whole")
+    first, _ = train(make, tmp_path / "parts", 11)
+    with pytest.warns(RuntimeWarning, match=r"3 batches are drawn .*a shuffle buffer is not saved"):
+        rest, again = train(make, tmp_path / "parts")
+    assert (first + rest, again) == (whole, weights)
+
+
+def test_data_of_workers_that_cannot_be_asked_are_drawn_with_a_warning_that_says_so(tmp_path: Path) -> None:
+    def make() -> Any:
+        return DataLoader(Stream(), batch_size=BATCH, num_workers=1)
+
+    whole, weights = train(make, tmp_path / "whole")
+    first, _ = train(make, tmp_path / "parts", 4)
+    with pytest.warns(RuntimeWarning, match=r"3 batches are drawn .*StatefulDataLoader knows them"):
+        rest, again = train(make, tmp_path / "parts")
+    assert (first + rest, again) == (whole, weights)
+
+
+class Refusing(Stream):
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise KeyError("shard_idx")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (Stream, lambda: [1, 2, 3], "they were a Stream, which keeps its position, and are a list"),
+        (Stream, Sized, "the data were a Stream and are a Sized"),
+        (Stream, type("Stream", (Refusing,), {}), "does not go on from the position .*KeyError: 'shard_idx'"),
+        (
+            lambda: stateful_loader(Stream(), num_workers=1),
+            lambda: stateful_loader(Stream()),
+            "num_workers was 1 and is 0",
+        ),
+    ],
+)
+def test_a_state_of_other_data_is_named_with_the_way_out(
+    before: Callable[[], Any], after: Callable[[], Any], message: str, tmp_path: Path
+) -> None:
+    train(before, tmp_path, 4)
+    with pytest.raises(ValueError, match=rf"(?s){message}.*allow_changed_data=True"):
+        train(after, tmp_path)
+
+
+def test_changed_data_are_drawn_up_to_the_position_if_that_is_wanted(tmp_path: Path) -> None:
+    first, _ = train(Stream, tmp_path, 4)
+    with pytest.warns(RuntimeWarning, match="3 batches are drawn"):
+        rest, _ = train(Sized, tmp_path, allow_changed_data=True)
+    assert first + rest == train(Stream, tmp_path / "whole")[0]

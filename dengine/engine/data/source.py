@@ -7,13 +7,13 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from dengine.data.loader import inside
 from dengine.data.parts import parts_of
 from dengine.data.stateful import counts_globally, forget_position, going_on, inexactness, keeps_position, version_of
+from dengine.data.stream import StatefulStreamShard
 from dengine.distributed import world
-from dengine.engine.data.description import length_of
 from dengine.naming import a_type, type_name
 
 __all__ = ["SavedSource", "Source"]
@@ -40,7 +40,7 @@ class Source:
         self.data = data
         self.why_drawn = ""  # to the position of a resumed run, although the data keep their own
         self.kind = ""
-        self.part: Any = None if can_seek else self._found(data)
+        self.part: Any = self._found(data) if _is_of_stream(data) or not can_seek else None
         self.pending: SavedSource | None = None  # a state that the next pass goes on from
         self.is_at_end = False  # of a pass
         self._loaded: SavedSource | None = None
@@ -60,6 +60,8 @@ class Source:
         if changes and not allow_changed_data:
             raise ValueError(f"The data do not fit the position that was saved for them:\n{changes}.\n{_WAY_OUT}")
         if changes or self.part is None:
+            return None
+        if saved["ends_pass"] and self._begins_anew:
             return None
         if saved["state"] is None:
             self.why_drawn = saved["why_drawn"]
@@ -97,7 +99,11 @@ class Source:
         position.
         """
         has_loaded, self.has_loaded = self.has_loaded, False
-        return self._restoring(lambda: going_on(self.data, may_be_over=may_be_over)) if has_loaded else None
+        if not has_loaded or self._loaded is None:
+            return None
+        if self._loaded["is_over"] and not may_be_over:
+            return iter(())  # the position is the next epoch's
+        return self._restoring(lambda: going_on(self.data, may_be_over=may_be_over))
 
     @property
     def restored_parts(self) -> list[object]:
@@ -124,9 +130,11 @@ class Source:
             "data_rank": here.data_rank,
             "data_size": here.data_size,
             "is_shared": self._is_shared,
+            "settings": self._settings,
             "why_drawn": self.why_drawn or "it was saved while a batch was under way",
             "done": 0 if is_between else done,
             "ends_pass": self.is_at_end or ends_pass,
+            "is_over": counts_globally(self.part) and done > 0 and not self._num_in_pass(done),
             "state": self._state(done, is_between=is_between),
         }
 
@@ -185,12 +193,30 @@ class Source:
     @property
     def _num_workers(self) -> int | None:
         """The number of workers that the state is for; None if it does not depend on it."""
-        return None if self._is_shared else getattr(self.data, "num_workers", None)
+        return None if self._is_one else getattr(self.data, "num_workers", None)
+
+    @property
+    def _is_one(self) -> bool:
+        """Whether the position is that of all ranks and workers."""
+        return counts_globally(self.part) or getattr(self.part, "position_is_shared", False) is True
+
+    @property
+    def _begins_anew(self) -> bool:
+        """Whether the next pass does not depend on the last one: it has new workers, or is told its number."""
+        hears_epoch = any(callable(getattr(inside(part), "set_epoch", None)) for part in parts_of(self.data))
+        return hears_epoch or bool(self._num_workers and _is_of_stream(self.data))
+
+    @property
+    def _settings(self) -> dict[str, Any] | None:
+        """What a prepared stream is cut by."""
+        stream = getattr(self.data, "dataset", None)
+        return stream.state() if isinstance(stream, StatefulStreamShard) else None
 
     @property
     def _is_shared(self) -> bool:
-        """Whether the position is that of all ranks and workers."""
-        return counts_globally(self.part) or getattr(self.part, "position_is_shared", False) is True
+        """Whether the state is the same on all ranks, and for any number of them."""
+        stream = getattr(self.data, "dataset", None)
+        return self._is_one or (isinstance(stream, StatefulStreamShard) and not stream.shards_itself)
 
     def _changes(self, saved: SavedSource) -> str:
         if saved["state"] is None:
@@ -199,6 +225,8 @@ class Source:
             return f"they were {_with_article(saved['kind'])}, which keeps its position, and are {a_type(self.data)}"
         if saved["kind"] != self.kind:
             return f"the data were {_with_article(saved['kind'])} and are {_with_article(self.kind)}"
+        if saved["settings"] != self._settings:
+            return f"they were cut by {saved['settings']} and are cut by {self._settings}"
         if saved["num_workers"] != self._num_workers:
             return f"num_workers was {saved['num_workers']} and is {self._num_workers}, each with a position of its own"
         return ""
@@ -229,15 +257,20 @@ class Source:
 
     def _global_state(self, done: int, *, is_between: bool) -> Any:
         """The state of MosaicML's `StreamingDataset`, in samples of all ranks; its number of the epoch is its own."""
-        if is_between:
+        if not is_between and (self._is_ahead or self._num_fetched != done):
+            return None
+        in_pass, batch_size = self._num_in_pass(done), self.data.batch_size or 1
+        if is_between or not in_pass:
             state = self.part.state_dict(num_samples=0, from_beginning=True)
             return {**state, "epoch": state["epoch"] + 1}
-        if self._is_ahead or self._num_fetched != done:
-            return None
-        num_batches = length_of(self.data)
-        in_pass = (done - 1) % num_batches + 1 if num_batches and done else done
-        num_samples = in_pass * (self.data.batch_size or 1) * world().data_size
+        num_samples = in_pass * batch_size * world().data_size
         return self.part.state_dict(num_samples=num_samples, from_beginning=True)
+
+    def _num_in_pass(self, done: int) -> int:
+        """The batches of its pass after `done` ones of the epoch; 0 at the pass's end."""
+        size, batch_size = len(self.part), self.data.batch_size or 1  # of this rank
+        num_batches = size // batch_size if self.data.drop_last else -(-size // batch_size)
+        return done % num_batches if num_batches else done
 
 
 class _Unusual(Exception):
@@ -258,6 +291,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic) and type(value.item()) in _PLAIN:
         return value.item()
     raise _Unusual(a_type(value))
+
+
+def _is_of_stream(data: object) -> bool:
+    return isinstance(getattr(data, "dataset", None), IterableDataset)
 
 
 def _with_article(kind: str) -> str:
