@@ -231,7 +231,7 @@ class Loop:
                     started.fire(engine, iteration)
                 batch = state.batch  # a handler may have set it
             if batch is None:
-                state.output = None
+                state.output, state._left_out = None, iteration
                 self._num_left_out += 1
             else:
                 state.output = step(engine, batch)

@@ -102,6 +102,7 @@ class State:
         self.exception: BaseException | None = None
         self._persisted: list[str] = []
         self._iterations_done = 0  # `iteration` counts one that is still under way
+        self._left_out = 0  # the last iteration whose batch was None
 
     if TYPE_CHECKING:
         # What users keep here: see persist().

@@ -46,9 +46,10 @@ def check_function(name: str, function: object, *arguments: str) -> None:
 def has_output(engine: Engine) -> bool:
     """Whether the step gave an output here.
 
-    None is none if there was no batch, or on a mesh with `pp` or `cp`, as other ranks have it.
+    None is none if the batch was None, or on a mesh with `pp` or `cp`, as other ranks have it.
     """
-    return engine.state.output is not None or not (engine.state.batch is None or world().may_lack_output)
+    state = engine.state
+    return state.output is not None or not (state._left_out == state.iteration or world().may_lack_output)
 
 
 def warn_of_no_output(handler: str) -> None:
