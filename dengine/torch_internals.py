@@ -380,6 +380,12 @@ def drop_workers(loader: "DataLoader[object]") -> None:
     loader._iterator = None
 
 
+def exchange_workers(loader: "DataLoader[object]", workers: Any) -> Any:
+    """Give `loader` the iterator with persistent `workers` (None: none), and take the one that it had."""
+    before, loader._iterator = loader._iterator, workers
+    return before
+
+
 @contextmanager
 def outside_worker() -> Iterator[None]:
     """A context in which `torch.utils.data.get_worker_info()` knows of no worker, so that a stream gives all it has."""

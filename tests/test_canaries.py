@@ -455,6 +455,10 @@ def test_workers_that_were_dropped_are_replaced_by_others() -> None:
     assert iter(loader) is first
     torch_internals.drop_workers(loader)
     assert iter(loader) is not first
+    torch_internals.exchange_workers(loader, first)
+    assert iter(loader) is first
+    assert torch_internals.exchange_workers(loader, None) is first
+    assert iter(loader) is not first
 
 
 class AsksForItsWorker(IterableDataset[bool]):

@@ -142,6 +142,7 @@ class Loop:
 
     def _end_epoch(self, started_s: float, *, is_whole: bool) -> None:
         state, run, distributed = self.state, self.limits.run, self.engine.distributed
+        self.epochs.keep_workers()
         # The epoch's end has started by now: a rank without a batch does not delay a stop.
         if not state.epoch_iteration and not run.must_check and not run.has_any_rank_batches(state.epoch):
             self.epochs.emptiness.refuse_empty_epoch(state.epoch, state.iteration)

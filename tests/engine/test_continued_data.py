@@ -188,6 +188,18 @@ def test_the_workers_go_on_over_the_end_of_an_epoch() -> None:
     assert Counted.num_iterators == 2
 
 
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_an_evaluation_over_the_same_loader_leaves_its_workers_alone(is_prepared: bool) -> None:
+    data: Any = DataLoader(range(10), batch_size=2, num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+    loader: Any = distributed.prepare_data_loader(data) if is_prepared else data
+    found: list[int] = []
+    trainer = Engine(lambda engine, batch: found.extend(batch.tolist()))
+    evaluator = Engine(lambda engine, batch: None)
+    trainer.on(Events.EPOCH_COMPLETED, lambda engine: evaluator.run(loader) and None)
+    trainer.run(loader, max_epochs=4, epoch_length=3, continue_data=True)
+    assert found == [*range(10), *range(10), *range(4)]
+
+
 @pytest.mark.parametrize("save_at", [3, 4, -1, 9])
 def test_a_resumed_run_may_have_another_epoch_length(save_at: int) -> None:
     whole, saved = run(prepared(), 4, save_at=save_at)

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
+from typing import Any, cast
 
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from dengine import torch_internals
 from dengine.data.alike import empties_together
 from dengine.data.loader import PositionedLoader, drawn_epoch
 from dengine.data.parts import counters_of, members_of, set_epoch_of_parts
@@ -61,6 +63,7 @@ class EpochIterator:
         self.data = data
         self.is_one_shot = isinstance(data, Iterator) and not members_of(data)  # iter() of which begins anew
         self.is_continued = is_continued
+        self._workers: Any = None  # of a pass that is under way between two epochs
         self.source = Source(data, can_seek=can_seek(data) and not isinstance(data, PositionedLoader))
         self.is_restored = False  # by the user, to the position of the run
         self._was_empty = False  # the pass after the data were restored
@@ -102,6 +105,9 @@ class EpochIterator:
 
         Collective in a joined run: one small all-reduce.
         """
+        if self._workers is not None:
+            torch_internals.exchange_workers(cast("DataLoader[object]", self.data), self._workers)
+            self._workers = None
         self.set_epoch(epoch)
         self.source.begin_pass()
         self._may_try_again = self._resetting is not None
@@ -111,6 +117,14 @@ class EpochIterator:
                 self.emptiness.refuse("no batch on any rank")
         if not self.is_length_given:
             self.length = length_of(self.data) if self._pass.length is None else self._pass.length
+
+    def keep_workers(self) -> None:
+        """Take the persistent workers of a pass that the next epoch goes on with from the loader: another iteration
+        over it, by an evaluator, would begin them anew.
+        """
+        if self.is_continued and isinstance(self.data, DataLoader) and self.data.persistent_workers:
+            taken = torch_internals.exchange_workers(self.data, None)
+            self._workers = self._workers if taken is None else taken
 
     def is_at_end(self, position: int) -> bool:
         """Whether the pass that was entered is known to be over, `position` iterations after its start."""
