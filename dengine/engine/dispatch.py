@@ -23,6 +23,7 @@ __all__ = ["Dispatcher", "HandlerHandle"]
 _PER_ITERATION = (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED)
 _PER_EPOCH = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED)
 _PER_FETCH = (Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED)
+_BEFORE_STEP = (*_PER_FETCH, Events.ITERATION_STARTED)
 
 
 class Dispatcher:
@@ -48,17 +49,7 @@ class Dispatcher:
                 raise TypeError(f"register_events() takes enum classes, enum members or strings, but got {event!r}.")
         for member in members:
             if _key(member) not in self._lists:
-                self._lists[_key(member)] = self._new_list(member)
-
-    def _new_list(self, event: AnyEvent) -> HandlerList:
-        if event is Events.ITERATION_STARTED:
-            gated = self.gate.iterations
-        elif event in _PER_FETCH:
-            gated = self.gate.fetches
-        else:
-            return HandlerList(event)
-        gated.append(HandlerList(event, self.gate))
-        return gated[-1]
+                self._lists[_key(member)] = HandlerList(member, self.gate if member in _BEFORE_STEP else None)
 
     def handlers(self, event: AnyEvent) -> HandlerList:
         """The handlers of `event`.

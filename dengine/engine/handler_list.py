@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
-from dengine.engine.events import AnyEvent, FilteredEvent
+from dengine.engine.events import AnyEvent, Events, FilteredEvent
 from dengine.engine.handler_checks import warn_of_failure
 from dengine.engine.phases import Phase
 
@@ -80,21 +80,19 @@ class Gate:
     """The number of the iteration before which no handler of what precedes a step is due: one comparison for three
     events.
 
-    `iterations` are the lists of those that count iterations, `fetches` of those that count fetches of a batch: if one
-    of these has a handler, each iteration needs a look.
+    It keeps numbers, not the lists, which refer to it: an engine is freed without the garbage collector.
     """
 
-    __slots__ = ("due", "fetches", "iterations")
+    __slots__ = ("_dues", "due")
 
     def __init__(self) -> None:
         self.due = NEVER
-        self.iterations: list[HandlerList] = []
-        self.fetches: list[HandlerList] = []
+        self._dues: dict[AnyEvent, int] = {}
 
-    def look(self) -> None:
-        """Look at the lists, one of which has changed."""
-        is_fetch_watched = any(each.subscriptions for each in self.fetches)
-        self.due = 0 if is_fetch_watched else min([each.due for each in self.iterations], default=NEVER)
+    def note(self, event: AnyEvent, due: int) -> None:
+        """Take over the `due` of a list. One that counts fetches of a batch is looked at in each iteration."""
+        self._dues[event] = due if event is Events.ITERATION_STARTED or due == NEVER else 0
+        self.due = min(self._dues.values())
 
 
 class HandlerList:
@@ -184,7 +182,7 @@ class HandlerList:
         self.due_with_options = min((each.due for each in self.subscriptions if not each.is_plain), default=NEVER)
         self.due = 0 if self.plain_handlers else self.due_with_options
         if self.gate is not None:
-            self.gate.look()
+            self.gate.note(self.event, self.due)
 
 
 def _call_despite(subscription: Subscription, engine: Engine, error: BaseException) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
+from weakref import ref
 
 from dengine.engine.data.joined import Absent
 from dengine.engine.events import AnyEvent
@@ -35,13 +36,19 @@ class Repeats:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._reference = ref(engine)  # which refers to this: it is freed without the garbage collector
         self.guard: StepGuard | None = None
         self.is_left_out = False
         self.is_rehearsal = False
         self.start_over: list[Callable[[], None]] = []
         self.remember: list[Callable[[], Callable[[], None]]] = []
         self._wrapped: Absent | None = None
+
+    @property
+    def _engine(self) -> Engine:
+        engine = self._reference()
+        assert engine is not None
+        return engine
 
     @property
     def step(self) -> Callable[..., object]:

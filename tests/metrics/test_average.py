@@ -105,10 +105,10 @@ def test_an_engine_feeds_the_loss_of_a_mapping(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [Average, RunningAverage, Perplexity])
 @pytest.mark.parametrize("output", [{"pred": 1, "label": 2}, "loss", None, (1, 2, 3)])
 def test_what_is_no_value_is_an_error_that_lists_keys(output: Any, kind: Any) -> None:
-    engine = Engine(lambda engine, batch: batch)
+    engine = Engine(lambda engine, batch: output)
     engine.add_metric(kind(), "value")
     with pytest.raises(TypeError, match="output_transform=") as error:
-        engine.run([output])
+        engine.run([0])
     assert not isinstance(output, dict) or "['label', 'pred']" in str(error.value)
 
 
