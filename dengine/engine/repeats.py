@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
 from dengine.engine.data.joined import Absent
-from dengine.engine.events import AnyEvent
+from dengine.engine.events import AnyEvent, Events
 from dengine.engine.handler_list import Subscription
 
 if TYPE_CHECKING:
     from dengine.engine.engine import Engine
 
-__all__ = ["Repeats", "StepGuard"]
+__all__ = ["Repeats", "StepGuard", "follows_left_out_step"]
 
 
 class StepGuard(Protocol):
@@ -95,3 +95,8 @@ class Repeats:
         """Update the metrics with an output that was held back."""
         if self._engine._metrics.updates:
             self._engine._metrics.update(output)
+
+
+def follows_left_out_step(engine: Engine | None) -> bool:
+    """Whether a handler is called after an iteration whose step was left out. In a loop without an engine none is."""
+    return engine is not None and engine.repeats.is_left_out and engine.firing is Events.ITERATION_COMPLETED

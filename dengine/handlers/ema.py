@@ -10,7 +10,8 @@ from dengine.checks import is_number, whole_number
 from dengine.compiled_names import aligned
 from dengine.distributed import unwrap_model
 from dengine.dtensor import any_dtensor, cut_like, is_dtensor, laid_out_like, local_part
-from dengine.engine import Engine, Events
+from dengine.engine import Engine
+from dengine.engine.repeats import follows_left_out_step
 from dengine.naming import a_type, other_keywords, other_names, shown
 from dengine.parallel.copying import copy_of, reshard
 
@@ -96,7 +97,7 @@ class EMA:
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:
-        if engine.repeats.is_left_out and engine.firing is Events.ITERATION_COMPLETED:
+        if follows_left_out_step(engine):
             return
         if self._is_sharded:
             reshard(self.model)  # else the next evaluation would use what this one has gathered

@@ -8,7 +8,8 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from dengine.engine import Engine, Events
+from dengine.engine import Engine
+from dengine.engine.repeats import follows_left_out_step
 from dengine.naming import a_type, other_keywords, other_names, shown
 
 __all__ = ["LRScheduler"]
@@ -92,7 +93,7 @@ class LRScheduler:
         return shown(self, self._scheduler, metric_name=self._metric_name)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.repeats.is_left_out and engine.firing is Events.ITERATION_COMPLETED:
+        if follows_left_out_step(engine):
             return
         if self._metric_name is None:
             self._scheduler.step()
