@@ -137,6 +137,8 @@ def attempt(folder: Path, size: int, variant: Variant, blow: Blow | None, grace_
             raise
         kind, message, _ = error.failures[error.rank]
         by_signal = kind == "ProcessDied" and str(-signal.SIGKILL) in message
+        # A rank that the killed one was about to connect to may say so before the end of that process is noticed.
+        by_signal = by_signal or (kind == "LaunchError" and "lost another rank" in message)
         by_worker = blow.moment == "worker" and kind == "RuntimeError" and "DataLoader worker" in message
         if not (by_signal or by_worker):
             raise
