@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from dengine.checks import whole_number
 from dengine.data.seeding import EpochIndex
+from dengine.data.transparent import TransparentDataset
 from dengine.launch.world import world
 
 __all__ = ["CaughtCollate", "CaughtDataset", "Failures", "checked_failures"]
@@ -52,17 +53,14 @@ class _Failed:
     samples: list[int]
 
 
-class CaughtDataset(Dataset[Any]):
+class CaughtDataset(TransparentDataset):
     """A map-style data set from which a loader's fetch gives an error instead of raising it.
 
-    Attributes are those of the data set inside, to read and to set. An index that is no `EpochIndex` passes through.
+    An index that is no `EpochIndex` passes through.
     """
 
     def __init__(self, dataset: Any, collate: "CaughtCollate") -> None:
-        self.__dict__.update(_dataset=dataset, _collate=collate)
-
-    def __len__(self) -> int:
-        return len(self._dataset)
+        super().__init__(dataset, _collate=collate)
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, EpochIndex):
@@ -72,20 +70,8 @@ class CaughtDataset(Dataset[Any]):
     def __getitems__(self, indices: Sequence[Any]) -> Any:
         return self._collate.caught(lambda: self._fetched(indices), indices)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the protocols of copying and pickling ask for their methods by name
-            raise AttributeError(name)
-        return getattr(self.__dict__["_dataset"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._dataset, name, value)
-
     def __reduce__(self) -> tuple[type["CaughtDataset"], tuple[Any, ...]]:
         return CaughtDataset, (self._dataset, self._collate)
-
-    def _fetched(self, indices: Sequence[Any]) -> Any:
-        fetch = getattr(self._dataset, "__getitems__", None)
-        return fetch(indices) if callable(fetch) else [self._dataset[index] for index in indices]
 
 
 class CaughtCollate:

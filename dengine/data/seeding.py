@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch.utils.data import (
     ConcatDataset,
-    Dataset,
     Subset,
     TensorDataset,
     default_collate,
@@ -23,6 +22,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from dengine.data.transparent import TransparentDataset
 from dengine.splitmix64 import derived_seed
 
 __all__ = [
@@ -96,12 +96,12 @@ def draws_nothing(dataset: object, collate_fn: object) -> bool:
     return type(dataset) in (TensorDataset, torch.Tensor, np.ndarray, list, tuple, range)
 
 
-class SeededDataset(Dataset[Any]):
+class SeededDataset(TransparentDataset):
     """A map-style data set whose random state, while sample i of epoch e is fetched, follows from (seed, e, i).
 
-    Attributes are those of the data set inside, to read and to set. An index that is no `EpochIndex` passes through.
-    In the main process the generators are restored afterwards; a worker's belong to the data set. Generators that the
-    data set holds itself are not touched. `collate` gets the seed of the batch that was fetched.
+    An index that is no `EpochIndex` passes through. In the main process the generators are restored afterwards; a
+    worker's belong to the data set. Generators that the data set holds itself are not touched. `collate` gets the seed
+    of the batch that was fetched.
 
     A batched fetch (`__getitems__`) stays batched as long as it draws nothing at random. Once a batch does, it is
     fetched again sample by sample, and so are all later ones. If a fetch gives no list, the batch is seeded by its
@@ -111,10 +111,7 @@ class SeededDataset(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, seed: int, collate: "SeededCollate | None" = None) -> None:
-        self.__dict__.update(_dataset=dataset, _seed=seed, _collate=collate, _epoch=None, _draws_in_batches=False)
-
-    def __len__(self) -> int:
-        return len(self._dataset)
+        super().__init__(dataset, _seed=seed, _collate=collate, _epoch=None, _draws_in_batches=False)
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, EpochIndex):
@@ -126,20 +123,11 @@ class SeededDataset(Dataset[Any]):
     def __getitems__(self, indices: Sequence[Any]) -> Any:
         is_batched = callable(getattr(self._dataset, "__getitems__", None))
         if not all(isinstance(index, EpochIndex) for index in indices):
-            return self._dataset.__getitems__(indices) if is_batched else [self._dataset[index] for index in indices]
+            return self._fetched(indices)
         if indices:
             self._announce(indices[0])
         with _surroundings():
             return self._batch(indices) if is_batched and indices else [self._one(index) for index in indices]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the protocols of copying and pickling ask for their methods by name
-            raise AttributeError(name)
-        return getattr(self.__dict__["_dataset"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A worker_init_fn opens a file and sets it on what it finds as get_worker_info().dataset.
-        setattr(self._dataset, name, value)
 
     def __reduce__(self) -> tuple[type["SeededDataset"], tuple[Any, ...]]:
         return SeededDataset, (self._dataset, self._seed, self._collate)

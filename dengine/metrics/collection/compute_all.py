@@ -71,4 +71,7 @@ def _known(names: tuple[str, ...]) -> Reduction:
     """The reduction that was used for these names before, by the ranks of the present group."""
     if (group := plane().group) is None:
         return Reduction()
-    return _reductions.setdefault(group, {}).setdefault(names, _NamedReduction(names))
+    known = _reductions.setdefault(group, {})
+    if names not in known:
+        known[names] = _NamedReduction(names)
+    return known[names]
